@@ -1,0 +1,232 @@
+"""What a prompt looks like, token by token, before any model runs; and the order the model runs it in.
+
+    prompt order   T T A a a a T T B b b T C c c c T        T text, A B C sinks, a b c the rest
+    packed order   T T T T T T | A B C | a a a | b b | c c c
+
+Attention does not care about the order of the keys once positions travel with the tokens. In packed
+order the keys that an image query sees are a few contiguous ranges (text before it, sinks before it,
+its own image), where in prompt order they are sprinkled over nearly every block.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from bsjax.categories import TokenInfo
+from bsjax.errors import TemplateError
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Which tokens of every image are sinks: the first `first` ones and those at `offsets`.
+
+    The first token of an image is always one, so that an image query always has a key to look at.
+    `offsets` count from the image's first token; those beyond an image's end are ignored for it.
+
+    Raises:
+      TemplateError: `first` is below 1 or an offset is negative.
+    """
+
+    first: int = 1
+    offsets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.first < 1:
+            raise TemplateError(
+                f"Sinks(first={self.first}): the first token of every image is always a sink, so "
+                "`first` must be at least 1."
+            )
+        object.__setattr__(self, "offsets", tuple(int(offset) for offset in self.offsets))
+        if any(offset < 0 for offset in self.offsets):
+            raise TemplateError(
+                f"Sinks(offsets={self.offsets}): offsets count from an image's first token and "
+                "cannot be negative."
+            )
+
+    def of_image(self, tokens: int) -> Bool[np.ndarray, "tokens"]:
+        """Marks the sinks of an image of `tokens` tokens."""
+        sink = np.zeros(tokens, bool)
+        sink[: self.first] = True
+        sink[[offset for offset in self.offsets if offset < tokens]] = True
+        return sink
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text tokens, for `Template.from_segments`."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image's tokens, for `Template.from_segments`."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A prompt's structure: which tokens belong to which image, and which of them are sinks.
+
+    Made by `from_tokens` or `from_segments`. Images are contiguous and numbered from 0 in the order
+    in which they stand in the prompt.
+
+    Raises:
+      TemplateError: images are not contiguous or not numbered in order, or a text token is a sink.
+    """
+
+    image: Int[np.ndarray, "tokens"]
+    sink: Bool[np.ndarray, "tokens"]
+
+    def __post_init__(self) -> None:
+        image = np.ascontiguousarray(self.image, dtype=np.int32)
+        sink = np.ascontiguousarray(self.sink, dtype=bool)
+        if image.ndim != 1 or image.shape != sink.shape:
+            raise TemplateError(
+                f"A template's image and sink arrays must be one-dimensional and of one length, got "
+                f"shapes {image.shape} and {sink.shape}."
+            )
+        starts = _run_starts(image)
+        numbers = image[starts]
+        numbers = numbers[numbers >= 0]
+        if image.size and (
+            image.min() < -1 or not np.array_equal(numbers, np.arange(numbers.size))
+        ):
+            raise TemplateError(
+                "A template's images must be contiguous and numbered 0, 1, 2, ... in prompt order, "
+                f"with -1 for text; the runs found are numbered {numbers[:20].tolist()}."
+            )
+        if np.any(sink & (image < 0)):
+            raise TemplateError("A text token cannot be a sink: text is visible to every image.")
+        image.setflags(write=False)
+        sink.setflags(write=False)
+        object.__setattr__(self, "image", image)
+        object.__setattr__(self, "sink", sink)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        token_ids: Sequence[int] | Int[np.ndarray, "tokens"],
+        image_token_id: int,
+        sinks: Sinks = Sinks(),  # noqa: B008 (frozen, hence safe to share)
+        image_tokens: Sequence[int] | None = None,
+    ) -> "Template":
+        """The template of a tokenized prompt, in which `image_token_id` stands once per image token.
+
+        Args:
+          token_ids: ids of one prompt, as a Hugging Face processor gives them.
+          image_token_id: the placeholder's id (Qwen2-VL: 151655).
+          sinks: which tokens of every image are sinks.
+          image_tokens: tokens of each image. Without it every run of placeholders is one image, so
+            it is needed only where two images stand side by side with no token between them.
+
+        Raises:
+          TemplateError: `image_tokens` does not add up to the placeholders, or an image would be
+            split by text.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1:
+            raise TemplateError(f"token_ids must be one prompt of shape [tokens], got {ids.shape}.")
+        placeholder = ids == image_token_id
+        image = np.full(ids.shape, -1, np.int32)
+        if image_tokens is None:
+            run_starts = placeholder & ~np.concatenate(([False], placeholder[:-1]))
+            image[placeholder] = (np.cumsum(run_starts) - 1)[placeholder]
+        else:
+            lengths = np.asarray(image_tokens, dtype=np.int64).reshape(-1)
+            if lengths.size and lengths.min() < 1:
+                raise TemplateError(
+                    f"Every image needs at least one token, got {lengths.tolist()}."
+                )
+            if lengths.sum() != placeholder.sum():
+                raise TemplateError(
+                    f"The prompt holds {int(placeholder.sum())} image placeholder tokens, but "
+                    f"image_tokens adds up to {int(lengths.sum())} over {lengths.size} images."
+                )
+            image[placeholder] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+        return cls._with_sinks(image, sinks)
+
+    @classmethod
+    def from_segments(
+        cls,
+        segments: Sequence[Text | Image],
+        sinks: Sinks = Sinks(),  # noqa: B008
+    ) -> "Template":
+        """The template of a prompt described run by run, e.g. `[Text(12), Image(256), Text(5)]`.
+
+        Raises:
+          TemplateError: a segment is neither Text nor Image, an image has no token, or a text's
+            length is negative.
+        """
+        runs: list[np.ndarray] = []
+        images = 0
+        for segment in segments:
+            if isinstance(segment, Image):
+                if segment.tokens < 1:
+                    raise TemplateError(f"{segment}: an image has at least one token.")
+                runs.append(np.full(segment.tokens, images, np.int32))
+                images += 1
+            elif isinstance(segment, Text):
+                if segment.tokens < 0:
+                    raise TemplateError(f"{segment}: a text cannot have fewer than 0 tokens.")
+                runs.append(np.full(segment.tokens, -1, np.int32))
+            else:
+                raise TemplateError(f"A segment is Text(n) or Image(n), got {segment!r}.")
+        image = np.concatenate(runs) if runs else np.zeros(0, np.int32)
+        return cls._with_sinks(image, sinks)
+
+    @classmethod
+    def _with_sinks(cls, image: np.ndarray, sinks: Sinks) -> "Template":
+        # A split image shows as one number in two runs; the constructor refuses it.
+        sink = np.zeros(image.shape, bool)
+        borders = [*_run_starts(image).tolist(), image.size]
+        for start, end in itertools.pairwise(borders):
+            if image[start] >= 0:
+                sink[start:end] = sinks.of_image(end - start)
+        return cls(image, sink)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return self.image.size
+
+    @cached_property
+    def image_tokens(self) -> tuple[int, ...]:
+        """How many tokens each image has, in prompt order."""
+        return tuple(np.bincount(self.image[self.image >= 0]).tolist())
+
+    @property
+    def num_images(self) -> int:
+        """How many images the prompt has."""
+        return len(self.image_tokens)
+
+    @property
+    def info(self) -> TokenInfo:
+        """Position, image and sink of every token, in prompt order, for the predicate."""
+        return TokenInfo(np.arange(self.tokens, dtype=np.int32), self.image, self.sink)
+
+    @cached_property
+    def packed_order(self) -> Int[np.ndarray, "tokens"]:
+        """The prompt index of every row of the packed order: text, then sinks, then the rest."""
+        text = self.image < 0
+        return np.concatenate(
+            [np.flatnonzero(part) for part in (text, self.sink, ~text & ~self.sink)]
+        ).astype(np.int32)
+
+    def __repr__(self) -> str:
+        return (
+            f"Template(tokens={self.tokens}, images={self.num_images}, "
+            f"text={int((self.image < 0).sum())}, sinks={int(self.sink.sum())})"
+        )
+
+
+def _run_starts(image: np.ndarray) -> np.ndarray:
+    """Indices at which a run of equal image numbers starts."""
+    if not image.size:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.concatenate(([True], image[1:] != image[:-1])))
