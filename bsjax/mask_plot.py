@@ -1,0 +1,125 @@
+"""Pictures of block masks: one head's mask in prompt order and in packed order, side by side."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from bsjax.categories import HeadCategory, TokenInfo, visible
+from bsjax.errors import MaskError
+from bsjax.template import Template
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from bsjax.block_mask import BlockMask
+
+_PIXELS = 720
+_COLORS = {
+    "not visible": "#f4f4f2",
+    "text": "#4c6a92",
+    "sink": "#d1495b",
+    "own image": "#edae49",
+    "other image": "#66a182",
+}
+
+
+def plot_mask(mask: "BlockMask", path: str | Path | None, head: int) -> "Figure":
+    """Draws one head; see `BlockMask.plot`. Long prompts are sampled evenly, never expanded."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MaskError(
+            "Drawing a mask needs matplotlib: pip install matplotlib (or bsjax[demo])."
+        ) from error
+    if not 0 <= head < len(mask.categories):
+        raise MaskError(f"There is no head {head}: the mask has {len(mask.categories)}.")
+    category, template = mask.categories[head], mask.template
+    figure = Figure(figsize=(12.5, 7.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    orders = (np.arange(template.tokens, dtype=np.int32), template.packed_order)
+    names = ("prompt order", "packed order")
+    for axes, order, name in zip((left, right), orders, names, strict=True):
+        _draw(axes, mask, category, order)
+        _mark_images(axes, template, order)
+        axes.set_title(name)
+        axes.set_xlabel("key")
+        axes.set_ylabel("query")
+    share = mask.density_per_head[head]
+    figure.suptitle(
+        f"{category.name}: {template.tokens} tokens, {template.num_images} images, "
+        f"{share:.1%} of the pairs a dense head sees"
+    )
+    handles = [_patch(color) for color in _COLORS.values()]
+    figure.legend(
+        handles, list(_COLORS), loc="outside lower center", ncols=len(_COLORS), frameon=False
+    )
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=130)
+        except (OSError, ValueError) as error:
+            raise MaskError(f"The mask's picture cannot be written to {path}: {error}") from error
+    return figure
+
+
+def _draw(
+    axes: "Axes", mask: "BlockMask", category: HeadCategory, order: Int[np.ndarray, "tokens"]
+) -> None:
+    """Colours every sampled (query, key) pair by what the key is to the query."""
+    from matplotlib.colors import ListedColormap
+
+    tokens = order.size
+    rows = (
+        order[np.linspace(0, tokens - 1, min(tokens, _PIXELS)).round().astype(int)]
+        if tokens
+        else order
+    )
+    position, image, sink = mask.template.info
+    query = TokenInfo(position[rows, None], image[rows, None], sink[rows, None])
+    key = TokenInfo(position[None, rows], image[None, rows], sink[None, rows])
+    seen = visible(
+        query,
+        key,
+        category.groups,
+        bidirectional_images=mask.schedule.bidirectional_images,
+        window=mask.schedule.window,
+    )
+    kind = np.where(
+        key.image < 0, 1, np.where(key.sink, 2, np.where(key.image == query.image, 3, 4))
+    )
+    axes.imshow(
+        np.where(seen, kind, 0),
+        cmap=ListedColormap(list(_COLORS.values())),
+        vmin=0,
+        vmax=len(_COLORS) - 1,
+        extent=(0, max(tokens, 1), max(tokens, 1), 0),
+        interpolation="nearest",
+    )
+
+
+def _mark_images(axes: "Axes", template: Template, order: Int[np.ndarray, "tokens"]) -> None:
+    """Lines at the borders of every image's rows, numbers where there is room for them."""
+    image = template.image[order]
+    sink = template.sink[order]
+    starts = np.flatnonzero(np.diff(image, prepend=-2) != 0)
+    ends = np.append(starts, image.size)[1:]
+    few = template.num_images <= 40
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        if image[start] < 0 or (sink[start:end].all() and end - start < 3):
+            continue
+        if few:
+            for border in (start, end):
+                axes.axhline(border, color="#333333", linewidth=0.3)
+                axes.axvline(border, color="#333333", linewidth=0.3)
+        if end - start > image.size / 45:
+            middle = (start + end) / 2
+            axes.text(image.size * 1.005, middle, str(image[start]), va="center", fontsize=7)
+
+
+def _patch(color: str) -> "Patch":
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=color, edgecolor="#333333", linewidth=0.4)

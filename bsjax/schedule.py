@@ -1,0 +1,410 @@
+"""From a template to the work of a kernel: tiles of query rows, and the key ranges each must visit.
+
+Rows are tokens in the schedule's own order: packed order, or prompt order when every head is dense.
+In either order the rows of one *key segment* (text, sinks, the rest; or all rows at once in prompt
+order) stand by position, so a query row sees at most one contiguous range [low, high) of each
+segment, and neither end ever decreases from one row of a segment to the next:
+
+    first row of a tile    . . # # # # # # # # . . . .     [low, high) of the first row
+    ...                    . . . # # # # # # # # . . .
+    last row of the tile   . . . . # # # # # # # # # .     [low, high) of the last row
+    the tile's range           p p F F F F F F p p p       in blocks of two keys: one partial, three
+                                                           full, two partial (the last one cut)
+
+Blocks inside [low of the last row, high of the first row) are seen whole by every row: *full*, no
+element mask. The others are *partial*: the predicate decides pair by pair. Where consecutive rows of
+a tile leave keys between their ranges that neither of them sees, the tile gets several ranges.
+
+Everything here is NumPy on the host. Nothing is ever as large as tokens x tokens or blocks x blocks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup, TokenInfo
+from bsjax.errors import MaskError
+from bsjax.template import Template
+
+PADDING_POSITION = np.iinfo(np.int32).max
+TILE_COLUMNS = ("first_row", "rows", "first_range", "full_blocks", "partial_blocks")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What attention over one template has to visit. A pytree: arrays are inputs, never constants.
+
+    Arrays are padded to buckets, so that a template of like size has the same shapes and compiles
+    nothing. A query head uses the table that its `head_category` names.
+
+    Attributes:
+      position: int32 [tokens], prompt index of each row; the greatest int32 for padding rows.
+      image: int32 [tokens], image number of each row; -1 for text and padding.
+      sink: bool [tokens], whether the row is a sink token.
+      groups: int32 [tables], the `KeyGroup` bits of each table.
+      tiles: int32 [tables, tiles, 5], the columns of `TILE_COLUMNS`, most blocks first. Every row is
+        in exactly one tile of each table, padding rows in tiles without blocks. Entries after a
+        table's last tile have no rows.
+      ranges: int32 [tables, ranges, 2], start and end in key rows. From `first_range` on stand the
+        tile's full ranges (whole multiples of `block_kv`), then its partial ones. Blocks step by
+        `block_kv` from a range's start; the last block of a partial range is cut at its end. There
+        is one entry more than any tile uses, so that looking one ahead stays in bounds.
+      block_q: query rows of a tile, at most.
+      block_kv: keys of a block.
+      bidirectional_images: whether an image's tokens all see each other.
+      window: how many positions back a query sees, itself included, or None.
+    """
+
+    position: Any
+    image: Any
+    sink: Any
+    groups: Any
+    tiles: Any
+    ranges: Any
+    block_q: int = field(metadata={"static": True})
+    block_kv: int = field(metadata={"static": True})
+    bidirectional_images: bool = field(metadata={"static": True})
+    window: int | None = field(metadata={"static": True})
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the schedule, padding included."""
+        return self.position.shape[0]
+
+    @property
+    def info(self) -> TokenInfo:
+        """What the predicate needs to know of every row."""
+        return TokenInfo(self.position, self.image, self.sink)
+
+
+def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
+    """The least size of a coarse grid that holds `size`: `steps` sizes between powers of two.
+
+    Shapes drawn from the grid keep the number of compiled programs small; `steps` trades programs
+    against padding (4 steps: at most 25 % more than asked for).
+    """
+    if size <= smallest:
+        return smallest
+    step = max(1 << (size - 1).bit_length() - 1, smallest) // steps
+    return -(-size // step) * step
+
+
+def build_schedule(
+    template: Template,
+    tables: Sequence[KeyGroup | None],
+    *,
+    block_q: int,
+    block_kv: int,
+    bidirectional_images: bool = False,
+    window: int | None = None,
+    tokens: int | None = None,
+) -> Schedule:
+    """Computes tiles and ranges of a template for several sets of key groups.
+
+    Args:
+      template: the prompt.
+      tables: the key groups of each table; None leaves a table empty, for sets no head uses.
+      block_q: query rows of a tile, at most.
+      block_kv: keys of a block.
+      bidirectional_images: whether an image's tokens all see each other (Gemma 3).
+      window: sliding window in positions, the query's own included.
+      tokens: rows to pad to; None pads nothing.
+
+    Returns:
+      The schedule, in prompt order if every table keeps all groups, else in packed order.
+
+    Raises:
+      MaskError: a block size or window below 1, or fewer `tokens` than the template has.
+    """
+    for name, value in (("block_q", block_q), ("block_kv", block_kv), ("window", window)):
+        if value is not None and value < 1:
+            raise MaskError(f"{name} must be at least 1, got {value}.")
+    tokens = template.tokens if tokens is None else tokens
+    if tokens < template.tokens:
+        raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")
+
+    rows = _Rows(template, tables, bidirectional_images, window)
+    built = [_build_table(rows, groups, block_q, block_kv, tokens) for groups in tables]
+    # Room for images down to twice block_q: nearly all templates padded to one length share shapes.
+    usual_tiles = bucket(2 * tokens // block_q + 4, smallest=16, steps=1)
+    max_tiles = bucket(
+        max((len(tiles) for tiles, _ in built), default=0), smallest=usual_tiles, steps=1
+    )
+    # One entry more than is used keeps `first_range + 1` in bounds.
+    most_ranges = 1 + max((len(ranges) for _, ranges in built), default=0)
+    max_ranges = bucket(most_ranges, smallest=4 * usual_tiles, steps=1)
+    padding = (0, tokens - template.tokens)
+    return Schedule(
+        position=np.pad(rows.order, padding, constant_values=PADDING_POSITION),
+        image=np.pad(rows.image, padding, constant_values=-1),
+        sink=np.pad(template.sink[rows.order], padding),
+        groups=np.asarray([int(groups or 0) for groups in tables], np.int32),
+        tiles=_stack([tiles for tiles, _ in built], max_tiles),
+        ranges=_stack([ranges for _, ranges in built], max_ranges),
+        block_q=block_q,
+        block_kv=block_kv,
+        bidirectional_images=bidirectional_images,
+        window=window,
+    )
+
+
+def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | None]:
+    """The tables of a schedule indexed by `HeadCategory`, those that `categories` do not use left out."""
+    used = set(np.unique(np.asarray(categories)).tolist())
+    return [category.groups if category in used else None for category in HeadCategory]
+
+
+def segment_schedule(
+    lengths: Sequence[int] | Int[np.ndarray, "segments"],
+    *,
+    block_q: int,
+    block_kv: int,
+    tokens: int | None = None,
+) -> Schedule:
+    """The schedule of ragged full attention: rows see all rows of their own segment, and no others.
+
+    This is what a vision tower does, per image or per window: heads are INTRA_IMAGE over a template
+    that holds nothing but images.
+
+    Args:
+      lengths: rows of each segment, each at least 1, in the order in which they stand.
+      block_q: query rows of a tile, at most.
+      block_kv: keys of a block.
+      tokens: rows to pad to; None pads nothing.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    image = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+    return build_schedule(
+        Template(image, np.zeros(image.shape, bool)),
+        category_tables([HeadCategory.INTRA_IMAGE]),
+        block_q=block_q,
+        block_kv=block_kv,
+        bidirectional_images=True,
+        tokens=tokens,
+    )
+
+
+def visible_pairs(
+    template: Template,
+    groups: KeyGroup,
+    *,
+    bidirectional_images: bool = False,
+    window: int | None = None,
+) -> int:
+    """How many (query, key) pairs a head that keeps `groups` sees: exact, without enumerating them."""
+    rows = _Rows(template, [groups], bidirectional_images, window)
+    ranges = [rows.ranges(segment, groups) for segment in rows.segments]
+    return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)
+
+
+class _Segment(NamedTuple):
+    """Key rows that stand by position: which of them a row sees is one range."""
+
+    first_row: int
+    last_row: int
+    before: Int[np.ndarray, "tokens+1"]
+    """First key row of the segment at or after each prompt position."""
+    own: KeyGroup
+    """The group its keys are in for queries of their own image (all groups: whatever the query)."""
+    other: KeyGroup
+    """The group its keys are in for all other image queries."""
+
+
+class _Rows:
+    """Query rows in the order of a schedule, and the key ranges each of them sees."""
+
+    def __init__(
+        self,
+        template: Template,
+        tables: Sequence[KeyGroup | None],
+        bidirectional_images: bool,
+        window: int | None,
+    ) -> None:
+        self.tokens = template.tokens
+        self.packed = any(groups not in (None, ALL_KEY_GROUPS) for groups in tables)
+        if self.packed:
+            text = template.image < 0
+            parts = [
+                (text, KeyGroup.TEXT, KeyGroup.TEXT),
+                (template.sink, KeyGroup.OWN_SINK, KeyGroup.OTHER_SINK),
+                (~text & ~template.sink, KeyGroup.OWN, KeyGroup.OTHER),
+            ]
+            self.order = template.packed_order
+        else:
+            parts = [(np.ones(self.tokens, bool), ALL_KEY_GROUPS, ALL_KEY_GROUPS)]
+            self.order = np.arange(self.tokens, dtype=np.int32)
+        self.image = template.image[self.order]
+        self.is_image = self.image >= 0
+
+        self.segments: list[_Segment] = []
+        first_row = 0
+        for member, own, other in parts:
+            before = np.zeros(self.tokens + 1, np.int32)
+            np.cumsum(member, out=before[1:])
+            last_row = first_row + int(before[-1])
+            self.segments.append(_Segment(first_row, last_row, before + first_row, own, other))
+            first_row = last_row
+
+        lengths = np.asarray(template.image_tokens, np.int32)
+        image_first = np.zeros(lengths.size, np.int32)
+        is_first = np.diff(template.image, prepend=-1) != 0
+        image_first[:] = np.flatnonzero(is_first & (template.image >= 0))
+        position = self.order
+        # Text rows index the last image here; what they read is never used.
+        number = self.image if lengths.size else np.zeros(0, np.int32)
+        self._image_first = image_first[number] if lengths.size else position
+        image_end = (image_first + lengths)[number] if lengths.size else position
+        self._end = position + 1
+        if bidirectional_images:
+            self._end = np.where(self.is_image, image_end, self._end)
+        self._begin = (
+            np.zeros_like(position) if window is None else np.maximum(position + 1 - window, 0)
+        )
+        self._cache: dict[tuple[KeyGroup, bool, bool], _RowRanges] = {}
+
+    def ranges(self, segment: _Segment, groups: KeyGroup) -> "_RowRanges":
+        """The range of the segment's key rows that each query row sees when it keeps `groups`."""
+        own, other = bool(groups & segment.own), bool(groups & segment.other)
+        key = (segment.own, own, other)
+        # Text and sink ranges are the same in most categories: computed once, used by each.
+        if key not in self._cache:
+            low, high = segment.before[self._begin], segment.before[self._end]
+            if not (own and other):
+                image_first = segment.before[self._image_first]
+                if own:
+                    low = np.where(self.is_image, np.maximum(low, image_first), low)
+                elif other:
+                    high = np.where(self.is_image, np.minimum(high, image_first), high)
+                else:
+                    high = np.where(self.is_image, low, high)
+            self._cache[key] = _RowRanges(low, np.maximum(low, high))
+        return self._cache[key]
+
+    def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
+        """First rows of all tiles: sparse tables never put two images' rows into one tile.
+
+        Sink rows are the exception: images have few of them, and they share most of their keys.
+        """
+        if not self.tokens:
+            return np.zeros(0, np.int64)
+        borders = [np.asarray([segment.first_row for segment in self.segments])]
+        if groups != ALL_KEY_GROUPS:
+            rest = self.segments[-1].first_row
+            image = self.image[rest:]
+            borders.append(rest + np.flatnonzero(np.diff(image, prepend=-2)))
+        starts = np.unique(np.concatenate(borders))
+        starts = starts[starts < self.tokens]
+        lengths = np.diff(starts, append=self.tokens)
+        tiles = -(-lengths // block_q)
+        index_in_run = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        return np.repeat(starts, tiles) + index_in_run * block_q
+
+
+class _RowRanges(NamedTuple):
+    """For one key segment: the key rows [low, high) that each query row sees."""
+
+    low: Int[np.ndarray, "rows"]
+    high: Int[np.ndarray, "rows"]
+
+
+class _TileRanges(NamedTuple):
+    """Key ranges of one segment: the tile each belongs to, and where it starts and ends."""
+
+    tile: Int[np.ndarray, "ranges"]
+    start: Int[np.ndarray, "ranges"]
+    end: Int[np.ndarray, "ranges"]
+
+
+def _build_table(
+    rows: _Rows, groups: KeyGroup | None, block_q: int, block_kv: int, tokens: int
+) -> tuple[Int[np.ndarray, "tiles 5"], Int[np.ndarray, "ranges 2"]]:
+    """Tiles and ranges of one table."""
+    if groups is None:
+        return np.zeros((0, 5), np.int32), np.zeros((0, 2), np.int32)
+    starts = rows.tile_starts(groups, block_q)
+    full: list[_TileRanges] = []
+    partial: list[_TileRanges] = []
+    for segment in rows.segments:
+        if segment.first_row < segment.last_row:
+            segment_full, *segment_partial = _cut_ranges(
+                rows.ranges(segment, groups), starts, block_kv
+            )
+            full.append(segment_full)
+            partial.extend(segment_partial)
+
+    starts_padding = np.arange(rows.tokens, tokens, block_q)
+    first_row = np.concatenate([starts, starts_padding])
+    tile_rows = np.diff(first_row, append=tokens)
+    full_blocks = _blocks_per_tile(full, block_kv, len(first_row))
+    partial_blocks = _blocks_per_tile(partial, block_kv, len(first_row))
+    order = np.argsort(-(full_blocks + partial_blocks), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(order.size)
+
+    tile = np.concatenate([rank[part.tile] for part in full + partial] or [order[:0]])
+    is_partial = np.repeat(
+        [0, 1], [sum(len(part.tile) for part in kind) for kind in (full, partial)]
+    )
+    by_tile = np.argsort(tile * 2 + is_partial, kind="stable")
+    ranges = np.stack(
+        [
+            np.concatenate([part.start for part in full + partial] or [order[:0]]),
+            np.concatenate([part.end for part in full + partial] or [order[:0]]),
+        ],
+        axis=1,
+    )[by_tile]
+    first_range = np.searchsorted(tile[by_tile], np.arange(order.size))
+    tiles = np.stack([first_row, tile_rows, first_range[rank], full_blocks, partial_blocks], axis=1)
+    return tiles[order].astype(np.int32), ranges.astype(np.int32)
+
+
+def _cut_ranges(
+    row_ranges: _RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
+) -> tuple[_TileRanges, _TileRanges, _TileRanges]:
+    """Unites the rows' ranges tile by tile and cuts each union: full blocks, and before and after them."""
+    low, high = row_ranges
+    last_rows = np.append(starts[1:], low.size) - 1
+    starts_range = np.zeros(low.size, bool)
+    starts_range[1:] = low[1:] > high[:-1]
+    starts_range[starts] = True
+    first = np.flatnonzero(starts_range)
+    last = np.append(first[1:], low.size) - 1
+    start, end = low[first].astype(np.int64), high[last].astype(np.int64)
+    tile = np.searchsorted(starts, first, side="right") - 1
+
+    # A tile with several unions has no key that all its rows see: its [seen_low, seen_high) is empty.
+    seen_low, seen_high = low[last_rows][tile], high[starts][tile]
+    full_start = start + -(-(seen_low - start) // block_kv) * block_kv
+    full_end = full_start + np.maximum(seen_high - full_start, 0) // block_kv * block_kv
+    has_full = full_end > full_start
+    full_start = np.where(has_full, full_start, start)
+    full_end = np.where(has_full, full_end, start)
+
+    def nonempty(begin: np.ndarray, stop: np.ndarray) -> _TileRanges:
+        keep = begin < stop
+        return _TileRanges(tile[keep], begin[keep], stop[keep])
+
+    return nonempty(full_start, full_end), nonempty(start, full_start), nonempty(full_end, end)
+
+
+def _blocks_per_tile(
+    parts: Sequence[_TileRanges], block_kv: int, tiles: int
+) -> Int[np.ndarray, "tiles"]:
+    """Blocks of all ranges, summed by tile."""
+    blocks = np.zeros(tiles, np.int64)
+    for part in parts:
+        np.add.at(blocks, part.tile, -(-(part.end - part.start) // block_kv))
+    return blocks
+
+
+def _stack(tables: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Stacks tables of unequal length, zeros after their ends."""
+    stacked = np.zeros((len(tables), length, tables[0].shape[1] if tables else 0), np.int32)
+    for index, table in enumerate(tables):
+        stacked[index, : len(table)] = table
+    return stacked
