@@ -1,0 +1,63 @@
+"""Attention as its definition says it, with the whole score matrix: what the other backends must equal."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bsjax.categories import TokenInfo, visible
+from bsjax.schedule import PADDING_POSITION, Schedule
+
+
+def reference_attention(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    schedule: Schedule,
+    head_category: Int[Array, "q_heads"],
+    scale: float,
+) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]:
+    """Dense softmax under the predicate; the schedule's tiles and ranges are not looked at.
+
+    Returns:
+      The output, in q's dtype, and the float32 log-sum-exp of the scaled scores. A query that sees
+      nothing yields zeros and -inf.
+    """
+    position, image, sink = schedule.info
+    query = TokenInfo(*(jnp.asarray(part)[None, :, None] for part in (position, image, sink)))
+    key = TokenInfo(*(jnp.asarray(part)[None, None, :] for part in (position, image, sink)))
+    groups = jnp.asarray(schedule.groups)[head_category][:, None, None]
+    seen = visible(
+        query,
+        key,
+        groups,
+        bidirectional_images=schedule.bidirectional_images,
+        window=schedule.window,
+    )
+    seen = seen & (query.position != PADDING_POSITION)
+
+    group_size = q.shape[1] // k.shape[1]
+    k = jnp.repeat(k, group_size, axis=1)
+    v = jnp.repeat(v, group_size, axis=1)
+    scores = jnp.einsum(
+        "qhd,khd->hqk",
+        q,
+        k,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    scores = jnp.where(seen, scores * scale, -jnp.inf)
+    # Guarded so that gradients of rows that see nothing are zeros rather than NaN.
+    maximum = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    weights = jnp.exp(scores - maximum)
+    total = weights.sum(axis=-1, keepdims=True)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, maximum + jnp.log(total), -jnp.inf)[..., 0]
+    out = jnp.einsum(
+        "hqk,khd->qhd",
+        weights / total,
+        v.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return out.astype(q.dtype), lse.T
