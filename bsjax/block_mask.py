@@ -137,9 +137,10 @@ class BlockMask:
 
     @property
     def flops(self) -> int:
-        """Attention FLOPs of all heads for one channel of head_dim: times head_dim, the whole count.
+        """Attention FLOPs of all heads per channel of head_dim: times head_dim, the whole count.
 
-        Four for each visible pair: a multiplication and an addition, in the scores and in the output.
+        Four for each visible pair: a multiplication and an addition, in the scores and in the
+        output.
         """
         return int(self.flops_per_head.sum())
 
@@ -164,7 +165,8 @@ class BlockMask:
     def to_dense(self, head: int) -> Bool[np.ndarray, "tokens tokens"]:
         """What the schedule covers for one head, expanded, in prompt order: for tests and pictures.
 
-        Full blocks count whole, partial ones as far as the predicate says. Takes tokens squared bytes.
+        Full blocks count whole, partial ones as far as the predicate says. Takes tokens squared
+        bytes.
 
         Raises:
           MaskError: there is no such head, or the schedule covers a pair twice.
@@ -206,7 +208,8 @@ class BlockMask:
           The matplotlib figure.
 
         Raises:
-          MaskError: there is no such head, matplotlib is not installed, or the file cannot be written.
+          MaskError: there is no such head, matplotlib is not installed, or the file cannot be
+            written.
         """
         from bsjax.mask_plot import plot_mask
 

@@ -34,7 +34,7 @@ ALL_KEY_GROUPS = (
 
 
 class HeadCategory(enum.IntEnum):
-    """What an attention head needs (BlindSight, section 3). The value indexes a schedule's tables."""
+    """What an attention head needs (BlindSight). The value indexes a schedule's tables."""
 
     DENSE = 0
     SINK = 1
@@ -58,7 +58,7 @@ _GROUPS = {
 
 
 class TokenInfo(NamedTuple):
-    """What the predicate knows of tokens. Arrays (NumPy, JAX or in-kernel) of one shape, or scalars."""
+    """What the predicate knows of tokens: NumPy, JAX or in-kernel arrays of one shape."""
 
     position: Any
     """int32: index in prompt order."""
@@ -78,8 +78,8 @@ def visible(
 ) -> Any:
     """Whether `query` sees `key` in a head that keeps `groups`.
 
-    The fields of `query` and `key` must broadcast against each other; `groups` is a `KeyGroup`, or an
-    integer (array) of the same bits. Only operators are used, so that NumPy, XLA and the kernel
+    The fields of `query` and `key` must broadcast against each other; `groups` is a `KeyGroup`, or
+    an integer (array) of the same bits. Only operators are used, so that NumPy, XLA and the kernel
     evaluate the same function.
     """
     text_key = key.image < 0

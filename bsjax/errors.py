@@ -1,7 +1,8 @@
 """Every exception bsjax raises on purpose, so that a caller can catch what it means.
 
-All derive from `BsjaxError`. Those that say an argument was wrong are also `ValueError`s, those that
-say a file was wrong are not: a caller that guards against bad input can keep catching what it knows.
+All derive from `BsjaxError`. Those that say an argument was wrong are also `ValueError`s, those
+that say a file was wrong are not: a caller that guards against bad input can keep catching what it
+knows.
 """
 
 

@@ -12,10 +12,11 @@ segment, and neither end ever decreases from one row of a segment to the next:
                                                            full, two partial (the last one cut)
 
 Blocks inside [low of the last row, high of the first row) are seen whole by every row: *full*, no
-element mask. The others are *partial*: the predicate decides pair by pair. Where consecutive rows of
-a tile leave keys between their ranges that neither of them sees, the tile gets several ranges.
+element mask. The others are *partial*: the predicate decides pair by pair. Where consecutive rows
+of a tile leave keys between their ranges that neither of them sees, the tile gets several ranges.
 
-Everything here is NumPy on the host. Nothing is ever as large as tokens x tokens or blocks x blocks.
+Everything here is NumPy on the host. Nothing is ever as large as tokens x tokens or blocks x
+blocks.
 """
 
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class Schedule:
       image: int32 [tokens], image number of each row; -1 for text and padding.
       sink: bool [tokens], whether the row is a sink token.
       groups: int32 [tables], the `KeyGroup` bits of each table.
-      tiles: int32 [tables, tiles, 5], the columns of `TILE_COLUMNS`, most blocks first. Every row is
-        in exactly one tile of each table, padding rows in tiles without blocks. Entries after a
+      tiles: int32 [tables, tiles, 5], the columns of `TILE_COLUMNS`, most blocks first. Every row
+        is in exactly one tile of each table, padding rows in tiles without blocks. Entries after a
         table's last tile have no rows.
       ranges: int32 [tables, ranges, 2], start and end in key rows. From `first_range` on stand the
         tile's full ranges (whole multiples of `block_kv`), then its partial ones. Blocks step by
@@ -154,7 +155,7 @@ def build_schedule(
 
 
 def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | None]:
-    """The tables of a schedule indexed by `HeadCategory`, those that `categories` do not use left out."""
+    """Tables indexed by `HeadCategory`; those that `categories` do not use are None."""
     used = set(np.unique(np.asarray(categories)).tolist())
     return [category.groups if category in used else None for category in HeadCategory]
 
@@ -196,9 +197,10 @@ def visible_pairs(
     bidirectional_images: bool = False,
     window: int | None = None,
 ) -> int:
-    """How many (query, key) pairs a head that keeps `groups` sees: exact, without enumerating them."""
+    """How many (query, key) pairs a head that keeps `groups` sees, exactly."""
     rows = _Rows(template, [groups], bidirectional_images, window)
-    ranges = [rows.ranges(segment, groups) for segment in rows.segments]
+    every_row = np.arange(rows.tokens)
+    ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]
     return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)
 
 
@@ -239,7 +241,8 @@ class _Rows:
             parts = [(np.ones(self.tokens, bool), ALL_KEY_GROUPS, ALL_KEY_GROUPS)]
             self.order = np.arange(self.tokens, dtype=np.int32)
         self.image = template.image[self.order]
-        self.is_image = self.image >= 0
+        # First rows of the runs of one image's, or the text's, rows.
+        self.runs = np.flatnonzero(np.append(-2, self.image[:-1]) != self.image)
 
         self.segments: list[_Segment] = []
         first_row = 0
@@ -250,40 +253,46 @@ class _Rows:
             self.segments.append(_Segment(first_row, last_row, before + first_row, own, other))
             first_row = last_row
 
-        lengths = np.asarray(template.image_tokens, np.int32)
-        image_first = np.zeros(lengths.size, np.int32)
-        is_first = np.diff(template.image, prepend=-1) != 0
-        image_first[:] = np.flatnonzero(is_first & (template.image >= 0))
-        position = self.order
-        # Text rows index the last image here; what they read is never used.
-        number = self.image if lengths.size else np.zeros(0, np.int32)
-        self._image_first = image_first[number] if lengths.size else position
-        image_end = (image_first + lengths)[number] if lengths.size else position
-        self._end = position + 1
-        if bidirectional_images:
-            self._end = np.where(self.is_image, image_end, self._end)
-        self._begin = (
-            np.zeros_like(position) if window is None else np.maximum(position + 1 - window, 0)
-        )
-        self._cache: dict[tuple[KeyGroup, bool, bool], _RowRanges] = {}
+        self._bidirectional_images = bidirectional_images
+        self._window = window
+        self._image_first = template.image_first
+        self._image_end = template.image_first + np.asarray(template.image_tokens, np.int64)
 
-    def ranges(self, segment: _Segment, groups: KeyGroup) -> "_RowRanges":
-        """The range of the segment's key rows that each query row sees when it keeps `groups`."""
+    def ranges(
+        self, segment: _Segment, groups: KeyGroup, rows: Int[np.ndarray, "rows"]
+    ) -> "_RowRanges":
+        """The range of the segment's key rows that each of `rows` sees when it keeps `groups`."""
+        position, image = self.order[rows], self.image[rows]
+        is_image = image >= 0
+        begin = np.zeros_like(position)
+        if self._window is not None:
+            begin = np.maximum(position + 1 - self._window, 0)
+        end = position + 1
+        if self._bidirectional_images and self._image_end.size:
+            end = np.where(is_image, self._image_end[image], end)
+        low, high = segment.before[begin], segment.before[end]
         own, other = bool(groups & segment.own), bool(groups & segment.other)
-        key = (segment.own, own, other)
-        # Text and sink ranges are the same in most categories: computed once, used by each.
-        if key not in self._cache:
-            low, high = segment.before[self._begin], segment.before[self._end]
-            if not (own and other):
-                image_first = segment.before[self._image_first]
-                if own:
-                    low = np.where(self.is_image, np.maximum(low, image_first), low)
-                elif other:
-                    high = np.where(self.is_image, np.minimum(high, image_first), high)
-                else:
-                    high = np.where(self.is_image, low, high)
-            self._cache[key] = _RowRanges(low, np.maximum(low, high))
-        return self._cache[key]
+        if not (own and other) and self._image_first.size:
+            # Text rows index the last image here, and keep what they have.
+            image_first = segment.before[self._image_first[image]]
+            if own:
+                low = np.where(is_image, np.maximum(low, image_first), low)
+            elif other:
+                high = np.where(is_image, np.minimum(high, image_first), high)
+            else:
+                high = np.where(is_image, low, high)
+        return _RowRanges(low, np.maximum(low, high))
+
+    def probes(self, starts: Int[np.ndarray, "tiles"]) -> Int[np.ndarray, "probes"]:
+        """Rows whose ranges tell those of all rows of their tile.
+
+        Inside one image, and inside the text, rows start at the same key unless there is a window:
+        what the first and the last row see is what all of them see together.
+        """
+        if self._window is not None or not self.tokens:
+            return np.arange(self.tokens)
+        first = np.concatenate([starts, self.runs])
+        return np.unique(np.concatenate([first, first[first > 0] - 1, [self.tokens - 1]]))
 
     def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles: sparse tables never put two images' rows into one tile.
@@ -294,9 +303,7 @@ class _Rows:
             return np.zeros(0, np.int64)
         borders = [np.asarray([segment.first_row for segment in self.segments])]
         if groups != ALL_KEY_GROUPS:
-            rest = self.segments[-1].first_row
-            image = self.image[rest:]
-            borders.append(rest + np.flatnonzero(np.diff(image, prepend=-2)))
+            borders.append(self.runs[self.runs >= self.segments[-1].first_row])
         starts = np.unique(np.concatenate(borders))
         starts = starts[starts < self.tokens]
         lengths = np.diff(starts, append=self.tokens)
@@ -306,7 +313,7 @@ class _Rows:
 
 
 class _RowRanges(NamedTuple):
-    """For one key segment: the key rows [low, high) that each query row sees."""
+    """For one key segment: the key rows [low, high) that each of some query rows sees."""
 
     low: Int[np.ndarray, "rows"]
     high: Int[np.ndarray, "rows"]
@@ -327,13 +334,14 @@ def _build_table(
     if groups is None:
         return np.zeros((0, 5), np.int32), np.zeros((0, 2), np.int32)
     starts = rows.tile_starts(groups, block_q)
+    probes = rows.probes(starts)
+    first_probes = np.searchsorted(probes, starts)
     full: list[_TileRanges] = []
     partial: list[_TileRanges] = []
     for segment in rows.segments:
         if segment.first_row < segment.last_row:
-            segment_full, *segment_partial = _cut_ranges(
-                rows.ranges(segment, groups), starts, block_kv
-            )
+            seen = rows.ranges(segment, groups, probes)
+            segment_full, *segment_partial = _cut_ranges(seen, first_probes, block_kv)
             full.append(segment_full)
             partial.extend(segment_partial)
 
@@ -364,10 +372,10 @@ def _build_table(
 
 
 def _cut_ranges(
-    row_ranges: _RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
+    seen: _RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
 ) -> tuple[_TileRanges, _TileRanges, _TileRanges]:
-    """Unites the rows' ranges tile by tile and cuts each union: full blocks, and before and after them."""
-    low, high = row_ranges
+    """Unites the rows' ranges tile by tile; cuts each union: full, and before and after it."""
+    low, high = seen
     last_rows = np.append(starts[1:], low.size) - 1
     starts_range = np.zeros(low.size, bool)
     starts_range[1:] = low[1:] > high[:-1]
@@ -377,7 +385,8 @@ def _cut_ranges(
     start, end = low[first].astype(np.int64), high[last].astype(np.int64)
     tile = np.searchsorted(starts, first, side="right") - 1
 
-    # A tile with several unions has no key that all its rows see: its [seen_low, seen_high) is empty.
+    # A tile with several unions has no key that all its rows see: its [seen_low, seen_high) is
+    # empty.
     seen_low, seen_high = low[last_rows][tile], high[starts][tile]
     full_start = start + -(-(seen_low - start) // block_kv) * block_kv
     full_end = full_start + np.maximum(seen_high - full_start, 0) // block_kv * block_kv

@@ -1,16 +1,16 @@
-"""What a prompt looks like, token by token, before any model runs; and the order the model runs it in.
+"""What a prompt looks like, token by token; and the order that the model runs it in.
 
     prompt order   T T A a a a T T B b b T C c c c T        T text, A B C sinks, a b c the rest
     packed order   T T T T T T | A B C | a a a | b b | c c c
 
 Attention does not care about the order of the keys once positions travel with the tokens. In packed
-order the keys that an image query sees are a few contiguous ranges (text before it, sinks before it,
-its own image), where in prompt order they are sprinkled over nearly every block.
+order the keys that an image query sees are a few contiguous ranges (text before it, sinks before
+it, its own image), where in prompt order they are sprinkled over nearly every block.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -81,19 +81,25 @@ class Template:
     """
 
     image: Int[np.ndarray, "tokens"]
+    """int32: image number of each token, -1 for text."""
     sink: Bool[np.ndarray, "tokens"]
+    """Whether each token is a sink."""
+    image_first: Int[np.ndarray, "images"] = field(init=False)
+    """Position of each image's first token."""
+    image_tokens: tuple[int, ...] = field(init=False)
+    """How many tokens each image has, in prompt order."""
 
     def __post_init__(self) -> None:
         image = np.ascontiguousarray(self.image, dtype=np.int32)
         sink = np.ascontiguousarray(self.sink, dtype=bool)
         if image.ndim != 1 or image.shape != sink.shape:
             raise TemplateError(
-                f"A template's image and sink arrays must be one-dimensional and of one length, got "
-                f"shapes {image.shape} and {sink.shape}."
+                "A template's image and sink arrays must be one-dimensional and of one length, "
+                f"got shapes {image.shape} and {sink.shape}."
             )
         starts = _run_starts(image)
-        numbers = image[starts]
-        numbers = numbers[numbers >= 0]
+        starts_image = image[starts] >= 0
+        numbers = image[starts[starts_image]]
         if image.size and (
             image.min() < -1 or not np.array_equal(numbers, np.arange(numbers.size))
         ):
@@ -107,6 +113,9 @@ class Template:
         sink.setflags(write=False)
         object.__setattr__(self, "image", image)
         object.__setattr__(self, "sink", sink)
+        lengths = np.diff(starts, append=image.size)[starts_image]
+        object.__setattr__(self, "image_first", starts[starts_image])
+        object.__setattr__(self, "image_tokens", tuple(lengths.tolist()))
 
     @classmethod
     def from_tokens(
@@ -116,7 +125,7 @@ class Template:
         sinks: Sinks = Sinks(),  # noqa: B008 (frozen, hence safe to share)
         image_tokens: Sequence[int] | None = None,
     ) -> "Template":
-        """The template of a tokenized prompt, in which `image_token_id` stands once per image token.
+        """The template of a tokenized prompt, with `image_token_id` once per image token.
 
         Args:
           token_ids: ids of one prompt, as a Hugging Face processor gives them.
@@ -195,11 +204,6 @@ class Template:
         """How many tokens the prompt has."""
         return self.image.size
 
-    @cached_property
-    def image_tokens(self) -> tuple[int, ...]:
-        """How many tokens each image has, in prompt order."""
-        return tuple(np.bincount(self.image[self.image >= 0]).tolist())
-
     @property
     def num_images(self) -> int:
         """How many images the prompt has."""
@@ -214,9 +218,8 @@ class Template:
     def packed_order(self) -> Int[np.ndarray, "tokens"]:
         """The prompt index of every row of the packed order: text, then sinks, then the rest."""
         text = self.image < 0
-        return np.concatenate(
-            [np.flatnonzero(part) for part in (text, self.sink, ~text & ~self.sink)]
-        ).astype(np.int32)
+        parts = (text, self.sink, ~(text | self.sink))
+        return np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])
 
     def __repr__(self) -> str:
         return (
@@ -229,4 +232,4 @@ def _run_starts(image: np.ndarray) -> np.ndarray:
     """Indices at which a run of equal image numbers starts."""
     if not image.size:
         return np.zeros(0, np.int64)
-    return np.flatnonzero(np.concatenate(([True], image[1:] != image[:-1])))
+    return np.flatnonzero(np.append(True, image[1:] != image[:-1]))

@@ -34,7 +34,7 @@ def arrays(tokens, q_heads, kv_heads, head_dim, dtype=np.float32, seed=0):
 
 
 def dense_softmax(q, k, v, seen, scale):
-    """float64 NumPy, head by head, independent of everything in bsjax but the predicate's answer."""
+    """float64 NumPy, head by head, independent of bsjax but for the predicate's answer."""
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for head in range(q.shape[1]):

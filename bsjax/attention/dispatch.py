@@ -38,7 +38,7 @@ def resolve_backend(backend: str) -> str:
 
 
 def _has_supported_gpu() -> bool:
-    """Whether programs run on an NVIDIA GPU with the tensor cores the kernel needs (Ampere or later)."""
+    """Whether programs run on an NVIDIA GPU of the Ampere generation or later."""
     if jax.default_backend() != "gpu":
         return False
     capability = getattr(jax.devices()[0], "compute_capability", None)
@@ -94,7 +94,7 @@ def ragged_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Attention over a schedule, rows in the schedule's order: what language models and towers call.
+    """Attention over a schedule, rows in its order: what language models and towers call.
 
     Args:
       q: queries, bfloat16, float16 or float32; query head h reads key-value head

@@ -1,4 +1,4 @@
-"""Attention as its definition says it, with the whole score matrix: what the other backends must equal."""
+"""Attention as it is defined, with the whole score matrix: what other backends must equal."""
 
 import jax
 import jax.numpy as jnp

@@ -25,8 +25,8 @@ def sparse_attention(
     function, so that masks of the same shapes share one compiled program.
 
     Args:
-      q: queries in prompt order, bfloat16, float16 or float32, head_dim up to 256. Query head h reads
-        key-value head h // (q_heads // kv_heads).
+      q: queries in prompt order, bfloat16, float16 or float32, head_dim up to 256. Query head h
+        reads key-value head h // (q_heads // kv_heads).
       k: keys, of q's dtype.
       v: values, of q's dtype.
       mask: which keys each query of each head sees.

@@ -1,8 +1,8 @@
-"""The schedule in plain JAX: runs wherever XLA does, differentiable, no larger than a block of scores.
+"""The schedule in plain JAX: runs wherever XLA does, differentiable, block by block.
 
 One loop over heads, one over the tiles of the head's table, one over the blocks of the tile; trip
-counts are read from the schedule, so time falls with the sparsity. The gradient walks the same tiles
-and blocks once more and recomputes the weights from the log-sum-exp, as flash attention does.
+counts are read from the schedule, so time falls with the sparsity. The gradient walks the same
+tiles and blocks once more and recomputes the weights from the log-sum-exp, as flash attention does.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def _forward(
 
 
 def _backward(scale: float, residuals: Any, gradients: Any) -> Any:
-    """Gradients of q, k and v: for weights P and scores S, dS = P * (dO V^T - rowsum(dO O) + dlse)."""
+    """Gradients of q, k, v: with weights P, scores S: dS = P * (dO V^T - rowsum(dO O) + dlse)."""
     q, k, v, schedule, head_category, out, lse = residuals
     out_gradient, lse_gradient = gradients
     walk = _Walk.of(q, k, v, schedule, head_category)
@@ -166,7 +166,7 @@ class _Block(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """Arrays by head, padded so that a slice of a whole tile or block is always in bounds; and loops."""
+    """Arrays by head, padded so that slices of tiles and blocks are in bounds; and loops."""
 
     q: Float[Array, "q_heads padded_tokens head_dim"]
     k: Float[Array, "kv_heads padded_tokens head_dim"]
@@ -273,7 +273,7 @@ def _by_head(array: Float[Array, "tokens heads channels"], margin: int) -> Array
 
 
 def _product(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
-    """A float32-accumulated matrix product; float32 inputs are never rounded to TF32 or bfloat16."""
+    """A product accumulated in float32; float32 inputs are not rounded to TF32 or bfloat16."""
     return lax.dot_general(
         left, right, (contract, ((), ())), precision=_EXACT, preferred_element_type=jnp.float32
     )
