@@ -1,0 +1,46 @@
+# make demo   the main job on the small checkpoint in examples/ and two photographs
+# make test   the test suite          make lint   ruff and pyright
+#
+# Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+
+# On the CPU unless told otherwise. On a GPU: .venv/bin/pip install -e ".[cuda12]", then
+# make demo JAX_PLATFORMS=cuda
+JAX_PLATFORMS ?= cpu
+# Hides what JAX's CUDA plugin (test extra) has to say on a machine without CUDA.
+TF_CPP_MIN_LOG_LEVEL ?= 2
+# transformers is used for tokenizers and images only, and need not mention that torch is missing.
+TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
+export JAX_PLATFORMS TF_CPP_MIN_LOG_LEVEL TRANSFORMERS_NO_ADVISORY_WARNINGS
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed-demo
+	$(VENV_PYTHON) examples/demo.py
+
+test: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m pytest
+
+lint: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/.created:
+	@command -v $(PYTHON) > /dev/null \
+	  || { echo "error: '$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: bsjax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name a newer one: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@

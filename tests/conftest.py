@@ -1,0 +1,37 @@
+"""Tests run on the CPU, whatever else the machine has."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Compilation and shared machines make single examples slow now and then; that is no failure.
+settings.register_profile("bsjax", deadline=None, print_blob=True)
+settings.load_profile("bsjax")
+
+
+@pytest.fixture(scope="session")
+def tiny_source() -> Path:
+    """The embedded checkpoint, as transformers reads it."""
+    return Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_source, tmp_path_factory) -> Path:
+    """The embedded checkpoint, converted."""
+    import convert.__main__
+
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert.__main__.main([str(tiny_source), str(folder), "--quiet"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint):
+    """The embedded checkpoint, loaded in float32."""
+    import bsjax
+
+    return bsjax.load(tiny_checkpoint)
