@@ -1,0 +1,279 @@
+"""A profile survives its file, and a file or model that does not fit is refused by name."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import profiles
+from bsjax import profile_file
+from bsjax.categories import HeadCategory
+from bsjax.errors import ProfileError
+from bsjax.profile_file import Profile
+from bsjax.template import Sinks
+
+LAYERS, HEADS = 3, 4
+
+
+def model(family="qwen2_vl", layers=LAYERS, heads=HEADS, fingerprint="abc"):
+    text_config = SimpleNamespace(num_hidden_layers=layers, num_attention_heads=heads)
+    return SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text_config),
+        family=SimpleNamespace(name=family),
+        fingerprint=fingerprint,
+    )
+
+
+def measured() -> Profile:
+    generator = np.random.default_rng(0)
+    return Profile(
+        family="qwen2_vl",
+        categories=generator.integers(0, 4, (LAYERS, HEADS)).astype(np.int8),
+        sinks=Sinks(2, (5, 9)),
+        fingerprint="abc",
+        criterion="output_error",
+        thresholds={"error": 0.05, "quantile": 0.9},
+        sample_count=64,
+        sample_source='a folder of "photographs" – ünïcode',
+        statistics={"error_sink": generator.random((LAYERS, HEADS))},
+        end_to_end={"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
+        versions={"bsjax": "0.1.0"},
+    )
+
+
+def assert_equal(left: Profile, right: Profile):
+    np.testing.assert_array_equal(left.categories, right.categories)
+    assert left.categories.dtype == right.categories.dtype == np.int8
+    assert left.statistics.keys() == right.statistics.keys()
+    for name in left.statistics:
+        np.testing.assert_array_equal(left.statistics[name], right.statistics[name])
+    for name in ("family", "sinks", "fingerprint", "criterion", "thresholds", "sample_count"):
+        assert getattr(left, name) == getattr(right, name)
+    for name in ("sample_source", "end_to_end", "versions"):
+        assert getattr(left, name) == getattr(right, name)
+
+
+def test_a_profile_survives_its_file(tmp_path):
+    path = tmp_path / "profile.json"
+    measured().save(path)
+    assert_equal(Profile.load(path), measured())
+    assert_equal(Profile.load(str(path)), measured())
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 7), st.integers(0, 2**32 - 1), st.lists(st.integers(0, 99))
+)
+def test_any_categories_and_sinks_survive(layers, heads, seed, offsets):
+    categories = np.random.default_rng(seed).integers(0, 4, (layers, heads)).astype(np.int8)
+    profile = Profile(family="qwen2_vl", categories=categories, sinks=Sinks(3, tuple(offsets)))
+    assert_equal(Profile.from_json(profile.to_json()), profile)
+
+
+def test_the_file_is_for_people(tmp_path):
+    categories = np.array([[0, 1, 2, 3], [3, 3, 2, 0]], np.int8)
+    text = Profile(family="qwen2_vl", categories=categories).to_json()
+    assert '"categories": [\n    "DSIB",\n    "BBID"\n  ],' in text
+    assert '"B": "INTRA_IMAGE_SINK"' in text
+    rows = [line.strip() for line in measured().to_json().splitlines()]
+    row = json.dumps(measured().statistics["error_sink"][1].tolist())
+    assert f"{row}," in rows
+
+
+def test_categories_cannot_be_changed_afterwards():
+    categories = np.zeros((1, 2), np.int8)
+    profile = Profile(family="qwen2_vl", categories=categories)
+    categories[0, 0] = 3
+    assert profile.categories[0, 0] == 0
+    with pytest.raises(ValueError):
+        profile.categories[0, 0] = 3
+
+
+def test_uniform_says_that_it_does_not_come_from_data():
+    profile = Profile.uniform("intra_image_sink", model())
+    assert np.all(profile.categories == HeadCategory.INTRA_IMAGE_SINK)
+    assert profile.categories.shape == (LAYERS, HEADS)
+    assert profile.fingerprint == "abc"
+    document = json.loads(profile.to_json())
+    assert document["from_data"] is False
+    assert "does not come from data" in document["samples"]["source"]
+    assert json.loads(measured().to_json())["from_data"] is True
+    alone = Profile.uniform(HeadCategory.SINK, family="qwen2_vl", layers=2, heads=5)
+    assert (alone.layers, alone.heads, alone.fingerprint) == (2, 5, None)
+    learned = Profile.uniform(HeadCategory.SINK, model(), sinks=Sinks(1, (7,)))
+    assert learned.sinks == Sinks(1, (7,))
+
+
+def test_uniform_checks_its_arguments():
+    with pytest.raises(ProfileError, match="SPARSE.*INTRA_IMAGE_SINK"):
+        Profile.uniform("SPARSE", model())
+    with pytest.raises(ProfileError, match="not both"):
+        Profile.uniform("SINK", model(), layers=2)
+    with pytest.raises(ProfileError, match="layers=None"):
+        Profile.uniform("SINK", family="qwen2_vl", heads=2)
+    with pytest.raises(ProfileError, match="layers=0"):
+        Profile.uniform("SINK", family="qwen2_vl", layers=0, heads=2)
+
+
+def test_another_model_is_refused():
+    profile = measured()
+    profile.check("qwen2_vl", LAYERS, HEADS)
+    profile.check("qwen2_vl", LAYERS, HEADS, "abc")
+    with pytest.raises(ProfileError, match="for qwen2_vl, the model is gemma3"):
+        profile.check("gemma3", LAYERS, HEADS, "abc")
+    with pytest.raises(ProfileError, match="3 layers of 4 heads, the model has 5 layers of 4"):
+        profile.check("qwen2_vl", 5, HEADS, "abc")
+    with pytest.raises(ProfileError, match="3 layers of 4 heads, the model has 3 layers of 8"):
+        profile.check("qwen2_vl", LAYERS, 8, "abc")
+    with pytest.raises(ProfileError, match="fingerprint abc, the model's is xyz"):
+        profile.check("qwen2_vl", LAYERS, HEADS, "xyz")
+    Profile(family="qwen2_vl", categories=profile.categories).check(
+        "qwen2_vl", LAYERS, HEADS, "xyz"
+    )
+
+
+def test_profile_arguments_resolve(tmp_path, monkeypatch):
+    path = tmp_path / "profile.json"
+    measured().save(path)
+    assert Profile.resolve(None, model()) is None
+    own = measured()
+    assert Profile.resolve(own, model()) is own
+    assert_equal(Profile.resolve(path, model()), measured())
+    assert_equal(Profile.resolve(str(path), model()), measured())
+    monkeypatch.chdir(tmp_path)
+    assert_equal(Profile.resolve("profile.json", model()), measured())
+    for argument in (measured(), path):
+        with pytest.raises(ProfileError, match="the model is qwen2_5_vl"):
+            Profile.resolve(argument, model("qwen2_5_vl"))
+    with pytest.raises(ProfileError, match="missing.json"):
+        Profile.resolve("missing.json", model())
+    with pytest.raises(ProfileError, match="no shipped profile named 'unknown'"):
+        Profile.resolve("unknown", model())
+    with pytest.raises(ProfileError, match="got int"):
+        Profile.resolve(3, model())
+
+
+def test_shipped_profiles_are_found_by_name(tmp_path, monkeypatch):
+    measured().save(tmp_path / "some-model.json")
+    (tmp_path / "README.md").write_text("no profile")
+    monkeypatch.setattr(profile_file.importlib.resources, "files", lambda package: tmp_path)
+    assert profile_file.shipped_names() == ("some-model",)
+    assert_equal(Profile.resolve("some-model", model()), measured())
+    with pytest.raises(ProfileError, match="shipped profiles are some-model"):
+        Profile.resolve("other-model", model())
+
+
+def test_every_shipped_profile_is_valid_and_measured():
+    assert profiles.__doc__
+    for name in profile_file.shipped_names():
+        file = profile_file.importlib.resources.files("profiles") / f"{name}.json"
+        assert Profile.from_json(file.read_text()).from_data
+
+
+def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "profile.json"
+    measured().save(path)
+    before = path.read_bytes()
+
+    def interrupted(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(profile_file.os, "replace", interrupted)
+    with pytest.raises(ProfileError, match="disk full"):
+        Profile.uniform("SINK", model()).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ProfileError, match="cannot be written"):
+        measured().save(tmp_path / "no folder" / "profile.json")
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(ProfileError, match="missing.json cannot be read"):
+        Profile.load(tmp_path / "missing.json")
+    path = tmp_path / "profile.json"
+    for content, word in (
+        (b"", "not JSON"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[1, 2]", "not a profile"),
+        (b'{"family": "qwen2_vl"}', "not a profile"),
+        (b"[" * 100_000, "not JSON"),
+        (measured().to_json()[:300].encode(), "not JSON"),
+        (measured().to_json().replace("0.05", "NaN").encode(), "NaN"),
+        (measured().to_json().replace('"quantile"', '"error"').encode(), "`error` appears twice"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ProfileError, match=word) as caught:
+            Profile.load(path)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("format_version", 2, "`format_version` is 2"),
+        ("format_version", True, "`format_version`"),
+        ("family", 3, "`family` must be text"),
+        ("family", "", "`family`"),
+        ("checkpoint_fingerprint", 3, "`checkpoint_fingerprint` must be text"),
+        ("checkpoint_fingerprint", "", "`fingerprint`"),
+        ("layers", 2, "`categories` has 3 rows, but `layers` is 2"),
+        ("layers", "3", "`layers` must be a whole number"),
+        ("heads", 5, "has 4 letters, but `heads` is 5"),
+        ("heads", 0, "`heads` must be a whole number from 1"),
+        ("sinks", {"first": 1}, "`sinks` lacks `offsets`"),
+        ("sinks", {"first": 0, "offsets": []}, "first=0"),
+        ("sinks", {"first": 1, "offsets": [-1]}, "`sinks.offsets`"),
+        ("sinks", {"first": 1, "offsets": 3}, "`sinks.offsets` must be a list"),
+        ("sinks", {"first": 1, "offsets": [], "last": 1}, "`last`"),
+        ("sinks", None, "`sinks` must be an object"),
+        ("from_data", False, "`from_data` is false"),
+        ("from_data", "yes", "`from_data` must be true or false"),
+        ("criterion", "guess", "`criterion` must be one of output_error, mass, uniform"),
+        ("thresholds", {"error": "small"}, "`thresholds.error`"),
+        ("thresholds", [], "`thresholds` must be an object"),
+        ("samples", {"count": 0, "source": ""}, "0 samples"),
+        ("samples", {"count": 1.5, "source": ""}, "`samples.count`"),
+        ("samples", {"count": 1}, "`samples` lacks `source`"),
+        ("category_letters", {"D": "SINK"}, "`category_letters` must be"),
+        ("categories", ["DDDD", "DDDD", "DDXD"], r"`categories\[2\]` has the letter 'X'"),
+        ("categories", ["DDDD", "DDD", "DDDD"], r"`categories\[1\]` has 3 letters"),
+        ("categories", [[0, 0, 0, 0]] * 3, "rows of letters"),
+        ("categories", "DDDD", "rows of letters"),
+        ("statistics", {"mass": [[1, 2, 3, 4]]}, "`statistics.mass` must have 3 rows of 4"),
+        ("statistics", {"mass": [[1, 2, 3, "4"]] * 3}, "`statistics.mass` must hold finite"),
+        ("end_to_end", {"kl_divergence": True}, "`end_to_end.kl_divergence`"),
+        ("versions", {"jax": 12}, "`versions.jax` must be text"),
+        ("comment", "hello", "`comment`, which format version 1 does not know"),
+    ],
+)
+def test_a_wrong_field_is_named(field, value, words):
+    document = json.loads(measured().to_json())
+    document[field] = value
+    with pytest.raises(ProfileError, match=words):
+        Profile.from_json(json.dumps(document))
+
+
+def test_no_field_may_be_missing():
+    document = json.loads(measured().to_json())
+    for field in document:
+        lacking = copy.deepcopy(document)
+        del lacking[field]
+        with pytest.raises(ProfileError, match=f"`{field}`|format"):
+            Profile.from_json(json.dumps(lacking))
+
+
+def test_values_that_no_file_could_hold_are_refused():
+    good = np.zeros((2, 2), np.int8)
+    for arguments, word in (
+        ({"categories": np.full((2, 2), 4, np.int8)}, "0 to 3"),
+        ({"categories": np.zeros((0, 2), np.int8)}, "one row per layer"),
+        ({"categories": good, "criterion": "mass"}, "0 samples"),
+        ({"categories": good, "sample_count": 3}, "3 samples"),
+        ({"categories": good, "statistics": {"mass": np.zeros((2, 3))}}, "mass"),
+    ):
+        with pytest.raises(ProfileError, match=word):
+            Profile(family="qwen2_vl", **arguments)
