@@ -1,0 +1,407 @@
+"""`forward`, `generate` and `stream`: from chat messages to logits or an answer.
+
+messages -> prompt -> inputs (packed, padded)          host
+encode images -> embed -> prefill -> first token       one program each
+decode -> decode -> ...                                one program, a loop on the device
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from bsjax import steps
+from bsjax.attention import resolve_backend
+from bsjax.checkpoint import LoadedModel
+from bsjax.errors import CapacityError, GenerationError, MessageError
+from bsjax.inputs import ModelInputs, cache_rows, describe_images, prepare_inputs
+from bsjax.profile_file import Profile
+from bsjax.programs import Program, Programs, bytes_available, programs_of
+from bsjax.prompts import prepare_prompt
+from bsjax.sampling import Sampling
+
+Messages = Sequence[Mapping[str, Any]]
+"""One conversation: Hugging Face chat messages."""
+ProfileLike = Profile | str | PathLike[str] | None
+"""None (dense), a profile, a path, or the name of a shipped profile."""
+
+# End-of-sequence tokens that a program has room for; the most a published model has is two.
+_MAX_END_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generation took.
+
+    Attributes:
+      prompt_tokens: tokens of the prompt, image tokens included.
+      image_tokens: tokens of each image.
+      attention_flops_dense: FLOPs of the language model's attention in prefill, all heads dense.
+      attention_flops_sparse: the same with the profile's categories.
+      vision_seconds: image processing on the host excluded.
+      prefill_seconds: embedding, prefill and the first token.
+      decode_seconds: all tokens after the first.
+      compile_seconds: programs that this call compiled, or read from the persistent cache.
+      backend: the attention backend.
+    """
+
+    prompt_tokens: int
+    image_tokens: tuple[int, ...]
+    attention_flops_dense: int
+    attention_flops_sparse: int
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    backend: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes:
+      text: the answer, special tokens left out.
+      token_ids: the tokens generated, the end-of-sequence token included if one was.
+      prompt_tokens: tokens of the prompt.
+      finish_reason: `stop` at an end-of-sequence token, `length` at `max_new_tokens`.
+      stats: sizes, FLOPs and seconds.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    stats: Stats
+
+
+def forward(
+    model: LoadedModel,
+    messages: Messages | Sequence[Messages],
+    *,
+    profile: ProfileLike = None,
+    backend: str = "auto",
+) -> Float32[np.ndarray, "tokens vocabulary"] | list[Float32[np.ndarray, "tokens vocabulary"]]:
+    """Logits of every token of a prompt, in prompt order.
+
+    Args:
+      model: from `bsjax.load`.
+      messages: Hugging Face chat messages; a list of conversations is a batch.
+      profile: head categories of prefill; None is dense.
+      backend: of the attention, see `sparse_attention`.
+
+    Returns:
+      float32 [tokens, vocabulary] on the host; a list of them for a batch.
+
+    Raises:
+      BsjaxError: as `generate`, for the arguments they share.
+    """
+    conversations, is_batch = _conversations(messages)
+    logits = [_forward(model, each, profile, backend) for each in conversations]
+    return logits if is_batch else logits[0]
+
+
+def generate(
+    model: LoadedModel,
+    messages: Messages | Sequence[Messages],
+    *,
+    profile: ProfileLike = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stream: Callable[[str, int], None] | None = None,
+    backend: str = "auto",
+) -> Result | list[Result]:
+    """Answers a conversation, or each of a batch of them.
+
+    Args:
+      model: from `bsjax.load`.
+      messages: Hugging Face chat messages; a list of conversations is a batch. Conversations run
+        one after the other, so that each result is the one it would have alone.
+      profile: head categories of prefill; None is dense. Decoding is always dense.
+      max_new_tokens: greatest number of tokens to generate.
+      temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+      top_k: draw from the k likeliest tokens only.
+      top_p: draw from the likeliest tokens that together reach this probability only.
+      seed: what draws depend on, beside the prompt.
+      stream: called with (piece of text, token id) for every token as it comes; a piece is empty
+        where the token's text is not complete yet. Not for batches.
+      backend: of the attention, see `sparse_attention`.
+
+    Returns:
+      The result, or a list of them for a batch.
+
+    Raises:
+      MessageError: messages that are no prompt, or an image that cannot be read.
+      ProfileError: a profile that is malformed, or of another model.
+      GenerationError: an argument out of range.
+      CapacityError: a prompt longer than the model's positions, or than the memory at hand.
+      BackendError: an unknown backend.
+    """
+    request = _Request.checked(profile, max_new_tokens, temperature, top_k, top_p, seed, backend)
+    conversations, is_batch = _conversations(messages)
+    if stream is not None and is_batch:
+        raise GenerationError("stream takes one conversation, not a batch.")
+    results = []
+    for conversation in conversations:
+        for event in _generate(model, conversation, request, one_by_one=stream is not None):
+            if isinstance(event, Result):
+                results.append(event)
+            elif stream is not None:
+                stream(event.text, event.token_id)
+    return results if is_batch else results[0]
+
+
+def stream(
+    model: LoadedModel,
+    messages: Messages,
+    *,
+    profile: ProfileLike = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Iterator[str]:
+    """As `generate`, for one conversation: yields the answer's text piece by piece as it comes.
+
+    Arguments are checked when this is called; the first piece comes after prefill.
+
+    Raises:
+      BsjaxError: as `generate`.
+    """
+    request = _Request.checked(profile, max_new_tokens, temperature, top_k, top_p, seed, backend)
+    conversations, is_batch = _conversations(messages)
+    if is_batch:
+        raise GenerationError("stream takes one conversation, not a batch.")
+    events = _generate(model, conversations[0], request, one_by_one=True)
+    return (event.text for event in events if isinstance(event, _Token) and event.text)
+
+
+class _Token(NamedTuple):
+    """One token as it comes."""
+
+    text: str
+    token_id: int
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Checked arguments of a generation."""
+
+    profile: ProfileLike
+    max_new_tokens: int
+    sampling: Sampling
+    backend: str
+
+    @classmethod
+    def checked(
+        cls,
+        profile: ProfileLike,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        backend: str,
+    ) -> "_Request":
+        if max_new_tokens < 1:
+            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        sampling = Sampling.checked(temperature, top_k, top_p, seed)
+        return cls(profile, max_new_tokens, sampling, resolve_backend(backend))
+
+
+def _conversations(messages: Any) -> tuple[list[Messages], bool]:
+    """The conversations of `messages`, and whether it is a batch of them rather than one."""
+    if isinstance(messages, Sequence) and not len(messages):
+        raise MessageError("The list of messages is empty: give at least one user message.")
+    if isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple):
+        return list(messages), True
+    return [messages], False
+
+
+def _forward(
+    model: LoadedModel, messages: Messages, profile: ProfileLike, backend: str
+) -> Float32[np.ndarray, "tokens vocabulary"]:
+    backend = resolve_backend(backend)
+    programs = programs_of(model)
+    inputs = _inputs(model, messages, profile, backend, new_tokens=0)
+    embedding = _Embedding(programs, inputs, backend)
+    arguments = (inputs.position_ids, inputs.schedule, inputs.head_category)
+    program = programs.get(steps.all_logits, (embedding.output, *arguments), static=(backend,))
+    _check_memory(inputs, [*embedding.programs, program])
+    embeddings, _ = embedding.run()
+    logits = np.asarray(program(embeddings, *arguments))
+    in_prompt_order = np.empty((inputs.tokens, logits.shape[1]), np.float32)
+    in_prompt_order[inputs.schedule.position[: inputs.tokens]] = logits[: inputs.tokens]
+    return in_prompt_order
+
+
+def _generate(
+    model: LoadedModel, messages: Messages, request: _Request, *, one_by_one: bool
+) -> Iterator[_Token | Result]:
+    """Yields every token, then the result."""
+    programs = programs_of(model)
+    compiled_before = programs.compile_seconds
+    inputs = _inputs(model, messages, request.profile, request.backend, request.max_new_tokens)
+    embedding = _Embedding(programs, inputs, request.backend)
+    prefill_arguments = (
+        inputs.position_ids,
+        inputs.schedule,
+        inputs.head_category,
+        inputs.last_row,
+        request.sampling,
+    )
+    prefill = programs.get(
+        steps.prefill,
+        (embedding.output, *prefill_arguments),
+        static=(cache_rows(inputs.tokens + request.max_new_tokens), request.backend),
+    )
+    end_tokens = _end_tokens(model)
+    decode_arguments = (
+        np.int32(inputs.tokens),
+        np.int32(inputs.next_position),
+        end_tokens,
+        request.sampling,
+    )
+    decode = programs.get(
+        steps.decode, (prefill.output, np.int32(0), *decode_arguments), donate=(0,)
+    )
+    _check_memory(inputs, [*embedding.programs, prefill, decode])
+    compile_seconds = programs.compile_seconds - compiled_before
+
+    embeddings, vision_seconds = embedding.run()
+    start = time.perf_counter()
+    state = prefill(embeddings, *prefill_arguments)
+    new_ids = [int(state.token)]
+    prefill_seconds = time.perf_counter() - start
+
+    token_ids: list[int] = []
+    text = _IncrementalText(model.tokenizer)
+    decode_seconds = 0.0
+    while True:
+        for token_id in new_ids:
+            token_ids.append(token_id)
+            ended = bool(np.isin(token_id, end_tokens))
+            last = ended or len(token_ids) == request.max_new_tokens
+            yield _Token(text.add(token_id, last=last), token_id)
+        if last:
+            break
+        left = request.max_new_tokens - len(token_ids)
+        limit = np.int32(1 if one_by_one else min(steps.DECODE_CHUNK, left))
+        start = time.perf_counter()
+        chunk, count, state = decode(state, limit, *decode_arguments)
+        new_ids = np.asarray(chunk)[: int(count)].tolist()
+        decode_seconds += time.perf_counter() - start
+
+    yield Result(
+        text=text.whole,
+        token_ids=tuple(token_ids),
+        prompt_tokens=inputs.tokens,
+        finish_reason="stop" if ended else "length",
+        stats=Stats(
+            prompt_tokens=inputs.tokens,
+            image_tokens=inputs.template.image_tokens,
+            attention_flops_dense=inputs.flops_dense,
+            attention_flops_sparse=inputs.flops_sparse,
+            vision_seconds=vision_seconds,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=decode_seconds,
+            compile_seconds=compile_seconds,
+            backend=request.backend,
+        ),
+    )
+
+
+def _inputs(
+    model: LoadedModel, messages: Messages, profile: ProfileLike, backend: str, new_tokens: int
+) -> ModelInputs:
+    resolved = Profile.resolve(profile, model)
+    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+    return prepare_inputs(model, prompt, resolved, backend, new_tokens)
+
+
+class _Embedding:
+    """The programs from pixels and token ids to the rows that prefill starts from."""
+
+    def __init__(self, programs: Programs, inputs: ModelInputs, backend: str) -> None:
+        self._inputs = inputs
+        self.programs: list[Program] = []
+        features = None
+        if inputs.pixel_values is not None:
+            self._image_arguments = (inputs.pixel_values, inputs.vision_plan)
+            self._encode = programs.get(
+                steps.encode_images, self._image_arguments, static=(backend,)
+            )
+            self.programs.append(self._encode)
+            features = self._encode.output
+        self._embed = programs.get(
+            steps.embed, (inputs.token_ids, features, inputs.image_feature_index)
+        )
+        self.programs.append(self._embed)
+        self.output = self._embed.output
+
+    def run(self) -> tuple[jax.Array, float]:
+        """The embeddings, and the seconds that the vision tower took."""
+        features, start = None, time.perf_counter()
+        if self._inputs.pixel_values is not None:
+            features = jax.block_until_ready(self._encode(*self._image_arguments))
+        seconds = time.perf_counter() - start
+        return self._embed(
+            self._inputs.token_ids, features, self._inputs.image_feature_index
+        ), seconds
+
+
+class _IncrementalText:
+    """Text of a growing list of tokens, handed out piece by piece, whole characters only."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._shown = 0
+        self.whole = ""
+
+    def add(self, token_id: int, *, last: bool) -> str:
+        """The text that this token completes; empty while a character's bytes are still missing."""
+        self._token_ids.append(token_id)
+        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
+            return ""
+        piece = text[self._shown :]
+        self._shown, self.whole = len(text), text
+        return piece
+
+
+def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
+    """Ids that end an answer, as the checkpoint's generation config says, padded with -1."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else np.atleast_1d(ids).tolist()
+    if len(ids) > _MAX_END_TOKENS:
+        raise GenerationError(
+            f"The checkpoint's generation config has {len(ids)} end-of-sequence tokens; at most "
+            f"{_MAX_END_TOKENS} are supported."
+        )
+    return np.asarray(ids + [-1] * (_MAX_END_TOKENS - len(ids)), np.int32)
+
+
+def _check_memory(inputs: ModelInputs, programs: Sequence[Program]) -> None:
+    """Refuses a prompt that cannot fit before any of its programs has run.
+
+    Raises:
+      CapacityError: says what is wanted, what there is, and what to change.
+    """
+    wanted, available = max(program.bytes_wanted for program in programs), bytes_available()
+    if available is not None and wanted > available:
+        raise CapacityError(
+            f"The prompt of {inputs.tokens} tokens ({describe_images(inputs.template)}) wants "
+            f"{wanted / 2**30:.2f} GiB of memory beside the weights, and {available / 2**30:.2f} "
+            "GiB are available. Lower max_pixels, pass fewer images or ask for fewer tokens."
+        )

@@ -1,0 +1,83 @@
+"""Choosing the next token: greedy, or drawn under temperature, top-k and top-p."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bsjax.errors import GenerationError
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen. A program takes these as data: changing them compiles nothing."""
+
+    temperature: Any
+    """float32: 0 chooses the likeliest token."""
+    top_k: Any
+    """int32: only the k likeliest tokens are drawn; 0 for all."""
+    top_p: Any
+    """float32: only the likeliest tokens that reach this probability are drawn; 1 for all."""
+    seed: Any
+    """uint32."""
+
+    @classmethod
+    def checked(
+        cls, temperature: float, top_k: int | None, top_p: float | None, seed: int
+    ) -> "Sampling":
+        """Sampling from a user's arguments.
+
+        Raises:
+          GenerationError: one of them is out of range.
+        """
+        if not 0.0 <= temperature < float("inf"):
+            raise GenerationError(f"temperature must be 0 (greedy) or above, got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise GenerationError(f"top_k must be at least 1, or None for all tokens, got {top_k}.")
+        if top_p is not None and not 0.0 < top_p <= 1.0:
+            raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p}.")
+        if not 0 <= seed < 2**32:
+            raise GenerationError(f"seed must be from 0 to 2**32 - 1, got {seed}.")
+        return cls(
+            np.float32(temperature),
+            np.int32(top_k or 0),
+            np.float32(1.0 if top_p is None else top_p),
+            np.uint32(seed),
+        )
+
+
+def sample(
+    logits: Float[Array, "vocabulary"], sampling: Sampling, step: Int[Array, ""]
+) -> Int[Array, ""]:
+    """The next token, int32.
+
+    Drawing depends on the seed and the step alone. Filters apply as in transformers' logits
+    warpers: temperature, then top-k, then top-p over what is left.
+
+    Args:
+      logits: float32.
+      sampling: how to choose.
+      step: how many tokens were chosen before.
+    """
+
+    def greedy() -> Array:
+        return jnp.argmax(logits).astype(jnp.int32)
+
+    def drawn() -> Array:
+        order = jnp.argsort(-logits, stable=True)
+        descending = logits[order] / jnp.maximum(sampling.temperature, 1e-6)
+        # Ties with the k-th likeliest token stay, as in transformers.
+        rank = jnp.clip(sampling.top_k - 1, 0, logits.shape[0] - 1)
+        kept = (sampling.top_k == 0) | (descending >= descending[rank])
+        descending = jnp.where(kept, descending, -jnp.inf)
+        probability = jax.nn.softmax(descending)
+        reached_before = jnp.cumsum(probability) - probability
+        # The likeliest token stays whatever top_p is.
+        kept = (reached_before < sampling.top_p) | (jnp.arange(logits.shape[0]) == 0)
+        key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+        return order[jax.random.categorical(key, jnp.where(kept, descending, -jnp.inf))].astype(
+            jnp.int32
+        )
+
+    return jax.lax.cond(sampling.temperature > 0, drawn, greedy)

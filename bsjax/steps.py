@@ -1,0 +1,130 @@
+"""What the programs of a model compute: image features, prefill, decoding, logits.
+
+Functions of a module and arrays, without state: `bsjax.programs` compiles them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from bsjax.models.layers import Cache
+from bsjax.sampling import Sampling, sample
+from bsjax.schedule import Schedule
+
+DECODE_CHUNK = 64
+"""Tokens that one call of `decode` generates at most."""
+
+
+class DecodeState(NamedTuple):
+    """What goes from prefill to decode, and from one call of decode to the next."""
+
+    token: Int[Array, ""]
+    """The token chosen last; it is not in the cache yet."""
+    chosen: Int[Array, ""]
+    """How many tokens have been chosen."""
+    cache: Cache
+
+
+def encode_images(
+    module: Any, pixel_values: Float[Array, "patches pixels"], plan: Any, backend: str
+) -> Float[Array, "merged hidden"]:
+    """Features of all image tokens of a prompt."""
+    return module.encode_images(pixel_values, plan, backend=backend)
+
+
+def embed(
+    module: Any,
+    token_ids: Int[Array, "rows"],
+    image_features: Float[Array, "merged hidden"] | None,
+    image_feature_index: Int[Array, "rows"],
+) -> Float[Array, "rows hidden"]:
+    """Embeddings of a prompt's rows."""
+    return module.embed(token_ids, image_features, image_feature_index)
+
+
+def prefill(
+    module: Any,
+    embeddings: Float[Array, "rows hidden"],
+    position_ids: Int[Array, "3 rows"],
+    schedule: Schedule,
+    head_category: Int[Array, "layers q_heads"],
+    last_row: Int[Array, ""],
+    sampling: Sampling,
+    cache_length: int,
+    backend: str,
+) -> DecodeState:
+    """Runs a prompt and chooses the first token of the answer."""
+    hidden, cache = module.prefill(
+        embeddings,
+        position_ids,
+        schedule,
+        head_category,
+        cache_length=cache_length,
+        backend=backend,
+    )
+    chosen = jnp.int32(0)
+    return DecodeState(sample(module.logits(hidden[last_row]), sampling, chosen), chosen + 1, cache)
+
+
+def decode(
+    module: Any,
+    state: DecodeState,
+    limit: Int[Array, ""],
+    prompt_tokens: Int[Array, ""],
+    next_position: Int[Array, ""],
+    end_tokens: Int[Array, "end_tokens"],
+    sampling: Sampling,
+) -> tuple[Int[Array, "chunk"], Int[Array, ""], DecodeState]:
+    """Generates up to `limit` tokens (at most `DECODE_CHUNK`), until an end-of-sequence token.
+
+    Args:
+      module: the model.
+      state: from `prefill` or from the call before.
+      limit: how many tokens to generate, if none of them ends the answer.
+      prompt_tokens: rows of the cache that the prompt takes.
+      next_position: position of the first token after the prompt.
+      end_tokens: ids that end an answer; -1 for none.
+      sampling: how tokens are chosen.
+
+    Returns:
+      The tokens, how many of them are valid, and what the next call starts from.
+    """
+
+    def going_on(carry: tuple[Array, Array, DecodeState]) -> Array:
+        _, count, state = carry
+        return (count < limit) & ~jnp.any(end_tokens == state.token)
+
+    def step(carry: tuple[Array, Array, DecodeState]) -> tuple[Array, Array, DecodeState]:
+        tokens, count, state = carry
+        # The token chosen last is the answer's number `chosen - 1`, counted from 0.
+        before = state.chosen - 1
+        position_ids = jnp.full(3, next_position + before, jnp.int32)
+        logits, cache = module.decode_step(
+            state.token, position_ids, state.cache, prompt_tokens + before
+        )
+        token = sample(logits, sampling, state.chosen)
+        return (
+            tokens.at[count].set(token),
+            count + 1,
+            DecodeState(token, state.chosen + 1, cache),
+        )
+
+    start = (jnp.zeros(DECODE_CHUNK, jnp.int32), jnp.int32(0), state)
+    return jax.lax.while_loop(going_on, step, start)
+
+
+def all_logits(
+    module: Any,
+    embeddings: Float[Array, "rows hidden"],
+    position_ids: Int[Array, "3 rows"],
+    schedule: Schedule,
+    head_category: Int[Array, "layers q_heads"],
+    backend: str,
+) -> Float32[Array, "rows vocabulary"]:
+    """Logits after every row of a prompt."""
+    hidden, _ = module.prefill(
+        embeddings, position_ids, schedule, head_category, cache_length=0, backend=backend
+    )
+    return module.logits(hidden)
