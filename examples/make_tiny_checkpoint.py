@@ -1,0 +1,220 @@
+"""Makes examples/tiny-qwen2.5-vl: a Qwen2.5-VL checkpoint in Hugging Face's format, of a few MB.
+
+Its weights are random numbers from a fixed seed, so its answers are noise. What is real is the
+format: configuration, safetensors, tokenizer, chat template and image settings are those of a
+Qwen2.5-VL checkpoint, only small.
+
+    python examples/make_tiny_checkpoint.py [FOLDER]
+
+Needs torch (the `test` extra), because transformers itself writes the files.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SEED = 20240914
+FOLDER = Path(__file__).parent / "tiny-qwen2.5-vl"
+BYTE_PAIR_VOCABULARY = 1016  # at most: the corpus has fewer pairs
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# Qwen's conversation format: one placeholder per image between the vision delimiters, and
+# "Picture n: " before it where the caller asks for numbered pictures.
+CHAT_TEMPLATE = """\
+{%- set pictures = namespace(count=0) -%}
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+{%- set pictures.count = pictures.count + 1 -%}
+{%- if add_vision_id -%}{{- 'Picture ' ~ pictures.count ~ ': ' -}}{%- endif -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif 'text' in part -%}
+{{- part['text'] -}}
+{%- else -%}
+{{- raise_exception('This template knows text and images, not ' ~ part['type'] ~ '.') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+# What the byte pairs of the vocabulary are counted on.
+CORPUS = """\
+You are a helpful assistant. system user assistant Picture 1: Picture 2: Picture 3:
+What is in this picture? What do these pictures show? Describe each picture in one sentence.
+Which of the pictures shows a flower? Which picture shows a building? How many pictures are there?
+The first picture shows a temple with a curved roof, stone steps and trees in front of the hills.
+The second picture shows a large orange flower with many petals on a dark green background.
+This picture is a crop of the first one. This picture is a part of the second one, seen closer.
+There is a tower on the left, a wall on the right, and a clear blue sky above the roof.
+There are three people standing near the gate, two of them with a red umbrella and a black bag.
+A small white dog is running across the grass while a brown cat sleeps on the chair by the window.
+The colour of the car is yellow, the bus behind it is green, and the street is wet after the rain.
+In the background you can see mountains, clouds, a river with a bridge and several small boats.
+On the table there are a cup of coffee, a plate with bread and cheese, some fruit and a knife.
+The image was taken in the evening; the light is warm and the shadows of the houses are long.
+The text on the sign reads "open", and the number on the door is 27. It looks like an old shop.
+No, the two pictures do not show the same place. Yes, both of them were taken outside, in summer.
+I cannot tell from this picture. It is not clear who they are or what they are doing there.
+Compare the first picture with the last one: which has more colours, and where is the difference?
+The shape is round, square, long, narrow, wide, tall, short, thick or thin; the surface is smooth.
+Count the objects: one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve.
+Black, white, grey, brown, red, orange, yellow, green, blue, purple and pink are names of colours.
+At the top, at the bottom, in the middle, in the corner, next to, between, behind, in front of.
+A person, a man, a woman, a child, children, people, a bird, a horse, a tree, a leaf, water, sand.
+"""
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of Qwen's kind with a small vocabulary of our own."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTE_PAIR_VOCABULARY,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(CORPUS.splitlines(), trainer)
+    # A vocabulary's order in memory is not fixed, the files' bytes shall be.
+    vocabulary = dict(sorted(trained.get_vocab().items(), key=lambda entry: entry[1]))
+    vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
+    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=32768,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """Head dimension 64 in both towers, as small as the GPU kernel takes them."""
+    special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            # Qwen's embedding tables are longer than their vocabularies as well.
+            "vocab_size": -(-(len(tokenizer) + 1) // 16) * 16,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1_000_000.0,
+                "mrope_section": [8, 12, 12],
+            },
+            "bos_token_id": special["<|endoftext|>"],
+            "eos_token_id": special["<|im_end|>"],
+            "pad_token_id": special["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 1,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 112,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+        },
+        image_token_id=special["<|image_pad|>"],
+        video_token_id=special["<|video_pad|>"],
+        vision_start_token_id=special["<|vision_start|>"],
+        vision_end_token_id=special["<|vision_end|>"],
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+
+
+def fill_with_random_numbers(model: torch.nn.Module, first_special_token: int) -> None:
+    """NumPy's generator, parameter by parameter in the order of names: the same on any machine."""
+    generator = np.random.default_rng(SEED)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            values = generator.standard_normal(tuple(parameter.shape), np.float32)
+            if "norm" in name or "ln_q" in name:
+                values = 1 + 0.1 * values
+            elif name.endswith("bias"):
+                values = 0.1 * values
+            else:
+                values = values / np.sqrt(values[0].size)
+            if name.endswith("embed_tokens.weight"):
+                # The table is the output layer too: noise shall not end an answer at once.
+                values[first_special_token:] *= 0.25
+            parameter.copy_(torch.from_numpy(values))
+
+
+def main(folder: Path) -> None:
+    """Writes the checkpoint."""
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
+    fill_with_random_numbers(model, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0]))
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.text_config.bos_token_id,
+        eos_token_id=[
+            tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")
+        ],
+        pad_token_id=config.text_config.pad_token_id,
+        do_sample=False,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    ).save_pretrained(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{folder}: {parameters / 1e6:.2f} million parameters, random")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

@@ -1,0 +1,74 @@
+"""The committed checkpoint is what its script makes, and answers as it does in transformers."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import bsjax
+from bsjax.prompts import prepare_prompt
+from convert.__main__ import main as convert
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKPOINT = EXAMPLES / "tiny-qwen2.5-vl"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> bsjax.LoadedModel:
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert([str(CHECKPOINT), str(folder), "--quiet"]) == 0
+    return bsjax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[dict]:
+    temple, flower = load_sample_images().images
+    content = [{"type": "image", "image": array} for array in (temple, flower[:140, :300])]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
+
+
+def test_answers_as_in_transformers(model, messages):
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+    token_ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
+    inputs = {
+        "input_ids": token_ids,
+        "attention_mask": torch.ones_like(token_ids),
+        "mm_token_type_ids": (token_ids == model.config.image_token_id).int(),
+        "pixel_values": torch.from_numpy(prompt.pixel_values),
+        "image_grid_thw": torch.from_numpy(prompt.grid_thw.astype(np.int64)),
+    }
+    with torch.no_grad():
+        expected_logits = theirs(**inputs).logits[0].numpy()
+        expected = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0].numpy()
+    logits = bsjax.forward(model, messages)
+    assert np.abs(logits - expected_logits).max() < 1e-4 * np.abs(expected_logits).max()
+    result = bsjax.generate(model, messages, max_new_tokens=24)
+    assert list(result.token_ids) == expected[token_ids.shape[1] :].tolist()
+    assert result.text, "the demo would have nothing to show"
+
+
+def test_the_script_makes_the_same_files(tmp_path):
+    path = EXAMPLES / "make_tiny_checkpoint.py"
+    specification = importlib.util.spec_from_file_location("make_tiny_checkpoint", path)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    script.main(tmp_path)
+    committed = sorted(file.name for file in CHECKPOINT.iterdir())
+    assert committed == sorted(file.name for file in tmp_path.iterdir())
+    for name in committed:
+        ours, again = (CHECKPOINT / name).read_bytes(), (tmp_path / name).read_bytes()
+        if name.endswith("config.json"):
+            ours, again = (json.loads(text) for text in (ours, again))
+            for document in (ours, again):
+                document.pop("transformers_version", None)
+        assert ours == again, name
+
+
+def test_is_small():
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 5e6
