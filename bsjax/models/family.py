@@ -1,0 +1,40 @@
+"""What the rest of bsjax needs to know of a model family, and nothing more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+from transformers import PretrainedConfig
+
+from bsjax.models.parameters import ParameterRule
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how to build it, fill it, and prepare its inputs on the host.
+
+    Attributes:
+      name: the Hugging Face config's `model_type`.
+      build: `build(config, dtype)` creates the model with random parameters. It works under
+        `nnx.eval_shape`, which creates none. Raises `CheckpointError` for a config that asks for
+        something that the port does not compute.
+      parameter_table: `parameter_table(config)` lists where each parameter comes from.
+      vision_plan: `vision_plan(grid_thw, config, patches=, block_q=, block_kv=)` computes what the
+        vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
+        rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
+        `patches` is too small.
+      positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
+        int32 [3, tokens] of a prompt, in prompt order, and the position of the first token after
+        it. Raises `TemplateError` where grids and placeholders do not agree.
+    """
+
+    name: str
+    build: Callable[[PretrainedConfig, Any], nnx.Module]
+    parameter_table: Callable[[PretrainedConfig], list[ParameterRule]]
+    vision_plan: Callable[..., Any]
+    positions: Callable[
+        [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "3 tokens"], int]
+    ]

@@ -1,0 +1,20 @@
+"""Qwen2.5-VL: Qwen2-VL with another vision tower, most of whose blocks attend within windows."""
+
+from functools import partial
+
+from bsjax.models.family import Family
+from bsjax.models.qwen2_5_vl.parameters import parameter_table
+from bsjax.models.qwen2_5_vl.vision import Qwen2_5VisionTransformer
+from bsjax.models.qwen2_5_vl.vision_plan import vision_plan
+from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
+from bsjax.models.qwen2_vl.positions import positions
+
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    build=partial(Qwen2VLForConditionalGeneration.from_config, tower=Qwen2_5VisionTransformer),
+    parameter_table=parameter_table,
+    vision_plan=vision_plan,
+    positions=positions,
+)
+
+__all__ = ["QWEN2_5_VL"]

@@ -1,0 +1,81 @@
+"""Qwen2.5-VL's vision tower (transformers: Qwen2_5_VisionTransformerPretrainedModel)."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from transformers import PretrainedConfig
+
+from bsjax.models.layers import scan_layers, stack_layers
+from bsjax.models.qwen2_vl.text import MLP
+from bsjax.models.qwen2_vl.vision import (
+    EPSILON,
+    PatchEmbed,
+    PatchMerger,
+    VisionBlock,
+    VisionRotaryEmbedding,
+    segment_attention,
+)
+from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+
+_rms_norm = partial(nnx.RMSNorm, epsilon=EPSILON)
+
+
+class Qwen2_5VisionTransformer(nnx.Module):
+    """Blocks with RMS norms and gated MLPs, which attend within windows, and some within images."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        width, heads = config.hidden_size, config.num_heads
+
+        def create_block(rngs: nnx.Rngs) -> VisionBlock:
+            mlp = MLP(
+                width,
+                config.intermediate_size,
+                config.hidden_act,
+                bias=True,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            return VisionBlock(width, heads, mlp, norm=_rms_norm, dtype=dtype, rngs=rngs)
+
+        self.heads = heads
+        self.depth = config.depth
+        self.fullatt_block_indexes = tuple(config.fullatt_block_indexes)
+        self.patch_embed = PatchEmbed(config, width, dtype, rngs)
+        self.rotary_pos_emb = VisionRotaryEmbedding(
+            config.rope_parameters["rope_theta"], width // heads
+        )
+        self.blocks = stack_layers(create_block, config.depth, rngs)
+        self.merger = PatchMerger(
+            width,
+            config.out_hidden_size,
+            config.spatial_merge_size,
+            norm=_rms_norm,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
+    ) -> Float[Array, "merged hidden"]:
+        """See `Qwen2VLForConditionalGeneration.encode_images`."""
+        assert plan.window_schedule is not None, "the plan must come from this family's vision_plan"
+        cos, sin = self.rotary_pos_emb(plan.positions)
+        attend_image = segment_attention(plan.schedule, self.heads, backend)
+        attend_window = segment_attention(plan.window_schedule, self.heads, backend)
+
+        def step(block, hidden, sees_image):
+            # The choice is data, so that one compiled block serves both kinds.
+            def attend(q, k, v):
+                return jax.lax.cond(sees_image, attend_image, attend_window, q, k, v)
+
+            return block(hidden, cos, sin, attend), None
+
+        sees_image = np.isin(np.arange(self.depth), self.fullatt_block_indexes)
+        hidden, _ = scan_layers(
+            self.blocks, step, self.patch_embed(pixel_values[plan.order]), sees_image
+        )
+        return self.merger(hidden)[plan.merged_row]

@@ -1,0 +1,20 @@
+"""Qwen2-VL. Its language model, positions and outer model are Qwen2.5-VL's as well."""
+
+from functools import partial
+
+from bsjax.models.family import Family
+from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
+from bsjax.models.qwen2_vl.parameters import parameter_table
+from bsjax.models.qwen2_vl.positions import positions
+from bsjax.models.qwen2_vl.vision import Qwen2VisionTransformer
+from bsjax.models.qwen2_vl.vision_plan import vision_plan
+
+QWEN2_VL = Family(
+    name="qwen2_vl",
+    build=partial(Qwen2VLForConditionalGeneration.from_config, tower=Qwen2VisionTransformer),
+    parameter_table=parameter_table,
+    vision_plan=vision_plan,
+    positions=positions,
+)
+
+__all__ = ["QWEN2_VL"]

@@ -1,0 +1,73 @@
+"""Where Qwen2-VL's parameters come from; the language model's are Qwen2.5-VL's as well."""
+
+from transformers import PretrainedConfig
+
+from bsjax.models.parameters import ParameterRule, linear_rules, norm_rules, ties_embeddings
+
+
+def parameter_table(config: PretrainedConfig) -> list[ParameterRule]:
+    """All rules of a Qwen2-VL model."""
+    depth = config.vision_config.depth
+    target, source = ("visual", "blocks"), "model.visual.blocks.{layer}"
+    return [
+        *tower_rules(depth, norm_bias=True),
+        *linear_rules((*target, "mlp", "fc1"), f"{source}.mlp.fc1", bias=True, layers=depth),
+        *linear_rules((*target, "mlp", "fc2"), f"{source}.mlp.fc2", bias=True, layers=depth),
+        *language_rules(config),
+    ]
+
+
+def tower_rules(depth: int, *, norm_bias: bool) -> list[ParameterRule]:
+    """The rules of a vision tower, its blocks' MLPs left out."""
+    visual, blocks = ("visual",), ("visual", "blocks")
+    source = "model.visual.blocks.{layer}"
+    merger, merger_source = ("visual", "merger"), "model.visual.merger"
+    return [
+        ParameterRule(
+            (*visual, "patch_embed", "proj", "kernel"),
+            "model.visual.patch_embed.proj.weight",
+            None,
+            "flatten_patch",
+        ),
+        *norm_rules(("norm1", "norm2"), blocks, source, bias=norm_bias, layers=depth),
+        *linear_rules((*blocks, "attn", "qkv"), f"{source}.attn.qkv", bias=True, layers=depth),
+        *linear_rules((*blocks, "attn", "proj"), f"{source}.attn.proj", bias=True, layers=depth),
+        *norm_rules(("ln_q",), merger, merger_source, bias=norm_bias, layers=None),
+        *linear_rules((*merger, "mlp_0"), f"{merger_source}.mlp.0", bias=True),
+        *linear_rules((*merger, "mlp_2"), f"{merger_source}.mlp.2", bias=True),
+    ]
+
+
+def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
+    """The rules of the language model and the output projection."""
+    layers = config.text_config.num_hidden_layers
+    model, source = ("language_model",), "model.language_model"
+    target, layer_source = ("language_model", "layers"), f"{source}.layers.{{layer}}"
+    rules = [
+        ParameterRule(
+            (*model, "embed_tokens", "embedding"), f"{source}.embed_tokens.weight", None, "copy"
+        ),
+        *norm_rules(
+            ("input_layernorm", "post_attention_layernorm"),
+            target,
+            layer_source,
+            bias=False,
+            layers=layers,
+        ),
+        *norm_rules(("norm",), model, source, bias=False, layers=None),
+    ]
+    for part, name, bias in (
+        ("self_attn", "q_proj", True),
+        ("self_attn", "k_proj", True),
+        ("self_attn", "v_proj", True),
+        ("self_attn", "o_proj", False),
+        ("mlp", "gate_proj", False),
+        ("mlp", "up_proj", False),
+        ("mlp", "down_proj", False),
+    ):
+        rules += linear_rules(
+            (*target, part, name), f"{layer_source}.{part}.{name}", bias=bias, layers=layers
+        )
+    if not ties_embeddings(config):
+        rules += linear_rules(("lm_head",), "lm_head", bias=False)
+    return rules

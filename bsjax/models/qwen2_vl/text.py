@@ -1,0 +1,231 @@
+"""The language model of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLTextModel)."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import PretrainedConfig
+
+from bsjax.attention import ragged_attention
+from bsjax.errors import CheckpointError
+from bsjax.models.layers import (
+    Attend,
+    Cache,
+    activation,
+    cached_attention,
+    fit_rows,
+    frequencies,
+    rotate,
+    scan_layers,
+    stack_layers,
+)
+from bsjax.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class RotaryEmbedding:
+    """M-RoPE (transformers: Qwen2VLRotaryEmbedding): each frequency follows one of three positions.
+
+    Attributes:
+      theta: base of the frequencies.
+      sections: how many frequencies follow the temporal position, the row and the column; longer
+        lists start over.
+    """
+
+    theta: float
+    sections: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "RotaryEmbedding":
+        """The embedding that a text config asks for.
+
+        Raises:
+          CheckpointError: it asks for another type, or its sections do not fit the head dimension.
+        """
+        parameters = config.rope_parameters
+        if parameters.get("rope_type", "default") != "default":
+            raise CheckpointError(
+                f"The config asks for rope_type {parameters['rope_type']!r}; only 'default' rotary "
+                "embeddings (with an mrope_section) are supported."
+            )
+        half = config.hidden_size // config.num_attention_heads // 2
+        sections = tuple(parameters.get("mrope_section", (16, 24, 24)))
+        if sum(sections) != half:
+            raise CheckpointError(
+                f"The config's mrope_section {list(sections)} must add up to half the head "
+                f"dimension, {half}."
+            )
+        return cls(float(parameters["rope_theta"]), sections)
+
+    def __call__(
+        self, position_ids: Int[Array, "3 tokens"]
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+        """Cosines and sines, float32."""
+        axis = np.repeat(np.arange(len(self.sections)) % 3, self.sections)
+        angle = position_ids[axis].T.astype(jnp.float32) * frequencies(self.theta, axis.size)
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (transformers: Qwen2VLAttention)."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.q_heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        hidden = config.hidden_size
+        self.head_dim = hidden // self.q_heads
+        linear = partial(nnx.Linear, param_dtype=dtype, rngs=rngs)
+        self.q_proj = linear(hidden, self.q_heads * self.head_dim)
+        self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.q_heads * self.head_dim, hidden, use_bias=False)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: Attend,
+    ) -> tuple[
+        Float[Array, "tokens hidden"],
+        Float[Array, "tokens kv_heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+    ]:
+        """The attention output, and the tokens' rotated keys and values."""
+        tokens = hidden.shape[0]
+        q = rotate(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim), cos, sin)
+        k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)
+        v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
+        return self.o_proj(attend(q, k, v).reshape(tokens, -1)), k, v
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (transformers: Qwen2MLP, and Qwen2_5_VLMLP with biases)."""
+
+    def __init__(
+        self, width: int, inner: int, act: str, *, bias: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width)
+        self.act = activation(act)
+
+    def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+        """The gated projection of each row."""
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each after a norm and added to its input (Qwen2VLDecoderLayer)."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        hidden, epsilon = config.hidden_size, config.rms_norm_eps
+        norm = partial(nnx.RMSNorm, hidden, epsilon=epsilon, param_dtype=dtype, rngs=rngs)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(
+            hidden, config.intermediate_size, config.hidden_act, bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: Attend,
+    ) -> tuple[
+        Float[Array, "tokens hidden"],
+        Float[Array, "tokens kv_heads head_dim"],
+        Float[Array, "tokens kv_heads head_dim"],
+    ]:
+        """The next hidden state, and the tokens' rotated keys and values."""
+        attended, k, v = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), k, v
+
+
+class Qwen2VLTextModel(nnx.Module):
+    """Embeddings, stacked decoder layers and the final norm (transformers: Qwen2VLTextModel).
+
+    Raises:
+      CheckpointError: the config asks for sliding windows, or for rotary embeddings other than
+        M-RoPE's default.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        if "sliding_attention" in (config.layer_types or ()):
+            raise CheckpointError(
+                "The config asks for sliding-window layers (use_sliding_window), which the "
+                "published Qwen2-VL and Qwen2.5-VL models do not use and bsjax does not compute "
+                "for them."
+            )
+        if config.hidden_size % config.num_attention_heads:
+            raise CheckpointError(
+                f"The config's hidden_size {config.hidden_size} is not a multiple of its "
+                f"{config.num_attention_heads} attention heads."
+            )
+        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.rotary_emb = RotaryEmbedding.from_config(config)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs
+        )
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, dtype, rngs), config.num_hidden_layers, rngs
+        )
+        self.norm = nnx.RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs
+        )
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "tokens hidden"],
+        position_ids: Int[Array, "3 tokens"],
+        schedule: Schedule,
+        head_category: Int[Array, "layers q_heads"],
+        *,
+        cache_length: int,
+        backend: str,
+    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
+        """All rows through all layers; see `Qwen2VLForConditionalGeneration.prefill`."""
+        cos, sin = self.rotary_emb(position_ids)
+
+        def step(layer, hidden, categories):
+            def attend(q, k, v):
+                return ragged_attention(
+                    q, k, v, schedule, categories, scale=self.scale, backend=backend
+                )
+
+            hidden, k, v = layer(hidden, cos, sin, attend)
+            # Padded here, a layer at a time: the cache exists once, at its final size.
+            return hidden, (fit_rows(k, cache_length), fit_rows(v, cache_length))
+
+        hidden, (k, v) = scan_layers(self.layers, step, embeddings, head_category)
+        return self.norm(hidden), Cache(k, v)
+
+    def decode_step(
+        self,
+        embedding: Float[Array, "1 hidden"],
+        position_ids: Int[Array, "3"],
+        cache: Cache,
+        cache_index: Int[Array, ""],
+    ) -> tuple[Float[Array, "1 hidden"], Cache]:
+        """One token through all layers; see `Qwen2VLForConditionalGeneration.decode_step`."""
+        cos, sin = self.rotary_emb(position_ids[:, None])
+
+        def step(layer, hidden, cached):
+            def attend(q, k, v):
+                return cached_attention(q, k, v, cached.k, cached.v, cache_index, scale=self.scale)
+
+            hidden, k, v = layer(hidden, cos, sin, attend)
+            return hidden, (k, v)
+
+        hidden, (k, v) = scan_layers(self.layers, step, embedding, cache)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
+        return self.norm(hidden), Cache(write(cache.k, k), write(cache.v, v))

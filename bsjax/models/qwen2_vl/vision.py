@@ -1,0 +1,196 @@
+"""Qwen2-VL's vision tower (transformers: Qwen2VisionTransformerPretrainedModel)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import PretrainedConfig
+
+from bsjax.attention import ragged_attention
+from bsjax.categories import HeadCategory
+from bsjax.models.layers import Attend, activation, frequencies, rotate, scan_layers, stack_layers
+from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+from bsjax.schedule import Schedule
+
+EPSILON = 1e-6
+"""Of all norms of the towers; their configs do not say it."""
+
+Norm = Callable[..., nnx.Module]
+"""Creates a norm from its width, with `param_dtype` and `rngs`."""
+
+layer_norm = partial(nnx.LayerNorm, epsilon=EPSILON, use_fast_variance=False)
+
+
+@dataclass(frozen=True)
+class VisionRotaryEmbedding:
+    """Row and column positions each turn half of the frequencies (Qwen2VLVisionRotaryEmbedding).
+
+    Attributes:
+      theta: base of the frequencies.
+      head_dim: a multiple of 4.
+    """
+
+    theta: float
+    head_dim: int
+
+    def __call__(
+        self, positions: Int[Array, "patches 2"]
+    ) -> tuple[Float[Array, "patches half"], Float[Array, "patches half"]]:
+        """Cosines and sines, float32: those of the row, then those of the column."""
+        frequency = frequencies(self.theta, self.head_dim // 4)
+        angle = positions[:, :, None].astype(jnp.float32) * frequency
+        angle = angle.reshape(positions.shape[0], -1)
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+class VisionAttention(nnx.Module):
+    """Multi-head self-attention with one projection for q, k and v (VisionAttention)."""
+
+    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.qkv = nnx.Linear(width, 3 * width, param_dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(width, width, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "patches width"],
+        cos: Float[Array, "patches half"],
+        sin: Float[Array, "patches half"],
+        attend: Attend,
+    ) -> Float[Array, "patches width"]:
+        """The attention output of each patch."""
+        patches = hidden.shape[0]
+        q, k, v = jnp.moveaxis(self.qkv(hidden).reshape(patches, 3, self.heads, -1), 1, 0)
+        attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.proj(attended.reshape(patches, -1))
+
+
+class VisionMLP(nnx.Module):
+    """Two linear layers and an activation between them (transformers: VisionMlp)."""
+
+    def __init__(self, width: int, inner: int, act: str, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.fc1 = nnx.Linear(width, inner, param_dtype=dtype, rngs=rngs)
+        self.fc2 = nnx.Linear(inner, width, param_dtype=dtype, rngs=rngs)
+        self.act = activation(act)
+
+    def __call__(self, hidden: Float[Array, "patches width"]) -> Float[Array, "patches width"]:
+        """The projection of each patch."""
+        return self.fc2(self.act(self.fc1(hidden)))
+
+
+class VisionBlock(nnx.Module):
+    """Attention and MLP, each after a norm and added to its input (Qwen2VLVisionBlock)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp: nnx.Module,
+        *,
+        norm: Norm,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.norm1 = norm(width, param_dtype=dtype, rngs=rngs)
+        self.attn = VisionAttention(width, heads, dtype, rngs)
+        self.norm2 = norm(width, param_dtype=dtype, rngs=rngs)
+        self.mlp = mlp
+
+    def __call__(
+        self,
+        hidden: Float[Array, "patches width"],
+        cos: Float[Array, "patches half"],
+        sin: Float[Array, "patches half"],
+        attend: Attend,
+    ) -> Float[Array, "patches width"]:
+        """The next hidden state."""
+        hidden = hidden + self.attn(self.norm1(hidden), cos, sin, attend)
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its kernel: a linear layer on flat patches (PatchEmbed)."""
+
+    def __init__(self, config: PretrainedConfig, width: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self.proj = nnx.Linear(pixels, width, use_bias=False, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, pixel_values: Float[Array, "patches pixels"]
+    ) -> Float[Array, "patches width"]:
+        """Each patch's embedding, in the dtype of the parameters."""
+        return self.proj(pixel_values.astype(self.proj.kernel.dtype))
+
+
+class PatchMerger(nnx.Module):
+    """Patches that stand side by side become one image token (transformers: PatchMerger)."""
+
+    def __init__(
+        self, width: int, hidden: int, merge: int, *, norm: Norm, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.merged_width = width * merge**2
+        self.ln_q = norm(width, param_dtype=dtype, rngs=rngs)
+        self.mlp_0 = nnx.Linear(self.merged_width, self.merged_width, param_dtype=dtype, rngs=rngs)
+        self.mlp_2 = nnx.Linear(self.merged_width, hidden, param_dtype=dtype, rngs=rngs)
+        self.act = activation("gelu")
+
+    def __call__(self, hidden: Float[Array, "patches width"]) -> Float[Array, "merged hidden"]:
+        """One row per `spatial_merge_size ** 2` patches."""
+        merged = self.ln_q(hidden).reshape(-1, self.merged_width)
+        return self.mlp_2(self.act(self.mlp_0(merged)))
+
+
+class Qwen2VisionTransformer(nnx.Module):
+    """Patch embedding, stacked blocks that attend within each image, merger."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        width, heads = config.embed_dim, config.num_heads
+        inner = int(width * config.mlp_ratio)
+
+        def create_block(rngs: nnx.Rngs) -> VisionBlock:
+            mlp = VisionMLP(width, inner, config.hidden_act, dtype, rngs)
+            return VisionBlock(width, heads, mlp, norm=layer_norm, dtype=dtype, rngs=rngs)
+
+        self.heads = heads
+        self.patch_embed = PatchEmbed(config, width, dtype, rngs)
+        self.rotary_pos_emb = VisionRotaryEmbedding(
+            config.rope_parameters["rope_theta"], width // heads
+        )
+        self.blocks = stack_layers(create_block, config.depth, rngs)
+        self.merger = PatchMerger(
+            width,
+            config.hidden_size,
+            config.spatial_merge_size,
+            norm=layer_norm,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
+    ) -> Float[Array, "merged hidden"]:
+        """See `Qwen2VLForConditionalGeneration.encode_images`."""
+        cos, sin = self.rotary_pos_emb(plan.positions)
+        attend = segment_attention(plan.schedule, self.heads, backend)
+
+        def step(block, hidden, _):
+            return block(hidden, cos, sin, attend), None
+
+        hidden, _ = scan_layers(self.blocks, step, self.patch_embed(pixel_values))
+        return self.merger(hidden)
+
+
+def segment_attention(schedule: Schedule, heads: int, backend: str) -> Attend:
+    """Attention in which a row sees all of its own segment."""
+    categories = jnp.full(heads, HeadCategory.INTRA_IMAGE, jnp.int32)
+
+    def attend(q, k, v):
+        return ragged_attention(
+            q, k, v, schedule, categories, scale=q.shape[-1] ** -0.5, backend=backend
+        )
+
+    return attend

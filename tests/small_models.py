@@ -1,0 +1,208 @@
+"""Random models of transformers, small unless told otherwise, and our ports filled from them.
+
+The ports are filled through their families' parameter tables, so that whatever uses these models
+tests the tables as well.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from bsjax.models import FAMILIES
+from bsjax.models.parameters import TRANSFORMS, ignorable_keys
+
+TEXT_TOKENS = 250
+VIDEO, IMAGE, IMAGE_START, IMAGE_END = range(TEXT_TOKENS, TEXT_TOKENS + 4)
+VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What distinguishes one random model from another. The defaults make a small one."""
+
+    family: str
+    layers: int = 2
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    inner: int = 96
+    vocabulary: int = VOCABULARY
+    tied: bool = False
+    vision_depth: int = 2
+    vision_heads: int = 2
+    vision_head_dim: int = 16
+    vision_inner: int = 48
+    patch_size: int = 4
+    full_attention_blocks: tuple[int, ...] = (1,)
+
+    def with_family(self, family: str) -> "Shape":
+        return replace(self, family=family)
+
+
+def small_config(shape: Shape) -> transformers.PretrainedConfig:
+    """A config as the hub has them: the language model's settings at the top level."""
+    hidden = shape.q_heads * shape.head_dim
+    vision_width = shape.vision_heads * shape.vision_head_dim
+    section = 3 * shape.head_dim // 16
+    vision = {
+        "depth": shape.vision_depth,
+        "num_heads": shape.vision_heads,
+        "patch_size": shape.patch_size,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+    }
+    if shape.family == "qwen2_vl":
+        create = transformers.Qwen2VLConfig
+        vision |= {
+            "embed_dim": vision_width,
+            "hidden_size": hidden,
+            "mlp_ratio": max(shape.vision_inner // vision_width, 1),
+        }
+    else:
+        create = transformers.Qwen2_5_VLConfig
+        vision |= {
+            "hidden_size": vision_width,
+            "out_hidden_size": hidden,
+            "intermediate_size": shape.vision_inner,
+            "window_size": 8 * shape.patch_size,
+            "fullatt_block_indexes": list(shape.full_attention_blocks),
+        }
+    return create(
+        hidden_size=hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.q_heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling={
+            "type": "mrope",
+            "mrope_section": [shape.head_dim // 2 - 2 * section, section, section],
+        },
+        tie_word_embeddings=shape.tied,
+        bos_token_id=0,
+        eos_token_id=VOCABULARY - 1,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=IMAGE_START,
+        vision_end_token_id=IMAGE_END,
+        vision_config=vision,
+    )
+
+
+def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> torch.nn.Module:
+    """A model of transformers in float32, none of whose parameters is near its usual start.
+
+    Biases are not zero and norms are not one, so that one that is left out shows.
+    """
+    classes = {
+        "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
+        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    }
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = classes[config.model_type]._from_config(config, dtype=torch.float32)
+    model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                fan_in = 1 if "embed_tokens" in name else parameter[0].numel()
+                if config.tie_word_embeddings and "embed_tokens" in name:
+                    fan_in = parameter.shape[1]
+                parameter.normal_(std=fan_in**-0.5)
+            else:
+                parameter.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+    _reset_buffers(model)
+    return model
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """`model` itself, with parameters of `dtype` and float32 rotary frequencies, as when loaded."""
+    model.to(dtype)
+    _reset_buffers(model)
+    return model
+
+
+def _reset_buffers(model: torch.nn.Module) -> None:
+    """Rotary frequencies are in no state dict: `to_empty` forgets them and a cast rounds them."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(module.config)
+            module.inv_freq = fresh.inv_freq
+            module.original_inv_freq = fresh.original_inv_freq
+
+
+def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
+    """Our port with the parameters of `reference`; all of them used, all of ours set."""
+    config = reference.config
+    family = FAMILIES[config.model_type]
+    source = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    unused = set(source) - ignorable_keys(config)
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))
+    ours = dict(nnx.to_flat_state(state))
+    unset = set(ours)
+    for rule in family.parameter_table(config):
+        tensors = [TRANSFORMS[rule.transform](source[key]) for key in rule.sources]
+        array = tensors[0] if rule.layers is None else np.stack(tensors)
+        assert array.shape == ours[rule.target].shape, rule
+        ours[rule.target] = ours[rule.target].replace(jnp.asarray(array, dtype))
+        unused -= set(rule.sources)
+        unset.discard(rule.target)
+    assert not unused, f"parameters of transformers that no rule reads: {sorted(unused)}"
+    assert not unset, f"parameters of ours that no rule sets: {sorted(unset)}"
+    return nnx.merge(graph, nnx.from_flat_state(ours))
+
+
+@dataclass(frozen=True)
+class RandomPrompt:
+    """Token ids with image placeholders, and the pixels for them."""
+
+    token_ids: np.ndarray
+    grid_thw: np.ndarray
+    pixel_values: np.ndarray
+    image_tokens: tuple[int, ...]
+
+
+def random_prompt(
+    config: transformers.PretrainedConfig,
+    merged_sizes: list[tuple[int, int]],
+    *,
+    adjacent: bool = False,
+    seed: int = 0,
+) -> RandomPrompt:
+    """A prompt with an image of each of `merged_sizes` (rows and columns of image tokens).
+
+    Text of random length stands before, between and after the images; with `adjacent` the images
+    stand side by side, without even their delimiters.
+    """
+    random = np.random.default_rng(seed)
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+
+    def text(low: int, high: int) -> list[int]:
+        return random.integers(1, TEXT_TOKENS, random.integers(low, high)).tolist()
+
+    tokens = text(4, 9)
+    for rows, columns in merged_sizes:
+        image = [IMAGE] * (rows * columns)
+        tokens += image if adjacent else [IMAGE_START, *image, IMAGE_END, *text(0, 5)]
+    tokens += text(3, 9)
+    grids = [(1, rows * merge, columns * merge) for rows, columns in merged_sizes]
+    grid = np.asarray(grids, np.int64).reshape(-1, 3)
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = int(grid.prod(axis=1).sum())
+    return RandomPrompt(
+        token_ids=np.asarray(tokens, np.int32),
+        grid_thw=grid,
+        pixel_values=random.standard_normal((patches, pixels), np.float32),
+        image_tokens=tuple(rows * columns for rows, columns in merged_sizes),
+    )

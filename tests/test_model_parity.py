@@ -1,0 +1,342 @@
+"""Every family computes what transformers computes: vision towers, logits, greedy tokens, bfloat16.
+
+The reference is torch on the CPU; models are random. Families differ only in the table of cases.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, visible
+from bsjax.models import FAMILIES
+from bsjax.schedule import bucket, build_schedule
+from bsjax.template import Sinks, Template
+from tests.small_models import (
+    IMAGE,
+    RandomPrompt,
+    Shape,
+    cast,
+    ported,
+    random_prompt,
+    random_reference,
+    small_config,
+)
+
+FAMILY_NAMES = ("qwen2_vl", "qwen2_5_vl")
+TOLERANCE = 1e-4
+NEW_TOKENS = 32
+BLOCKS = {"block_q": 32, "block_kv": 16}
+
+Images = tuple[tuple[int, int], ...]
+ASPECTS: Images = ((4, 4), (2, 16), (5, 3), (16, 2), (1, 8))
+"""Rows and columns in image tokens, from 1:1 to 1:8 and 8:1; sides that windows do not divide."""
+
+CASES: dict[str, tuple[Shape, Images]] = {
+    "no image": (Shape("", q_heads=4, kv_heads=4, tied=True), ()),
+    "one image": (Shape("", q_heads=4, kv_heads=2), ((6, 9),)),
+    "two images, one layer": (Shape("", q_heads=4, kv_heads=1, layers=1), ((3, 5), (9, 4))),
+    "five images, four layers": (
+        Shape("", q_heads=8, kv_heads=1, layers=4, tied=True, vision_depth=4,
+              full_attention_blocks=(0, 2)),
+        ASPECTS,
+    ),
+    "head dims 32 and 40": (
+        Shape("", q_heads=2, kv_heads=2, head_dim=32, vision_head_dim=40, vision_depth=1,
+              full_attention_blocks=()),
+        ((7, 7), (1, 1)),
+    ),
+}  # fmt: skip
+
+REAL_WIDTHS = {
+    "qwen2_vl": Shape(
+        "qwen2_vl", layers=2, q_heads=12, kv_heads=2, head_dim=128, inner=8960, vocabulary=151936,
+        tied=True, vision_heads=16, vision_head_dim=80, vision_inner=5120, patch_size=14,
+    ),
+    "qwen2_5_vl": Shape(
+        "qwen2_5_vl", layers=2, q_heads=16, kv_heads=2, head_dim=128, inner=11008,
+        vocabulary=151936, tied=True, vision_heads=16, vision_head_dim=80, vision_inner=3420,
+        patch_size=14,
+    ),
+}  # fmt: skip
+
+for_families = pytest.mark.parametrize("family", FAMILY_NAMES)
+for_cases = pytest.mark.parametrize("case", CASES)
+
+
+class Port:
+    """Our model on one prompt: padded to buckets, jitted, results back in prompt order."""
+
+    def __init__(self, reference: torch.nn.Module, dtype=jnp.float32) -> None:
+        self.config = reference.config
+        self.family = FAMILIES[self.config.model_type]
+        graph, self.state = nnx.split(ported(reference, dtype))
+
+        @cache
+        def jitted(method: str, **options):
+            def call(state, *arguments):
+                return getattr(nnx.merge(graph, state), method)(*arguments, **options)
+
+            return partial(jax.jit(call), self.state)
+
+        self.jitted = jitted
+        self.encode = jitted("encode_images")
+        self.embed = jitted("embed")
+        self.logits_of = jitted("logits")
+        self.decode = jitted("decode_step")
+
+    def image_features(self, prompt: RandomPrompt):
+        """Features of the real rows only, of a run whose padding rows hold large noise."""
+        if not len(prompt.grid_thw):
+            return None
+        rows = bucket(len(prompt.pixel_values) + 1, smallest=64)
+        plan = self.family.vision_plan(prompt.grid_thw, self.config, patches=rows, **BLOCKS)
+        pixels = np.random.default_rng(1).normal(
+            scale=50, size=(rows, prompt.pixel_values.shape[1])
+        )
+        pixels[: len(prompt.pixel_values)] = prompt.pixel_values
+        return self.encode(pixels.astype(np.float32), plan)
+
+    def prefill(self, prompt: RandomPrompt, *, categories=None, packed=False, sinks=None):
+        """Logits [tokens, vocabulary] in prompt order, the cache, and the position that follows."""
+        config, text = self.config, self.config.text_config
+        template = Template.from_tokens(
+            prompt.token_ids, config.image_token_id, sinks or Sinks(), prompt.image_tokens
+        )
+        tokens = template.tokens
+        rows = bucket(tokens + 1, smallest=64)
+        every_table = [category.groups for category in HeadCategory]
+        schedule = build_schedule(
+            template, every_table if packed else [ALL_KEY_GROUPS], tokens=rows, **BLOCKS
+        )
+        order = schedule.position[:tokens]
+        if packed:
+            assert not np.array_equal(order, np.arange(tokens))
+        if categories is None:
+            categories = np.zeros((text.num_hidden_layers, text.num_attention_heads), np.int32)
+
+        position_ids, next_position = self.family.positions(
+            prompt.token_ids, config.image_token_id, prompt.grid_thw, config
+        )
+        feature_index = np.full(tokens, -1, np.int32)
+        is_image = prompt.token_ids == config.image_token_id
+        feature_index[is_image] = np.arange(is_image.sum())
+
+        def in_rows(array, fill):
+            padding = [(0, 0)] * (array.ndim - 1) + [(0, rows - tokens)]
+            return np.pad(array[..., order], padding, constant_values=fill)
+
+        embeddings = self.embed(
+            in_rows(prompt.token_ids, 7), self.image_features(prompt), in_rows(feature_index, -1)
+        )
+        run = self.jitted("prefill", cache_length=rows + NEW_TOKENS, backend="xla")
+        hidden, cache = run(embeddings, in_rows(position_ids, 0), schedule, categories)
+        logits = np.empty((tokens, text.vocab_size), np.float32)
+        logits[order] = self.logits_of(hidden)[:tokens]
+        return logits, cache, next_position
+
+    def greedy(self, prompt: RandomPrompt, *, packed: bool = False) -> tuple[list[int], np.ndarray]:
+        """The tokens, and the logits [new tokens, vocabulary] they were taken from."""
+        logits, cache, next_position = self.prefill(prompt, packed=packed)
+        of_steps = [logits[-1]]
+        for step in range(NEW_TOKENS - 1):
+            logits, cache = self.decode(
+                np.int32(of_steps[-1].argmax()),
+                np.full(3, next_position + step, np.int32),
+                cache,
+                np.int32(len(prompt.token_ids) + step),
+            )
+            of_steps.append(np.asarray(logits))
+        stacked = np.stack(of_steps)
+        return stacked.argmax(axis=1).tolist(), stacked
+
+
+def reference_inputs(prompt: RandomPrompt) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(prompt.token_ids, dtype=torch.long)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if len(prompt.grid_thw):
+        inputs |= {
+            "pixel_values": torch.tensor(prompt.pixel_values),
+            "image_grid_thw": torch.tensor(prompt.grid_thw),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+    return inputs
+
+
+@torch.no_grad()
+def reference_logits(reference: torch.nn.Module, prompt: RandomPrompt, **options) -> np.ndarray:
+    return reference(**(reference_inputs(prompt) | options)).logits[0].float().numpy()
+
+
+@torch.no_grad()
+def reference_features(reference: torch.nn.Module, prompt: RandomPrompt) -> np.ndarray:
+    pixels = torch.tensor(prompt.pixel_values).to(reference.dtype)
+    grid = torch.tensor(prompt.grid_thw)
+    return reference.model.visual(pixels, grid_thw=grid).pooler_output.float().numpy()
+
+
+def assert_greedy_matches(
+    ours: tuple[list[int], np.ndarray], reference: torch.nn.Module, prompt: RandomPrompt
+) -> None:
+    generated = reference.generate(
+        **reference_inputs(prompt), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    tokens, logits = ours
+    assert len(tokens) == NEW_TOKENS
+    assert tokens == generated.sequences[0, len(prompt.token_ids) :].tolist()
+    assert_close(logits, torch.cat(generated.logits).numpy())
+
+
+def assert_close(ours, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    error = np.abs(np.asarray(ours, np.float32) - expected).max()
+    assert error <= tolerance * np.abs(expected).max()
+
+
+@dataclass(frozen=True)
+class Pair:
+    reference: torch.nn.Module
+    port: Port
+
+
+@cache
+def pair(shape: Shape) -> Pair:
+    reference = random_reference(small_config(shape))
+    return Pair(reference, Port(reference))
+
+
+def case_of(family: str, case: str) -> tuple[Pair, RandomPrompt]:
+    shape, images = CASES[case]
+    models = pair(shape.with_family(family))
+    return models, random_prompt(models.reference.config, list(images))
+
+
+@for_families
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1]])
+def test_image_features(family, case):
+    models, prompt = case_of(family, case)
+    expected = reference_features(models.reference, prompt)
+    ours = models.port.image_features(prompt)[: len(expected)]
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@for_families
+@for_cases
+def test_logits_at_every_position(family, case):
+    models, prompt = case_of(family, case)
+    logits, _, _ = models.port.prefill(prompt)
+    assert_close(logits, reference_logits(models.reference, prompt))
+
+
+@for_families
+@for_cases
+def test_greedy_tokens_and_their_logits(family, case):
+    models, prompt = case_of(family, case)
+    assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
+
+
+@for_families
+def test_adjacent_images(family):
+    """transformers computes no positions for images with no text between them; it can use ours."""
+    models, _ = case_of(family, "one image")
+    config = models.reference.config
+    prompt = random_prompt(config, [(3, 4), (3, 4), (5, 2)], adjacent=True)
+    logits, _, _ = models.port.prefill(prompt)
+    position_ids, _ = FAMILIES[family].positions(prompt.token_ids, IMAGE, prompt.grid_thw, config)
+    position_ids = torch.tensor(position_ids)[:, None]
+    assert_close(logits, reference_logits(models.reference, prompt, position_ids=position_ids))
+
+
+@for_families
+def test_packed_order(family):
+    models, prompt = case_of(family, "five images, four layers")
+    logits, _, _ = models.port.prefill(prompt, packed=True)
+    assert_close(logits, reference_logits(models.reference, prompt))
+    assert_greedy_matches(models.port.greedy(prompt, packed=True), models.reference, prompt)
+
+
+@for_families
+def test_categories_of_every_layer_and_head(family):
+    """Block-sparse prefill in packed order is dense attention under the masks of the predicate."""
+    models, prompt = case_of(family, "five images, four layers")
+    text = models.reference.config.text_config
+    sinks = Sinks(first=2, offsets=(5,))
+    categories = np.random.default_rng(2).integers(
+        0, len(HeadCategory), (text.num_hidden_layers, text.num_attention_heads), dtype=np.int32
+    )
+    info = Template.from_tokens(prompt.token_ids, IMAGE, sinks, prompt.image_tokens).info
+    query = type(info)(*(field[:, None] for field in info))
+    masks = {
+        category: visible(query, info, category.groups, bidirectional_images=False, window=None)
+        for category in HeadCategory
+    }
+
+    def use_mask(mask, module, arguments, options):
+        return arguments, options | {"attention_mask": mask}
+
+    handles = []
+    for layer, of_heads in zip(
+        models.reference.model.language_model.layers, categories, strict=True
+    ):
+        mask = np.stack([masks[HeadCategory(category)] for category in of_heads])[None]
+
+        hook = partial(use_mask, torch.tensor(mask))
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        expected = reference_logits(models.reference, prompt)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    logits, _, _ = models.port.prefill(prompt, categories=categories, packed=True, sinks=sinks)
+    assert_close(logits, expected)
+    dense = reference_logits(models.reference, prompt)
+    assert np.abs(dense - expected).max() > 100 * TOLERANCE * np.abs(expected).max()
+
+
+@for_families
+def test_published_widths(family):
+    reference = random_reference(small_config(REAL_WIDTHS[family]))
+    prompt = random_prompt(reference.config, [(6, 9), (1, 8)])
+    port = Port(reference)
+    logits, _, _ = port.prefill(prompt)
+    assert_close(logits, reference_logits(reference, prompt))
+    features = reference_features(reference, prompt)
+    np.testing.assert_allclose(
+        port.image_features(prompt)[: len(features)], features, atol=TOLERANCE, rtol=TOLERANCE
+    )
+
+
+@for_families
+def test_bfloat16_errs_no_more_than_in_transformers(family):
+    """Root mean square errors of both against torch in float32 with the same, bfloat16, parameters.
+
+    The tenth more that is allowed is for biases: here XLA rounds a product before it adds the bias.
+    """
+    shape, images = CASES["five images, four layers"]
+    reference = random_reference(small_config(shape.with_family(family)))
+    cast(reference, torch.bfloat16)
+    prompt = random_prompt(reference.config, list(images))
+    half = reference_logits(reference, prompt)
+    half_features = reference_features(reference, prompt)
+    port = Port(reference, jnp.bfloat16)
+    logits, _, _ = port.prefill(prompt)
+    features = np.asarray(port.image_features(prompt), np.float32)[: len(half_features)]
+    assert not np.array_equal(logits, half)
+
+    cast(reference, torch.float32)
+    exact, exact_features = (
+        reference_logits(reference, prompt),
+        reference_features(reference, prompt),
+    )
+
+    def error(values: np.ndarray, expected: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((values - expected) ** 2)))
+
+    assert error(features, exact_features) <= 1.1 * error(half_features, exact_features)
+    assert error(logits, exact) <= 1.1 * error(half, exact)

@@ -1,0 +1,88 @@
+"""Parameter tables name what transformers saves, in every layout that the hub has."""
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from bsjax.errors import CheckpointError
+from bsjax.models import FAMILIES
+from bsjax.models.parameters import canonical_key, ignorable_keys
+from tests.small_models import Shape, random_reference, small_config
+
+FAMILY_NAMES = ("qwen2_vl", "qwen2_5_vl")
+LAYOUTS = {
+    "nested": {},
+    "flat": {"model.visual.": "visual.", "model.language_model.": "model."},
+    "language model first": {
+        "model.visual.": "visual.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+}
+
+for_families = pytest.mark.parametrize("family", FAMILY_NAMES)
+
+
+@for_families
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_key_of_every_layout_is_read(family, layout, tied):
+    config = small_config(Shape(family, tied=tied))
+    keys = list(random_reference(config).state_dict())
+    renamed = []
+    for key in keys:
+        prefix = next((prefix for prefix in LAYOUTS[layout] if key.startswith(prefix)), "")
+        renamed.append(LAYOUTS[layout].get(prefix, "") + key.removeprefix(prefix))
+    assert (renamed == keys) == (layout == "nested")
+
+    rules = FAMILIES[family].parameter_table(config)
+    sources = [source for rule in rules for source in rule.sources]
+    assert len(sources) == len(set(sources))
+    assert {canonical_key(key) for key in renamed} - ignorable_keys(config) == set(sources)
+
+
+@for_families
+def test_tied_in_either_place_means_no_output_projection(family):
+    for place in ("top", "text", "neither"):
+        config = small_config(Shape(family))
+        config.tie_word_embeddings = place == "top"
+        config.text_config.tie_word_embeddings = place == "text"
+        targets = {rule.target for rule in FAMILIES[family].parameter_table(config)}
+        assert (("lm_head", "kernel") in targets) == (place == "neither")
+        assert ("lm_head.weight" in ignorable_keys(config)) == (place != "neither")
+
+
+@for_families
+def test_building_creates_nothing_under_eval_shape(family):
+    """At the size of a real model, whose parameters this machine could not hold."""
+    shape = Shape(
+        family, layers=80, q_heads=64, kv_heads=8, head_dim=128, inner=29568, vocabulary=152064
+    )
+    config = small_config(shape)
+    model = nnx.eval_shape(lambda: FAMILIES[family].build(config, jnp.bfloat16))
+    state = dict(nnx.to_flat_state(nnx.state(model)))
+    assert state["language_model", "layers", "mlp", "up_proj", "kernel"].shape == (80, 8192, 29568)
+    assert {parameter.dtype for parameter in state.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert set(state) == {rule.target for rule in FAMILIES[family].parameter_table(config)}
+
+
+@for_families
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
+            "add up to half the head dimension, 8",
+        ),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
+        ({"hidden_size": 66}, "66 is not a multiple of its 4"),
+    ],
+)
+def test_configs_that_are_refused(family, setting, message):
+    config = small_config(Shape(family))
+    for name, value in setting.items():
+        setattr(config.text_config, name, value)
+    with pytest.raises(CheckpointError, match=message):
+        nnx.eval_shape(lambda: FAMILIES[family].build(config, jnp.float32))
