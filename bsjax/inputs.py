@@ -132,13 +132,8 @@ def cache_rows(tokens: int) -> int:
 def _vision_inputs(model: LoadedModel, prompt: Prompt, backend: str) -> tuple[Any, Any]:
     if prompt.pixel_values is None:
         return None, None
-    vision_config = model.config.vision_config
-    width = getattr(vision_config, "embed_dim", None) or vision_config.hidden_size
-    if model.family.name != "qwen2_vl":
-        width = vision_config.hidden_size
-    block_q, block_kv = block_sizes(
-        backend, width // vision_config.num_heads, model.dtype, sparse=True
-    )
+    head_dim = model.family.vision_head_dim(model.config)
+    block_q, block_kv = block_sizes(backend, head_dim, model.dtype, sparse=True)
     patches = bucket(len(prompt.pixel_values), smallest=_SMALLEST_PATCHES, steps=_STEPS)
     plan = model.family.vision_plan(
         prompt.grid_thw, model.config, patches=patches, block_q=block_q, block_kv=block_kv

@@ -26,6 +26,8 @@ class Family:
         vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
         rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
         `patches` is too small.
+      vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower's attention,
+        which its block sizes are chosen by.
       positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
         int32 [3, tokens] of a prompt, in prompt order, and the position of the first token after
         it. Raises `TemplateError` where grids and placeholders do not agree.
@@ -35,6 +37,7 @@ class Family:
     build: Callable[[PretrainedConfig, Any], nnx.Module]
     parameter_table: Callable[[PretrainedConfig], list[ParameterRule]]
     vision_plan: Callable[..., Any]
+    vision_head_dim: Callable[[PretrainedConfig], int]
     positions: Callable[
         [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "3 tokens"], int]
     ]

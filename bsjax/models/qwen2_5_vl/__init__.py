@@ -14,6 +14,9 @@ QWEN2_5_VL = Family(
     build=partial(Qwen2VLForConditionalGeneration.from_config, tower=Qwen2_5VisionTransformer),
     parameter_table=parameter_table,
     vision_plan=vision_plan,
+    vision_head_dim=lambda config: (
+        config.vision_config.hidden_size // config.vision_config.num_heads
+    ),
     positions=positions,
 )
 

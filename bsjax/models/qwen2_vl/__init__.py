@@ -14,6 +14,7 @@ QWEN2_VL = Family(
     build=partial(Qwen2VLForConditionalGeneration.from_config, tower=Qwen2VisionTransformer),
     parameter_table=parameter_table,
     vision_plan=vision_plan,
+    vision_head_dim=lambda config: config.vision_config.embed_dim // config.vision_config.num_heads,
     positions=positions,
 )
 
