@@ -1,0 +1,261 @@
+"""GPUs that the test suite compiles for without having them.
+
+XLA's CUDA plugin compiles ahead of time for a GPU described in a few lines, Pallas kernels too.
+`compile_for` gives the compiled program, whose `memory_analysis()` is that of the real GPU;
+`kernel_reports` gives what the assembler says of each of its kernels.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+
+class GpuTarget(NamedTuple):
+    """The figures of a GPU that decide how XLA compiles for it, from its data sheet."""
+
+    device_kind: str
+    compute_capability: tuple[int, int]
+    accelerated: bool
+    """Whether code may use what only this very architecture has, such as wgmma on sm_90a."""
+    cores: int
+    clock_ghz: float
+    device_memory: int
+    memory_bandwidth: int
+    l2_cache: int
+    shared_memory_per_core: int
+    shared_memory_per_block: int
+    """What a kernel may have at most, by opting in."""
+    threads_per_core: int = 2048
+
+    @property
+    def architecture(self) -> str:
+        """The name that ptxas gives it."""
+        major, minor = self.compute_capability
+        return f"sm_{major}{minor}{'a' if self.accelerated else ''}"
+
+    @property
+    def configuration(self) -> str:
+        """The text form of XLA's GpuTargetConfigProto."""
+        major, minor = self.compute_capability
+        capability = f"major: {major} minor: {minor}"
+        if self.accelerated:
+            capability += " feature_extension: ACCELERATED_FEATURES"
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ {capability} }}
+              core_count: {self.cores}
+              fpus_per_core: 128
+              clock_rate_ghz: {self.clock_ghz}
+              device_memory_size: {self.device_memory}
+              memory_bandwidth: {self.memory_bandwidth}
+              l2_cache_size: {self.l2_cache}
+              shared_memory_per_core: {self.shared_memory_per_core}
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {self.shared_memory_per_block}
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              threads_per_warp: 32
+              threads_per_block_limit: 1024
+              threads_per_core_limit: {self.threads_per_core}
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            device_description_str: "{self.device_kind}"
+        """
+
+
+TARGETS = {
+    "h200": GpuTarget(
+        device_kind="NVIDIA H200",
+        compute_capability=(9, 0),
+        accelerated=True,
+        cores=132,
+        clock_ghz=1.98,
+        device_memory=151_397_597_184,
+        memory_bandwidth=4_800_000_000_000,
+        l2_cache=52_428_800,
+        shared_memory_per_core=233_472,
+        shared_memory_per_block=232_448,
+    ),
+}
+
+
+class KernelReport(NamedTuple):
+    """One kernel of a compiled program."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    shared_memory: int
+    """Bytes of one block, dynamic ones included."""
+    registers: int
+    """Of one thread."""
+    spilled: int
+    """Bytes that one thread stores to and loads from local memory for want of registers."""
+    ptx: str
+
+
+def require_gpu_compiler() -> None:
+    """Skips the calling test where the compiler for GPUs is missing; fails it where CI is set."""
+    missing = missing_wheels()
+    if missing:
+        message = f"Compiling for GPUs needs {' and '.join(missing)}: pip install '.[test]'."
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def missing_wheels() -> list[str]:
+    """The wheels that ahead-of-time compilation for GPUs needs and this environment lacks."""
+    missing = []
+    if not any(_find(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+        missing.append("jax-cuda12-plugin with jax-cuda12-pjrt")
+    if _ptxas() is None:
+        missing.append("nvidia-cuda-nvcc-cu12")
+    return missing
+
+
+@functools.cache
+def target_topology(name: str) -> topologies.TopologyDescription:
+    """One GPU of the kind that `TARGETS` describes under `name`."""
+    return topologies.get_topology_desc(
+        name, platform="cuda", target_config=TARGETS[name].configuration, topology="1x1x1"
+    )
+
+
+def compile_for(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    target: str = "h200",
+    *,
+    compiler_options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compiles `function`, jitted or not, for one GPU of the kind `target`.
+
+    Args:
+      function: what to compile.
+      arguments: its positional arguments, pytrees of arrays or `jax.ShapeDtypeStruct`s: only shapes
+        and dtypes matter, so whole models need no memory.
+      target: a key of `TARGETS`.
+      compiler_options: XLA's debug options for this compilation.
+    """
+    device = SingleDeviceSharding(target_topology(target).devices[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments
+    )
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    with _abstract_device(TARGETS[target]), warnings.catch_warnings():
+        # Newer JAX deprecates its Triton lowering; what runs on GPUs today still needs it.
+        warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+        lowered = jitted.trace(*shapes).lower(lowering_platforms=("cuda",))
+        return lowered.compile(compiler_options=compiler_options)
+
+
+def kernel_reports(
+    function: Callable[..., Any], arguments: tuple[Any, ...], target: str = "h200"
+) -> dict[str, KernelReport]:
+    """Compiles `function` and reports its kernels by name, XLA's own fusions among them."""
+    with tempfile.TemporaryDirectory() as folder, _no_compilation_cache():
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compile_for(function, arguments, target, compiler_options=options)
+        dump = Path(folder)
+        launches = _launches(next(dump.glob("*.thunk_sequence.txt")).read_text())
+        reports = {}
+        for file in sorted(dump.glob("*.ptx")):
+            ptx = file.read_text()
+            for kernel, registers, spilled in _assemble(file, TARGETS[target].architecture):
+                if kernel in launches:
+                    reports[kernel] = KernelReport(*launches[kernel], registers, spilled, ptx)
+    return reports
+
+
+def _launches(thunks: str) -> dict[str, tuple[tuple[int, int, int], int, int]]:
+    """Grid, threads and shared memory of each kernel, from XLA's listing of launches."""
+    line = re.compile(
+        r"\] (\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\] +"
+        r"shared_memory: (\d+) bytes"
+    )
+    launches = {}
+    for name, *numbers in line.findall(thunks):
+        x, y, z, threads_x, threads_y, threads_z, shared_memory = map(int, numbers)
+        launches[name] = ((x, y, z), threads_x * threads_y * threads_z, shared_memory)
+    return launches
+
+
+def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
+    """Name, registers and spilled bytes of each kernel of a PTX file."""
+    if "\n.visible .entry" not in file.read_text():
+        return []
+    ptxas = _ptxas()
+    assert ptxas is not None
+    process = subprocess.run(
+        [ptxas, "-v", f"-arch={architecture}", file, "-o", file.with_suffix(".cubin")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        process.stderr,
+        re.DOTALL,
+    )
+    return [
+        (name, int(registers), int(stores) + int(loads))
+        for name, stores, loads, registers in kernels
+    ]
+
+
+@functools.cache
+def _ptxas() -> Path | None:
+    for package in ("nvidia.cuda_nvcc", "nvidia.cu13"):
+        specification = _find(package)
+        for folder in (specification and specification.submodule_search_locations) or ():
+            path = Path(folder) / "bin" / "ptxas"
+            if path.exists():
+                return path
+    return None
+
+
+def _find(module: str) -> importlib.machinery.ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+
+
+def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any]:
+    """Tells the Pallas lowering which GPU there is: needed, and possible, from JAX 0.11 on."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    sharding: Any = jax.sharding
+    device = sharding.AbstractDevice(
+        device_kind=target.device_kind, num_cores=target.cores, platform="gpu"
+    )
+    return sharding.use_abstract_mesh(sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    # A program found in the cache is not compiled, and leaves no dump.
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
