@@ -15,8 +15,9 @@ from bsjax.errors import (
     ProfileError,
     TemplateError,
 )
-from bsjax.generation import Result, Stats, forward, generate, stream
+from bsjax.generation import forward, generate, stream
 from bsjax.profile_file import Profile
+from bsjax.results import Result, Stats
 from bsjax.template import Image, Sinks, Template, Text
 
 __version__ = "0.1.0"

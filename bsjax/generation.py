@@ -23,6 +23,7 @@ from bsjax.inputs import ModelInputs, cache_rows, describe_images, prepare_input
 from bsjax.profile_file import Profile
 from bsjax.programs import Program, Programs, bytes_available, programs_of
 from bsjax.prompts import prepare_prompt
+from bsjax.results import IncrementalText, Result, Stats
 from bsjax.sampling import Sampling
 
 Messages = Sequence[Mapping[str, Any]]
@@ -32,52 +33,6 @@ ProfileLike = Profile | str | PathLike[str] | None
 
 # End-of-sequence tokens that a program has room for; the most a published model has is two.
 _MAX_END_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a generation took.
-
-    Attributes:
-      prompt_tokens: tokens of the prompt, image tokens included.
-      image_tokens: tokens of each image.
-      attention_flops_dense: FLOPs of the language model's attention in prefill, all heads dense.
-      attention_flops_sparse: the same with the profile's categories.
-      vision_seconds: image processing on the host excluded.
-      prefill_seconds: embedding, prefill and the first token.
-      decode_seconds: all tokens after the first.
-      compile_seconds: programs that this call compiled, or read from the persistent cache.
-      backend: the attention backend.
-    """
-
-    prompt_tokens: int
-    image_tokens: tuple[int, ...]
-    attention_flops_dense: int
-    attention_flops_sparse: int
-    vision_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-    compile_seconds: float
-    backend: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer.
-
-    Attributes:
-      text: the answer, special tokens left out.
-      token_ids: the tokens generated, the end-of-sequence token included if one was.
-      prompt_tokens: tokens of the prompt.
-      finish_reason: `stop` at an end-of-sequence token, `length` at `max_new_tokens`.
-      stats: sizes, FLOPs and seconds.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    finish_reason: str
-    stats: Stats
 
 
 def forward(
@@ -285,7 +240,7 @@ def _generate(
     prefill_seconds = time.perf_counter() - start
 
     token_ids: list[int] = []
-    text = _IncrementalText(model.tokenizer)
+    text = IncrementalText(model.tokenizer)
     decode_seconds = 0.0
     while True:
         for token_id in new_ids:
@@ -358,26 +313,6 @@ class _Embedding:
         return self._embed(
             self._inputs.token_ids, features, self._inputs.image_feature_index
         ), seconds
-
-
-class _IncrementalText:
-    """Text of a growing list of tokens, handed out piece by piece, whole characters only."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
-        self._shown = 0
-        self.whole = ""
-
-    def add(self, token_id: int, *, last: bool) -> str:
-        """The text that this token completes; empty while a character's bytes are still missing."""
-        self._token_ids.append(token_id)
-        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
-            return ""
-        piece = text[self._shown :]
-        self._shown, self.whole = len(text), text
-        return piece
 
 
 def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:

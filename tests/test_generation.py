@@ -135,9 +135,25 @@ def test_streams_are_the_whole_answer(tiny_model, photographs):
         token_ids.append(token_id)
 
     streamed = bsjax.generate(tiny_model, messages, stream=receive, **options)
-    assert "".join(pieces) == whole.text == streamed.text
+    decoded = tiny_model.tokenizer.decode(whole.token_ids, skip_special_tokens=True)
+    assert "".join(pieces) == whole.text == streamed.text == decoded
     assert tuple(token_ids) == whole.token_ids == streamed.token_ids
     assert "".join(bsjax.stream(tiny_model, messages, **options)) == whole.text
+
+
+def test_pieces_hold_whole_characters_only(tiny_model):
+    from bsjax.results import IncrementalText
+
+    text = "Où? 日本語 🙂 end"
+    token_ids = tiny_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(token_ids) > len(text), "some characters take several tokens"
+    growing = IncrementalText(tiny_model.tokenizer)
+    pieces = [
+        growing.add(token_id, last=index == len(token_ids) - 1)
+        for index, token_id in enumerate(token_ids)
+    ]
+    assert "".join(pieces) == growing.whole == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
 def test_an_answer_ends_at_the_generation_configs_end_token(tiny_model, photographs):

@@ -1,4 +1,4 @@
-"""32K tokens through Qwen2-VL-2B's prefill and vision tower, compiled for an H200 that is not there.
+"""32K tokens through Qwen2-VL-2B, compiled for an H200: no array has tokens x tokens elements.
 
 The compiled program's own text says how large its arrays are, and its memory analysis what it peaks
 at: none has tokens x tokens elements, and the peak is far below what one such array would take.

@@ -26,8 +26,8 @@ class Family:
         vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
         rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
         `patches` is too small.
-      vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower's attention,
-        which its block sizes are chosen by.
+      vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower: what its
+        attention's block sizes depend on.
       positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
         int32 [3, tokens] of a prompt, in prompt order, and the position of the first token after
         it. Raises `TemplateError` where grids and placeholders do not agree.
