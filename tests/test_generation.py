@@ -1,6 +1,8 @@
 """`forward`, `generate` and `stream` do what transformers does, and what they say."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import bsjax
 from bsjax import (
     BackendError,
     CapacityError,
+    CheckpointError,
     GenerationError,
     HeadCategory,
     MessageError,
@@ -265,3 +268,17 @@ def test_empty_and_mixed_up_messages_are_refused(tiny_model):
     profile = Profile.uniform("sink", family="qwen2_vl", layers=3, heads=2)
     with pytest.raises(ProfileError):
         bsjax.generate(tiny_model, conversation([], "Hi"), profile=profile)
+
+
+def test_a_chat_template_file_comes_before_the_tokenizers_own(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "older")
+    template = tiny_checkpoint / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": "As the file says. " + template.read_text()})
+    )
+    model = bsjax.load(folder)
+    rendered = model.tokenizer.apply_chat_template(conversation([], "Hi"), tokenize=False)
+    assert rendered.startswith("As the file says. ")
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"chat_template\.json"):
+        bsjax.load(folder)

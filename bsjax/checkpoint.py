@@ -1,0 +1,272 @@
+"""Loads what `python -m convert` has written: weights, configuration, tokenizer, image processor.
+
+A converted checkpoint is a folder:
+
+    parameters/        the weights, an Orbax checkpoint of nested dictionaries of arrays
+    bsjax.json         what this is: format version, family, dtype, fingerprint, where it came from
+    config.json, generation_config.json, tokenizer and image processor files: Hugging Face's own
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2VLImageProcessorPil,
+)
+
+from bsjax.errors import CheckpointError
+from bsjax.models import FAMILIES, Family
+from bsjax.restoring import restore_parameters
+
+#: Raised whenever a checkpoint written before could not be read any more.
+FORMAT_VERSION = 1
+
+#: The file that makes a folder a converted checkpoint, and the folder of its weights.
+MANIFEST = "bsjax.json"
+PARAMETERS = "parameters"
+
+#: Part of the name of a folder whose conversion has not ended.
+UNFINISHED = ".converting-"
+
+#: Dtypes that weights can be stored and computed in.
+DTYPES = ("float32", "bfloat16", "float16")
+
+# AutoProcessor would need torchvision for the video processor it insists on; the PIL processors
+# need neither that nor torch.
+_IMAGE_PROCESSORS = {
+    "qwen2_vl": Qwen2VLImageProcessorPil,
+    "qwen2_5_vl": Qwen2VLImageProcessorPil,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run, with everything that turns messages into its input.
+
+    Attributes:
+        module: the Flax module with its weights, on the default device.
+        config: the Hugging Face configuration.
+        family: the family that built `module`.
+        tokenizer: the tokenizer, which holds the chat template.
+        image_processor: the image processor, PIL version.
+        generation_config: end-of-sequence tokens and sampling defaults.
+        dtype: what the weights are in memory.
+        path: the folder loaded.
+        fingerprint: SHA-256 of the weights the checkpoint was converted from, as 64 hexadecimal
+            digits; the same for every dtype that it is converted to.
+    """
+
+    module: nnx.Module
+    config: PretrainedConfig
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+    generation_config: GenerationConfig
+    dtype: np.dtype
+    path: Path
+    fingerprint: str
+
+
+def load(path: str | Path, dtype: Any = None) -> LoadedModel:
+    """Loads a converted checkpoint onto the default device.
+
+    Args:
+        path: a folder written by `python -m convert`.
+        dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
+            it while they are read. By default float32 on CPU, whose matrix products are faster in
+            it, and bfloat16 elsewhere.
+
+    Raises:
+        CheckpointError: the folder is missing, not converted, not converted to the end, of a newer
+            format or another family, or damaged; or `dtype` is none of the three.
+    """
+    folder = Path(path).expanduser()
+    _refuse_unconverted(folder, path)
+    return read_folder(folder, dtype)
+
+
+def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
+    """As `load`, for a folder by any name: a conversion is verified before it gets its own.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    target = resolve_dtype(dtype)
+    manifest = _read_manifest(folder)
+    config = read_config(folder)
+    family = family_of(config.model_type, folder)
+    if manifest["family"] != family.name:
+        raise CheckpointError(
+            f"{folder} was converted as {manifest['family']}, and its config.json is of "
+            f"{family.name}: one of the two files is another checkpoint's. Convert it again."
+        )
+    return LoadedModel(
+        module=_restore(folder / PARAMETERS, family, config, target),
+        config=config,
+        family=family,
+        tokenizer=_tokenizer(folder),
+        image_processor=_component(
+            folder, "image processor settings", _IMAGE_PROCESSORS[family.name]
+        ),
+        generation_config=_generation_config(folder),
+        dtype=target,
+        path=folder,
+        fingerprint=manifest["fingerprint"],
+    )
+
+
+def resolve_dtype(dtype: Any) -> np.dtype:
+    """The dtype that the argument `dtype` of `load` means.
+
+    Raises:
+        CheckpointError: it is none of `DTYPES`.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in DTYPES:
+        raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    return resolved
+
+
+def family_of(model_type: str, folder: Path) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        CheckpointError: it is not supported.
+    """
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of a {model_type!r} model. Supported: "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[model_type]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Reads config.json, never running code from it.
+
+    Raises:
+        CheckpointError: it is missing or does not describe a model.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        # transformers checks fields with whatever exception the field's own code raises.
+        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
+
+
+def abstract_module(family: Family, config: PretrainedConfig, dtype: Any) -> nnx.Module:
+    """The model with shapes for weights: costs no memory.
+
+    Raises:
+        CheckpointError: the configuration's numbers do not make a model.
+    """
+    try:
+        return nnx.eval_shape(lambda: family.build(config, dtype))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"config.json does not describe a model: {error}") from error
+
+
+def parameter_shapes(module: nnx.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of an abstract module, by its path."""
+    return {
+        tuple(map(str, path)): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
+        for path, variable in nnx.to_flat_state(nnx.state(module))
+    }
+
+
+def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
+    if UNFINISHED in folder.absolute().name:
+        raise CheckpointError(
+            f"{folder} is what an interrupted conversion left (or one that still runs). Delete "
+            "it and convert again."
+        )
+    if (folder / MANIFEST).is_file():
+        return
+    convert = f"python -m convert {asked} DESTINATION"
+    if not folder.exists():
+        raise CheckpointError(
+            f"there is no folder {folder}. If that is a Hugging Face hub id, convert it first: "
+            f"{convert}"
+        )
+    if (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a Hugging Face checkpoint and not converted yet: {convert}"
+        )
+    raise CheckpointError(f"{folder} holds no {MANIFEST}: it is no converted checkpoint.")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}). Convert the checkpoint again."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}, and this bsjax reads {FORMAT_VERSION}. "
+            "Convert the checkpoint again, or use the bsjax that wrote it."
+        )
+    absent = [key for key in ("family", "dtype", "fingerprint") if key not in manifest]
+    if absent:
+        raise CheckpointError(
+            f"{file} lacks {', '.join(absent)}: it is damaged. Convert the checkpoint again."
+        )
+    return manifest
+
+
+def _restore(folder: Path, family: Family, config: PretrainedConfig, dtype: np.dtype) -> nnx.Module:
+    module = abstract_module(family, config, dtype)
+    graph, state = nnx.split(module)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = restore_parameters(folder, parameter_shapes(module), here)
+    filled = {
+        path: variable.replace(arrays[tuple(map(str, path))])
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _component(folder: Path, what: str, kind: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # transformers and tokenizers raise bare Exceptions for damaged files.
+        raise CheckpointError(f"cannot read the {what} in {folder}: {error}") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = _component(folder, "tokenizer", AutoTokenizer)
+    # Hugging Face's processors prefer this file to the tokenizer's own template, which in older
+    # checkpoints may know nothing of images.
+    file = folder / "chat_template.json"
+    if file.is_file():
+        try:
+            tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"cannot read the chat template in {file}: {error}") from error
+    return tokenizer
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return _component(folder, "generation_config.json", GenerationConfig)
+    return GenerationConfig.from_model_config(read_config(folder))

@@ -1,0 +1,173 @@
+"""Reads the weights of a converted checkpoint, one parameter at a time, into arrays on a device.
+
+Orbax restores all arrays of a tree at once, holding what is still encoded, decoded and on its way
+to the device of many of them: nearly twice the model. The handler here, which Orbax is told to use
+instead of its own, reads one parameter, casts it chunk by chunk, hands it to the device, and only
+then begins the next. On CPU the array read into is the array of the model: nothing is copied.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from bsjax.errors import CheckpointError
+
+# JAX takes over memory that is aligned like its own, and copies other memory.
+_ALIGNMENT = 64
+
+# Chunks read and decoded at once. More are no faster, and each is in memory twice.
+_CHUNKS_AT_ONCE = 4
+
+_AGAIN = "Convert the checkpoint again."
+
+
+class OneAtATime(ocp.type_handlers.NumpyHandler):
+    """Restores Orbax's NumPy arrays as JAX arrays of one sharding, one after the other."""
+
+    def __init__(self, sharding: jax.sharding.Sharding) -> None:
+        super().__init__()
+        self._sharding = sharding
+        limit = {"limit": _CHUNKS_AT_ONCE}
+        self._context = tensorstore.Context(
+            {"file_io_concurrency": limit, "data_copy_concurrency": limit}
+        )
+
+    async def deserialize(
+        self,
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.RestoreArgs] | None = None,
+    ) -> Sequence[Any]:
+        """Reads the parameters, each cast to the dtype its `RestoreArgs` ask for.
+
+        Raises:
+            CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
+                against its checksum.
+        """
+        if args is None:
+            raise ValueError("a dtype is needed for each parameter")
+        return [
+            self._read(info, np.dtype(arg.dtype)) for info, arg in zip(infos, args, strict=True)
+        ]
+
+    def _read(self, info: ocp.type_handlers.ParamInfo, dtype: np.dtype) -> jax.Array:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{info.path}/"},
+            # All chunks were written, those of zeros too: one that is missing is damage.
+            "fill_missing_data_reads": False,
+        }
+        try:
+            store = tensorstore.open(spec, context=self._context).result()
+            array = _aligned(store.shape, dtype)
+            tensorstore.array(array).write(tensorstore.cast(store, dtype)).result()
+        except ValueError as error:
+            raise CheckpointError(
+                f"parameter {info.name} in {info.parent_dir} is missing or damaged. {_AGAIN} "
+                f"({error})"
+            ) from error
+        # Finite where it was stored, and float16 alone has less range than the others.
+        if dtype == np.float16 and not np.isfinite(array).all():
+            raise CheckpointError(
+                f"parameter {info.name} in {info.parent_dir} holds weights too large for float16. "
+                "Load it as bfloat16 or float32."
+            )
+        return jax.block_until_ready(jax.device_put(array, self._sharding))
+
+
+def restore_parameters(
+    folder: Path,
+    wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+    sharding: jax.sharding.Sharding,
+) -> dict[tuple[str, ...], jax.Array]:
+    """Reads exactly the wanted parameters.
+
+    Args:
+        folder: the Orbax checkpoint, a tree of nested dictionaries.
+        wanted: shape and dtype of every parameter, by its path.
+        sharding: where they go.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
+    """
+    _check_names(folder, {".".join(path) for path in wanted})
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, OneAtATime(sharding)),
+        # Nothing is of this type; Orbax warns of a registry without it.
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        try:
+            metadata = checkpointer.metadata(folder.absolute()).item_metadata
+            shapes = {path: tuple(leaf.shape) for path, leaf in _flat(metadata.tree).items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} is damaged: {error}. {_AGAIN}") from error
+        for path, leaf in wanted.items():
+            if shapes.get(path) != tuple(leaf.shape):
+                raise CheckpointError(
+                    f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, and the "
+                    f"model of config.json needs {tuple(leaf.shape)}. {_AGAIN}"
+                )
+        arguments = {
+            path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+            for path, leaf in wanted.items()
+        }
+        restored = checkpointer.restore(
+            folder.absolute(), ocp.args.PyTreeRestore(restore_args=nested(arguments))
+        )
+    return _flat(restored)
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at an address that JAX can take over."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_names(folder: Path, wanted: set[str]) -> None:
+    """Compares names before Orbax does, which names none of those that are missing."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing. {_AGAIN}")
+    # Orbax stores each array in a folder of its own, described by its zarr.json.
+    stored = {file.parent.name for file in folder.glob("*/zarr.json")}
+    for names, what in (
+        (wanted - stored, "lacks"),
+        (stored - wanted, "holds, but the model of config.json has no place for,"),
+    ):
+        if names:
+            listed = sorted(names)
+            more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+            raise CheckpointError(
+                f"{folder} {what} {len(listed)} parameters: "
+                f"{', '.join(listed[:20])}{more}. {_AGAIN}"
+            )
+
+
+def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Nested dictionaries from leaves by path."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _flat(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {
+        name: leaf
+        for key, node in tree.items()
+        for name, leaf in _flat(node, (*path, str(key))).items()
+    }

@@ -1,0 +1,168 @@
+"""The command line of the converter: `python -m convert SOURCE DESTINATION`."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_DESCRIPTION = """\
+Turn a Hugging Face checkpoint of Qwen2-VL or Qwen2.5-VL into one that bsjax.load reads: the weights
+as an Orbax checkpoint, with the configuration, tokenizer and image processor files beside them.
+Weights stream from the safetensors files to the disk: converting needs little memory and no GPU.
+"""
+
+_EPILOG = """\
+examples:
+  python -m convert Qwen/Qwen2-VL-2B-Instruct checkpoints/qwen2-vl-2b
+  python -m convert ~/models/Qwen2.5-VL-3B-Instruct checkpoints/qwen2.5-vl-3b --verify
+
+DESTINATION appears when it is complete. An interrupted run leaves at most a folder named
+DESTINATION.converting-NUMBER, which is safe to delete.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of a Hugging Face checkpoint (safetensors), or its id on the hub",
+    )
+    parser.add_argument(
+        "destination",
+        metavar="DESTINATION",
+        type=Path,
+        help="folder to write; must not exist, or be empty",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="what to store the weights in (default: what most of the source is in)",
+    )
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the result with transformers on a small prompt before it is published; needs "
+        "torch, and memory for the model in float32",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit status: 0 done, 2 bad input or a failed verification (one line on stderr says
+        which), 130 interrupted.
+    """
+    options = build_parser().parse_args(arguments)
+    # Imported here, and so are the others below, so that --help answers at once.
+    from bsjax.errors import BsjaxError
+
+    try:
+        return _convert(options)
+    except BsjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {options.destination} was not written", file=sys.stderr)
+        return 130
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from convert.conversion import convert_checkpoint
+    from convert.writing import leftovers
+
+    # Orbax remarks that there was nothing to merge.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if not options.quiet:
+        for folder in leftovers(options.destination):
+            print(
+                f"note: {folder} was left by a conversion that was killed (unless one is running "
+                "now); it is safe to delete",
+                file=sys.stderr,
+            )
+    with _progress_bar(options.quiet) as progress:
+        result = convert_checkpoint(
+            options.source,
+            options.destination,
+            dtype=options.dtype,
+            revision=options.revision,
+            check=options.verify,
+            progress=progress,
+        )
+    if options.quiet:
+        return 0
+    print(f"converted    {options.source} ({result.family})")
+    print(f"parameters   {result.parameters:,} in {result.arrays} arrays")
+    print(f"size         {result.nbytes:,} bytes of {result.dtype}")
+    print(f"time         {result.seconds:.1f} s")
+    if result.verification is not None:
+        print(
+            f"verified     logits within {result.verification.difference:.1e} of transformers' "
+            f"(allowed: {result.verification.tolerance:.0e}) at {result.verification.tokens} tokens"
+        )
+    print(f"written to   {result.destination}")
+    print()
+    print("next:")
+    print(f'  bsjax generate {result.destination} "What is in this picture?" PHOTO.jpg')
+    return 0
+
+
+@contextlib.contextmanager
+def _progress_bar(quiet: bool) -> Iterator:
+    """A bar on stderr, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("convert", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _use_little(verify: bool) -> None:
+    """Keeps this process from loading what a conversion has no use for."""
+    # Converting moves bytes between files. Left alone, JAX would take hold of a GPU for it.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Remarks on torch's absence and on token ids, none of which bear on a conversion.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not verify:
+        # transformers imports torch wherever it is installed, which costs seconds and hundreds of
+        # megabytes. To Python, a module that is None is one that is not there.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+
+
+if __name__ == "__main__":
+    _use_little(verify="--verify" in sys.argv)
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Converts a Hugging Face checkpoint: the whole job in order, from first check to final rename."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsjax.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PARAMETERS,
+    abstract_module,
+    family_of,
+    parameter_shapes,
+    read_config,
+    resolve_dtype,
+)
+from bsjax.errors import CheckpointError
+from bsjax.models.parameters import ignorable_keys
+from convert.plan import PlannedParameter, make_plan
+from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
+from convert.source import Source, open_source
+from convert.streaming import Fingerprint, chunk_shape, pieces
+from convert.verify import Verification, require_torch, verify
+from convert.writing import (
+    StreamedParameter,
+    check_destination,
+    check_disk_space,
+    publish,
+    write_parameters,
+)
+
+_COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*")
+_NOT_COPIED = ("*.index.json",)
+_TOKENIZER = ("tokenizer.json", "vocab.json")
+_IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        destination: the folder written.
+        family: the model's family.
+        dtype: what the weights are stored in.
+        parameters: number of weights.
+        arrays: number of arrays they are stored in.
+        nbytes: size of the weights as stored.
+        seconds: time it took, without verification.
+        fingerprint: SHA-256 of the source weights.
+        verification: the result of the comparison with transformers, if it was asked for.
+    """
+
+    destination: Path
+    family: str
+    dtype: str
+    parameters: int
+    arrays: int
+    nbytes: int
+    seconds: float
+    fingerprint: str
+    verification: Verification | None
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Converts a Hugging Face checkpoint into one that `bsjax.load` reads.
+
+    Memory stays near the largest tensor, whatever the size of the model. `destination` appears when
+    everything in it is on the disk, and not before.
+
+    Args:
+        source: a local folder or a hub id.
+        destination: the folder to write. It must not exist, or be empty.
+        dtype: "float32", "bfloat16" or "float16"; by default the one that most of the source is in.
+        revision: the hub's branch, tag or commit.
+        check: compare the converted model with transformers before it is published. Needs torch,
+            and memory for the model in float32.
+        progress: called with (bytes read, bytes to read) as the conversion goes on.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
+            holds NaN; the destination exists or does not fit on the disk; or verification failed.
+    """
+    started = time.monotonic()
+    target = Path(destination).expanduser()
+    check_destination(target)
+    if check:
+        require_torch()
+    stored = None if dtype is None else resolve_dtype(dtype)
+    opened = open_source(source, revision)
+    family = family_of(opened.config["model_type"], opened.folder)
+    copied = _files_to_copy(opened.folder)
+    if stored is None:
+        stored = _usual_dtype(opened.tensors)
+
+    config = read_config(opened.folder)
+    shapes = parameter_shapes(abstract_module(family, config, stored))
+    plan = make_plan(
+        family.parameter_table(config),
+        {path: tuple(leaf.shape) for path, leaf in shapes.items()},
+        opened.tensors,
+        stored,
+        ignorable_keys(config),
+    )
+    size = sum(parameter.nbytes for parameter in plan)
+    check_disk_space(target, size + sum(file.stat().st_size for file in copied))
+
+    fingerprint = Fingerprint()
+    with publish(target) as temporary:
+        _write(temporary, plan, fingerprint, progress)
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
+        manifest = _manifest(opened, family.name, plan, fingerprint.hexdigest())
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        seconds = time.monotonic() - started
+        verification = verify(opened.folder, temporary, _rounds(plan)) if check else None
+
+    return Conversion(
+        destination=target,
+        family=family.name,
+        dtype=stored.name,
+        parameters=manifest["parameters"]["count"],
+        arrays=len(plan),
+        nbytes=size,
+        seconds=seconds,
+        fingerprint=fingerprint.hexdigest(),
+        verification=verification,
+    )
+
+
+def _write(
+    folder: Path,
+    plan: list[PlannedParameter],
+    fingerprint: Fingerprint,
+    progress: Progress | None,
+) -> None:
+    total = sum(entry.size for parameter in plan for entry in parameter.tensors)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    with TensorReader() as reader:
+        write_parameters(
+            folder / PARAMETERS,
+            {
+                parameter.rule.target: StreamedParameter(
+                    parameter.shape,
+                    parameter.dtype,
+                    chunk_shape(parameter),
+                    functools.partial(pieces, parameter, reader, fingerprint, advance),
+                )
+                for parameter in plan
+            },
+        )
+
+
+def _files_to_copy(folder: Path) -> list[Path]:
+    """The files beside the weights; those which loading needs must be among them."""
+    lacking = [
+        " or ".join(names)
+        for names in (_TOKENIZER, _IMAGE_SETTINGS)
+        if not any((folder / name).is_file() for name in names)
+    ]
+    if lacking:
+        raise CheckpointError(
+            f"{folder} holds no {', and no '.join(lacking)}: without these a converted checkpoint "
+            "could not turn messages into prompts. Copy them from the model it was made from."
+        )
+    files = {file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()}
+    files -= {file for pattern in _NOT_COPIED for file in folder.glob(pattern)}
+    return sorted(files)
+
+
+def _usual_dtype(tensors: dict[str, TensorEntry]) -> np.dtype:
+    """The dtype that most of the weights are in."""
+    sizes: Counter[str] = Counter()
+    for entry in tensors.values():
+        if entry.dtype in FLOAT_DTYPES:
+            sizes[entry.dtype] += entry.size
+    if not sizes:
+        raise CheckpointError(
+            f"the checkpoint holds no tensor in {', '.join(FLOAT_DTYPES)}: it is quantised or "
+            "empty. Convert the one it was made from."
+        )
+    return FLOAT_DTYPES[sizes.most_common(1)[0][0]]
+
+
+def _rounds(plan: list[PlannedParameter]) -> str | None:
+    """The stored dtype if some weight had to be rounded to it, None if all are stored exactly."""
+    for parameter in plan:
+        for entry in parameter.tensors:
+            source = FLOAT_DTYPES[entry.dtype]
+            if source != parameter.dtype and parameter.dtype.name != "float32":
+                return parameter.dtype.name
+    return None
+
+
+def _manifest(
+    source: Source, family: str, plan: list[PlannedParameter], fingerprint: str
+) -> dict[str, Any]:
+    packages = ("bsjax", "jax", "flax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "format_version": FORMAT_VERSION,
+        "family": family,
+        "dtype": plan[0].dtype.name,
+        "fingerprint": fingerprint,
+        "source": {
+            "name": source.name,
+            "revision": source.revision,
+            "dtypes": sorted({e.dtype for parameter in plan for e in parameter.tensors}),
+        },
+        "parameters": {
+            "count": sum(int(np.prod(parameter.shape, dtype=np.int64)) for parameter in plan),
+            "arrays": len(plan),
+            "bytes": sum(parameter.nbytes for parameter in plan),
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,147 @@
+"""Matches a checkpoint's tensors with a model's parameters before a byte of them is read."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from bsjax.errors import CheckpointError
+from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
+from convert.safetensors_file import FLOAT_DTYPES, TensorEntry
+from convert.source import named
+
+# The shape a tensor must have for its transform to give the wanted one, where that is simple to
+# say.
+_SOURCE_SHAPES = {"copy": lambda shape: shape, "transpose": lambda shape: shape[::-1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedParameter:
+    """One parameter of the model and the tensors it is made of.
+
+    Attributes:
+        rule: the table's line.
+        shape: the parameter's shape, with the leading layer axis if it is stacked.
+        dtype: the dtype it is stored in.
+        tensors: its source tensors, one per layer, or just one if it is not stacked.
+    """
+
+    rule: ParameterRule
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: tuple[TensorEntry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the stored parameter."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def make_plan(
+    table: list[ParameterRule],
+    shapes: dict[tuple[str, ...], tuple[int, ...]],
+    tensors: dict[str, TensorEntry],
+    dtype: np.dtype,
+    ignorable: frozenset[str],
+) -> list[PlannedParameter]:
+    """Finds the tensors of every parameter, and a parameter for every tensor.
+
+    Args:
+        table: the family's rules.
+        shapes: the shape of every parameter of the model, by path.
+        tensors: the checkpoint's tensors, by their keys as they stand in the files.
+        dtype: the dtype to store.
+        ignorable: canonical keys that may be there and are not needed (a tied output embedding).
+
+    Raises:
+        CheckpointError: keys are missing, unknown or ambiguous, a tensor has another shape than the
+            model needs, or holds no floating point numbers.
+    """
+    _check_table(table, shapes)
+    by_key = _by_canonical_key(tensors)
+    wanted = {key for rule in table for key in rule.sources}
+    missing = sorted(wanted - by_key.keys(), key=_natural)
+    unknown = sorted(by_key.keys() - wanted - ignorable, key=_natural)
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} tensors the model needs: {named(missing)}")
+    if unknown:
+        found = [by_key[key].key for key in unknown]
+        problems.append(f"holds {len(found)} tensors the model has no place for: {named(found)}")
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint {'; and it '.join(problems)}. Either it is not what its config.json "
+            "says, or files of two checkpoints are mixed."
+        )
+
+    plan = [
+        PlannedParameter(
+            rule, shapes[rule.target], dtype, tuple(by_key[key] for key in rule.sources)
+        )
+        for rule in table
+    ]
+    quantised = [
+        f"{entry.key} ({entry.dtype})"
+        for parameter in plan
+        for entry in parameter.tensors
+        if entry.dtype not in FLOAT_DTYPES
+    ]
+    if quantised:
+        raise CheckpointError(
+            f"{len(quantised)} tensors are not {', '.join(FLOAT_DTYPES)}: {named(quantised)}. "
+            "Quantised checkpoints are not supported: convert the one they were made from."
+        )
+    for parameter in plan:
+        _check_shapes(parameter)
+    return plan
+
+
+def _check_table(
+    table: list[ParameterRule], shapes: dict[tuple[str, ...], tuple[int, ...]]
+) -> None:
+    targets = {rule.target for rule in table}
+    apart = sorted(".".join(path) for path in targets ^ shapes.keys())
+    if apart:
+        raise CheckpointError(
+            f"the family's parameter table and its model disagree about {named(apart)}: please "
+            "report this, with the config.json."
+        )
+
+
+def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    by_key: dict[str, TensorEntry] = {}
+    for key, entry in tensors.items():
+        canonical = canonical_key(key)
+        if canonical in by_key:
+            raise CheckpointError(
+                f"the checkpoint holds the same tensor under two names: {by_key[canonical].key} in "
+                f"{by_key[canonical].file.name} and {key} in {entry.file.name}."
+            )
+        by_key[canonical] = entry
+    return by_key
+
+
+def _natural(key: str) -> list[tuple[bool, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
+
+
+def _check_shapes(parameter: PlannedParameter) -> None:
+    transform = TRANSFORMS[parameter.rule.transform]
+    expected = parameter.shape if parameter.rule.layers is None else parameter.shape[1:]
+    for entry in parameter.tensors:
+        # One element seen through zero strides: has a shape and no size.
+        stand_in = np.broadcast_to(np.zeros((), np.int8), entry.shape)
+        try:
+            becomes = transform(stand_in).shape
+        except ValueError:
+            becomes = None
+        if becomes != expected:
+            change = parameter.rule.transform
+            wanted = _SOURCE_SHAPES.get(change, lambda shape: shape)(expected)
+            after = "" if change in _SOURCE_SHAPES else f" after {change}"
+            raise CheckpointError(
+                f"tensor {entry.key} in {entry.file.name} has the wrong shape: expected "
+                f"{list(wanted)}{after}, found {list(entry.shape)}. Either config.json or that "
+                "file belongs to another checkpoint."
+            )

@@ -1,0 +1,187 @@
+"""Finds what there is to convert: a local Hugging Face folder, or a hub id that it fetches."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bsjax.errors import CheckpointError
+from convert.safetensors_file import TensorEntry, read_header
+
+#: Files a hub checkpoint is fetched by. Pickled weights are not among them.
+DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A Hugging Face checkpoint on this machine.
+
+    Attributes:
+        folder: where its files are.
+        name: what the user called it: a path or a hub id.
+        revision: the hub's commit, None for a local folder.
+        config: config.json as it is.
+        tensors: every tensor of every shard, by its key as it stands in the file.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+
+
+def open_source(source: str | Path, revision: str | None = None) -> Source:
+    """Locates (fetching it if it is a hub id) and indexes a Hugging Face checkpoint.
+
+    Args:
+        source: a local folder or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+        revision: the hub's branch, tag or commit. Only for a hub id.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it cannot be fetched, a file is missing or
+            damaged, or it is pickled.
+    """
+    local = Path(source).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{local} is a local folder: a revision is for hub ids only.")
+        folder, commit = local, None
+    elif local.exists():
+        raise CheckpointError(f"{local} is a file. Give the folder that holds config.json.")
+    else:
+        folder = _fetch(str(source), revision)
+        # Snapshots lie in folders named after their commit.
+        commit = folder.name
+    config = _read_config(folder)
+    return Source(folder, str(source), commit, config, _index(folder))
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"there is no folder {name}.")
+    # Imported here: a local conversion needs neither the hub's client nor its start-up time.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    missing = f"there is no folder {name} here, and the Hugging Face hub "
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{missing}wants you to accept the licence of {name} first: open "
+            f"https://huggingface.co/{name} and then log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{missing}has no revision {revision!r} of {name}.") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{missing}has no public checkpoint of that name. Check the spelling; for a private "
+            "one log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{missing}cannot be reached, nor is {name} in its local cache. Connect to the "
+            "internet, or download the checkpoint elsewhere and give its folder."
+        ) from error
+    except Exception as error:
+        # The client lets errors of its HTTP library through, which differs between its versions.
+        raise CheckpointError(f"{missing}did not deliver {name}: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if (folder / "bsjax.json").is_file():
+        raise CheckpointError(f"{folder} is a converted checkpoint already: bsjax.load reads it.")
+    config = read_json(file)
+    if "model_type" not in config:
+        raise CheckpointError(f"{file} names no model_type: it is no transformers checkpoint's.")
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.parent} holds no {file.name}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds no JSON object.")
+    return value
+
+
+def _index(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of all shards, in the order in which transformers looks for weights."""
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        return read_header(single)
+    if index.is_file():
+        return _sharded(folder, index)
+
+    weights = sorted(file.name for file in folder.glob("*.safetensors"))
+    if weights:
+        raise CheckpointError(
+            f"{folder} holds {len(weights)} safetensors files ({weights[0]}, ...) but neither "
+            f"model.safetensors nor {_INDEX}, which says what belongs to the model."
+        )
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({pickles[0]}): unpickling runs whatever code "
+            "the file contains, so they are refused. Take a revision with safetensors, or load "
+            "them with transformers in a sandbox: its save_pretrained writes safetensors."
+        )
+    raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor {_INDEX}.")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map: it is damaged.")
+    shards = sorted(set(map(str, weight_map.values())))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file of its folder.")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of its {len(shards)} shards: {named(missing)}. "
+            "Download them again."
+        )
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        entries = read_header(folder / shard)
+        twice = sorted(entries.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(
+                f"{named(twice)} stands in both {tensors[twice[0]].file.name} and {shard}."
+            )
+        tensors |= entries
+    absent = sorted(key for key in weight_map if key not in tensors)
+    if absent:
+        raise CheckpointError(
+            f"{index} promises tensors that their shards do not hold: {named(absent)}."
+        )
+    return tensors
+
+
+def named(names: list[str], limit: int = 20) -> str:
+    """Lists names for a message: at most `limit` of them, and how many more there are."""
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,0 +1,181 @@
+"""Reads a planned parameter piece by piece: cast, transformed, checked and hashed on the way.
+
+A piece is the unit of memory: a whole parameter if that is small, one layer of a stacked parameter,
+or a block of rows of a large one. Two pieces are in memory at a time, one being read, one being
+written.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from bsjax.errors import CheckpointError
+from bsjax.models.parameters import TRANSFORMS
+from convert.plan import PlannedParameter
+from convert.safetensors_file import TensorEntry, TensorReader
+
+#: Parameters up to this size are one piece, and larger ones are cut into pieces around it.
+PIECE_BYTES = 64 * 2**20
+
+# Values are checked in blocks that stay in the processor's cache: this runs at memory speed.
+_CHECKED_AT_ONCE = 2**18
+
+# Transforms which work row by row, and the axis of their result that the rows end up on.
+_ROW_AXIS = {"copy": 0, "transpose": -1}
+
+# Bits of the exponent: all set means infinity or not a number.
+_EXPONENT = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00),
+             "bfloat16": (np.uint16, 0x7F80)}  # fmt: skip
+
+Index = tuple[Any, ...]
+
+
+class Fingerprint:
+    """SHA-256 over a checkpoint's weights as they stand in the source files.
+
+    It covers each tensor's canonical key, dtype, shape and bytes, in the order of the family's
+    table. So it stays the same however the checkpoint is sharded, whichever of the two key layouts
+    it has, and whatever dtype it is converted to.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        # Hashing takes as long as all else that is done to a block, and needs no lock of Python's.
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def begin(self, canonical_key: str, entry: TensorEntry) -> None:
+        """Starts the next tensor."""
+        self._submit(f"{canonical_key} {entry.dtype} {list(entry.shape)}\n".encode())
+
+    def update(self, block: np.ndarray) -> None:
+        """Adds the next bytes of the tensor begun last, which must not be changed afterwards."""
+        self._submit(block.reshape(-1).view(np.uint8).data)
+
+    def hexdigest(self) -> str:
+        """The digest so far: 64 hexadecimal digits."""
+        self._wait()
+        return self._hash.hexdigest()
+
+    def _submit(self, content: bytes | memoryview) -> None:
+        # One block waits at most, or they would pile up in memory.
+        self._wait()
+        self._pending = self._thread.submit(self._hash.update, content)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
+def chunk_shape(parameter: PlannedParameter) -> tuple[int, ...]:
+    """The shape of the chunks a parameter is stored in: whole pieces, and no more than they need.
+
+    A chunk is what storage reads and writes at once. Chunks must not straddle pieces, or writing a
+    piece would have to read back what the piece before it wrote.
+    """
+    if parameter.nbytes <= PIECE_BYTES:
+        return parameter.shape
+    if parameter.rule.layers is not None:
+        return (1, *parameter.shape[1:])
+    axis = _ROW_AXIS.get(parameter.rule.transform)
+    if axis is None:
+        return parameter.shape
+    rows = _rows_per_piece(parameter)
+    if axis == 0:
+        return (rows, *parameter.shape[1:])
+    return (*parameter.shape[:-1], rows)
+
+
+def _rows_per_piece(parameter: PlannedParameter) -> int:
+    rows = parameter.tensors[0].shape[0]
+    return max(1, min(rows, PIECE_BYTES * rows // parameter.nbytes))
+
+
+def pieces(
+    parameter: PlannedParameter,
+    reader: TensorReader,
+    fingerprint: Fingerprint,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[Index, np.ndarray]]:
+    """Yields a parameter as (where it goes, contiguous array of the stored dtype).
+
+    Args:
+        parameter: what to read.
+        reader: reads the tensors.
+        fingerprint: takes in every byte read.
+        progress: called with the number of source bytes after each read.
+
+    Raises:
+        CheckpointError: a tensor cannot be read, or holds NaN or infinity, or does once it is cast.
+    """
+    rule, dtype = parameter.rule, parameter.dtype
+    transform = TRANSFORMS[rule.transform]
+
+    def read(entry: TensorEntry, rows: slice | None = None) -> np.ndarray:
+        block = reader.read(entry, rows)
+        fingerprint.update(block)
+        check_finite(block, entry)
+        if block.dtype != dtype:
+            block = cast(block, dtype, entry)
+        progress(entry.size if rows is None else entry.size // entry.shape[0] * len(block))
+        return transform(block)
+
+    if parameter.nbytes <= PIECE_BYTES and rule.layers is not None:
+        stack = np.empty(parameter.shape, dtype)
+        for layer, (key, entry) in enumerate(zip(rule.sources, parameter.tensors, strict=True)):
+            fingerprint.begin(key, entry)
+            stack[layer] = read(entry)
+        yield (slice(None),), stack
+        return
+    for layer, (key, entry) in enumerate(zip(rule.sources, parameter.tensors, strict=True)):
+        fingerprint.begin(key, entry)
+        if rule.layers is not None:
+            yield (layer,), contiguous(read(entry))
+            continue
+        axis = _ROW_AXIS.get(rule.transform)
+        if axis is None or parameter.nbytes <= PIECE_BYTES:
+            yield (slice(None),), contiguous(read(entry))
+            continue
+        step = _rows_per_piece(parameter)
+        for start in range(0, entry.shape[0], step):
+            rows = slice(start, min(start + step, entry.shape[0]))
+            index = (rows,) if axis == 0 else (Ellipsis, rows)
+            yield index, contiguous(read(entry, rows))
+
+
+def check_finite(array: np.ndarray, entry: TensorEntry, why: str = "") -> None:
+    """Raises CheckpointError if `array`, part of tensor `entry`, holds NaN or infinity."""
+    unsigned, exponent = _EXPONENT[array.dtype.name]
+    bits = array.reshape(-1).view(unsigned)
+    for start in range(0, bits.size, _CHECKED_AT_ONCE):
+        block = bits[start : start + _CHECKED_AT_ONCE] & unsigned(exponent)
+        if block.max() == exponent:
+            bad = np.flatnonzero(block == exponent)[0] + start
+            raise CheckpointError(
+                f"tensor {entry.key} in {entry.file.name} holds {array.reshape(-1)[bad]}{why}: "
+                "a model with such a weight answers nothing but NaN. "
+                + ("Convert to bfloat16 or float32." if why else "Download the file again.")
+            )
+
+
+def cast(array: np.ndarray, dtype: np.dtype, entry: TensorEntry) -> np.ndarray:
+    """Rounds to another dtype, refusing weights that are too large for it."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    check_finite(result, entry, f" once it is rounded to {dtype.name}")
+    return result
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """Copies a transposed matrix in strips of rows, several times as fast as NumPy's own copy."""
+    if array.flags.c_contiguous:
+        return array
+    if array.ndim != 2:
+        return np.ascontiguousarray(array)
+    result = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], 32):
+        result[:, start : start + 32] = array[:, start : start + 32]
+    return result

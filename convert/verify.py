@@ -1,0 +1,127 @@
+"""Compares a converted checkpoint with transformers on one small prompt with one small image.
+
+Both run in float32, so that nothing but a rounding of the stored weights can tell them apart. The
+two models are in memory one after the other.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from bsjax.errors import CheckpointError
+
+#: Greatest difference between the logits, as a fraction of the greatest logit: rounding of float32
+#: arithmetic where the weights are stored exactly, else of the weights to the dtype stored.
+TOLERANCES = {None: 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+_IMAGE_SIZE = (112, 84)
+_QUESTION = "What is in this picture?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How far a converted model is from transformers.
+
+    Attributes:
+        difference: greatest difference between two logits, over the greatest logit.
+        tolerance: what it may be.
+        tokens: tokens of the prompt, at each of which all logits were compared.
+    """
+
+    difference: float
+    tolerance: float
+    tokens: int
+
+
+def require_torch() -> None:
+    """Raises CheckpointError, saying what to install, if torch is not."""
+    if importlib.util.find_spec("torch") is None:
+        raise CheckpointError(
+            "verification runs the original model in torch, which is not installed: "
+            "pip install torch"
+        )
+
+
+def verify(source: Path, converted: Path, rounded_to: str | None) -> Verification:
+    """Compares the two checkpoints' logits.
+
+    Args:
+        source: the Hugging Face folder.
+        converted: the converted folder.
+        rounded_to: the dtype its weights had to be rounded to, None if they are stored exactly.
+
+    Raises:
+        CheckpointError: they are further apart than the tolerance.
+    """
+    # Imported here: the rest of the package is for reading and writing files, and starts fast.
+    from PIL import Image
+
+    from bsjax.checkpoint import read_folder
+    from bsjax.generation import forward
+    from bsjax.prompts import prepare_prompt
+
+    require_torch()
+    pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE[::-1], 3), dtype=np.uint8)
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.fromarray(pixels)},
+                {"type": "text", "text": _QUESTION},
+            ],
+        }
+    ]
+    model = read_folder(converted, "float32")
+    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+    actual = np.asarray(forward(model, messages))
+    del model
+    gc.collect()
+    expected = _reference_logits(source, prompt)
+
+    vocabulary = min(actual.shape[-1], expected.shape[-1])
+    difference = _relative_difference(actual[:, :vocabulary], expected[:, :vocabulary])
+    tolerance = TOLERANCES[rounded_to]
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"verification failed: logits differ from transformers' by {difference:.2e} of their "
+            f"scale, and {tolerance:.0e} is allowed"
+            + (f" for weights rounded to {rounded_to}" if rounded_to else "")
+            + ". The conversion was discarded."
+        )
+    return Verification(difference, tolerance, len(actual))
+
+
+def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens vocabulary"]:
+    """The logits of transformers' own model, in float32."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=torch.float32, local_files_only=True
+    ).eval()
+    token_ids = torch.from_numpy(np.array(prompt.token_ids, np.int64))[None]
+    with torch.inference_mode():
+        output = model(
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            pixel_values=torch.from_numpy(np.array(prompt.pixel_values)),
+            image_grid_thw=torch.from_numpy(np.array(prompt.grid_thw, np.int64)),
+            mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+        )
+    return output.logits[0].float().numpy()
+
+
+def _relative_difference(
+    actual: Float32[np.ndarray, "tokens vocabulary"],
+    expected: Float32[np.ndarray, "tokens vocabulary"],
+) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

@@ -1,0 +1,246 @@
+"""Writes parameters as an Orbax checkpoint while they are read, and publishes the result whole.
+
+Orbax saves a tree of arrays, all of which are in memory. It also lets a program say how a type of
+leaf is saved, and that is what is used here: the leaves are `StreamedParameter`s, which know their
+shape and can produce their contents one piece after the other, and their handler writes them as the
+Zarr arrays that Orbax writes for a NumPy array. The result is an ordinary Orbax checkpoint:
+
+    tree = orbax.checkpoint.PyTreeCheckpointer().restore(folder / "parameters")
+
+returns the nested dictionary of NumPy arrays, with no code of ours involved. Every chunk carries a
+CRC-32C checksum, verified by whoever reads it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from bsjax.checkpoint import UNFINISHED
+from bsjax.errors import CheckpointError
+from bsjax.restoring import nested
+
+# What the file system needs on top of the files' lengths, generously.
+_SPARE_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedParameter:
+    """A leaf of the saved tree whose contents do not exist yet.
+
+    Attributes:
+        shape: the parameter's shape.
+        dtype: the parameter's dtype.
+        chunks: the shape of the chunks it is stored in.
+        pieces: starts reading; yields index and contents of one piece after the other, each made of
+            whole chunks.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...]
+    pieces: Callable[[], Iterator[tuple[tuple[Any, ...], np.ndarray]]]
+
+
+class StreamedParameterHandler(ocp.type_handlers.NumpyHandler):
+    """Tells Orbax how to save a `StreamedParameter`: as the NumPy array that it describes."""
+
+    async def serialize(
+        self,
+        values: Sequence[StreamedParameter],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Any]:
+        """Writes all parameters, one after the other. Nothing is left to be awaited."""
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            _write(value, Path(info.path))
+        return []
+
+
+def _write(parameter: StreamedParameter, folder: Path) -> None:
+    store = tensorstore.open(
+        {
+            "driver": "zarr3",
+            # Files are flushed once, together, before they are published.
+            "kvstore": {"driver": "file", "path": f"{folder}/", "file_io_sync": False},
+            "metadata": {
+                "shape": parameter.shape,
+                "data_type": parameter.dtype.name,
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": parameter.chunks},
+                },
+                "codecs": [
+                    {"name": "bytes", "configuration": {"endian": "little"}},
+                    {"name": "crc32c"},
+                ],
+            },
+            "create": True,
+            # A chunk of zeros is written too, so that a chunk which is not there is always damage.
+            "store_data_equal_to_fill_value": True,
+        }
+    ).result()
+    pending = None
+    try:
+        for index, piece in parameter.pieces():
+            # This piece was read while the one before was written: two at a time, no more.
+            if pending is not None:
+                pending.result()
+            pending = store[index].write(piece, can_reference_source_data_indefinitely=True)
+    finally:
+        # When reading failed or was interrupted, too: clean-up must not race with a write.
+        if pending is not None:
+            pending.result()
+
+
+def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedParameter]) -> None:
+    """Writes an Orbax checkpoint of nested dictionaries.
+
+    Args:
+        folder: where it goes; must not exist.
+        parameters: the leaves by path.
+
+    Raises:
+        CheckpointError: whatever reading the parameters raises.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedParameter, StreamedParameterHandler()),
+        # Nothing is of this type; Orbax warns of a registry without it.
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(nested(parameters)))
+
+
+def check_destination(destination: Path) -> None:
+    """Refuses a destination that exists, unless it is an empty folder.
+
+    Raises:
+        CheckpointError: there is something there, or its parent is not a folder.
+    """
+    if destination.is_symlink() or destination.is_file():
+        raise CheckpointError(f"{destination} exists and is not a folder. Choose another name.")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise CheckpointError(
+            f"{destination} exists and is not empty. Choose another name or remove it first: "
+            "nothing is ever overwritten."
+        )
+    if UNFINISHED in destination.name:
+        raise CheckpointError(
+            f"a name with {UNFINISHED!r} in it marks an unfinished conversion. Choose another one."
+        )
+
+
+def check_disk_space(destination: Path, needed: int) -> None:
+    """Refuses to start what cannot end.
+
+    Raises:
+        CheckpointError: the file system of `destination` has less than `needed` bytes free.
+    """
+    existing = next(folder for folder in destination.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{destination} needs {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB "
+            "free. Make room or choose a destination on another disk."
+        )
+
+
+def leftovers(destination: Path) -> list[Path]:
+    """Temporary folders that conversions to `destination` left behind when they were killed."""
+    return sorted(destination.absolute().parent.glob(f"{destination.name}{UNFINISHED}*"))
+
+
+@contextlib.contextmanager
+def publish(destination: Path) -> Iterator[Path]:
+    """Gives a temporary folder next to `destination`, which takes its place if the block ends well.
+
+    Everything is on the disk before the name appears. If the block raises (Ctrl-C and SIGTERM
+    included) the temporary folder is removed; if the process is killed it stays, under a name that
+    says what it is and that `bsjax.load` refuses.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, or someone else created `destination`.
+    """
+    parent = destination.absolute().parent
+    temporary = parent / f"{destination.name}{UNFINISHED}{os.getpid()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot create {temporary}: {error.strerror}") from error
+    try:
+        with _terminated_by_exception():
+            yield temporary
+            _flush(temporary)
+            # Replaces an empty folder and nothing else: should another process have put something
+            # there meanwhile, this fails.
+            temporary.rename(destination.absolute())
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise CheckpointError(_explain(error, destination)) from error
+        raise
+    _flush_entry(parent)
+
+
+def _explain(error: BaseException, destination: Path) -> str:
+    number = getattr(error, "errno", None)
+    if number in (errno.EEXIST, errno.ENOTEMPTY):
+        return f"{destination} was created by someone else while this ran, and was left alone."
+    if number in (errno.EXDEV, errno.EBUSY):
+        return (
+            f"{destination} is a mount point, and a finished checkpoint cannot be moved onto one. "
+            "Choose a folder inside it."
+        )
+    return f"cannot write {destination}: {error}"
+
+
+def _flush(folder: Path) -> None:
+    """Has the operating system write every file and folder under `folder` to the disk."""
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _flush_entry(Path(parent, name))
+        _flush_entry(Path(parent))
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Turns SIGTERM into SystemExit inside the block, so that clean-up runs."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        # Not the main thread, where signals never arrive anyway.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

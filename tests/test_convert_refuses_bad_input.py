@@ -1,0 +1,435 @@
+"""Whatever is wrong with a checkpoint, the error says what and where, and nothing is written."""
+
+import json
+import re
+import shutil
+import types
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import convert.source
+import convert.verify
+import convert.writing
+from bsjax.checkpoint import load
+from bsjax.errors import BsjaxError, CheckpointError
+from convert.__main__ import main
+from convert.conversion import convert_checkpoint
+from tests import convert_sources as sources
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return sources.write_source(tmp_path_factory.mktemp("source") / "hf")
+
+
+@pytest.fixture
+def source(original, tmp_path):
+    """A copy to damage, in three shards."""
+    copy = shutil.copytree(original, tmp_path / "hf")
+    return sources.change_weights(copy, lambda tensors: None, shards=3)
+
+
+@pytest.fixture
+def refused(source, tmp_path):
+    """Converts `source`, checks that nothing was written, and gives the error's message."""
+
+    def convert(*, origin=source, **options):
+        with pytest.raises(CheckpointError) as caught:
+            convert_checkpoint(origin, tmp_path / "ours", **options)
+        assert not list(tmp_path.glob("ours*"))
+        return str(caught.value)
+
+    return convert
+
+
+def test_missing_shard(source, refused):
+    (source / SHARD).unlink()
+    message = refused()
+    assert SHARD in message and "lacks 1 of its 3 shards" in message
+
+
+@pytest.mark.parametrize("kept", [0.7, 0.001], ids=["in the tensors", "in the header"])
+def test_truncated_shard(source, refused, kept):
+    content = (source / SHARD).read_bytes()
+    (source / SHARD).write_bytes(content[: int(len(content) * kept)])
+    message = refused()
+    assert SHARD in message and "truncated" in message
+
+
+def test_shard_that_is_no_safetensors_file(source, refused):
+    (source / SHARD).write_bytes(b"<!DOCTYPE html>" * 1000)
+    assert SHARD in refused()
+    (source / SHARD).write_bytes((20).to_bytes(8, "little") + b"not a header at all, but text")
+    assert "no readable safetensors header" in refused()
+
+
+def test_header_that_contradicts_itself(source, refused):
+    content = (source / SHARD).read_bytes()
+    changed = content.replace(b'"shape":[64', b'"shape":[65', 1)
+    assert changed != content
+    (source / SHARD).write_bytes(changed)
+    message = refused()
+    assert SHARD in message and "damaged header" in message
+
+
+def test_index_that_promises_too_much(source, refused):
+    index = json.loads((source / sources.INDEX).read_text())
+    index["weight_map"]["model.extra.weight"] = SHARD
+    (source / sources.INDEX).write_text(json.dumps(index))
+    assert "model.extra.weight" in refused()
+
+
+def test_index_outside_its_folder(source, refused):
+    index = json.loads((source / sources.INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../../elsewhere.safetensors"
+    (source / sources.INDEX).write_text(json.dumps(index))
+    assert "'../../elsewhere.safetensors'" in refused()
+
+
+def test_shards_without_their_index(source, refused):
+    (source / sources.INDEX).unlink()
+    assert sources.INDEX in refused()
+
+
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("model.layers.1.mlp.up_proj.weight", [96, 64]),
+        ("model.embed_tokens.weight", [256, 64]),
+        ("visual.patch_embed.proj.weight", [32, 3, 2, 4, 4]),
+    ],
+)
+def test_wrong_shape(source, refused, key, shape):
+    def change(tensors):
+        assert list(tensors[key].shape) == shape
+        tensors[key] = torch.cat([tensors[key]] * 2)
+
+    sources.change_weights(source, change, shards=3)
+    message = refused()
+    shard = json.loads((source / sources.INDEX).read_text())["weight_map"][key]
+    assert key in message and shard in message
+    assert f"found {[2 * shape[0], *shape[1:]]}" in message
+    if len(shape) == 2:
+        assert f"expected {shape}" in message
+    else:
+        assert "expected [96, 32] after flatten_patch" in message
+
+
+def test_missing_keys_are_named(source, refused):
+    sources.change_weights(
+        source, lambda tensors: [tensors.pop(f"model.layers.1.{name}") for name in
+                                 ("mlp.up_proj.weight", "self_attn.q_proj.bias")]
+    )  # fmt: skip
+    message = refused()
+    assert "lacks 2 tensors" in message
+    assert "model.language_model.layers.1.mlp.up_proj.weight" in message
+    assert "model.language_model.layers.1.self_attn.q_proj.bias" in message
+
+
+def test_unknown_keys_are_named_up_to_twenty(source, refused):
+    def change(tensors):
+        tensors |= {f"model.layers.{n}.adapter.weight": torch.ones(2) for n in range(25)}
+
+    sources.change_weights(source, change)
+    message = refused()
+    assert "holds 25 tensors" in message and "and 5 more" in message
+    assert len(re.findall(r"adapter\.weight", message)) == 20
+    assert "model.layers.2.adapter.weight, model.layers.3.adapter.weight" in message
+
+
+def test_missing_and_unknown_are_both_reported(source, refused):
+    sources.rename_keys(source, ("model.norm.", "model.norn."))
+    message = refused()
+    assert "model.language_model.norm.weight" in message and "model.norn.weight" in message
+
+
+def test_same_tensor_under_two_names(source, refused):
+    def change(tensors):
+        tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"].clone()
+
+    sources.change_weights(source, change)
+    message = refused()
+    assert "model.norm.weight" in message and "model.language_model.norm.weight" in message
+
+
+def test_same_key_in_two_shards(source, refused):
+    tensors = safetensors.torch.load_file(source / SHARD)
+    tensors |= safetensors.torch.load_file(source / "model-00001-of-00003.safetensors")
+    safetensors.torch.save_file(tensors, source / SHARD)
+    assert "both model-00001-of-00003.safetensors and model-00002-of" in refused()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_are_not_finite(source, refused, value, dtype):
+    def change(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].to(dtype)
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+
+    sources.change_weights(source, change, shards=3)
+    message = refused()
+    assert "model.layers.1.mlp.down_proj.weight" in message and str(value) in message
+
+
+def test_weights_too_large_for_float16(source, refused):
+    def change(tensors):
+        tensors["model.norm.weight"][1] = 1e6
+
+    sources.change_weights(source, change)
+    message = refused(dtype="float16")
+    assert "model.norm.weight" in message and "float16" in message and "bfloat16" in message
+
+
+def test_quantised_weights(source, refused):
+    def change(tensors):
+        key = "model.layers.0.mlp.up_proj.weight"
+        tensors[key] = tensors[key].to(torch.int8)
+
+    sources.change_weights(source, change)
+    message = refused()
+    assert "model.layers.0.mlp.up_proj.weight (I8)" in message and "uantised" in message
+
+
+def test_config_of_another_family(source, refused):
+    sources.edit_json(source / "config.json", model_type="llama")
+    message = refused()
+    assert "'llama'" in message and "qwen2_5_vl, qwen2_vl" in message
+
+
+def test_config_of_the_sister_family(source, refused):
+    sources.edit_json(source / "config.json", model_type="qwen2_5_vl")
+    assert "tensors the model" in refused()
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [(None, "holds no config.json"), ("{", "cannot read"), ("[]", "no JSON object"),
+     ("{}", "no model_type")],
+)  # fmt: skip
+def test_damaged_config(source, refused, content, part):
+    if content is None:
+        (source / "config.json").unlink()
+    else:
+        (source / "config.json").write_text(content)
+    message = refused()
+    assert "config.json" in message and part in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickled_weights(source, refused, name):
+    for file in [*source.glob("*.safetensors"), source / sources.INDEX]:
+        file.unlink()
+    (source / name).write_bytes(b"")
+    message = refused()
+    assert name in message and "runs whatever code" in message
+
+
+def test_no_weights(source, refused):
+    for file in [*source.glob("*.safetensors"), source / sources.INDEX]:
+        file.unlink()
+    assert "holds no weights" in refused()
+
+
+def test_no_tokenizer_and_no_image_settings(source, refused):
+    (source / "tokenizer.json").unlink()
+    (source / "preprocessor_config.json").unlink()
+    message = refused()
+    assert "tokenizer.json" in message and "preprocessor_config.json" in message
+
+
+def test_source_that_is_converted_already(source, tmp_path, refused):
+    convert_checkpoint(source, tmp_path / "first")
+    assert "converted checkpoint already" in refused(origin=tmp_path / "first")
+
+
+def test_source_that_is_not_there(tmp_path, refused, source):
+    assert "no folder" in refused(origin=tmp_path / "nowhere")
+    assert "is a file" in refused(origin=source / "config.json")
+    assert "for hub ids only" in refused(revision="main")
+
+
+def hub_errors():
+    from huggingface_hub import errors
+
+    response = types.SimpleNamespace(headers={}, request=None, status_code=404)
+    yield errors.LocalEntryNotFoundError("offline"), "cannot be reached"
+    yield errors.RepositoryNotFoundError("no", response=response), "has no public checkpoint"
+    yield errors.RevisionNotFoundError("no", response=response), "has no revision 'old'"
+    yield errors.GatedRepoError("no", response=response), "accept the licence"
+    yield OSError("connection reset"), "connection reset"
+
+
+@pytest.mark.parametrize("error, part", list(hub_errors()), ids=lambda value: type(value).__name__)
+def test_hub_errors(refused, monkeypatch, error, part):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    message = refused(origin="someone/something", revision="old")
+    assert part in message and "someone/something" in message
+
+
+def test_hub_id_is_fetched_without_pickles(source, tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        return str(source)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    convert_checkpoint("someone/something", tmp_path / "ours", revision="v1")
+    assert asked["name"] == "someone/something" and asked["revision"] == "v1"
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert not any(pattern.endswith((".bin", ".pt", "*")) and "LICENSE" not in pattern
+                   for pattern in asked["allow_patterns"])  # fmt: skip
+    manifest = json.loads((tmp_path / "ours/bsjax.json").read_text())
+    assert manifest["source"]["name"] == "someone/something"
+    assert manifest["source"]["revision"] == source.name
+
+
+def test_unknown_dtype(refused):
+    assert "'int8'" in refused(dtype="int8")
+    assert "'brainfloat'" in refused(dtype="brainfloat")
+
+
+def test_destination_that_exists(source, tmp_path):
+    destination = tmp_path / "ours"
+    destination.mkdir()
+    (destination / "precious").write_text("data")
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert_checkpoint(source, destination)
+    assert (destination / "precious").read_text() == "data"
+    with pytest.raises(CheckpointError, match="not a folder"):
+        convert_checkpoint(source, destination / "precious")
+    assert [file.name for file in destination.iterdir()] == ["precious"]
+
+
+def test_empty_destination_and_missing_parents_are_fine(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    convert_checkpoint(source, tmp_path / "empty")
+    convert_checkpoint(source, tmp_path / "some/where/new")
+    assert load(tmp_path / "empty").fingerprint == load(tmp_path / "some/where/new").fingerprint
+
+
+def test_disk_that_is_too_small(refused, monkeypatch):
+    usage = types.SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
+    monkeypatch.setattr(convert.writing.shutil, "disk_usage", lambda folder: usage)
+    message = refused()
+    assert "GB" in message and "free" in message
+
+
+def test_verification_without_torch(refused, monkeypatch):
+    monkeypatch.setattr(convert.verify.importlib.util, "find_spec", lambda name: None)
+    assert "pip install torch" in refused(check=True)
+
+
+def test_command_line_prints_one_line_and_no_traceback(source, tmp_path, capsys):
+    (source / SHARD).unlink()
+    assert main([str(source), str(tmp_path / "ours")]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+
+
+def test_command_line_refuses_unknown_dtypes(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path), str(tmp_path / "ours"), "--dtype", "int8"])
+    assert caught.value.code == 2
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "python -m convert Qwen/" in capsys.readouterr().out
+
+
+class TestLoading:
+    """What `load` says of folders which are not what `convert` wrote."""
+
+    @pytest.fixture
+    def converted(self, source, tmp_path):
+        convert_checkpoint(source, tmp_path / "ours")
+        return tmp_path / "ours"
+
+    def message(self, path, **options):
+        with pytest.raises(BsjaxError) as caught:
+            load(path, **options)
+        assert isinstance(caught.value, CheckpointError)
+        return str(caught.value)
+
+    def test_missing_folder(self, tmp_path):
+        assert "no folder" in self.message(tmp_path / "nowhere")
+        assert "python -m convert Qwen/Qwen2-VL-2B-Instruct" in self.message(
+            "Qwen/Qwen2-VL-2B-Instruct"
+        )
+
+    def test_unconverted_folder(self, source, tmp_path):
+        assert f"python -m convert {source}" in self.message(source)
+        assert "no bsjax.json" in self.message(tmp_path)
+
+    def test_damaged_manifest(self, converted):
+        manifest = converted / "bsjax.json"
+        sources.edit_json(manifest, fingerprint=None)
+        assert "lacks fingerprint" in self.message(converted)
+        manifest.write_text("{")
+        assert "damaged" in self.message(converted)
+
+    def test_newer_format(self, converted):
+        sources.edit_json(converted / "bsjax.json", format_version=2)
+        assert "format version 2" in self.message(converted)
+
+    def test_other_family(self, converted):
+        sources.edit_json(converted / "bsjax.json", family="qwen2_5_vl")
+        assert "converted as qwen2_5_vl" in self.message(converted)
+        sources.edit_json(converted / "config.json", model_type="llama")
+        assert "'llama'" in self.message(converted)
+
+    def test_config_of_another_size(self, converted):
+        text = json.loads((converted / "config.json").read_text())["text_config"]
+        text |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+        sources.edit_json(converted / "config.json", text_config=text)
+        assert "needs (3, 64)" in self.message(converted)
+
+    def test_missing_parameter(self, converted):
+        shutil.rmtree(converted / "parameters/language_model.norm.scale")
+        assert "language_model.norm.scale" in self.message(converted)
+
+    def test_missing_chunk(self, converted):
+        folder = converted / "parameters/language_model.layers.mlp.up_proj.kernel"
+        next(file for file in folder.rglob("*") if file.is_file() and file.suffix == "").unlink()
+        assert "language_model.layers.mlp.up_proj.kernel" in self.message(converted)
+
+    def test_flipped_bit(self, converted):
+        folder = converted / "parameters/language_model.layers.mlp.up_proj.kernel"
+        chunk = next(file for file in folder.rglob("*") if file.is_file() and file.suffix == "")
+        content = np.frombuffer(chunk.read_bytes(), np.uint8).copy()
+        content[len(content) // 2] ^= 1
+        chunk.write_bytes(content.tobytes())
+        message = self.message(converted)
+        assert "language_model.layers.mlp.up_proj.kernel" in message and "damaged" in message
+
+    def test_missing_parameters_folder(self, converted):
+        (converted / "parameters/_METADATA").unlink()
+        assert "parameters is damaged" in self.message(converted)
+        shutil.rmtree(converted / "parameters")
+        assert "parameters is missing" in self.message(converted)
+
+    def test_damaged_tokenizer(self, converted):
+        (converted / "tokenizer.json").write_text("{")
+        assert "tokenizer" in self.message(converted)
+
+    def test_weights_too_large_for_float16(self, source, tmp_path):
+        sources.change_weights(source, lambda t: t["model.norm.weight"].fill_(1e6))
+        convert_checkpoint(source, tmp_path / "ours")
+        message = self.message(tmp_path / "ours", dtype="float16")
+        assert "language_model.norm.scale" in message and "too large for float16" in message
+
+    def test_unknown_dtype(self, converted):
+        assert "'int8'" in self.message(converted, dtype="int8")

@@ -1,0 +1,65 @@
+"""`--verify` passes what is right, and discards what is wrong."""
+
+import numpy as np
+import pytest
+
+import convert.conversion
+import convert.streaming
+import convert.verify
+from bsjax.errors import CheckpointError
+from convert.__main__ import main
+from convert.conversion import convert_checkpoint
+from tests import convert_sources as sources
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_right_conversions_pass(tmp_path, family, tied):
+    source = sources.write_source(tmp_path / "hf", family, tied=tied)
+    result = convert_checkpoint(source, tmp_path / "ours", check=True)
+    assert result.verification is not None
+    assert result.verification.tolerance == 1e-4
+    assert 0 < result.verification.difference < 1e-4
+    assert result.verification.tokens > 20
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_rounding_is_allowed_for(tmp_path, dtype, tolerance):
+    import torch
+
+    source = sources.write_source(tmp_path / "hf", dtype=torch.float32)
+    result = convert_checkpoint(source, tmp_path / "ours", dtype=dtype, check=True)
+    assert result.verification is not None
+    assert result.verification.tolerance == tolerance
+    assert tolerance / 100 < result.verification.difference < tolerance
+
+
+def test_wrong_conversions_are_discarded(tmp_path, monkeypatch, capsys):
+    source = sources.write_source(tmp_path / "hf")
+    real = convert.streaming.TRANSFORMS["transpose"]
+
+    def wrong(tensor):
+        # Square projections lose their transposition, and keep their shape.
+        return tensor if tensor.shape == (64, 64) else real(tensor)
+
+    monkeypatch.setitem(convert.streaming.TRANSFORMS, "transpose", wrong)
+    assert main([str(source), str(tmp_path / "ours"), "--verify"]) == 2
+    assert "verification failed" in capsys.readouterr().err
+    assert [folder.name for folder in tmp_path.iterdir()] == ["hf"]
+
+
+def test_logits_that_are_not_numbers_fail(tmp_path, monkeypatch):
+    source = sources.write_source(tmp_path / "hf")
+
+    def nothing(folder, prompt):
+        return np.full((len(prompt.token_ids), 256), np.nan, np.float32)
+
+    monkeypatch.setattr(convert.verify, "_reference_logits", nothing)
+    with pytest.raises(CheckpointError, match="differ from transformers' by nan"):
+        convert_checkpoint(source, tmp_path / "ours", check=True)
+
+
+def test_command_line_prints_the_difference(tmp_path, capsys):
+    source = sources.write_source(tmp_path / "hf")
+    assert main([str(source), str(tmp_path / "ours"), "--verify"]) == 0
+    assert "verified     logits within" in capsys.readouterr().out
