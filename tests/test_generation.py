@@ -274,11 +274,11 @@ def test_a_chat_template_file_comes_before_the_tokenizers_own(tiny_checkpoint, t
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "older")
     template = tiny_checkpoint / "chat_template.jinja"
     (folder / "chat_template.json").write_text(
-        json.dumps({"chat_template": "As the file says. " + template.read_text()})
+        json.dumps({"chat_template": "As the file says:" + template.read_text()})
     )
     model = bsjax.load(folder)
     rendered = model.tokenizer.apply_chat_template(conversation([], "Hi"), tokenize=False)
-    assert rendered.startswith("As the file says. ")
+    assert rendered.startswith("As the file says:")
     (folder / "chat_template.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"chat_template\.json"):
         bsjax.load(folder)
