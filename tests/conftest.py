@@ -7,6 +7,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What a test says of compilation must not depend on what ran before, nor fill the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 # Compilation and shared machines make single examples slow now and then; that is no failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)

@@ -159,7 +159,11 @@ def compile_for(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments
     )
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with _abstract_device(TARGETS[target]), warnings.catch_warnings():
+    with (
+        _abstract_device(TARGETS[target]),
+        _no_compilation_cache(),
+        warnings.catch_warnings(),
+    ):
         # Newer JAX deprecates its Triton lowering; what runs on GPUs today still needs it.
         warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
         lowered = jitted.trace(*shapes).lower(lowering_platforms=("cuda",))
@@ -170,7 +174,7 @@ def kernel_reports(
     function: Callable[..., Any], arguments: tuple[Any, ...], target: str = "h200"
 ) -> dict[str, KernelReport]:
     """Compiles `function` and reports its kernels by name, XLA's own fusions among them."""
-    with tempfile.TemporaryDirectory() as folder, _no_compilation_cache():
+    with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compile_for(function, arguments, target, compiler_options=options)
         dump = Path(folder)
@@ -252,7 +256,8 @@ def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    # A program found in the cache is not compiled, and leaves no dump.
+    # A program found in the cache is not compiled, leaves no dump, and cannot be loaded without its
+    # GPU.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:

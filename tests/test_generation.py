@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -282,3 +286,24 @@ def test_a_chat_template_file_comes_before_the_tokenizers_own(tiny_checkpoint, t
     (folder / "chat_template.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"chat_template\.json"):
         bsjax.load(folder)
+
+
+def test_programs_are_kept_in_the_users_cache_folder(tiny_checkpoint, tmp_path):
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    code = """if True:
+        import sys, bsjax
+        messages = [{"role": "user", "content": "Hi"}]
+        bsjax.generate(bsjax.load(sys.argv[1]), messages, max_new_tokens=2)
+    """
+    subprocess.run(
+        [sys.executable, "-c", code, str(tiny_checkpoint)],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+    )
+    assert any((tmp_path / "bsjax" / "compiled").iterdir())
