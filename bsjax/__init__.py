@@ -1,24 +1,32 @@
-"""bsjax: block-sparse prefill for vision-language models in JAX (BlindSight, arXiv 2507.09071)."""
+"""bsjax: block-sparse prefill for vision-language models in JAX (BlindSight, arXiv 2507.09071).
 
-from bsjax.attention import sparse_attention
-from bsjax.block_mask import BlockMask
-from bsjax.categories import HeadCategory, KeyGroup
-from bsjax.checkpoint import LoadedModel, load
-from bsjax.errors import (
-    BackendError,
-    BsjaxError,
-    CapacityError,
-    CheckpointError,
-    GenerationError,
-    MaskError,
-    MessageError,
-    ProfileError,
-    TemplateError,
-)
-from bsjax.generation import forward, generate, stream
-from bsjax.profile_file import Profile
-from bsjax.results import Result, Stats
-from bsjax.template import Image, Sinks, Template, Text
+Names are imported when they are first used: a program that only calls `sparse_attention`, or only
+asks the console script for help, does not wait for transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bsjax.attention import sparse_attention
+    from bsjax.block_mask import BlockMask
+    from bsjax.categories import HeadCategory, KeyGroup
+    from bsjax.checkpoint import LoadedModel, load
+    from bsjax.errors import (
+        BackendError,
+        BsjaxError,
+        CapacityError,
+        CheckpointError,
+        GenerationError,
+        MaskError,
+        MessageError,
+        ProfileError,
+        TemplateError,
+    )
+    from bsjax.generation import forward, generate, stream
+    from bsjax.profile_file import Profile
+    from bsjax.results import Result, Stats
+    from bsjax.template import Image, Sinks, Template, Text
 
 __version__ = "0.1.0"
 
@@ -49,3 +57,38 @@ __all__ = [
     "sparse_attention",
     "stream",
 ]
+
+_HOMES = {
+    "bsjax.attention": ("sparse_attention",),
+    "bsjax.block_mask": ("BlockMask",),
+    "bsjax.categories": ("HeadCategory", "KeyGroup"),
+    "bsjax.checkpoint": ("LoadedModel", "load"),
+    "bsjax.errors": (
+        "BackendError",
+        "BsjaxError",
+        "CapacityError",
+        "CheckpointError",
+        "GenerationError",
+        "MaskError",
+        "MessageError",
+        "ProfileError",
+        "TemplateError",
+    ),
+    "bsjax.generation": ("forward", "generate", "stream"),
+    "bsjax.profile_file": ("Profile",),
+    "bsjax.results": ("Result", "Stats"),
+    "bsjax.template": ("Image", "Sinks", "Template", "Text"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

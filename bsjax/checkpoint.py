@@ -10,7 +10,7 @@ A converted checkpoint is a folder:
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,15 @@ class LoadedModel:
     fingerprint: str
 
 
+class PromptFiles(NamedTuple):
+    """What turns messages into a prompt, without weights."""
+
+    config: PretrainedConfig
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+
+
 def load(path: str | Path, dtype: Any = None) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
 
@@ -104,8 +113,7 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     """
     target = resolve_dtype(dtype)
     manifest = _read_manifest(folder)
-    config = read_config(folder)
-    family = family_of(config.model_type, folder)
+    config, family, tokenizer, image_processor = read_prompt_files(folder)
     if manifest["family"] != family.name:
         raise CheckpointError(
             f"{folder} was converted as {manifest['family']}, and its config.json is of "
@@ -115,14 +123,30 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
         module=_restore(folder / PARAMETERS, family, config, target),
         config=config,
         family=family,
-        tokenizer=_tokenizer(folder),
-        image_processor=_component(
-            folder, "image processor settings", _IMAGE_PROCESSORS[family.name]
-        ),
+        tokenizer=tokenizer,
+        image_processor=image_processor,
         generation_config=_generation_config(folder),
         dtype=target,
         path=folder,
         fingerprint=manifest["fingerprint"],
+    )
+
+
+def read_prompt_files(folder: Path) -> PromptFiles:
+    """Reads what prompts need of a checkpoint, converted or not.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the family is not supported.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json.")
+    config = read_config(folder)
+    family = family_of(config.model_type, folder)
+    return PromptFiles(
+        config,
+        family,
+        _tokenizer(folder),
+        _component(folder, "image processor settings", _IMAGE_PROCESSORS[family.name]),
     )
 
 

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.categories import HeadCategory
-from bsjax.errors import BsjaxError, CheckpointError, TemplateError
+from bsjax.errors import BsjaxError, TemplateError
 
 if TYPE_CHECKING:
     from bsjax.generation import Result
@@ -122,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
     """
     options = build_parser().parse_args(arguments)
+    # transformers is used for tokenizers and images: torch need not be there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Answers hold characters that not every terminal's encoding has.
         sys.stdout.reconfigure(errors="replace")
@@ -188,30 +191,16 @@ def _template(options: argparse.Namespace) -> "Template":
         return Template.from_segments(_segments(options.segments))
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
+    from bsjax.checkpoint import read_prompt_files
     from bsjax.prompts import prepare_prompt
 
-    config, tokenizer, image_processor = _prompt_files(options.checkpoint)
-    prompt = prepare_prompt(_messages(options), tokenizer, image_processor, config)
-    return Template.from_tokens(
-        prompt.token_ids, config.image_token_id, image_tokens=prompt.image_tokens
+    files = read_prompt_files(Path(options.checkpoint).expanduser())
+    prompt = prepare_prompt(
+        _messages(options), files.tokenizer, files.image_processor, files.config
     )
-
-
-def _prompt_files(checkpoint: str) -> tuple[Any, Any, Any]:
-    """What prompts need of a checkpoint; converted or not, without its weights."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-
-    folder = Path(checkpoint).expanduser()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json.")
-    try:
-        return (
-            AutoConfig.from_pretrained(folder, local_files_only=True),
-            AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil"),
-        )
-    except Exception as error:  # transformers raises what the field or file at fault raises.
-        raise CheckpointError(f"The files in {folder} cannot be read: {error}") from error
+    return Template.from_tokens(
+        prompt.token_ids, files.config.image_token_id, image_tokens=prompt.image_tokens
+    )
 
 
 def _segments(text: str) -> list[Any]:

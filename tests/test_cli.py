@@ -245,3 +245,20 @@ def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
     )
     assert completed.stdout.isascii() and completed.stdout.endswith(b"\n")
     assert b"prompt tokens" in completed.stderr
+
+
+def test_help_waits_for_nothing_heavy():
+    program = (
+        "import sys, bsjax.cli\n"
+        "try:\n    bsjax.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'jax', 'flax', 'transformers', 'orbax', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    assert [name for name in bsjax.__all__ if not hasattr(bsjax, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        bsjax.absent  # noqa: B018
