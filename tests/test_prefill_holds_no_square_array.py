@@ -20,7 +20,8 @@ from bsjax.inputs import cache_rows
 from bsjax.models import FAMILIES
 from bsjax.sampling import Sampling
 from bsjax.schedule import build_schedule, category_tables
-from tests.gpu_targets import compile_for, require_gpu_compiler
+from tests.gpu_compiler import require_gpu_compiler
+from tools.gpu_targets import compile_for
 
 LAYERS, Q_HEADS = 28, 12
 

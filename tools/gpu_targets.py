@@ -1,4 +1,4 @@
-"""GPUs that the test suite compiles for without having them.
+"""GPUs that bsjax is compiled for without having them.
 
 XLA's CUDA plugin compiles ahead of time for a GPU described in a few lines, Pallas kernels too.
 `compile_for` gives the compiled program, whose `memory_analysis()` is that of the real GPU;
@@ -8,7 +8,6 @@ XLA's CUDA plugin compiles ahead of time for a GPU described in a few lines, Pal
 import contextlib
 import functools
 import importlib.util
-import os
 import re
 import subprocess
 import tempfile
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -80,18 +78,94 @@ class GpuTarget(NamedTuple):
         """
 
 
+def _target(
+    device_kind: str,
+    capability: str,
+    cores: int,
+    clock_ghz: float,
+    memory_gib: float,
+    **figures: Any,
+) -> GpuTarget:
+    number, accelerated = capability.rstrip("a"), capability.endswith("a")
+    return GpuTarget(
+        device_kind=device_kind,
+        compute_capability=(int(number[:-1]), int(number[-1])),
+        accelerated=accelerated,
+        cores=cores,
+        clock_ghz=clock_ghz,
+        device_memory=int(memory_gib * 2**30),
+        **figures,
+    )
+
+
+_MIB = 2**20
+_AMPERE = {"shared_memory_per_core": 167_936, "shared_memory_per_block": 166_912}
+_ADA = {
+    "shared_memory_per_core": 102_400,
+    "shared_memory_per_block": 101_376,
+    "threads_per_core": 1536,
+}
+_HOPPER = {"shared_memory_per_core": 233_472, "shared_memory_per_block": 232_448}
 TARGETS = {
-    "h200": GpuTarget(
-        device_kind="NVIDIA H200",
-        compute_capability=(9, 0),
-        accelerated=True,
-        cores=132,
-        clock_ghz=1.98,
-        device_memory=151_397_597_184,
+    "a100": _target(
+        "NVIDIA A100-SXM4-80GB",
+        "80",
+        108,
+        1.41,
+        79.25,
+        memory_bandwidth=2_039_000_000_000,
+        l2_cache=40 * _MIB,
+        **_AMPERE,
+    ),
+    "l40s": _target(
+        "NVIDIA L40S",
+        "89",
+        142,
+        2.52,
+        44.5,
+        memory_bandwidth=864_000_000_000,
+        l2_cache=96 * _MIB,
+        **_ADA,
+    ),
+    "rtx4090": _target(
+        "NVIDIA GeForce RTX 4090",
+        "89",
+        128,
+        2.52,
+        23.6,
+        memory_bandwidth=1_008_000_000_000,
+        l2_cache=72 * _MIB,
+        **_ADA,
+    ),
+    "h100": _target(
+        "NVIDIA H100 80GB HBM3",
+        "90a",
+        132,
+        1.98,
+        79.1,
+        memory_bandwidth=3_350_000_000_000,
+        l2_cache=50 * _MIB,
+        **_HOPPER,
+    ),
+    "h200": _target(
+        "NVIDIA H200",
+        "90a",
+        132,
+        1.98,
+        141.0,
         memory_bandwidth=4_800_000_000_000,
-        l2_cache=52_428_800,
-        shared_memory_per_core=233_472,
-        shared_memory_per_block=232_448,
+        l2_cache=50 * _MIB,
+        **_HOPPER,
+    ),
+    "b200": _target(
+        "NVIDIA B200",
+        "100a",
+        148,
+        1.965,
+        178.4,
+        memory_bandwidth=8_000_000_000_000,
+        l2_cache=126 * _MIB,
+        **_HOPPER,
     ),
 }
 
@@ -108,16 +182,6 @@ class KernelReport(NamedTuple):
     spilled: int
     """Bytes that one thread stores to and loads from local memory for want of registers."""
     ptx: str
-
-
-def require_gpu_compiler() -> None:
-    """Skips the calling test where the compiler for GPUs is missing; fails it where CI is set."""
-    missing = missing_wheels()
-    if missing:
-        message = f"Compiling for GPUs needs {' and '.join(missing)}: pip install '.[test]'."
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
 
 
 def missing_wheels() -> list[str]:
