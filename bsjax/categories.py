@@ -57,6 +57,10 @@ _GROUPS = {
 }
 
 
+# A position that no query has, padding rows apart.
+_NEVER = 2**31 - 1
+
+
 class TokenInfo(NamedTuple):
     """What the predicate knows of tokens: NumPy, JAX or in-kernel arrays of one shape."""
 
@@ -66,6 +70,19 @@ class TokenInfo(NamedTuple):
     """int32: image number, -1 for text."""
     sink: Any
     """bool: whether later images may look at this image token as a sink."""
+
+
+class KeyVisibility(NamedTuple):
+    """What the predicate needs to know of keys, given what a head keeps: arrays of one shape."""
+
+    position: Any
+    """int32: index in prompt order, from which text queries see the key."""
+    image: Any
+    """int32: image number, -1 for text."""
+    own_from: Any
+    """int32: first position from which queries of the key's own image see it."""
+    other_from: Any
+    """int32: first position from which all other image queries see it."""
 
 
 def visible(
@@ -79,22 +96,43 @@ def visible(
     """Whether `query` sees `key` in a head that keeps `groups`.
 
     The fields of `query` and `key` must broadcast against each other; `groups` is a `KeyGroup`, or
-    an integer (array) of the same bits. Only operators are used, so that NumPy, XLA and the kernel
-    evaluate the same function.
+    an integer (array) of the same bits. NumPy, XLA and the kernel evaluate the same function.
+
+    Its two halves can be called apart: `key_visibility` looks at each key alone, and `sees` is left
+    with two choices and one comparison per pair, which partial blocks of the kernel spend their
+    time on.
     """
-    text_key = key.image < 0
-    own = key.image == query.image
-    base = key.position <= query.position
-    if bidirectional_images:
-        base = base | (own & ~text_key)
-    if window is not None:
-        base = base & (key.position > query.position - window)
+    keys = key_visibility(key, groups, bidirectional_images=bidirectional_images)
+    return sees(query.position, query.image, keys, window=window)
+
+
+def key_visibility(key: TokenInfo, groups: Any, *, bidirectional_images: bool) -> KeyVisibility:
+    """From which position on a head that keeps `groups` sees each key."""
+    where = key.image.__array_namespace__().where
 
     def keeps(group: KeyGroup) -> Any:
         return (groups & group.value) != 0
 
-    sink_key = (own & keeps(KeyGroup.OWN_SINK)) | (~own & keeps(KeyGroup.OTHER_SINK))
-    other_key = (own & keeps(KeyGroup.OWN)) | (~own & keeps(KeyGroup.OTHER))
-    image_key = (key.sink & sink_key) | (~key.sink & other_key)
-    kept = (text_key & keeps(KeyGroup.TEXT)) | (~text_key & image_key)
-    return base & (kept | (query.image < 0))
+    is_text = key.image < 0
+    own_image = where(key.sink, keeps(KeyGroup.OWN_SINK), keeps(KeyGroup.OWN))
+    other_image = where(key.sink, keeps(KeyGroup.OTHER_SINK), keeps(KeyGroup.OTHER))
+    own_from = key.position
+    if bidirectional_images:
+        own_from = where(is_text, key.position, 0)
+    return KeyVisibility(
+        key.position,
+        key.image,
+        where(where(is_text, keeps(KeyGroup.TEXT), own_image), own_from, _NEVER),
+        where(where(is_text, keeps(KeyGroup.TEXT), other_image), key.position, _NEVER),
+    )
+
+
+def sees(query_position: Any, query_image: Any, key: KeyVisibility, *, window: int | None) -> Any:
+    """Whether queries at these positions, of these images (-1: text), see the keys."""
+    where = key.image.__array_namespace__().where
+    seen_from = where(key.image == query_image, key.own_from, key.other_from)
+    seen_from = where(query_image < 0, key.position, seen_from)
+    seen = seen_from <= query_position
+    if window is not None:
+        seen = seen & (key.position > query_position - window)
+    return seen

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bsjax.errors import BackendError
-
-SHORTEST_SIDE = 16
-"""Triton's matrix product takes no side shorter than this."""
+from bsjax.pallas.pieces import SHORTEST_SIDE
 
 # What one kernel may use on sm_90, less room for the tokens' positions and images.
 _SHARED_MEMORY = 220 * 1024

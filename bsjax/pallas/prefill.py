@@ -35,9 +35,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from bsjax.categories import TokenInfo, visible
+from bsjax.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.errors import BackendError
-from bsjax.pallas.configurations import SHORTEST_SIDE, configuration
+from bsjax.pallas.configurations import KernelConfiguration, configuration
+from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 from bsjax.schedule import Schedule
 
 _LOG2_E = 1 / math.log(2)
@@ -53,6 +54,7 @@ def prefill_attention(
     scale: float,
     return_lse: bool = False,
     interpret: bool = False,
+    compiled: KernelConfiguration | None = None,
 ) -> (
     Float[Array, "tokens q_heads head_dim"]
     | tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]
@@ -68,6 +70,8 @@ def prefill_attention(
       scale: factor of the scores, above 0.
       return_lse: whether to return the log-sum-exp of the scores too.
       interpret: run on any device in plain JAX, slowly, for tests.
+      compiled: how to compile, for tuning; its block_kv is the schedule's, and its block_q divides
+        the schedule's. By default what `configuration` says.
 
     Returns:
       Attention output in the dtype of `q`; with `return_lse` also the natural log-sum-exp of every
@@ -80,31 +84,36 @@ def prefill_attention(
     _check(q, k, v, schedule, head_category, scale)
     tokens, q_heads, head_dim = q.shape
     group = q_heads // k.shape[1]
-    padded_dim = max(SHORTEST_SIDE, pl.next_power_of_2(head_dim))
-    compiled = configuration(head_dim, q.dtype, schedule.block_q, schedule.block_kv)
+    pieces = pieces_of(head_dim)
+    width = width_of(pieces)
+    if compiled is None:
+        compiled = configuration(head_dim, q.dtype, schedule.block_q, schedule.block_kv)
+    if compiled.block_kv != schedule.block_kv or schedule.block_q % compiled.block_q:
+        raise BackendError(
+            f"A kernel of {compiled.block_q} x {compiled.block_kv} cannot run a schedule of "
+            f"{schedule.block_q} x {schedule.block_kv}."
+        )
     programs_per_tile = schedule.block_q // compiled.block_q
     settings = _Settings(
-        head_dim=head_dim,
+        pieces=pieces,
         block_q=compiled.block_q,
         programs_per_tile=programs_per_tile,
         block_kv=schedule.block_kv,
-        bidirectional_images=schedule.bidirectional_images,
         window=schedule.window,
         scale=scale,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
 
+    groups = jnp.asarray(schedule.groups)[:, None]
+    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.info))
+    keys = key_visibility(info, groups, bidirectional_images=schedule.bidirectional_images)
     # Blocks of keys are read whole, so a prompt shorter than one is padded to it; no other is.
     missing = max(0, schedule.block_kv - tokens)
-    k, v, position, image, sink = (
-        jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-        for array in (k, v, schedule.position, schedule.image, schedule.sink)
-    )
+    k, v = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (k, v))
+    keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
 
     def of_head(rows: int, heads_per_row: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (rows, None, padded_dim), lambda head, tile: (0, head // heads_per_row, 0)
-        )
+        return pl.BlockSpec((rows, None, width), lambda head, tile: (0, head // heads_per_row, 0))
 
     row_of_head = pl.BlockSpec((tokens, None), lambda head, tile: (0, head))
     whole = pl.BlockSpec()
@@ -128,11 +137,11 @@ def prefill_attention(
         q,
         k,
         v,
-        position,
-        image,
-        sink.astype(jnp.int32),
+        keys.position[0],
+        keys.image[0],
+        keys.own_from,
+        keys.other_from,
         jnp.asarray(head_category),
-        jnp.asarray(schedule.groups),
         jnp.asarray(schedule.tiles),
         jnp.asarray(schedule.ranges),
     )
@@ -142,11 +151,10 @@ def prefill_attention(
 class _Settings(NamedTuple):
     """What the kernel is specialised for, beyond shapes."""
 
-    head_dim: int
+    pieces: tuple[Piece, ...]
     block_q: int
     programs_per_tile: int
     block_kv: int
-    bidirectional_images: bool
     window: int | None
     scale: float
     precision: jax.lax.Precision | None
@@ -168,7 +176,7 @@ class _Softmax(NamedTuple):
     total: Any
     """float32 [block_q]: sum of exp2(score - maximum)"""
     weighted: Any
-    """float32 [block_q, head_dim]: sum of exp2(score - maximum) * value"""
+    """for each piece of the head, float32 [block_q, size]: sum of exp2(score - maximum) * value"""
 
 
 def _attend_tile(
@@ -178,9 +186,9 @@ def _attend_tile(
     v_ref: Any,
     position_ref: Any,
     image_ref: Any,
-    sink_ref: Any,
+    own_from_ref: Any,
+    other_from_ref: Any,
     category_ref: Any,
-    groups_ref: Any,
     tiles_ref: Any,
     ranges_ref: Any,
     out_ref: Any,
@@ -196,54 +204,41 @@ def _attend_tile(
     first_row, rows = first_row + earlier_rows, rows - earlier_rows
 
     to_log2 = settings.scale * _LOG2_E
-    padded_dim = q_ref.shape[-1]
-    # Elements beyond the head dimension belong to the next head.
-    inside_head = (
-        None
-        if padded_dim == settings.head_dim
-        else (jnp.arange(padded_dim) < settings.head_dim)[None, :]
-    )
 
-    def load(ref: Any, start: Any, size: int, inside: Any) -> Any:
-        mask = inside_head
-        if inside is not None:
-            mask = inside[:, None] if mask is None else mask & inside[:, None]
-        return pltriton.load(
-            ref.at[pl.ds(start, size), :], mask=mask, other=None if mask is None else 0.0
-        )
-
-    def load_info(start: Any, size: int, inside: Any) -> TokenInfo:
-        position, image, sink = (
-            pltriton.load(
-                ref.at[pl.ds(start, size)], mask=inside, other=None if inside is None else 0
+    def load(ref: Any, start: Any, size: int, inside: Any) -> list[Any]:
+        """Rows of one head, piece by piece."""
+        rows_and_columns = [
+            (
+                ref.at[pl.ds(start, size), pl.ds(piece.start, piece.size)],
+                _both(None if inside is None else inside[:, None], piece.inside),
             )
-            for ref in (position_ref, image_ref, sink_ref)
-        )
-        return TokenInfo(position, image, sink != 0)
+            for piece in settings.pieces
+        ]
+        return [
+            pltriton.load(part, mask=mask, other=None if mask is None else 0.0)
+            for part, mask in rows_and_columns
+        ]
 
-    def scores_of(queries: Any, keys: Any) -> Any:
+    def product(left: Any, right: Any) -> Any:
         return jnp.dot(
-            queries,
-            keys.T,
-            precision=settings.precision,
-            preferred_element_type=jnp.float32,
+            left, right, precision=settings.precision, preferred_element_type=jnp.float32
         )
 
-    def attend(softmax: _Softmax, scores: Any, values: Any) -> _Softmax:
+    def scores_of(queries: list[Any], keys: list[Any]) -> Any:
+        return sum(product(q_part, k_part.T) for q_part, k_part in zip(queries, keys, strict=True))
+
+    def attend(softmax: _Softmax, scores: Any, values: list[Any]) -> _Softmax:
         # The maximum starts finite, so that a row which has seen nothing subtracts no infinities.
         maximum = jnp.maximum(softmax.maximum, scores.max(axis=1) * to_log2)
         weights = jnp.exp2(scores * to_log2 - maximum[:, None])
         rescale = jnp.exp2(softmax.maximum - maximum)
-        products = jnp.dot(
-            weights.astype(values.dtype),
-            values,
-            precision=settings.precision,
-            preferred_element_type=jnp.float32,
-        )
         return _Softmax(
             maximum,
             softmax.total * rescale + weights.sum(axis=1),
-            softmax.weighted * rescale[:, None] + products,
+            tuple(
+                weighted * rescale[:, None] + product(weights.astype(part.dtype), part)
+                for weighted, part in zip(softmax.weighted, values, strict=True)
+            ),
         )
 
     def advance(walk: _Walk) -> _Walk:
@@ -260,8 +255,12 @@ def _attend_tile(
     def _() -> None:
         inside_tile = jnp.arange(settings.block_q) < rows
         queries = load(q_ref, first_row, settings.block_q, inside_tile)
-        query_info = load_info(first_row, settings.block_q, inside_tile)
-        groups = groups_ref[table]
+        query_position, query_image = (
+            pltriton.load(ref.at[pl.ds(first_row, settings.block_q)], mask=inside_tile, other=0)[
+                :, None
+            ]
+            for ref in (position_ref, image_ref)
+        )
         last_start = k_ref.shape[0] - settings.block_kv
 
         def full_block(_: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
@@ -279,13 +278,20 @@ def _attend_tile(
             in_block = (rows_of_keys >= walk.start) & (rows_of_keys < walk.end)
             keys = load(k_ref, first_key, settings.block_kv, None)
             values = load(v_ref, first_key, settings.block_kv, None)
-            key_info = load_info(first_key, settings.block_kv, None)
-            seen = in_block[None, :] & visible(
-                TokenInfo(*(field[:, None] for field in query_info)),
-                TokenInfo(*(field[None, :] for field in key_info)),
-                groups,
-                bidirectional_images=settings.bidirectional_images,
-                window=settings.window,
+            block = pl.ds(first_key, settings.block_kv)
+            key_visibility = KeyVisibility(
+                *(
+                    pltriton.load(part)[None, :]
+                    for part in (
+                        position_ref.at[block],
+                        image_ref.at[block],
+                        own_from_ref.at[table, block],
+                        other_from_ref.at[table, block],
+                    )
+                )
+            )
+            seen = in_block[None, :] & sees(
+                query_position, query_image, key_visibility, window=settings.window
             )
             scores = jnp.where(seen, scores_of(queries, keys), -jnp.inf)
             return advance(walk), attend(softmax, scores, values)
@@ -296,20 +302,20 @@ def _attend_tile(
         softmax = _Softmax(
             jnp.full((settings.block_q,), jnp.finfo(jnp.float32).min),
             jnp.zeros((settings.block_q,), jnp.float32),
-            jnp.zeros((settings.block_q, padded_dim), jnp.float32),
+            tuple(
+                jnp.zeros((settings.block_q, piece.size), jnp.float32) for piece in settings.pieces
+            ),
         )
         carry = jax.lax.fori_loop(0, full_blocks, full_block, (walk, softmax))
         _, softmax = jax.lax.fori_loop(0, partial_blocks, partial_block, carry)
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
-        out_mask = (
-            inside_tile[:, None] if inside_head is None else inside_tile[:, None] & inside_head
-        )
-        pltriton.store(
-            out_ref.at[pl.ds(first_row, settings.block_q), :],
-            (softmax.weighted / total[:, None]).astype(out_ref.dtype),
-            mask=out_mask,
-        )
+        for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
+            pltriton.store(
+                out_ref.at[pl.ds(first_row, settings.block_q), pl.ds(piece.start, piece.size)],
+                (weighted / total[:, None]).astype(out_ref.dtype),
+                mask=_both(inside_tile[:, None], piece.inside),
+            )
         if lse_ref is not None:
             lse = (softmax.maximum + jnp.log2(total)) / _LOG2_E
             pltriton.store(
@@ -317,6 +323,13 @@ def _attend_tile(
                 jnp.where(softmax.total > 0, lse, -jnp.inf),
                 mask=inside_tile,
             )
+
+
+def _both(rows: Any, columns: Any) -> Any:
+    """The mask of a block whose rows and columns are masked; None masks nothing."""
+    if rows is None or columns is None:
+        return columns if rows is None else rows
+    return rows & columns
 
 
 def _check(
