@@ -10,11 +10,9 @@ VENV_PYTHON := $(VENV)/bin/python
 # On the CPU unless told otherwise. On a GPU: .venv/bin/pip install -e ".[cuda12]", then
 # make demo JAX_PLATFORMS=cuda
 JAX_PLATFORMS ?= cpu
-# Hides what JAX's CUDA plugin (test extra) has to say on a machine without CUDA.
-TF_CPP_MIN_LOG_LEVEL ?= 2
 # transformers is used for tokenizers and images only, and need not mention that torch is missing.
 TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
-export JAX_PLATFORMS TF_CPP_MIN_LOG_LEVEL TRANSFORMERS_NO_ADVISORY_WARNINGS
+export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 .DELETE_ON_ERROR:
 .PHONY: demo test lint clean

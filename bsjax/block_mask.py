@@ -40,7 +40,7 @@ class BlockMask:
 
     Args:
       template: the prompt.
-      categories: one `HeadCategory` per query head.
+      categories: one `HeadCategory`, or its name, per query head.
       block_q: query rows of a tile. A power of two for the `pallas` backend, anything otherwise.
       block_kv: keys of a block. A power of two for the `pallas` backend, anything otherwise.
       bidirectional_images: whether an image's tokens all see each other (Gemma 3).
@@ -64,7 +64,7 @@ class BlockMask:
     def __init__(
         self,
         template: Template,
-        categories: Sequence[HeadCategory | int] | Int[np.ndarray, "q_heads"],
+        categories: Sequence[HeadCategory | int | str] | Int[np.ndarray, "q_heads"],
         block_q: int = 128,
         block_kv: int = 64,
         bidirectional_images: bool = False,
@@ -73,10 +73,9 @@ class BlockMask:
         if not len(categories):
             raise MaskError("A block mask needs the category of at least one query head.")
         try:
-            self._categories = tuple(HeadCategory(int(category)) for category in categories)
+            self._categories = tuple(HeadCategory.parse(category) for category in categories)
         except ValueError as error:
-            names = ", ".join(f"{category.name} ({category.value})" for category in HeadCategory)
-            raise MaskError(f"{error}; head categories are {names}.") from None
+            raise MaskError(str(error)) from None
         self._template = template
         self.schedule = build_schedule(
             template,

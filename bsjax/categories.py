@@ -15,6 +15,7 @@ visible to themselves when `bidirectional_images`, inside a sliding `window` whe
 """
 
 import enum
+import operator
 from typing import Any, NamedTuple
 
 
@@ -40,6 +41,23 @@ class HeadCategory(enum.IntEnum):
     SINK = 1
     INTRA_IMAGE = 2
     INTRA_IMAGE_SINK = 3
+
+    @classmethod
+    def parse(cls, value: Any) -> "HeadCategory":
+        """A category from itself, its number, or its name in any case: "intra-image-sink".
+
+        Raises:
+          ValueError: it is none; the message lists them.
+        """
+        try:
+            if isinstance(value, str):
+                return cls[value.strip().upper().replace("-", "_")]
+            return cls(operator.index(value))
+        except (KeyError, TypeError, ValueError):
+            names = ", ".join(f"{category.name} ({category.value})" for category in cls)
+            raise ValueError(
+                f"{value!r} is no head category; the categories are {names}."
+            ) from None
 
     @property
     def groups(self) -> KeyGroup:

@@ -125,7 +125,7 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
         family=family,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        generation_config=_generation_config(folder),
+        generation_config=read_generation_config(folder),
         dtype=target,
         path=folder,
         fingerprint=manifest["fingerprint"],
@@ -167,13 +167,13 @@ def resolve_dtype(dtype: Any) -> np.dtype:
     return resolved
 
 
-def family_of(model_type: str, folder: Path) -> Family:
+def family_of(model_type: Any, folder: Path) -> Family:
     """The family of a `model_type`.
 
     Raises:
         CheckpointError: it is not supported.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{folder / 'config.json'} is of a {model_type!r} model. Supported: "
             f"{', '.join(sorted(FAMILIES))}."
@@ -254,6 +254,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} lacks {', '.join(absent)}: it is damaged. Convert the checkpoint again."
         )
+    lost = [name for name in manifest.get("files", ()) if not (folder / name).is_file()]
+    if lost:
+        raise CheckpointError(
+            f"{folder} has lost {', '.join(map(str, lost))}. Convert the checkpoint again."
+        )
     return manifest
 
 
@@ -290,7 +295,24 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Reads generation_config.json, or makes it from config.json where there is none.
+
+    Raises:
+        CheckpointError: it is damaged, or its end-of-sequence tokens are no token ids.
+    """
+    config = _any_generation_config(folder)
+    ids = config.eos_token_id
+    for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise CheckpointError(
+                f"the generation config in {folder} has the end-of-sequence token {token!r}: "
+                "eos_token_id must be a token id or a list of them."
+            )
+    return config
+
+
+def _any_generation_config(folder: Path) -> GenerationConfig:
     if (folder / "generation_config.json").is_file():
         return _component(folder, "generation_config.json", GenerationConfig)
     return GenerationConfig.from_model_config(read_config(folder))

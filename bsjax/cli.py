@@ -75,7 +75,9 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
-    parser.add_argument("--backend", default="auto", help="of the attention: auto, pallas, xla")
+    parser.add_argument(
+        "--backend", default="auto", help="of the attention: auto, pallas, xla, reference"
+    )
     parser.set_defaults(run=_generate)
 
 
@@ -175,8 +177,9 @@ def _mask(options: argparse.Namespace) -> None:
 
     mask = BlockMask(_template(options), [options.category])
     mask.plot(options.output)
+    images = mask.template.num_images
     print(
-        f"{mask.template.tokens} tokens, {mask.template.num_images} images, "
+        f"{mask.template.tokens} tokens, {images} image{'' if images == 1 else 's'}, "
         f"{options.category.name}: {mask.density:.1%} of the dense attention"
     )
     print(options.output)
@@ -188,6 +191,10 @@ def _template(options: argparse.Namespace) -> "Template":
     if options.segments is not None:
         if options.checkpoint is not None:
             raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
+        if options.image or options.system is not None or options.max_pixels is not None:
+            raise TemplateError(
+                "--image, --system and --max-pixels belong to a checkpoint's prompt."
+            )
         return Template.from_segments(_segments(options.segments))
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
@@ -245,8 +252,8 @@ def _figures(result: "Result") -> str:
 
 def _category(text: str) -> HeadCategory:
     try:
-        return HeadCategory[text.upper().replace("-", "_")]
-    except KeyError:
+        return HeadCategory.parse(text)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {_CATEGORY_NAMES}") from None
 
 

@@ -7,6 +7,7 @@ other sign.
 """
 
 import importlib.resources
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from jaxtyping import Int8
 
 from bsjax import profile_format
 from bsjax.categories import HeadCategory
+from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.template import Sinks
 
@@ -89,7 +91,16 @@ class Profile:
                 f"The criterion {self.criterion!r} and {self.sample_count} samples contradict each "
                 "other: only a uniform profile has no samples."
             )
+        whole_number("`sample_count`", self.sample_count, least=0, error=ProfileError)
+        if not isinstance(self.sinks, Sinks):
+            raise ProfileError(f"`sinks` must be bsjax.Sinks, got {self.sinks!r}.")
+        # Measurements come as NumPy's and JAX's numbers; the file holds Python's.
+        object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds))
+        if self.end_to_end is not None:
+            object.__setattr__(self, "end_to_end", _numbers("end_to_end", self.end_to_end))
         for name, values in self.statistics.items():
+            if not np.isfinite(np.asarray(values, np.float64)).all():
+                raise ProfileError(f"`statistics[{name!r}]` holds numbers that are not finite.")
             if np.shape(values) != categories.shape:
                 raise ProfileError(
                     f"`statistics[{name!r}]` has the shape {np.shape(values)}: it must have one "
@@ -136,17 +147,22 @@ class Profile:
           ProfileError: an unknown category, or neither a model nor all three of family, layers,
             heads.
         """
-        category = _category(category)
+        try:
+            category = HeadCategory.parse(category)
+        except ValueError as error:
+            raise ProfileError(str(error)) from None
         fingerprint = None
         if model is not None:
             if not (family is None and layers is None and heads is None):
                 raise ProfileError("Give a model, or family, layers and heads; not both.")
             (family, layers, heads), fingerprint = _shape_of(model), model.fingerprint
-        if family is None or layers is None or heads is None or layers < 1 or heads < 1:
+        if family is None or layers is None or heads is None:
             raise ProfileError(
-                f"Profile.uniform needs a model, or a family and positive numbers of layers and "
-                f"heads; got family={family!r}, layers={layers!r}, heads={heads!r}."
+                f"Profile.uniform needs a model, or family, layers and heads; got "
+                f"family={family!r}, layers={layers!r}, heads={heads!r}."
             )
+        layers = whole_number("layers", layers, least=1, error=ProfileError)
+        heads = whole_number("heads", heads, least=1, error=ProfileError)
         return cls(
             family=family,
             categories=np.full((layers, heads), int(category), np.int8),
@@ -168,10 +184,9 @@ class Profile:
           ProfileError: there is no such file, or it is not a profile of format version 1; the
             message names the field and what is wrong with it.
         """
-        path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, TypeError, UnicodeDecodeError) as error:
             raise ProfileError(f"The profile {path} cannot be read: {error}") from error
         return cls.from_json(text, str(path))
 
@@ -290,16 +305,19 @@ class Profile:
         return profile
 
 
-def _category(category: Any) -> HeadCategory:
-    try:
-        return (
-            HeadCategory[category.upper()] if isinstance(category, str) else HeadCategory(category)
-        )
-    except (KeyError, ValueError):
-        raise ProfileError(
-            f"Unknown head category {category!r}: the categories are "
-            f"{', '.join(known.name for known in HeadCategory)}."
-        ) from None
+def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Python's numbers, finite ones, by name."""
+    numbers = {}
+    for key, value in values.items():
+        try:
+            number = value if type(value) in (int, float) else float(value)
+            finite = math.isfinite(number)
+        except (TypeError, ValueError, OverflowError):
+            finite = False
+        if not finite:
+            raise ProfileError(f"`{name}[{key!r}]` must be a finite number, got {value!r}.")
+        numbers[key] = number
+    return numbers
 
 
 def _shape_of(model: Any) -> tuple[str, int, int]:

@@ -166,8 +166,14 @@ def _counts(name: str, value: Any) -> None:
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ProfileError(f"`{name}` must hold finite numbers, got {value!r}.")
+    try:
+        finite = isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # An int that no float comes near.
+        finite = False
+    if isinstance(value, bool) or not finite:
+        shown = repr(value)
+        shown = shown if len(shown) <= 40 else shown[:40] + "..."
+        raise ProfileError(f"`{name}` must hold finite numbers, got {shown}.")
 
 
 def _object(name: str, value: Any) -> None:

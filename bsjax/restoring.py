@@ -108,7 +108,10 @@ def restore_parameters(
             metadata = checkpointer.metadata(folder.absolute()).item_metadata
             shapes = {path: tuple(leaf.shape) for path, leaf in _flat(metadata.tree).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder} is damaged: {error}. {_AGAIN}") from error
+            raise CheckpointError(
+                f"{folder} is damaged: its _METADATA or a zarr.json cannot be read ({error}). "
+                f"{_AGAIN}"
+            ) from error
         for path, leaf in wanted.items():
             if shapes.get(path) != tuple(leaf.shape):
                 raise CheckpointError(

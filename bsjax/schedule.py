@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup, TokenInfo
+from bsjax.checks import whole_number
 from bsjax.errors import MaskError
 from bsjax.template import Template
 
@@ -123,8 +124,8 @@ def build_schedule(
       MaskError: a block size or window below 1, or fewer `tokens` than the template has.
     """
     for name, value in (("block_q", block_q), ("block_kv", block_kv), ("window", window)):
-        if value is not None and value < 1:
-            raise MaskError(f"{name} must be at least 1, got {value}.")
+        if value is not None:
+            whole_number(name, value, least=1, error=MaskError)
     tokens = template.tokens if tokens is None else tokens
     if tokens < template.tokens:
         raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")

@@ -17,7 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bsjax.categories import TokenInfo
+from bsjax.checks import whole_number
 from bsjax.errors import TemplateError
+
+# Far beyond any model, and far below what a position in 32 bits holds.
+_MOST_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,16 @@ class Sinks:
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.first < 1:
-            raise TemplateError(
-                f"Sinks(first={self.first}): the first token of every image is always a sink, so "
-                "`first` must be at least 1."
+        # The first token of every image is always a sink.
+        first = whole_number("Sinks: `first`", self.first, least=1, error=TemplateError)
+        offsets = tuple(
+            whole_number(
+                "Sinks: an offset from an image's first token", offset, least=0, error=TemplateError
             )
-        object.__setattr__(self, "offsets", tuple(int(offset) for offset in self.offsets))
-        if any(offset < 0 for offset in self.offsets):
-            raise TemplateError(
-                f"Sinks(offsets={self.offsets}): offsets count from an image's first token and "
-                "cannot be negative."
-            )
+            for offset in self.offsets
+        )
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "offsets", offsets)
 
     def of_image(self, tokens: int) -> Bool[np.ndarray, "tokens"]:
         """Marks the sinks of an image of `tokens` tokens."""
@@ -172,21 +175,23 @@ class Template:
           TemplateError: a segment is neither Text nor Image, an image has no token, or a text's
             length is negative.
         """
-        runs: list[np.ndarray] = []
+        numbers, lengths = [], []
         images = 0
         for segment in segments:
             if isinstance(segment, Image):
-                if segment.tokens < 1:
-                    raise TemplateError(f"{segment}: an image has at least one token.")
-                runs.append(np.full(segment.tokens, images, np.int32))
+                least, number = 1, images
                 images += 1
             elif isinstance(segment, Text):
-                if segment.tokens < 0:
-                    raise TemplateError(f"{segment}: a text cannot have fewer than 0 tokens.")
-                runs.append(np.full(segment.tokens, -1, np.int32))
+                least, number = 0, -1
             else:
                 raise TemplateError(f"A segment is Text(n) or Image(n), got {segment!r}.")
-        image = np.concatenate(runs) if runs else np.zeros(0, np.int32)
+            numbers.append(number)
+            lengths.append(
+                whole_number(f"{segment}: tokens", segment.tokens, least=least, error=TemplateError)
+            )
+        if sum(lengths) > _MOST_TOKENS:
+            raise TemplateError(f"A prompt of {sum(lengths):,} tokens; at most {_MOST_TOKENS:,}.")
+        image = np.repeat(np.asarray(numbers, np.int32), np.asarray(lengths, np.int64))
         return cls._with_sinks(image, sinks)
 
     @classmethod

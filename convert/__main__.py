@@ -66,11 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0 done, 2 bad input or a failed verification (one line on stderr says
-        which), 130 interrupted.
+        The exit status: 0 done, 2 bad input or a failed verification (a message on stderr
+        says which), 130 interrupted.
     """
     options = build_parser().parse_args(arguments)
-    # Imported here, and so are the others below, so that --help answers at once.
     from bsjax.errors import BsjaxError
 
     try:
@@ -84,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    # Imported here, so that --help answers at once.
     from convert.conversion import convert_checkpoint
     from convert.writing import leftovers
 

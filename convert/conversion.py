@@ -24,16 +24,18 @@ from bsjax.checkpoint import (
     resolve_dtype,
 )
 from bsjax.errors import CheckpointError
-from bsjax.models.parameters import ignorable_keys
+from bsjax.models.parameters import tied_keys
 from convert.plan import PlannedParameter, make_plan
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import Source, open_source
 from convert.streaming import Fingerprint, chunk_shape, pieces
+from convert.trial import try_prompt
 from convert.verify import Verification, require_torch, verify
 from convert.writing import (
     StreamedParameter,
     check_destination,
     check_disk_space,
+    check_stopped,
     publish,
     write_parameters,
 )
@@ -113,14 +115,16 @@ def convert_checkpoint(
         stored = _usual_dtype(opened.tensors)
 
     config = read_config(opened.folder)
-    shapes = parameter_shapes(abstract_module(family, config, stored))
+    module = abstract_module(family, config, stored)
+    shapes = parameter_shapes(module)
     plan = make_plan(
         family.parameter_table(config),
         {path: tuple(leaf.shape) for path, leaf in shapes.items()},
         opened.tensors,
         stored,
-        ignorable_keys(config),
+        tied_keys(config),
     )
+    try_prompt(opened.folder, module)
     size = sum(parameter.nbytes for parameter in plan)
     check_disk_space(target, size + sum(file.stat().st_size for file in copied))
 
@@ -129,7 +133,7 @@ def convert_checkpoint(
         _write(temporary, plan, fingerprint, progress)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
-        manifest = _manifest(opened, family.name, plan, fingerprint.hexdigest())
+        manifest = _manifest(opened, family.name, plan, fingerprint.hexdigest(), copied)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         seconds = time.monotonic() - started
         verification = verify(opened.folder, temporary, _rounds(plan)) if check else None
@@ -158,6 +162,7 @@ def _write(
 
     def advance(count: int) -> None:
         nonlocal done
+        check_stopped()
         done += count
         if progress is not None:
             progress(done, total)
@@ -219,7 +224,7 @@ def _rounds(plan: list[PlannedParameter]) -> str | None:
 
 
 def _manifest(
-    source: Source, family: str, plan: list[PlannedParameter], fingerprint: str
+    source: Source, family: str, plan: list[PlannedParameter], fingerprint: str, copied: list[Path]
 ) -> dict[str, Any]:
     packages = ("bsjax", "jax", "flax", "orbax-checkpoint", "transformers", "numpy")
     return {
@@ -237,6 +242,7 @@ def _manifest(
             "arrays": len(plan),
             "bytes": sum(parameter.nbytes for parameter in plan),
         },
+        "files": sorted(file.name for file in copied),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {name: _version(name) for name in packages},
     }

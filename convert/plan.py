@@ -7,11 +7,14 @@ import numpy as np
 
 from bsjax.errors import CheckpointError
 from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
-from convert.safetensors_file import FLOAT_DTYPES, TensorEntry
+from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import named
 
 # The shape a tensor must have for its transform to give the wanted one, where that is simple to
 # say.
+# Rows of tied tensors that are compared at a time: tens of megabytes.
+_ROWS_COMPARED = 4096
+
 _SOURCE_SHAPES = {"copy": lambda shape: shape, "transpose": lambda shape: shape[::-1]}
 
 
@@ -42,7 +45,7 @@ def make_plan(
     shapes: dict[tuple[str, ...], tuple[int, ...]],
     tensors: dict[str, TensorEntry],
     dtype: np.dtype,
-    ignorable: frozenset[str],
+    tied: dict[str, str],
 ) -> list[PlannedParameter]:
     """Finds the tensors of every parameter, and a parameter for every tensor.
 
@@ -51,17 +54,17 @@ def make_plan(
         shapes: the shape of every parameter of the model, by path.
         tensors: the checkpoint's tensors, by their keys as they stand in the files.
         dtype: the dtype to store.
-        ignorable: canonical keys that may be there and are not needed (a tied output embedding).
+        tied: canonical keys that may be there as copies of others, and those others.
 
     Raises:
         CheckpointError: keys are missing, unknown or ambiguous, a tensor has another shape than the
-            model needs, or holds no floating point numbers.
+            model needs, holds no floating point numbers, or should be a copy of another and is not.
     """
     _check_table(table, shapes)
     by_key = _by_canonical_key(tensors)
     wanted = {key for rule in table for key in rule.sources}
     missing = sorted(wanted - by_key.keys(), key=_natural)
-    unknown = sorted(by_key.keys() - wanted - ignorable, key=_natural)
+    unknown = sorted(by_key.keys() - wanted - tied.keys(), key=_natural)
     problems = []
     if missing:
         problems.append(f"lacks {len(missing)} tensors the model needs: {named(missing)}")
@@ -93,7 +96,28 @@ def make_plan(
         )
     for parameter in plan:
         _check_shapes(parameter)
+    for copy, original in tied.items():
+        if copy in by_key:
+            _check_copy(by_key[copy], by_key[original])
     return plan
+
+
+def _check_copy(copy: TensorEntry, original: TensorEntry) -> None:
+    """Refuses a tied tensor with contents of its own: left out, it would change the model."""
+    same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
+    if same:
+        with TensorReader() as one, TensorReader() as other:
+            for start in range(0, copy.shape[0], _ROWS_COMPARED):
+                rows = slice(start, min(start + _ROWS_COMPARED, copy.shape[0]))
+                if one.read(copy, rows).tobytes() != other.read(original, rows).tobytes():
+                    same = False
+                    break
+    if not same:
+        raise CheckpointError(
+            f"tensor {copy.key} in {copy.file.name} differs from {original.key}, and config.json "
+            "says that they are one (tie_word_embeddings). If the model has an output embedding of "
+            'its own, set "tie_word_embeddings": false in config.json.'
+        )
 
 
 def _check_table(

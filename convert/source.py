@@ -133,6 +133,9 @@ def _index(folder: Path) -> dict[str, TensorEntry]:
         return read_header(single)
     if index.is_file():
         return _sharded(folder, index)
+    for file in (single, index):
+        if file.is_symlink():
+            raise CheckpointError(f"{file} is a link to {file.readlink()}, which is not there.")
 
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     if weights:

@@ -17,6 +17,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -133,6 +134,12 @@ def check_destination(destination: Path) -> None:
     Raises:
         CheckpointError: there is something there, or its parent is not a folder.
     """
+    try:
+        destination.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{destination} cannot be written: {error.strerror}.") from error
     if destination.is_symlink() or destination.is_file():
         raise CheckpointError(f"{destination} exists and is not a folder. Choose another name.")
     if destination.is_dir() and any(destination.iterdir()):
@@ -184,18 +191,19 @@ def publish(destination: Path) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot create {temporary}: {error.strerror}") from error
-    try:
-        with _terminated_by_exception():
+    with _stopped_by_signals():
+        try:
             yield temporary
             _flush(temporary)
+            check_stopped()
             # Replaces an empty folder and nothing else: should another process have put something
             # there meanwhile, this fails.
             temporary.rename(destination.absolute())
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise CheckpointError(_explain(error, destination)) from error
-        raise
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise CheckpointError(_explain(error, destination)) from error
+            raise
     _flush_entry(parent)
 
 
@@ -227,20 +235,51 @@ def _flush_entry(path: Path) -> None:
         os.close(descriptor)
 
 
+class _Stop:
+    """The signal that asked a conversion to stop, if one did.
+
+    Handlers raise, as Python's own do; but an exception raised while a callback of a library or of
+    the garbage collector runs is printed and dropped. So the signal is kept, and asked for as the
+    conversion goes on, and before it is published.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        # Once is enough: clean-up, which the first one set off, is not to be interrupted.
+        if self.number is None:
+            self.number = number
+            self.check()
+
+    def check(self) -> None:
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number is not None:
+            raise SystemExit(128 + self.number)
+
+
+_stop = _Stop()
+
+
+def check_stopped() -> None:
+    """Raises what SIGINT or SIGTERM raises if one of them came while a conversion was running."""
+    _stop.check()
+
+
 @contextlib.contextmanager
-def _terminated_by_exception() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit inside the block, so that clean-up runs."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        # Not the main thread, where signals never arrive anyway.
-        yield
-        return
+def _stopped_by_signals() -> Iterator[None]:
+    """Turns SIGINT and SIGTERM into exceptions inside the block, so that clean-up runs."""
+    _stop.number = None
+    before = {}
+    # Elsewhere than in the main thread signals never arrive.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # A process that was told to ignore them (nohup, a background job) goes on doing so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, _stop.handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

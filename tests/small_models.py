@@ -14,7 +14,7 @@ import transformers
 from flax import nnx
 
 from bsjax.models import FAMILIES
-from bsjax.models.parameters import TRANSFORMS, ignorable_keys
+from bsjax.models.parameters import TRANSFORMS, tied_keys
 
 TEXT_TOKENS = 250
 VIDEO, IMAGE, IMAGE_START, IMAGE_END = range(TEXT_TOKENS, TEXT_TOKENS + 4)
@@ -145,7 +145,7 @@ def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
     config = reference.config
     family = FAMILIES[config.model_type]
     source = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
-    unused = set(source) - ignorable_keys(config)
+    unused = set(source) - tied_keys(config).keys()
 
     graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))
     ours = dict(nnx.to_flat_state(state))

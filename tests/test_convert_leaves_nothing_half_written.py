@@ -1,5 +1,6 @@
 """An interrupted conversion leaves nothing that looks finished."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -141,3 +142,25 @@ def test_destination_keeps_ordinary_permissions(source, tmp_path):
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert time.time() - (tmp_path / "ours/bsjax.json").stat().st_mtime < 60
+
+
+@pytest.mark.parametrize(
+    "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_that_a_callback_swallows_are_remembered(source, tmp_path, number, error):
+    # Python prints and drops what is raised inside callbacks of its garbage collector.
+    def swallow(done, total):
+        if done == total:
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(error):
+        convert_checkpoint(source, tmp_path / "ours", progress=swallow)
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
+
+
+def test_name_too_long_for_the_file_system(source, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert_checkpoint(source, tmp_path / ("x" * 300))

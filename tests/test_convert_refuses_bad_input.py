@@ -433,3 +433,58 @@ class TestLoading:
 
     def test_unknown_dtype(self, converted):
         assert "'int8'" in self.message(converted, dtype="int8")
+
+
+def test_tied_embedding_with_contents_of_its_own(tmp_path):
+    folder = sources.write_source(tmp_path / "tied", tied=True)
+    embedding = "model.embed_tokens.weight"
+
+    def copy(tensors):
+        tensors["lm_head.weight"] = tensors[embedding].clone()
+
+    sources.change_weights(folder, copy)
+    assert load(convert_checkpoint(folder, tmp_path / "copy").destination).module.lm_head is None
+
+    def change(tensors):
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    sources.change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=f"lm_head.weight in .* differs from {embedding}"):
+        convert_checkpoint(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("config.json", {"vision_config": {"num_heads": 3}}, "do not fit each other"),
+        ("config.json", {"image_token_id": 7}, "do not fit each other"),
+        ("config.json", {"model_type": ["qwen2_vl"]}, "qwen2_vl"),
+        ("preprocessor_config.json", {"patch_size": 8}, "do not fit each other"),
+        ("preprocessor_config.json", {"merge_size": 1}, "do not fit each other"),
+        ("generation_config.json", {"eos_token_id": "x"}, "end-of-sequence token 'x'"),
+    ],
+)
+def test_files_that_do_not_fit_each_other(source, refused, file, change, words):
+    settings = json.loads((source / file).read_text())
+    for key, value in change.items():
+        if isinstance(value, dict):
+            settings[key] |= value
+        else:
+            settings[key] = value
+    (source / file).write_text(json.dumps(settings))
+    assert words in refused()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ],
+)
+def test_damaged_files_beside_the_weights(source, refused, file):
+    (source / file).write_text("{")
+    assert str(source) in refused()

@@ -1,116 +1,188 @@
 """The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
 
-import jax
-import jax.numpy as jnp
+import functools
+import json
+
 import pytest
 
-from bsjax.pallas.configurations import configuration, default_blocks
-from bsjax.pallas.prefill import prefill_attention
-from bsjax.schedule import Schedule
+from bsjax.errors import BackendError
+from bsjax.pallas.configurations import (
+    TARGETS,
+    WIDTHS,
+    KernelConfiguration,
+    compiling_for,
+    configuration,
+    default_blocks,
+    target_in_use,
+    target_of,
+)
 from tests.gpu_compiler import require_gpu_compiler
-from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
+from tools import compiled_kernels, gpu_targets, kernel_table
+from tools.choose_configurations import TABLE
+from tools.gpu_targets import KernelReport
+from tools.kernel_table import PAGE, Case, matrix
+from tools.sass import attention_loops, mix, opcodes
 
-DTYPES = ["bfloat16", "float16", "float32"]
+compile_prefill = functools.cache(compiled_kernels.compile_prefill)
 
 
-def compiled_kernel(
-    target: str,
-    head_dim: int,
-    dtype: str,
-    *,
-    tokens: int = 36_000,
-    q_heads: int = 28,
-    kv_heads: int = 4,
-    blocks: tuple[int, int] | None = None,
-    return_lse: bool = False,
-    bidirectional_images: bool = False,
-    window: int | None = None,
-) -> KernelReport:
-    """The report on the prefill kernel, in the default blocks unless others are given."""
-    block_q, block_kv = blocks or default_blocks(head_dim, dtype)
-    programs_per_tile = block_q // configuration(head_dim, dtype, block_q, block_kv).block_q
-    tiles = 2 * tokens // block_q
-    schedule = Schedule(
-        position=jax.ShapeDtypeStruct((tokens,), jnp.int32),
-        image=jax.ShapeDtypeStruct((tokens,), jnp.int32),
-        sink=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
-        groups=jax.ShapeDtypeStruct((4,), jnp.int32),
-        tiles=jax.ShapeDtypeStruct((4, tiles, 5), jnp.int32),
-        ranges=jax.ShapeDtypeStruct((4, 4 * tiles, 2), jnp.int32),
-        block_q=block_q,
-        block_kv=block_kv,
-        bidirectional_images=bidirectional_images,
-        window=window,
+def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None:
+    said = f"{case}, {chosen}"
+    gpu = gpu_targets.TARGETS[case.gpu]
+    limit = gpu.shared_memory_per_block
+    assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
+    assert report.shared_memory <= limit, (
+        f"{said}: {report.shared_memory} bytes of shared memory, {limit} are there: "
+        f"{report.shared_memory - limit} too many"
     )
-
-    def attend(q, k, v, schedule, head_category):
-        return prefill_attention(
-            q, k, v, schedule, head_category, scale=head_dim**-0.5, return_lse=return_lse
-        )
-
-    q = jax.ShapeDtypeStruct((tokens, q_heads, head_dim), dtype)
-    k = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), dtype)
-    head_category = jax.ShapeDtypeStruct((q_heads,), jnp.int32)
-    reports = kernel_reports(attend, (q, k, k, schedule, head_category), target)
-    report = reports["prefill_attention"]
-    assert report.grid == (q_heads, tiles * programs_per_tile, 1), "heads must run fastest"
-    return report
-
-
-def check(report: KernelReport, target: str, head_dim: int, dtype: str) -> None:
-    expected = configuration(head_dim, dtype, *default_blocks(head_dim, dtype))
-    case = f"{target}, head dim {head_dim}, {dtype}, {expected}"
-    assert report.spilled == 0, f"{case}: {report.spilled} bytes spilled"
-    limit = TARGETS[target].shared_memory_per_block
-    assert report.shared_memory <= limit, f"{case}: {report.shared_memory} of {limit} bytes"
-    assert report.threads == 32 * expected.num_warps, case
-    assert "cp.async.cg.shared.global" in report.ptx, f"{case}: keys are not loaded asynchronously"
-    if dtype != "float32":
-        assert "wgmma.mma_async" in report.ptx, f"{case}: no wgmma"
-        assert "mma.sync" not in report.ptx, f"{case}: tensor cores of an older kind"
-    else:
-        # Products in TF32 or in halves would not be float32.
-        assert "mma" not in report.ptx, f"{case}: tensor cores round float32"
+    assert report.threads == 32 * chosen.num_warps, said
+    assert report.resident(gpu) >= 1, said
+    used = set(opcodes(report.sass))
+    assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
+    products = {
+        "a100": {"HMMA"},
+        "l40s": {"HMMA"},
+        "rtx4090": {"HMMA"},
+        "h100": {"HGMMA"},
+        "h200": {"HGMMA"},
+        "b200": {"UTCHMMA"},
+    }[case.gpu]
+    # Products in TF32 or in halves would not be float32.
+    expected = set() if case.dtype == "float32" else products
+    found = {name for name in used if name.endswith("MMA")}
+    assert found == expected, f"{said}: products are {found}, and should be {expected}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
-@pytest.mark.parametrize("target", ["h200"])
-def test_default_configurations(target, head_dim, dtype):
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_every_target(case):
     require_gpu_compiler()
-    check(compiled_kernel(target, head_dim, dtype), target, head_dim, dtype)
+    chosen = compiled_kernels.default_prefill(*case[:3], sparse=case.sparse)
+    report = compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
+    check(report, case, chosen)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_windows_bidirectional_images_and_lse_cost_no_spills(head_dim, dtype):
+@pytest.mark.parametrize(
+    ("gpu", "head_dim", "dtype"),
+    [("h200", 64, "bfloat16"), ("h200", 128, "float32"), ("h200", 256, "bfloat16")]
+    + [(gpu, 128, "bfloat16") for gpu in ("a100", "l40s", "h200", "b200")],
+)
+def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtype):
     require_gpu_compiler()
-    report = compiled_kernel(
-        "h200", head_dim, dtype, return_lse=True, bidirectional_images=True, window=1024
+    report = compile_prefill(
+        gpu, head_dim, dtype, return_lse=True, bidirectional_images=True, window=1024
     )
-    check(report, "h200", head_dim, dtype)
+    case = Case(gpu, head_dim, dtype)
+    check(report, case, compiled_kernels.default_prefill(gpu, head_dim, dtype))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_schedules_of_other_block_sizes_fit(head_dim, dtype):
+@pytest.mark.parametrize(
+    ("gpu", "head_dim", "dtype"),
+    [
+        ("a100", 128, "bfloat16"),
+        ("l40s", 256, "bfloat16"),
+        ("h200", 64, "bfloat16"),
+        ("h200", 256, "bfloat16"),
+        ("h200", 128, "float32"),
+    ],
+)
+def test_schedules_of_other_block_sizes_fit(gpu, head_dim, dtype):
     # What a mask has that was built without asking the kernel.
     require_gpu_compiler()
-    report = compiled_kernel("h200", head_dim, dtype, blocks=(128, 64))
-    assert report.shared_memory <= TARGETS["h200"].shared_memory_per_block
-    if dtype != "float32":
-        assert report.spilled == 0
+    report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64))
+    assert report.shared_memory <= gpu_targets.TARGETS[gpu].shared_memory_per_block
+
+
+def test_windows_of_a_vision_tower_take_tiles_of_their_size():
+    require_gpu_compiler()
+    report = compile_prefill("h200", 80, "bfloat16", blocks=(64, 64))
+    with compiling_for("sm_90"):
+        chosen = configuration(80, "bfloat16", 64, 64)
+    assert chosen.block_q == 64, "a window's 64 rows should be one program's"
+    check(report, Case("h200", 80, "bfloat16"), chosen)
 
 
 def test_arrays_beyond_32_bit_offsets():
     # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
     require_gpu_compiler()
-    report = compiled_kernel("h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8)
-    check(report, "h200", 128, "bfloat16")
-    small = compiled_kernel("h200", 128, "bfloat16")
+    large = compile_prefill("h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8)
+    check(
+        large,
+        Case("h200", 128, "bfloat16"),
+        compiled_kernels.default_prefill("h200", 128, "bfloat16"),
+    )
+    small = compile_prefill("h200", 128, "bfloat16")
     # A 32-bit offset is widened at the end, to be added to a pointer.
     widened = [
         kernel.ptx.count("mul.wide.s32") + kernel.ptx.count("cvt.s64.s32")
-        for kernel in (report, small)
+        for kernel in (large, small)
     ]
     assert widened[0] < widened[1], f"q and out have 32-bit offsets: {widened}"
+
+
+def test_full_blocks_evaluate_no_mask():
+    require_gpu_compiler()
+    full, partial = (
+        mix(loop) for loop in attention_loops(compile_prefill("h200", 128, "bfloat16").sass)
+    )
+    chosen = compiled_kernels.default_prefill("h200", 128, "bfloat16")
+    scores = chosen.block_q * chosen.block_kv // (32 * chosen.num_warps)
+    assert full["tensor"] == partial["tensor"]
+    # One comparison per score at the very least.
+    assert full["other"] + scores <= partial["other"]
+
+
+def test_heads_of_80_pay_for_80():
+    require_gpu_compiler()
+    memory = {dim: compile_prefill("h200", dim, "bfloat16").shared_memory for dim in (64, 80, 128)}
+    assert memory[80] < (memory[64] + memory[128]) / 2
+
+
+def test_table_has_every_entry_once():
+    entries = json.loads(TABLE.read_text())["entries"]
+    keys = [(entry["target"], entry["width"], entry["bytes"], entry["heads"]) for entry in entries]
+    wanted = [
+        (target, width, itemsize, heads)
+        for target in TARGETS
+        for width in WIDTHS
+        for itemsize in (2, 4)
+        for heads in ("dense", "sparse")
+    ]
+    assert sorted(keys) == sorted(wanted)
+    assert {entry["basis"] for entry in entries} <= {"compiled", "measured"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("8.0", "sm_80"), ("8.6", "sm_89"), ("8.9", "sm_89"), ("9.0", "sm_90")]
+    + [("10.0", "sm_100"), ("10.3", "sm_100"), ("12.0", "sm_89")],
+)
+def test_targets_of_gpus(capability, target):
+    assert target_of(capability) == target
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942", ""])
+def test_gpus_without_a_kernel_are_refused(capability):
+    with pytest.raises(BackendError, match="8.0 or later"):
+        target_of(capability)
+
+
+def test_targets_are_named_for_a_while():
+    before = target_in_use()
+    with compiling_for("sm_80"):
+        assert target_in_use() == "sm_80"
+        small = default_blocks(256, "bfloat16", sparse=True)
+    assert target_in_use() == before
+    with pytest.raises(BackendError, match="Unknown target 'sm_75'"), compiling_for("sm_75"):
+        pass
+    assert small == compiled_kernels.default_prefill("a100", 256, "bfloat16")[:2]
+
+
+def test_the_page_in_docs_has_every_kernel():
+    text = PAGE.read_text()
+    for case in matrix():
+        target = gpu_targets.TARGETS[case.gpu]
+        start = (
+            f"| {target.device_kind.removeprefix('NVIDIA ')} ({target.architecture}) | "
+            f"{case.head_dim} | {case.dtype} | {'sparse' if case.sparse else 'dense'} | "
+        )
+        assert start in text, f"{PAGE} lacks {case}: run python -m {kernel_table.__name__}"

@@ -182,6 +182,19 @@ class KernelReport(NamedTuple):
     spilled: int
     """Bytes that one thread stores to and loads from local memory for want of registers."""
     ptx: str
+    sass: str
+    """Machine code, disassembled."""
+
+    def resident(self, target: GpuTarget) -> int:
+        """How many programs of this kernel one multiprocessor runs at a time."""
+        # Registers are handed out in units of 256 per warp, and each program's shared memory takes
+        # 1 KiB more than it asked for.
+        registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
+        return min(
+            65_536 // registers,
+            target.shared_memory_per_core // (self.shared_memory + 1024),
+            target.threads_per_core // self.threads,
+        )
 
 
 def missing_wheels() -> list[str]:
@@ -191,6 +204,8 @@ def missing_wheels() -> list[str]:
         missing.append("jax-cuda12-plugin with jax-cuda12-pjrt")
     if _ptxas() is None:
         missing.append("nvidia-cuda-nvcc-cu12")
+    if _disassembler() is None:
+        missing.append("triton (for its disassembler)")
     return missing
 
 
@@ -248,7 +263,8 @@ def kernel_reports(
             ptx = file.read_text()
             for kernel, registers, spilled in _assemble(file, TARGETS[target].architecture):
                 if kernel in launches:
-                    reports[kernel] = KernelReport(*launches[kernel], registers, spilled, ptx)
+                    sass = _disassemble(file.with_suffix(".cubin"))
+                    reports[kernel] = KernelReport(*launches[kernel], registers, spilled, ptx, sass)
     return reports
 
 
@@ -287,6 +303,22 @@ def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
         (name, int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in kernels
     ]
+
+
+def _disassemble(cubin: Path) -> str:
+    program = _disassembler()
+    assert program is not None
+    return subprocess.run([program, "-c", cubin], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _disassembler() -> Path | None:
+    package = _find("triton")
+    for folder in (package and package.submodule_search_locations) or ():
+        path = Path(folder) / "backends" / "nvidia" / "bin" / "nvdisasm"
+        if path.exists():
+            return path
+    return None
 
 
 @functools.cache

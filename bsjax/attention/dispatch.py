@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention.reference import reference_attention
-from bsjax.attention.xla import xla_attention
+from bsjax.attention.xla import attention_gradients, xla_attention
 from bsjax.errors import BackendError, MaskError
 from bsjax.pallas import configurations
 from bsjax.pallas.prefill import prefill_attention
@@ -41,9 +41,11 @@ def _has_supported_gpu() -> bool:
     """Whether programs run on an NVIDIA GPU of the Ampere generation or later."""
     if jax.default_backend() != "gpu":
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    # ROCm devices report "gfx..." here.
-    return isinstance(capability, str) and capability[:1].isdigit() and float(capability) >= 8.0
+    try:
+        configurations.target_in_use()
+    except BackendError:
+        return False
+    return True
 
 
 def block_sizes(
@@ -51,7 +53,7 @@ def block_sizes(
 ) -> tuple[int, int]:
     """The (block_q, block_kv) that schedules for a backend are built with."""
     if resolve_backend(backend) == "pallas":
-        return configurations.default_blocks(head_dim, dtype)
+        return configurations.default_blocks(head_dim, dtype, sparse=sparse)
     return _XLA_SPARSE_BLOCKS if sparse else _XLA_DENSE_BLOCKS
 
 
@@ -103,7 +105,7 @@ def ragged_attention(
       v: values, of q's dtype.
       schedule: what to visit; `schedule.tokens` rows, padding included.
       head_category: int32, the table of the schedule that each query head uses; may be traced.
-      scale: factor of the scores.
+      scale: factor of the scores, above 0.
       backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow.
       return_lse: also return the log-sum-exp.
 
@@ -117,25 +119,46 @@ def ragged_attention(
       MaskError: shapes do not fit each other or the schedule.
     """
     check_shapes(q, k, v, schedule, head_category)
+    if not scale > 0:
+        raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
     head_category = jnp.asarray(head_category)
     result: Any
     match resolve_backend(backend):
         case "pallas":
-            # Chosen by the platform compiled for, which need not be one this machine has.
-            result = jax.lax.platform_dependent(
-                q,
-                k,
-                v,
-                jax.tree.map(jnp.asarray, schedule),
-                head_category,
-                cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
-                default=partial(prefill_attention, scale=scale, return_lse=True),
+            result = _pallas_attention(
+                q, k, v, jax.tree.map(jnp.asarray, schedule), head_category, scale
             )
         case "xla":
             result = xla_attention(q, k, v, schedule, head_category, scale)
         case _:
             result = reference_attention(q, k, v, schedule, head_category, scale)
     return result if return_lse else result[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _pallas_attention(
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+) -> Any:
+    # Chosen by the platform compiled for, which need not be one this machine has.
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        schedule,
+        head_category,
+        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
+        default=partial(prefill_attention, scale=scale, return_lse=True),
+    )
+
+
+def _pallas_forward(
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+) -> Any:
+    result: Any = _pallas_attention(q, k, v, schedule, head_category, scale)
+    return result, (q, k, v, schedule, head_category, *result)
+
+
+_pallas_attention.defvjp(_pallas_forward, attention_gradients)
 
 
 def check_shapes(q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array) -> None:
@@ -145,6 +168,8 @@ def check_shapes(q: Array, k: Array, v: Array, schedule: Schedule, head_category
       MaskError: says which shapes or dtypes were given and what is wanted.
     """
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim == k.ndim == 3 and 0 in (*q.shape[1:], *k.shape[1:]):
+        raise MaskError(f"Attention needs at least one head of one element, got {shapes}.")
     if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[::2] != k.shape[::2]:
         raise MaskError(
             f"Attention takes q [tokens, q_heads, head_dim] and "

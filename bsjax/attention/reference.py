@@ -47,7 +47,7 @@ def reference_attention(
     )
     scores = jnp.where(seen, scores * scale, -jnp.inf)
     # Guarded so that gradients of rows that see nothing are zeros rather than NaN.
-    maximum = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    maximum = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True, initial=-jnp.inf))
     maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(scores - maximum)
     total = weights.sum(axis=-1, keepdims=True)

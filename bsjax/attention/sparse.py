@@ -25,15 +25,16 @@ def sparse_attention(
     function, so that masks of the same shapes share one compiled program.
 
     Args:
-      q: queries in prompt order, bfloat16, float16 or float32, head_dim up to 256. Query head h
-        reads key-value head h // (q_heads // kv_heads).
+      q: queries in prompt order, bfloat16, float16 or float32. Query head h reads
+        key-value head h // (q_heads // kv_heads).
       k: keys, of q's dtype.
       v: values, of q's dtype.
       mask: which keys each query of each head sees.
-      scale: factor of the scores; head_dim ** -0.5 by default.
-      backend: `pallas` (GPU kernel; interpreted, hence slow, on a CPU), `xla` (anywhere,
-        differentiable), `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA
-        GPU of the Ampere generation or later, xla elsewhere.
+      scale: factor of the scores, above 0; head_dim ** -0.5 by default.
+      backend: `pallas` (GPU kernel, head_dim up to 256; interpreted, hence slow, on a CPU), `xla`
+        (anywhere), `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU
+        of the Ampere generation or later, xla elsewhere. All have first-order gradients in reverse
+        mode (`jax.grad`, `jax.vjp`); those of pallas are computed by the code of xla.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -45,6 +46,7 @@ def sparse_attention(
       MaskError: shapes or dtypes do not fit each other or the mask.
       BackendError: unknown backend, or one that cannot do these shapes.
     """
+    check_shapes(q, k, v, mask.schedule, mask.head_category)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _sparse_attention(q, k, v, mask, scale, resolve_backend(backend), return_lse)
 
@@ -53,7 +55,6 @@ def sparse_attention(
 def _sparse_attention(
     q: Array, k: Array, v: Array, mask: BlockMask, scale: float, backend: str, return_lse: bool
 ) -> Array | tuple[Array, Array]:
-    check_shapes(q, k, v, mask.schedule, mask.head_category)
     result = ragged_attention(
         q[mask.order],
         k[mask.order],

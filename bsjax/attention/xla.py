@@ -87,12 +87,17 @@ def _forward(
     return (out, lse), (q, k, v, schedule, head_category, out, lse)
 
 
-def _backward(scale: float, residuals: Any, gradients: Any) -> Any:
-    """Gradients of q, k, v: with weights P, scores S: dS = P * (dO V^T - rowsum(dO O) + dlse)."""
+def attention_gradients(scale: float, residuals: Any, gradients: Any) -> Any:
+    """Gradients of q, k, v, whichever backend computed the output.
+
+    With weights P, scores S: dS = P * (dO V^T - rowsum(dO O) + dlse).
+    """
     q, k, v, schedule, head_category, out, lse = residuals
     out_gradient, lse_gradient = gradients
     walk = _Walk.of(q, k, v, schedule, head_category)
     out_gradient32 = out_gradient.astype(jnp.float32)
+    # The log-sum-exp of a row that saw nothing is a constant, whatever flows back into it.
+    lse_gradient = jnp.where(jnp.isneginf(lse), 0.0, lse_gradient)
     offset = lse_gradient - (out_gradient32 * out.astype(jnp.float32)).sum(axis=-1)
     out_gradient_rows = walk.by_head(out_gradient)
     # A log-sum-exp of +inf makes every weight of a row that saw nothing, or is no row, zero.
@@ -142,7 +147,7 @@ def _backward(scale: float, residuals: Any, gradients: Any) -> Any:
     return q_gradient, k_gradient, v_gradient, None, None
 
 
-xla_attention.defvjp(_forward, _backward)
+xla_attention.defvjp(_forward, attention_gradients)
 
 
 class _Tile(NamedTuple):

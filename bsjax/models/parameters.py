@@ -89,9 +89,11 @@ def ties_embeddings(config: PretrainedConfig) -> bool:
     return bool(config.tie_word_embeddings or in_text)
 
 
-def ignorable_keys(config: PretrainedConfig) -> frozenset[str]:
-    """Canonical keys that a checkpoint may hold although the model has no parameter for them."""
-    return frozenset({"lm_head.weight"} if ties_embeddings(config) else ())
+def tied_keys(config: PretrainedConfig) -> dict[str, str]:
+    """Canonical keys that a checkpoint may hold as copies of others, and those others."""
+    if not ties_embeddings(config):
+        return {}
+    return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
 
 def linear_rules(

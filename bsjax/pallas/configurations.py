@@ -1,19 +1,41 @@
-"""Block sizes, warps and pipeline stages of the prefill kernel, as data.
+"""Block sizes, warps and pipeline stages of the prefill kernel: configurations.json, read here.
 
-Every entry was chosen by compiling the kernel for sm_90 and reading what the assembler reports: no
-register spills, shared memory within the limit of one block. None has been timed on a GPU yet.
+Every entry names what it is for (target, head width, bytes of an element, dense or sparse heads)
+and what it rests on: "compiled", chosen by `tools.choose_configurations` from what the assembler
+reports, or "measured", timed on a GPU of that kind by `tools.tune`.
 """
 
+import contextlib
+import contextvars
+import functools
+import json
+from collections.abc import Iterator
+from importlib import resources
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bsjax.errors import BackendError
-from bsjax.pallas.pieces import SHORTEST_SIDE
+from bsjax.pallas.pieces import SHORTEST_SIDE, pieces_of, width_of
 
-# What one kernel may use on sm_90, less room for the tokens' positions and images.
-_SHARED_MEMORY = 220 * 1024
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
+"""Kinds of GPUs that configurations are made for: A100; RTX 40, L40S; H100, H200; B200."""
+
+WIDTHS = (64, 80, 128, 256)
+"""Head widths (of all pieces together) that configurations are made for; others use the next."""
+
+LARGEST_HEAD_DIM = WIDTHS[-1]
+
+# Where neither a GPU is at hand nor a target was named: the sizes of masks built on such machines
+# are then those that the most likely GPU wants.
+_DEFAULT_TARGET = "sm_90"
+
+# Of one program, by target, less room for what the compiler adds.
+_SHARED_MEMORY = {"sm_80": 160, "sm_89": 96, "sm_90": 222, "sm_100": 220}
+
+_named_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 class KernelConfiguration(NamedTuple):
@@ -28,25 +50,64 @@ class KernelConfiguration(NamedTuple):
     """Blocks of keys and values in shared memory at a time, the one at work included."""
 
 
-_CONFIGURATIONS = {
-    # (head dim padded to a power of two, bytes of an element): configuration
-    (64, 2): KernelConfiguration(block_q=128, block_kv=64, num_warps=8, num_stages=3),
-    (128, 2): KernelConfiguration(block_q=128, block_kv=64, num_warps=8, num_stages=3),
-    (256, 2): KernelConfiguration(block_q=128, block_kv=32, num_warps=8, num_stages=3),
-    # float32 products run outside the tensor cores, with all operands in registers: small blocks.
-    (64, 4): KernelConfiguration(block_q=32, block_kv=32, num_warps=4, num_stages=2),
-    (128, 4): KernelConfiguration(block_q=32, block_kv=16, num_warps=16, num_stages=2),
-    (256, 4): KernelConfiguration(block_q=32, block_kv=16, num_warps=8, num_stages=2),
-}
+@contextlib.contextmanager
+def compiling_for(target: str) -> Iterator[None]:
+    """Configurations are those of `target`, one of `TARGETS`, whatever GPU is at hand."""
+    if target not in TARGETS:
+        raise BackendError(f"Unknown target {target!r}; choose one of {', '.join(TARGETS)}.")
+    token = _named_target.set(target)
+    try:
+        yield
+    finally:
+        _named_target.reset(token)
 
 
-def default_blocks(head_dim: int, dtype: DTypeLike) -> tuple[int, int]:
+def target_in_use() -> str:
+    """The target that `compiling_for` names, else that of the GPU at hand."""
+    named = _named_target.get()
+    if named is not None:
+        return named
+    if jax.default_backend() != "gpu":
+        return _DEFAULT_TARGET
+    # ROCm devices report "gfx..." here.
+    return target_of(str(getattr(jax.devices()[0], "compute_capability", "")))
+
+
+def target_of(compute_capability: str) -> str:
+    """The target whose configurations a GPU of this compute capability, such as "8.6", takes.
+
+    Raises:
+      BackendError: it is no NVIDIA GPU of the Ampere generation or later.
+    """
+    major, _, minor = compute_capability.partition(".")
+    match int(major) if major.isdigit() else 0:
+        case 8:
+            return "sm_80" if minor == "0" else "sm_89"
+        case 9:
+            return "sm_90"
+        case 10 | 11:
+            return "sm_100"
+        case generation if generation >= 12:
+            # Consumer Blackwell has the shared memory and the tensor core instructions of Ada.
+            return "sm_89"
+    raise BackendError(
+        f"The GPU kernel needs an NVIDIA GPU of compute capability 8.0 or later, not "
+        f"{compute_capability or 'this one'}: use backend='xla'."
+    )
+
+
+def default_blocks(head_dim: int, dtype: DTypeLike, *, sparse: bool) -> tuple[int, int]:
     """`(block_q, block_kv)` that schedules for heads of `head_dim` elements of `dtype` should have.
+
+    Args:
+      head_dim: up to 256.
+      dtype: bfloat16, float16 or float32.
+      sparse: whether any head of the launch is sparse. All heads of a launch share block sizes.
 
     Raises:
       BackendError: the kernel takes no such heads.
     """
-    chosen = _tabled(head_dim, dtype)
+    chosen = _tabled(target_in_use(), head_dim, dtype, sparse=sparse)
     return chosen.block_q, chosen.block_kv
 
 
@@ -62,26 +123,41 @@ def configuration(
     Raises:
       BackendError: the kernel takes no such heads.
     """
-    tabled = _tabled(head_dim, dtype)
+    target = target_in_use()
+    for sparse in (True, False):
+        tabled = _tabled(target, head_dim, dtype, sparse=sparse)
+        if (block_q, block_kv) == (tabled.block_q, tabled.block_kv):
+            return tabled
+    tabled = _tabled(target, head_dim, dtype, sparse=True)
     scores = tabled.block_q * tabled.block_kv
     rows = min(block_q, tabled.block_q, max(SHORTEST_SIDE, scores // block_kv))
-    row_bytes = _padded(head_dim) * jnp.dtype(dtype).itemsize
-    fitting = (_SHARED_MEMORY - rows * row_bytes) // (2 * block_kv * row_bytes)
-    return KernelConfiguration(
-        rows, block_kv, tabled.num_warps, max(1, min(tabled.num_stages, fitting))
-    )
+    # A warp keeps the rows that it has in the table.
+    warps = max(4, tabled.num_warps * rows // tabled.block_q)
+    row_bytes = width_of(pieces_of(head_dim)) * jnp.dtype(dtype).itemsize
+    fitting = (_SHARED_MEMORY[target] * 1024 - rows * row_bytes) // (2 * block_kv * row_bytes)
+    return KernelConfiguration(rows, block_kv, warps, max(1, min(tabled.num_stages, fitting)))
 
 
-def _tabled(head_dim: int, dtype: DTypeLike) -> KernelConfiguration:
+def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> KernelConfiguration:
     element = jnp.dtype(dtype)
     if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise BackendError(
             f"The GPU kernel computes in bfloat16, float16 or float32, not in {element}."
         )
-    if not 1 <= head_dim <= 256:
-        raise BackendError(f"The GPU kernel takes head dimensions up to 256, got {head_dim}.")
-    return _CONFIGURATIONS[_padded(head_dim), element.itemsize]
+    if not 1 <= head_dim <= LARGEST_HEAD_DIM:
+        raise BackendError(
+            f"The GPU kernel takes head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}."
+        )
+    width = next(width for width in WIDTHS if width >= width_of(pieces_of(head_dim)))
+    return _table()[target, width, element.itemsize, "sparse" if sparse else "dense"]
 
 
-def _padded(head_dim: int) -> int:
-    return max(64, 1 << (head_dim - 1).bit_length())
+@functools.cache
+def _table() -> dict[tuple[str, int, int, str], KernelConfiguration]:
+    text = resources.files("bsjax.pallas").joinpath("configurations.json").read_text()
+    return {
+        (entry["target"], entry["width"], entry["bytes"], entry["heads"]): KernelConfiguration(
+            *(entry[field] for field in KernelConfiguration._fields)
+        )
+        for entry in json.loads(text)["entries"]
+    }

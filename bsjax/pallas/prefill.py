@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int
 from bsjax.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.errors import BackendError
 from bsjax.pallas.configurations import KernelConfiguration, configuration
+from bsjax.pallas.exponential import scaled_exp2
 from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 from bsjax.schedule import Schedule
 
@@ -101,6 +102,7 @@ def prefill_attention(
         block_kv=schedule.block_kv,
         window=schedule.window,
         scale=scale,
+        interpret=interpret,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
 
@@ -157,6 +159,7 @@ class _Settings(NamedTuple):
     block_kv: int
     window: int | None
     scale: float
+    interpret: bool
     precision: jax.lax.Precision | None
 
 
@@ -230,7 +233,7 @@ def _attend_tile(
     def attend(softmax: _Softmax, scores: Any, values: list[Any]) -> _Softmax:
         # The maximum starts finite, so that a row which has seen nothing subtracts no infinities.
         maximum = jnp.maximum(softmax.maximum, scores.max(axis=1) * to_log2)
-        weights = jnp.exp2(scores * to_log2 - maximum[:, None])
+        weights = scaled_exp2(scores, to_log2, -maximum[:, None], interpret=settings.interpret)
         rescale = jnp.exp2(softmax.maximum - maximum)
         return _Softmax(
             maximum,

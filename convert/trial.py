@@ -1,0 +1,77 @@
+"""A trial before the weights are touched: one small prompt, all the way but the arithmetic.
+
+Files that do not fit each other (an image processor for other patches, a tokenizer that does not
+know the image token, heads that do not divide a width) should be found before gigabytes are
+written, and not by whoever asks the first question.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import PIL.Image
+from flax import nnx
+
+from bsjax.checkpoint import read_generation_config, read_prompt_files
+from bsjax.errors import BsjaxError, CheckpointError
+from bsjax.prompts import prepare_prompt
+
+_MESSAGES = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": PIL.Image.new("RGB", (96, 64))},
+            {"type": "text", "text": "What is this?"},
+        ],
+    }
+]
+_BLOCK = 16
+
+
+def try_prompt(folder: Path, module: nnx.Module) -> None:
+    """Prepares a prompt of one image with the files of `folder` and traces the model on it.
+
+    Args:
+        folder: a Hugging Face checkpoint.
+        module: its model, without weights: shapes are all it takes.
+
+    Raises:
+        CheckpointError: a file is damaged, or the files do not fit each other.
+    """
+    files = read_prompt_files(folder)
+    read_generation_config(folder)
+    try:
+        prompt = prepare_prompt(_MESSAGES, files.tokenizer, files.image_processor, files.config)
+        files.family.positions(
+            prompt.token_ids, files.config.image_token_id, prompt.grid_thw, files.config
+        )
+        assert prompt.pixel_values is not None
+        plan = files.family.vision_plan(
+            prompt.grid_thw,
+            files.config,
+            patches=len(prompt.pixel_values),
+            block_q=_BLOCK,
+            block_kv=_BLOCK,
+        )
+        features = _feature_shape(module, prompt.pixel_values, plan)
+    except (BsjaxError, ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the files of {folder} do not fit each other; a trial prompt with one image failed: "
+            f"{error}"
+        ) from error
+    hidden = files.config.text_config.hidden_size
+    if features != (prompt.image_tokens[0], hidden):
+        raise CheckpointError(
+            f"the files of {folder} do not fit each other: an image of {prompt.image_tokens[0]} "
+            f"tokens in a model of width {hidden} gets features of shape {features}."
+        )
+
+
+def _feature_shape(module: nnx.Module, pixel_values: Any, plan: Any) -> tuple[int, ...]:
+    graph, state = nnx.split(module)
+
+    def encode(state: Any, pixel_values: Any, plan: Any) -> Any:
+        model: Any = nnx.merge(graph, state)
+        return model.encode_images(pixel_values, plan, backend="xla")
+
+    return jax.eval_shape(encode, state, pixel_values, plan).shape

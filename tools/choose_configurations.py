@@ -1,0 +1,210 @@
+"""Chooses the prefill kernel's configurations by compiling candidates, without a GPU.
+
+    python -m tools.choose_configurations --target sm_90
+
+Every candidate is compiled for the target and read as machine code. Those that spill registers or
+have fewer than two blocks in flight are out. The others are ranked by an estimate of the time that
+a visible pair takes on one multiprocessor:
+
+    issue    instructions of a block's loop, over the four schedulers
+    tensor   multiply-adds of a block, over what the tensor cores (or FMA units) do in a cycle
+    special  exponentials of a block, 16 in a cycle
+    memory   bytes of a block's keys and values, over a multiprocessor's share of the L2 cache
+    block    the greatest of them, or what one program needs if too few are resident to overlap:
+             (tensor + the greater of issue and special) / resident programs
+    pair     full and partial blocks of reference schedules, each by its own loop, over the pairs
+             that are visible
+
+The estimate ranks candidates for want of a measurement; it is no prediction of speed. Entries that
+`tools.tune` has measured are left alone.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bsjax.pallas
+from bsjax.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
+from bsjax.schedule import build_schedule, visible_pairs
+from bsjax.template import Image, Template, Text
+from tools.compiled_kernels import compile_prefill
+from tools.gpu_targets import TARGETS as GPUS
+from tools.gpu_targets import KernelReport
+from tools.sass import attention_loops
+
+TABLE = Path(bsjax.pallas.__file__).with_name("configurations.json")
+
+GPU_OF = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200"}
+
+CANDIDATES = {
+    2: list(itertools.product([(64, 4), (64, 8), (128, 8)], [32, 64], [2, 3])),
+    4: list(itertools.product([(32, 4), (32, 8), (32, 16)], [16, 32], [2])),
+}
+"""By bytes of an element: (block_q, num_warps), block_kv, num_stages."""
+
+# Multiply-adds per cycle and multiprocessor of half-precision tensor cores, from the data sheets.
+_TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
+_FLOAT32_RATE = {"sm_80": 64, "sm_89": 128, "sm_90": 128, "sm_100": 128}
+# Of all multiprocessors together: three fifths of what the data sheets say, an assumption.
+_L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
+_EXPONENTIALS_PER_CYCLE = 16
+
+
+class Work(NamedTuple):
+    """Blocks that a schedule visits, and pairs that a head sees."""
+
+    full_blocks: int
+    partial_blocks: int
+    pairs: int
+
+
+def reference_work(block_q: int, block_kv: int, *, sparse: bool) -> Work:
+    """The work of two prompts of 36K tokens: 90 images of 400 and 36 of 1000."""
+    groups = HeadCategory.INTRA_IMAGE_SINK.groups if sparse else ALL_KEY_GROUPS
+    full = partial = pairs = 0
+    for images, image_tokens in ((90, 400), (36, 1000)):
+        template = Template.from_segments([Text(8), Image(image_tokens)] * images)
+        tiles = build_schedule(template, [groups], block_q=block_q, block_kv=block_kv).tiles[0]
+        full += int(tiles[:, 3].sum())
+        partial += int(tiles[:, 4].sum())
+        pairs += visible_pairs(template, groups)
+    return Work(full, partial, pairs)
+
+
+def cycles_per_pair(
+    report: KernelReport,
+    candidate: KernelConfiguration,
+    target: str,
+    width: int,
+    itemsize: int,
+    work: Work,
+) -> float:
+    """The estimate that candidates are ranked by."""
+    loops = [len(loop) for loop in attention_loops(report.sass)]
+    # Blackwell's loops come with copies of themselves for other pipeline states.
+    full_loop, partial_loop = loops[0], loops[len(loops) // 2]
+    gpu = GPUS[GPU_OF[target]]
+    pairs = candidate.block_q * candidate.block_kv
+    rate = _TENSOR_RATE[target] if itemsize == 2 else _FLOAT32_RATE[target]
+    tensor = 2 * pairs * width / rate if itemsize == 2 else 0.0
+    special = pairs / _EXPONENTIALS_PER_CYCLE
+    memory = 2 * candidate.block_kv * width * itemsize / (_L2_BYTES_PER_CYCLE[target] / gpu.cores)
+    resident = report.resident(gpu)
+
+    def block(instructions: int) -> float:
+        issue = instructions * candidate.num_warps / 4
+        alone = (tensor + max(issue, special)) / resident
+        return max(issue, tensor, special, memory, alone)
+
+    total = work.full_blocks * block(full_loop) + work.partial_blocks * block(partial_loop)
+    return total / work.pairs
+
+
+def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int) -> bool:
+    """Whether queries, keys and values alone leave shared memory to spare."""
+    rows = candidate.block_q + 2 * candidate.num_stages * candidate.block_kv
+    return rows * width * itemsize <= GPUS[GPU_OF[target]].shared_memory_per_block - 2048
+
+
+def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
+    """The table's entries for heads of one width: one for dense and one for sparse launches."""
+    compiled: list[tuple[KernelConfiguration, KernelReport]] = []
+    for (block_q, warps), block_kv, stages in CANDIDATES[itemsize]:
+        candidate = KernelConfiguration(block_q, block_kv, warps, stages)
+        if not fits(candidate, target, width, itemsize):
+            continue
+        dtype = "bfloat16" if itemsize == 2 else "float32"
+        try:
+            report = compile_prefill(GPU_OF[target], width, dtype, compiled=candidate)
+        except Exception as error:  # What the compiler cannot do is no candidate.
+            print(f"  {candidate}: {str(error)[:80]}", file=sys.stderr)
+            continue
+        limit = GPUS[GPU_OF[target]].shared_memory_per_block
+        if report.spilled == 0 and report.shared_memory <= limit:
+            compiled.append((candidate, report))
+    if not compiled:
+        raise SystemExit(f"{target}, width {width}, {itemsize} bytes: no candidate compiles well.")
+    entries = []
+    for heads in ("dense", "sparse"):
+        ranked = sorted(
+            (
+                (
+                    cycles_per_pair(
+                        report,
+                        candidate,
+                        target,
+                        width,
+                        itemsize,
+                        reference_work(
+                            candidate.block_q, candidate.block_kv, sparse=heads == "sparse"
+                        ),
+                    ),
+                    candidate,
+                    report,
+                )
+                for candidate, report in compiled
+            ),
+            key=lambda item: item[0],
+        )
+        # Estimates this close say nothing; more blocks in flight hide more latency.
+        close = [item for item in ranked if item[0] <= 1.02 * ranked[0][0]]
+        best = max(close, key=lambda item: item[1].num_stages)
+        for estimate, candidate, report in ranked[:5]:
+            print(
+                f"{target} {width} {itemsize} {heads}: {estimate:.4f} {tuple(candidate)} "
+                f"{report.registers} registers, {report.resident(GPUS[GPU_OF[target]])} resident"
+            )
+        entries.append(
+            {
+                "target": target,
+                "width": width,
+                "bytes": itemsize,
+                "heads": heads,
+                **best[1]._asdict(),
+                "basis": "compiled",
+            }
+        )
+    return entries
+
+
+def write_table(entries: list[dict[str, Any]], path: Path = TABLE) -> None:
+    """Puts entries into the table, in place of the old ones for the same; measured ones stay."""
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(entry[field] for field in ("target", "width", "bytes", "heads"))
+
+    table = {key(entry): entry for entry in read_table(path)}
+    for entry in entries:
+        if entry["basis"] == "measured" or table.get(key(entry), {}).get("basis") != "measured":
+            table[key(entry)] = entry
+    order = sorted(table.values(), key=lambda entry: (TARGETS.index(entry["target"]), key(entry)))
+    lines = ",\n".join("  " + json.dumps(entry) for entry in order)
+    path.write_text(f'{{"format_version": 1, "entries": [\n{lines}\n]}}\n')
+
+
+def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
+    """All entries of the table."""
+    return json.loads(path.read_text())["entries"]
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="default: all")
+    parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="default: both")
+    options = parser.parse_args()
+    for target in options.target or TARGETS:
+        for itemsize in options.bytes or (2, 4):
+            for width in options.width or WIDTHS:
+                write_table(choose(target, width, itemsize))
+
+
+if __name__ == "__main__":
+    main()

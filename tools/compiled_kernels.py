@@ -1,0 +1,102 @@
+"""Compiles the attention kernels alone, for GPUs that need not be there."""
+
+import jax
+import jax.numpy as jnp
+
+from bsjax.pallas.configurations import (
+    KernelConfiguration,
+    compiling_for,
+    configuration,
+    default_blocks,
+    target_of,
+)
+from bsjax.pallas.prefill import prefill_attention
+from bsjax.schedule import Schedule
+from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
+
+
+def target_name(gpu: str) -> str:
+    """The target of `bsjax.pallas.configurations` that a GPU of `gpu_targets` belongs to."""
+    major, minor = TARGETS[gpu].compute_capability
+    return target_of(f"{major}.{minor}")
+
+
+def default_prefill(
+    gpu: str, head_dim: int, dtype: str, *, sparse: bool = True
+) -> KernelConfiguration:
+    """What the table says of a GPU."""
+    with compiling_for(target_name(gpu)):
+        return configuration(head_dim, dtype, *default_blocks(head_dim, dtype, sparse=sparse))
+
+
+def compile_prefill(
+    gpu: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    compiled: KernelConfiguration | None = None,
+    blocks: tuple[int, int] | None = None,
+    sparse: bool = True,
+    tokens: int = 36_000,
+    q_heads: int = 28,
+    kv_heads: int = 4,
+    return_lse: bool = False,
+    bidirectional_images: bool = False,
+    window: int | None = None,
+) -> KernelReport:
+    """The report on the prefill kernel.
+
+    Args:
+      gpu: a key of `gpu_targets.TARGETS`.
+      head_dim: of the heads.
+      dtype: of queries, keys and values.
+      compiled: the configuration; by default the table's for the block sizes.
+      blocks: (block_q, block_kv) of the schedule; by default those of `compiled`, or the table's.
+      sparse: which of the table's block sizes.
+      tokens: rows of the schedule.
+      q_heads: query heads.
+      kv_heads: key-value heads.
+      return_lse: whether the kernel writes the log-sum-exp.
+      bidirectional_images: as in `BlockMask`.
+      window: as in `BlockMask`.
+    """
+    with compiling_for(target_name(gpu)):
+        if blocks is None:
+            blocks = compiled[:2] if compiled else default_blocks(head_dim, dtype, sparse=sparse)
+        block_q, block_kv = blocks
+        running = compiled or configuration(head_dim, dtype, block_q, block_kv)
+        tiles = 2 * tokens // block_q
+        schedule = Schedule(
+            position=jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            image=jax.ShapeDtypeStruct((tokens,), jnp.int32),
+            sink=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
+            groups=jax.ShapeDtypeStruct((4,), jnp.int32),
+            tiles=jax.ShapeDtypeStruct((4, tiles, 5), jnp.int32),
+            ranges=jax.ShapeDtypeStruct((4, 4 * tiles, 2), jnp.int32),
+            block_q=block_q,
+            block_kv=block_kv,
+            bidirectional_images=bidirectional_images,
+            window=window,
+        )
+
+        def attend(q, k, v, schedule, head_category):
+            return prefill_attention(
+                q,
+                k,
+                v,
+                schedule,
+                head_category,
+                scale=head_dim**-0.5,
+                return_lse=return_lse,
+                compiled=running,
+            )
+
+        q = jax.ShapeDtypeStruct((tokens, q_heads, head_dim), dtype)
+        k = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), dtype)
+        head_category = jax.ShapeDtypeStruct((q_heads,), jnp.int32)
+        report = kernel_reports(attend, (q, k, k, schedule, head_category), gpu)[
+            "prefill_attention"
+        ]
+    programs_per_tile = block_q // running.block_q
+    assert report.grid == (q_heads, tiles * programs_per_tile, 1), "heads must run fastest"
+    return report

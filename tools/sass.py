@@ -1,0 +1,69 @@
+"""Reads machine code: which instructions the loops of a kernel consist of."""
+
+import re
+from collections import Counter
+
+PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "IMMA")
+"""Instructions of tensor cores: Ampere's and Ada's, Hopper's, Blackwell's, and those of types that
+the kernels do not use."""
+
+KINDS = {
+    "tensor": PRODUCTS,
+    "float32": ("FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "FSETP"),
+    "special": ("MUFU",),
+    "convert": ("F2F", "F2FP", "I2F"),
+    "shared": ("LDS", "LDSM", "STS", "STSM"),
+    "copy": ("LDGSTS", "UBLKCP", "UTMALDG"),
+    "shuffle": ("SHFL",),
+}
+"""What instructions do; all others are address and control arithmetic."""
+
+_LABEL = re.compile(r"^(\.L\S+):")
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*)$"
+)
+_BRANCH_TARGET = re.compile(r"`\((\.L\S+?)\)")
+
+
+def opcodes(sass: str) -> list[str]:
+    """All instructions of a disassembled kernel, in order, by name: "HGMMA", "FFMA"."""
+    return [match.group(2) for line in sass.splitlines() if (match := _INSTRUCTION.match(line))]
+
+
+def attention_loops(sass: str) -> list[list[str]]:
+    """The loops over blocks of keys, each as its instructions; shortest first.
+
+    They are the innermost loops that evaluate exponentials. Of the prefill kernel's two, the
+    shorter one walks full blocks, the longer one partial blocks.
+    """
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        label = _LABEL.match(line)
+        if label:
+            labels[label.group(1)] = len(names)
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        names.append(match.group(2))
+        target = _BRANCH_TARGET.search(match.group(4))
+        if match.group(2) == "BRA" and target and target.group(1) in labels:
+            loops.append((labels[target.group(1)], len(names)))
+    with_exponentials = [(start, end) for start, end in loops if "MUFU" in names[start:end]]
+    innermost = [
+        (start, end)
+        for start, end in with_exponentials
+        if not any(
+            start <= other_start and other_end <= end and (start, end) != (other_start, other_end)
+            for other_start, other_end in with_exponentials
+        )
+    ]
+    return sorted((names[start:end] for start, end in innermost), key=len)
+
+
+def mix(instructions: list[str]) -> dict[str, int]:
+    """How many instructions are of each of `KINDS`, and how many are "other"."""
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
+    counted = Counter(kind_of.get(name, "other") for name in instructions)
+    return {kind: counted[kind] for kind in (*KINDS, "other")}
