@@ -128,6 +128,24 @@ def test_xla_gradients_are_those_of_the_reference(base):
         np.testing.assert_allclose(gradient, reference, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_gradients_survive_rows_that_see_nothing(backend):
+    template = Template.from_segments([Text(2), Image(40), Text(1)])
+    mask = BlockMask(template, [HeadCategory.SINK], 16, 16, window=3)
+    q, k, v = arrays(template.tokens, 1, 1, 16)
+
+    def loss(q, k, v, backend):
+        out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+        # What flows back into the log-sum-exp of an empty row is 0 * cos(-inf), not a number.
+        return jnp.sin(out).sum() + jnp.where(jnp.isneginf(lse), 0.0, jnp.sin(lse)).sum()
+
+    ours = jax.grad(loss, (0, 1, 2))(q, k, v, backend)
+    wanted = jax.grad(loss, (0, 1, 2))(q, k, v, "reference")
+    for gradient, reference in zip(ours, wanted, strict=True):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_allclose(gradient, reference, atol=2e-5, rtol=2e-5)
+
+
 def test_rows_that_see_nothing_are_zero_in_every_backend():
     # SINK, a window of 3, an image of 40: most image tokens see no sink and no text.
     template = Template.from_segments([Text(2), Image(40), Text(1)])
@@ -180,7 +198,25 @@ def test_bad_input_is_refused_with_a_reason():
         bsjax.sparse_attention(q[:5], k[:5], v[:5], mask)
     with pytest.raises(MaskError, match="mask is for 2 query heads"):
         bsjax.sparse_attention(q[:, :1], k, v, mask)
+    with pytest.raises(MaskError, match="scale .* above 0"):
+        bsjax.sparse_attention(q, k, v, mask, scale=0.0)
+    with pytest.raises(MaskError, match="at least one head"):
+        bsjax.sparse_attention(q, k[:, :0], v[:, :0], mask)
     with pytest.raises(MaskError, match="one dtype"):
         bsjax.sparse_attention(q, k.astype(jnp.bfloat16), v, mask)
     with pytest.raises(MaskError, match="multiple of the key-value heads"):
         bsjax.sparse_attention(q, *arrays(RAGGED.tokens, 3, 3, 16)[1:], mask)
+
+
+def test_categories_by_name():
+    names = ["dense", "Intra-Image", " INTRA_IMAGE_SINK", HeadCategory.SINK, 2]
+    assert BlockMask(RAGGED, names).categories == (0, 2, 3, 1, 2)
+    with pytest.raises(MaskError, match="'own' is no head category; .*INTRA_IMAGE_SINK"):
+        BlockMask(RAGGED, ["own"])
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference", "pallas"])
+def test_empty_prompt(backend):
+    mask = BlockMask(Template.from_segments([]), [0, 1], 16, 16)
+    q, k, v = arrays(0, 2, 1, 16)
+    assert bsjax.sparse_attention(q, k, v, mask, backend=backend).shape == (0, 2, 16)

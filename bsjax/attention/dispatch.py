@@ -161,7 +161,7 @@ def _pallas_forward(
 _pallas_attention.defvjp(_pallas_forward, attention_gradients)
 
 
-def check_shapes(q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array) -> None:
+def check_shapes(q: Array, k: Array, v: Array, schedule: Schedule, head_category: Any) -> None:
     """Refuses arrays that do not fit each other or the schedule, before anything is indexed.
 
     Raises:
