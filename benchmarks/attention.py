@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.dense_rows import dense_rows, greatest_error, sampled_positions, tolerance
+from benchmarks.dense_rows import greatest_error, sampled_positions, tolerance
 from benchmarks.device_timing import copy_call, jax_sampler, matrix_rate_call
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import (
@@ -44,9 +44,9 @@ from benchmarks.variants import (
     Variant,
     random_arrays,
     variants,
+    wanted_rows,
 )
 from benchmarks.workloads import MASK_NAMES, SHAPES, HeadMask, Workload
-from bsjax.categories import TokenInfo
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
@@ -252,7 +252,15 @@ def _prepare(
         prepared = variant.prepare(arrays)
         row_of_position = np.argsort(variant.order)
         rows = row_of_position[positions]
-        error = greatest_error(prepared.rows(rows), _wanted(workload, variant, arrays, rows))
+        wanted = wanted_rows(
+            workload,
+            variant.mask,
+            arrays,
+            variant.order,
+            rows,
+            bidirectional_images=variant.bidirectional_images,
+        )
+        error = greatest_error(prepared.rows(rows), wanted)
         limit = tolerance(workload.shape.dtype)
         if not error <= limit:
             return Row(variant, f"wrong: error {error:.1e}, {limit:.1e} allowed", error), None
@@ -262,23 +270,6 @@ def _prepare(
     except Exception as failure:  # Whatever another library raises is the result of its variant.
         first_line = (str(failure).strip() or "no message").splitlines()[0]
         return Row(variant, f"failed: {type(failure).__name__}: {first_line[:200]}", None), None
-
-
-def _wanted(workload: Workload, variant: Variant, arrays: Arrays, rows: np.ndarray) -> np.ndarray:
-    """What these rows of the variant must come to."""
-    info = TokenInfo(*(part[variant.order] for part in workload.template.info))
-    out, _ = dense_rows(
-        arrays.q[rows],
-        arrays.k,
-        arrays.v,
-        TokenInfo(*(part[rows] for part in info)),
-        info,
-        np.asarray([category.groups for category in variant.mask.categories], np.int32),
-        scale=workload.shape.head_dim**-0.5,
-        bidirectional_images=variant.bidirectional_images,
-        window=variant.window,
-    )
-    return np.asarray(out)
 
 
 def _mask_record(workload: Workload, mask: HeadMask) -> dict[str, Any]:

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.attention import block_sizes, ragged_attention, resolve_backend
+from bsjax.categories import TokenInfo
 from bsjax.schedule import build_schedule, category_tables
 
 BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
@@ -55,7 +57,6 @@ class Variant:
     name: str
     mask: HeadMask
     bidirectional_images: bool
-    window: int | None
     order: np.ndarray
     """int32 [tokens], the prompt index of each row that it takes."""
     prepare: Callable[[Arrays], Prepared]
@@ -75,6 +76,43 @@ def random_arrays(workload: Workload) -> Arrays:
             for key, count in zip(keys, heads, strict=True)
         )
     )
+
+
+def wanted_rows(
+    workload: Workload,
+    mask: HeadMask,
+    arrays: Arrays,
+    order: np.ndarray,
+    rows: np.ndarray,
+    *,
+    bidirectional_images: bool | None = None,
+) -> np.ndarray:
+    """What these rows of the output must come to, float32 [rows, q_heads, head_dim].
+
+    Args:
+      workload: shape and prompt.
+      mask: categories of all heads.
+      arrays: q, k and v, with rows in `order`.
+      order: int32 [tokens], the prompt index of each row.
+      rows: which rows.
+      bidirectional_images: where an implementation differs from the workload's shape in this.
+    """
+    shape = workload.shape
+    if bidirectional_images is None:
+        bidirectional_images = shape.bidirectional_images
+    info = TokenInfo(*(part[order] for part in workload.template.info))
+    out, _ = dense_rows(
+        arrays.q[rows],
+        arrays.k,
+        arrays.v,
+        TokenInfo(*(part[rows] for part in info)),
+        info,
+        np.asarray([category.groups for category in mask.categories], np.int32),
+        scale=shape.head_dim**-0.5,
+        bidirectional_images=bidirectional_images,
+        window=shape.window,
+    )
+    return np.asarray(out)
 
 
 def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[Variant]:
@@ -107,8 +145,7 @@ def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[
 def _variant(
     workload: Workload, name: str, mask: HeadMask, order: np.ndarray, prepare: Any
 ) -> Variant:
-    shape = workload.shape
-    return Variant(name, mask, shape.bidirectional_images, shape.window, order, prepare)
+    return Variant(name, mask, workload.shape.bidirectional_images, order, prepare)
 
 
 def _causal(variant: Variant) -> Variant:
