@@ -102,7 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{render(finished[-1])}", flush=True)
         left = [other.name for other in workloads[len(finished) + len(skipped) :]]
         result = {
-            "options": {**vars(options), "output": str(options.output)},
+            # Where it was written to, and infinity, are nothing to record.
+            "options": {
+                name: value
+                for name, value in vars(options).items()
+                if name != "output" and value != math.inf
+            },
             "workloads": finished,
             "not_run": skipped + left,
         }

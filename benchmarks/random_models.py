@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import GenerationConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
@@ -124,30 +123,35 @@ def model_config(size: str) -> PretrainedConfig:
 
 
 def random_module(config: PretrainedConfig, dtype: Any) -> nnx.Module:
-    """Random parameters made where they stay, one at a time, at a scale that keeps sums finite."""
+    """Random parameters made where they stay, at a scale that keeps sums finite."""
     family = FAMILIES[config.model_type]
     graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))
-    filled = {}
-    for index, (path, variable) in enumerate(nnx.to_flat_state(state)):
-        key = jax.random.fold_in(jax.random.key(0), index)
-        array = _parameter(str(path[-1]), key, variable.shape, jnp.dtype(variable.dtype).name)
-        filled[path] = variable.replace(array)
+    variables = nnx.to_flat_state(state)
+
+    @jax.jit
+    def draw() -> list[jax.Array]:
+        # XLA's own generator: one operation for each parameter, where JAX's default is a hundred.
+        keys = jax.random.split(jax.random.key(0, impl="rbg"), len(variables))
+        return [
+            _parameter(str(path[-1]), key, variable.shape, variable.dtype)
+            for key, (path, variable) in zip(keys, variables, strict=True)
+        ]
+
+    filled = {
+        path: variable.replace(array)
+        for (path, variable), array in zip(variables, draw(), strict=True)
+    }
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     # Matrices are [..., in, out], embeddings [vocabulary, hidden].
     mean, deviation = {
         "scale": (1.0, 0.1),
         "bias": (0.0, 0.1),
         "embedding": (0.0, shape[-1] ** -0.5),
     }.get(name, (0.0, shape[-2] ** -0.5 if len(shape) > 1 else 1.0))
-
-    @jax.jit
-    def draw(key: jax.Array) -> jax.Array:
-        return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
-
-    return draw(key)
+    return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
 
 
 def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> LoadedModel:

@@ -70,21 +70,21 @@ def prepare_flex(
     arrays: "Arrays",
     workload: Workload,
     mask: HeadMask,
-    order: np.ndarray,
     *,
+    packed: bool,
     compiled: bool = True,
 ) -> PreparedTorch:
-    """FlexAttention with rows in `order`, under the workload's base visibility and the mask.
+    """FlexAttention under the workload's base visibility and the mask.
 
     Args:
       arrays: q, k and v.
       workload: shape and prompt.
       mask: categories of all heads.
-      order: int32 [tokens], the prompt index of each row.
+      packed: whether rows stand in packed order; in prompt order otherwise.
       compiled: without, PyTorch computes the whole score matrix: for tests at small sizes.
     """
     q, k, v = _tensors(arrays)
-    block_mask = build_block_mask(workload, mask, order, str(q.device))
+    block_mask = build_block_mask(workload, mask, str(q.device), packed=packed)
     attend = _compiled_flex() if compiled else flex_attention
     return PreparedTorch(lambda: attend(q, k, v, block_mask=block_mask, enable_gqa=True))
 
@@ -97,13 +97,20 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def mask_function(workload: Workload, mask: HeadMask, order: np.ndarray, device: str) -> MaskMod:
+def row_order(workload: Workload, *, packed: bool) -> np.ndarray:
+    """int32 [tokens]: the prompt index of each row."""
+    if packed:
+        return workload.template.packed_order
+    return np.arange(workload.tokens, dtype=np.int32)
+
+
+def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bool) -> MaskMod:
     """The mask as a FlexAttention user would write it: a few lookups and bit operations per pair.
 
     In prompt order a row's index is its position; only packed rows have to look theirs up.
     """
     shape, template = workload.shape, workload.template
-    in_prompt_order = bool((np.diff(order) > 0).all())
+    order = row_order(workload, packed=packed)
 
     def by_row(values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values[order].astype(np.int32), device=device)
@@ -116,17 +123,17 @@ def mask_function(workload: Workload, mask: HeadMask, order: np.ndarray, device:
     groups = [int(category.groups) for category in mask.categories]
     groups_of_head = torch.as_tensor(groups, dtype=torch.int32, device=device)
     uniform = groups[0] if len(set(groups)) == 1 else None
-    window, bidirectional = shape.window, shape.bidirectional_images
+    window, bidirectional, is_dense = shape.window, shape.bidirectional_images, mask.is_dense
 
     def mask_mod(b: Any, h: Any, q_row: torch.Tensor, kv_row: torch.Tensor) -> torch.Tensor:
-        q_position = q_row if in_prompt_order else positions[q_row]
-        kv_position = kv_row if in_prompt_order else positions[kv_row]
+        q_position = positions[q_row] if packed else q_row
+        kv_position = positions[kv_row] if packed else kv_row
         seen = kv_position <= q_position
         if bidirectional:
             seen = seen | ((image[q_row] == image[kv_row]) & (image[q_row] >= 0))
         if window is not None:
             seen = seen & (kv_position > q_position - window)
-        if mask.is_dense:
+        if is_dense:
             return seen
         kept = groups_of_head[h] if uniform is None else uniform
         reach = torch.where(
@@ -137,16 +144,11 @@ def mask_function(workload: Workload, mask: HeadMask, order: np.ndarray, device:
     return mask_mod
 
 
-def build_block_mask(
-    workload: Workload, mask: HeadMask, order: np.ndarray, device: str
-) -> BlockMask:
+def build_block_mask(workload: Workload, mask: HeadMask, device: str, *, packed: bool) -> BlockMask:
     """FlexAttention's BlockMask, its blocks full where every pair is visible."""
-    # Heads of one category have the same blocks: each category is expanded once.
+    # Heads of one category have the same blocks.
     used = sorted(set(mask.categories))
-    blocks = [
-        _blocks(_of_category(workload, mask, category, order, device), workload.tokens, device)
-        for category in used
-    ]
+    blocks = [_blocks(workload, category, device, packed) for category in used]
     head = torch.as_tensor([used.index(category) for category in mask.categories], device=device)
     if len(used) == 1:
         head = head[:1]
@@ -155,20 +157,18 @@ def build_block_mask(
         *_counts_and_indices(partial),
         *_counts_and_indices(full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=mask_function(workload, mask, order, device),
+        mask_mod=mask_function(workload, mask, device, packed=packed),
         seq_lengths=(workload.tokens, workload.tokens),
     )
 
 
-def _of_category(
-    workload: Workload, mask: HeadMask, category: HeadCategory, order: np.ndarray, device: str
-) -> MaskMod:
-    uniform = HeadMask(mask.name, (category,) * len(mask.categories))
-    return mask_function(workload, uniform, order, device)
-
-
-def _blocks(mask_mod: MaskMod, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+@functools.lru_cache(maxsize=2 * len(HeadCategory))
+def _blocks(
+    workload: Workload, category: HeadCategory, device: str, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which blocks hold some visible pairs and not all, and which hold all: [blocks, blocks]."""
+    tokens = workload.tokens
+    mask_mod = mask_function(workload, HeadMask("one", (category,)), device, packed=packed)
     every_key = torch.arange(tokens, device=device, dtype=torch.int32)
     strip = max(1, _PAIRS_AT_A_TIME // (BLOCK * tokens)) * BLOCK
     missing = -tokens % BLOCK

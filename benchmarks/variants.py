@@ -296,6 +296,6 @@ def _flex(workload: Workload, mask: HeadMask, *, packed: bool) -> Variant:
         module = _torch_module()
         if not module.sees_gpu():
             raise NotAvailable("torch sees no GPU")
-        return module.prepare_flex(arrays, workload, mask, order)
+        return module.prepare_flex(arrays, workload, mask, packed=packed)
 
     return _variant(workload, FLEX_PACKED if packed else FLEX, mask, order, prepare)

@@ -192,12 +192,13 @@ class TestFlexAttention:
 
         workload = Workload(shape, 300, 60)
         mask = workload.masks([name])[0]
-        template = workload.template
-        order = template.packed_order if packed else np.arange(300, dtype=np.int32)
+        order = torch_variants.row_order(workload, packed=packed)
         arrays = random_arrays(workload)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.comp")
-            prepared = torch_variants.prepare_flex(arrays, workload, mask, order, compiled=False)
+            prepared = torch_variants.prepare_flex(
+                arrays, workload, mask, packed=packed, compiled=False
+            )
             rows = np.arange(300)
             out = prepared.rows(rows)
         wanted = wanted_rows(workload, mask, arrays, order, rows)
@@ -209,7 +210,7 @@ class TestFlexAttention:
         workload = Workload(replace(TINY, q_heads=4), 900, 200)
         mask = workload.masks(["ideal 1.8x"])[0]
         order = workload.template.packed_order
-        blocks = torch_variants.build_block_mask(workload, mask, order, "cpu")
+        blocks = torch_variants.build_block_mask(workload, mask, "cpu", packed=True)
         full = 0
         for head, category in enumerate(mask.categories):
             seen = visible_matrix(
