@@ -1,7 +1,11 @@
 # make demo   the main job on the small checkpoint in examples/ and two photographs
 # make test   the test suite          make lint   ruff and pyright
+# make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+#
+# make gpu-check   the GPU kernels on the GPU at hand: right, and how fast. Makes nothing: PYTHON is
+#                  any interpreter with a CUDA JAX and NumPy.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +19,7 @@ TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV_PYTHON) examples/demo.py
@@ -27,6 +31,14 @@ lint: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+bench: $(VENV)/.installed-test
+	$(VENV_PYTHON) -m benchmarks.attention $(BENCH_OPTIONS)
+
+# JAX finds the GPU by itself; the CPU is no default here.
+gpu-check: export JAX_PLATFORMS =
+gpu-check:
+	$(PYTHON) -m tools.gpu_check $(GPU_CHECK_OPTIONS)
 
 clean:
 	rm -rf $(VENV) build

@@ -1,0 +1,5 @@
+"""Benchmarks. The attention benchmark also runs where there is nothing but a CUDA JAX and NumPy."""
+
+from benchmarks import jaxtyping_stand_in
+
+jaxtyping_stand_in.install_where_missing()

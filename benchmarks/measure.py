@@ -3,17 +3,20 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch")
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "triton", "tokamax", "transformers")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -22,14 +25,33 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 
     Interleaving makes whatever else the machine does fall on all of them alike.
     """
-    for call in calls.values():
-        jax.block_until_ready(call())
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+
+    def timed(call: Callable[[], Any]) -> Callable[[], float]:
+        def sample() -> float:
             start = time.perf_counter()
             jax.block_until_ready(call())
-            samples[name].append(time.perf_counter() - start)
+            return time.perf_counter() - start
+
+        return sample
+
+    for call in calls.values():
+        jax.block_until_ready(call())
+    return interleaved_samples({name: timed(call) for name, call in calls.items()}, rounds)
+
+
+def interleaved_samples(
+    samplers: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
+) -> dict[str, list[float]]:
+    """What every sampler gives, every round: each once per round, warmed up by the caller.
+
+    No round but the first starts after `deadline`, a time of `time.monotonic()`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for index in range(rounds):
+        if index and time.monotonic() > deadline:
+            break
+        for name, sample in samplers.items():
+            samples[name].append(sample())
     return samples
 
 
@@ -48,9 +70,12 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
+        "device": device.device_kind,
+        "driver": _driver() if device.platform == "gpu" else None,
+        "platform_version": device.client.platform_version,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
@@ -62,8 +87,33 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     """Writes a result with its environment as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    # Whole or not at all: a run may be killed while it writes what it has so far.
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    os.replace(temporary, path)
     return path
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as plain text too: first column to the left, the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, where its tool is there to tell."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    process = subprocess.run(query, capture_output=True, text=True)
+    return process.stdout.strip().split("\n")[0] or None
 
 
 def _processor() -> str:

@@ -1,0 +1,148 @@
+"""What attention must come to, in float32, on a sample of query rows with all of their keys.
+
+The whole score matrix of 300K tokens fits no memory, 64 of its rows do. Everything goes through the
+predicate and a plain softmax: no schedule, no tiles, no kernel.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsjax.categories import TokenInfo, visible
+from bsjax.schedule import PADDING_POSITION
+from bsjax.template import Template
+
+#: How far a row of one head may be from the float32 one, ||out - wanted|| / ||wanted||, in units of
+#: the dtype's epsilon. In half precision the output and the weights that multiply the values are
+#: rounded once each, by up to half an epsilon an element; together they stay under one. A float32
+#: sum over n keys that cancel is off by up to the order of sqrt(n) epsilons: 256 covers 64K keys.
+TOLERANCE_IN_EPSILONS = {"bfloat16": 1, "float16": 1, "float32": 256}
+#: How far a log-sum-exp may be off, over max(1, |wanted|): scores are products that float32 holds
+#: exactly, summed over the head dimension in another order.
+LSE_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
+
+
+def tolerance(dtype: jax.typing.DTypeLike) -> float:
+    """The greatest relative error of a row that is no defect."""
+    dtype = jnp.dtype(dtype)
+    return TOLERANCE_IN_EPSILONS[dtype.name] * float(jnp.finfo(dtype).eps)
+
+
+@partial(jax.jit, static_argnames=("scale", "bidirectional_images", "window"))
+def dense_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query: TokenInfo,
+    key: TokenInfo,
+    groups: jax.Array,
+    *,
+    scale: float,
+    bidirectional_images: bool,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Dense softmax attention of some query rows over all keys, in float32.
+
+    Args:
+      q: [rows, q_heads, head_dim], any dtype.
+      k: [tokens, kv_heads, head_dim].
+      v: as `k`.
+      query: what the predicate knows of the query rows, [rows] each.
+      key: what it knows of the keys, [tokens] each.
+      groups: int32 [q_heads], the key groups that each head keeps.
+      scale: factor of the scores.
+      bidirectional_images: whether an image's tokens all see each other.
+      window: how many positions back a query sees, or None.
+
+    Returns:
+      float32 [rows, q_heads, head_dim] and the log-sum-exp [rows, q_heads]; rows that see nothing
+      and padding rows are zeros and -inf.
+    """
+    rows, q_heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = q_heads // kv_heads
+    query = TokenInfo(*(jnp.asarray(part)[:, None, None] for part in query))
+    key = TokenInfo(*(jnp.asarray(part)[None, None, :] for part in key))
+    exact = partial(
+        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
+
+    def one_key_head(arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, groups = arguments
+        seen = visible(
+            query,
+            key,
+            groups[None, :, None],
+            bidirectional_images=bidirectional_images,
+            window=window,
+        )
+        seen = seen & (query.position != PADDING_POSITION)
+        scores = exact("rgd,kd->rgk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
+        lse = jax.nn.logsumexp(scores, axis=-1, where=seen)
+        finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        weights = jnp.where(seen, jnp.exp(scores - finite[..., None]), 0.0)
+        return exact("rgk,kd->rgd", weights, v.astype(jnp.float32)), lse
+
+    # One key head at a time: its scores are the largest array.
+    out, lse = jax.lax.map(
+        one_key_head,
+        (
+            q.reshape(rows, kv_heads, group, head_dim).swapaxes(0, 1),
+            k.swapaxes(0, 1),
+            v.swapaxes(0, 1),
+            jnp.asarray(groups).reshape(kv_heads, group),
+        ),
+    )
+    out = out.transpose(1, 0, 2, 3).reshape(rows, q_heads, head_dim)
+    return out, lse.transpose(1, 0, 2).reshape(rows, q_heads)
+
+
+def sampled_positions(template: Template, rows: int, seed: int = 0) -> np.ndarray:
+    """Prompt positions to look at: text, sinks and other image tokens, early and late.
+
+    All of them where the prompt has no more than `rows`.
+    """
+    if template.tokens <= rows:
+        return np.arange(template.tokens)
+    kinds = [
+        np.flatnonzero(template.image < 0),
+        np.flatnonzero(template.sink),
+        np.flatnonzero((template.image >= 0) & ~template.sink),
+    ]
+    kinds = [kind for kind in kinds if kind.size]
+    generator = np.random.default_rng(seed)
+    chosen = [
+        np.concatenate([kind[[0, -1]], generator.choice(kind, min(kind.size, rows // len(kinds)))])
+        for kind in kinds
+    ]
+    # The ends of each kind are where tiles and ranges begin and end.
+    return np.unique(np.concatenate(chosen))
+
+
+def greatest_error(out: np.ndarray, wanted: np.ndarray) -> float:
+    """The greatest ||out - wanted|| / ||wanted|| of all rows and heads.
+
+    Infinite where something is not finite, or not zero where zeros are wanted.
+    """
+    out, wanted = np.asarray(out, np.float64), np.asarray(wanted, np.float64)
+    if out.shape != wanted.shape or not np.isfinite(out).all():
+        return float("inf")
+    difference = np.linalg.norm(out - wanted, axis=-1)
+    norm = np.linalg.norm(wanted, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(difference == 0, 0.0, difference / norm)
+    return float(relative.max(initial=0.0))
+
+
+def greatest_lse_error(lse: np.ndarray, wanted: np.ndarray) -> float:
+    """The greatest |lse - wanted| / max(1, |wanted|); infinite where only one of them is -inf."""
+    lse, wanted = np.asarray(lse, np.float64), np.asarray(wanted, np.float64)
+    empty = np.isneginf(wanted)
+    if lse.shape != wanted.shape or not np.array_equal(np.isneginf(lse), empty):
+        return float("inf")
+    lse, wanted = lse[~empty], wanted[~empty]
+    if not np.isfinite(lse).all():
+        return float("inf")
+    return float((np.abs(lse - wanted) / np.maximum(1, np.abs(wanted))).max(initial=0.0))

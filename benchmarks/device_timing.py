@@ -1,0 +1,147 @@
+"""Time that a call takes on the device, without the time it takes to ask for it.
+
+JAX has no events. What a host clock sees around n calls that are enqueued one after the other is
+what the device needs for them, plus once the way there and back. The difference between 2n calls
+and n calls, over n, leaves that out; n is chosen so that n calls keep the device busy for much
+longer than the host needs to enqueue them. Calls shorter than that are repeated inside one program:
+a loop of a fixed number of turns, each of which waits for the one before (`repeated`). Where n
+calls take longer than a fifth of a second, the way there and back is less than a thousandth of it
+and is left in, and so it is on a CPU.
+
+PyTorch has events: they are recorded on the device before and after n calls. Matrix products
+enqueued ahead of them keep the device busy while the host enqueues the rest.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Sampler = Callable[[], float]
+"""Each call gives the seconds of one more sample."""
+
+#: What n calls shall take at least.
+_BATCH_SECONDS = 0.03
+#: From here on, the host's share is left in.
+_LONG_SECONDS = 0.2
+#: Below this, a call is repeated inside one program: the host may need 0.1 ms for each.
+_SHORT_SECONDS = 2e-3
+_REPEATS = 16
+
+
+def repeats_for(flops: float) -> int:
+    """How often a call should be repeated inside a program, from what it has to compute.
+
+    Reckoned at 400 TFLOP/s; nothing depends on how right that is. On a CPU, once.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    return _REPEATS if flops / 400e12 < _SHORT_SECONDS else 1
+
+
+def repeated(function: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
+    """A function that computes `function(first, *rest)` so many times, one after the other.
+
+    The barrier makes a turn's first argument wait for the result of the turn before, without
+    changing or copying it, and keeps the compiler from moving the work out of the loop.
+    """
+    if times == 1:
+        return function
+
+    def loop(first: jax.Array, *rest: Any) -> jax.Array:
+        def turn(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            first, _ = jax.lax.optimization_barrier(carry)
+            return first, function(first, *rest)
+
+        # The first turn stands before the loop: zeros to start from would cost a pass over memory.
+        return jax.lax.fori_loop(1, times, turn, (first, function(first, *rest)))[1]
+
+    return loop
+
+
+def jax_sampler(call: Callable[[], Any], repeats: int = 1) -> Sampler:
+    """Times a JAX call that does its work `repeats` times. Warms it up first."""
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        return time.perf_counter() - start
+
+    seconds(1)
+    once = seconds(1)
+    if jax.default_backend() == "cpu":
+        return lambda: seconds(1) / repeats
+    calls = max(1, math.ceil(_BATCH_SECONDS / once))
+    if calls * once > _LONG_SECONDS:
+        return lambda: seconds(calls) / (calls * repeats)
+    return lambda: (seconds(2 * calls) - seconds(calls)) / (calls * repeats)
+
+
+def torch_sampler(call: Callable[[], Any]) -> Sampler:
+    """Times a PyTorch call. Warms it up first."""
+    import torch
+
+    def wall_seconds() -> float:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    wall_seconds()
+    once = wall_seconds()
+    if not torch.cuda.is_available():
+        return wall_seconds
+    calls = max(1, math.ceil(_BATCH_SECONDS / once))
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        _keep_torch_busy()
+        before.record()
+        for _ in range(calls):
+            call()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / 1e3 / calls
+
+    return sample
+
+
+@functools.cache
+def _torch_matrix() -> Any:
+    import torch
+
+    return torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+
+def _keep_torch_busy() -> None:
+    """Several milliseconds of work for the device."""
+    matrix = _torch_matrix()
+    for _ in range(4):
+        matrix @ matrix
+
+
+def matrix_rate_call(side: int) -> tuple[Callable[[], jax.Array], int, int]:
+    """A bfloat16 matrix product of random numbers: the call, its repeats, FLOPs of one repeat."""
+    a, b = (
+        jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16) for seed in range(2)
+    )
+    flops = 2 * side**3
+    repeats = repeats_for(flops)
+    product = jax.jit(repeated(jnp.matmul, repeats))
+    return lambda: product(a, b), repeats, flops
+
+
+def copy_call(megabytes: int) -> tuple[Callable[[], jax.Array], int, int]:
+    """A pass over memory: the call, its repeats, bytes read and written by one repeat."""
+    values = jax.random.bits(jax.random.key(0), (megabytes * 2**18,), jnp.uint32)
+    repeats = repeats_for(0)
+    # An elementwise inversion reads and writes every byte, and cannot be elided as a copy can.
+    inverted = jax.jit(repeated(jnp.bitwise_not, repeats))
+    return lambda: inverted(values), repeats, 2 * values.nbytes

@@ -1,0 +1,40 @@
+"""Lets bsjax's array annotations evaluate on a rented machine that has no jaxtyping.
+
+bsjax depends on jaxtyping for annotations only. `Float[np.ndarray, "tokens"]` becomes `np.ndarray`
+here, and nothing is checked.
+"""
+
+import importlib.util
+import sys
+import types
+from typing import Any
+
+import jax
+
+
+class _Annotation:
+    """Stands for every dtype of jaxtyping: indexed, it is the array type it was indexed with."""
+
+    def __class_getitem__(cls, parameters: tuple[Any, str]) -> Any:
+        return parameters[0]
+
+
+def install_where_missing() -> None:
+    """Puts a module named jaxtyping into `sys.modules` unless there is one to import."""
+    if sys.modules.get("jaxtyping") is not None:
+        return
+    # A module that is None in `sys.modules` cannot be imported, and find_spec would raise for it.
+    if "jaxtyping" not in sys.modules and importlib.util.find_spec("jaxtyping") is not None:
+        return
+    module: Any = types.ModuleType("jaxtyping", "A stand-in: see benchmarks/jaxtyping_stand_in.py.")
+    module.Array = jax.Array
+    # PEP 562: any other name is an annotation.
+    module.__getattr__ = _annotation
+    sys.modules["jaxtyping"] = module
+
+
+def _annotation(name: str) -> Any:
+    # Dunder names are asked for by the import system, and must be missing as in any module.
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return _Annotation

@@ -1,0 +1,286 @@
+"""Time to first token of a whole model with random weights: dense against a stated head mix.
+
+    python -m benchmarks.ttft --size qwen2.5-vl-7b --images 90 --image-size 560 560    # on a GPU
+    python -m benchmarks.ttft                                 # without one: a small model, float32
+
+Prompts are random pictures and one question, run by `bsjax.generate` through the library's own
+programs: image processing on the host, vision tower, prefill and first token. Compilation is left
+out. Variants are interleaved. Weights are random, so the answers are noise: what is measured is
+cost. The head mix cuts a stated share of the dense attention FLOPs in prefill; it is no measured
+profile.
+
+On a CPU, a model of transformers with the same weights runs on PyTorch with as many threads and the
+same pixel values, and must choose the same first token.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+import bsjax
+from benchmarks.measure import RESULTS, markdown_table, write_result
+from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
+from benchmarks.workloads import head_mix
+from bsjax import HeadCategory, LoadedModel, Profile, Template
+from bsjax.prompts import prepare_prompt
+from bsjax.schedule import visible_pairs
+
+PARTS = ("host", "vision", "prefill", "total")
+DENSE, TRANSFORMERS = "bsjax, dense", "transformers on torch"
+
+Seconds = dict[str, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    result = measure(options)
+    print(render(result))
+    path = write_result(f"ttft_{options.size}_{jax.default_backend()}", result, options.output)
+    print(f"\nwritten to {path}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small" if on_cpu else "qwen2.5-vl-7b")
+    parser.add_argument("--images", type=int, default=12 if on_cpu else 90)
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=(392, 392) if on_cpu else (560, 560),
+        metavar=("WIDTH", "HEIGHT"),
+        help="in pixels; 28 x 28 of them are one token",
+    )
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument(
+        "--cuts",
+        type=float,
+        nargs="*",
+        default=(0.41, 1.0),
+        help="shares of the attention FLOPs for head mixes to cut; 1 makes every head sparse",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--transformers",
+        action=argparse.BooleanOptionalAction,
+        default=on_cpu and importlib.util.find_spec("torch") is not None,
+        help="compare with transformers on torch (float32, on the CPU)",
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args(arguments)
+    if options.transformers and (not on_cpu or options.dtype != "float32"):
+        parser.error("transformers are compared with in float32 on a CPU only")
+    return options
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs all variants; returns what goes into the JSON file."""
+    config = model_config(options.size)
+    reference = None
+    if options.transformers:
+        # The tests' own way of giving both models the same weights.
+        from tests.small_models import ported, random_reference
+
+        reference = random_reference(config)
+        module = ported(reference)
+    else:
+        module = random_module(config, options.dtype)
+    model = loaded_model(config, module, options.dtype)
+    messages = _messages(options.images, tuple(options.image_size))
+    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, config)
+    template = Template.from_tokens(
+        prompt.token_ids, config.image_token_id, image_tokens=prompt.image_tokens
+    )
+
+    profiles = {DENSE: None} | {
+        f"bsjax, mix for a cut of {cut:.0%}": mixed_profile(model, template, cut)
+        for cut in options.cuts
+    }
+    calls: dict[str, Callable[[], tuple[Seconds, int]]] = {
+        name: lambda profile=profile: _ours(model, messages, profile)
+        for name, profile in profiles.items()
+    }
+    if reference is not None:
+        calls[TRANSFORMERS] = _transformers_call(reference, model, messages)
+    tokens = {name: call()[1] for name, call in calls.items()}  # Compiles and warms up.
+    samples: dict[str, list[Seconds]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            samples[name].append(call()[0])
+
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(module))
+    return {
+        "size": options.size,
+        "parameters": parameters,
+        "weights": "random",
+        "dtype": options.dtype,
+        "tokens": template.tokens,
+        "images": template.num_images,
+        "tokens_per_image": int(prompt.image_tokens[0]),
+        "torch_threads": _torch_threads() if reference is not None else None,
+        "same_first_token_as_transformers": (
+            tokens[DENSE] == tokens[TRANSFORMERS] if reference is not None else None
+        ),
+        "rows": [
+            {
+                "variant": name,
+                "heads": _heads(profiles.get(name)),
+                "attention_flops_over_dense": _flops_share(profiles.get(name), template),
+                **{
+                    f"median_{part}_seconds": statistics.median(s[part] for s in samples[name])
+                    for part in PARTS
+                },
+                "total_over_dense": statistics.median(
+                    ours["total"] / dense["total"]
+                    for ours, dense in zip(samples[name], samples[DENSE], strict=True)
+                ),
+                "seconds": samples[name],
+            }
+            for name in calls
+        ],
+    }
+
+
+def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile:
+    """A profile whose sparse heads, strewn over all layers, cut this share of attention FLOPs."""
+    text = model.config.get_text_config()
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    pairs = {category: visible_pairs(template, category.groups) for category in HeadCategory}
+    categories = np.asarray(head_mix(pairs, layers * heads, cut), np.int8)
+    return Profile(
+        family=model.family.name,
+        categories=categories.reshape(layers, heads),
+        sample_source=f"none: a benchmark's mix for a cut of {cut:.0%} of the attention FLOPs",
+    )
+
+
+def _messages(images: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (images, size[1], size[0], 3), dtype=np.uint8)
+    parts = [{"type": "image", "image": Image.fromarray(pixels)} for pixels in pictures]
+    question = {"type": "text", "text": "What do these pictures show?"}
+    return [{"role": "user", "content": [*parts, question]}]
+
+
+def _ours(
+    model: LoadedModel, messages: list[dict[str, Any]], profile: Profile | None
+) -> tuple[Seconds, int]:
+    start = time.perf_counter()
+    result = bsjax.generate(model, messages, profile=profile, max_new_tokens=1)
+    total = time.perf_counter() - start
+    assert not isinstance(result, list)
+    stats = result.stats
+    total -= stats.compile_seconds
+    seconds = {"vision": stats.vision_seconds, "prefill": stats.prefill_seconds, "total": total}
+    seconds["host"] = total - seconds["vision"] - seconds["prefill"]
+    return seconds, result.token_ids[0]
+
+
+def _transformers_call(
+    reference: Any, model: LoadedModel, messages: list[dict[str, Any]]
+) -> Callable[[], tuple[Seconds, int]]:
+    """The same prompt through transformers; its images are prepared by our code, as for ours."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    spans: list[float] = []
+    tower = reference.model.visual
+    tower.register_forward_pre_hook(lambda *_: spans.append(-time.perf_counter()))
+    tower.register_forward_hook(lambda *_: spans.append(time.perf_counter()))
+
+    def call() -> tuple[Seconds, int]:
+        spans.clear()
+        start = time.perf_counter()
+        prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+        token_ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
+        host = time.perf_counter() - start
+        with torch.inference_mode():
+            output = reference(
+                input_ids=token_ids,
+                attention_mask=torch.ones_like(token_ids),
+                pixel_values=torch.from_numpy(np.array(prompt.pixel_values)),
+                image_grid_thw=torch.from_numpy(prompt.grid_thw.astype(np.int64)),
+                mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token = int(output.logits[0, -1].argmax())
+        total, vision = time.perf_counter() - start, sum(spans)
+        seconds = {"host": host, "vision": vision, "total": total}
+        return seconds | {"prefill": total - host - vision}, token
+
+    return call
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _heads(profile: Profile | None) -> str | None:
+    if profile is None:
+        return None
+    counts = np.bincount(profile.categories.ravel(), minlength=len(HeadCategory))
+    return " + ".join(
+        f"{counts[category]} {category.name}" for category in HeadCategory if counts[category]
+    )
+
+
+def _flops_share(profile: Profile | None, template: Template) -> float:
+    if profile is None:
+        return 1.0
+    dense = visible_pairs(template, HeadCategory.DENSE.groups)
+    counts = np.bincount(profile.categories.ravel(), minlength=len(HeadCategory))
+    seen = sum(
+        int(counts[category]) * visible_pairs(template, category.groups)
+        for category in HeadCategory
+    )
+    return seen / (dense * profile.categories.size)
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        f"### {result['size']} ({result['parameters'] / 1e6:.0f} million random parameters, "
+        f"{result['dtype']}): {result['tokens']} tokens, {result['images']} images of "
+        f"{result['tokens_per_image']}",
+        "",
+        *(f"- {row['variant']}: {row['heads']}" for row in result["rows"] if row["heads"]),
+        "",
+    ]
+    if result["same_first_token_as_transformers"] is not None:
+        same = "the same" if result["same_first_token_as_transformers"] else "ANOTHER"
+        lines.insert(1, f"\ntransformers, {result['torch_threads']} threads: {same} first token.")
+    header = (
+        "variant",
+        "attention FLOPs / dense",
+        *(f"{part}, s" for part in PARTS),
+        "total / dense",
+    )
+    rows = [
+        (
+            row["variant"],
+            f"{row['attention_flops_over_dense']:.3f}",
+            *(f"{row[f'median_{part}_seconds']:.3f}" for part in PARTS),
+            f"{row['total_over_dense']:.3f}",
+        )
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, markdown_table(header, rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The attention implementations that are compared, behind one interface.
+
+All variants of a workload get the same random q, k and v as they are: numbers without meaning have
+no order to be put into, so what packed order and prompt order read is the same and nothing has to
+be permuted. What a variant must compute follows from its mask and from the order it takes its rows
+in.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.dense_rows import dense_rows
+from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
+from benchmarks.workloads import HeadMask, Workload
+from bsjax.attention import block_sizes, ragged_attention, resolve_backend
+from bsjax.categories import TokenInfo
+from bsjax.schedule import build_schedule, category_tables
+
+BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
+CUDNN, JAX_XLA, TOKAMAX, SDPA = "cuDNN", "jax.nn, XLA", "tokamax", "torch SDPA"
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Inputs of a workload: q [tokens, q_heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class NotAvailable(Exception):
+    """A variant cannot run here; the message says why, and goes into the table."""
+
+
+class Prepared(Protocol):
+    """A variant that is compiled for its arrays."""
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Runs once; these rows of the output, float32 [rows, q_heads, head_dim]."""
+        ...
+
+    def sampler(self) -> Sampler: ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation on one mask."""
+
+    name: str
+    mask: HeadMask
+    bidirectional_images: bool
+    order: np.ndarray
+    """int32 [tokens], the prompt index of each row that it takes."""
+    prepare: Callable[[Arrays], Prepared]
+    """Raises whatever the implementation raises; NotAvailable where it is not there."""
+    note: str = ""
+    """What it computes where that is not the workload's mask."""
+
+
+def random_arrays(workload: Workload) -> Arrays:
+    """Normally distributed inputs in the shape's dtype."""
+    shape = workload.shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = (shape.q_heads, shape.kv_heads, shape.kv_heads)
+    return Arrays(
+        *(
+            jax.random.normal(key, (workload.tokens, count, shape.head_dim), shape.dtype)
+            for key, count in zip(keys, heads, strict=True)
+        )
+    )
+
+
+def wanted_rows(
+    workload: Workload,
+    mask: HeadMask,
+    arrays: Arrays,
+    order: np.ndarray,
+    rows: np.ndarray,
+    *,
+    bidirectional_images: bool | None = None,
+) -> np.ndarray:
+    """What these rows of the output must come to, float32 [rows, q_heads, head_dim].
+
+    Args:
+      workload: shape and prompt.
+      mask: categories of all heads.
+      arrays: q, k and v, with rows in `order`.
+      order: int32 [tokens], the prompt index of each row.
+      rows: which rows.
+      bidirectional_images: where an implementation differs from the workload's shape in this.
+    """
+    shape = workload.shape
+    if bidirectional_images is None:
+        bidirectional_images = shape.bidirectional_images
+    info = TokenInfo(*(part[order] for part in workload.template.info))
+    out, _ = dense_rows(
+        arrays.q[rows],
+        arrays.k,
+        arrays.v,
+        TokenInfo(*(part[rows] for part in info)),
+        info,
+        np.asarray([category.groups for category in mask.categories], np.int32),
+        scale=shape.head_dim**-0.5,
+        bidirectional_images=bidirectional_images,
+        window=shape.window,
+    )
+    return np.asarray(out)
+
+
+def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[Variant]:
+    """Everything to compare: dense implementations first, then those that take masks.
+
+    Args:
+      workload: shape and prompt.
+      masks: what the sparse implementations run with. DENSE is added where it is missing: it is
+        what the others are compared with.
+      torch: whether to compare with PyTorch.
+    """
+    on_gpu = jax.default_backend() == "gpu"
+    dense = next((mask for mask in masks if mask.is_dense), None) or workload.masks(["DENSE"])[0]
+    masks = [dense, *(mask for mask in masks if not mask.is_dense)]
+    chosen = [
+        _dense_jax(workload, dense, CUDNN, _cudnn) if on_gpu else None,
+        None if on_gpu else _dense_jax(workload, dense, JAX_XLA, _jax_xla),
+        _dense_jax(workload, dense, TOKAMAX, _tokamax) if on_gpu else None,
+        _torch_sdpa(workload, dense) if torch else None,
+        *(_bsjax(workload, mask) for mask in masks),
+    ]
+    if torch and on_gpu:
+        for mask in masks:
+            chosen.append(_flex(workload, mask, packed=False))
+            if not mask.is_dense:
+                chosen.append(_flex(workload, mask, packed=True))
+    return [variant for variant in chosen if variant is not None]
+
+
+def _variant(
+    workload: Workload, name: str, mask: HeadMask, order: np.ndarray, prepare: Any
+) -> Variant:
+    return Variant(name, mask, workload.shape.bidirectional_images, order, prepare)
+
+
+def _causal(variant: Variant) -> Variant:
+    """`variant`, which cannot let an image's tokens see those ahead of them."""
+    if not variant.bidirectional_images:
+        return variant
+    return replace(variant, bidirectional_images=False, note="causal inside images too")
+
+
+@dataclass(frozen=True)
+class _PreparedJax:
+    """A JAX function of q and more arrays, jitted."""
+
+    attend: Callable[..., jax.Array]
+    looped: Callable[..., jax.Array]
+    repeats: int
+    arguments: tuple[Any, ...]
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(self.attend(*self.arguments)[rows].astype(jnp.float32))
+
+    def sampler(self) -> Sampler:
+        return jax_sampler(lambda: self.looped(*self.arguments), self.repeats)
+
+
+@functools.cache
+def _jitted(function: Callable[..., jax.Array], repeats: int) -> Callable[..., jax.Array]:
+    return jax.jit(repeated(function, repeats))
+
+
+def _prepared_jax(
+    function: Callable[..., jax.Array], arguments: tuple[Any, ...], flops: int
+) -> _PreparedJax:
+    repeats = repeats_for(flops)
+    return _PreparedJax(_jitted(function, 1), _jitted(function, repeats), repeats, arguments)
+
+
+def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
+    """The library's attention on packed rows, its schedule an argument of the jitted function."""
+    shape = workload.shape
+    backend = resolve_backend("auto")
+    blocks = block_sizes(backend, shape.head_dim, shape.dtype, sparse=not mask.is_dense)
+    schedule = build_schedule(
+        workload.template,
+        category_tables(mask.categories),
+        block_q=blocks[0],
+        block_kv=blocks[1],
+        bidirectional_images=shape.bidirectional_images,
+        window=shape.window,
+    )
+
+    def prepare(arrays: Arrays) -> Prepared:
+        on_device = jax.device_put((schedule, np.asarray(mask.categories, np.int32)))
+        flops = workload.flops(workload.visible_pairs(mask))
+        attend = _bsjax_attention(shape.head_dim**-0.5, backend)
+        return _prepared_jax(attend, (arrays.q, arrays.k, arrays.v, *on_device), flops)
+
+    return _variant(workload, BSJAX, mask, np.asarray(schedule.position), prepare)
+
+
+@functools.cache
+def _bsjax_attention(scale: float, backend: str) -> Callable[..., jax.Array]:
+    """One function for all masks, so that those of one shape share a compiled program."""
+    return functools.partial(ragged_attention, scale=scale, backend=backend)
+
+
+def _dense_jax(
+    workload: Workload,
+    mask: HeadMask,
+    name: str,
+    implementation: Callable[[int | None], Callable[..., jax.Array]],
+) -> Variant:
+    def prepare(arrays: Arrays) -> Prepared:
+        attend = implementation(workload.shape.window)
+        return _prepared_jax(attend, (arrays.q, arrays.k, arrays.v), workload.dense_flops)
+
+    order = np.arange(workload.tokens, dtype=np.int32)
+    return _causal(_variant(workload, name, mask, order, prepare))
+
+
+@functools.cache
+def _cudnn(window: int | None) -> Callable[..., jax.Array]:
+    return functools.partial(_jax_nn, "cudnn", window)
+
+
+@functools.cache
+def _jax_xla(window: int | None) -> Callable[..., jax.Array]:
+    return functools.partial(_jax_nn, "xla", window)
+
+
+def _jax_nn(
+    implementation: Any, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q[None],
+        k[None],
+        v[None],
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )[0]
+
+
+@functools.cache
+def _tokamax(window: int | None) -> Callable[..., jax.Array]:
+    if importlib.util.find_spec("tokamax") is None:
+        raise NotAvailable("tokamax is not installed")
+    tokamax: Any = importlib.import_module("tokamax")
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        # Its third way, plain XLA, would hold the whole score matrix.
+        return tokamax.dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=("mosaic", "triton"),
+        )[0]
+
+    return attend
+
+
+def _torch_module() -> Any:
+    if importlib.util.find_spec("torch") is None:
+        raise NotAvailable("torch is not installed")
+    from benchmarks import torch_variants
+
+    return torch_variants
+
+
+def _torch_sdpa(workload: Workload, mask: HeadMask) -> Variant:
+    def prepare(arrays: Arrays) -> Prepared:
+        if workload.shape.window is not None:
+            raise NotAvailable("takes no window without a mask of tokens x tokens")
+        return _torch_module().prepare_sdpa(arrays)
+
+    order = np.arange(workload.tokens, dtype=np.int32)
+    return _causal(_variant(workload, SDPA, mask, order, prepare))
+
+
+def _flex(workload: Workload, mask: HeadMask, *, packed: bool) -> Variant:
+    order = np.arange(workload.tokens, dtype=np.int32)
+    if packed:
+        order = workload.template.packed_order
+
+    def prepare(arrays: Arrays) -> Prepared:
+        module = _torch_module()
+        if not module.sees_gpu():
+            raise NotAvailable("torch sees no GPU")
+        return module.prepare_flex(arrays, workload, mask, packed=packed)
+
+    return _variant(workload, FLEX_PACKED if packed else FLEX, mask, order, prepare)

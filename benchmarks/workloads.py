@@ -1,0 +1,198 @@
+"""What the attention benchmarks compute: shapes of published models, templates, masks, head mixes.
+
+A mix is described by how much of the dense attention FLOPs (visible pairs) it cuts. How many heads
+must be sparse for that follows from the pairs that each category sees in the very template; what it
+comes to with a whole number of heads is what results state.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bsjax.categories import HeadCategory
+from bsjax.schedule import visible_pairs
+from bsjax.template import Image, Template, Text
+
+#: Text tokens before each image, by the image's tokens: what chat templates put there.
+TEXT_TOKENS = {256: 10}
+OTHER_TEXT_TOKENS = 8
+#: The question at the end.
+LAST_TEXT_TOKENS = 8
+
+SPARSE_CATEGORIES = (
+    HeadCategory.INTRA_IMAGE_SINK,
+    HeadCategory.INTRA_IMAGE,
+    HeadCategory.SINK,
+)
+
+#: Share of the dense attention FLOPs that each mix cuts. The first three are the paper's; the
+#: others are named by their ideal speed-up.
+MIXES = {
+    "cut 32 %": 0.32,
+    "cut 36 %": 0.36,
+    "cut 41 %": 0.41,
+    "ideal 1.8x": 1 - 1 / 1.8,
+    "ideal 3.2x": 1 - 1 / 3.2,
+}
+#: Every mask there is, by the name that options take.
+MASK_NAMES = (*(category.name for category in HeadCategory), *MIXES)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The attention of one layer of a model."""
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+    bidirectional_images: bool = False
+    window: int | None = None
+    image_tokens: tuple[int, ...] = (400, 256, 1000, 1800)
+    """Tokens per image of the templates it is measured with."""
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        AttentionShape("qwen2.5-vl-7b", 28, 4, 128),
+        # Every image of Gemma 3 has 256 tokens.
+        AttentionShape(
+            "gemma-3-4b-global", 8, 4, 256, bidirectional_images=True, image_tokens=(256,)
+        ),
+        AttentionShape(
+            "gemma-3-4b-local",
+            8,
+            4,
+            256,
+            bidirectional_images=True,
+            window=1024,
+            image_tokens=(256,),
+        ),
+        # For CPUs: the same kinds of masks at a size that takes seconds.
+        AttentionShape("small", 8, 2, 64, "float32", image_tokens=(400, 100)),
+        AttentionShape(
+            "small-window",
+            4,
+            2,
+            64,
+            "float32",
+            bidirectional_images=True,
+            window=512,
+            image_tokens=(256,),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class HeadMask:
+    """A category for every query head."""
+
+    name: str
+    categories: tuple[HeadCategory, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        return set(self.categories) == {HeadCategory.DENSE}
+
+    @property
+    def description(self) -> str:
+        """How many heads have which category."""
+        return " + ".join(
+            f"{self.categories.count(category)} {category.name}"
+            for category in sorted(set(self.categories))
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One shape on one prompt."""
+
+    shape: AttentionShape
+    tokens: int
+    image_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.name}, {self.tokens} tokens, images of {self.image_tokens}"
+
+    @cached_property
+    def template(self) -> Template:
+        return prompt_template(self.tokens, self.image_tokens)
+
+    @cached_property
+    def pairs(self) -> dict[HeadCategory, int]:
+        """Visible pairs of a head of each category."""
+        return {
+            category: visible_pairs(
+                self.template,
+                category.groups,
+                bidirectional_images=self.shape.bidirectional_images,
+                window=self.shape.window,
+            )
+            for category in HeadCategory
+        }
+
+    def visible_pairs(self, mask: HeadMask) -> int:
+        """Of all heads."""
+        return sum(self.pairs[category] for category in mask.categories)
+
+    def flops(self, pairs: int) -> int:
+        """A multiplication and an addition for each pair and channel, in scores and in output."""
+        return 4 * self.shape.head_dim * pairs
+
+    @property
+    def dense_flops(self) -> int:
+        return self.flops(self.shape.q_heads * self.pairs[HeadCategory.DENSE])
+
+    def masks(self, names: Sequence[str] = MASK_NAMES) -> list[HeadMask]:
+        """The masks of these names; mixes that come to the same heads are one mask, both named."""
+        heads = self.shape.q_heads
+        by_categories: dict[tuple[HeadCategory, ...], str] = {}
+        for name in names:
+            if name in MIXES:
+                categories = head_mix(self.pairs, heads, MIXES[name])
+            else:
+                categories = (HeadCategory[name],) * heads
+            known = by_categories.get(categories)
+            by_categories[categories] = name if known is None else f"{known} = {name}"
+        return [HeadMask(name, categories) for categories, name in by_categories.items()]
+
+
+def prompt_template(tokens: int, image_tokens: int) -> Template:
+    """Text and an image in turn, exactly `tokens` of them; the last image takes what is left.
+
+    All shapes of one token count are then the same: neither programs nor dense times differ.
+    """
+    text = TEXT_TOKENS.get(image_tokens, OTHER_TEXT_TOKENS)
+    images, left = divmod(tokens - LAST_TEXT_TOKENS, text + image_tokens)
+    segments = [Text(text), Image(image_tokens)] * images
+    if left > text:
+        segments += [Text(text), Image(left - text)]
+        left = 0
+    return Template.from_segments([*segments, Text(LAST_TEXT_TOKENS + left)])
+
+
+def head_mix(pairs: Mapping[HeadCategory, int], heads: int, cut: float) -> tuple[HeadCategory, ...]:
+    """Categories of `heads` heads that come nearest to cutting `cut` of the dense FLOPs.
+
+    The sparse heads take the three sparse categories in turn. Which heads they are is drawn from a
+    fixed seed, as sparse heads are strewn over a real model's.
+    """
+
+    def share_cut(categories: Sequence[HeadCategory]) -> float:
+        seen = sum(pairs[category] for category in categories)
+        return 1 - seen / (heads * pairs[HeadCategory.DENSE])
+
+    candidates = [
+        [SPARSE_CATEGORIES[head % len(SPARSE_CATEGORIES)] for head in range(sparse)]
+        + [HeadCategory.DENSE] * (heads - sparse)
+        for sparse in range(heads + 1)
+    ]
+    nearest = min(candidates, key=lambda categories: abs(share_cut(categories) - cut))
+    order = np.random.default_rng(0).permutation(heads)
+    return tuple(nearest[index] for index in order)

@@ -1,0 +1,370 @@
+"""What the GPU kernels must get right on a device: the cases of `tools.gpu_check`.
+
+Every case computes attention with the `pallas` backend and compares it with the dense softmax of
+`benchmarks.dense_rows`, in float32 on the same device, row by row and head by head. Tolerances are
+stated there, in epsilons of the dtype.
+
+`covering_cases` is the smallest set in which every pair of head dimension and dtype occurs, and
+with them every other thing a kernel is specialised for or can trip over (`LEVELS`). What random
+templates add is fuzzed at one padded shape, which compiles once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.dense_rows import (
+    LSE_TOLERANCE,
+    dense_rows,
+    greatest_error,
+    greatest_lse_error,
+    sampled_positions,
+    tolerance,
+)
+from bsjax.attention import block_sizes, ragged_attention
+from bsjax.categories import HeadCategory, TokenInfo
+from bsjax.schedule import Schedule, build_schedule, category_tables, segment_schedule
+from bsjax.template import Image, Sinks, Template, Text
+
+_CATEGORIES = tuple(HeadCategory)
+#: Rows compared of prompts that have more.
+_MOST_ROWS = 1024
+#: What padding rows of keys and values hold: one that leaks into a sum shows.
+_PADDING_VALUE = 1e4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of a case, against its limit."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit; NaN is not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to check on a device; `run` compiles it, runs it and compares."""
+
+    name: str
+    run: Callable[[], list[Comparison]]
+    small: bool = False
+    """Whether it takes no more than seconds in interpret mode on a CPU."""
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """Prefill attention of random numbers over one template."""
+
+    head_dim: int
+    dtype: str
+    group: int = 2
+    """Query heads per key head."""
+    base: str = "causal"
+    template: str = "ragged"
+    return_lse: bool = True
+    kv_heads: int = 2
+    categories: tuple[HeadCategory, ...] = _CATEGORIES
+    """The heads take them in turn."""
+    seed: int = 0
+    padding: int = 37
+    blocks: tuple[int, int] | None = None
+    """None: those that the library would choose."""
+
+    @property
+    def name(self) -> str:
+        """All that tells it from other cases."""
+        parts = [
+            f"prefill {self.template}",
+            f"head dim {self.head_dim}",
+            self.dtype,
+            f"{self.group} query heads a key head",
+            self.base,
+            *(["with lse"] if self.return_lse else []),
+            *([] if self.categories == _CATEGORIES else [self.categories[0].name]),
+            *([] if self.blocks is None else [f"blocks {self.blocks}"]),
+            *([f"seed {self.seed}"] if self.seed else []),
+        ]
+        return ", ".join(parts)
+
+    def run(self) -> list[Comparison]:
+        """Compares all rows of a short prompt, text, sink and image rows of a long one."""
+        fuzzed = self.template == FUZZED
+        template = random_template(self.seed) if fuzzed else TEMPLATES[self.template]
+        base = BASES[self.base]
+        q_heads = self.group * self.kv_heads
+        categories = [self.categories[head % len(self.categories)] for head in range(q_heads)]
+        blocks = self.blocks or block_sizes(
+            "pallas", self.head_dim, self.dtype, sparse=set(categories) != {HeadCategory.DENSE}
+        )
+        schedule = build_schedule(
+            template,
+            category_tables(self.categories),
+            block_q=blocks[0],
+            block_kv=blocks[1],
+            tokens=FUZZED_TOKENS if fuzzed else template.tokens + self.padding,
+            **base,
+        )
+        rows = np.arange(schedule.tokens)
+        if schedule.tokens > _MOST_ROWS:
+            positions = sampled_positions(template, _MOST_ROWS, self.seed)
+            rows = np.argsort(schedule.position, kind="stable")[positions]
+        return compare(
+            schedule,
+            np.asarray(categories, np.int32),
+            rows=rows,
+            real_tokens=template.tokens,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            return_lse=self.return_lse,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class SegmentCase:
+    """A vision tower's attention: ragged segments, each of which sees itself."""
+
+    lengths: tuple[int, ...]
+    head_dim: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """All that tells it from other cases."""
+        shown = "+".join(map(str, self.lengths[:4])) + ("+..." if len(self.lengths) > 4 else "")
+        return f"segments {shown} ({len(self.lengths)}), head dim {self.head_dim}, {self.dtype}"
+
+    def run(self) -> list[Comparison]:
+        """Compares all rows, or a sample of many."""
+        heads = 4
+        blocks = block_sizes("pallas", self.head_dim, self.dtype, sparse=True)
+        schedule = segment_schedule(
+            self.lengths, block_q=blocks[0], block_kv=blocks[1], tokens=sum(self.lengths) + 19
+        )
+        rows = np.arange(schedule.tokens)
+        if rows.size > _MOST_ROWS:
+            rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_ROWS, replace=False))
+        return compare(
+            schedule,
+            np.full(heads, HeadCategory.INTRA_IMAGE, np.int32),
+            rows=rows,
+            real_tokens=sum(self.lengths),
+            kv_heads=heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            return_lse=False,
+            seed=0,
+        )
+
+
+def compare(
+    schedule: Schedule,
+    head_category: np.ndarray,
+    *,
+    rows: np.ndarray,
+    real_tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    return_lse: bool,
+    seed: int,
+) -> list[Comparison]:
+    """Runs the kernel on random inputs and compares `rows`; padding rows must be zeros."""
+    scale = head_dim**-0.5
+    # Made and compared on the host: the device compiles nothing but the kernel and its reference.
+    generator = np.random.default_rng(seed)
+    q, k, v = (
+        generator.standard_normal((schedule.tokens, heads, head_dim), np.float32).astype(
+            jnp.dtype(dtype)
+        )
+        for heads in (head_category.size, kv_heads, kv_heads)
+    )
+    k[real_tokens:] = v[real_tokens:] = _PADDING_VALUE
+    result = _attend(q, k, v, schedule, head_category, scale=scale, return_lse=return_lse)
+    out, lse = map(np.asarray, result) if return_lse else (np.asarray(result), None)
+    out = out.astype(np.float32)
+    info = schedule.info
+    wanted, wanted_lse = dense_rows(
+        q[rows],
+        k,
+        v,
+        TokenInfo(*(part[rows] for part in info)),
+        info,
+        schedule.groups[head_category],
+        scale=scale,
+        bidirectional_images=schedule.bidirectional_images,
+        window=schedule.window,
+    )
+    comparisons = [
+        Comparison("output", greatest_error(out[rows], np.asarray(wanted)), tolerance(dtype)),
+        Comparison("padding rows", float(np.abs(out[real_tokens:]).max(initial=0.0)), 0.0),
+        Comparison("not finite", float((~np.isfinite(out)).sum()), 0.0),
+    ]
+    if lse is not None:
+        error = greatest_lse_error(lse[rows], np.asarray(wanted_lse))
+        comparisons.append(Comparison("log-sum-exp", error, LSE_TOLERANCE))
+        seen = float(np.isfinite(lse[real_tokens:]).sum())
+        comparisons.append(Comparison("padding rows that see keys", seen, 0.0))
+    return comparisons
+
+
+def _attention(*arguments: Any, scale: float, return_lse: bool) -> Any:
+    return ragged_attention(*arguments, scale=scale, backend="pallas", return_lse=return_lse)
+
+
+_attend = jax.jit(_attention, static_argnames=("scale", "return_lse"))
+
+
+BASES: dict[str, dict[str, Any]] = {
+    "causal": {"bidirectional_images": False, "window": None},
+    "bidirectional images": {"bidirectional_images": True, "window": None},
+    "window": {"bidirectional_images": False, "window": 100},
+    "bidirectional images in a window": {"bidirectional_images": True, "window": 33},
+}
+TEMPLATES = {
+    "ragged": Template.from_segments(
+        [Text(11), Image(245), Text(3), Image(1), Image(120), Text(7), Image(133), Text(1)],
+        Sinks(first=1, offsets=(4, 70)),
+    ),
+    "images of one token": Template.from_segments([Text(2), Image(1), Image(1), Text(1)] * 60),
+    "no text": Template.from_segments([Image(300), Image(77), Image(300)]),
+    "no image": Template.from_segments([Text(517)]),
+    "200 images": Template.from_segments([Text(3), Image(17)] * 200 + [Text(5)]),
+    "fewer tokens than a block": Template.from_segments([Text(2), Image(3)]),
+    "8K tokens": Template.from_segments([Text(8), Image(400)] * 20 + [Text(32)]),
+}
+SMALL_TEMPLATE = "small"
+TEMPLATES[SMALL_TEMPLATE] = Template.from_segments(
+    [Text(9), Image(40), Text(3), Image(1), Image(25), Text(2)], Sinks(offsets=(3,))
+)
+FUZZED = "random"
+FUZZED_TOKENS = 1024
+
+HEAD_DIMS = (64, 72, 80, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+GROUPS = tuple(range(1, 9))
+#: What the covering cases must contain, beside all pairs of head dimension and dtype.
+LEVELS: dict[str, tuple[Any, ...]] = {
+    "group": GROUPS,
+    "base": tuple(BASES),
+    "template": tuple(name for name in TEMPLATES if name not in (SMALL_TEMPLATE, "8K tokens")),
+    "return_lse": (True, False),
+}
+
+
+def covering_cases() -> list[PrefillCase]:
+    """One case for each pair of head dimension and dtype; the other factors take turns.
+
+    No smaller set holds all those pairs. Steps without a common divisor keep the turns of two
+    factors from going in step.
+    """
+    pairs = [(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in DTYPES]
+    bases, templates = LEVELS["base"], LEVELS["template"]
+    return [
+        PrefillCase(
+            head_dim,
+            dtype,
+            group=GROUPS[index * 3 % len(GROUPS)],
+            base=bases[index // 3 % len(bases)] if index else bases[0],
+            template=templates[index % len(templates)],
+            return_lse=index % 2 == 0,
+        )
+        for index, (head_dim, dtype) in enumerate(pairs)
+    ]
+
+
+def prefill_cases() -> list[PrefillCase]:
+    """The covering cases and what goes beyond them; many cases share a compiled program."""
+    qwen = {"head_dim": 128, "dtype": "bfloat16", "group": 7, "kv_heads": 4}
+    gemma = {"head_dim": 256, "dtype": "bfloat16", "group": 2, "kv_heads": 4}
+    return [
+        *covering_cases(),
+        # Long rows, many full blocks, each category alone; the schedule's tables have one shape.
+        PrefillCase(**qwen, template="8K tokens"),
+        *(
+            PrefillCase(**qwen, template="8K tokens", categories=(category,))
+            for category in HeadCategory
+        ),
+        PrefillCase(**gemma, template="8K tokens", base="bidirectional images"),
+        PrefillCase(**gemma, template="8K tokens", base="bidirectional images in a window"),
+        PrefillCase(64, "float32", template="8K tokens"),
+        PrefillCase(128, "bfloat16", template="fewer tokens than a block", padding=0),
+        # Masks built without asking the kernel for its blocks.
+        PrefillCase(128, "bfloat16", blocks=(16, 16)),
+        PrefillCase(256, "bfloat16", blocks=(128, 64)),
+        *(
+            PrefillCase(128, "bfloat16", template=FUZZED, seed=seed, group=4)
+            for seed in range(1, 25)
+        ),
+        *(
+            PrefillCase(
+                128,
+                "bfloat16",
+                template=FUZZED,
+                seed=seed,
+                group=4,
+                base="bidirectional images in a window",
+            )
+            for seed in range(25, 41)
+        ),
+    ]
+
+
+def segment_cases() -> list[SegmentCase]:
+    """Qwen's tower (80), SigLIP's (72), Qwen2.5-VL's windows of 64 patches and less."""
+    generator = np.random.default_rng(0)
+    windows = tuple(generator.integers(1, 65, 200).tolist())
+    return [
+        SegmentCase((1,), 80, "bfloat16"),
+        SegmentCase((1600, 1, 320, 77, 4, 900), 80, "bfloat16"),
+        SegmentCase((1024, 1024, 1024), 72, "bfloat16"),
+        SegmentCase(windows, 80, "bfloat16"),
+        SegmentCase(windows, 80, "float32"),
+    ]
+
+
+def small_cases() -> list[Case]:
+    """The same checks at sizes that the interpreter does in seconds."""
+    described: Sequence[PrefillCase | SegmentCase] = [
+        PrefillCase(64, "float32", template=SMALL_TEMPLATE, padding=5, blocks=(32, 16)),
+        PrefillCase(
+            72,
+            "bfloat16",
+            template=SMALL_TEMPLATE,
+            base="bidirectional images in a window",
+            group=1,
+            blocks=(16, 16),
+        ),
+        SegmentCase((5, 1, 30), 80, "float16"),
+    ]
+    return [Case(each.name, each.run, small=True) for each in described]
+
+
+def all_cases() -> list[Case]:
+    """Every case, in the order in which they run. Other kernels' cases are appended here."""
+    described: Sequence[PrefillCase | SegmentCase] = [*prefill_cases(), *segment_cases()]
+    return [*small_cases(), *(Case(each.name, each.run) for each in described)]
+
+
+def random_template(seed: int) -> Template:
+    """Runs of text and images of random lengths, some of them empty or of one token."""
+    generator = np.random.default_rng(seed)
+    segments: list[Text | Image] = []
+    left = FUZZED_TOKENS - int(generator.integers(0, 200))
+    while left > 0:
+        length = int(min(left, generator.choice([1, 2, 15, 16, 17, 63, 64, 65, 128, 200])))
+        segments.append(Image(length) if generator.random() < 0.6 else Text(length))
+        left -= length
+    offsets = tuple(generator.integers(0, 60, generator.integers(0, 3)).tolist())
+    return Template.from_segments(segments, Sinks(int(generator.integers(1, 4)), offsets))

@@ -1,0 +1,206 @@
+"""Times kernel configurations of the prefill kernel on the GPU at hand.
+
+    python3 -m tools.tune --head-dims 128 --dtypes bfloat16 --time-limit 540
+
+For every head dimension, dtype and kind of category (all heads dense, or all heads
+INTRA_IMAGE_SINK) it compiles the kernel in every configuration of a grid, leaves out those that do
+not compile (too much shared memory, say) or are wrong, and times the rest, interleaved. Spilled
+registers are allowed to show in the time. Prints the fastest ones and writes every sample as JSON,
+which is what entries of `bsjax/pallas/configurations.json` are chosen from by hand.
+
+Needs a CUDA JAX and NumPy only.
+"""
+
+import argparse
+import functools
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.dense_rows import greatest_error, tolerance
+from benchmarks.device_timing import jax_sampler, repeated, repeats_for
+from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
+from benchmarks.variants import Arrays, random_arrays, wanted_rows
+from benchmarks.workloads import AttentionShape, HeadMask, Workload
+from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.pallas.prefill import prefill_attention
+from bsjax.schedule import build_schedule, category_tables
+
+KINDS = {"dense": "DENSE", "sparse": "INTRA_IMAGE_SINK"}
+BLOCKS_Q = (64, 128, 256)
+BLOCKS_KV = (16, 32, 64, 128)
+WARPS = (4, 8, 16)
+STAGES = (1, 2, 3, 4)
+#: Registers that one warpgroup's scores and output may take of its 64K: more is sure to spill.
+_MOST_ELEMENTS_PER_THREAD = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    started = time.monotonic()
+    options = _parse(arguments)
+    deadline = started + options.time_limit
+    results: list[dict[str, Any]] = []
+    path = None
+    for head_dim, dtype, kind in itertools.product(
+        options.head_dims, options.dtypes, options.kinds
+    ):
+        if time.monotonic() > deadline:
+            print(f"Not run, for want of time: head dim {head_dim}, {dtype}, {kind}.")
+            continue
+        results.append(tune(head_dim, dtype, kind, options, deadline))
+        print(f"\n{render(results[-1])}", flush=True)
+        path = write_result("tune", {"results": results}, options.output)
+    if path is not None:
+        print(f"written to {path}")
+    return 0 if path is not None else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 80, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--blocks-q", type=int, nargs="+", default=BLOCKS_Q)
+    parser.add_argument("--blocks-kv", type=int, nargs="+", default=BLOCKS_KV)
+    parser.add_argument("--warps", type=int, nargs="+", default=WARPS)
+    parser.add_argument("--stages", type=int, nargs="+", default=STAGES)
+    parser.add_argument("--tokens", type=int, default=36 * 1024)
+    parser.add_argument("--image-tokens", type=int, default=400)
+    parser.add_argument("--heads", type=int, nargs=2, default=(28, 4), metavar=("Q", "KV"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
+    parser.add_argument("--interpret", action="store_true", help="on any machine, for tests")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser.parse_args(arguments)
+
+
+def grid(options: argparse.Namespace, head_dim: int) -> list[KernelConfiguration]:
+    """Configurations whose scores and output can fit the registers of their threads."""
+    padded_dim = max(64, 1 << (head_dim - 1).bit_length())
+    candidates = itertools.starmap(
+        KernelConfiguration,
+        itertools.product(options.blocks_q, options.blocks_kv, options.warps, options.stages),
+    )
+    return [
+        each
+        for each in candidates
+        if each.block_q * (each.block_kv + padded_dim)
+        <= _MOST_ELEMENTS_PER_THREAD * 32 * each.num_warps
+    ]
+
+
+def tune(
+    head_dim: int, dtype: str, kind: str, options: argparse.Namespace, deadline: float
+) -> dict[str, Any]:
+    """Checks and times every configuration of one head dimension, dtype and kind."""
+    q_heads, kv_heads = options.heads
+    shape = AttentionShape("tuned", q_heads, kv_heads, head_dim, dtype)
+    workload = Workload(shape, options.tokens, options.image_tokens)
+    mask = workload.masks([KINDS[kind]])[0]
+    arrays = random_arrays(workload)
+    entries: list[dict[str, Any]] = []
+    samplers = {}
+    for index, configuration in enumerate(grid(options, head_dim)):
+        entry: dict[str, Any] = {"configuration": configuration._asdict(), "problem": None}
+        entries.append(entry)
+        if time.monotonic() > deadline:
+            entry["problem"] = "not run, for want of time"
+            continue
+        try:
+            samplers[index] = _sampler(workload, mask, arrays, configuration, options.interpret)
+        except Exception as error:  # Whatever the compiler says is the result.
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            entry["problem"] = f"{type(error).__name__}: {first_line[:200]}"
+    samples = interleaved_samples(samplers, options.rounds, deadline)
+    for index, seconds in samples.items():
+        entries[index] |= {"seconds": seconds, "median_seconds": statistics.median(seconds)}
+    return {
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "kind": kind,
+        "mask": mask.description,
+        "tokens": workload.tokens,
+        "image_tokens": workload.image_tokens,
+        "visible_flops": workload.flops(workload.visible_pairs(mask)),
+        "entries": entries,
+    }
+
+
+def _sampler(
+    workload: Workload,
+    mask: HeadMask,
+    arrays: Arrays,
+    configuration: KernelConfiguration,
+    interpret: bool,
+) -> Any:
+    """Compiles and checks one configuration.
+
+    Raises:
+      ValueError: its output is wrong.
+    """
+    schedule = build_schedule(
+        workload.template,
+        category_tables(mask.categories),
+        block_q=configuration.block_q,
+        block_kv=configuration.block_kv,
+    )
+    attend = functools.partial(
+        prefill_attention,
+        scale=workload.shape.head_dim**-0.5,
+        configuration=configuration,
+        interpret=interpret,
+    )
+    operands = (
+        arrays.q,
+        arrays.k,
+        arrays.v,
+        *jax.device_put((schedule, np.asarray(mask.categories, np.int32))),
+    )
+    rows = np.linspace(0, workload.tokens - 1, 32).astype(np.int64)
+    out = np.asarray(jax.jit(attend)(*operands)[rows].astype(np.float32))
+    wanted = wanted_rows(workload, mask, arrays, np.asarray(schedule.position), rows)
+    error, limit = greatest_error(out, wanted), tolerance(workload.shape.dtype)
+    if not error <= limit:
+        raise ValueError(f"wrong: error {error:.1e}, {limit:.1e} allowed")
+    repeats = repeats_for(workload.flops(workload.visible_pairs(mask)))
+    looped = jax.jit(repeated(attend, repeats))
+    return jax_sampler(lambda: looped(*operands), repeats)
+
+
+def render(result: dict[str, Any], shown: int = 10) -> str:
+    """The fastest configurations as Markdown, and what became of the others."""
+    timed = [entry for entry in result["entries"] if "median_seconds" in entry]
+    timed.sort(key=lambda entry: entry["median_seconds"])
+    rows = [
+        (
+            ", ".join(f"{name} {value}" for name, value in entry["configuration"].items()),
+            f"{1e3 * entry['median_seconds']:.3f}",
+            f"{result['visible_flops'] / entry['median_seconds'] / 1e12:.4g}",
+        )
+        for entry in timed[:shown]
+    ]
+    problems = sorted({entry["problem"] for entry in result["entries"] if entry["problem"]})
+    return "\n".join(
+        [
+            f"### head dim {result['head_dim']}, {result['dtype']}, {result['kind']} "
+            f"({result['mask']}, {result['tokens']} tokens)",
+            "",
+            markdown_table(("configuration", "ms", "TFLOP/s visible"), rows),
+            "",
+            f"{len(timed)} of {len(result['entries'])} configurations ran.",
+            *(f"- {problem}" for problem in problems[:shown]),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
