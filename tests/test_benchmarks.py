@@ -1,7 +1,6 @@
 """The benchmarks measure what they say they do, and what is wrong or missing stays in the table."""
 
 import functools
-import inspect
 import json
 import subprocess
 import sys
@@ -399,10 +398,6 @@ class TestTune:
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
 
-    @pytest.mark.skipif(
-        "configuration" not in inspect.signature(tune.prefill_attention).parameters,
-        reason="the kernel takes no explicit configuration",
-    )
     def test_times_what_is_right_and_reports_the_rest(self, tmp_path, capsys):
         options = ["--head-dims", "16", "--dtypes", "float32", "--kinds", "sparse", "--heads", "2"]
         options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]
@@ -413,6 +408,10 @@ class TestTune:
         assert right["problem"] is None and right["median_seconds"] > 0
         assert "power of two" in refused["problem"]
         assert "1 of 2 configurations ran" in capsys.readouterr().out
+        best = tune.fastest(result)
+        assert best is not None
+        assert (best["width"], best["bytes"], best["heads"]) == (64, 4, "sparse")
+        assert (best["block_q"], best["num_warps"], best["basis"]) == (16, 4, "measured")
 
 
 class TestTimeToFirstToken:

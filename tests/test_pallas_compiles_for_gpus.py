@@ -1,7 +1,6 @@
 """The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
 
 import functools
-import json
 
 import pytest
 
@@ -18,7 +17,7 @@ from bsjax.pallas.configurations import (
 )
 from tests.gpu_compiler import require_gpu_compiler
 from tools import compiled_kernels, gpu_targets, kernel_table
-from tools.choose_configurations import TABLE
+from tools.configuration_table import TABLE, read_table, write_table
 from tools.gpu_targets import KernelReport
 from tools.kernel_table import PAGE, Case, matrix
 from tools.sass import attention_loops, mix, opcodes
@@ -138,7 +137,7 @@ def test_heads_of_80_pay_for_80():
 
 
 def test_table_has_every_entry_once():
-    entries = json.loads(TABLE.read_text())["entries"]
+    entries = read_table()
     keys = [(entry["target"], entry["width"], entry["bytes"], entry["heads"]) for entry in entries]
     wanted = [
         (target, width, itemsize, heads)
@@ -149,6 +148,18 @@ def test_table_has_every_entry_once():
     ]
     assert sorted(keys) == sorted(wanted)
     assert {entry["basis"] for entry in entries} <= {"compiled", "measured"}
+
+
+def test_measured_entries_are_replaced_by_measured_ones_alone(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(TABLE.read_text())
+    entry = read_table(path)[5] | {"block_kv": 128, "basis": "measured"}
+    write_table([entry], path)
+    assert entry in read_table(path) and len(read_table(path)) == len(read_table())
+    write_table([entry | {"basis": "compiled", "block_kv": 16}], path)
+    assert entry in read_table(path)
+    write_table([entry | {"block_kv": 64}], path)
+    assert entry not in read_table(path)
 
 
 @pytest.mark.parametrize(

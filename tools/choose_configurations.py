@@ -21,22 +21,18 @@ The estimate ranks candidates for want of a measurement; it is no prediction of 
 
 import argparse
 import itertools
-import json
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import bsjax.pallas
 from bsjax.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
 from bsjax.schedule import build_schedule, visible_pairs
 from bsjax.template import Image, Template, Text
 from tools.compiled_kernels import compile_prefill
+from tools.configuration_table import write_table
 from tools.gpu_targets import TARGETS as GPUS
 from tools.gpu_targets import KernelReport
 from tools.sass import attention_loops
-
-TABLE = Path(bsjax.pallas.__file__).with_name("configurations.json")
 
 GPU_OF = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200"}
 
@@ -119,7 +115,7 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
             continue
         dtype = "bfloat16" if itemsize == 2 else "float32"
         try:
-            report = compile_prefill(GPU_OF[target], width, dtype, compiled=candidate)
+            report = compile_prefill(GPU_OF[target], width, dtype, chosen=candidate)
         except Exception as error:  # What the compiler cannot do is no candidate.
             print(f"  {candidate}: {str(error)[:80]}", file=sys.stderr)
             continue
@@ -169,26 +165,6 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
             }
         )
     return entries
-
-
-def write_table(entries: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """Puts entries into the table, in place of the old ones for the same; measured ones stay."""
-
-    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(entry[field] for field in ("target", "width", "bytes", "heads"))
-
-    table = {key(entry): entry for entry in read_table(path)}
-    for entry in entries:
-        if entry["basis"] == "measured" or table.get(key(entry), {}).get("basis") != "measured":
-            table[key(entry)] = entry
-    order = sorted(table.values(), key=lambda entry: (TARGETS.index(entry["target"]), key(entry)))
-    lines = ",\n".join("  " + json.dumps(entry) for entry in order)
-    path.write_text(f'{{"format_version": 1, "entries": [\n{lines}\n]}}\n')
-
-
-def read_table(path: Path = TABLE) -> list[dict[str, Any]]:
-    """All entries of the table."""
-    return json.loads(path.read_text())["entries"]
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def compile_prefill(
     head_dim: int,
     dtype: str,
     *,
-    compiled: KernelConfiguration | None = None,
+    chosen: KernelConfiguration | None = None,
     blocks: tuple[int, int] | None = None,
     sparse: bool = True,
     tokens: int = 36_000,
@@ -50,8 +50,8 @@ def compile_prefill(
       gpu: a key of `gpu_targets.TARGETS`.
       head_dim: of the heads.
       dtype: of queries, keys and values.
-      compiled: the configuration; by default the table's for the block sizes.
-      blocks: (block_q, block_kv) of the schedule; by default those of `compiled`, or the table's.
+      chosen: the configuration; by default the table's for the block sizes.
+      blocks: (block_q, block_kv) of the schedule; by default those of `chosen`, or the table's.
       sparse: which of the table's block sizes.
       tokens: rows of the schedule.
       q_heads: query heads.
@@ -62,9 +62,9 @@ def compile_prefill(
     """
     with compiling_for(target_name(gpu)):
         if blocks is None:
-            blocks = compiled[:2] if compiled else default_blocks(head_dim, dtype, sparse=sparse)
+            blocks = chosen[:2] if chosen else default_blocks(head_dim, dtype, sparse=sparse)
         block_q, block_kv = blocks
-        running = compiled or configuration(head_dim, dtype, block_q, block_kv)
+        running = chosen or configuration(head_dim, dtype, block_q, block_kv)
         tiles = 2 * tokens // block_q
         schedule = Schedule(
             position=jax.ShapeDtypeStruct((tokens,), jnp.int32),
@@ -88,7 +88,7 @@ def compile_prefill(
                 head_category,
                 scale=head_dim**-0.5,
                 return_lse=return_lse,
-                compiled=running,
+                configuration=running,
             )
 
         q = jax.ShapeDtypeStruct((tokens, q_heads, head_dim), dtype)

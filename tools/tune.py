@@ -6,7 +6,7 @@ For every head dimension, dtype and kind of category (all heads dense, or all he
 INTRA_IMAGE_SINK) it compiles the kernel in every configuration of a grid, leaves out those that do
 not compile (too much shared memory, say) or are wrong, and times the rest, interleaved. Spilled
 registers are allowed to show in the time. Prints the fastest ones and writes every sample as JSON,
-which is what entries of `bsjax/pallas/configurations.json` are chosen from by hand.
+and with `--write-table` the fastest of each become entries of bsjax/pallas/configurations.json.
 
 Needs a CUDA JAX and NumPy only.
 """
@@ -30,9 +30,10 @@ from benchmarks.device_timing import jax_sampler, repeated, repeats_for
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import Arrays, random_arrays, wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload
-from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.pallas.configurations import KernelConfiguration, table_width, target_in_use
 from bsjax.pallas.prefill import prefill_attention
 from bsjax.schedule import build_schedule, category_tables
+from tools.configuration_table import TABLE, write_table
 
 KINDS = {"dense": "DENSE", "sparse": "INTRA_IMAGE_SINK"}
 BLOCKS_Q = (64, 128, 256)
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(tune(head_dim, dtype, kind, options, deadline))
         print(f"\n{render(results[-1])}", flush=True)
         path = write_result("tune", {"results": results}, options.output)
+    if options.write_table:
+        write_table([entry for result in results if (entry := fastest(result)) is not None])
+        print(f"entries written to {TABLE}")
     if path is not None:
         print(f"written to {path}")
     return 0 if path is not None else 1
@@ -79,6 +83,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--interpret", action="store_true", help="on any machine, for tests")
+    parser.add_argument(
+        "--write-table", action="store_true", help="make the fastest what the kernel runs with"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser.parse_args(arguments)
 
@@ -174,6 +181,22 @@ def _sampler(
     repeats = repeats_for(workload.flops(workload.visible_pairs(mask)))
     looped = jax.jit(repeated(attend, repeats))
     return jax_sampler(lambda: looped(*operands), repeats)
+
+
+def fastest(result: dict[str, Any]) -> dict[str, Any] | None:
+    """The table's entry for what was fastest on this GPU; None if nothing ran."""
+    timed = [entry for entry in result["entries"] if "median_seconds" in entry]
+    if not timed:
+        return None
+    best = min(timed, key=lambda entry: entry["median_seconds"])
+    return {
+        "target": target_in_use(),
+        "width": table_width(result["head_dim"]),
+        "bytes": np.dtype(jax.numpy.dtype(result["dtype"])).itemsize,
+        "heads": result["kind"],
+        **best["configuration"],
+        "basis": "measured",
+    }
 
 
 def render(result: dict[str, Any], shown: int = 10) -> str:

@@ -138,6 +138,11 @@ def configuration(
     return KernelConfiguration(rows, block_kv, warps, max(1, min(tabled.num_stages, fitting)))
 
 
+def table_width(head_dim: int) -> int:
+    """The table's width for heads of `head_dim` elements, up to `LARGEST_HEAD_DIM`."""
+    return next(width for width in WIDTHS if width >= width_of(pieces_of(head_dim)))
+
+
 def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> KernelConfiguration:
     element = jnp.dtype(dtype)
     if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -148,7 +153,7 @@ def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> Ke
         raise BackendError(
             f"The GPU kernel takes head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}."
         )
-    width = next(width for width in WIDTHS if width >= width_of(pieces_of(head_dim)))
+    width = table_width(head_dim)
     return _table()[target, width, element.itemsize, "sparse" if sparse else "dense"]
 
 

@@ -37,7 +37,8 @@ from jaxtyping import Array, Float, Int
 
 from bsjax.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.errors import BackendError
-from bsjax.pallas.configurations import KernelConfiguration, configuration
+from bsjax.pallas import configurations
+from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import scaled_exp2
 from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 from bsjax.schedule import Schedule
@@ -55,7 +56,7 @@ def prefill_attention(
     scale: float,
     return_lse: bool = False,
     interpret: bool = False,
-    compiled: KernelConfiguration | None = None,
+    configuration: KernelConfiguration | None = None,
 ) -> (
     Float[Array, "tokens q_heads head_dim"]
     | tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]
@@ -71,8 +72,8 @@ def prefill_attention(
       scale: factor of the scores, above 0.
       return_lse: whether to return the log-sum-exp of the scores too.
       interpret: run on any device in plain JAX, slowly, for tests.
-      compiled: how to compile, for tuning; its block_kv is the schedule's, and its block_q divides
-        the schedule's. By default what `configuration` says.
+      configuration: how to compile, for tuning; its block_kv is the schedule's, and its block_q
+        divides the schedule's. By default what `configurations.configuration` says.
 
     Returns:
       Attention output in the dtype of `q`; with `return_lse` also the natural log-sum-exp of every
@@ -87,17 +88,19 @@ def prefill_attention(
     group = q_heads // k.shape[1]
     pieces = pieces_of(head_dim)
     width = width_of(pieces)
-    if compiled is None:
-        compiled = configuration(head_dim, q.dtype, schedule.block_q, schedule.block_kv)
-    if compiled.block_kv != schedule.block_kv or schedule.block_q % compiled.block_q:
-        raise BackendError(
-            f"A kernel of {compiled.block_q} x {compiled.block_kv} cannot run a schedule of "
-            f"{schedule.block_q} x {schedule.block_kv}."
+    if configuration is None:
+        configuration = configurations.configuration(
+            head_dim, q.dtype, schedule.block_q, schedule.block_kv
         )
-    programs_per_tile = schedule.block_q // compiled.block_q
+    if configuration.block_kv != schedule.block_kv or schedule.block_q % configuration.block_q:
+        raise BackendError(
+            f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
+            f"of {schedule.block_q} x {schedule.block_kv}."
+        )
+    programs_per_tile = schedule.block_q // configuration.block_q
     settings = _Settings(
         pieces=pieces,
-        block_q=compiled.block_q,
+        block_q=configuration.block_q,
         programs_per_tile=programs_per_tile,
         block_kv=schedule.block_kv,
         window=schedule.window,
@@ -131,7 +134,7 @@ def prefill_attention(
         in_specs=[of_head(tokens, 1)] + [of_head(k.shape[0], group)] * 2 + [whole] * 7,
         out_specs=out_specs,
         compiler_params=pltriton.CompilerParams(
-            num_warps=compiled.num_warps, num_stages=compiled.num_stages
+            num_warps=configuration.num_warps, num_stages=configuration.num_stages
         ),
         interpret=interpret,
         name="prefill_attention",
