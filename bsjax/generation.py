@@ -228,7 +228,10 @@ def _generate(
         request.sampling,
     )
     decode = programs.get(
-        steps.decode, (prefill.output, np.int32(0), *decode_arguments), donate=(0,)
+        steps.decode,
+        (prefill.output, np.int32(0), *decode_arguments),
+        static=(request.backend,),
+        donate=(0,),
     )
     _check_memory(inputs, [*embedding.programs, prefill, decode])
     compile_seconds = programs.compile_seconds - compiled_before

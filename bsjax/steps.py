@@ -76,6 +76,7 @@ def decode(
     next_position: Int[Array, ""],
     end_tokens: Int[Array, "end_tokens"],
     sampling: Sampling,
+    backend: str,
 ) -> tuple[Int[Array, "chunk"], Int[Array, ""], DecodeState]:
     """Generates up to `limit` tokens (at most `DECODE_CHUNK`), until an end-of-sequence token.
 
@@ -87,6 +88,7 @@ def decode(
       next_position: position of the first token after the prompt.
       end_tokens: ids that end an answer; -1 for none.
       sampling: how tokens are chosen.
+      backend: of the attention.
 
     Returns:
       The tokens, how many of them are valid, and what the next call starts from.
@@ -102,7 +104,7 @@ def decode(
         before = state.chosen - 1
         position_ids = jnp.full(3, next_position + before, jnp.int32)
         logits, cache = module.decode_step(
-            state.token, position_ids, state.cache, prompt_tokens + before
+            state.token, position_ids, state.cache, prompt_tokens + before, backend=backend
         )
         token = sample(logits, sampling, state.chosen)
         return (

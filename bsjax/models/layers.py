@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bsjax.errors import CheckpointError
 
@@ -22,6 +22,11 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
 }
+
+
+# Rows of a matrix whose products one reduction on a GPU adds up: few enough that the matrices of
+# published sizes occupy all multiprocessors, many enough that the sums are small beside the matrix.
+_ROWS_PER_SUM = 128
 
 
 class Cache(NamedTuple):
@@ -93,6 +98,40 @@ def scan_layers(stacked, step, hidden, scanned=None):
     return jax.lax.scan(body, hidden, (parameters, scanned))
 
 
+def dot_general(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
+) -> Array:
+    """`jax.lax.dot_general` for `nnx.Linear`, which reads the weights once when there is one row.
+
+    XLA for GPUs copies a layer's weights out of their stack before a matrix product, or writes out
+    the products before it adds them up: three times the traffic, in decoding, which is bound by it.
+    Reductions it fuses with the slice.
+    """
+    product = partial(
+        jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
+    )
+    if lhs.shape[:-1] != (1,) or rhs.ndim != 2 or rhs.shape[0] % _ROWS_PER_SUM:
+        return product(lhs, rhs)
+    return jax.lax.platform_dependent(lhs, rhs, cuda=one_row_product, default=product)
+
+
+def one_row_product(
+    row: Float[Array, "1 width"], matrix: Float[Array, "width outputs"]
+) -> Float[Array, "1 outputs"]:
+    """`row @ matrix` as float32 sums of products, in `row`'s dtype; `width` a multiple of 128.
+
+    In two stages, because one would not fill a GPU; the barrier keeps them apart.
+    """
+    parts = (matrix.shape[0] // _ROWS_PER_SUM, _ROWS_PER_SUM)
+    products = row.reshape(*parts, 1).astype(jnp.float32) * matrix.reshape(*parts, -1)
+    sums = jax.lax.optimization_barrier(products.sum(axis=1))
+    return sums.sum(axis=0, keepdims=True).astype(row.dtype)
+
+
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:
     """The angles per position of a rotary embedding: `theta ** -(i / count)`, float32."""
     exponent = np.arange(count, dtype=np.float32) / np.float32(count)
@@ -121,41 +160,3 @@ def fit_rows(
     """`x` cut or padded with zeros to `rows` rows."""
     x = x[:rows]
     return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0), (0, 0)))
-
-
-def cached_attention(
-    q: Float[Array, "1 q_heads head_dim"],
-    k: Float[Array, "1 kv_heads head_dim"],
-    v: Float[Array, "1 kv_heads head_dim"],
-    cached_k: Float[Array, "cache_length kv_heads head_dim"],
-    cached_v: Float[Array, "cache_length kv_heads head_dim"],
-    length: Int[Array, ""],
-    *,
-    scale: float,
-) -> Float[Array, "1 q_heads head_dim"]:
-    """Attention of one new token to the first `length` cached tokens and to itself.
-
-    The new token's own key and value stand beside the cache instead of in it, so that a layer only
-    reads the cache: one write for all layers, after the last one, puts them there.
-
-    Returns:
-      The attention output in `q`'s dtype; scores and sums are float32.
-    """
-    _, q_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    grouped = q.reshape(kv_heads, q_heads // kv_heads, head_dim)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    cached_score = scale * product("kgd,ckd->kgc", grouped, cached_k)
-    own_score = scale * product("kgd,kd->kg", grouped, k[0])[..., None]
-    cached_score = jnp.where(jnp.arange(cached_k.shape[0]) < length, cached_score, -jnp.inf)
-
-    greatest = jnp.maximum(
-        jnp.max(cached_score, axis=-1, keepdims=True, initial=-jnp.inf), own_score
-    )
-    cached_weight = jnp.exp(cached_score - greatest)
-    own_weight = jnp.exp(own_score - greatest)
-    total = jnp.sum(cached_weight, axis=-1, keepdims=True) + own_weight
-    output = product("kgc,ckd->kgd", cached_weight.astype(v.dtype), cached_v)
-    output = output + own_weight * v[0, :, None, :].astype(jnp.float32)
-    return (output / total).astype(q.dtype).reshape(1, q_heads, head_dim)

@@ -132,6 +132,8 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
         position_ids: Int[Array, "3"],
         cache: Cache,
         cache_index: Int[Array, ""],
+        *,
+        backend: str = "auto",
     ) -> tuple[Float[Array, "vocabulary"], Cache]:
         """Runs one text token after those of the cache.
 
@@ -140,12 +142,15 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
           position_ids: its three positions, all the same.
           cache: from `prefill` or the step before. Donate it when jitting: it is updated in place.
           cache_index: how many of the cache's rows are valid. The token is written after them.
+          backend: of the attention.
 
         Returns:
           Float32 logits of the token that follows, and the cache with this token in it.
         """
         embedding = self.language_model.embed_tokens(token_id[None])
-        hidden, cache = self.language_model.decode_step(embedding, position_ids, cache, cache_index)
+        hidden, cache = self.language_model.decode_step(
+            embedding, position_ids, cache, cache_index, backend=backend
+        )
         return self.logits(hidden[0]), cache
 
     def logits(self, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocabulary"]:

@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.attention import ragged_attention
+from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
 from bsjax.models.layers import (
     Attend,
     Cache,
     activation,
-    cached_attention,
+    dot_general,
     fit_rows,
     frequencies,
     rotate,
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         self.kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
         self.head_dim = hidden // self.q_heads
-        linear = partial(nnx.Linear, param_dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, param_dtype=dtype, dot_general=dot_general, rngs=rngs)
         self.q_proj = linear(hidden, self.q_heads * self.head_dim)
         self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
         self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
@@ -110,7 +110,9 @@ class MLP(nnx.Module):
     def __init__(
         self, width: int, inner: int, act: str, *, bias: bool, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
+        linear = partial(
+            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
+        )
         self.gate_proj = linear(width, inner)
         self.up_proj = linear(width, inner)
         self.down_proj = linear(inner, width)
@@ -215,17 +217,25 @@ class Qwen2VLTextModel(nnx.Module):
         position_ids: Int[Array, "3"],
         cache: Cache,
         cache_index: Int[Array, ""],
+        *,
+        backend: str,
     ) -> tuple[Float[Array, "1 hidden"], Cache]:
         """One token through all layers; see `Qwen2VLForConditionalGeneration.decode_step`."""
         cos, sin = self.rotary_emb(position_ids[:, None])
 
-        def step(layer, hidden, cached):
+        lengths = jnp.reshape(cache_index, 1)
+        cached_k, cached_v = cache.k[:, None], cache.v[:, None]
+
+        def step(layer, hidden, index):
+            # The cache is not scanned: slices of it would be copies.
             def attend(q, k, v):
-                return cached_attention(q, k, v, cached.k, cached.v, cache_index, scale=self.scale)
+                return decode_attention(
+                    q, cached_k, cached_v, index, lengths, k, v, scale=self.scale, backend=backend
+                )
 
             hidden, k, v = layer(hidden, cos, sin, attend)
             return hidden, (k, v)
 
-        hidden, (k, v) = scan_layers(self.layers, step, embedding, cache)
+        hidden, (k, v) = scan_layers(self.layers, step, embedding, jnp.arange(cache.k.shape[0]))
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
         return self.norm(hidden), Cache(write(cache.k, k), write(cache.v, v))

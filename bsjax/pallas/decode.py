@@ -1,0 +1,466 @@
+"""Decode attention on GPUs: one new token per sequence against a cache that is read once.
+
+    cache rows of one sequence and key head                 programs      splits of the valid length
+    |..............|..............|............./////////|
+     split 0        split 1        split 2     ^length       3 of 3        combined by log-sum-exp
+
+Decoding is bound by memory: what counts is that every valid row of the cache is read once, by many
+programs at the same time, and nothing else is. So the kernel takes the cache of all layers and a
+layer's number. A slice of it, which is what a loop over layers would hand on, would be copied in
+front of every launch. All query heads of a key head are computed by the program that has read their
+keys, and the valid length, not the capacity, is shared out evenly among a fixed number of programs.
+
+There are too few queries for the rows of a matrix product on tensor cores (wgmma computes 64 at a
+time), but enough keys and enough channels. So both products stand on their side:
+
+    scores  [block_kv, heads] = keys     [block_kv, head_dim] x queries^T [head_dim, heads]
+    output  [head_dim, heads] = values^T [head_dim, block_kv] x weights   [block_kv, heads]
+
+and the softmax runs down the columns. Rows beyond the valid length are masked in the copies to
+shared memory themselves, which fill in zeros: whatever the cache holds there is never read.
+
+A second kernel, one program per sequence and query head, combines the splits, and with them the new
+token's own key and value where these stand beside the cache.
+
+Offsets: as in `bsjax.pallas.prefill`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from bsjax.errors import BackendError
+from bsjax.pallas.configurations import SHORTEST_SIDE
+
+_LOG2_E = 1 / math.log(2)
+
+# Two for each of 128 multiprocessors. By their shared memory and registers all of them run at a
+# time on the GPUs compiled for, except those of heads beyond 128 elements.
+_PROGRAMS = 256
+
+# Elements of partial outputs that a program of the combining kernel holds.
+_COMBINED_ELEMENTS = 4096
+
+
+class DecodeConfiguration(NamedTuple):
+    """How the decode kernel is compiled."""
+
+    block_kv: int
+    """Keys of a block; a power of two. wgmma takes 64 or more."""
+    num_warps: int
+    num_stages: int
+    """Blocks of keys and values in shared memory at a time, the one at work included."""
+
+
+# Chosen by compiling: no spills, wgmma where there is, and room for two programs on a
+# multiprocessor wherever 64 keys leave it. None has been timed on a GPU yet.
+_CONFIGURATIONS = {
+    # (head dim padded to a power of two, bytes of an element): configuration
+    (64, 2): DecodeConfiguration(block_kv=128, num_warps=4, num_stages=2),
+    (128, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
+    (256, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
+    # float32 products run outside the tensor cores, with all operands in registers: small blocks.
+    (64, 4): DecodeConfiguration(block_kv=32, num_warps=4, num_stages=2),
+    (128, 4): DecodeConfiguration(block_kv=16, num_warps=4, num_stages=2),
+    (256, 4): DecodeConfiguration(block_kv=16, num_warps=8, num_stages=2),
+}
+
+
+def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration:
+    """How the kernel is compiled for heads of `head_dim` elements of `dtype`.
+
+    Raises:
+      BackendError: the kernel takes no such heads.
+    """
+    element = jnp.dtype(dtype)
+    if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise BackendError(
+            f"The GPU kernel computes in bfloat16, float16 or float32, not in {element}."
+        )
+    if not 1 <= head_dim <= 256:
+        raise BackendError(f"The GPU kernel takes head dimensions up to 256, got {head_dim}.")
+    return _CONFIGURATIONS[max(64, pl.next_power_of_2(head_dim)), element.itemsize]
+
+
+def decode_attention(
+    q: Float[Array, "batch q_heads head_dim"],
+    k_cache: Float[Array, "layers batch rows kv_heads head_dim"],
+    v_cache: Float[Array, "layers batch rows kv_heads head_dim"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, "batch"],
+    own_k: Float[Array, "batch kv_heads head_dim"] | None = None,
+    own_v: Float[Array, "batch kv_heads head_dim"] | None = None,
+    *,
+    scale: float,
+    splits: int | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """Attention of one token per sequence to a layer of a cache, for NVIDIA GPUs.
+
+    Args:
+      q: queries; bfloat16, float16 or float32. Query head h reads key head
+        h // (q_heads // kv_heads).
+      k_cache: keys of all layers, of the dtype of `q`.
+      v_cache: values, of the shape and dtype of `k_cache`.
+      layer: which layer of the cache is read.
+      lengths: how many rows of the cache are valid in each sequence, from 0 to `rows`. What the
+        other rows hold, NaN included, has no effect.
+      own_k: keys of the tokens themselves, which stand beside the cache and are seen too.
+      own_v: their values; given where `own_k` is.
+      scale: factor of the scores, above 0.
+      splits: how many programs share the valid rows of a sequence and key head; by default as many
+        as keep a large GPU busy.
+      interpret: run on any device in plain JAX, slowly, for tests.
+
+    Returns:
+      The output, in the dtype of `q`, and the natural log-sum-exp of the scaled scores, float32.
+      A token that sees no key yields zeros and -inf. Sums are in float32; float32 inputs are
+      multiplied in float32, not in TF32.
+
+    Raises:
+      BackendError: shapes, dtypes or scale are not those named above.
+    """
+    check_decode_arguments(q, k_cache, v_cache, lengths, own_k, own_v, scale)
+    batch, q_heads, head_dim = q.shape
+    _, _, rows, kv_heads, _ = k_cache.shape
+    compiled = decode_configuration(head_dim, q.dtype)
+    if splits is None:
+        splits = min(_PROGRAMS // (batch * kv_heads), pl.cdiv(rows, compiled.block_kv))
+    settings = _Settings(
+        head_dim=head_dim,
+        group=q_heads // kv_heads,
+        splits=max(1, splits),
+        compiled=compiled,
+        to_log2=scale * _LOG2_E,
+        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
+        interpret=interpret,
+    )
+    partials = _split_attention(settings, q, k_cache, v_cache, layer, lengths)
+    own = () if own_k is None or own_v is None else (own_k, own_v)
+    return _combined(settings, *partials, q, own)
+
+
+class _Settings(NamedTuple):
+    """What the kernels are specialised for, beyond shapes."""
+
+    head_dim: int
+    group: int
+    splits: int
+    compiled: DecodeConfiguration
+    to_log2: float
+    """Factor of the scores, times log2(e): the softmax is taken in powers of two."""
+    precision: jax.lax.Precision | None
+    interpret: bool
+
+    @property
+    def padded_dim(self) -> int:
+        return _padded(self.head_dim)
+
+    @property
+    def padded_group(self) -> int:
+        return _padded(self.group)
+
+    def inside_head(self) -> Any:
+        """Which elements belong to the head and not to the next one; None when all do."""
+        if self.padded_dim == self.head_dim:
+            return None
+        return jnp.arange(self.padded_dim) < self.head_dim
+
+
+def _padded(side: int) -> int:
+    return max(SHORTEST_SIDE, pl.next_power_of_2(side))
+
+
+def _split_attention(
+    settings: _Settings,
+    q: Float[Array, "batch q_heads head_dim"],
+    k_cache: Float[Array, "layers batch rows kv_heads head_dim"],
+    v_cache: Float[Array, "layers batch rows kv_heads head_dim"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, "batch"],
+) -> tuple[Float[Array, "batch q_heads splits head_dim"], Float[Array, "batch q_heads splits"]]:
+    """The output of every split and its log-sum-exp in powers of two, both float32.
+
+    A split without work has -inf there, and leaves its output as it was.
+    """
+    layers, batch, rows, kv_heads, head_dim = k_cache.shape
+    group, splits = settings.group, settings.splits
+    padded_group, padded_dim = settings.padded_group, settings.padded_dim
+    whole = pl.BlockSpec()
+    of_cache = pl.BlockSpec(
+        (layers, None, rows, None, padded_dim),
+        lambda kv_head, split, sequence: (0, sequence, 0, kv_head, 0),
+    )
+    output, lse = pl.pallas_call(
+        functools.partial(_attend_split, settings),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, kv_heads, group, splits, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, kv_heads, group, splits), jnp.float32),
+        ],
+        # The key heads run fastest: they are neighbours in the cache.
+        grid=(kv_heads, splits, batch),
+        in_specs=[
+            whole,
+            whole,
+            pl.BlockSpec(
+                (None, None, padded_group, padded_dim),
+                lambda kv_head, split, sequence: (sequence, kv_head, 0, 0),
+            ),
+            of_cache,
+            of_cache,
+        ],
+        out_specs=[
+            pl.BlockSpec(
+                (None, None, padded_group, None, padded_dim),
+                lambda kv_head, split, sequence: (sequence, kv_head, 0, split, 0),
+            ),
+            pl.BlockSpec(
+                (None, None, padded_group, None),
+                lambda kv_head, split, sequence: (sequence, kv_head, 0, split),
+            ),
+        ],
+        compiler_params=pltriton.CompilerParams(
+            num_warps=settings.compiled.num_warps, num_stages=settings.compiled.num_stages
+        ),
+        interpret=settings.interpret,
+        name="decode_attention",
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        lengths.astype(jnp.int32),
+        q.reshape(batch, kv_heads, group, head_dim),
+        k_cache,
+        v_cache,
+    )
+    return output.reshape(*q.shape[:2], splits, head_dim), lse.reshape(*q.shape[:2], splits)
+
+
+def _combined(
+    settings: _Settings,
+    partial_output: Float[Array, "batch q_heads splits head_dim"],
+    partial_lse: Float[Array, "batch q_heads splits"],
+    q: Float[Array, "batch q_heads head_dim"],
+    own: tuple[Array, ...],
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """The output and its natural log-sum-exp, from all splits and the tokens' own keys."""
+    batch, q_heads, _ = q.shape
+    splits, padded_dim = settings.splits, settings.padded_dim
+    of_query = pl.BlockSpec((None, None, padded_dim), lambda head, sequence: (sequence, head, 0))
+    of_key = pl.BlockSpec(
+        (None, None, padded_dim), lambda head, sequence: (sequence, head // settings.group, 0)
+    )
+    output, lse = pl.pallas_call(
+        functools.partial(_combine_splits, settings),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads), jnp.float32),
+        ],
+        grid=(q_heads, batch),
+        in_specs=[
+            pl.BlockSpec(
+                (None, None, splits, padded_dim), lambda head, sequence: (sequence, head, 0, 0)
+            ),
+            pl.BlockSpec((None, None, splits), lambda head, sequence: (sequence, head, 0)),
+            of_query,
+            *[of_key] * len(own),
+        ],
+        out_specs=[of_query, pl.BlockSpec((None, None), lambda head, sequence: (sequence, head))],
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=settings.interpret,
+        name="combine_splits",
+    )(partial_output, partial_lse, q, *own)
+    return output, lse
+
+
+def _attend_split(
+    settings: _Settings,
+    layer_ref: Any,
+    lengths_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    out_ref: Any,
+    lse_ref: Any,
+) -> None:
+    """One program: the queries of one key head against its share of the keys."""
+    split = pl.program_id(1)
+    length = lengths_ref[pl.program_id(2)]
+    layer = layer_ref[0]
+    padded_group, padded_dim = settings.padded_group, settings.padded_dim
+    block_kv = settings.compiled.block_kv
+    blocks = pl.cdiv(length, block_kv)
+    first = jax.lax.div(split * blocks, settings.splits)
+    last = jax.lax.div((split + 1) * blocks, settings.splits)
+    inside_group = jnp.arange(padded_group) < settings.group
+    inside_head = settings.inside_head()
+
+    def inside(rows: Any) -> Any:
+        return rows[:, None] if inside_head is None else rows[:, None] & inside_head[None, :]
+
+    @pl.when(first >= last)
+    def _() -> None:
+        pltriton.store(
+            lse_ref.at[pl.ds(0, padded_group)],
+            jnp.full((padded_group,), -jnp.inf),
+            mask=inside_group,
+        )
+
+    @pl.when(first < last)
+    def _() -> None:
+        queries = pltriton.load(
+            q_ref.at[pl.ds(0, padded_group), :], mask=inside(inside_group), other=0.0
+        ).T
+
+        def attend(block: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            maximum, total, weighted = carry
+            start = block * block_kv
+            valid = start + jnp.arange(block_kv) < length
+            keys, values = (
+                pltriton.load(
+                    ref.at[layer, pl.ds(start, block_kv), :],
+                    mask=inside(valid),
+                    other=0.0,
+                )
+                for ref in (k_ref, v_ref)
+            )
+            product = functools.partial(
+                jnp.dot, precision=settings.precision, preferred_element_type=jnp.float32
+            )
+            scores = jnp.where(valid[:, None], product(keys, queries) * settings.to_log2, -jnp.inf)
+            greatest = jnp.maximum(maximum, scores.max(axis=0))
+            weights = jnp.exp2(scores - greatest)
+            rescale = jnp.exp2(maximum - greatest)
+            # Summed over the keys once, at the end: a sum across warps less in every block.
+            return (
+                greatest,
+                total * rescale + weights,
+                weighted * rescale + product(values.T, weights.astype(values.dtype)),
+            )
+
+        maximum, total, weighted = jax.lax.fori_loop(
+            first,
+            last,
+            attend,
+            (
+                jnp.full((padded_group,), jnp.finfo(jnp.float32).min),
+                jnp.zeros((block_kv, padded_group), jnp.float32),
+                jnp.zeros((padded_dim, padded_group), jnp.float32),
+            ),
+        )
+        # A split that has a block has a valid key: no total is 0.
+        total = total.sum(axis=0)
+        pltriton.store(
+            out_ref.at[pl.ds(0, padded_group), :],
+            (weighted / total).T,
+            mask=inside(inside_group),
+        )
+        pltriton.store(
+            lse_ref.at[pl.ds(0, padded_group)], maximum + jnp.log2(total), mask=inside_group
+        )
+
+
+def _combine_splits(
+    settings: _Settings, partial_ref: Any, partial_lse_ref: Any, q_ref: Any, *refs: Any
+) -> None:
+    """One program: the output of one query head, from its splits and the token's own key."""
+    *own_refs, out_ref, lse_ref = refs
+    padded_dim = settings.padded_dim
+    inside_head = settings.inside_head()
+    no_other = None if inside_head is None else 0.0
+    block = _COMBINED_ELEMENTS // padded_dim
+
+    def load_lse(start: Any, size: int) -> Any:
+        # float32 in powers of two; -inf where a split had nothing to do, and left no output.
+        mask = start + jnp.arange(size) < settings.splits
+        return pltriton.load(partial_lse_ref.at[pl.ds(start, size)], mask=mask, other=-jnp.inf)
+
+    every_lse = load_lse(0, pl.next_power_of_2(settings.splits))
+    # Finite also when no key is seen, so that no infinities are subtracted.
+    maximum = jnp.maximum(every_lse.max(), jnp.finfo(jnp.float32).min)
+    own_total, own_weighted = 0.0, 0.0
+    if own_refs:
+        query, own_key, own_value = (
+            pltriton.load(ref.at[:], mask=inside_head, other=no_other).astype(jnp.float32)
+            for ref in (q_ref, *own_refs)
+        )
+        own_score = (query * own_key).sum() * settings.to_log2
+        maximum = jnp.maximum(maximum, own_score)
+        own_total = jnp.exp2(own_score - maximum)
+        own_weighted = own_total * own_value
+    total = jnp.exp2(every_lse - maximum).sum() + own_total
+
+    def add(index: Any, weighted: Any) -> Any:
+        start = index * block
+        lse = load_lse(start, block)
+        used = (lse > -jnp.inf)[:, None]
+        outputs = pltriton.load(
+            partial_ref.at[pl.ds(start, block), :],
+            mask=used if inside_head is None else used & inside_head[None, :],
+            other=0.0,
+        )
+        return weighted + jnp.exp2(lse - maximum)[:, None] * outputs
+
+    weighted = jax.lax.fori_loop(
+        0, pl.cdiv(settings.splits, block), add, jnp.zeros((block, padded_dim), jnp.float32)
+    )
+    seen = total > 0
+    divisor = jnp.where(seen, total, 1.0)
+    pltriton.store(
+        out_ref.at[:],
+        ((weighted.sum(axis=0) + own_weighted) / divisor).astype(out_ref.dtype),
+        mask=inside_head,
+    )
+    lse_ref[...] = jnp.where(seen, (maximum + jnp.log2(divisor)) / _LOG2_E, -jnp.inf)
+
+
+def check_decode_arguments(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    lengths: Array,
+    own_k: Array | None,
+    own_v: Array | None,
+    scale: float,
+) -> None:
+    """Refuses what `decode_attention` does not take, whichever backend computes it.
+
+    Raises:
+      BackendError: says which shapes or dtypes were given and what is wanted.
+    """
+    shapes = f"q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}"
+    if q.ndim != 3 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape:
+        raise BackendError(
+            "Decoding takes q [batch, q_heads, head_dim] and k_cache, v_cache "
+            f"[layers, batch, rows, kv_heads, head_dim], got {shapes}."
+        )
+    batch, q_heads, head_dim = q.shape
+    _, cached_batch, _, kv_heads, cached_head_dim = k_cache.shape
+    if cached_batch != batch or cached_head_dim != head_dim or lengths.shape != (batch,):
+        raise BackendError(
+            f"{shapes} and lengths {lengths.shape} must have one batch size and one head dimension."
+        )
+    if q_heads % kv_heads:
+        raise BackendError(f"The query heads must be a multiple of the key heads, got {shapes}.")
+    arrays = [q, k_cache, v_cache]
+    if (own_k is None) != (own_v is None):
+        raise BackendError("own_k and own_v must be given together.")
+    for own in (own_k, own_v):
+        if own is not None:
+            arrays.append(own)
+            if own.shape != (batch, kv_heads, head_dim):
+                raise BackendError(
+                    f"own_k and own_v must have shape {(batch, kv_heads, head_dim)}, got "
+                    f"{own.shape}."
+                )
+    if len({array.dtype for array in arrays}) > 1:
+        raise BackendError(
+            f"All arrays must have one dtype, got {', '.join(str(a.dtype) for a in arrays)}."
+        )
+    if not scale > 0:
+        raise BackendError(f"The scale of attention scores must be above 0, got {scale}.")

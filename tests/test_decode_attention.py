@@ -1,0 +1,209 @@
+"""Decode attention, on every backend, is the dense softmax over the valid rows of the cache."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsjax import BackendError
+from bsjax.attention import decode_attention
+from bsjax.models.layers import one_row_product
+from bsjax.pallas.decode import decode_attention as pallas_decode_attention
+from bsjax.pallas.decode import decode_configuration
+
+LAYERS = 3
+# Most of an interpreted kernel's time is its compilation: optimized less, it takes half of it.
+kernel = jax.jit(
+    partial(pallas_decode_attention, interpret=True),
+    static_argnames=("scale", "splits"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+xla = jax.jit(partial(decode_attention, backend="xla", return_lse=True), static_argnames=("scale",))
+for_functions = pytest.mark.parametrize("function", [kernel, xla], ids=["pallas", "xla"])
+
+
+def random_arrays(lengths, rows, q_heads, kv_heads, head_dim, dtype, *, own, layer, seed=0):
+    """Queries, caches, layer, lengths and own keys; NaN where nothing may be read."""
+    generator = np.random.default_rng(seed)
+    batch = len(lengths)
+
+    def normal(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    caches = []
+    for _ in range(2):
+        cache = np.full((LAYERS, batch, rows, kv_heads, head_dim), np.nan, np.float32)
+        for sequence, length in enumerate(lengths):
+            cache[layer, sequence, :length] = normal(length, kv_heads, head_dim)
+        caches.append(jnp.asarray(cache, dtype))
+    own_shape = (batch, kv_heads, head_dim)
+    return (
+        jnp.asarray(normal(batch, q_heads, head_dim), dtype),
+        *caches,
+        jnp.int32(layer),
+        jnp.asarray(lengths, jnp.int32),
+        *([jnp.asarray(normal(*own_shape), dtype) for _ in range(2)] if own else [None, None]),
+    )
+
+
+def dense_softmax(q, k_cache, v_cache, layer, lengths, own_k, own_v, scale):
+    """float64 NumPy, one query head at a time."""
+    q, k_cache, v_cache = (np.asarray(array, np.float64) for array in (q, k_cache, v_cache))
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    group = q.shape[1] // k_cache.shape[3]
+    for sequence, head in np.ndindex(*q.shape[:2]):
+        place = int(layer), sequence, slice(int(lengths[sequence])), head // group
+        keys, values = k_cache[place], v_cache[place]
+        if own_k is not None:
+            keys, values = (
+                np.vstack([cached, np.asarray(own, np.float64)[sequence, head // group]])
+                for cached, own in ((keys, own_k), (values, own_v))
+            )
+        if len(keys):
+            scores = scale * keys @ q[sequence, head]
+            lse[sequence, head] = np.logaddexp.reduce(scores)
+            out[sequence, head] = np.exp(scores - lse[sequence, head]) @ values
+    return out, lse
+
+
+def check(
+    function,
+    lengths,
+    rows,
+    *,
+    group=2,
+    kv_heads=2,
+    head_dim=64,
+    dtype="float32",
+    own=False,
+    layer=1,
+    seed=0,
+    **options,
+):
+    arrays = random_arrays(
+        lengths, rows, group * kv_heads, kv_heads, head_dim, dtype, own=own, layer=layer, seed=seed
+    )
+    scale = head_dim**-0.5
+    out, lse = function(*arrays, scale=scale, **options)
+    wanted_out, wanted_lse = dense_softmax(*arrays, scale)
+    assert out.dtype == arrays[0].dtype and lse.dtype == jnp.float32
+    # In every dtype the scores are exact products summed in float32: so is their log-sum-exp.
+    np.testing.assert_allclose(lse, wanted_lse, atol=3e-6, rtol=3e-6)
+    tolerance = 3e-6 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted_out, atol=tolerance, rtol=tolerance
+    )
+
+
+@for_functions
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "group"),
+    [
+        (64, "float32", 2),
+        (64, "bfloat16", 20),
+        (72, "float16", 3),
+        (80, "bfloat16", 4),
+        (128, "bfloat16", 7),
+        (128, "float32", 6),
+        (256, "bfloat16", 8),
+        (256, "float32", 5),
+    ],
+)
+def test_head_dims_dtypes_and_group_sizes(function, head_dim, dtype, group):
+    rows = 2 * decode_configuration(head_dim, dtype).block_kv + 5
+    lengths = [rows, rows - 6]
+    check(function, lengths, rows, head_dim=head_dim, dtype=dtype, group=group, own=True)
+
+
+# Blocks of 32 keys: none, one, a block less one, one, and more one, all rows.
+EDGES = (0, 1, 31, 32, 33, 64, 99, 100)
+
+
+@for_functions
+@pytest.mark.parametrize("own", [False, True])
+def test_every_edge_of_a_length_in_one_batch(function, own):
+    assert decode_configuration(64, jnp.float32).block_kv == 32
+    check(function, EDGES, 100, own=own, kv_heads=1, group=3)
+    check(function, EDGES[::-1], 100, own=own, kv_heads=1, group=3, layer=2, seed=1)
+
+
+@for_functions
+@pytest.mark.parametrize(("rows", "splits", "group"), [(1, 1, 1), (7, 3, 2), (200, 3, 1)])
+@given(data=st.data())
+@settings(max_examples=25)
+def test_any_lengths(function, rows, splits, group, data):
+    lengths = data.draw(st.lists(st.integers(0, rows), min_size=3, max_size=3))
+    layer = data.draw(st.integers(0, LAYERS - 1))
+    seed = data.draw(st.integers(0, 9))
+    options = {"splits": splits} if function is kernel else {}
+    check(function, lengths, rows, group=group, layer=layer, seed=seed, **options)
+
+
+def test_more_splits_than_one_combining_block_holds():
+    check(kernel, [400], 400, kv_heads=1, group=1, splits=90)
+
+
+@for_functions
+def test_scores_far_apart_do_not_overflow(function):
+    # The largest score stands in the first, a middle or the last split, or is the token's own.
+    for place in (0, 50, 99, None):
+        q, k, v, layer, lengths, own_k, own_v = random_arrays(
+            [100], 100, 2, 1, 64, "float32", own=True, layer=0
+        )
+        if place is None:
+            own_k = own_k.at[0, 0].set(1e3 * q[0, 0])
+        else:
+            k = k.at[0, 0, place, 0].set(1e3 * q[0, 0])
+        out, lse = function(q, k, v, layer, lengths, own_k, own_v, scale=1.0)
+        wanted_out, wanted_lse = dense_softmax(q, k, v, layer, lengths, own_k, own_v, 1.0)
+        np.testing.assert_allclose(lse, wanted_lse, rtol=3e-6)
+        np.testing.assert_allclose(out, wanted_out, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pallas", "xla", "reference"])
+def test_backends_by_name(backend):
+    arrays = random_arrays([40, 9], 50, 4, 2, 64, "float32", own=True, layer=1)
+    wanted_out, _ = dense_softmax(*arrays, 0.125)
+    out = decode_attention(*arrays, scale=0.125, backend=backend)
+    np.testing.assert_allclose(out, wanted_out, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_the_one_row_on_gpus(dtype):
+    generator = np.random.default_rng(0)
+    row, matrix = (
+        jnp.asarray(generator.normal(size=shape), dtype) for shape in ((1, 1536), (1536, 37))
+    )
+    out = one_row_product(row, matrix)
+    wanted = np.asarray(row, np.float64) @ np.asarray(matrix, np.float64)
+    assert out.dtype == row.dtype and out.shape == (1, 37)
+    # Rounded once: products or sums in bfloat16 would be several times as far off.
+    tolerance = {"float32": 1e-6, "bfloat16": 0.51 * float(jnp.finfo("bfloat16").eps)}[dtype]
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted, rtol=tolerance, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+def test_refuses_what_does_not_fit():
+    q, k, v, layer, lengths, own_k, own_v = random_arrays(
+        [40, 9], 50, 4, 2, 64, "float32", own=True, layer=1
+    )
+    for arguments, words in (
+        ((q[:, :3], k, v, layer, lengths), "multiple of the key heads"),
+        ((q, k, v, layer, lengths, own_k), "together"),
+        ((q.astype(jnp.bfloat16), k, v, layer, lengths), "one dtype"),
+    ):
+        with pytest.raises(BackendError, match=words):
+            decode_attention(*arguments, scale=1.0, backend="xla")
+    with pytest.raises(BackendError, match="above 0"):
+        decode_attention(q, k, v, layer, lengths, scale=0.0)
+    with pytest.raises(BackendError, match="Unknown attention backend"):
+        decode_attention(q, k, v, layer, lengths, scale=1.0, backend="cuda")
+    with pytest.raises(BackendError, match="up to 256"):
+        decode_configuration(257, jnp.bfloat16)
+    with pytest.raises(BackendError, match="not in int8"):
+        decode_configuration(64, jnp.int8)
