@@ -17,6 +17,7 @@ from bsjax.models.layers import (
     Attend,
     Cache,
     activation,
+    by_rows,
     cached_attention,
     fit_rows,
     frequencies,
@@ -148,7 +149,10 @@ class DecoderLayer(nnx.Module):
         """The next hidden state, and the tokens' rotated keys and values."""
         attended, k, v = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), k, v
+        hidden = hidden + by_rows(
+            lambda rows: self.mlp(self.post_attention_layernorm(rows)), hidden
+        )
+        return hidden, k, v
 
 
 class Qwen2VLTextModel(nnx.Module):
