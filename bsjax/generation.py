@@ -1,8 +1,8 @@
 """`forward`, `generate` and `stream`: from chat messages to logits or an answer.
 
-messages -> prompt -> inputs (packed, padded)          host
-encode images -> embed -> prefill -> first token       one program each
-decode -> decode -> ...                                one program, a loop on the device
+messages -> prompt -> inputs (packed, padded)                host
+embed -> encode images, by groups -> prefill, first token    one program each
+decode -> decode -> ...                                      one program, a loop on the device
 """
 
 import time
@@ -18,10 +18,12 @@ from jaxtyping import Float32, Int32
 from bsjax import steps
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint import LoadedModel
-from bsjax.errors import CapacityError, GenerationError, MessageError
-from bsjax.inputs import ModelInputs, cache_rows, describe_images, prepare_inputs
+from bsjax.checks import whole_number
+from bsjax.errors import GenerationError, MessageError
+from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.pipeline import Generation, Scoring, check_host_memory, check_memory
 from bsjax.profile_file import Profile
-from bsjax.programs import Program, Programs, bytes_available, programs_of
+from bsjax.programs import bytes_available, host_bytes_available, programs_of
 from bsjax.prompts import prepare_prompt
 from bsjax.results import IncrementalText, Result, Stats
 from bsjax.sampling import Sampling
@@ -168,8 +170,9 @@ class _Request:
         seed: int,
         backend: str,
     ) -> "_Request":
-        if max_new_tokens < 1:
-            raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        max_new_tokens = whole_number(
+            "max_new_tokens", max_new_tokens, least=1, error=GenerationError
+        )
         sampling = Sampling.checked(temperature, top_k, top_p, seed)
         return cls(profile, max_new_tokens, sampling, resolve_backend(backend))
 
@@ -187,17 +190,13 @@ def _forward(
     model: LoadedModel, messages: Messages, profile: ProfileLike, backend: str
 ) -> Float32[np.ndarray, "tokens vocabulary"]:
     backend = resolve_backend(backend)
-    programs = programs_of(model)
     inputs = _inputs(model, messages, profile, backend, new_tokens=0)
-    embedding = _Embedding(programs, inputs, backend)
-    arguments = (inputs.position_ids, inputs.schedule, inputs.head_category)
-    program = programs.get(steps.all_logits, (embedding.output, *arguments), static=(backend,))
-    _check_memory(inputs, [*embedding.programs, program])
-    embeddings, _ = embedding.run()
-    logits = np.asarray(program(embeddings, *arguments))
-    in_prompt_order = np.empty((inputs.tokens, logits.shape[1]), np.float32)
-    in_prompt_order[inputs.schedule.position[: inputs.tokens]] = logits[: inputs.tokens]
-    return in_prompt_order
+    scoring = Scoring(programs_of(model), inputs, backend)
+    check_memory(inputs, scoring.stages, bytes_available())
+    # Where the device is the host's processor, both take from the same memory.
+    on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
+    check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
+    return scoring.run()
 
 
 def _generate(
@@ -207,38 +206,21 @@ def _generate(
     programs = programs_of(model)
     compiled_before = programs.compile_seconds
     inputs = _inputs(model, messages, request.profile, request.backend, request.max_new_tokens)
-    embedding = _Embedding(programs, inputs, request.backend)
-    prefill_arguments = (
-        inputs.position_ids,
-        inputs.schedule,
-        inputs.head_category,
-        inputs.last_row,
-        request.sampling,
-    )
-    prefill = programs.get(
-        steps.prefill,
-        (embedding.output, *prefill_arguments),
-        static=(cache_rows(inputs.tokens + request.max_new_tokens), request.backend),
-    )
     end_tokens = _end_tokens(model)
-    decode_arguments = (
-        np.int32(inputs.tokens),
-        np.int32(inputs.next_position),
-        end_tokens,
-        request.sampling,
+    run = Generation(
+        programs,
+        inputs,
+        new_tokens=request.max_new_tokens,
+        end_tokens=end_tokens,
+        sampling=request.sampling,
+        backend=request.backend,
     )
-    decode = programs.get(
-        steps.decode,
-        (prefill.output, np.int32(0), *decode_arguments),
-        static=(request.backend,),
-        donate=(0,),
-    )
-    _check_memory(inputs, [*embedding.programs, prefill, decode])
+    check_memory(inputs, run.stages, bytes_available())
     compile_seconds = programs.compile_seconds - compiled_before
 
-    embeddings, vision_seconds = embedding.run()
+    embeddings, vision_seconds = run.embedding.run()
     start = time.perf_counter()
-    state = prefill(embeddings, *prefill_arguments)
+    state = run.prefill(embeddings)
     new_ids = [int(state.token)]
     prefill_seconds = time.perf_counter() - start
 
@@ -254,10 +236,9 @@ def _generate(
         if last:
             break
         left = request.max_new_tokens - len(token_ids)
-        limit = np.int32(1 if one_by_one else min(steps.DECODE_CHUNK, left))
+        limit = 1 if one_by_one else min(steps.DECODE_CHUNK, left)
         start = time.perf_counter()
-        chunk, count, state = decode(state, limit, *decode_arguments)
-        new_ids = np.asarray(chunk)[: int(count)].tolist()
+        new_ids, state = run.decode(state, limit)
         decode_seconds += time.perf_counter() - start
 
     yield Result(
@@ -284,38 +265,9 @@ def _inputs(
 ) -> ModelInputs:
     resolved = Profile.resolve(profile, model)
     prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-    return prepare_inputs(model, prompt, resolved, backend, new_tokens)
-
-
-class _Embedding:
-    """The programs from pixels and token ids to the rows that prefill starts from."""
-
-    def __init__(self, programs: Programs, inputs: ModelInputs, backend: str) -> None:
-        self._inputs = inputs
-        self.programs: list[Program] = []
-        features = None
-        if inputs.pixel_values is not None:
-            self._image_arguments = (inputs.pixel_values, inputs.vision_plan)
-            self._encode = programs.get(
-                steps.encode_images, self._image_arguments, static=(backend,)
-            )
-            self.programs.append(self._encode)
-            features = self._encode.output
-        self._embed = programs.get(
-            steps.embed, (inputs.token_ids, features, inputs.image_feature_index)
-        )
-        self.programs.append(self._embed)
-        self.output = self._embed.output
-
-    def run(self) -> tuple[jax.Array, float]:
-        """The embeddings, and the seconds that the vision tower took."""
-        features, start = None, time.perf_counter()
-        if self._inputs.pixel_values is not None:
-            features = jax.block_until_ready(self._encode(*self._image_arguments))
-        seconds = time.perf_counter() - start
-        return self._embed(
-            self._inputs.token_ids, features, self._inputs.image_feature_index
-        ), seconds
+    return prepare_inputs(
+        model.family, model.config, model.dtype, prompt, resolved, backend, new_tokens
+    )
 
 
 def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
@@ -328,18 +280,3 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
             f"{_MAX_END_TOKENS} are supported."
         )
     return np.asarray(ids + [-1] * (_MAX_END_TOKENS - len(ids)), np.int32)
-
-
-def _check_memory(inputs: ModelInputs, programs: Sequence[Program]) -> None:
-    """Refuses a prompt that cannot fit before any of its programs has run.
-
-    Raises:
-      CapacityError: says what is wanted, what there is, and what to change.
-    """
-    wanted, available = max(program.bytes_wanted for program in programs), bytes_available()
-    if available is not None and wanted > available:
-        raise CapacityError(
-            f"The prompt of {inputs.tokens} tokens ({describe_images(inputs.template)}) wants "
-            f"{wanted / 2**30:.2f} GiB of memory beside the weights, and {available / 2**30:.2f} "
-            "GiB are available. Lower max_pixels, pass fewer images or ask for fewer tokens."
-        )

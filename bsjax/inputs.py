@@ -1,24 +1,54 @@
 """From a prompt to the arrays that the programs take: packed, padded to buckets, checked to fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32, Int32
+from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
 from bsjax.categories import HeadCategory
-from bsjax.checkpoint import LoadedModel
 from bsjax.errors import CapacityError
+from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt
 from bsjax.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
+from bsjax.steps import PADDING_ROW
 from bsjax.template import Sinks, Template
 
 _SMALLEST_TOKENS = 64
-_SMALLEST_PATCHES = 256
+GROUP_PATCHES = 65536
+"""Patches that go through the vision tower together: its memory does not grow with the images."""
 # Eight sizes between powers of two: at most 12.5 % of padding.
 _STEPS = 8
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Consecutive images of a prompt that go through the vision tower together."""
+
+    patches: Float32[np.ndarray, "patches pixels"]
+    """Of these images: a part of the prompt's, not a copy."""
+    plan: Any
+    """From the family's `vision_plan`: for these images, padded to a bucket."""
+    image_rows: Int32[np.ndarray, "merged"]
+    """The row of each image token, then `PADDING_ROW`s."""
+    padded_patches: int
+
+    def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
+        """The padded patches: made when they are needed, as those of all groups are gigabytes."""
+        padded = np.zeros((self.padded_patches, self.patches.shape[1]), np.float32)
+        padded[: len(self.patches)] = self.patches
+        return padded
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What `steps.encode_images` takes beside embeddings; shapes in place of pixel values."""
+        shape = (self.padded_patches, self.patches.shape[1])
+        return jax.ShapeDtypeStruct(shape, np.float32), self.plan, self.image_rows
 
 
 @dataclass(frozen=True)
@@ -36,13 +66,9 @@ class ModelInputs:
     head_category: Int32[np.ndarray, "layers q_heads"]
     token_ids: Int32[np.ndarray, "rows"]
     position_ids: Int32[np.ndarray, "3 rows"]
-    image_feature_index: Int32[np.ndarray, "rows"]
-    """Which image feature each row takes; -1 for text."""
     last_row: np.int32
     """The row of the prompt's last token."""
-    pixel_values: Float32[np.ndarray, "patches pixels"] | None
-    """None without images."""
-    vision_plan: Any
+    image_groups: tuple[ImageGroup, ...]
     flops_dense: int
     """Attention FLOPs of prefill in the language model if all heads were dense."""
     flops_sparse: int
@@ -50,12 +76,20 @@ class ModelInputs:
 
 
 def prepare_inputs(
-    model: LoadedModel, prompt: Prompt, profile: Profile | None, backend: str, new_tokens: int
+    family: Family,
+    config: PretrainedConfig,
+    dtype: Any,
+    prompt: Prompt,
+    profile: Profile | None,
+    backend: str,
+    new_tokens: int,
 ) -> ModelInputs:
-    """Computes template, schedule, positions and vision plan of a prompt on the host.
+    """Computes template, schedule, positions and vision plans of a prompt on the host.
 
     Args:
-      model: what runs it.
+      family: of the model that runs it.
+      config: of the whole model.
+      dtype: that it computes in.
       prompt: token ids and pixel values.
       profile: head categories and sinks; None is dense.
       backend: of the attention, already resolved.
@@ -65,7 +99,6 @@ def prepare_inputs(
       CapacityError: prompt and new tokens need more positions than the model has.
       TemplateError: placeholders and images do not agree.
     """
-    config = model.config
     text_config = config.text_config
     template = Template.from_tokens(
         prompt.token_ids,
@@ -73,19 +106,19 @@ def prepare_inputs(
         Sinks() if profile is None else profile.sinks,
         prompt.image_tokens,
     )
-    position_ids, next_position = model.family.positions(
+    position_ids, next_position = family.positions(
         prompt.token_ids, config.image_token_id, prompt.grid_thw, config
     )
     _check_positions(template, next_position, new_tokens, text_config.max_position_embeddings)
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // q_heads
+    head_dim = family.text_head_dim(config)
     if profile is None:
         head_category = np.full((layers, q_heads), HeadCategory.DENSE, np.int32)
     else:
         head_category = profile.categories.astype(np.int32)
     block_q, block_kv = block_sizes(
-        backend, head_dim, model.dtype, sparse=bool((head_category != HeadCategory.DENSE).any())
+        backend, head_dim, dtype, sparse=bool((head_category != HeadCategory.DENSE).any())
     )
     rows = bucket(template.tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
     schedule = build_schedule(
@@ -98,9 +131,7 @@ def prepare_inputs(
         padded[..., : order.size] = values[..., order]
         return padded
 
-    is_image = template.image >= 0
-    feature_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
-    pixel_values, plan = _vision_inputs(model, prompt, backend)
+    row_of_token = np.argsort(order).astype(np.int32)
     pairs = {
         category: visible_pairs(template, category.groups)
         for category in {HeadCategory.DENSE, *map(HeadCategory, np.unique(head_category).tolist())}
@@ -115,10 +146,10 @@ def prepare_inputs(
         head_category=head_category,
         token_ids=by_row(prompt.token_ids, 0),
         position_ids=by_row(position_ids, 0),
-        image_feature_index=by_row(feature_index, -1),
-        last_row=np.int32(np.flatnonzero(order == template.tokens - 1)[0]),
-        pixel_values=pixel_values,
-        vision_plan=plan,
+        last_row=row_of_token[-1],
+        image_groups=_image_groups(
+            family, config, dtype, prompt, row_of_token[template.image >= 0], backend
+        ),
         flops_dense=flops_per_pair * pairs[HeadCategory.DENSE] * head_category.size,
         flops_sparse=flops_per_pair * sum(pairs[c] * int(heads[c]) for c in pairs),
     )
@@ -129,18 +160,48 @@ def cache_rows(tokens: int) -> int:
     return bucket(tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
 
 
-def _vision_inputs(model: LoadedModel, prompt: Prompt, backend: str) -> tuple[Any, Any]:
+def _image_groups(
+    family: Family,
+    config: PretrainedConfig,
+    dtype: Any,
+    prompt: Prompt,
+    rows: Int32[np.ndarray, "image_tokens"],
+    backend: str,
+) -> tuple[ImageGroup, ...]:
+    """The groups that the images of a prompt go through the vision tower in."""
     if prompt.pixel_values is None:
-        return None, None
-    head_dim = model.family.vision_head_dim(model.config)
-    block_q, block_kv = block_sizes(backend, head_dim, model.dtype, sparse=True)
-    patches = bucket(len(prompt.pixel_values), smallest=_SMALLEST_PATCHES, steps=_STEPS)
-    plan = model.family.vision_plan(
-        prompt.grid_thw, model.config, patches=patches, block_q=block_q, block_kv=block_kv
-    )
-    pixel_values = np.zeros((patches, prompt.pixel_values.shape[1]), np.float32)
-    pixel_values[: len(prompt.pixel_values)] = prompt.pixel_values
-    return pixel_values, plan
+        return ()
+    block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
+    patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
+    first_patch = np.append(0, np.cumsum(patches))
+    first_token = np.append(0, np.cumsum(prompt.image_tokens))
+    patches_per_token = int(first_patch[-1] // first_token[-1])
+    groups = []
+    for first, end in _group_borders(patches.tolist(), GROUP_PATCHES):
+        count = int(first_patch[end] - first_patch[first])
+        padded_tokens = bucket(count // patches_per_token, smallest=_SMALLEST_TOKENS, steps=_STEPS)
+        padded = padded_tokens * patches_per_token
+        image_rows = np.full(padded_tokens, PADDING_ROW, np.int32)
+        tokens = slice(first_token[first], first_token[end])
+        image_rows[: tokens.stop - tokens.start] = rows[tokens]
+        plan = family.vision_plan(
+            prompt.grid_thw[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
+        )
+        group_patches = prompt.pixel_values[first_patch[first] : first_patch[end]]
+        groups.append(ImageGroup(group_patches, plan, image_rows, padded))
+    return tuple(groups)
+
+
+def _group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """First and end of runs of images with at most `limit` patches, or of one larger image."""
+    borders = []
+    first = total = 0
+    for number, size in enumerate(patches):
+        if number > first and total + size > limit:
+            borders.append((first, number))
+            first, total = number, 0
+        total += size
+    return [*borders, (first, len(patches))]
 
 
 def _check_positions(template: Template, next_position: int, new_tokens: int, limit: int) -> None:

@@ -4,43 +4,69 @@ A program is compiled once per combination of bucketed shapes and kept with the 
 ahead of the run tells what a prompt will take in memory before anything is run.
 """
 
+import math
 import os
 import time
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from bsjax.checkpoint import LoadedModel
 
+Compile = Callable[[Any, tuple[Any, ...]], Any]
+"""Compiles a jitted function for arguments of given shapes: for this machine's device, or another's
+(`tools.gpu_targets`)."""
+
 
 class Program:
     """A compiled program of one model.
 
     Attributes:
+      compiled: what JAX compiled.
       output: shapes and dtypes of what it returns, for programs that take it.
-      bytes_wanted: temporaries and results, beyond the arguments, which are there already.
+      memory: what it takes of the device.
     """
 
-    def __init__(self, parameters: Any, lowered: Any) -> None:
+    def __init__(self, parameters: Any, compiled: Any, arguments: tuple[Any, ...]) -> None:
         self._parameters = parameters
-        self._compiled = lowered.compile()
-        self.output = lowered.out_info
-        analysis = self._compiled.memory_analysis()
-        self.bytes_wanted = 0
-        if analysis is not None:
-            self.bytes_wanted = (
-                analysis.temp_size_in_bytes
-                + analysis.output_size_in_bytes
-                - analysis.alias_size_in_bytes
-            )
+        self.compiled = compiled
+        self.output = compiled.out_info
+        self.memory = Memory.of(compiled, arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs it; arguments must have the shapes and dtypes it was compiled for."""
-        return self._compiled(self._parameters, *arguments)
+        return self.compiled(self._parameters, *arguments)
+
+
+class Memory(NamedTuple):
+    """Bytes that a program takes of the device while it runs, the model's parameters left out."""
+
+    arguments: int
+    temporaries: int
+    """What exists only while it runs."""
+    results: int
+    """What it returns, except where that overwrites a donated argument."""
+
+    @classmethod
+    def of(cls, compiled: Any, arguments: tuple[Any, ...]) -> "Memory":
+        """The memory of a compiled program with these arguments beside the parameters."""
+        analysis = compiled.memory_analysis()
+        if analysis is None:  # Some backends do not tell.
+            return cls(size_in_bytes(arguments), 0, size_in_bytes(compiled.out_info))
+        return cls(
+            arguments=size_in_bytes(arguments),
+            temporaries=analysis.temp_size_in_bytes,
+            results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it: the most that this program and what it is given take at a time."""
+        return sum(self)
 
 
 class Programs:
@@ -53,9 +79,17 @@ class Programs:
       compile_seconds: how long that took, altogether.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
-        use_persistent_cache()
-        self.graph, self.parameters = nnx.split(model.module)
+    def __init__(self, module: nnx.Module, compile: Compile | None = None) -> None:
+        """The programs of `module`, which may be an abstract one if none of them is to run.
+
+        Args:
+          module: the model.
+          compile: what compiles; by default for this machine's device, with JAX's persistent cache.
+        """
+        if compile is None:
+            use_persistent_cache()
+        self._compile = compile or _compile_here
+        self.graph, self.parameters = nnx.split(module)
         self.compilations = 0
         self.compile_seconds = 0.0
         self._programs: dict[Hashable, Program] = {}
@@ -88,10 +122,15 @@ class Programs:
             run.__name__ = function.__name__.lstrip("_")
             start = time.perf_counter()
             jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
-            self._programs[key] = Program(self.parameters, jitted.lower(*shapes))
+            compiled = self._compile(jitted, shapes)
+            self._programs[key] = Program(self.parameters, compiled, shapes[1:])
             self.compile_seconds += time.perf_counter() - start
             self.compilations += 1
         return self._programs[key]
+
+
+def _compile_here(jitted: Any, shapes: tuple[Any, ...]) -> Any:
+    return jitted.lower(*shapes).compile()
 
 
 _programs: "weakref.WeakKeyDictionary[LoadedModel, Programs]" = weakref.WeakKeyDictionary()
@@ -100,7 +139,7 @@ _programs: "weakref.WeakKeyDictionary[LoadedModel, Programs]" = weakref.WeakKeyD
 def programs_of(model: LoadedModel) -> Programs:
     """The programs of a model, kept for as long as the model is."""
     if model not in _programs:
-        _programs[model] = Programs(model)
+        _programs[model] = Programs(model.module)
     return _programs[model]
 
 
@@ -112,14 +151,22 @@ def use_persistent_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root / "bsjax" / "compiled"))
 
 
+def size_in_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or shapes of arrays, of a pytree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def bytes_available() -> int | None:
     """Free memory of the default device, in bytes; None where it cannot be told."""
     device = jax.devices()[0]
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    if device.platform != "cpu":
-        return None
+    return host_bytes_available() if device.platform == "cpu" else None
+
+
+def host_bytes_available() -> int | None:
+    """Free memory of the host, in bytes; None where it cannot be told."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
         return 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bsjax.checks import whole_number
 from bsjax.errors import GenerationError
 
 
@@ -31,14 +32,18 @@ class Sampling(NamedTuple):
         Raises:
           GenerationError: one of them is out of range.
         """
+        for name, value in (("temperature", temperature), ("top_p", top_p)):
+            if value is not None and not isinstance(value, int | float | np.number):
+                raise GenerationError(f"{name} must be a number, got {value!r}.")
+        seed = whole_number("seed", seed, least=0, error=GenerationError)
+        if top_k is not None:
+            top_k = whole_number("top_k", top_k, least=1, error=GenerationError)
         if not 0.0 <= temperature < float("inf"):
             raise GenerationError(f"temperature must be 0 (greedy) or above, got {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise GenerationError(f"top_k must be at least 1, or None for all tokens, got {top_k}.")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p}.")
-        if not 0 <= seed < 2**32:
-            raise GenerationError(f"seed must be from 0 to 2**32 - 1, got {seed}.")
+        if seed >= 2**32:
+            raise GenerationError(f"seed must be below 2**32, got {seed}.")
         return cls(
             np.float32(temperature),
             np.int32(top_k or 0),

@@ -1,4 +1,4 @@
-"""What the programs of a model compute: image features, prefill, decoding, logits.
+"""What the programs of a model compute: embeddings, image features, prefill, decoding, logits.
 
 Functions of a module and arrays, without state: `bsjax.programs` compiles them.
 """
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from bsjax.models.layers import Cache
@@ -15,6 +16,12 @@ from bsjax.schedule import Schedule
 
 DECODE_CHUNK = 64
 """Tokens that one call of `decode` generates at most."""
+
+LOGIT_ROWS = 1024
+"""Rows that one call of `logits` computes: only the host holds tokens x vocabulary."""
+
+PADDING_ROW = np.iinfo(np.int32).max
+"""Where `encode_images` puts features of padding: beyond all rows, that is nowhere."""
 
 
 class DecodeState(NamedTuple):
@@ -27,21 +34,33 @@ class DecodeState(NamedTuple):
     cache: Cache
 
 
+def embed(module: Any, token_ids: Int[Array, "rows"]) -> Float[Array, "rows hidden"]:
+    """Embeddings of a prompt's rows; those of image tokens are placeholders."""
+    return module.embed(token_ids)
+
+
 def encode_images(
-    module: Any, pixel_values: Float[Array, "patches pixels"], plan: Any, backend: str
-) -> Float[Array, "merged hidden"]:
-    """Features of all image tokens of a prompt."""
-    return module.encode_images(pixel_values, plan, backend=backend)
-
-
-def embed(
     module: Any,
-    token_ids: Int[Array, "rows"],
-    image_features: Float[Array, "merged hidden"] | None,
-    image_feature_index: Int[Array, "rows"],
+    embeddings: Float[Array, "rows hidden"],
+    pixel_values: Float[Array, "patches pixels"],
+    plan: Any,
+    image_rows: Int[Array, "merged"],
+    backend: str,
 ) -> Float[Array, "rows hidden"]:
-    """Embeddings of a prompt's rows."""
-    return module.embed(token_ids, image_features, image_feature_index)
+    """Puts the features of some of a prompt's images into its embeddings.
+
+    Donate `embeddings`: they are updated in place.
+
+    Args:
+      module: the model.
+      embeddings: of all rows.
+      pixel_values: patches of the images, padded.
+      plan: from the family's `vision_plan`.
+      image_rows: the row of each image token; `PADDING_ROW` for those of padding patches.
+      backend: of the attention.
+    """
+    features = module.encode_images(pixel_values, plan, backend=backend)
+    return embeddings.at[image_rows].set(features.astype(embeddings.dtype), mode="drop")
 
 
 def prefill(
@@ -54,8 +73,13 @@ def prefill(
     sampling: Sampling,
     cache_length: int,
     backend: str,
-) -> DecodeState:
-    """Runs a prompt and chooses the first token of the answer."""
+) -> tuple[DecodeState, Float[Array, "rows hidden"]]:
+    """Runs a prompt and chooses the first token of the answer.
+
+    Returns:
+      What `decode` starts from, and the hidden states: whoever donates the embeddings gives these
+      a place, and the prompt one array of their size less.
+    """
     hidden, cache = module.prefill(
         embeddings,
         position_ids,
@@ -65,7 +89,8 @@ def prefill(
         backend=backend,
     )
     chosen = jnp.int32(0)
-    return DecodeState(sample(module.logits(hidden[last_row]), sampling, chosen), chosen + 1, cache)
+    token = sample(module.logits(hidden[last_row]), sampling, chosen)
+    return DecodeState(token, chosen + 1, cache), hidden
 
 
 def decode(
@@ -117,16 +142,27 @@ def decode(
     return jax.lax.while_loop(going_on, step, start)
 
 
-def all_logits(
+def hidden_states(
     module: Any,
     embeddings: Float[Array, "rows hidden"],
     position_ids: Int[Array, "3 rows"],
     schedule: Schedule,
     head_category: Int[Array, "layers q_heads"],
     backend: str,
-) -> Float32[Array, "rows vocabulary"]:
-    """Logits after every row of a prompt."""
+) -> Float[Array, "rows hidden"]:
+    """Hidden states of every row of a prompt. Donate the embeddings, as for `prefill`."""
     hidden, _ = module.prefill(
         embeddings, position_ids, schedule, head_category, cache_length=0, backend=backend
     )
-    return module.logits(hidden)
+    return hidden
+
+
+def logits(
+    module: Any, hidden: Float[Array, "rows hidden"], first_row: Int[Array, ""]
+) -> Float32[Array, "chunk vocabulary"]:
+    """Logits after `LOGIT_ROWS` rows (or all, if there are fewer) from `first_row` on.
+
+    The last such chunk that fits is taken when `first_row` is beyond it.
+    """
+    chunk = min(LOGIT_ROWS, hidden.shape[0])
+    return module.logits(jax.lax.dynamic_slice_in_dim(hidden, first_row, chunk))

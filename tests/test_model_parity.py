@@ -123,17 +123,16 @@ class Port:
         position_ids, next_position = self.family.positions(
             prompt.token_ids, config.image_token_id, prompt.grid_thw, config
         )
-        feature_index = np.full(tokens, -1, np.int32)
-        is_image = prompt.token_ids == config.image_token_id
-        feature_index[is_image] = np.arange(is_image.sum())
 
         def in_rows(array, fill):
             padding = [(0, 0)] * (array.ndim - 1) + [(0, rows - tokens)]
             return np.pad(array[..., order], padding, constant_values=fill)
 
-        embeddings = self.embed(
-            in_rows(prompt.token_ids, 7), self.image_features(prompt), in_rows(feature_index, -1)
-        )
+        embeddings = self.embed(in_rows(prompt.token_ids, 7))
+        features = self.image_features(prompt)
+        if features is not None:
+            image_rows = np.argsort(order)[prompt.token_ids == config.image_token_id]
+            embeddings = embeddings.at[image_rows].set(features[: image_rows.size])
         run = self.jitted("prefill", cache_length=rows + NEW_TOKENS, backend="xla")
         hidden, cache = run(embeddings, in_rows(position_ids, 0), schedule, categories)
         logits = np.empty((tokens, text.vocab_size), np.float32)

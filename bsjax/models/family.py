@@ -26,6 +26,7 @@ class Family:
         vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
         rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
         `patches` is too small.
+      text_head_dim: `text_head_dim(config)` is the head dimension of the language model.
       vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower: what its
         attention's block sizes depend on.
       positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
@@ -37,6 +38,7 @@ class Family:
     build: Callable[[PretrainedConfig, Any], nnx.Module]
     parameter_table: Callable[[PretrainedConfig], list[ParameterRule]]
     vision_plan: Callable[..., Any]
+    text_head_dim: Callable[[PretrainedConfig], int]
     vision_head_dim: Callable[[PretrainedConfig], int]
     positions: Callable[
         [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "3 tokens"], int]

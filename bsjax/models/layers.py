@@ -16,6 +16,9 @@ Attend = Callable[[Array, Array, Array], Array]
 """Attention over one layer: q [rows, q_heads, head_dim], k and v [rows, kv_heads, head_dim] to
 [rows, q_heads, head_dim]. What a row may see is bound into it."""
 
+CHUNK_ROWS = 8192
+"""Rows that `by_rows` hands to a function at a time: plenty for the matrix products of a GPU."""
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
@@ -130,6 +133,26 @@ def one_row_product(
     products = row.reshape(*parts, 1).astype(jnp.float32) * matrix.reshape(*parts, -1)
     sums = jax.lax.optimization_barrier(products.sum(axis=1))
     return sums.sum(axis=0, keepdims=True).astype(row.dtype)
+
+
+def by_rows(
+    function: Callable[[Array], Array], x: Float[Array, "rows width"]
+) -> Float[Array, "rows out"]:
+    """`function(x)`, for a function that looks at each row by itself, in bounded memory.
+
+    Up to `CHUNK_ROWS` rows that is one call. Beyond, whole chunks run one after the other and what
+    is left of the rows after them, so that what `function` makes on the way is never larger than a
+    chunk's: the inner width of an MLP is five times a model's, and a prompt has 300K rows.
+    """
+    rows = x.shape[0]
+    if rows <= CHUNK_ROWS:
+        return function(x)
+    in_chunks = rows // CHUNK_ROWS * CHUNK_ROWS
+    chunks = jax.lax.map(function, x[:in_chunks].reshape(-1, CHUNK_ROWS, x.shape[1]))
+    result = chunks.reshape(in_chunks, -1)
+    if in_chunks < rows:
+        result = jnp.concatenate([result, function(x[in_chunks:])])
+    return result
 
 
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:

@@ -60,7 +60,7 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
         *,
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
-        """The tokens of all images of a prompt, one image after the other.
+        """The tokens of some images, one image after the other.
 
         Args:
           pixel_values: patches as the image processor orders them, padded to the plan's rows; what
@@ -73,24 +73,9 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
         """
         return self.visual(pixel_values, plan, backend=backend)
 
-    def embed(
-        self,
-        token_ids: Int[Array, "tokens"],
-        image_features: Float[Array, "image_tokens hidden"] | None,
-        image_feature_index: Int[Array, "tokens"],
-    ) -> Float[Array, "tokens hidden"]:
-        """Embeddings of text tokens, and image features where an index says which.
-
-        Args:
-          token_ids: of all tokens; those of image tokens are not used.
-          image_features: what `encode_images` returned; None, or no rows, when there are no images.
-          image_feature_index: the row of `image_features` for an image token, -1 for a text token.
-        """
-        embeddings = self.language_model.embed_tokens(token_ids)
-        if image_features is None or not image_features.shape[0]:
-            return embeddings
-        features = image_features.astype(embeddings.dtype)[jnp.maximum(image_feature_index, 0)]
-        return jnp.where((image_feature_index >= 0)[:, None], features, embeddings)
+    def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
+        """Embeddings of tokens. Those of image tokens are to be replaced by image features."""
+        return self.language_model.embed_tokens(token_ids)
 
     def prefill(
         self,
@@ -105,7 +90,8 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
         """Runs a prompt, in the order of the schedule's rows, padding rows included.
 
         Args:
-          embeddings: from `embed`, in row order.
+          embeddings: from `embed`, with the features of `encode_images` at image tokens; in row
+            order.
           position_ids: of each row: temporal, row and column positions.
           schedule: which keys each row sees, by head category.
           head_category: `HeadCategory` of every query head of every layer.

@@ -17,6 +17,7 @@ from bsjax.models.layers import (
     Attend,
     Cache,
     activation,
+    by_rows,
     dot_general,
     fit_rows,
     frequencies,
@@ -25,6 +26,11 @@ from bsjax.models.layers import (
     stack_layers,
 )
 from bsjax.schedule import Schedule
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """The head dimension of a text config: these families have no field of their own for it."""
+    return config.hidden_size // config.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class RotaryEmbedding:
                 f"The config asks for rope_type {parameters['rope_type']!r}; only 'default' rotary "
                 "embeddings (with an mrope_section) are supported."
             )
-        half = config.hidden_size // config.num_attention_heads // 2
+        half = head_dim(config) // 2
         sections = tuple(parameters.get("mrope_section", (16, 24, 24)))
         if sum(sections) != half:
             raise CheckpointError(
@@ -78,7 +84,7 @@ class Attention(nnx.Module):
         self.q_heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
-        self.head_dim = hidden // self.q_heads
+        self.head_dim = head_dim(config)
         linear = partial(nnx.Linear, param_dtype=dtype, dot_general=dot_general, rngs=rngs)
         self.q_proj = linear(hidden, self.q_heads * self.head_dim)
         self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
@@ -150,7 +156,10 @@ class DecoderLayer(nnx.Module):
         """The next hidden state, and the tokens' rotated keys and values."""
         attended, k, v = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), k, v
+        hidden = hidden + by_rows(
+            lambda rows: self.mlp(self.post_attention_layernorm(rows)), hidden
+        )
+        return hidden, k, v
 
 
 class Qwen2VLTextModel(nnx.Module):
@@ -173,7 +182,7 @@ class Qwen2VLTextModel(nnx.Module):
                 f"The config's hidden_size {config.hidden_size} is not a multiple of its "
                 f"{config.num_attention_heads} attention heads."
             )
-        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.scale = head_dim(config) ** -0.5
         self.rotary_emb = RotaryEmbedding.from_config(config)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs

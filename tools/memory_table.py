@@ -1,0 +1,232 @@
+"""What published models take of a GPU's memory for long prompts, without having the GPU.
+
+    python -m tools.memory_table [--check]
+
+Compiles every program of a generation ahead of time for an H200, in bfloat16, for prompts of
+1000-token images; prints the memory of each and writes docs/memory.md. Ends with an error when a
+goal is missed. With --check it writes nothing.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PretrainedConfig
+
+from bsjax import HeadCategory, Profile
+from bsjax.checkpoint import abstract_module
+from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.models import FAMILIES
+from bsjax.pipeline import Generation, Stage
+from bsjax.programs import Programs, size_in_bytes
+from bsjax.prompts import Prompt
+from bsjax.sampling import Sampling
+from tools.gpu_targets import TARGETS, compile_for
+from tools.published_models import PUBLISHED_MODELS
+
+TARGET = "h200"
+DTYPE = jnp.dtype(jnp.bfloat16)
+TOKENS = (36_000, 150_000, 300_000)
+NEW_TOKENS = 64
+STAGES = ("embed", "vision", "prefill", "decode")
+
+GOALS = {("Qwen2.5-VL-7B", 300_000): 12 * 2**30}
+"""The most bytes beside weights and cache, at any stage."""
+
+# Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens.
+_GRID = (1, 50, 80)
+_TEXT_TOKENS = 8
+# What JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+_MEMORY_FRACTION = 0.75
+_DESTINATION = Path(__file__).parents[1] / "docs" / "memory.md"
+_PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt")
+
+
+class Measurement(NamedTuple):
+    """The memory of one model with one prompt, in bytes."""
+
+    model: str
+    inputs: ModelInputs
+    weights: int
+    cache: int
+    stages: tuple[Stage, ...]
+
+    def temporaries(self, name: str | None = None) -> int:
+        """The most that the device holds beside weights and cache, at one stage or at any.
+
+        Embeddings, pixel values, schedules and results are in it, besides what a program makes for
+        itself.
+        """
+        return max(
+            stage.peak - (self.cache if stage.name in ("prefill", "decode") else 0)
+            for stage in self.stages
+            if name in (None, stage.name)
+        )
+
+    @property
+    def peak(self) -> int:
+        """The most that the device holds at any stage."""
+        return self.weights + max(stage.peak for stage in self.stages)
+
+    @property
+    def missed_goal(self) -> str | None:
+        """Which goal is missed and by how much; None when there is none, or it is met."""
+        goal = GOALS.get((self.model, self.inputs.tokens))
+        found = self.temporaries()
+        if goal is None or found <= goal:
+            return None
+        worst = max(STAGES, key=self.temporaries)
+        return (
+            f"{self.model} with {self.inputs.tokens} tokens: {_gib(found)} GiB beside weights and "
+            f"cache in {worst}; the goal is {_gib(goal)} GiB."
+        )
+
+
+def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
+    """A prompt of `tokens` tokens: 1000-token images with a little text before each and at the end.
+
+    Its pixel values are zeros that take no memory.
+    """
+    vision = config.vision_config
+    image_tokens = _GRID[1] * _GRID[2] // vision.spatial_merge_size**2
+    text, image = [0] * _TEXT_TOKENS, [config.image_token_id] * image_tokens
+    images = (tokens - _TEXT_TOKENS) // (len(text) + len(image))
+    ids = (text + image) * images
+    ids += [0] * (tokens - len(ids))
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return Prompt(
+        token_ids=np.asarray(ids, np.int32),
+        pixel_values=np.broadcast_to(np.float32(0), (images * _GRID[1] * _GRID[2], pixels)),
+        grid_thw=np.tile(np.asarray(_GRID, np.int32), (images, 1)),
+        image_tokens=(image_tokens,) * images,
+    )
+
+
+def measure(model: str, tokens: int, target: str = TARGET) -> Measurement:
+    """Compiles what `bsjax.generate` would run for a prompt of `tokens` tokens.
+
+    Heads are of all four categories, so that prefill has every table of a schedule.
+    """
+    config = PUBLISHED_MODELS[model]()
+    family = FAMILIES[config.model_type]
+    text = config.text_config
+    module = abstract_module(family, config, DTYPE)
+    programs = Programs(module, partial(_compile, target))
+    uniform = Profile.uniform(
+        HeadCategory.DENSE,
+        family=family.name,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+    )
+    mixed = np.arange(uniform.categories.size, dtype=np.int8) % len(HeadCategory)
+    inputs = prepare_inputs(
+        family,
+        config,
+        DTYPE,
+        image_prompt(config, tokens),
+        dataclasses.replace(uniform, categories=mixed.reshape(uniform.categories.shape)),
+        "pallas",
+        NEW_TOKENS,
+    )
+    run = Generation(
+        programs,
+        inputs,
+        new_tokens=NEW_TOKENS,
+        end_tokens=np.full(8, -1, np.int32),
+        sampling=Sampling.checked(0.0, None, None, 0),
+        backend="pallas",
+    )
+    weights, cache = size_in_bytes(programs.parameters), size_in_bytes(run.cache)
+    return Measurement(model, inputs, weights, cache, tuple(run.stages))
+
+
+def markdown(measurements: Sequence[Measurement]) -> str:
+    """The page in docs/."""
+    capacity = _MEMORY_FRACTION * TARGETS[TARGET].device_memory
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
+    header = ["model", "tokens", "images", "weights", "cache", *STAGES, "peak", "fits"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for found in measurements:
+        cells = [
+            found.model,
+            f"{found.inputs.tokens:,}",
+            str(found.inputs.template.num_images),
+            *map(_gib, (found.weights, found.cache)),
+            *(_gib(found.temporaries(name)) for name in STAGES),
+            _gib(found.peak),
+            "yes" if found.peak <= capacity else "no",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    table = "\n".join(lines)
+    goals = "\n".join(
+        f"- {model} with {tokens:,} tokens: at most {_gib(goal)} GiB beside weights and cache."
+        for (model, tokens), goal in GOALS.items()
+    )
+    return f"""# Memory of long prompts
+
+GiB on one {TARGETS[TARGET].device_kind}, bfloat16, from XLA's analysis of the compiled programs.
+They were compiled ahead of time for that GPU: **no GPU has run them**.
+
+{table}
+
+`embed`, `vision`, `prefill`, `decode`: the most that the device holds at that stage beside weights
+and cache, embeddings and pixel values included. `vision` is a group of at most 64K patches, however
+many images there are. `peak` is weights, cache and the greatest stage; it `fits` when it is below
+{_gib(int(capacity))} GiB, the share of the GPU that JAX takes by default
+(`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
+
+Prompts hold 1000-token images with {_TEXT_TOKENS} text tokens before each; {NEW_TOKENS} tokens are
+generated; heads are of all four categories. Tokens are padded to a bucket, cache rows too: 300,000
+tokens run as {_rows(measurements):,}.
+
+Goals:
+
+{goals}
+
+Made by `python -m tools.memory_table` with {versions}.
+"""
+
+
+def _rows(measurements: Sequence[Measurement]) -> int:
+    return measurements[-1].inputs.schedule.tokens
+
+
+def _compile(target: str, jitted: Any, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+    return compile_for(jitted, arguments, target)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.memory_table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    measurements = []
+    for model in PUBLISHED_MODELS:
+        for tokens in TOKENS:
+            print(f"Compiling {model} for {tokens:,} tokens ...", file=sys.stderr)
+            measurements.append(measure(model, tokens))
+    page = markdown(measurements)
+    print(page)
+    if not check:
+        _DESTINATION.parent.mkdir(exist_ok=True)
+        _DESTINATION.write_text(page)
+    missed = [found.missed_goal for found in measurements if found.missed_goal]
+    for line in missed:
+        print(f"error: {line}", file=sys.stderr)
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
