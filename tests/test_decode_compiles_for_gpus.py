@@ -14,10 +14,11 @@ from bsjax import steps
 from bsjax.inputs import cache_rows
 from bsjax.models import FAMILIES
 from bsjax.models.layers import Cache
-from bsjax.pallas.decode import decode_attention, decode_configuration
+from bsjax.pallas.decode import decode_configuration
 from bsjax.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
-from tools.gpu_targets import TARGETS, KernelReport, compile_for, kernel_reports
+from tools.compiled_kernels import compile_decode
+from tools.gpu_targets import TARGETS, KernelReport, compile_for
 
 LAYERS, ROWS = 28, 36_864
 
@@ -33,16 +34,15 @@ def compiled_kernels(
 ) -> tuple[KernelReport, KernelReport]:
     """The reports on the kernel that attends and on the one that combines."""
 
-    def attend(*arrays):
-        return decode_attention(*arrays, scale=head_dim**-0.5)
-
-    def shape(*sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    cache, own = shape(LAYERS, 1, rows, kv_heads, head_dim), shape(1, kv_heads, head_dim)
-    number, lengths = shape(dtype=jnp.int32), shape(1, dtype=jnp.int32)
-    arguments = (shape(1, q_heads, head_dim), cache, cache, number, lengths, own, own)
-    reports = kernel_reports(attend, arguments, target)
+    reports = compile_decode(
+        target,
+        head_dim,
+        dtype,
+        layers=LAYERS,
+        rows=rows,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+    )
     assert set(reports) == {"decode_attention", "combine_splits"}, "kernels beside our own"
     assert reports["combine_splits"].grid == (q_heads, 1, 1)
     return reports["decode_attention"], reports["combine_splits"]

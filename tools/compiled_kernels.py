@@ -10,6 +10,7 @@ from bsjax.pallas.configurations import (
     default_blocks,
     target_of,
 )
+from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
 from bsjax.schedule import Schedule
 from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
@@ -100,3 +101,37 @@ def compile_prefill(
     programs_per_tile = block_q // running.block_q
     assert report.grid == (q_heads, tiles * programs_per_tile, 1), "heads must run fastest"
     return report
+
+
+def compile_decode(
+    gpu: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    layers: int = 28,
+    rows: int = 36_864,
+    q_heads: int = 28,
+    kv_heads: int = 4,
+) -> dict[str, KernelReport]:
+    """The reports on the kernels of decode attention: "decode_attention" and "combine_splits".
+
+    Args:
+      gpu: a key of `gpu_targets.TARGETS`.
+      head_dim: of the heads.
+      dtype: of queries and cache.
+      layers: of the cache.
+      rows: of the cache.
+      q_heads: query heads.
+      kv_heads: key-value heads.
+    """
+
+    def attend(*arrays):
+        return decode_attention(*arrays, scale=head_dim**-0.5)
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    cache, own = shape(layers, 1, rows, kv_heads, head_dim), shape(1, kv_heads, head_dim)
+    number, lengths = shape(dtype=jnp.int32), shape(1, dtype=jnp.int32)
+    arguments = (shape(1, q_heads, head_dim), cache, cache, number, lengths, own, own)
+    return kernel_reports(attend, arguments, gpu)

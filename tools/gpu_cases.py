@@ -25,7 +25,7 @@ from benchmarks.dense_rows import (
     sampled_positions,
     tolerance,
 )
-from bsjax.attention import block_sizes, ragged_attention
+from bsjax.attention import block_sizes, decode_attention, ragged_attention
 from bsjax.categories import HeadCategory, TokenInfo
 from bsjax.schedule import Schedule, build_schedule, category_tables, segment_schedule
 from bsjax.template import Image, Sinks, Template, Text
@@ -168,6 +168,73 @@ class SegmentCase:
         )
 
 
+@dataclass(frozen=True)
+class DecodeCase:
+    """One token per sequence against a cache, sequences of different lengths."""
+
+    head_dim: int
+    dtype: str
+    lengths: tuple[int, ...]
+    rows: int
+    group: int = 7
+    kv_heads: int = 2
+    own: bool = True
+    """Whether the tokens' own keys and values stand beside the cache."""
+
+    @property
+    def name(self) -> str:
+        """All that tells it from other cases."""
+        return (
+            f"decode {'+'.join(map(str, self.lengths))} of {self.rows} rows, head dim "
+            f"{self.head_dim}, {self.dtype}, {self.group} query heads a key head"
+            f"{', own key beside the cache' if self.own else ''}"
+        )
+
+    def run(self) -> list[Comparison]:
+        """Compares every sequence and head; rows beyond the lengths are not a number."""
+        layers, layer, batch = 3, 1, len(self.lengths)
+        q_heads = self.group * self.kv_heads
+        scale = self.head_dim**-0.5
+        generator = np.random.default_rng(0)
+
+        def random(*shape: int) -> np.ndarray:
+            return generator.standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))
+
+        q = random(batch, q_heads, self.head_dim)
+        k, v = (random(layers, batch, self.rows, self.kv_heads, self.head_dim) for _ in range(2))
+        for sequence, length in enumerate(self.lengths):
+            k[:, sequence, length:] = v[:, sequence, length:] = np.nan
+        own = [random(batch, self.kv_heads, self.head_dim) if self.own else None for _ in range(2)]
+        out, lse = _decode(
+            q, k, v, np.int32(layer), np.asarray(self.lengths, np.int32), *own, scale=scale
+        )
+        wanted, wanted_lse = [], []
+        for sequence, length in enumerate(self.lengths):
+            keys, values = (
+                np.concatenate(
+                    [
+                        cache[layer, sequence, :length],
+                        *([beside[sequence][None]] if self.own else []),
+                    ]
+                ).astype(np.float32)
+                for cache, beside in zip((k, v), own, strict=True)
+            )
+            keys, values = (np.repeat(part, self.group, axis=1) for part in (keys, values))
+            scores = scale * np.einsum("hd,khd->hk", q[sequence].astype(np.float32), keys)
+            greatest = scores.max(axis=1, keepdims=True, initial=np.finfo(np.float32).min)
+            weights = np.exp(scores - greatest)
+            total = weights.sum(axis=1, keepdims=True)
+            some = np.where(total > 0, total, 1)
+            wanted.append(np.einsum("hk,khd->hd", weights / some, values))
+            wanted_lse.append(np.where(total > 0, greatest + np.log(some), -np.inf)[:, 0])
+        error = greatest_error(np.asarray(out, np.float32), np.stack(wanted))
+        lse_error = greatest_lse_error(np.asarray(lse), np.stack(wanted_lse))
+        return [
+            Comparison("output", error, tolerance(self.dtype)),
+            Comparison("log-sum-exp", lse_error, LSE_TOLERANCE),
+        ]
+
+
 def compare(
     schedule: Schedule,
     head_category: np.ndarray,
@@ -223,6 +290,11 @@ def _attention(*arguments: Any, scale: float, return_lse: bool) -> Any:
     return ragged_attention(*arguments, scale=scale, backend="pallas", return_lse=return_lse)
 
 
+def _decode_attention(*arguments: Any, scale: float) -> Any:
+    return decode_attention(*arguments, scale=scale, backend="pallas", return_lse=True)
+
+
+_decode = jax.jit(_decode_attention, static_argnames="scale")
 _attend = jax.jit(_attention, static_argnames=("scale", "return_lse"))
 
 
@@ -334,9 +406,24 @@ def segment_cases() -> list[SegmentCase]:
     ]
 
 
+def decode_cases() -> list[DecodeCase]:
+    """Every head dimension and dtype; empty, full and unequal caches; one of 300K tokens."""
+    return [
+        *(
+            DecodeCase(head_dim, dtype, (300, 1, 77), 512, group=GROUPS[index % len(GROUPS)])
+            for index, (head_dim, dtype) in enumerate(
+                (head_dim, dtype) for head_dim in HEAD_DIMS for dtype in DTYPES
+            )
+        ),
+        DecodeCase(128, "bfloat16", (0, 512, 511, 64), 512, own=False),
+        DecodeCase(128, "bfloat16", (0, 8192, 5000), 8192),
+        DecodeCase(128, "bfloat16", (299_999,), 300_000),
+    ]
+
+
 def small_cases() -> list[Case]:
     """The same checks at sizes that the interpreter does in seconds."""
-    described: Sequence[PrefillCase | SegmentCase] = [
+    described: Sequence[PrefillCase | SegmentCase | DecodeCase] = [
         PrefillCase(64, "float32", template=SMALL_TEMPLATE, padding=5, blocks=(32, 16)),
         PrefillCase(
             72,
@@ -347,13 +434,18 @@ def small_cases() -> list[Case]:
             blocks=(16, 16),
         ),
         SegmentCase((5, 1, 30), 80, "float16"),
+        DecodeCase(64, "float32", (40, 0, 17), 48, group=3, kv_heads=1),
     ]
     return [Case(each.name, each.run, small=True) for each in described]
 
 
 def all_cases() -> list[Case]:
-    """Every case, in the order in which they run. Other kernels' cases are appended here."""
-    described: Sequence[PrefillCase | SegmentCase] = [*prefill_cases(), *segment_cases()]
+    """Every case, in the order in which they run."""
+    described: Sequence[PrefillCase | SegmentCase | DecodeCase] = [
+        *prefill_cases(),
+        *segment_cases(),
+        *decode_cases(),
+    ]
     return [*small_cases(), *(Case(each.name, each.run) for each in described)]
 
 

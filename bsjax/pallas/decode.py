@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
-from bsjax.pallas.configurations import SHORTEST_SIDE
+from bsjax.pallas.pieces import SHORTEST_SIDE
 
 _LOG2_E = 1 / math.log(2)
 
