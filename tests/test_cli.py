@@ -203,7 +203,7 @@ def test_mask_of_segments(capsys, tmp_path, monkeypatch):
         (["folder", "?", "--segments", "text:3"], "not both"),
         (["--segments", "text:3,video:4"], "'video:4'"),
         (["--segments", "text:-3"], "'text:-3'"),
-        (["--segments", "image:0"], "at least one token"),
+        (["--segments", "image:0"], "at least 1"),
         (["--segments", "text:3", "--output", "no folder/mask.png"], "no folder"),
         (["no folder", "?"], "no config.json"),
         ([str(SOURCE), "?", "missing.png"], "Image 1 of 1"),

@@ -115,7 +115,7 @@ def test_uniform_checks_its_arguments():
         Profile.uniform("SINK", model(), layers=2)
     with pytest.raises(ProfileError, match="layers=None"):
         Profile.uniform("SINK", family="qwen2_vl", heads=2)
-    with pytest.raises(ProfileError, match="layers=0"):
+    with pytest.raises(ProfileError, match="layers must be at least 1"):
         Profile.uniform("SINK", family="qwen2_vl", layers=0, heads=2)
 
 
@@ -225,7 +225,7 @@ def test_unreadable_files_are_refused(tmp_path):
         ("heads", 5, "has 4 letters, but `heads` is 5"),
         ("heads", 0, "`heads` must be a whole number from 1"),
         ("sinks", {"first": 1}, "`sinks` lacks `offsets`"),
-        ("sinks", {"first": 0, "offsets": []}, "first=0"),
+        ("sinks", {"first": 0, "offsets": []}, "`first` must be at least 1"),
         ("sinks", {"first": 1, "offsets": [-1]}, "`sinks.offsets`"),
         ("sinks", {"first": 1, "offsets": 3}, "`sinks.offsets` must be a list"),
         ("sinks", {"first": 1, "offsets": [], "last": 1}, "`last`"),

@@ -33,8 +33,9 @@ def opcodes(sass: str) -> list[str]:
 def attention_loops(sass: str) -> list[list[str]]:
     """The loops over blocks of keys, each as its instructions; shortest first.
 
-    They are the innermost loops that evaluate exponentials. Of the prefill kernel's two, the
-    shorter one walks full blocks, the longer one partial blocks.
+    They are the innermost loops that evaluate exponentials, and multiply on tensor cores if the
+    kernel does. Of the prefill kernel's two, the shorter one walks full blocks, the longer one
+    partial blocks.
     """
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -50,13 +51,19 @@ def attention_loops(sass: str) -> list[list[str]]:
         target = _BRANCH_TARGET.search(match.group(4))
         if match.group(2) == "BRA" and target and target.group(1) in labels:
             loops.append((labels[target.group(1)], len(names)))
-    with_exponentials = [(start, end) for start, end in loops if "MUFU" in names[start:end]]
+    on_tensor_cores = not set(PRODUCTS).isdisjoint(names)
+    over_blocks = [
+        (start, end)
+        for start, end in loops
+        if "MUFU" in names[start:end]
+        and on_tensor_cores != set(PRODUCTS).isdisjoint(names[start:end])
+    ]
     innermost = [
         (start, end)
-        for start, end in with_exponentials
+        for start, end in over_blocks
         if not any(
             start <= other_start and other_end <= end and (start, end) != (other_start, other_end)
-            for other_start, other_end in with_exponentials
+            for other_start, other_end in over_blocks
         )
     ]
     return sorted((names[start:end] for start, end in innermost), key=len)
