@@ -15,6 +15,10 @@ a visible pair takes on one multiprocessor:
     pair     full and partial blocks of reference schedules, each by its own loop, over the pairs
              that are visible
 
+What spills differs between versions of JAX: an entry must also pass the test suite under the oldest
+and the newest that are supported, and where the best candidate does not, the next that does stands
+in the table.
+
 The estimate ranks candidates for want of a measurement; it is no prediction of speed. Entries that
 `tools.tune` has measured are left alone.
 """

@@ -345,9 +345,16 @@ def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any
         return contextlib.nullcontext()
     sharding: Any = jax.sharding
     device = sharding.AbstractDevice(
-        device_kind=target.device_kind, num_cores=target.cores, platform="gpu"
+        # JAX's list of names has this GPU's sibling of the same capability instead.
+        device_kind=target.device_kind.replace("L40S", "L40"),
+        num_cores=target.cores,
+        platform="gpu",
     )
-    return sharding.use_abstract_mesh(sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    return sharding.use_abstract_mesh(
+        sharding.AbstractMesh(
+            (1,), ("x",), axis_types=(sharding.AxisType.Auto,), abstract_device=device
+        )
+    )
 
 
 @contextlib.contextmanager

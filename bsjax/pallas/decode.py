@@ -290,6 +290,9 @@ def _attend_split(
 ) -> None:
     """One program: the queries of one key head against its share of the keys."""
     split = pl.program_id(1)
+    # The group may be shorter than its padding, which is masked; JAX refuses slices beyond the end,
+    # masked or not, whose start it knows.
+    group = pl.ds(split * 0, settings.padded_group)
     length = lengths_ref[pl.program_id(2)]
     layer = layer_ref[0]
     padded_group, padded_dim = settings.padded_group, settings.padded_dim
@@ -306,16 +309,14 @@ def _attend_split(
     @pl.when(first >= last)
     def _() -> None:
         pltriton.store(
-            lse_ref.at[pl.ds(0, padded_group)],
+            lse_ref.at[group],
             jnp.full((padded_group,), -jnp.inf),
             mask=inside_group,
         )
 
     @pl.when(first < last)
     def _() -> None:
-        queries = pltriton.load(
-            q_ref.at[pl.ds(0, padded_group), :], mask=inside(inside_group), other=0.0
-        ).T
+        queries = pltriton.load(q_ref.at[group, :], mask=inside(inside_group), other=0.0).T
 
         def attend(block: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
             maximum, total, weighted = carry
@@ -356,13 +357,11 @@ def _attend_split(
         # A split that has a block has a valid key: no total is 0.
         total = total.sum(axis=0)
         pltriton.store(
-            out_ref.at[pl.ds(0, padded_group), :],
+            out_ref.at[group, :],
             (weighted / total).T,
             mask=inside(inside_group),
         )
-        pltriton.store(
-            lse_ref.at[pl.ds(0, padded_group)], maximum + jnp.log2(total), mask=inside_group
-        )
+        pltriton.store(lse_ref.at[group], maximum + jnp.log2(total), mask=inside_group)
 
 
 def _combine_splits(
@@ -374,13 +373,14 @@ def _combine_splits(
     inside_head = settings.inside_head()
     no_other = None if inside_head is None else 0.0
     block = _COMBINED_ELEMENTS // padded_dim
+    zero = pl.program_id(0) * 0
 
     def load_lse(start: Any, size: int) -> Any:
         # float32 in powers of two; -inf where a split had nothing to do, and left no output.
         mask = start + jnp.arange(size) < settings.splits
         return pltriton.load(partial_lse_ref.at[pl.ds(start, size)], mask=mask, other=-jnp.inf)
 
-    every_lse = load_lse(0, pl.next_power_of_2(settings.splits))
+    every_lse = load_lse(zero, pl.next_power_of_2(settings.splits))
     # Finite also when no key is seen, so that no infinities are subtracted.
     maximum = jnp.maximum(every_lse.max(), jnp.finfo(jnp.float32).min)
     own_total, own_weighted = 0.0, 0.0
