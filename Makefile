@@ -32,10 +32,11 @@ lint: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
 
+# A GPU, if JAX finds one: the CPU is no default here.
+bench: export JAX_PLATFORMS =
 bench: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m benchmarks.attention $(BENCH_OPTIONS)
 
-# JAX finds the GPU by itself; the CPU is no default here.
 gpu-check: export JAX_PLATFORMS =
 gpu-check:
 	$(PYTHON) -m tools.gpu_check $(GPU_CHECK_OPTIONS)

@@ -9,8 +9,8 @@ each checked against float32 before it is timed; the rate of matrix products and
 copy are measured in the same rounds. A variant that is not there, fails or is wrong stays in the
 table with the reason.
 
-Results are written after each workload. `--time-limit` stops in time for a machine that is lent by
-the minute: what was left out is listed, in the output and in the JSON.
+Results are written after each workload. `--time-limit` stops in time for a machine that is rented
+by the minute: what was left out is listed, in the output and in the JSON.
 
 Needs JAX and NumPy; PyTorch, tokamax and matplotlib are used where they are installed.
 """
@@ -123,7 +123,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.attention_plot import plot
 
         print(f"written to {plot(finished, path.with_suffix('.png'))}")
-    return 0
+    return 1 if any(_ours_is_broken(row) for result in finished for row in result["rows"]) else 0
+
+
+def _ours_is_broken(row: dict[str, Any]) -> bool:
+    """Whether a row is of bsjax and failed or was wrong: others' failures are theirs."""
+    return row["variant"].startswith("bsjax") and (row["problem"] or "").startswith(
+        ("wrong", "failed")
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -391,6 +391,16 @@ class TestGpuCheck:
         assert not list(tmp_path.iterdir())
 
 
+class TestExitStatus:
+    def test_only_our_own_failures_count(self):
+        row = {"variant": "bsjax", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
+        assert attention._ours_is_broken(row)
+        assert attention._ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
+        assert not attention._ours_is_broken(row | {"problem": "not run, for want of time"})
+        assert not attention._ours_is_broken(row | {"problem": None})
+        assert not attention._ours_is_broken(row | {"variant": "torch SDPA"})
+
+
 class TestTune:
     def test_grid_leaves_out_what_cannot_fit_registers(self):
         options = tune._parse([])

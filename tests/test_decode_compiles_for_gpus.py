@@ -19,6 +19,7 @@ from bsjax.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
 from tools.compiled_kernels import compile_decode
 from tools.gpu_targets import TARGETS, KernelReport, compile_for
+from tools.sass import opcodes
 
 LAYERS, ROWS = 28, 36_864
 
@@ -68,14 +69,14 @@ def check(target: str, head_dim: int, dtype: str, **options) -> None:
         # Products in TF32 or in halves would not be float32.
         assert "mma" not in report.ptx, f"{case}: tensor cores round float32"
     elif TARGETS[target].architecture == "sm_90a":
-        assert "wgmma.mma_async" in report.ptx, f"{case}: no wgmma"
-        assert "mma.sync" not in report.ptx, f"{case}: tensor cores of an older kind"
+        products = {name for name in opcodes(report.sass) if name.endswith("MMA")}
+        assert products == {"HGMMA"}, f"{case}: products are {products}"
     else:
         assert "mma" in report.ptx, f"{case}: no tensor cores"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("target", ["a100", "l40s", "h100", "h200", "b200"])
+@pytest.mark.parametrize("target", ["a100", "l40s", "rtx4090", "h100", "h200", "b200"])
 def test_every_target(target, dtype):
     require_gpu_compiler()
     check(target, 128, dtype)

@@ -111,7 +111,7 @@ def test_grouped_queries_with_a_category_each(group):
     check(mixed_schedule(), RAGGED.tokens, head_category, kv_heads=2)
 
 
-@pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (16, 128), (64, 32)])
+@pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (16, 128), (64, 32), (64, 64)])
 def test_block_sizes(blocks):
     schedule = mixed_schedule(block_q=blocks[0], block_kv=blocks[1])
     check(schedule, RAGGED.tokens, EVERY_CATEGORY)

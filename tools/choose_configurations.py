@@ -85,8 +85,7 @@ def cycles_per_pair(
 ) -> float:
     """The estimate that candidates are ranked by."""
     loops = [len(loop) for loop in attention_loops(report.sass)]
-    # Blackwell's loops come with copies of themselves for other pipeline states.
-    full_loop, partial_loop = loops[0], loops[len(loops) // 2]
+    full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
     gpu = GPUS[GPU_OF[target]]
     pairs = candidate.block_q * candidate.block_kv
     rate = _TENSOR_RATE[target] if itemsize == 2 else _FLOAT32_RATE[target]

@@ -179,7 +179,8 @@ They were compiled ahead of time for that GPU: **no GPU has run them**.
 
 `embed`, `vision`, `prefill`, `decode`: the most that the device holds at that stage beside weights
 and cache, embeddings and pixel values included. `vision` is a group of at most 64K patches, however
-many images there are. `peak` is weights, cache and the greatest stage; it `fits` when it is below
+many images there are. `peak` is the weights and the greatest stage, with
+the cache in prefill and decode; it `fits` when it is below
 {_gib(int(capacity))} GiB, the share of the GPU that JAX takes by default
 (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 

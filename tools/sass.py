@@ -58,6 +58,10 @@ def attention_loops(sass: str) -> list[list[str]]:
         if "MUFU" in names[start:end]
         and on_tensor_cores != set(PRODUCTS).isdisjoint(names[start:end])
     ]
+    # Blackwell's pipelined loops come with short ones that fill the pipeline.
+    exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in over_blocks}
+    most = max(exponentials.values(), default=0)
+    over_blocks = [loop for loop in over_blocks if 2 * exponentials[loop] >= most]
     innermost = [
         (start, end)
         for start, end in over_blocks

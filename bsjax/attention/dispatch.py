@@ -101,8 +101,8 @@ def ragged_attention(
     Args:
       q: queries, bfloat16, float16 or float32; query head h reads key-value head
         h // (q_heads // kv_heads).
-      k: keys, of q's dtype.
-      v: values, of q's dtype.
+      k: keys, of q's dtype; all finite.
+      v: values, of q's dtype; all finite, padding rows and those that no query sees too.
       schedule: what to visit; `schedule.tokens` rows, padding included.
       head_category: int32, the table of the schedule that each query head uses; may be traced.
       scale: factor of the scores, above 0.

@@ -27,8 +27,8 @@ def sparse_attention(
     Args:
       q: queries in prompt order, bfloat16, float16 or float32. Query head h reads
         key-value head h // (q_heads // kv_heads).
-      k: keys, of q's dtype.
-      v: values, of q's dtype.
+      k: keys, of q's dtype; all finite.
+      v: values, of q's dtype; all finite, those that no query sees too.
       mask: which keys each query of each head sees.
       scale: factor of the scores, above 0; head_dim ** -0.5 by default.
       backend: `pallas` (GPU kernel, head_dim up to 256; interpreted, hence slow, on a CPU), `xla`

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bsjax.errors import BackendError
-from bsjax.pallas.pieces import SHORTEST_SIDE, pieces_of, width_of
+from bsjax.pallas.pieces import pieces_of, width_of
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 """Kinds of GPUs that configurations are made for: A100; RTX 40, L40S; H100, H200; B200."""
@@ -31,9 +31,6 @@ LARGEST_HEAD_DIM = WIDTHS[-1]
 # Where neither a GPU is at hand nor a target was named: the sizes of masks built on such machines
 # are then those that the most likely GPU wants.
 _DEFAULT_TARGET = "sm_90"
-
-# Of one program, by target, less room for what the compiler adds.
-_SHARED_MEMORY = {"sm_80": 160, "sm_89": 96, "sm_90": 222, "sm_100": 220}
 
 _named_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
@@ -116,9 +113,8 @@ def configuration(
 ) -> KernelConfiguration:
     """How the kernel is compiled for a schedule of these block sizes.
 
-    With the sizes of `default_blocks` that is the table's entry. With others, several programs
-    share a tile's rows where one would spill, and fewer blocks are in flight where they would not
-    fit.
+    With the sizes of `default_blocks` that is the table's entry. Larger blocks are walked in steps
+    of the table's size; smaller ones take fewer warps.
 
     Raises:
       BackendError: the kernel takes no such heads.
@@ -129,13 +125,10 @@ def configuration(
         if (block_q, block_kv) == (tabled.block_q, tabled.block_kv):
             return tabled
     tabled = _tabled(target, head_dim, dtype, sparse=True)
-    scores = tabled.block_q * tabled.block_kv
-    rows = min(block_q, tabled.block_q, max(SHORTEST_SIDE, scores // block_kv))
+    rows = min(block_q, tabled.block_q)
     # A warp keeps the rows that it has in the table.
     warps = max(4, tabled.num_warps * rows // tabled.block_q)
-    row_bytes = width_of(pieces_of(head_dim)) * jnp.dtype(dtype).itemsize
-    fitting = (_SHARED_MEMORY[target] * 1024 - rows * row_bytes) // (2 * block_kv * row_bytes)
-    return KernelConfiguration(rows, block_kv, warps, max(1, min(tabled.num_stages, fitting)))
+    return KernelConfiguration(rows, min(block_kv, tabled.block_kv), warps, tabled.num_stages)
 
 
 def table_width(head_dim: int) -> int:

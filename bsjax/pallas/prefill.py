@@ -65,15 +65,16 @@ def prefill_attention(
 
     Args:
       q: queries, rows in the schedule's order; bfloat16, float16 or float32.
-      k: keys, of the dtype of `q`. Query head h reads key head h // (q_heads // kv_heads).
+      k: keys, of the dtype of `q`. Query head h reads key head h // (q_heads // kv_heads). All
+        finite, as `v`: padding rows, and rows that no query sees, too.
       v: values, of the shape and dtype of `k`.
       schedule: which blocks to visit; both block sizes powers of two, 16 or more.
       head_category: int32, the schedule's table that each query head uses.
       scale: factor of the scores, above 0.
       return_lse: whether to return the log-sum-exp of the scores too.
       interpret: run on any device in plain JAX, slowly, for tests.
-      configuration: how to compile, for tuning; its block_kv is the schedule's, and its block_q
-        divides the schedule's. By default what `configurations.configuration` says.
+      configuration: how to compile, for tuning; its block sizes divide the schedule's. By default
+        what `configurations.configuration` says.
 
     Returns:
       Attention output in the dtype of `q`; with `return_lse` also the natural log-sum-exp of every
@@ -92,7 +93,7 @@ def prefill_attention(
         configuration = configurations.configuration(
             head_dim, q.dtype, schedule.block_q, schedule.block_kv
         )
-    if configuration.block_kv != schedule.block_kv or schedule.block_q % configuration.block_q:
+    if schedule.block_kv % configuration.block_kv or schedule.block_q % configuration.block_q:
         raise BackendError(
             f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
             f"of {schedule.block_q} x {schedule.block_kv}."
@@ -102,7 +103,8 @@ def prefill_attention(
         pieces=pieces,
         block_q=configuration.block_q,
         programs_per_tile=programs_per_tile,
-        block_kv=schedule.block_kv,
+        block_kv=configuration.block_kv,
+        steps_per_block=schedule.block_kv // configuration.block_kv,
         window=schedule.window,
         scale=scale,
         interpret=interpret,
@@ -113,7 +115,7 @@ def prefill_attention(
     info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.info))
     keys = key_visibility(info, groups, bidirectional_images=schedule.bidirectional_images)
     # Blocks of keys are read whole, so a prompt shorter than one is padded to it; no other is.
-    missing = max(0, schedule.block_kv - tokens)
+    missing = max(0, configuration.block_kv - tokens)
     k, v = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (k, v))
     keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
 
@@ -160,6 +162,8 @@ class _Settings(NamedTuple):
     block_q: int
     programs_per_tile: int
     block_kv: int
+    steps_per_block: int
+    """Of the kernel, to walk one of the schedule's blocks."""
     window: int | None
     scale: float
     interpret: bool
@@ -247,9 +251,12 @@ def _attend_tile(
             ),
         )
 
-    def advance(walk: _Walk) -> _Walk:
+    def advance(step: Any, walk: _Walk) -> _Walk:
         start = walk.start + settings.block_kv
         done = start >= walk.end
+        if settings.steps_per_block > 1:
+            # A range's last block is walked to its end, past the range's, where it is masked.
+            done &= jax.lax.rem(step + 1, settings.steps_per_block) == 0
         range_index = jnp.where(done, walk.range_index + 1, walk.range_index)
         return _Walk(
             range_index,
@@ -269,14 +276,14 @@ def _attend_tile(
         )
         last_start = k_ref.shape[0] - settings.block_kv
 
-        def full_block(_: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
+        def full_block(step: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
             walk, softmax = carry
             keys = load(k_ref, walk.start, settings.block_kv, None)
             values = load(v_ref, walk.start, settings.block_kv, None)
             softmax = attend(softmax, scores_of(queries, keys), values)
-            return advance(walk), softmax
+            return advance(step, walk), softmax
 
-        def partial_block(_: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
+        def partial_block(step: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
             walk, softmax = carry
             # A block that would reach beyond the last row is read from further up, not masked.
             first_key = jnp.minimum(walk.start, last_start)
@@ -300,7 +307,7 @@ def _attend_tile(
                 query_position, query_image, key_visibility, window=settings.window
             )
             scores = jnp.where(seen, scores_of(queries, keys), -jnp.inf)
-            return advance(walk), attend(softmax, scores, values)
+            return advance(step, walk), attend(softmax, scores, values)
 
         walk = _Walk(
             first_range, ranges_ref[table, first_range, 0], ranges_ref[table, first_range, 1]
@@ -312,8 +319,12 @@ def _attend_tile(
                 jnp.zeros((settings.block_q, piece.size), jnp.float32) for piece in settings.pieces
             ),
         )
-        carry = jax.lax.fori_loop(0, full_blocks, full_block, (walk, softmax))
-        _, softmax = jax.lax.fori_loop(0, partial_blocks, partial_block, carry)
+        carry = jax.lax.fori_loop(
+            0, full_blocks * settings.steps_per_block, full_block, (walk, softmax)
+        )
+        _, softmax = jax.lax.fori_loop(
+            0, partial_blocks * settings.steps_per_block, partial_block, carry
+        )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
         for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
