@@ -1,6 +1,7 @@
 """Tests run on the CPU, whatever else the machine has."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from hypothesis import settings
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What a test says of compilation must not depend on what ran before, nor fill the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
+# Shells start background jobs with interrupts ignored, which child processes inherit. Tests send some.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compilation and shared machines make single examples slow now and then; that is no failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)

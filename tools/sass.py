@@ -58,10 +58,6 @@ def attention_loops(sass: str) -> list[list[str]]:
         if "MUFU" in names[start:end]
         and on_tensor_cores != set(PRODUCTS).isdisjoint(names[start:end])
     ]
-    # Blackwell's pipelined loops come with short ones that fill the pipeline.
-    exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in over_blocks}
-    most = max(exponentials.values(), default=0)
-    over_blocks = [loop for loop in over_blocks if 2 * exponentials[loop] >= most]
     innermost = [
         (start, end)
         for start, end in over_blocks
@@ -70,7 +66,11 @@ def attention_loops(sass: str) -> list[list[str]]:
             for other_start, other_end in over_blocks
         )
     ]
-    return sorted((names[start:end] for start, end in innermost), key=len)
+    # Blackwell's pipelined loops come with short ones that fill the pipeline.
+    exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in innermost}
+    most = max(exponentials.values(), default=0)
+    over_blocks = [loop for loop in innermost if 2 * exponentials[loop] >= most]
+    return sorted((names[start:end] for start, end in over_blocks), key=len)
 
 
 def mix(instructions: list[str]) -> dict[str, int]:
