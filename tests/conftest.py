@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What a test says of compilation must not depend on what ran before, nor fill the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
-# Shells start background jobs with interrupts ignored, which child processes inherit. Tests send some.
+# Shells start background jobs with interrupts ignored, and children inherit that. Tests send some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
