@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from transformers import Qwen2VLConfig
 
 from bsjax import steps
 from bsjax.inputs import cache_rows
@@ -19,6 +18,7 @@ from bsjax.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
 from tools.compiled_kernels import compile_decode
 from tools.gpu_targets import TARGETS, KernelReport, compile_for
+from tools.published_models import PUBLISHED_MODELS
 from tools.sass import opcodes
 
 LAYERS, ROWS = 28, 36_864
@@ -114,25 +114,7 @@ def test_caches_beyond_32_bit_offsets(dtype):
 def decode_of_32k_tokens():
     """The decode program of Qwen2-VL-2B for an H200."""
     require_gpu_compiler()
-    config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [16, 24, 24],
-            },
-            "tie_word_embeddings": True,
-        },
-        vision_config={"hidden_size": 1536, "embed_dim": 1280, "depth": 32, "num_heads": 16},
-        tie_word_embeddings=True,
-    )
+    config = PUBLISHED_MODELS["Qwen2-VL-2B"]()
     build = FAMILIES["qwen2_vl"].build
     graph, parameters = nnx.split(nnx.eval_shape(lambda: build(config, jnp.bfloat16)))
     cache = jax.ShapeDtypeStruct((LAYERS, cache_rows(32768 + 64), 2, 128), jnp.bfloat16)

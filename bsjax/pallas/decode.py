@@ -26,7 +26,6 @@ Offsets: as in `bsjax.pallas.prefill`.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,9 +36,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
+from bsjax.pallas.exponential import LOG2_E
 from bsjax.pallas.pieces import SHORTEST_SIDE
-
-_LOG2_E = 1 / math.log(2)
 
 # Two for each of 128 multiprocessors. By their shared memory and registers all of them run at a
 # time on the GPUs compiled for, except those of heads beyond 128 elements.
@@ -138,7 +136,7 @@ def decode_attention(
         group=q_heads // kv_heads,
         splits=max(1, splits),
         compiled=compiled,
-        to_log2=scale * _LOG2_E,
+        to_log2=scale * LOG2_E,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
         interpret=interpret,
     )
@@ -416,7 +414,7 @@ def _combine_splits(
         ((weighted.sum(axis=0) + own_weighted) / divisor).astype(out_ref.dtype),
         mask=inside_head,
     )
-    lse_ref[...] = jnp.where(seen, (maximum + jnp.log2(divisor)) / _LOG2_E, -jnp.inf)
+    lse_ref[...] = jnp.where(seen, (maximum + jnp.log2(divisor)) / LOG2_E, -jnp.inf)
 
 
 def check_decode_arguments(

@@ -1,11 +1,15 @@
-"""exp2 of scaled scores in two instructions an element."""
+"""Exponentials as powers of two: exp2 of scaled scores in two instructions an element."""
 
+import math
 import struct
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float32
+
+LOG2_E = 1 / math.log(2)
+"""Scores times this make exp2 of exp."""
 
 
 def scaled_exp2(

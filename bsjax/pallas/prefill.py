@@ -26,7 +26,6 @@ Below that, elements of two bytes or more have indices under 2**31, which 32 bit
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +38,9 @@ from bsjax.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.errors import BackendError
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.pallas.exponential import scaled_exp2
+from bsjax.pallas.exponential import LOG2_E, scaled_exp2
 from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 from bsjax.schedule import Schedule
-
-_LOG2_E = 1 / math.log(2)
 
 
 def prefill_attention(
@@ -213,7 +210,7 @@ def _attend_tile(
     earlier_rows = jax.lax.rem(pl.program_id(1), settings.programs_per_tile) * settings.block_q
     first_row, rows = first_row + earlier_rows, rows - earlier_rows
 
-    to_log2 = settings.scale * _LOG2_E
+    to_log2 = settings.scale * LOG2_E
 
     def load(ref: Any, start: Any, size: int, inside: Any) -> list[Any]:
         """Rows of one head, piece by piece."""
@@ -334,7 +331,7 @@ def _attend_tile(
                 mask=_both(inside_tile[:, None], piece.inside),
             )
         if lse_ref is not None:
-            lse = (softmax.maximum + jnp.log2(total)) / _LOG2_E
+            lse = (softmax.maximum + jnp.log2(total)) / LOG2_E
             pltriton.store(
                 lse_ref.at[pl.ds(first_row, settings.block_q)],
                 jnp.where(softmax.total > 0, lse, -jnp.inf),
