@@ -75,6 +75,15 @@ _GROUPS = {
 }
 
 
+class BaseVisibility(NamedTuple):
+    """What a kind of layer lets any query see, before head categories: causal, but for these."""
+
+    bidirectional_images: bool = False
+    """Whether an image's tokens all see each other (Gemma 3)."""
+    window: int | None = None
+    """How many positions back a query sees, its own included; None for all."""
+
+
 # A position that no query has, padding rows apart.
 _NEVER = 2**31 - 1
 

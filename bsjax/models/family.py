@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Int
 from transformers import PretrainedConfig
 
+from bsjax.categories import BaseVisibility
 from bsjax.models.parameters import ParameterRule
 
 
@@ -32,6 +33,10 @@ class Family:
       positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
         int32 [3, tokens] of a prompt, in prompt order, and the position of the first token after
         it. Raises `TemplateError` where grids and placeholders do not agree.
+      visibilities: `visibilities(config)` lists the base visibility of each kind of layer that the
+        language model has.
+      layer_kinds: `layer_kinds(config)` says of each layer which of those kinds it is, int32
+        [layers].
     """
 
     name: str
@@ -43,3 +48,15 @@ class Family:
     positions: Callable[
         [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "3 tokens"], int]
     ]
+    visibilities: Callable[[PretrainedConfig], tuple[BaseVisibility, ...]]
+    layer_kinds: Callable[[PretrainedConfig], Int[np.ndarray, "layers"]]
+
+
+def one_kind(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
+    """The `layer_kinds` of a language model whose layers are all of one kind."""
+    return np.zeros(config.get_text_config().num_hidden_layers, np.int32)
+
+
+def causal(config: PretrainedConfig) -> tuple[BaseVisibility, ...]:
+    """The `visibilities` of a language model whose layers are all causal."""
+    return (BaseVisibility(),)

@@ -16,6 +16,14 @@ Attend = Callable[[Array, Array, Array], Array]
 """Attention over one layer: q [rows, q_heads, head_dim], k and v [rows, kv_heads, head_dim] to
 [rows, q_heads, head_dim]. What a row may see is bound into it."""
 
+KeepingAttend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""As `Attend`, with what the caller wants to keep of a layer beside the output: its keys and values
+for a cache, statistics of its scores, or nothing."""
+
+LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+"""As `KeepingAttend`, for all layers of one kind: the last argument is the layer's own slice of what
+travels with the layers."""
+
 CHUNK_ROWS = 8192
 """Rows that `by_rows` hands to a function at a time: plenty for the matrix products of a GPU."""
 

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from bsjax.models.family import Family
+from bsjax.models.family import Family, causal, one_kind
 from bsjax.models.qwen2_5_vl.parameters import parameter_table
 from bsjax.models.qwen2_5_vl.vision import Qwen2_5VisionTransformer
 from bsjax.models.qwen2_5_vl.vision_plan import vision_plan
@@ -20,6 +20,8 @@ QWEN2_5_VL = Family(
         config.vision_config.hidden_size // config.vision_config.num_heads
     ),
     positions=positions,
+    visibilities=causal,
+    layer_kinds=one_kind,
 )
 
 __all__ = ["QWEN2_5_VL"]

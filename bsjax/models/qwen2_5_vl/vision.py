@@ -1,5 +1,6 @@
 """Qwen2.5-VL's vision tower (transformers: Qwen2_5_VisionTransformerPretrainedModel)."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig
 
-from bsjax.models.layers import scan_layers, stack_layers
+from bsjax.models.layers import Attend, scan_layers, stack_layers
 from bsjax.models.qwen2_vl.text import MLP
 from bsjax.models.qwen2_vl.vision import (
     EPSILON,
@@ -63,9 +64,21 @@ class Qwen2_5VisionTransformer(nnx.Module):
     ) -> Float[Array, "merged hidden"]:
         """See `Qwen2VLForConditionalGeneration.encode_images`."""
         assert plan.window_schedule is not None, "the plan must come from this family's vision_plan"
-        cos, sin = self.rotary_pos_emb(plan.positions)
         attend_image = segment_attention(plan.schedule, self.heads, backend)
         attend_window = segment_attention(plan.window_schedule, self.heads, backend)
+        return self.run_blocks(pixel_values, plan, (attend_image, attend_window))
+
+    def run_blocks(
+        self,
+        pixel_values: Float[Array, "patches pixels"],
+        plan: VisionPlan,
+        attends: Sequence[Attend],
+    ) -> Float[Array, "merged hidden"]:
+        """The same with any attention within images, `attends[0]`, and within windows,
+        `attends[1]`; schedules are not looked at.
+        """
+        attend_image, attend_window = attends
+        cos, sin = self.rotary_pos_emb(plan.positions)
 
         def step(block, hidden, sees_image):
             # The choice is data, so that one compiled block serves both kinds.

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from bsjax.models.family import Family
+from bsjax.models.family import Family, causal, one_kind
 from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
 from bsjax.models.qwen2_vl.parameters import parameter_table
 from bsjax.models.qwen2_vl.positions import positions
@@ -18,6 +18,8 @@ QWEN2_VL = Family(
     text_head_dim=lambda config: head_dim(config.text_config),
     vision_head_dim=lambda config: config.vision_config.embed_dim // config.vision_config.num_heads,
     positions=positions,
+    visibilities=causal,
+    layer_kinds=one_kind,
 )
 
 __all__ = ["QWEN2_VL"]

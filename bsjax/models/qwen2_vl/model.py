@@ -1,6 +1,6 @@
 """The whole of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLForConditionalGeneration)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.models.layers import Cache
+from bsjax.models.layers import Cache, LayerAttend
 from bsjax.models.parameters import ties_embeddings
 from bsjax.models.qwen2_vl.text import Qwen2VLTextModel
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
@@ -111,6 +111,34 @@ class Qwen2VLForConditionalGeneration(nnx.Module):
             cache_length=cache_length,
             backend=backend,
         )
+
+    def run_layers(
+        self,
+        embeddings: Float[Array, "tokens hidden"],
+        position_ids: Int[Array, "3 tokens"],
+        attends: Sequence[LayerAttend],
+        scanned: Any,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """Runs a prompt with any attention: what profiling and training are made from.
+
+        Args:
+          embeddings: as for `prefill`; rows in any order.
+          position_ids: of each row: temporal, row and column positions.
+          attends: one function for each kind of layer of the family (here there is one kind), in
+            the order of the family's `layer_kinds`. Each is called as
+            `attend(q, k, v, scanned_of_layer)`, with rotary embedding applied to q and k, and
+            returns the attention output and what to keep of the layer (any pytree).
+          scanned: pytree of arrays with a leading layer axis.
+
+        Returns:
+          Hidden states after the final norm, and what was kept, stacked on a leading layer axis.
+        """
+        return self.language_model.run_layers(embeddings, position_ids, attends, scanned)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the scores of the language model's attention."""
+        return self.language_model.scale
 
     def decode_step(
         self,

@@ -1,5 +1,6 @@
 """The language model of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLTextModel)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import PretrainedConfig
 from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
 from bsjax.models.layers import (
-    Attend,
     Cache,
+    KeepingAttend,
+    LayerAttend,
     activation,
     by_rows,
     dot_general,
@@ -96,18 +98,15 @@ class Attention(nnx.Module):
         hidden: Float[Array, "tokens hidden"],
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
-        attend: Attend,
-    ) -> tuple[
-        Float[Array, "tokens hidden"],
-        Float[Array, "tokens kv_heads head_dim"],
-        Float[Array, "tokens kv_heads head_dim"],
-    ]:
-        """The attention output, and the tokens' rotated keys and values."""
+        attend: KeepingAttend,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """The attention output, and what `attend` keeps; it is given rotated queries and keys."""
         tokens = hidden.shape[0]
         q = rotate(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim), cos, sin)
         k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)
         v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
-        return self.o_proj(attend(q, k, v).reshape(tokens, -1)), k, v
+        attended, kept = attend(q, k, v)
+        return self.o_proj(attended.reshape(tokens, -1)), kept
 
 
 class MLP(nnx.Module):
@@ -147,19 +146,15 @@ class DecoderLayer(nnx.Module):
         hidden: Float[Array, "tokens hidden"],
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
-        attend: Attend,
-    ) -> tuple[
-        Float[Array, "tokens hidden"],
-        Float[Array, "tokens kv_heads head_dim"],
-        Float[Array, "tokens kv_heads head_dim"],
-    ]:
-        """The next hidden state, and the tokens' rotated keys and values."""
-        attended, k, v = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        attend: KeepingAttend,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """The next hidden state, and what `attend` keeps."""
+        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         hidden = hidden + attended
         hidden = hidden + by_rows(
             lambda rows: self.mlp(self.post_attention_layernorm(rows)), hidden
         )
-        return hidden, k, v
+        return hidden, kept
 
 
 class Qwen2VLTextModel(nnx.Module):
@@ -205,20 +200,33 @@ class Qwen2VLTextModel(nnx.Module):
         backend: str,
     ) -> tuple[Float[Array, "tokens hidden"], Cache]:
         """All rows through all layers; see `Qwen2VLForConditionalGeneration.prefill`."""
+
+        def attend(q, k, v, categories):
+            attended = ragged_attention(
+                q, k, v, schedule, categories, scale=self.scale, backend=backend
+            )
+            # Padded here, a layer at a time: the cache exists once, at its final size.
+            return attended, (fit_rows(k, cache_length), fit_rows(v, cache_length))
+
+        hidden, (k, v) = self.run_layers(embeddings, position_ids, (attend,), head_category)
+        return hidden, Cache(k, v)
+
+    def run_layers(
+        self,
+        embeddings: Float[Array, "tokens hidden"],
+        position_ids: Int[Array, "3 tokens"],
+        attends: Sequence[LayerAttend],
+        scanned: Any,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """All rows through all layers; see `Qwen2VLForConditionalGeneration.run_layers`."""
+        (attend,) = attends
         cos, sin = self.rotary_emb(position_ids)
 
-        def step(layer, hidden, categories):
-            def attend(q, k, v):
-                return ragged_attention(
-                    q, k, v, schedule, categories, scale=self.scale, backend=backend
-                )
+        def step(layer, hidden, scanned_of_layer):
+            return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, scanned_of_layer))
 
-            hidden, k, v = layer(hidden, cos, sin, attend)
-            # Padded here, a layer at a time: the cache exists once, at its final size.
-            return hidden, (fit_rows(k, cache_length), fit_rows(v, cache_length))
-
-        hidden, (k, v) = scan_layers(self.layers, step, embeddings, head_category)
-        return self.norm(hidden), Cache(k, v)
+        hidden, kept = scan_layers(self.layers, step, embeddings, scanned)
+        return self.norm(hidden), kept
 
     def decode_step(
         self,
@@ -238,12 +246,12 @@ class Qwen2VLTextModel(nnx.Module):
         def step(layer, hidden, index):
             # The cache is not scanned: slices of it would be copies.
             def attend(q, k, v):
-                return decode_attention(
+                attended = decode_attention(
                     q, cached_k, cached_v, index, lengths, k, v, scale=self.scale, backend=backend
                 )
+                return attended, (k, v)
 
-            hidden, k, v = layer(hidden, cos, sin, attend)
-            return hidden, (k, v)
+            return layer(hidden, cos, sin, attend)
 
         hidden, (k, v) = scan_layers(self.layers, step, embedding, jnp.arange(cache.k.shape[0]))
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)

@@ -1,6 +1,6 @@
 """Qwen2-VL's vision tower (transformers: Qwen2VisionTransformerPretrainedModel)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,8 +174,18 @@ class Qwen2VisionTransformer(nnx.Module):
         self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "merged hidden"]:
         """See `Qwen2VLForConditionalGeneration.encode_images`."""
-        cos, sin = self.rotary_pos_emb(plan.positions)
         attend = segment_attention(plan.schedule, self.heads, backend)
+        return self.run_blocks(pixel_values, plan, (attend,))
+
+    def run_blocks(
+        self,
+        pixel_values: Float[Array, "patches pixels"],
+        plan: VisionPlan,
+        attends: Sequence[Attend],
+    ) -> Float[Array, "merged hidden"]:
+        """The same with any attention within images, `attends[0]`; schedules are not looked at."""
+        (attend,) = attends
+        cos, sin = self.rotary_pos_emb(plan.positions)
 
         def step(block, hidden, _):
             return block(hidden, cos, sin, attend), None
