@@ -21,8 +21,8 @@ KeepingAttend = Callable[[Array, Array, Array], tuple[Array, Any]]
 for a cache, statistics of its scores, or nothing."""
 
 LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-"""As `KeepingAttend`, for all layers of one kind: the last argument is the layer's own slice of what
-travels with the layers."""
+"""As `KeepingAttend`, for all layers of one kind: the last argument is the layer's own slice of
+what travels with the layers."""
 
 CHUNK_ROWS = 8192
 """Rows that `by_rows` hands to a function at a time: plenty for the matrix products of a GPU."""
