@@ -1,0 +1,11 @@
+"""A small Qwen2.5-VL, trained from scratch on questions about several images.
+
+    python -m examples.train_small_vlm FOLDER
+
+scenes      several images with digits and shapes in colours, of random number and size
+questions   what can be asked about a scene, and the right answers
+files       the model's configuration, tokenizer, chat template and image settings
+batches     scenes and questions as arrays; all questions about a scene share its images
+training    loss, optimizer, checkpoints
+export      the trained weights as a Hugging Face checkpoint
+"""

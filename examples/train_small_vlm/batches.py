@@ -1,0 +1,265 @@
+r"""Scenes and questions as arrays.
+
+All questions about a scene share its images: they stand one after the other behind them, start at
+the same position and do not see each other, so that each is computed as if it stood there alone.
+
+    <|im_start|>user\n A<|vision_start|>aaaa<|vision_end|> B<...>bb<...> ...      once
+    What is in image A?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>            each question
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from bsjax.models.qwen2_5_vl import QWEN2_5_VL
+from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+
+from .files import MERGE_SIZE, PATCH_SIZE
+from .questions import TASKS, Question, ask
+from .scenes import (
+    COLOURS,
+    CONTENTS,
+    LABELS,
+    SIDES,
+    Picture,
+    Scene,
+    draw_picture,
+    draw_scene,
+)
+
+QUESTION_ROWS = 17
+"""Room for a question and its answer."""
+ANSWER_TOKENS = 3
+"""Most tokens of an answer, its end included."""
+
+_MOST_PATCHES = (max(SIDES) // PATCH_SIZE) ** 2
+_UNIT = PATCH_SIZE * MERGE_SIZE
+
+
+class Batch(NamedTuple):
+    """Prompts of equally many images and questions, padded to the same shapes.
+
+    The rows of the questions stand last, `QUESTION_ROWS` for each.
+    """
+
+    token_ids: Int32[np.ndarray, "prompts rows"]
+    position_ids: Int32[np.ndarray, "prompts 3 rows"]
+    order: Int32[np.ndarray, "prompts rows"]
+    """Where the row stands in its own prompt: what causality goes by. -1 for padding."""
+    image: Int32[np.ndarray, "prompts rows"]
+    """Image number; -1 for text and padding."""
+    sink: Bool[np.ndarray, "prompts rows"]
+    pixel_values: Float32[np.ndarray, "prompts images patches values"]
+    size_class: Int32[np.ndarray, "prompts images"]
+    """Which of `Encoder.sizes` each image has."""
+    image_rows: Int32[np.ndarray, "prompts images tokens"]
+    """The row of each image token; beyond all rows for padding."""
+    answer_rows: Int32[np.ndarray, "prompts questions answer_tokens"]
+    """The row whose logits choose each token of the answer."""
+    answers: Int32[np.ndarray, "prompts questions answer_tokens"]
+    """Token ids of the answers, their ends included; -1 after them."""
+    tasks: Int32[np.ndarray, "prompts questions"]
+    """Index of each question's task in `TASKS`."""
+    caption_rows: Int32[np.ndarray, "prompts images 2"]
+    """The last row of each image, and the row of its end."""
+    captions: Int32[np.ndarray, "prompts images 2"]
+    """The token of each image's colour, and of its content."""
+
+
+class ImageBatch(NamedTuple):
+    """Single images, padded to the same number of patches."""
+
+    pixel_values: Float32[np.ndarray, "images patches values"]
+    size_class: Int32[np.ndarray, "images"]
+    """Which of `Encoder.sizes` each image has."""
+    content: Int32[np.ndarray, "images"]
+    """Index in `CONTENTS`."""
+    colour: Int32[np.ndarray, "images"]
+    """Index in `COLOURS`."""
+
+
+class Encoder:
+    """Makes batches for one configuration."""
+
+    sizes = [(height, width) for height in SIDES for width in SIDES]
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        image_mean: list[float],
+        image_std: list[float],
+    ) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        self._mean = np.asarray(image_mean, np.float32)
+        self._std = np.asarray(image_std, np.float32)
+        self._known: dict[str, list[int]] = {}
+
+    @cached_property
+    def plans(self) -> VisionPlan:
+        """The vision tower's plan of each of `sizes`, stacked; rows padded to the largest one's."""
+        plans = [
+            QWEN2_5_VL.vision_plan(
+                np.asarray([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
+                self.config,
+                patches=_MOST_PATCHES,
+                block_q=16,
+                block_kv=16,
+            )
+            for height, width in self.sizes
+        ]
+        return jax.tree.map(lambda *parts: np.stack(parts), *plans)
+
+    def batch(
+        self,
+        random: np.random.Generator,
+        prompts: int,
+        images: int,
+        questions: int,
+        *,
+        test: bool = False,
+    ) -> Batch:
+        """A random batch of scenes, with that many questions about each."""
+        rows = self._rows(images) + questions * QUESTION_ROWS
+        encoded = []
+        while len(encoded) < prompts:
+            scene = draw_scene(random, images, test=test)
+            asked = [ask(random, scene) for _ in range(questions)]
+            one = self.encode(scene, asked, rows)
+            # Scenes of many large images do not fit: another is drawn.
+            if one is not None:
+                encoded.append(one)
+        return Batch(*(np.stack(parts) for parts in zip(*encoded, strict=True)))
+
+    @staticmethod
+    def _rows(images: int) -> int:
+        """Rows for images of a little more than the average size."""
+        tokens = (np.mean(SIDES) / _UNIT) ** 2
+        return 16 * -(-int(3 + images * (3 + 1.12 * tokens)) // 16)
+
+    def images(self, random: np.random.Generator, count: int) -> ImageBatch:
+        """Random single images and what they show, for the vision tower alone."""
+        contents = random.integers(len(CONTENTS), size=count)
+        colours = random.integers(len(COLOURS), size=count)
+        names = tuple(COLOURS)
+        pictures = [
+            draw_picture(random, CONTENTS[content], names[colour], test=False)
+            for content, colour in zip(contents, colours, strict=True)
+        ]
+        return ImageBatch(
+            np.stack([self.patches(picture.pixels) for picture in pictures]),
+            self._size_classes(pictures),
+            contents.astype(np.int32),
+            colours.astype(np.int32),
+        )
+
+    def _size_classes(self, pictures: Sequence[Picture]) -> Int32[np.ndarray, "images"]:
+        return np.asarray(
+            [self.sizes.index(picture.pixels.shape[:2]) for picture in pictures], np.int32
+        )
+
+    def encode(self, scene: Scene, questions: list[Question], rows: int) -> Batch | None:
+        """One prompt, arrays without their leading axis; None if it has more rows than `rows`."""
+        shared = rows - len(questions) * QUESTION_ROWS
+        parts = [self._ids("<|im_start|>user\n")]
+        grids, first_rows = [], []
+        length = len(parts[0])
+        for label, picture in zip(LABELS, scene.pictures, strict=False):
+            height, width = (side // _UNIT for side in picture.pixels.shape[:2])
+            before = self._ids(f"{label}<|vision_start|>")
+            after = self._ids("<|vision_end|>")
+            first_rows.append(length + len(before))
+            parts += [before, [self.config.image_token_id] * (height * width), after]
+            grids.append((1, height * MERGE_SIZE, width * MERGE_SIZE))
+            length += len(before) + height * width + len(after)
+        if length > shared:
+            return None
+        prefix = np.concatenate(parts)
+        positions, next_position = QWEN2_5_VL.positions(
+            prefix, self.config.image_token_id, np.asarray(grids), self.config
+        )
+
+        token_ids = np.zeros(rows, np.int32)
+        position_ids = np.zeros((3, rows), np.int32)
+        order = np.full(rows, -1, np.int32)
+        image = np.full(rows, -1, np.int32)
+        sink = np.zeros(rows, bool)
+        token_ids[:length] = prefix
+        position_ids[:, :length] = positions
+        order[:length] = np.arange(length)
+        image_rows = np.full((len(grids), _MOST_PATCHES // MERGE_SIZE**2), rows, np.int32)
+        for number, (first, grid) in enumerate(zip(first_rows, grids, strict=True)):
+            tokens = grid[1] * grid[2] // MERGE_SIZE**2
+            image[first : first + tokens] = number
+            sink[first] = True
+            image_rows[number, :tokens] = np.arange(first, first + tokens)
+
+        answers = np.full((len(questions), ANSWER_TOKENS), -1, np.int32)
+        answer_rows = np.zeros((len(questions), ANSWER_TOKENS), np.int32)
+        for number, question in enumerate(questions):
+            asked = self._ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
+            answer = self._ids(f"{question.answer}<|im_end|>")
+            ids = [*asked, *answer]
+            start = shared + number * QUESTION_ROWS
+            here = slice(start, start + len(ids))
+            token_ids[here] = ids
+            position_ids[:, here] = next_position + np.arange(len(ids))
+            order[here] = length + np.arange(len(ids))
+            answers[number, : len(answer)] = answer
+            answer_rows[number, : len(answer)] = start + len(asked) - 1 + np.arange(len(answer))
+        tasks = list(TASKS)
+        ends = image_rows.max(axis=1, initial=0, where=image_rows < rows)
+        return Batch(
+            token_ids,
+            position_ids,
+            order,
+            image,
+            sink,
+            np.stack([self.patches(picture.pixels) for picture in scene.pictures]),
+            self._size_classes(scene.pictures),
+            image_rows,
+            answer_rows,
+            answers,
+            np.asarray([tasks.index(question.task) for question in questions], np.int32),
+            np.stack([ends, ends + 1], axis=1),
+            np.asarray(
+                [
+                    [*self._ids(picture.colour), *self._ids(picture.content)]
+                    for picture in scene.pictures
+                ],
+                np.int32,
+            ),
+        )
+
+    def patches(
+        self, pixels: UInt8[np.ndarray, "height width 3"]
+    ) -> Float32[np.ndarray, "patches values"]:
+        """What the image processor makes of an image of one of the sizes, padded.
+
+        Patches that are merged stand side by side; each holds its pixels twice, as two frames.
+        """
+        height, width, channels = pixels.shape
+        scaled = (pixels.astype(np.float32) / 255 - self._mean) / self._std
+        blocks = scaled.reshape(
+            height // _UNIT,
+            MERGE_SIZE,
+            PATCH_SIZE,
+            width // _UNIT,
+            MERGE_SIZE,
+            PATCH_SIZE,
+            channels,
+        )
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, PATCH_SIZE**2)
+        values = np.repeat(blocks, 2, axis=2).reshape(len(blocks), -1)
+        return np.pad(values, ((0, _MOST_PATCHES - len(values)), (0, 0)))
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._known:
+            self._known[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._known[text]

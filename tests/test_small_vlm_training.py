@@ -1,0 +1,230 @@
+"""The training data say what they claim, and training computes what bsjax computes."""
+
+import json
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from bsjax.categories import HeadCategory
+from bsjax.inputs import prepare_inputs
+from bsjax.models import FAMILIES
+from bsjax.pipeline import Scoring
+from bsjax.profile_file import Profile
+from bsjax.programs import Programs
+from bsjax.prompts import prepare_prompt
+from examples.train_small_vlm import scenes, training
+from examples.train_small_vlm.batches import Encoder
+from examples.train_small_vlm.export import export
+from examples.train_small_vlm.files import make_config, make_image_processor, make_tokenizer
+from examples.train_small_vlm.questions import TASKS, ask
+from examples.train_small_vlm.scenes import COLOURS, CONTENTS, LABELS, draw_scene
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer):
+    config = make_config(tokenizer)
+    config.text_config.num_hidden_layers = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def encoder(config, tokenizer):
+    processor = make_image_processor()
+    return Encoder(config, tokenizer, processor.image_mean, processor.image_std)
+
+
+@pytest.fixture(scope="module")
+def module(config):
+    return FAMILIES[config.model_type].build(config, jnp.float32)
+
+
+def conversation(scene, question):
+    images = [
+        {"type": "image", "image": Image.fromarray(picture.pixels)} for picture in scene.pictures
+    ]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": question.text}]}]
+
+
+def test_no_digit_is_for_training_and_for_testing():
+    for train, test in zip(scenes._digits(False), scenes._digits(True), strict=True):
+        assert len(train) > 80 and len(test) > 30
+        seen = {digit.tobytes() for digit in train}
+        # A few of scikit-learn's digits are the same pixel by pixel; none of them is on both sides.
+        assert not [digit for digit in test if digit.tobytes() in seen]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_right(task):
+    """Checked against the scene by rules written here, from the question's text alone."""
+    random = np.random.default_rng(0)
+    answers = Counter()
+    for _ in range(300):
+        scene = draw_scene(random, int(random.integers(1, 13)), test=bool(random.integers(2)))
+        question = ask(random, scene, task)
+        words = question.text.strip("?").split()
+        of_colour = any(word in COLOURS or word == "colour" for word in words)
+        values = scene.colours if of_colour else scene.contents
+        by_label = dict(zip(LABELS, values, strict=False))
+        match question.task:
+            case "content" | "colour":
+                expected = by_label[words[-1]]
+            case "find":
+                where = [label for label, value in by_label.items() if value == words[-1]]
+                assert len(where) < 2
+                expected = where[0] if where else "none"
+            case "count":
+                expected = str(values.count(words[-1]))
+            case "compare":
+                expected = "yes" if by_label[words[2]] == by_label[words[4]] else "no"
+            case _:
+                again = [i for i, value in enumerate(values) if value in values[:i]]
+                assert len(again) < 2
+                expected = LABELS[again[0]] if again else "none"
+        assert question.answer == expected, question
+        if question.task == task:
+            answers[expected] += 1
+    # No answer is right so often that a model could live on it.
+    assert answers.total() > 100 and max(answers.values()) < 0.6 * answers.total()
+
+
+def test_every_name_is_one_token(tokenizer):
+    for name in (*CONTENTS, *COLOURS, *LABELS, "yes", "no", "none"):
+        assert len(tokenizer(name)["input_ids"]) == 1, name
+
+
+def test_patches_are_those_of_the_image_processor(encoder):
+    processor = make_image_processor()
+    random = np.random.default_rng(1)
+    for height, width in Encoder.sizes:
+        pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+        expected = processor(images=[Image.fromarray(pixels)], return_tensors="np")["pixel_values"]
+        ours = encoder.patches(pixels)
+        np.testing.assert_allclose(ours[: len(expected)], expected, atol=1e-5)
+        assert not ours[len(expected) :].any()
+
+
+@pytest.mark.parametrize("category", [HeadCategory.DENSE, HeadCategory.INTRA_IMAGE_SINK, None])
+def test_training_computes_what_inference_computes(module, config, encoder, tokenizer, category):
+    """A question of a batch has the hidden state that its prompt has alone, whatever heads see."""
+    random = np.random.default_rng(2)
+    scene = draw_scene(random, 4, test=False)
+    questions = [ask(random, scene) for _ in range(3)]
+    one = encoder.encode(scene, questions, 160)
+    assert one is not None
+    batch = jax.tree.map(lambda part: part[None], one)
+    layers, heads = 2, config.text_config.num_attention_heads
+    categories = random.integers(0, 4, (layers, heads))
+    if category is not None:
+        categories[:] = category
+    groups = np.vectorize(lambda value: HeadCategory(value).groups.value)(categories)
+    hidden = training.hidden_states(module, batch, encoder.plans, jnp.asarray(groups))
+    logits = module.logits(hidden[0][one.answer_rows[:, 0]])
+
+    profile = Profile(family="qwen2_5_vl", categories=categories)
+    for question, expected in zip(questions, logits, strict=True):
+        prompt = prepare_prompt(
+            conversation(scene, question), tokenizer, make_image_processor(), config
+        )
+        family = FAMILIES["qwen2_5_vl"]
+        inputs = prepare_inputs(family, config, np.float32, prompt, profile, "xla", 0)
+        alone = Scoring(Programs(module), inputs, "xla").run()[-1]
+        np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", [training.TowerStage, training.ModelStage])
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+    kind, module, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "IMAGES", (2,))
+    monkeypatch.setattr(training, "IMAGES_PER_BATCH", 4)
+    monkeypatch.setattr(training, "TOWER_IMAGES_PER_BATCH", 4)
+    settings = training.Settings(tower_steps=3, steps=3, warmup_steps=1)
+
+    def run(folder, **options):
+        stage = kind(module, settings, encoder)
+        monkeypatch.setattr(stage, "evaluate", lambda: {})
+        training.run_stage(stage, folder, log_every=1, save_every=1, **options)
+        return stage.state.parameters
+
+    run(tmp_path / "stopped", stop_after=2)
+    resumed, whole = run(tmp_path / "stopped"), run(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("stopped", "whole")
+    ]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3]
+    assert [line["training"] for line in logs[0]] == [line["training"] for line in logs[1]]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "run" / "settings.json"
+    training.check_settings(file, training.Settings())
+    training.check_settings(file, training.Settings())
+    with pytest.raises(SystemExit, match="other settings"):
+        training.check_settings(file, training.Settings(seed=1))
+
+
+def test_sparse_layers_do_not_look_across_images(module, config, encoder):
+    """The gradient of a later image's rows by an earlier image's pixels is zero then, else not."""
+    random = np.random.default_rng(3)
+    batch = encoder.batch(random, 1, 3, 1)
+
+    def last_image(pixel_values, sparse_layers):
+        groups = training.groups_of_layers(config, sparse_layers)
+        changed = batch._replace(pixel_values=pixel_values)
+        hidden = training.hidden_states(module, changed, encoder.plans, jnp.asarray(groups))
+        rows = batch.image_rows[0, 2]
+        return hidden[0, rows[rows < hidden.shape[1]]].sum()
+
+    for sparse_layers, crosses in (((), True), ((1,), True), ((0, 1), True)):
+        gradient = jax.grad(last_image)(batch.pixel_values, sparse_layers)[0, 0]
+        assert bool(np.abs(gradient).max() > 0) == crosses
+
+
+def test_the_exported_checkpoint_is_what_transformers_reads(module, config, encoder, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    folder = tmp_path / "exported"
+    export(nnx.state(module), config, folder)
+    reference = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
+    exported = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), nnx.state(module)
+    )
+    rounded = nnx.merge(nnx.graphdef(module), exported)
+    random = np.random.default_rng(4)
+    scene = draw_scene(random, 3, test=False)
+    question = ask(random, scene)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = prepare_prompt(
+        conversation(scene, question), tokenizer, make_image_processor(), config
+    )
+    with torch.no_grad():
+        expected = (
+            reference(
+                input_ids=torch.tensor(prompt.token_ids[None].astype(np.int64)),
+                pixel_values=torch.tensor(prompt.pixel_values),
+                image_grid_thw=torch.tensor(prompt.grid_thw.astype(np.int64)),
+                mm_token_type_ids=torch.tensor(
+                    (prompt.token_ids == config.image_token_id)[None].astype(np.int64)
+                ),
+            )
+            .logits[0]
+            .numpy()
+        )
+    inputs = prepare_inputs(FAMILIES["qwen2_5_vl"], config, np.float32, prompt, None, "xla", 0)
+    ours = Scoring(Programs(rounded), inputs, "xla").run()
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
