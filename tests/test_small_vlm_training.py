@@ -127,7 +127,8 @@ def test_training_computes_what_inference_computes(module, config, encoder, toke
     if category is not None:
         categories[:] = category
     groups = np.vectorize(lambda value: HeadCategory(value).groups.value)(categories)
-    hidden = training.hidden_states(module, batch, encoder.plans, jnp.asarray(groups))
+    features = training.image_features(module, batch, encoder.plans)
+    hidden = training.hidden_states(module, batch, features, jnp.asarray(groups))
     logits = module.logits(hidden[0][one.answer_rows[:, 0]])
 
     profile = Profile(family="qwen2_5_vl", categories=categories)
@@ -183,7 +184,8 @@ def test_sparse_layers_do_not_look_across_images(module, config, encoder):
     def last_image(pixel_values, sparse_layers):
         groups = training.groups_of_layers(config, sparse_layers)
         changed = batch._replace(pixel_values=pixel_values)
-        hidden = training.hidden_states(module, changed, encoder.plans, jnp.asarray(groups))
+        features = training.image_features(module, changed, encoder.plans)
+        hidden = training.hidden_states(module, changed, features, jnp.asarray(groups))
         rows = batch.image_rows[0, 2]
         return hidden[0, rows[rows < hidden.shape[1]]].sum()
 

@@ -13,6 +13,7 @@ from bsjax.models import FAMILIES
 from bsjax.programs import use_persistent_cache
 
 from .batches import Encoder
+from .curve import plot_curve
 from .export import export
 from .files import make_config, make_image_processor, make_tokenizer
 from .training import ModelStage, Settings, TowerStage, check_settings, run_stage
@@ -53,6 +54,8 @@ def main() -> None:
     stage = ModelStage(module, settings, encoder)
     run_stage(stage, options.folder / "model")
     export(stage.state.parameters, config, options.folder / "checkpoint")
+    plot_curve(options.folder, options.folder / "curve.png")
+    print(options.folder / "checkpoint")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Encoder:
         test: bool = False,
     ) -> Batch:
         """A random batch of scenes, with that many questions about each."""
-        rows = self._rows(images) + questions * QUESTION_ROWS
+        rows = self.shared_rows(images) + questions * QUESTION_ROWS
         encoded = []
         while len(encoded) < prompts:
             scene = draw_scene(random, images, test=test)
@@ -138,7 +138,7 @@ class Encoder:
         return Batch(*(np.stack(parts) for parts in zip(*encoded, strict=True)))
 
     @staticmethod
-    def _rows(images: int) -> int:
+    def shared_rows(images: int) -> int:
         """Rows for images of a little more than the average size."""
         tokens = (np.mean(SIDES) / _UNIT) ** 2
         return 16 * -(-int(3 + images * (3 + 1.12 * tokens)) // 16)

@@ -88,22 +88,28 @@ def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
     return encoder.batch(random, IMAGES_PER_BATCH // images, images, min(2 * images, 12))
 
 
+def image_features(
+    module: Any, batch: Batch, plans: VisionPlan
+) -> Float[Array, "prompts images tokens hidden"]:
+    """The tokens of all images, padded to those of the largest size."""
+    plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
+    run = partial(_run_tower, module.visual)
+    return jax.vmap(jax.vmap(run))(batch.pixel_values, plan_of_image)
+
+
 def hidden_states(
-    module: Any, batch: Batch, plans: VisionPlan, groups: Int[Array, "layers heads_or_1"]
+    module: Any,
+    batch: Batch,
+    features: Float[Array, "prompts images tokens hidden"],
+    groups: Int[Array, "layers heads_or_1"],
 ) -> Float[Array, "prompts rows hidden"]:
     """Hidden states of all rows; `groups` are the key groups that heads keep, or all of a layer."""
-    prompts = batch.token_ids.shape[0]
-    shared = batch.token_ids.shape[1] - batch.tasks.shape[1] * QUESTION_ROWS
-    plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
-    features = jax.vmap(jax.vmap(partial(_run_tower, module.visual)))(
-        batch.pixel_values, plan_of_image
-    )
-
-    embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1))
-    embeddings = embeddings.reshape(*batch.token_ids.shape, -1)
-    of_prompt = jnp.broadcast_to(jnp.arange(prompts)[:, None], (prompts, features[0, ..., 0].size))
-    embeddings = embeddings.at[of_prompt, batch.image_rows.reshape(prompts, -1)].set(
-        features.reshape(prompts, -1, features.shape[-1]), mode="drop"
+    prompts, rows = batch.token_ids.shape
+    shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
+    embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1)).reshape(prompts, rows, -1)
+    image_rows = jnp.asarray(batch.image_rows).reshape(prompts, -1)
+    embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
+        features.reshape(*image_rows.shape, -1), mode="drop"
     )
 
     def run(embeddings: Array, position_ids: Array, info: TokenInfo) -> Array:
@@ -192,22 +198,30 @@ def loss_and_correct(
     module: Any, batch: Batch, plans: VisionPlan, groups: Int[Array, "layers heads_or_1"]
 ) -> tuple[Array, Array]:
     """The loss of a batch, and which answers are right when taken greedily."""
-    hidden = hidden_states(module, batch, plans, groups)
-    logits = _logits_at(module, hidden, batch.answer_rows)
+    hidden = hidden_states(module, batch, image_features(module, batch, plans), groups)
+    logits = logits_at(module, hidden, batch.answer_rows)
     wanted = batch.answers >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))
-    right = (jnp.argmax(logits, axis=-1) == batch.answers) | ~wanted
+    right = right_answers(logits, batch)
     # Ends of answers are learned at once and need no weight of their own.
     is_end = jnp.cumsum(wanted[..., ::-1], axis=-1)[..., ::-1] == 1
     weight = jnp.where(wanted, jnp.where(is_end, 0.1, 1.0), 0.0)
     captions = optax.softmax_cross_entropy_with_integer_labels(
-        _logits_at(module, hidden, batch.caption_rows), batch.captions
+        logits_at(module, hidden, batch.caption_rows), batch.captions
     )
     loss = (losses * weight).sum() / weight.sum() + CAPTION_WEIGHT * captions.mean()
-    return loss, right.all(axis=-1)
+    return loss, right
 
 
-def _logits_at(module: Any, hidden: Array, rows: Array) -> Array:
+def right_answers(
+    logits: Float[Array, "prompts questions answer_tokens vocabulary"], batch: Batch
+) -> Bool[Array, "prompts questions"]:
+    """Which answers come out right when every token is the likeliest one."""
+    right = jnp.argmax(logits, axis=-1) == batch.answers
+    return (right | (batch.answers < 0)).all(axis=-1)
+
+
+def logits_at(module: Any, hidden: Array, rows: Array) -> Array:
     """Logits after some rows of each prompt, shaped as `rows`."""
     flat = rows.reshape(rows.shape[0], -1, 1)
     return module.logits(jnp.take_along_axis(hidden, flat, axis=1).reshape(*rows.shape, -1))

@@ -1,0 +1,307 @@
+"""Accuracy and FLOPs of the small trained model, dense and sparse: makes docs/evaluation.md.
+
+    python -m examples.evaluate [--scenes N] [--hybrid RUN]
+
+On prompts held out from training and profiling, with as many images as were profiled and with more:
+
+- categories at several FLOPs budgets, chosen by the one-shot rule (per-head threshold, by output
+  error and by attention mass) and by refinement end to end;
+- the profile that is shipped;
+- controls, which must lose if this measures anything: the shipped profile's categories dealt to
+  other heads (the same FLOPs), and one category for all heads;
+- with `--hybrid`, a model trained with sparse layers, beside the dense-trained one at its FLOPs.
+
+Writes docs/evaluation.md, docs/evaluation.png and benchmarks/results/evaluation.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int8
+
+import bsjax
+from bsjax.categories import HeadCategory
+from bsjax.profiling import Evaluator, Measurements, measure, refine
+from convert.__main__ import main as convert_main
+
+from .evaluation_report import plot, report
+from .train_small_vlm.conversations import PROFILED_IMAGES, draw_conversations, messages
+from .train_small_vlm.held_out import HeldOut
+from .train_small_vlm.questions import TASKS
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "examples" / "small-qwen2.5-vl"
+PROFILE = "small-qwen2.5-vl"
+BUDGETS = (0.2, 0.3, 0.41, 0.5, 0.55)
+MORE_IMAGES = (9, 10, 11, 12)
+SHUFFLES = 5
+RESAMPLES = 4000
+# Correction in context, beyond which nothing was gained on so small a model.
+REFINING_ROUNDS = 2
+REFINING_MARGIN = 8
+
+Categories = Int8[np.ndarray, "layers heads"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Head categories to be evaluated.
+
+    Attributes:
+      kind: what they are an instance of; lines of the plot, sections of the tables.
+      name: what tells them from others of the kind.
+      categories: of every head.
+    """
+
+    kind: str
+    name: str
+    categories: Categories
+
+
+def one_shot_conditions(measurements: Measurements) -> Iterator[Condition]:
+    """The one-shot rule at all budgets it reaches."""
+    for criterion, kind in (("output_error", "one-shot, error"), ("mass", "one-shot, mass")):
+        for budget in BUDGETS:
+            try:
+                categories = measurements.one_shot(target_reduction=budget, criterion=criterion)
+            except bsjax.ProfileError:
+                continue
+            yield Condition(kind, f"at least {budget:.0%}", categories)
+
+
+def refined_conditions(
+    model: bsjax.LoadedModel, measurements: Measurements, evaluator: Evaluator
+) -> Iterator[Condition]:
+    """Refinement to all budgets it reaches."""
+    for budget in BUDGETS:
+        try:
+            refined = refine(
+                model,
+                measurements,
+                evaluator,
+                target_reduction=budget,
+                rounds=REFINING_ROUNDS,
+                margin=REFINING_MARGIN,
+            )
+        except bsjax.ProfileError:
+            continue
+        yield Condition("refined", f"at least {budget:.0%}", refined.categories)
+
+
+def control_conditions(categories: Categories, seed: int) -> Iterator[Condition]:
+    """The same categories dealt to other heads, and one category for all."""
+    random = np.random.default_rng([seed, 8])
+    for number in range(SHUFFLES):
+        dealt = random.permutation(categories.ravel()).reshape(categories.shape)
+        yield Condition("dealt at random", f"deal {number + 1}", dealt)
+    for category in (
+        HeadCategory.INTRA_IMAGE_SINK,
+        HeadCategory.INTRA_IMAGE,
+        HeadCategory.SINK,
+    ):
+        yield Condition("one for all heads", category.name, np.full_like(categories, category))
+
+
+def evaluate(
+    prompts: HeldOut, conditions: list[Condition], seed: int, baseline: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """One row per condition; changes are from `baseline`, or from the first condition."""
+    rows = []
+    for condition in conditions:
+        start = time.perf_counter()
+        right = prompts.right(condition.categories)
+        baseline = right if baseline is None else baseline
+        rows.append(
+            {
+                "kind": condition.kind,
+                "name": condition.name,
+                "reduction": prompts.reduction(condition.categories),
+                **accuracies(right, baseline, prompts.tasks, seed),
+                "categories": condition.categories.tolist(),
+                "right": ["".join(map(str, scene)) for scene in right.astype(int).tolist()],
+            }
+        )
+        print(
+            f"{condition.kind:18} {condition.name:18} FLOPs -{rows[-1]['reduction']:.1%}  "
+            f"{rows[-1]['accuracy']['all'][0]:.2%}  {rows[-1]['change'][0]:+.2%}  "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    return rows
+
+
+def accuracies(
+    right: np.ndarray, baseline: np.ndarray, tasks: np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Accuracy of all prompts and of each task, and its change, with 95 % confidence intervals.
+
+    Questions about one scene are not independent, so scenes are what is drawn again (bootstrap),
+    and the change is taken prompt by prompt.
+    """
+    random = np.random.default_rng([seed, 9])
+    scenes = len(right)
+    weights = random.multinomial(scenes, np.full(scenes, 1 / scenes), RESAMPLES)
+
+    def interval(values: np.ndarray, counted: np.ndarray) -> list[float]:
+        totals, counts = (values * counted).sum(axis=1), counted.sum(axis=1)
+        drawn = (weights @ totals) / np.maximum(weights @ counts, 1)
+        return [float(totals.sum() / counts.sum()), *np.quantile(drawn, (0.025, 0.975)).tolist()]
+
+    everything = np.ones_like(tasks, bool)
+    chosen = {"all": everything} | {name: tasks == i for i, name in enumerate(TASKS)}
+    return {
+        "accuracy": {name: interval(right.astype(float), which) for name, which in chosen.items()},
+        "change": interval(right.astype(float) - baseline, everything),
+    }
+
+
+def converted(source: Path, folder: Path) -> bsjax.LoadedModel:
+    """The checkpoint, converted to a temporary folder and loaded."""
+    destination = folder / source.name
+    if convert_main([str(source), str(destination), "--quiet"]) != 0:
+        raise SystemExit(f"error: {source} could not be converted.")
+    return bsjax.load(destination)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--profile", default=PROFILE, help="default: the shipped one")
+    parser.add_argument("--scenes", type=int, default=300, help="of each set; six prompts a scene")
+    parser.add_argument("--calibration", type=int, default=48, help="prompts to choose heads with")
+    parser.add_argument("--hybrid", type=Path, help="folder of a training run with sparse layers")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        results = run(options, Path(temporary))
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / "evaluation.json"
+    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    options.output.mkdir(parents=True, exist_ok=True)
+    picture = options.output / "evaluation.png"
+    plot(results, picture)
+    page = options.output / "evaluation.md"
+    page.write_text(report(results, picture.name), encoding="utf-8")
+    print(f"{page}\n{picture}\n{path}")
+
+
+def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
+    """Chooses categories, evaluates them, and returns all that was measured."""
+    model = converted(options.checkpoint, temporary)
+    shipped = bsjax.Profile.resolve(options.profile, model)
+    assert shipped is not None
+    drawn = draw_conversations(options.calibration, seed=options.seed + 1)
+    samples = [messages(scene, question) for scene, question in drawn]
+    measurements = measure(model, samples, sinks=shipped.sinks)
+    evaluator = Evaluator(model, samples, answer_tokens=2, sinks=shipped.sinks)
+
+    dense = Condition("dense", "", np.zeros_like(shipped.categories))
+    conditions = [
+        dense,
+        Condition("shipped profile", options.profile, shipped.categories),
+        *one_shot_conditions(measurements),
+        *refined_conditions(model, measurements, evaluator),
+        *control_conditions(shipped.categories, options.seed),
+    ]
+    hybrid = None
+    if options.hybrid is not None:
+        hybrid = Hybrid.of(options.hybrid, temporary)
+        saved = measurements.reduction(hybrid.categories)
+        equal = refine(model, measurements, evaluator, target_reduction=saved)
+        conditions.append(Condition("at the hybrid's FLOPs", "refined", equal.categories))
+
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "bsjax": bsjax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "checkpoint_fingerprint": model.fingerprint,
+        "calibration_prompts": options.calibration,
+        "hybrid": None if hybrid is None else hybrid.description,
+        "sets": {},
+    }
+    for name, images in {"as profiled": PROFILED_IMAGES, "more images": MORE_IMAGES}.items():
+        drawn_alike = partial(HeldOut, scenes=options.scenes, images=images, seed=options.seed)
+        prompts = drawn_alike(model, sinks=shipped.sinks)
+        print(f"\n{name}: {prompts.tasks.size} prompts of {images} images", flush=True)
+        rows = evaluate(prompts, conditions, options.seed)
+        if hybrid is not None:
+            trained = Condition("hybrid", hybrid.name, hybrid.categories)
+            rows += evaluate(
+                drawn_alike(hybrid.model, sinks=hybrid.sinks),
+                [trained],
+                options.seed,
+                prompts.right(dense.categories),
+            )
+        results["sets"][name] = {
+            "images": list(images),
+            "prompts": int(prompts.tasks.size),
+            "tasks": prompts.tasks.tolist(),
+            "rows": rows,
+        }
+    return results
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A model some of whose layers were INTRA_IMAGE_SINK from the first training step on."""
+
+    model: bsjax.LoadedModel
+    categories: Categories
+    sinks: bsjax.Sinks
+    sparse_layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, run: Path, temporary: Path) -> "Hybrid":
+        """The result of a training run, which knows its own sparse layers."""
+        settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        layers = tuple(settings["sparse_layers"])
+        if not layers:
+            raise SystemExit(f"error: {run} was trained without sparse layers.")
+        folder = temporary / "hybrid"
+        folder.mkdir()
+        model = converted(run / "checkpoint", folder)
+        text = model.config.get_text_config()
+        categories = np.zeros((text.num_hidden_layers, text.num_attention_heads), np.int8)
+        categories[list(layers)] = HeadCategory.INTRA_IMAGE_SINK
+        # The sinks it was trained with are the first tokens of images.
+        return cls(model, categories, bsjax.Sinks(), layers)
+
+    @property
+    def name(self) -> str:
+        """Its sparse layers, in words."""
+        return f"layers {', '.join(map(str, self.sparse_layers))}"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the results say of it."""
+        return {
+            "sparse_layers": list(self.sparse_layers),
+            "checkpoint_fingerprint": self.model.fingerprint,
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The page and the picture that `examples.evaluate` makes from its results."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .train_small_vlm.questions import TASKS
+
+Row = dict[str, Any]
+
+LINES = {
+    "refined": ("tab:blue", "o"),
+    "one-shot, error": ("tab:orange", "s"),
+    "one-shot, mass": ("tab:green", "^"),
+}
+POINTS = {
+    "shipped profile": ("tab:blue", "*"),
+    "dealt at random": ("tab:red", "x"),
+    "one for all heads": ("tab:purple", "D"),
+    "hybrid": ("tab:brown", "P"),
+}
+
+
+def report(results: dict[str, Any], picture: str) -> str:
+    """The Markdown page."""
+    parts = [_INTRODUCTION.format(picture=picture, **results)]
+    for name, one_set in results["sets"].items():
+        images = ", ".join(map(str, one_set["images"]))
+        parts.append(f"## {_TITLES[name]}\n\n{one_set['prompts']} prompts of {images} images.\n")
+        parts.append(_table(one_set["rows"]))
+        parts.append("Accuracy by task:\n")
+        parts.append(_task_table(one_set["rows"]))
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts.append(
+        f"Made on {results['date']} by `python -m examples.evaluate` in "
+        f"{results['seconds'] / 60:.0f} minutes on {results['machine']} ({results['device']}); "
+        f"{versions}. Every answer of every prompt is in `benchmarks/results/evaluation.json`.\n"
+    )
+    return "\n".join(parts)
+
+
+_TITLES = {
+    "as profiled": "As many images as were profiled",
+    "more images": "More images than were profiled",
+}
+
+_INTRODUCTION = """\
+# Accuracy of the small trained model, dense and sparse
+
+The Qwen2.5-VL in `examples/small-qwen2.5-vl`, whose training `examples/train_small_vlm` is, answers
+questions about scenes with handwritten digits that neither training nor profiling has seen. An
+answer counts when all of it is right. *FLOPs saved* are attention FLOPs of prefill, over all layers
+and heads and these prompts, text queries included. *Change* is from dense, prompt by prompt.
+Intervals are of 95 %, from drawing scenes again (questions about one scene are not independent).
+
+- **dense**: every head sees everything.
+- **shipped profile**: `profiles/`; made from other prompts, of 4 to 8 images.
+- **one-shot**: every head takes the cheapest category within one threshold for all, on the error of
+  its output or on the attention mass dropped; the threshold is the least that saves the FLOPs.
+- **refined**: heads chosen by measured damage to the answer per FLOP, and corrected in context.
+  Both are made from {calibration_prompts} prompts of 4 to 8 images with training digits.
+- **dealt at random**: the shipped profile's categories, dealt to other heads: the same FLOPs.
+- **one for all heads**: the same category everywhere.
+- **hybrid**: a model trained with some layers INTRA_IMAGE_SINK from the first step on, beside the
+  dense-trained model refined to its FLOPs.
+
+![Accuracy against FLOPs saved]({picture})
+"""
+
+
+def _table(rows: Iterable[Row]) -> str:
+    lines = [
+        "| categories | | FLOPs saved | accuracy | change in points |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share, low, high = (100 * value for value in row["accuracy"]["all"])
+        change, least, most = (100 * value for value in row["change"])
+        compared = "" if row["kind"] == "dense" else f"{change:+.2f} ({least:+.2f} to {most:+.2f})"
+        lines.append(
+            f"| {row['kind']} | {row['name']} | {row['reduction']:.1%} "
+            f"| {share:.2f} % ({low:.2f} to {high:.2f}) | {compared} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _task_table(rows: Iterable[Row]) -> str:
+    lines = [
+        f"| categories | | {' | '.join(TASKS)} |",
+        f"|---|---|{'---|' * len(TASKS)}",
+    ]
+    for row in rows:
+        cells = []
+        for task in TASKS:
+            share, low, high = (100 * value for value in row["accuracy"][task])
+            cells.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {row['kind']} | {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws accuracy against FLOPs saved, one panel for each set of prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(results["sets"]), sharey=True)
+    for panel, (name, one_set) in zip(panels, results["sets"].items(), strict=True):
+        rows = one_set["rows"]
+        dense = next(row for row in rows if row["kind"] == "dense")["accuracy"]["all"]
+        panel.axhline(100 * dense[0], color="grey", linewidth=1, label="dense")
+        panel.axhspan(100 * dense[0] - 0.5, 100 * dense[0] + 0.5, color="grey", alpha=0.2)
+        for kind, (colour, marker) in {**LINES, **POINTS}.items():
+            chosen = sorted(
+                (row for row in rows if row["kind"] == kind), key=lambda row: row["reduction"]
+            )
+            if not chosen:
+                continue
+            saved = [100 * row["reduction"] for row in chosen]
+            share = [100 * row["accuracy"]["all"][0] for row in chosen]
+            errors = [
+                [100 * (row["accuracy"]["all"][0] - row["accuracy"]["all"][1]) for row in chosen],
+                [100 * (row["accuracy"]["all"][2] - row["accuracy"]["all"][0]) for row in chosen],
+            ]
+            panel.errorbar(
+                saved,
+                share,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                markersize=10 if marker == "*" else 6,
+                linestyle="-" if kind in LINES else "none",
+                linewidth=1.2,
+                elinewidth=0.8,
+                capsize=2,
+                label=kind,
+            )
+            if kind == "one for all heads":
+                for row, x, y in zip(chosen, saved, share, strict=True):
+                    panel.annotate(
+                        row["name"].lower(), (x, y), (5, 4), textcoords="offset points", fontsize=7
+                    )
+        panel.set_title(f"{_TITLES[name]} ({one_set['prompts']} prompts)", fontsize=10)
+        panel.set_xlabel("attention FLOPs of prefill saved, %")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("right answers, %")
+    panels[0].legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,139 @@
+"""Held-out prompts, and which of them the model answers right under any head categories."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Int64
+
+from bsjax.categories import HeadCategory
+from bsjax.checkpoint import LoadedModel
+from bsjax.schedule import visible_pairs
+from bsjax.template import Sinks, Template
+
+from .batches import QUESTION_ROWS, Batch, Encoder
+from .questions import TASKS, ask
+from .scenes import draw_scene
+from .training import hidden_states, image_features, logits_at, right_answers
+
+_SCENES_PER_BATCH = 16
+
+
+class _Group(NamedTuple):
+    """A batch of scenes with equally many images, and their image features."""
+
+    batch: Batch
+    features: Float[Array, "scenes images tokens hidden"]
+
+
+class HeldOut:
+    """Scenes with test digits, and one question of every task about each.
+
+    A question and its scene are one prompt: questions do not see each other. What is computed for a
+    prompt is what `bsjax.generate` computes, with the whole score matrix instead of blocks.
+
+    Attributes:
+      tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
+    """
+
+    def __init__(
+        self, model: LoadedModel, *, scenes: int, images: Sequence[int], sinks: Sinks, seed: int
+    ) -> None:
+        """Draws the prompts and encodes their images.
+
+        Args:
+          model: a converted checkpoint of the training, from `bsjax.load`.
+          scenes: how many; the number of images goes round through `images`.
+          images: numbers of images.
+          sinks: which tokens of an image are sinks.
+          seed: what everything is drawn with.
+        """
+        processor = model.image_processor
+        encoder = Encoder(model.config, model.tokenizer, processor.image_mean, processor.image_std)
+        graph, self._parameters = nnx.split(model.module)
+        plans = encoder.plans
+
+        @jax.jit
+        def encode(parameters: Any, batch: Batch) -> Array:
+            return image_features(nnx.merge(graph, parameters), batch, plans)
+
+        @jax.jit
+        def answer(parameters: Any, group: _Group, groups: Array) -> Array:
+            module = nnx.merge(graph, parameters)
+            hidden = hidden_states(module, group.batch, group.features, groups)
+            return right_answers(logits_at(module, hidden, group.batch.answer_rows), group.batch)
+
+        self._answer = answer
+        self._groups = []
+        for number, count in enumerate(images):
+            of_count = len(range(number, scenes, len(images)))
+            random = np.random.default_rng([seed, 6, count])
+            for first in range(0, of_count, _SCENES_PER_BATCH):
+                drawn = [
+                    _draw(encoder, random, count)
+                    for _ in range(min(_SCENES_PER_BATCH, of_count - first))
+                ]
+                batch = Batch(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
+                batch = batch._replace(sink=_sinks(batch.image, sinks))
+                self._groups.append(_Group(batch, encode(self._parameters, batch)))
+        self.tasks: Int32[np.ndarray, "scenes questions"] = np.concatenate(
+            [group.batch.tasks for group in self._groups]
+        )
+        self.pairs = np.concatenate([_pairs(group.batch) for group in self._groups])
+
+    def right(
+        self, categories: Int8[np.ndarray, "layers heads"]
+    ) -> Bool[np.ndarray, "scenes questions"]:
+        """Which prompts are answered right, token by token the likeliest, with these categories."""
+        bits = np.asarray([category.groups.value for category in HeadCategory], np.int32)
+        answers = partial(self._answer, self._parameters)
+        groups = jnp.asarray(bits[categories])
+        return np.concatenate([np.asarray(answers(group, groups)) for group in self._groups])
+
+    def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
+        """The share of prefill's attention FLOPs that the categories save, over all prompts."""
+        pairs = self.pairs.sum(axis=(0, 1))
+        return float(1 - pairs[categories].mean() / pairs[HeadCategory.DENSE])
+
+
+def _draw(encoder: Encoder, random: np.random.Generator, images: int) -> Batch:
+    rows = encoder.shared_rows(images) + len(TASKS) * QUESTION_ROWS
+    while True:
+        scene = draw_scene(random, images, test=True)
+        encoded = encoder.encode(scene, [ask(random, scene, task) for task in TASKS], rows)
+        if encoded is not None:
+            return encoded
+
+
+def _sinks(
+    image: Int[np.ndarray, "prompts rows"], sinks: Sinks
+) -> Bool[np.ndarray, "prompts rows"]:
+    """Which rows are sinks."""
+    sink = np.zeros(image.shape, bool)
+    for prompt, numbers in enumerate(image):
+        for number in range(numbers.max() + 1):
+            rows = np.flatnonzero(numbers == number)
+            sink[prompt, rows] = sinks.of_image(rows.size)
+    return sink
+
+
+def _pairs(batch: Batch) -> Int64[np.ndarray, "prompts questions categories"]:
+    """Visible pairs of one head in the prefill of every prompt, by `HeadCategory`."""
+    shared = batch.order.shape[1] - batch.tasks.shape[1] * QUESTION_ROWS
+    result = np.zeros((*batch.tasks.shape, len(HeadCategory)), np.int64)
+    for prompt, question in np.ndindex(batch.tasks.shape):
+        length = int((batch.order[prompt, :shared] >= 0).sum())
+        start = shared + question * QUESTION_ROWS
+        asked = int(batch.answer_rows[prompt, question, 0]) + 1 - start
+        text = np.full(asked, -1, np.int32)
+        template = Template(
+            np.concatenate([batch.image[prompt, :length], text]),
+            np.concatenate([batch.sink[prompt, :length], np.zeros(asked, bool)]),
+        )
+        for category in HeadCategory:
+            result[prompt, question, category] = visible_pairs(template, category.groups)
+    return result
