@@ -1,8 +1,12 @@
-# make demo   the main job on the small checkpoint in examples/ and two photographs
+# make demo   the main job on the small trained checkpoint in examples/: questions, dense and sparse
 # make test   the test suite          make lint   ruff and pyright
 # make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+#
+# make train     trains the small checkpoint from scratch, or goes on with it (TRAIN_OPTIONS)
+# make profile   finds the categories of its heads, as profiles/ has them
+# make evaluate  its accuracy, dense and sparse, on prompts held out: docs/evaluation.md
 #
 # make gpu-check   the GPU kernels on the GPU at hand: right, and how fast. Makes nothing: PYTHON is
 #                  any interpreter with a CUDA JAX and NumPy.
@@ -19,10 +23,10 @@ TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench gpu-check clean
+.PHONY: demo test lint bench train profile evaluate gpu-check clean
 
 demo: $(VENV)/.installed-demo
-	$(VENV_PYTHON) examples/demo.py
+	$(VENV_PYTHON) -m examples.demo
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest
@@ -36,6 +40,21 @@ lint: $(VENV)/.installed-test
 bench: export JAX_PLATFORMS =
 bench: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m benchmarks.attention $(BENCH_OPTIONS)
+
+train: $(VENV)/.installed-train
+	$(VENV_PYTHON) -m examples.train_small_vlm build/train $(TRAIN_OPTIONS)
+
+# What the profile that is shipped was made with.
+PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2
+profile: $(VENV)/.installed-train
+	rm -rf build/profile
+	$(VENV_PYTHON) -m convert examples/small-qwen2.5-vl build/profile/small-qwen2.5-vl --quiet
+	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128
+	$(VENV_PYTHON) -m bsjax profile build/profile/small-qwen2.5-vl \
+	  build/profile/samples/samples.jsonl --output profiles/small-qwen2.5-vl.json $(PROFILE_OPTIONS)
+
+evaluate: $(VENV)/.installed-train
+	$(VENV_PYTHON) -m examples.evaluate $(EVALUATE_OPTIONS)
 
 gpu-check: export JAX_PLATFORMS =
 gpu-check:
