@@ -42,3 +42,20 @@ def tiny_model(tiny_checkpoint):
     import bsjax
 
     return bsjax.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small_source() -> Path:
+    """The trained checkpoint that comes with the examples, as transformers reads it."""
+    return Path(__file__).parent.parent / "examples" / "small-qwen2.5-vl"
+
+
+@pytest.fixture(scope="session")
+def small_model(small_source, tmp_path_factory):
+    """The trained checkpoint, converted and loaded in float32."""
+    import bsjax
+    import convert.__main__
+
+    folder = tmp_path_factory.mktemp("converted") / "small"
+    assert convert.__main__.main([str(small_source), str(folder), "--quiet"]) == 0
+    return bsjax.load(folder)

@@ -38,6 +38,9 @@ class HeldOut:
 
     Attributes:
       tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
+      pairs: pairs that one head sees in every prompt, by `HeadCategory`, int64 [scenes, questions,
+        categories].
+      encoder: what made the batches.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class HeldOut:
           seed: what everything is drawn with.
         """
         processor = model.image_processor
-        encoder = Encoder(model.config, model.tokenizer, processor.image_mean, processor.image_std)
+        self.encoder = encoder = Encoder(
+            model.config, model.tokenizer, processor.image_mean, processor.image_std
+        )
         graph, self._parameters = nnx.split(model.module)
         plans = encoder.plans
 

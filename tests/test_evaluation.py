@@ -1,0 +1,144 @@
+"""The evaluation measures what generation does, and says how sure it is."""
+
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax.categories import HeadCategory
+from bsjax.profile_file import Profile
+from examples.evaluate import Condition, accuracies, control_conditions, evaluate
+from examples.evaluation_report import plot, report
+from examples.train_small_vlm.batches import QUESTION_ROWS
+from examples.train_small_vlm.conversations import draw_conversations, messages, write_samples
+from examples.train_small_vlm.held_out import HeldOut
+from examples.train_small_vlm.questions import TASKS, Question
+from examples.train_small_vlm.scenes import CONTENTS, Picture, Scene
+
+
+@pytest.fixture(scope="module")
+def prompts(small_model):
+    sinks = bsjax.Sinks(first=1, offsets=(2,))
+    return HeldOut(small_model, scenes=3, images=(3, 5), sinks=sinks, seed=5)
+
+
+def generated(model, prompts, categories):
+    """Which prompts `bsjax.generate` answers right; prompts are read back from the batches."""
+    profile = Profile(
+        family="qwen2_5_vl", categories=categories, sinks=bsjax.Sinks(first=1, offsets=(2,))
+    )
+    mean, std = (np.asarray(getattr(model.image_processor, f"image_{n}")) for n in ("mean", "std"))
+    right, saved = [], []
+    for group in prompts._groups:
+        batch = group.batch
+        shared = batch.order.shape[1] - len(TASKS) * QUESTION_ROWS
+        for scene in range(len(batch.tasks)):
+            pictures = []
+            for values, size in zip(
+                batch.pixel_values[scene], batch.size_class[scene], strict=True
+            ):
+                height, width = prompts.encoder.sizes[size]
+                blocks = values[: height * width // 16].reshape(
+                    height // 8, width // 8, 2, 2, 3, 2, 4, 4
+                )[..., 0, :, :]
+                pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height, width, 3)
+                pixels = np.round((pixels * std + mean) * 255).astype(np.uint8)
+                pictures.append(Picture(CONTENTS[0], "red", pixels))
+            for question in range(len(TASKS)):
+                start = shared + question * QUESTION_ROWS
+                end = batch.answer_rows[scene, question, 0] - 4
+                text = model.tokenizer.decode(batch.token_ids[scene, start:end])
+                wanted = batch.answers[scene, question]
+                result = bsjax.generate(
+                    model,
+                    messages(Scene(tuple(pictures)), Question("", text, "")),
+                    profile=profile,
+                    max_new_tokens=3,
+                )
+                right.append(list(result.token_ids) == wanted[wanted >= 0].tolist())
+                stats = result.stats
+                saved.append((stats.attention_flops_dense, stats.attention_flops_sparse))
+    dense, sparse = np.sum(saved, axis=0)
+    return np.reshape(right, (-1, len(TASKS))), 1 - sparse / dense
+
+
+def test_prompts_are_answered_as_generate_answers_them(small_model, prompts):
+    layers, heads = 5, 6
+    categories = np.random.default_rng(0).integers(0, 4, (layers, heads)).astype(np.int8)
+    expected, saved = generated(small_model, prompts, categories)
+    np.testing.assert_array_equal(prompts.right(categories), expected)
+    assert prompts.reduction(categories) == pytest.approx(saved, abs=1e-9)
+    assert 0 < expected.mean() < 1
+
+
+def test_controls_take_what_the_profile_takes():
+    random = np.random.default_rng(1)
+    categories = random.integers(0, 4, (5, 6)).astype(np.int8)
+    controls = list(control_conditions(categories, seed=0))
+    dealt = [control for control in controls if control.kind == "dealt at random"]
+    assert len({control.categories.tobytes() for control in dealt}) == len(dealt) > 1
+    for control in dealt:
+        np.testing.assert_array_equal(
+            np.bincount(control.categories.ravel()), np.bincount(categories.ravel())
+        )
+    uniform = {int(c.categories.max()) for c in controls if c.kind == "one for all heads"}
+    assert uniform == {HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random = np.random.default_rng(2)
+    tasks = np.tile(np.arange(len(TASKS)), (150, 1))
+    held = changed = 0
+    for trial in range(60):
+        # Questions about one scene share its difficulty.
+        easy = random.uniform(0.6, 1.0, (150, 1))
+        baseline = random.random(tasks.shape) < easy
+        right = baseline ^ (random.random(tasks.shape) < 0.05)
+        found = accuracies(right, baseline, tasks, trial)
+        low, high = found["accuracy"]["all"][1:]
+        truth = 0.8 - 0.05 * 0.8 + 0.05 * 0.2
+        held += low <= truth <= high
+        low, high = found["change"][1:]
+        changed += low <= truth - 0.8 <= high
+    # 95 % of 60 are 57; fewer than 51 happens once in 500.
+    assert held > 50 and changed > 50
+
+
+def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
+    layers, heads = 5, 6
+    conditions = [
+        Condition("dense", "", np.zeros((layers, heads), np.int8)),
+        Condition("refined", "at least 40%", np.full((layers, heads), 2, np.int8)),
+        *control_conditions(np.eye(layers, heads, dtype=np.int8), 0),
+    ]
+    rows = evaluate(prompts, conditions, 0)
+    assert rows[0]["reduction"] == 0 and rows[0]["change"] == [0, 0, 0]
+    assert rows[1]["reduction"] > 0.3
+    one_set = {"images": [3, 5], "prompts": 18, "tasks": prompts.tasks.tolist(), "rows": rows}
+    results = {
+        "date": "2026-01-01",
+        "device": "cpu",
+        "machine": "x",
+        "versions": {"jax": "0"},
+        "calibration_prompts": 4,
+        "hybrid": None,
+        "seconds": 60.0,
+        "sets": {"as profiled": one_set, "more images": one_set},
+    }
+    page = report(results, "picture.png")
+    for row in rows:
+        assert page.count(f"| {row['kind']} | {row['name']} |") == 4
+    plot(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_samples_are_files_that_profiling_reads(tmp_path):
+    from bsjax.samples import read_samples
+
+    drawn = draw_conversations(5, seed=3)
+    path = write_samples(tmp_path / "samples", drawn)
+    samples, _ = read_samples(path)
+    assert len(samples) == 5
+    for (scene, question), sample in zip(drawn, samples, strict=True):
+        content = sample[0]["content"]
+        assert content[-1]["text"] == question.text
+        assert len(content) == len(scene.pictures) + 1
