@@ -43,11 +43,13 @@ class Prompt:
     """Tokens of each image, in prompt order."""
 
 
-class _ImageItem(NamedTuple):
+class ImagePart(NamedTuple):
     """One image of the messages, not read yet."""
 
     where: str
+    """Its place in the messages, for error messages."""
     key: str
+    """What it stands under: "image", "url", "path", "base64" or "image_url"."""
     source: Any
     min_pixels: int | None
     max_pixels: int | None
@@ -100,7 +102,31 @@ def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: 
     )
 
 
-def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem]]:
+def image_parts(messages: Any) -> list[ImagePart]:
+    """The images of a conversation, in order, none of them read; checks the messages' form.
+
+    Raises:
+      MessageError: no messages, or messages of another form than `prepare_prompt` takes.
+    """
+    return _read_messages(messages)[1]
+
+
+def image_file(key: str, source: Any) -> Path | None:
+    """The local file that an image is read from; None when it is a URL, data or an object."""
+    if key == "base64" or not isinstance(source, str | PathLike):
+        return None
+    text = str(source)
+    if text.startswith("file://"):
+        return Path(url2pathname(urlparse(text).path))
+    if key != "path" and text.startswith(("http://", "https://", "data:")):
+        return None
+    # Under "image", long text that names no file is base64 data.
+    if key == "image" and len(text) >= _SHOWN_CHARACTERS and not _is_file(text):
+        return None
+    return Path(text)
+
+
+def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]:
     """Splits messages into what the chat template needs to see and the images."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise MessageError(
@@ -110,7 +136,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem
     if not messages:
         raise MessageError("The list of messages is empty: give at least one user message.")
     template_messages: list[dict[str, Any]] = []
-    items: list[_ImageItem] = []
+    items: list[ImagePart] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
@@ -126,7 +152,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem
             parts = []
             for index, part in enumerate(content):
                 for item in _read_part(part, f"{where}['content'][{index}]"):
-                    if isinstance(item, _ImageItem):
+                    if isinstance(item, ImagePart):
                         items.append(item)
                         parts.append({"type": "image"})
                     else:
@@ -141,7 +167,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem
     return template_messages, items
 
 
-def _read_part(part: Any, where: str) -> Iterator[_ImageItem | str]:
+def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
     """Reads one entry of a content list."""
     if isinstance(part, str):
         yield part
@@ -167,7 +193,7 @@ def _read_part(part: Any, where: str) -> Iterator[_ImageItem | str]:
         )
 
 
-def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
+def _read_image_part(part: dict[str, Any], where: str) -> ImagePart:
     keys = [key for key in _SOURCE_KEYS if key in part]
     if not keys:
         raise MessageError(
@@ -187,7 +213,7 @@ def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
     minimum, maximum = bounds
     if minimum is not None and maximum is not None and minimum > maximum:
         raise MessageError(f"{where}: min_pixels ({minimum}) is above max_pixels ({maximum}).")
-    return _ImageItem(where, key, source, minimum, maximum)
+    return ImagePart(where, key, source, minimum, maximum)
 
 
 def _read_pixel_bound(value: Any, name: str, where: str) -> int | None:
@@ -248,7 +274,7 @@ def _check_placeholders(
 
 
 def _process_image(
-    item: _ImageItem, label: str, image_processor: Any
+    item: ImagePart, label: str, image_processor: Any
 ) -> tuple[Float32[np.ndarray, "patches patch_values"], Int64[np.ndarray, "1 3"]]:
     """Reads one image and cuts it into patches; one at a time, so that an error can name it."""
     options = {}
