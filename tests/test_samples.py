@@ -23,12 +23,17 @@ from bsjax.samples.content import interleave
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
     """No test asks the hub, and none writes to the user's cache of data sets."""
+    import datasets
+    import huggingface_hub
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_DATASETS_OFFLINE", "1")
-        patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hugging_face")))
+        # Both libraries read their environment when they are imported, which was long ago.
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("data_sets"))
+        datasets.disable_progress_bars()
         yield
+        datasets.enable_progress_bars()
 
 
 def picture(index: int) -> Image.Image:
