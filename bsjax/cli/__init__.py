@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      The exit status: 0 done, 1 two profiles differ, 2 bad input (one line on stderr says what), 130
-      interrupted.
+      The exit status: 0 done, 1 two profiles differ, 2 bad input (one line on stderr says what),
+      130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(profile.with_run(given))

@@ -71,8 +71,8 @@ def _add_run(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="measure a checkpoint on samples and write its profile",
-        description="Runs a checkpoint over samples, measures what the attention of each head needs "
-        "to see, gives each head a category and writes the profile.",
+        description="Runs a checkpoint over samples, measures what the attention of each head "
+        "needs to see, gives each head a category and writes the profile.",
         epilog=_RUN_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
