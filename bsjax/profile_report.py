@@ -1,6 +1,6 @@
 """Profiles in words and tables, for a terminal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from rich import box
@@ -12,6 +12,8 @@ from bsjax.categories import HeadCategory
 from bsjax.profile_diff import Difference
 from bsjax.profile_file import Profile
 from bsjax.profile_format import LETTERS
+
+_STRONGEST_OFFSETS = 6
 
 LETTER_OF = {category: letter for letter, category in LETTERS.items()}
 _STYLES = {
@@ -26,8 +28,7 @@ def print_summary(profile: Profile) -> None:
     """Prints what a profile comes to: heads per category, FLOPs, the check from end to end."""
     console = _console()
     console.print(_counts(profile))
-    for line in _outcome(profile):
-        console.print(line, soft_wrap=True)
+    console.print(_figures_table(profile))
 
 
 def print_profile(profile: Profile, name: str) -> None:
@@ -48,7 +49,9 @@ def print_profile(profile: Profile, name: str) -> None:
     console.print(_counts(profile))
     if profile.statistics:
         console.print(_statistics(profile))
-    for line in _outcome(profile):
+    if _figures(profile):
+        console.print(_figures_table(profile))
+    for line in _sink_lines(profile):
         console.print(line, soft_wrap=True)
 
 
@@ -81,19 +84,8 @@ def print_difference(difference: Difference, first: str, second: str) -> None:
     for side, names in (("A", difference.only_first), ("B", difference.only_second)):
         if names:
             console.print(f"Only {side} has {', '.join(names)}.", soft_wrap=True)
-    numbers = _number_table(
-        ("", "A", "B"), _outcome_numbers(difference.first), _outcome_numbers(difference.second)
-    )
-    if numbers.row_count:
-        console.print(numbers)
-
-
-def flops_share(profile: Profile) -> float | None:
-    """Attention FLOPs over dense attention's on the samples; None where it was not measured."""
-    flops = getattr(profile, "attention_flops", None)
-    if not flops or not flops.get("dense"):
-        return None
-    return flops["sparse"] / flops["dense"]
+    if _figures(difference.first) or _figures(difference.second):
+        console.print(_figures_change(difference))
 
 
 def _console() -> Console:
@@ -110,7 +102,8 @@ def _settings(profile: Profile) -> dict[str, str]:
         "checkpoint": profile.fingerprint or "any of that shape",
         "criterion": profile.criterion + (f" ({thresholds})" if thresholds else ""),
         "samples": (
-            f"{profile.sample_count}, {profile.sample_source}"
+            f"{profile.sample_count}, and {profile.held_out_count} held out: "
+            f"{profile.sample_source or 'source not told'}"
             if profile.from_data
             else profile.sample_source or "none"
         ),
@@ -156,10 +149,7 @@ def _counts(profile: Profile) -> Table:
 
 def _statistics(profile: Profile) -> Table:
     """Each statistic over all heads, and its mean over the heads of each category."""
-    table = Table(
-        title="statistics", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("", no_wrap=True)
+    table = _plain_table("statistics")
     present = [category for category in LETTERS.values() if (profile.categories == category).any()]
     for column in ("median", "mean", "most"):
         table.add_column(column, justify="right")
@@ -173,40 +163,50 @@ def _statistics(profile: Profile) -> Table:
     return table
 
 
-def _outcome(profile: Profile) -> Iterable[Text]:
-    """FLOPs, refinement, sinks and the check from end to end, one line each."""
-    share = flops_share(profile)
-    if share is not None:
-        yield Text(f"attention FLOPs on the samples: {1 - share:.1%} less than dense attention")
-    yield from _named("refinement", getattr(profile, "refinement", None))
-    if profile.end_to_end is None:
-        yield Text("Not checked from end to end.")
-    else:
-        yield from _named("end to end, on held-out samples", profile.end_to_end)
+def _sink_lines(profile: Profile) -> Iterable[Text]:
+    """How sinks were found, and the places of an image that draw most."""
+    discovery = profile.sink_discovery
+    if discovery is None:
+        return
+    curve = np.asarray(discovery["mass_by_offset"], np.float64)
+    strongest = np.argsort(-curve, kind="stable")[:_STRONGEST_OFFSETS].tolist()
+    listed = ", ".join(f"{offset} ({_short(float(curve[offset]))})" for offset in strongest)
+    yield Text(f"sinks were looked for: {discovery['rule']}")
+    yield Text(f"tokens of an image that draw most from other images' queries: {listed}")
 
 
-def _named(title: str, numbers: Mapping[str, float] | None) -> Iterable[Text]:
-    if numbers:
-        yield Text(f"{title}: " + ", ".join(f"{key} {_short(n)}" for key, n in numbers.items()))
+def _figures(profile: Profile) -> dict[str, float]:
+    """Single numbers, by name: FLOPs, refinement, the check from end to end."""
+    figures = {}
+    for title, numbers in (
+        ("attention FLOPs", profile.attention_flops),
+        ("refinement", profile.refinement),
+        ("held out", profile.end_to_end),
+    ):
+        for name, value in (numbers or {}).items():
+            figures[f"{title}: {name.replace('_', ' ')}"] = value
+    return figures
 
 
-def _outcome_numbers(profile: Profile) -> dict[str, float]:
-    share = flops_share(profile)
-    numbers = {} if share is None else {"attention FLOPs over dense": share}
-    return numbers | dict(profile.end_to_end or {})
+def _figures_table(profile: Profile) -> Table:
+    table = _plain_table("")
+    table.show_header = False
+    table.add_column("", justify="right")
+    for name, value in _figures(profile).items():
+        table.add_row(name, _short(value))
+    return table
 
 
-def _number_table(
-    columns: tuple[str, ...], first: Mapping[str, float], second: Mapping[str, float]
-) -> Table:
-    table = Table()
-    for index, column in enumerate((*columns, "change")):
-        table.add_column(column, justify="right" if index else "left")
+def _figures_change(difference: Difference) -> Table:
+    table = _plain_table("")
+    for column in ("A", "B", "change"):
+        table.add_column(column, justify="right")
+    first, second = _figures(difference.first), _figures(difference.second)
     for name in [*first, *(name for name in second if name not in first)]:
-        values = (first.get(name), second.get(name))
-        shown = ["" if value is None else _short(value) for value in values]
-        known = values[0] is not None and values[1] is not None
-        table.add_row(name, *shown, f"{values[1] - values[0]:+.3g}" if known else "")
+        ours, theirs = first.get(name), second.get(name)
+        change = f"{theirs - ours:+.3g}" if ours is not None and theirs is not None else ""
+        shown = ("" if value is None else _short(value) for value in (ours, theirs))
+        table.add_row(name, *shown, change)
     return table
 
 
@@ -243,9 +243,9 @@ def _changed_heads(difference: Difference) -> Iterable[Text]:
 
 
 def _statistic_changes(difference: Difference) -> Table:
-    table = Table(title="statistics", title_justify="left")
-    for index, column in enumerate(("", "mean A", "mean B", "largest change", "at")):
-        table.add_column(column, justify="right" if index else "left")
+    table = _plain_table("statistics")
+    for column in ("mean A", "mean B", "largest change", "at"):
+        table.add_column(column, justify="right")
     for change in difference.statistics:
         table.add_row(
             change.name,
@@ -257,9 +257,20 @@ def _statistic_changes(difference: Difference) -> Table:
     return table
 
 
+def _plain_table(title: str) -> Table:
+    """A table without lines between columns: narrow, its first column whole."""
+    table = Table(
+        title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("", no_wrap=True)
+    return table
+
+
 def _short(value: float) -> str:
     """A number in few digits, whole ones whole."""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.3g}"
+    return (
+        f"{value:,.0f}" if float(value).is_integer() and 1 <= abs(value) < 1e6 else f"{value:.4g}"
+    )
 
 
 def _fixed(value: float) -> str:

@@ -88,6 +88,8 @@ def _read(
 ) -> Samples:
     if isinstance(source, str) and source.startswith(_PREFIX):
         return Samples(*read_benchmark(source.removeprefix(_PREFIX), limit, seed))
+    if not str(source).strip():
+        raise SampleError("A source of samples is an empty text: give a file, folder or benchmark.")
     path = Path(source).expanduser()
     try:
         if path.is_dir():
