@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from bsjax.generation import forward, generate, stream
     from bsjax.profile_file import Profile
+    from bsjax.profiling import profile
     from bsjax.results import Result, Stats
     from bsjax.template import Image, Sinks, Template, Text
 
@@ -54,6 +55,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "profile",
     "sparse_attention",
     "stream",
 ]
@@ -76,6 +78,7 @@ _HOMES = {
     ),
     "bsjax.generation": ("forward", "generate", "stream"),
     "bsjax.profile_file": ("Profile",),
+    "bsjax.profiling": ("profile",),
     "bsjax.results": ("Result", "Stats"),
     "bsjax.template": ("Image", "Sinks", "Template", "Text"),
 }

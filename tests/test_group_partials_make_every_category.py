@@ -69,9 +69,7 @@ def schedules(template, visibility):
 @settings(max_examples=25)
 @given(
     templates.templates,
-    st.sampled_from(
-        [BaseVisibility(), BaseVisibility(True, None), BaseVisibility(True, 9)]
-    ),
+    st.sampled_from([BaseVisibility(), BaseVisibility(True, None), BaseVisibility(True, 9)]),
     st.integers(0, 9),
 )
 def test_every_category_comes_out_of_one_pass(template, visibility, seed):

@@ -22,7 +22,7 @@ from bsjax.profiling.inputs import (
     prompt_of,
 )
 from bsjax.profiling.offsets import SinkDiscovery, by_offset, discover, pairs_by_offset
-from bsjax.profiling.progress import no_progress, Progress
+from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.samples import Messages, Samples
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.programs import bytes_available, programs_of
@@ -114,9 +114,7 @@ class Measurements:
         """Per-head statistics as a profile's file has them, float64 [layers, heads] each."""
         mean = self.mass.astype(np.float64).mean(axis=0)
         error = self.damage("output_error", quantile)
-        return {
-            f"mass_{group.name}": mean[..., index] for index, group in enumerate(GROUPS)
-        } | {
+        return {f"mass_{group.name}": mean[..., index] for index, group in enumerate(GROUPS)} | {
             f"error_{category.name}": error[..., index]
             for index, category in enumerate(SPARSE_CATEGORIES)
         }
@@ -249,8 +247,6 @@ def _of_all(
     records = []
     progress(stage, 0, len(samples.messages))
     for messages, digest in zip(samples.messages, samples.fingerprints, strict=True):
-
         records.append(state.recall(f"{what} {digest}", partial(measured, messages)))
         progress(stage, len(records), len(samples.messages))
     return records
-

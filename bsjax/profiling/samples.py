@@ -81,7 +81,9 @@ class Samples(NamedTuple):
             held = min(max(held, 1), count - 1)
         drawn = sorted(
             range(count),
-            key=lambda index: hashlib.sha256(f"{seed} {self.fingerprints[index]}".encode()).digest(),
+            key=lambda index: hashlib.sha256(
+                f"{seed} {self.fingerprints[index]}".encode()
+            ).digest(),
         )
         return self._taking(sorted(drawn[held:])), self._taking(sorted(drawn[:held]))
 

@@ -69,14 +69,14 @@ class State:
         if self._path is None:
             return compute()
         with self._open() as connection:
-            row = connection.execute(
-                "SELECT value FROM records WHERE name = ?", (name,)
-            ).fetchone()
+            row = connection.execute("SELECT value FROM records WHERE name = ?", (name,)).fetchone()
         if row is not None:
             return _unpacked(row[0], self._path)
         record = compute()
         with self._open() as connection:
-            connection.execute("INSERT INTO records VALUES (?, ?)", (name, _packed(record)))
+            connection.execute(
+                "INSERT OR REPLACE INTO records VALUES (?, ?)", (name, _packed(record))
+            )
         return record
 
     @contextmanager

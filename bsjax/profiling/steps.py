@@ -117,12 +117,11 @@ def divergence(
     module: Any,
     dense: Float[Array, "states hidden"],
     sparse: Float[Array, "states hidden"],
-    counted: Bool[Array, "states"],
-) -> Float32[Array, "2"]:
-    """How far next-token distributions are apart, means over the states that count.
+) -> tuple[Float32[Array, "states"], Bool[Array, "states"]]:
+    """How far next-token distributions are apart.
 
     Returns:
-      KL(dense || sparse) in nats, and the share of states whose likeliest tokens agree.
+      KL(dense || sparse) in nats, and whether the likeliest tokens agree, for each state.
     """
     log_p = jax.nn.log_softmax(module.logits(dense))
     log_q = jax.nn.log_softmax(module.logits(sparse))
@@ -133,9 +132,7 @@ def divergence(
     near = p * (jnp.expm1(jnp.where(small, log_ratio, 0.0)) - log_ratio)
     far = jnp.exp(log_q) - p - p * log_ratio
     kl = jnp.where(small, near, far).sum(axis=-1)
-    agree = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
-    means = jnp.where(counted, jnp.stack([kl, agree.astype(kl.dtype)]), 0.0).sum(axis=1)
-    return means / counted.sum()
+    return kl, log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
 
 
 def _run(
