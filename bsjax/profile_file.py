@@ -65,7 +65,7 @@ class Profile:
     """The checkpoint's fingerprint; None fits any checkpoint of this family and these counts."""
     criterion: str = "by_hand"
     """One of `CRITERIA`."""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, int | float] = field(default_factory=dict)
     """The numbers the criterion was used with, by name."""
     sample_count: int = 0
     """Samples that the categories were chosen with."""
@@ -78,14 +78,14 @@ class Profile:
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What was measured for each head, by name: float64 [layers, heads] each. See
     `MEASURED_STATISTICS` and `DAMAGE_STATISTICS`."""
-    attention_flops: Mapping[str, float] | None = None
+    attention_flops: Mapping[str, int | float] | None = None
     """`dense` and `sparse`, over the samples the categories were chosen with, and `reduction`."""
     sink_discovery: Mapping[str, Any] | None = None
     """`mass_by_offset` (what one query of another image pays to one key at each offset from an
     image's first token, on average) and `rule`, in words; None where sinks were given."""
-    refinement: Mapping[str, float] | None = None
+    refinement: Mapping[str, int | float] | None = None
     """What refining end to end measured, by name; None when categories are the one-shot rule's."""
-    end_to_end: Mapping[str, float] | None = None
+    end_to_end: Mapping[str, int | float] | None = None
     """Sparse against dense answers on held-out samples, by name; None when not measured."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of what made the profile, by package."""
@@ -203,7 +203,7 @@ class Profile:
         if self.criterion == "output_error" and self.refinement is None:
             self._check_threshold(statistics)
 
-    def _check_flops(self, flops: Mapping[str, float]) -> None:
+    def _check_flops(self, flops: Mapping[str, int | float]) -> None:
         if set(flops) != {"dense", "sparse", "reduction"}:
             raise ProfileError("`attention_flops` must have dense, sparse and reduction.")
         dense, sparse = flops["dense"], flops["sparse"]
@@ -441,7 +441,7 @@ class Profile:
         return profile
 
 
-def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, int | float]:
     """Python's numbers, finite ones, by name."""
     numbers = {}
     for key, value in values.items():
@@ -456,7 +456,7 @@ def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _object_or_null(values: Mapping[str, float] | None) -> dict[str, float] | None:
+def _object_or_null(values: Mapping[str, int | float] | None) -> dict[str, int | float] | None:
     return None if values is None else dict(values)
 
 

@@ -102,7 +102,9 @@ class Measurements:
         """The share of dense attention FLOPs, over the samples, that the categories save."""
         return selection.reduction_of(categories, self.flops)
 
-    def attention_flops(self, categories: Int8[np.ndarray, "layers heads"]) -> dict[str, float]:
+    def attention_flops(
+        self, categories: Int8[np.ndarray, "layers heads"]
+    ) -> dict[str, int | float]:
         """Attention FLOPs over the samples, all layers and heads: dense, sparse, reduction."""
         return {
             "dense": selection.total_flops(np.zeros_like(categories), self.flops),

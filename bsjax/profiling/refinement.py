@@ -76,7 +76,7 @@ class Refinement:
     top1: float
     damage: Damage
     path: tuple[Move, ...]
-    numbers: dict[str, float]
+    numbers: dict[str, int | float]
     _measurements: Measurements
 
     def at(self, reduction: float) -> Int8[np.ndarray, "layers heads"]:
@@ -169,7 +169,7 @@ class _Refiner:
 
     def run(self, target_reduction: float | None, max_kl: float | None) -> Refinement:
         before = self.evaluator.evaluations
-        numbers: dict[str, float] = {}
+        numbers: dict[str, int | float] = {}
         if target_reduction is not None:
             selection.share("target_reduction", target_reduction)
             one_shot_threshold = self.measurements.threshold_for(
