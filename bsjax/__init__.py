@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from bsjax.generation import forward, generate, stream
     from bsjax.profile_file import Profile
+    from bsjax.profiling import profile
     from bsjax.results import Result, Stats
     from bsjax.samples import Samples, read_samples
     from bsjax.template import Image, Sinks, Template, Text
@@ -58,6 +59,7 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "profile",
     "read_samples",
     "sparse_attention",
     "stream",
@@ -82,6 +84,7 @@ _HOMES = {
     ),
     "bsjax.generation": ("forward", "generate", "stream"),
     "bsjax.profile_file": ("Profile",),
+    "bsjax.profiling": ("profile",),
     "bsjax.results": ("Result", "Stats"),
     "bsjax.samples": ("Samples", "read_samples"),
     "bsjax.template": ("Image", "Sinks", "Template", "Text"),

@@ -268,9 +268,8 @@ def _plain_table(title: str) -> Table:
 
 def _short(value: float) -> str:
     """A number in few digits, whole ones whole."""
-    return (
-        f"{value:,.0f}" if float(value).is_integer() and 1 <= abs(value) < 1e6 else f"{value:.4g}"
-    )
+    whole = float(value).is_integer() and 1 <= abs(value) < 1e6
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def _fixed(value: float) -> str:
