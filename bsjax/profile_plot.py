@@ -22,7 +22,7 @@ from bsjax.profile_format import LETTERS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 CATEGORY_COLORS = {
     HeadCategory.DENSE: "#2f4b6e",
@@ -97,9 +97,12 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
         layout="constrained",
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # pyright: ignore
-    upper = figure
+    upper: Figure | SubFigure = figure
     if lower:
-        upper, below = figure.subfigures(2, 1, height_ratios=(map_height + 1.1, lower_height))
+        halves = figure.subfigures(
+            2, 1, squeeze=False, height_ratios=(map_height + 1.1, lower_height)
+        )
+        upper, below = halves[:, 0]
         cells = below.subplots(1, len(lower), width_ratios=_lower_widths(len(lower), mass))
         for axes, draw in zip(np.atleast_1d(cells), lower, strict=True):
             draw(axes)

@@ -175,7 +175,7 @@ def _sink_lines(profile: Profile) -> Iterable[Text]:
     yield Text(f"tokens of an image that draw most from other images' queries: {listed}")
 
 
-def _figures(profile: Profile) -> dict[str, float]:
+def _figures(profile: Profile) -> dict[str, int | float]:
     """Single numbers, by name: FLOPs, refinement, the check from end to end."""
     figures = {}
     for title, numbers in (
@@ -266,12 +266,12 @@ def _plain_table(title: str) -> Table:
     return table
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     """A number in few digits, whole ones whole."""
     whole = float(value).is_integer() and 1 <= abs(value) < 1e6
     return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
-def _fixed(value: float) -> str:
+def _fixed(value: int | float) -> str:
     """A number in a column of its like: three decimals, or its size where those would be zeros."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.0e}"

@@ -92,8 +92,9 @@ def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dic
             if isinstance(image, str)
             else {**image, "type": "image"}
         )
-    texts = [message.get("content") for message in messages]
-    if not all(isinstance(text, str) for text in texts):
+    contents = [message.get("content") for message in messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    if len(texts) != len(contents):
         raise SampleError(
             f'{where} has "images", so the content of its messages must be text with {PLACEHOLDER} '
             'where the images stand, or lists without "images" beside them.'
