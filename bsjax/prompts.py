@@ -43,13 +43,11 @@ class Prompt:
     """Tokens of each image, in prompt order."""
 
 
-class ImagePart(NamedTuple):
+class _ImageItem(NamedTuple):
     """One image of the messages, not read yet."""
 
     where: str
-    """Its place in the messages, for error messages."""
     key: str
-    """What it stands under: "image", "url", "path", "base64" or "image_url"."""
     source: Any
     min_pixels: int | None
     max_pixels: int | None
@@ -102,13 +100,17 @@ def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: 
     )
 
 
-def image_parts(messages: Any) -> list[ImagePart]:
+def image_sources(messages: Any) -> list[tuple[str, Any]]:
     """The images of a conversation, in order, none of them read; checks the messages' form.
+
+    Returns:
+      For each image what it stands under ("image", "url", "path", "base64" or "image_url"), and
+      what stands there.
 
     Raises:
       MessageError: no messages, or messages of another form than `prepare_prompt` takes.
     """
-    return _read_messages(messages)[1]
+    return [(item.key, item.source) for item in _read_messages(messages)[1]]
 
 
 def image_file(key: str, source: Any) -> Path | None:
@@ -126,7 +128,7 @@ def image_file(key: str, source: Any) -> Path | None:
     return Path(text)
 
 
-def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]:
+def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem]]:
     """Splits messages into what the chat template needs to see and the images."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise MessageError(
@@ -136,7 +138,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]
     if not messages:
         raise MessageError("The list of messages is empty: give at least one user message.")
     template_messages: list[dict[str, Any]] = []
-    items: list[ImagePart] = []
+    items: list[_ImageItem] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
@@ -152,7 +154,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]
             parts = []
             for index, part in enumerate(content):
                 for item in _read_part(part, f"{where}['content'][{index}]"):
-                    if isinstance(item, ImagePart):
+                    if isinstance(item, _ImageItem):
                         items.append(item)
                         parts.append({"type": "image"})
                     else:
@@ -167,7 +169,7 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]
     return template_messages, items
 
 
-def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
+def _read_part(part: Any, where: str) -> Iterator[_ImageItem | str]:
     """Reads one entry of a content list."""
     if isinstance(part, str):
         yield part
@@ -193,7 +195,7 @@ def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
         )
 
 
-def _read_image_part(part: dict[str, Any], where: str) -> ImagePart:
+def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
     keys = [key for key in _SOURCE_KEYS if key in part]
     if not keys:
         raise MessageError(
@@ -213,7 +215,7 @@ def _read_image_part(part: dict[str, Any], where: str) -> ImagePart:
     minimum, maximum = bounds
     if minimum is not None and maximum is not None and minimum > maximum:
         raise MessageError(f"{where}: min_pixels ({minimum}) is above max_pixels ({maximum}).")
-    return ImagePart(where, key, source, minimum, maximum)
+    return _ImageItem(where, key, source, minimum, maximum)
 
 
 def _read_pixel_bound(value: Any, name: str, where: str) -> int | None:
@@ -274,7 +276,7 @@ def _check_placeholders(
 
 
 def _process_image(
-    item: ImagePart, label: str, image_processor: Any
+    item: _ImageItem, label: str, image_processor: Any
 ) -> tuple[Float32[np.ndarray, "patches patch_values"], Int64[np.ndarray, "1 3"]]:
     """Reads one image and cuts it into patches; one at a time, so that an error can name it."""
     options = {}

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from bsjax.errors import MessageError, SampleError
-from bsjax.prompts import image_file, image_parts
+from bsjax.prompts import image_file, image_sources
 
 PLACEHOLDER = "<image>"
 
@@ -68,11 +68,11 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
       SampleError: messages of another form, or an image that cannot be opened.
     """
     try:
-        parts = image_parts(messages)
+        sources = image_sources(messages)
     except MessageError as error:
         raise SampleError(f"{where}: {error}") from error
-    for part in parts:
-        path = image_file(part.key, part.source)
+    for key, source in sources:
+        path = image_file(key, source)
         if path is None or path in known:
             continue
         try:
