@@ -307,6 +307,9 @@ def test_sources_that_do_not_exist_are_named(tmp_path):
         read_samples(tmp_path / "nowhere")
     with pytest.raises(SampleError, match="Do you mean benchmark:blink"):
         read_samples("BLINK")
+    for name in ("~nobody/samples", "x" * 5000, "a\0b", "benchmark.jsonl"):
+        with pytest.raises(SampleError, match="no file or folder"):
+            read_samples(name)
     with pytest.raises(SampleError, match="no source"):
         read_samples([])
 

@@ -284,7 +284,7 @@ def _read(name: str) -> "Profile":
 
     from bsjax.profile_file import Profile, shipped_names
 
-    if not Path(name).exists() and name in shipped_names():
+    if not os.path.exists(name) and name in shipped_names():
         text = importlib.resources.files("profiles").joinpath(f"{name}.json").read_text("utf-8")
         return Profile.from_json(text, f"shipped profile {name}")
     return Profile.load(name)
@@ -302,9 +302,9 @@ def _sinks(options: argparse.Namespace) -> "Sinks | None":
 def _check_writable(path: Path) -> None:
     """Refuses a place that cannot be written to now rather than after hours of measuring."""
     folder = path.absolute().parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ProfileError(f"--output {path} is a folder: name a file in it.")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ProfileError(f"--output {path}: there is no folder {folder}. Make it first.")
     if not os.access(folder, os.W_OK):
         raise ProfileError(f"--output {path}: the folder {folder} cannot be written to.")

@@ -5,6 +5,7 @@ them. Images stay what they are in the source (paths, or the compressed bytes in
 decoded when a sample is used, so that a thousand samples fit in memory.
 """
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -90,11 +91,12 @@ def _read(
         return Samples(*read_benchmark(source.removeprefix(_PREFIX), limit, seed))
     if not str(source).strip():
         raise SampleError("A source of samples is an empty text: give a file, folder or benchmark.")
-    path = Path(source).expanduser()
+    # These two, unlike Path's methods, have an answer for whatever a user types.
+    path = Path(os.path.expanduser(source))
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return Samples(*read_folder(path, limit, seed, question, images_per_prompt))
-        if path.is_file():
+        if os.path.isfile(path):
             return Samples(*read_jsonl(path, limit, seed))
     except OSError as error:
         raise SampleError(f"{path} cannot be read: {error}") from error

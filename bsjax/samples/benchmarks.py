@@ -13,6 +13,7 @@ Only questions and images are used, never the answers.
 """
 
 import base64
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -115,8 +116,8 @@ def _split_folder(text: str) -> tuple[str, Path | None]:
     name, marker, folder = text.partition("@")
     if not marker:
         return name, None
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(folder))
+    if not os.path.isdir(path):
         raise SampleError(f"There is no folder {folder!r} to read the benchmark {name} from.")
     return name, path.absolute()
 
