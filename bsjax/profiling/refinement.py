@@ -351,7 +351,7 @@ class _Refiner:
         back, on = [], []
         for (layer, head), category in np.ndenumerate(categories):
             options = hull(damage[layer, head], self.measurements.flops[layer])
-            saved = self._saved_by(layer, category)
+            saved = self._saved_by(layer, int(category))
             # Categories of the one-shot rule need not lie on the hull.
             below = [option for option in options if option.saved < saved]
             above = [option for option in options if option.saved > saved]
@@ -371,7 +371,7 @@ class _Refiner:
     def _saved(self, categories: np.ndarray) -> np.ndarray:
         return np.asarray(
             [
-                [self._saved_by(layer, category) for category in row]
+                [self._saved_by(layer, category) for category in row.tolist()]
                 for layer, row in enumerate(categories)
             ],
             np.int64,

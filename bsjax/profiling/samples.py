@@ -31,7 +31,7 @@ class Samples(NamedTuple):
     fingerprints: tuple[str, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[Messages]) -> "Samples":
+    def of(cls, samples: Any) -> "Samples":
         """The samples in their own order.
 
         Raises:
