@@ -50,6 +50,8 @@ _CELL_INCHES = 0.26
 _LETTER_CELL_INCHES = 0.11
 _DPI = 140
 _MOST_BARS = 150
+# A curve whose peak is higher than this many times its middle is drawn on a logarithmic scale.
+_FLAT = 20
 
 
 def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
@@ -245,6 +247,8 @@ def _draw_errors(
     axes: "Axes", errors: dict[HeadCategory, Float[np.ndarray, "layers heads"]], profile: Profile
 ) -> None:
     """How many heads stay within an error, for each category they could have."""
+    from matplotlib.ticker import NullFormatter
+
     smallest = min(float(values[values > 0].min(initial=1.0)) for values in errors.values())
     start = max(smallest, 1e-5)
     largest = max(float(values.max(initial=start)) for values in errors.values())
@@ -270,7 +274,8 @@ def _draw_errors(
             fontsize=8,
         )
     axes.set_xscale("log")
-    axes.set_xlim(start, max(largest, 2 * start))
+    axes.set_xlim(10 ** np.floor(np.log10(start)), 10 ** np.ceil(np.log10(max(largest, 2 * start))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("relative error of a head's output")
     axes.set_ylabel("share of heads within it")
@@ -281,7 +286,7 @@ def _draw_errors(
 
 def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Profile) -> None:
     """What each place of an image draws from other images' queries; the chosen sinks marked."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     offsets = np.arange(curve.size)
     axes.plot(offsets, curve, color="#8a8f98", linewidth=1.0)
@@ -289,8 +294,11 @@ def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Prof
     chosen = sorted({*range(min(first, curve.size)), *profile.sinks.offsets})
     chosen = [offset for offset in chosen if offset < curve.size]
     axes.plot(chosen, curve[chosen], "o", color=_GROUPS[KeyGroup.OTHER_SINK][1], label="sinks")
-    if (curve > 0).any():
+    if curve.max() > _FLAT * np.median(curve) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, max(1.1 * float(curve.max()), 1e-6))
     axes.set_xscale("symlog", linthresh=8)
     axes.set_xlim(-0.5, curve.size)
     axes.set_xticks([tick for tick in (0, 4, 10, 100, 1000, 10000) if tick < curve.size])

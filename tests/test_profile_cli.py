@@ -397,7 +397,7 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
     assert profile.attention_flops and profile.attention_flops["reduction"] >= 0.02
     (line,) = [one.split() for one in out.splitlines() if "reduction" in one]
     assert line[-1] == f"{profile.attention_flops['reduction']:.4g}"
-    assert "2 prompts of 2 to 2 of the 4 images in the folder photographs" in profile.sample_source
+    assert "2 prompts of 2 of the 4 images in the folder photographs" in profile.sample_source
     picture = tmp_path / "out.png"
     assert run(capsys, "profile", "show", output, "--output", picture)[0] == 0
     assert picture.stat().st_size > 10_000

@@ -69,9 +69,10 @@ def read_folder(
         sample = [{"role": "user", "content": content}]
         check_sample(sample, str(folder), known)
         samples.append(sample)
+    most = min(most, len(paths))
     return samples, (
-        f"{len(samples)} prompts of {least} to {min(most, len(paths))} of the {len(paths)} images "
-        f"in the folder {folder.resolve().name}, seed {seed}"
+        f"{len(samples)} prompts of {least if least == most else f'{least} to {most}'} of the "
+        f"{len(paths)} images in the folder {folder.resolve().name}, seed {seed}"
     )
 
 
