@@ -21,11 +21,14 @@ if TYPE_CHECKING:
         MaskError,
         MessageError,
         ProfileError,
+        SampleError,
         TemplateError,
     )
     from bsjax.generation import forward, generate, stream
     from bsjax.profile_file import Profile
+    from bsjax.profiling import profile
     from bsjax.results import Result, Stats
+    from bsjax.samples import Samples, read_samples
     from bsjax.template import Image, Sinks, Template, Text
 
 __version__ = "0.1.0"
@@ -46,6 +49,8 @@ __all__ = [
     "Profile",
     "ProfileError",
     "Result",
+    "SampleError",
+    "Samples",
     "Sinks",
     "Stats",
     "Template",
@@ -54,6 +59,8 @@ __all__ = [
     "forward",
     "generate",
     "load",
+    "profile",
+    "read_samples",
     "sparse_attention",
     "stream",
 ]
@@ -72,11 +79,14 @@ _HOMES = {
         "MaskError",
         "MessageError",
         "ProfileError",
+        "SampleError",
         "TemplateError",
     ),
     "bsjax.generation": ("forward", "generate", "stream"),
     "bsjax.profile_file": ("Profile",),
+    "bsjax.profiling": ("profile",),
     "bsjax.results": ("Result", "Stats"),
+    "bsjax.samples": ("Samples", "read_samples"),
     "bsjax.template": ("Image", "Sinks", "Template", "Text"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

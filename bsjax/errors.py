@@ -26,6 +26,10 @@ class MessageError(BsjaxError, ValueError):
     """Chat messages cannot be turned into a prompt: empty, unreadable image, wrong image count."""
 
 
+class SampleError(BsjaxError, ValueError):
+    """Samples to profile on cannot be read: no such source, a malformed line, a broken image."""
+
+
 class GenerationError(BsjaxError, ValueError):
     """A generation argument is out of range."""
 

@@ -19,13 +19,31 @@ import numpy as np
 from jaxtyping import Int8
 
 from bsjax import profile_format
-from bsjax.categories import HeadCategory
+from bsjax.categories import HeadCategory, KeyGroup
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.template import Sinks
 
-CRITERIA = ("output_error", "mass", "uniform")
-"""How categories were chosen. "uniform" means: not from data, one category for all heads."""
+MEASURED_CRITERIA = ("output_error", "mass")
+"""How the profiler chooses categories from data."""
+
+CRITERIA = (*MEASURED_CRITERIA, *profile_format.UNMEASURED_CRITERIA)
+"""How categories were chosen. "uniform" means one category for all heads and "by_hand" any others:
+neither comes from data."""
+
+MEASURED_STATISTICS = (
+    *(f"mass_{group.name}" for group in KeyGroup),
+    *(f"error_{category.name}" for category in HeadCategory if category),
+)
+"""What a measured profile says of every head: attention mass of each key group, mean over the
+samples; relative error of each sparse category's output, in the quantile over the samples."""
+
+DAMAGE_STATISTICS = tuple(f"damage_{category.name}" for category in HeadCategory if category)
+"""What a refined profile says of every head too: KL(dense || sparse), in nats, of next-token
+distributions when this head alone has the category."""
+
+# Masses are sums of many float32 numbers.
+_MASS_TOLERANCE = 1e-3
 
 _LETTER_OF = {category: letter for letter, category in profile_format.LETTERS.items()}
 
@@ -45,16 +63,29 @@ class Profile:
     sinks: Sinks = field(default_factory=Sinks)
     fingerprint: str | None = None
     """The checkpoint's fingerprint; None fits any checkpoint of this family and these counts."""
-    criterion: str = "uniform"
+    criterion: str = "by_hand"
     """One of `CRITERIA`."""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: Mapping[str, int | float] = field(default_factory=dict)
     """The numbers the criterion was used with, by name."""
     sample_count: int = 0
+    """Samples that the categories were chosen with."""
+    held_out_count: int = 0
+    """Samples that the choice was checked on."""
     sample_source: str = ""
     """Where the samples came from, in words."""
+    sample_fingerprint: str | None = None
+    """Of all samples, held-out ones too; None when there are none."""
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What was measured for each head, by name: float64 [layers, heads] each."""
-    end_to_end: Mapping[str, float] | None = None
+    """What was measured for each head, by name: float64 [layers, heads] each. See
+    `MEASURED_STATISTICS` and `DAMAGE_STATISTICS`."""
+    attention_flops: Mapping[str, int | float] | None = None
+    """`dense` and `sparse`, over the samples the categories were chosen with, and `reduction`."""
+    sink_discovery: Mapping[str, Any] | None = None
+    """`mass_by_offset` (what one query of another image pays to one key at each offset from an
+    image's first token, on average) and `rule`, in words; None where sinks were given."""
+    refinement: Mapping[str, int | float] | None = None
+    """What refining end to end measured, by name; None when categories are the one-shot rule's."""
+    end_to_end: Mapping[str, int | float] | None = None
     """Sparse against dense answers on held-out samples, by name; None when not measured."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of what made the profile, by package."""
@@ -86,18 +117,20 @@ class Profile:
             raise ProfileError(
                 f"`criterion` must be one of {', '.join(CRITERIA)}, got {self.criterion!r}."
             )
-        if self.from_data != (self.sample_count > 0):
+        if self.criterion == "uniform" and np.any(categories != categories.flat[0]):
             raise ProfileError(
-                f"The criterion {self.criterion!r} and {self.sample_count} samples contradict each "
-                "other: only a uniform profile has no samples."
+                "The criterion 'uniform' is for one category in all heads; others that come from "
+                "no data are 'by_hand'."
             )
         whole_number("`sample_count`", self.sample_count, least=0, error=ProfileError)
+        whole_number("`held_out_count`", self.held_out_count, least=0, error=ProfileError)
         if not isinstance(self.sinks, Sinks):
             raise ProfileError(f"`sinks` must be bsjax.Sinks, got {self.sinks!r}.")
         # Measurements come as NumPy's and JAX's numbers; the file holds Python's.
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds))
-        if self.end_to_end is not None:
-            object.__setattr__(self, "end_to_end", _numbers("end_to_end", self.end_to_end))
+        for name in ("end_to_end", "attention_flops", "refinement"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         for name, values in self.statistics.items():
             if not np.isfinite(np.asarray(values, np.float64)).all():
                 raise ProfileError(f"`statistics[{name!r}]` holds numbers that are not finite.")
@@ -105,6 +138,96 @@ class Profile:
                 raise ProfileError(
                     f"`statistics[{name!r}]` has the shape {np.shape(values)}: it must have one "
                     f"number per layer and head, {categories.shape}."
+                )
+        if self.from_data:
+            self._check_measured()
+        else:
+            self._check_unmeasured()
+
+    def _check_unmeasured(self) -> None:
+        """Refuses what would make a profile that no data is behind look like a measured one."""
+        measured = {
+            "sample_count": self.sample_count,
+            "held_out_count": self.held_out_count,
+            "sample_fingerprint": self.sample_fingerprint,
+            "thresholds": self.thresholds,
+            "statistics": self.statistics,
+            "attention_flops": self.attention_flops,
+            "sink_discovery": self.sink_discovery,
+            "refinement": self.refinement,
+            "end_to_end": self.end_to_end,
+        }
+        present = [name for name, value in measured.items() if value]
+        if present:
+            raise ProfileError(
+                f"The criterion {self.criterion!r} says that this profile does not come from data, "
+                f"but it has {', '.join(f'`{name}`' for name in present)}: only `bsjax.profile` "
+                "makes measured profiles."
+            )
+
+    def _check_measured(self) -> None:
+        """Refuses a profile that says it was measured and lacks, or contradicts, what was."""
+        for name in ("fingerprint", "sample_fingerprint", "attention_flops"):
+            if getattr(self, name) is None:
+                raise ProfileError(
+                    f"The criterion {self.criterion!r} says that this profile was measured, but "
+                    f"it has no `{name}`."
+                )
+        if not self.sample_count:
+            raise ProfileError(
+                f"The criterion {self.criterion!r} and 0 samples contradict each other: a profile "
+                "that does not come from data is 'uniform' or 'by_hand'."
+            )
+        if (self.end_to_end is None) != (self.held_out_count == 0):
+            raise ProfileError(
+                f"`end_to_end` and {self.held_out_count} held-out samples contradict each other: "
+                "it is what was measured on them."
+            )
+        wanted = MEASURED_STATISTICS + (DAMAGE_STATISTICS if self.refinement is not None else ())
+        if set(self.statistics) != set(wanted):
+            missing = sorted(set(wanted) - set(self.statistics))
+            unknown = sorted(set(self.statistics) - set(wanted))
+            raise ProfileError(
+                "`statistics` of a measured profile are "
+                f"{', '.join(wanted)}; missing: {', '.join(missing) or 'none'}; "
+                f"unknown: {', '.join(unknown) or 'none'}."
+            )
+        statistics = {name: np.asarray(values) for name, values in self.statistics.items()}
+        negative = [name for name, values in statistics.items() if np.any(values < 0)]
+        if negative:
+            raise ProfileError(f"`statistics[{negative[0]!r}]` holds numbers below 0.")
+        mass = sum(statistics[f"mass_{group.name}"] for group in KeyGroup)
+        if np.any(np.abs(mass - 1) > _MASS_TOLERANCE):
+            raise ProfileError("`statistics`: the attention masses of a head must add up to 1.")
+        self._check_flops(self.attention_flops or {})
+        if self.criterion == "output_error" and self.refinement is None:
+            self._check_threshold(statistics)
+
+    def _check_flops(self, flops: Mapping[str, int | float]) -> None:
+        if set(flops) != {"dense", "sparse", "reduction"}:
+            raise ProfileError("`attention_flops` must have dense, sparse and reduction.")
+        dense, sparse = flops["dense"], flops["sparse"]
+        if not 0 < sparse <= dense or abs(1 - sparse / dense - flops["reduction"]) > 1e-9:
+            raise ProfileError(
+                f"`attention_flops`: {sparse} of {dense} FLOPs are no reduction by "
+                f"{flops['reduction']}."
+            )
+
+    def _check_threshold(self, statistics: Mapping[str, np.ndarray]) -> None:
+        if "threshold" not in self.thresholds:
+            raise ProfileError("`thresholds` of the criterion 'output_error' lack `threshold`.")
+        for category in HeadCategory:
+            if category is HeadCategory.DENSE:
+                continue
+            error = statistics[f"error_{category.name}"]
+            wrong = (self.categories == category) & (error > self.thresholds["threshold"])
+            if wrong.any():
+                layer, head = np.argwhere(wrong)[0].tolist()
+                raise ProfileError(
+                    f"Head {head} of layer {layer} is {category.name} with an error of "
+                    f"{error[layer, head]:.4g}, above the threshold of "
+                    f"{self.thresholds['threshold']:.4g}: these categories do not come from these "
+                    "statistics."
                 )
 
     @property
@@ -119,8 +242,8 @@ class Profile:
 
     @property
     def from_data(self) -> bool:
-        """Whether the categories were measured; False for a uniform profile."""
-        return self.criterion != "uniform"
+        """Whether the categories were measured; False for those set by hand."""
+        return self.criterion in MEASURED_CRITERIA
 
     @classmethod
     def uniform(
@@ -173,7 +296,7 @@ class Profile:
                 f"none: {category.name} was set for all heads by hand, for experiments; "
                 "this profile does not come from data"
             ),
-            versions=_installed_versions(),
+            versions=installed_versions(),
         )
 
     @classmethod
@@ -215,16 +338,29 @@ class Profile:
             "from_data": self.from_data,
             "criterion": self.criterion,
             "thresholds": dict(self.thresholds),
-            "samples": {"count": self.sample_count, "source": self.sample_source},
+            "samples": {
+                "count": self.sample_count,
+                "held_out": self.held_out_count,
+                "source": self.sample_source,
+                "fingerprint": self.sample_fingerprint,
+            },
+            "attention_flops": _object_or_null(self.attention_flops),
             "category_letters": profile_format.LEGEND,
             "categories": [
                 "".join(_LETTER_OF[HeadCategory(value)] for value in row) for row in self.categories
             ],
+            "sink_discovery": None
+            if self.sink_discovery is None
+            else {
+                "rule": self.sink_discovery["rule"],
+                "mass_by_offset": list(self.sink_discovery["mass_by_offset"]),
+            },
             "statistics": {
                 name: np.asarray(values, np.float64).tolist()
                 for name, values in self.statistics.items()
             },
-            "end_to_end": None if self.end_to_end is None else dict(self.end_to_end),
+            "refinement": _object_or_null(self.refinement),
+            "end_to_end": _object_or_null(self.end_to_end),
             "versions": dict(self.versions),
         }
         return profile_format.render(document) + "\n"
@@ -305,7 +441,7 @@ class Profile:
         return profile
 
 
-def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, int | float]:
     """Python's numbers, finite ones, by name."""
     numbers = {}
     for key, value in values.items():
@@ -318,6 +454,10 @@ def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, float]:
             raise ProfileError(f"`{name}[{key!r}]` must be a finite number, got {value!r}.")
         numbers[key] = number
     return numbers
+
+
+def _object_or_null(values: Mapping[str, int | float] | None) -> dict[str, int | float] | None:
+    return None if values is None else dict(values)
 
 
 def _shape_of(model: Any) -> tuple[str, int, int]:
@@ -346,7 +486,8 @@ def _shipped(name: str) -> Profile:
     return Profile.from_json(file.read_text(encoding="utf-8"), f"shipped profile {name}")
 
 
-def _installed_versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Versions of what makes a profile, by package."""
     versions = {}
     for package in ("bsjax", "jax"):
         try:

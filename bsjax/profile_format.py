@@ -20,6 +20,7 @@ LETTERS = {
     "I": HeadCategory.INTRA_IMAGE,
     "B": HeadCategory.INTRA_IMAGE_SINK,
 }
+UNMEASURED_CRITERIA = ("uniform", "by_hand")
 LEGEND = {letter: category.name for letter, category in LETTERS.items()}
 
 
@@ -48,17 +49,22 @@ def parse(text: str) -> dict[str, Any]:
     for name, check in _FIELDS.items():
         check(name, document[name])
     _check_fields("`sinks`", document["sinks"], ("first", "offsets"))
-    _check_fields("`samples`", document["samples"], ("count", "source"))
+    _check_fields("`samples`", document["samples"], _SAMPLE_FIELDS)
     _count("sinks.first", document["sinks"]["first"])
     _counts("sinks.offsets", document["sinks"]["offsets"])
-    _count("samples.count", document["samples"]["count"])
-    _text("samples.source", document["samples"]["source"])
+    for name, check in _SAMPLE_FIELDS.items():
+        check(f"samples.{name}", document["samples"][name])
+    if document["sink_discovery"] is not None:
+        _check_fields("`sink_discovery`", document["sink_discovery"], _DISCOVERY_FIELDS)
+        for name, check in _DISCOVERY_FIELDS.items():
+            check(f"sink_discovery.{name}", document["sink_discovery"][name])
     if document["category_letters"] != LEGEND:
         raise ProfileError(f"`category_letters` must be {json.dumps(LEGEND)}.")
-    if document["from_data"] != (document["criterion"] != "uniform"):
+    if document["from_data"] == (document["criterion"] in UNMEASURED_CRITERIA):
         raise ProfileError(
             f"`from_data` is {json.dumps(document['from_data'])} and `criterion` is "
-            f"{document['criterion']!r}: exactly the criterion 'uniform' does not come from data."
+            f"{document['criterion']!r}: exactly the criteria "
+            f"{' and '.join(map(repr, UNMEASURED_CRITERIA))} do not come from data."
         )
     layers, heads = document["layers"], document["heads"]
     return {
@@ -69,7 +75,12 @@ def parse(text: str) -> dict[str, Any]:
         "criterion": document["criterion"],
         "thresholds": document["thresholds"],
         "sample_count": document["samples"]["count"],
+        "held_out_count": document["samples"]["held_out"],
         "sample_source": document["samples"]["source"],
+        "sample_fingerprint": document["samples"]["fingerprint"],
+        "attention_flops": document["attention_flops"],
+        "sink_discovery": document["sink_discovery"],
+        "refinement": document["refinement"],
         "statistics": {
             name: _read_table(f"statistics.{name}", rows, layers, heads)
             for name, rows in document["statistics"].items()
@@ -176,9 +187,21 @@ def _number(name: str, value: Any) -> None:
         raise ProfileError(f"`{name}` must hold finite numbers, got {shown}.")
 
 
+def _numbers(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise ProfileError(f"`{name}` must be a list of numbers, got {value!r}.")
+    for item in value:
+        _number(name, item)
+
+
 def _object(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ProfileError(f"`{name}` must be an object, got {value!r}.")
+
+
+def _object_or_null(name: str, value: Any) -> None:
+    if value is not None:
+        _object(name, value)
 
 
 def _rows_of_letters(name: str, value: Any) -> None:
@@ -215,11 +238,26 @@ _FIELDS: dict[str, Callable[[str, Any], None]] = {
     "criterion": _text,
     "thresholds": _numbers_by_name,
     "samples": _object,
+    "attention_flops": _numbers_by_name_or_null,
     "category_letters": _object,
     "categories": _rows_of_letters,
+    "sink_discovery": _object_or_null,
     "statistics": _object,
+    "refinement": _numbers_by_name_or_null,
     "end_to_end": _numbers_by_name_or_null,
     "versions": _texts_by_name,
+}
+
+_SAMPLE_FIELDS: dict[str, Callable[[str, Any], None]] = {
+    "count": _count,
+    "held_out": _count,
+    "source": _text,
+    "fingerprint": _text_or_null,
+}
+
+_DISCOVERY_FIELDS: dict[str, Callable[[str, Any], None]] = {
+    "rule": _text,
+    "mass_by_offset": _numbers,
 }
 
 

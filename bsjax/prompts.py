@@ -141,6 +141,34 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem
     return template_messages, items
 
 
+def image_sources(messages: Any) -> list[tuple[str, Any]]:
+    """The images of a conversation, in order, none of them read; checks the messages' form.
+
+    Returns:
+      For each image what it stands under ("image", "url", "path", "base64" or "image_url"), and
+      what stands there.
+
+    Raises:
+      MessageError: no messages, or messages of another form than `prepare_prompt` takes.
+    """
+    return [(item.key, item.source) for item in _read_messages(messages)[1]]
+
+
+def image_file(key: str, source: Any) -> Path | None:
+    """The local file that an image is read from; None when it is a URL, data or an object."""
+    if key == "base64" or not isinstance(source, str | PathLike):
+        return None
+    text = str(source)
+    if text.startswith("file://"):
+        return Path(url2pathname(urlparse(text).path))
+    if key != "path" and text.startswith(("http://", "https://", "data:")):
+        return None
+    # Under "image", long text that names no file is base64 data.
+    if key == "image" and len(text) >= _SHOWN_CHARACTERS and not _is_file(text):
+        return None
+    return Path(text)
+
+
 def _read_part(part: Any, where: str) -> Iterator[_ImageItem | str]:
     """Reads one entry of a content list."""
     if isinstance(part, str):

@@ -19,8 +19,8 @@ Everything here is NumPy on the host. Nothing is ever as large as tokens x token
 blocks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -159,6 +159,36 @@ def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | N
     """Tables indexed by `HeadCategory`; those that `categories` do not use are None."""
     used = set(np.unique(np.asarray(categories)).tolist())
     return [category.groups if category in used else None for category in HeadCategory]
+
+
+def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
+    """A packed schedule whose text rows visit no block in some of its tables.
+
+    Text queries see everything whatever the table. Where several tables are combined, the rows of
+    the text need to be computed in one of them only; in the others they come out as rows that see
+    nothing.
+
+    Args:
+      schedule: in packed order, as NumPy arrays.
+      tables: indices of the tables that leave text rows out.
+
+    Raises:
+      MaskError: the schedule is in prompt order, where a tile may hold rows of text and of images.
+    """
+    text_rows = np.append(0, np.cumsum(schedule.image < 0))
+    tiles = schedule.tiles.copy()
+    for table in tables:
+        first_row, rows = tiles[table, :, 0], tiles[table, :, 1]
+        of_text = text_rows[first_row + rows] - text_rows[first_row]
+        if np.any((of_text > 0) & (of_text < rows)):
+            raise MaskError(
+                "Only a schedule in packed order can leave out its text rows: this one has tiles "
+                "with rows of text and of images."
+            )
+        tiles[table, of_text > 0, 3:] = 0
+        # Tiles with most blocks first, entries without rows last, as in any table.
+        tiles[table] = tiles[table, np.lexsort((-tiles[table, :, 3:].sum(axis=1), rows == 0))]
+    return replace(schedule, tiles=tiles)
 
 
 def segment_schedule(

@@ -1,6 +1,7 @@
 """A profile survives its file, and a file or model that does not fit is refused by name."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import profiles
 from bsjax import profile_file
 from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
-from bsjax.profile_file import Profile
+from bsjax.profile_file import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
 from bsjax.template import Sinks
 
 LAYERS, HEADS = 3, 4
@@ -28,20 +29,47 @@ def model(family="qwen2_vl", layers=LAYERS, heads=HEADS, fingerprint="abc"):
     )
 
 
-def measured() -> Profile:
-    generator = np.random.default_rng(0)
-    return Profile(
-        family="qwen2_vl",
-        categories=generator.integers(0, 4, (LAYERS, HEADS)).astype(np.int8),
-        sinks=Sinks(2, (5, 9)),
-        fingerprint="abc",
-        criterion="output_error",
-        thresholds={"error": 0.05, "quantile": 0.9},
-        sample_count=64,
-        sample_source='a folder of "photographs" – ünïcode',
-        statistics={"error_sink": generator.random((LAYERS, HEADS))},
-        end_to_end={"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
-        versions={"bsjax": "0.1.0"},
+def statistics(names=MEASURED_STATISTICS, seed=3):
+    """Statistics such as a profiling run could have measured: masses add up to 1."""
+    generator = np.random.default_rng(seed)
+    values = {name: generator.random((LAYERS, HEADS)) for name in names}
+    mass = sum(value for name, value in values.items() if name.startswith("mass"))
+    return {
+        name: value / mass if name.startswith("mass") else value for name, value in values.items()
+    }
+
+
+def measured(**changes) -> Profile:
+    found = statistics()
+    errors = np.stack([found[f"error_{name}"] for name in ("SINK", "INTRA_IMAGE")])
+    categories = np.where(errors[0] <= 0.3, 1, np.where(errors[1] <= 0.3, 2, 0))
+    assert np.unique(categories).tolist() == [0, 1, 2]
+    arguments = {
+        "family": "qwen2_vl",
+        "categories": categories.astype(np.int8),
+        "sinks": Sinks(2, (5, 9)),
+        "fingerprint": "abc",
+        "criterion": "output_error",
+        "thresholds": {"threshold": 0.3, "quantile": 0.9},
+        "sample_count": 64,
+        "held_out_count": 21,
+        "sample_source": 'a folder of "photographs" – ünïcode',
+        "sample_fingerprint": "def",
+        "statistics": found,
+        "attention_flops": {"dense": 10**17, "sparse": 6 * 10**16, "reduction": 0.4},
+        "sink_discovery": {"rule": "four times the average", "mass_by_offset": [0.5, 0.1, 1e-6]},
+        "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
+        "versions": {"bsjax": "0.1.0"},
+    }
+    return Profile(**(arguments | changes))
+
+
+def refined() -> Profile:
+    return measured(
+        categories=np.full((LAYERS, HEADS), 3, np.int8),
+        thresholds={"quantile": 0.9},
+        statistics=statistics(MEASURED_STATISTICS + DAMAGE_STATISTICS),
+        refinement={"target_reduction": 0.4, "kl": 1e-3},
     )
 
 
@@ -51,10 +79,9 @@ def assert_equal(left: Profile, right: Profile):
     assert left.statistics.keys() == right.statistics.keys()
     for name in left.statistics:
         np.testing.assert_array_equal(left.statistics[name], right.statistics[name])
-    for name in ("family", "sinks", "fingerprint", "criterion", "thresholds", "sample_count"):
-        assert getattr(left, name) == getattr(right, name)
-    for name in ("sample_source", "end_to_end", "versions"):
-        assert getattr(left, name) == getattr(right, name)
+    for field in dataclasses.fields(Profile):
+        if field.name not in ("categories", "statistics"):
+            assert getattr(left, field.name) == getattr(right, field.name), field.name
 
 
 def test_a_profile_survives_its_file(tmp_path):
@@ -62,6 +89,10 @@ def test_a_profile_survives_its_file(tmp_path):
     measured().save(path)
     assert_equal(Profile.load(path), measured())
     assert_equal(Profile.load(str(path)), measured())
+    refined().save(path)
+    assert_equal(Profile.load(path), refined())
+    alone = measured(end_to_end=None, held_out_count=0, sink_discovery=None)
+    assert_equal(Profile.from_json(alone.to_json()), alone)
 
 
 @settings(deadline=None)
@@ -80,7 +111,7 @@ def test_the_file_is_for_people(tmp_path):
     assert '"categories": [\n    "DSIB",\n    "BBID"\n  ],' in text
     assert '"B": "INTRA_IMAGE_SINK"' in text
     rows = [line.strip() for line in measured().to_json().splitlines()]
-    row = json.dumps(measured().statistics["error_sink"][1].tolist())
+    row = json.dumps(measured().statistics["error_SINK"][1].tolist())
     assert f"{row}," in rows
 
 
@@ -202,13 +233,16 @@ def test_unreadable_files_are_refused(tmp_path):
         (b'{"family": "qwen2_vl"}', "not a profile"),
         (b"[" * 100_000, "not JSON"),
         (measured().to_json()[:300].encode(), "not JSON"),
-        (measured().to_json().replace("0.05", "NaN").encode(), "NaN"),
-        (measured().to_json().replace('"quantile"', '"error"').encode(), "`error` appears twice"),
+        (measured().to_json().replace("0.99", "NaN").encode(), "NaN"),
+        (measured().to_json().replace('"quantile"', '"threshold"').encode(), "`threshold` appears"),
     ):
         path.write_bytes(content)
         with pytest.raises(ProfileError, match=word) as caught:
             Profile.load(path)
         assert str(path) in str(caught.value)
+
+
+SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
 
 
 @pytest.mark.parametrize(
@@ -232,17 +266,35 @@ def test_unreadable_files_are_refused(tmp_path):
         ("sinks", None, "`sinks` must be an object"),
         ("from_data", False, "`from_data` is false"),
         ("from_data", "yes", "`from_data` must be true or false"),
-        ("criterion", "guess", "`criterion` must be one of output_error, mass, uniform"),
-        ("thresholds", {"error": "small"}, "`thresholds.error`"),
+        ("criterion", "guess", "`criterion` must be one of output_error, mass, uniform, by_hand"),
+        ("thresholds", {"threshold": "small"}, "`thresholds.threshold`"),
+        ("thresholds", {"quantile": 0.9}, "lack `threshold`"),
+        ("thresholds", {"threshold": 0.1}, "above the threshold of 0.1: these categories do not"),
+        ("categories", ["BBBB"] * 3, "above the threshold of 0.3: these categories do not"),
         ("thresholds", [], "`thresholds` must be an object"),
-        ("samples", {"count": 0, "source": ""}, "0 samples"),
-        ("samples", {"count": 1.5, "source": ""}, "`samples.count`"),
-        ("samples", {"count": 1}, "`samples` lacks `source`"),
+        ("samples", SAMPLES | {"count": 0}, "0 samples"),
+        ("samples", SAMPLES | {"count": 1.5}, "`samples.count`"),
+        ("samples", SAMPLES | {"held_out": -1}, "`samples.held_out`"),
+        ("samples", SAMPLES | {"held_out": 0}, "0 held-out samples contradict"),
+        ("samples", SAMPLES | {"fingerprint": None}, "no `sample_fingerprint`"),
+        ("samples", SAMPLES | {"fingerprint": 3}, "`samples.fingerprint` must be text"),
+        ("samples", {"count": 1}, "`samples` lacks `held_out`, `source`"),
+        ("attention_flops", None, "no `attention_flops`"),
+        ("attention_flops", {"dense": 2, "sparse": 1}, "dense, sparse and reduction"),
+        ("attention_flops", {"dense": 2, "sparse": 1, "reduction": 0.6}, "no reduction by 0.6"),
+        ("attention_flops", {"dense": 2, "sparse": 3, "reduction": -0.5}, "no reduction by"),
+        ("sink_discovery", {"rule": "guessed"}, "`sink_discovery` lacks `mass_by_offset`"),
+        ("sink_discovery", {"rule": "guessed", "mass_by_offset": "much"}, "list of numbers"),
+        ("sink_discovery", [], "`sink_discovery` must be an object"),
+        ("refinement", {"kl": "small"}, "`refinement.kl`"),
+        ("refinement", {"kl": 0.1}, "missing: damage_INTRA_IMAGE, damage_INTRA_IMAGE_SINK"),
         ("category_letters", {"D": "SINK"}, "`category_letters` must be"),
         ("categories", ["DDDD", "DDDD", "DDXD"], r"`categories\[2\]` has the letter 'X'"),
         ("categories", ["DDDD", "DDD", "DDDD"], r"`categories\[1\]` has 3 letters"),
         ("categories", [[0, 0, 0, 0]] * 3, "rows of letters"),
         ("categories", "DDDD", "rows of letters"),
+        ("statistics", {"mass": [[1, 2, 3, 4]] * 3}, "unknown: mass"),
+        ("statistics", {}, "missing: error_INTRA_IMAGE, .*unknown: none"),
         ("statistics", {"mass": [[1, 2, 3, 4]]}, "`statistics.mass` must have 3 rows of 4"),
         ("statistics", {"mass": [[1, 2, 3, "4"]] * 3}, "`statistics.mass` must hold finite"),
         ("end_to_end", {"kl_divergence": True}, "`end_to_end.kl_divergence`"),
@@ -271,9 +323,51 @@ def test_values_that_no_file_could_hold_are_refused():
     for arguments, word in (
         ({"categories": np.full((2, 2), 4, np.int8)}, "0 to 3"),
         ({"categories": np.zeros((0, 2), np.int8)}, "one row per layer"),
-        ({"categories": good, "criterion": "mass"}, "0 samples"),
-        ({"categories": good, "sample_count": 3}, "3 samples"),
         ({"categories": good, "statistics": {"mass": np.zeros((2, 3))}}, "mass"),
     ):
         with pytest.raises(ProfileError, match=word):
             Profile(family="qwen2_vl", **arguments)
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        {"sample_count": 3},
+        {"held_out_count": 3},
+        {"sample_fingerprint": "abc"},
+        {"thresholds": {"threshold": 0.1}},
+        {"statistics": {"mass_TEXT": np.ones((LAYERS, HEADS))}},
+        {"attention_flops": {"dense": 2, "sparse": 1, "reduction": 0.5}},
+        {"sink_discovery": {"rule": "", "mass_by_offset": []}},
+        {"refinement": {"kl": 0.0}},
+        {"end_to_end": {"kl_divergence": 0.0}},
+    ],
+    ids=lambda looks: next(iter(looks)),
+)
+def test_categories_set_by_hand_cannot_look_measured(looks):
+    arguments = {"family": "qwen2_vl", "categories": measured().categories}
+    assert not Profile(**arguments).from_data
+    with pytest.raises(
+        ProfileError, match=f"does not come from data, but it has `{next(iter(looks))}`"
+    ):
+        Profile(**arguments, **looks)
+
+
+def test_a_measured_profile_needs_what_was_measured():
+    for lacking in ("fingerprint", "sample_fingerprint", "attention_flops"):
+        with pytest.raises(ProfileError, match=f"no `{lacking}`"):
+            measured(**{lacking: None})
+    with pytest.raises(ProfileError, match="21 held-out samples contradict"):
+        measured(end_to_end=None)
+    with pytest.raises(ProfileError, match="0 samples"):
+        measured(sample_count=0)
+    with pytest.raises(ProfileError, match="must add up to 1"):
+        measured(statistics=statistics() | {"mass_OTHER": np.ones((LAYERS, HEADS))})
+    with pytest.raises(ProfileError, match="below 0"):
+        measured(statistics=statistics() | {"error_SINK": -np.ones((LAYERS, HEADS))})
+
+
+def test_uniform_means_one_category():
+    with pytest.raises(ProfileError, match="'by_hand'"):
+        Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8), criterion="uniform")
+    assert Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8)).criterion == "by_hand"

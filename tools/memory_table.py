@@ -8,7 +8,6 @@ goal is missed. With --check it writes nothing.
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -120,19 +119,14 @@ def measure(model: str, tokens: int, target: str = TARGET) -> Measurement:
     text = config.text_config
     module = abstract_module(family, config, DTYPE)
     programs = Programs(module, partial(_compile, target))
-    uniform = Profile.uniform(
-        HeadCategory.DENSE,
-        family=family.name,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-    )
-    mixed = np.arange(uniform.categories.size, dtype=np.int8) % len(HeadCategory)
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    mixed = np.arange(np.prod(shape), dtype=np.int8) % len(HeadCategory)
     inputs = prepare_inputs(
         family,
         config,
         DTYPE,
         image_prompt(config, tokens),
-        dataclasses.replace(uniform, categories=mixed.reshape(uniform.categories.shape)),
+        Profile(family=family.name, categories=mixed.reshape(shape)),
         "pallas",
         NEW_TOKENS,
     )

@@ -1,0 +1,60 @@
+"""The console script `bsjax`: `generate` answers, `mask` draws a mask, `profile` measures heads."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from bsjax.cli import generate, mask, profile
+from bsjax.errors import BsjaxError
+
+_EPILOG = """\
+examples:
+  bsjax generate checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --stream
+  bsjax mask checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --output mask.png
+  bsjax mask --segments text:12,image:256,text:5,image:300,text:9 --category sink
+  bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench --limit 64 --output profile.json
+  bsjax profile show profile.json --output profile.png
+
+Checkpoints are folders written by `python -m convert`.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="bsjax",
+        description="Block-sparse prefill for vision-language models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in (generate, mask, profile):
+        module.add_to(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+      The exit status: 0 done, 1 two profiles differ, 2 bad input (one line on stderr says what),
+      130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(profile.with_run(given))
+    # transformers is used for tokenizers and images: torch need not be there.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Answers hold characters that not every terminal's encoding has.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return options.run(options) or 0
+    except BsjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,8 @@
+"""`python -m bsjax.cli` is the console script."""
+
+import sys
+
+from bsjax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Arguments that several subcommands take."""
+
+import argparse
+from typing import Any
+
+from bsjax.categories import HeadCategory
+
+CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """The images of a question, and how they are read."""
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="IMAGE", help="one more, after those"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels"
+    )
+
+
+def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The conversation that `add_images` and a question describe."""
+    content: list[dict[str, Any]] = [
+        {"type": "image", "image": image, "max_pixels": options.max_pixels}
+        for image in (*options.images, *options.image)
+    ]
+    content.append({"type": "text", "text": options.question})
+    messages = [{"role": "user", "content": content}]
+    if options.system is not None:
+        messages.insert(0, {"role": "system", "content": options.system})
+    return messages
+
+
+def category(text: str) -> HeadCategory:
+    """Reads a head category's name."""
+    try:
+        return HeadCategory.parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {CATEGORY_NAMES}") from None

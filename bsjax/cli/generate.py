@@ -1,0 +1,95 @@
+"""`bsjax generate`: answers a question about images."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+
+if TYPE_CHECKING:
+    from bsjax.results import Result
+
+
+def add_to(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "generate",
+        help="answer a question about images",
+        description="Answers a question about images: the answer to stdout, figures to stderr.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
+    parser.add_argument("question", metavar="QUESTION")
+    add_images(parser)
+    profiles = parser.add_mutually_exclusive_group()
+    profiles.add_argument(
+        "--profile", metavar="FILE", help="a profile's file, or a shipped one's name; else dense"
+    )
+    profiles.add_argument(
+        "--uniform",
+        metavar="CATEGORY",
+        type=category,
+        help=f"for experiments: the same category in all heads ({CATEGORY_NAMES})",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    output.add_argument("--json", action="store_true", help="print answer and figures as JSON")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of probability P"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
+    parser.add_argument(
+        "--backend", default="auto", help="of the attention: auto, pallas, xla, reference"
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import bsjax
+
+    model = bsjax.load(options.checkpoint, dtype=options.dtype)
+    profile = options.profile
+    if options.uniform is not None:
+        profile = bsjax.Profile.uniform(options.uniform, model)
+
+    def show(piece: str, token_id: int) -> None:
+        print(piece, end="", flush=True)
+
+    result = bsjax.generate(
+        model,
+        messages_of(options),
+        profile=profile,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stream=show if options.stream else None,
+        backend=options.backend,
+    )
+    assert isinstance(result, bsjax.Result)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
+        return
+    print("" if options.stream else result.text)
+    print(_figures(result), file=sys.stderr)
+
+
+def _figures(result: "Result") -> str:
+    stats = result.stats
+    images = ", ".join(map(str, stats.image_tokens)) or "none"
+    share = stats.attention_flops_sparse / max(stats.attention_flops_dense, 1)
+    return (
+        f"{stats.prompt_tokens} prompt tokens (images: {images}), {len(result.token_ids)} new; "
+        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of dense; "
+        f"vision {stats.vision_seconds:.2f} s, prefill {stats.prefill_seconds:.2f} s, "
+        f"decode {stats.decode_seconds:.2f} s, compile {stats.compile_seconds:.2f} s"
+    )

@@ -1,0 +1,93 @@
+"""`bsjax mask`: draws what the queries of a prompt see."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bsjax.categories import HeadCategory
+from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+from bsjax.errors import TemplateError
+
+if TYPE_CHECKING:
+    from bsjax.template import Template
+
+
+def add_to(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "mask",
+        help="draw a prompt's mask to a picture",
+        description="Draws what the queries of a prompt see, in prompt order and in packed order. "
+        "Reads a checkpoint's tokenizer and image settings, not its weights.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?")
+    parser.add_argument("question", metavar="QUESTION", nargs="?")
+    add_images(parser)
+    parser.add_argument(
+        "--segments",
+        metavar="LIST",
+        help="describe the prompt instead, such as text:12,image:256,text:5",
+    )
+    parser.add_argument(
+        "--category",
+        type=category,
+        default=HeadCategory.INTRA_IMAGE_SINK,
+        help=f"{CATEGORY_NAMES}; default: intra_image_sink",
+    )
+    parser.add_argument("--output", type=Path, default=Path("mask.png"), help="default: mask.png")
+    parser.set_defaults(run=_mask)
+
+
+def _mask(options: argparse.Namespace) -> None:
+    from bsjax.block_mask import BlockMask
+
+    mask = BlockMask(_template(options), [options.category])
+    mask.plot(options.output)
+    images = mask.template.num_images
+    print(
+        f"{mask.template.tokens} tokens, {images} image{'' if images == 1 else 's'}, "
+        f"{options.category.name}: {mask.density:.1%} of the dense attention"
+    )
+    print(options.output)
+
+
+def _template(options: argparse.Namespace) -> "Template":
+    from bsjax.template import Template
+
+    if options.segments is not None:
+        if options.checkpoint is not None:
+            raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
+        if options.image or options.system is not None or options.max_pixels is not None:
+            raise TemplateError(
+                "--image, --system and --max-pixels belong to a checkpoint's prompt."
+            )
+        return Template.from_segments(_segments(options.segments))
+    if options.question is None:
+        raise TemplateError("Give a checkpoint and a question, or --segments.")
+    from bsjax.checkpoint import read_prompt_files
+    from bsjax.prompts import prepare_prompt
+
+    files = read_prompt_files(Path(options.checkpoint).expanduser())
+    prompt = prepare_prompt(
+        messages_of(options), files.tokenizer, files.image_processor, files.config
+    )
+    return Template.from_tokens(
+        prompt.token_ids, files.config.image_token_id, image_tokens=prompt.image_tokens
+    )
+
+
+def _segments(text: str) -> list[Any]:
+    from bsjax.template import Image, Text
+
+    kinds = {"text": Text, "image": Image}
+    segments = []
+    for part in text.split(","):
+        kind, _, tokens = part.strip().partition(":")
+        if kind not in kinds or not tokens.isdecimal():
+            raise TemplateError(
+                f"--segments: {part.strip()!r} is neither text:N nor image:N. "
+                "Example: text:12,image:256,text:5"
+            )
+        segments.append(kinds[kind](int(tokens)))
+    return segments

@@ -1,0 +1,371 @@
+"""Pictures of profiles: each head's category, where its attention goes, and what errors it makes.
+
+The upper half is in the model's order: the map of categories, layers down and heads across, and
+beside it, line by line, where the attention of each layer's image queries goes. The lower half is
+in order of rank: all heads by the attention they pay to other images, with their categories below,
+and how many heads stay within an error in each category.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from bsjax.categories import HeadCategory, KeyGroup
+from bsjax.errors import ProfileError
+from bsjax.profile_file import Profile
+from bsjax.profile_format import LETTERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure, SubFigure
+
+CATEGORY_COLORS = {
+    HeadCategory.DENSE: "#2f4b6e",
+    HeadCategory.SINK: "#c8374a",
+    HeadCategory.INTRA_IMAGE: "#f3cf6b",
+    HeadCategory.INTRA_IMAGE_SINK: "#ec8f3c",
+}
+_ON_DARK = (HeadCategory.DENSE, HeadCategory.SINK)
+
+# From what every category keeps to what only dense attention sees.
+_GROUPS = {
+    KeyGroup.TEXT: ("text", "#4c6a92"),
+    KeyGroup.OWN: ("own image", "#edae49"),
+    KeyGroup.OWN_SINK: ("own image's sinks", "#e0793f"),
+    KeyGroup.OTHER_SINK: ("other images' sinks", "#d1495b"),
+    KeyGroup.OTHER: ("other images", "#66a182"),
+}
+_SPARSE = (HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK)
+# Colours of the map that are too light for lines on white.
+_LINE_COLORS = CATEGORY_COLORS | {HeadCategory.INTRA_IMAGE: "#c79a1e"}
+
+_MOST_MAP_INCHES = (11.0, 12.0)
+_LEAST_MAP_INCHES = (4.4, 3.2)
+_CELL_INCHES = 0.26
+_LETTER_CELL_INCHES = 0.11
+_DPI = 140
+_MOST_BARS = 150
+# A curve whose peak is higher than this many times its middle is drawn on a logarithmic scale.
+_FLAT = 20
+
+
+def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
+    """Draws a profile.
+
+    Args:
+      profile: what to draw. Of one without statistics there is the map of categories alone.
+      path: where to write the picture (PNG, PDF or SVG by its ending); None writes nothing.
+
+    Returns:
+      The matplotlib figure.
+
+    Raises:
+      ProfileError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ProfileError(
+            "Drawing a profile needs matplotlib: pip install matplotlib (or bsjax[demo])."
+        ) from error
+    mass, errors = _mass(profile), _errors(profile)
+    sinks = _sink_curve(profile)
+    lower: list[Callable[[Axes], None]] = []
+    if mass is not None:
+        lower.append(lambda axes: _draw_ranked(axes, mass, profile))
+    if errors:
+        lower.append(lambda axes: _draw_errors(axes, errors, profile))
+    if sinks is not None:
+        lower.append(lambda axes: _draw_sinks(axes, sinks, profile))
+
+    map_width, map_height = (
+        min(max(count * _CELL_INCHES, least), most)
+        for count, least, most in zip(
+            (profile.heads, profile.layers), _LEAST_MAP_INCHES, _MOST_MAP_INCHES, strict=True
+        )
+    )
+    mass_width = 0.0 if mass is None else 4.6
+    lower_height = 3.4 if lower else 0.0
+    figure = Figure(
+        figsize=(
+            max(map_width + mass_width + 1.2, 6.6, 5.0 * len(lower)),
+            map_height + lower_height + 1.7,
+        ),
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # pyright: ignore
+    upper: Figure | SubFigure = figure
+    if lower:
+        halves = figure.subfigures(
+            2, 1, squeeze=False, height_ratios=(map_height + 1.1, lower_height)
+        )
+        upper, below = halves[:, 0]
+        cells = below.subplots(1, len(lower), width_ratios=_lower_widths(len(lower), mass))
+        for axes, draw in zip(np.atleast_1d(cells), lower, strict=True):
+            draw(axes)
+    if mass is None:
+        _draw_map(upper.subplots(), profile, map_width / profile.heads)
+    else:
+        left, right = upper.subplots(1, 2, sharey=True, width_ratios=(map_width, mass_width))
+        _draw_map(left, profile, min(map_width / profile.heads, map_height / profile.layers))
+        _draw_layers(right, mass)
+    figure.suptitle(_title(profile), fontsize=11)
+    if path is not None:
+        _write(figure, Path(path))
+    return figure
+
+
+def _write(figure: "Figure", path: Path) -> None:
+    """Writes the picture, whole or not at all."""
+    if not path.suffix:
+        raise ProfileError(
+            f"The profile's picture cannot be written to {path}: its name must end with what it is "
+            "to be, such as .png, .pdf or .svg."
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ProfileError(f"The profile's picture cannot be written to {path}: {error}") from error
+
+
+def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
+    """The category of every head, with its letter where there is room for one."""
+    axes.imshow(
+        profile.categories,
+        cmap=_category_colormap(),
+        vmin=-0.5,
+        vmax=len(HeadCategory) - 0.5,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.set_xticks(np.arange(-0.5, profile.heads), minor=True)
+    axes.set_yticks(np.arange(-0.5, profile.layers), minor=True)
+    axes.grid(which="minor", color="white", linewidth=min(1.0, 4 * cell_inches))
+    axes.tick_params(which="minor", length=0)
+    axes.set_xticks(_ticks(profile.heads))
+    axes.set_yticks(_ticks(profile.layers))
+    axes.tick_params(labelleft=True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    if cell_inches >= _LETTER_CELL_INCHES:
+        # As markers: thousands of texts take half a minute to draw.
+        size = min(6.0, 30 * cell_inches)
+        for letter, category in LETTERS.items():
+            layer, head = np.nonzero(profile.categories == category)
+            axes.scatter(
+                head,
+                layer,
+                s=size**2,
+                marker=rf"$\mathrm{{{letter}}}$",
+                color="white" if category in _ON_DARK else "#333333",
+                linewidths=0,
+            )
+    handles = [
+        _patch(CATEGORY_COLORS[category], f"{letter}  {category.name} {share:.0%}")
+        for letter, category in LETTERS.items()
+        for share in [float((profile.categories == category).mean())]
+    ]
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _draw_layers(axes: "Axes", mass: Float[np.ndarray, "layers heads groups"]) -> None:
+    """Where each layer's attention goes, mean over its heads, in the map's rows."""
+    of_layers = mass.mean(axis=1)
+    rows = np.arange(of_layers.shape[0])
+    left = np.zeros(rows.size)
+    for index, (label, color) in enumerate(_GROUPS.values()):
+        axes.barh(rows, of_layers[:, index], 0.86, left, color=color, label=label)
+        left = left + of_layers[:, index]
+    axes.set_xlim(0, max(1.0, float(left.max())))
+    axes.set_xlabel("attention of image queries, mean over heads")
+    axes.tick_params(labelleft=False, left=False, which="both")
+    _without_frame(axes)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _draw_ranked(
+    axes: "Axes", mass: Float[np.ndarray, "layers heads groups"], profile: Profile
+) -> None:
+    """All heads in order of what they look at in other images, and their categories below."""
+    flat = mass.reshape(-1, mass.shape[-1])
+    order = np.lexsort((flat[:, 0], flat[:, -1], flat[:, -2:].sum(axis=1)))
+    # Neighbours are averaged where there are more heads than can be told apart.
+    edges = np.unique(np.linspace(0, order.size, min(order.size, _MOST_BARS) + 1).astype(int))
+    means = np.add.reduceat(flat[order], edges[:-1]) / np.diff(edges)[:, None]
+    bottom = np.zeros(edges.size - 1)
+    for index, (_, color) in reversed(list(enumerate(_GROUPS.values()))):
+        top = bottom + means[:, index]
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=color, linewidth=0)
+        bottom = top
+    highest = max(1.0, float(bottom.max()))
+    strip = profile.categories.reshape(1, -1)[:, order]
+    axes.imshow(
+        strip,
+        cmap=_category_colormap(),
+        vmin=-0.5,
+        vmax=len(HeadCategory) - 0.5,
+        extent=(0, order.size, -0.13, -0.03),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.set_xlim(0, order.size)
+    axes.set_ylim(-0.13, highest)
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.set_xlabel("heads of all layers, by attention to other images; below: their category")
+    axes.set_ylabel("attention of image queries")
+    _without_frame(axes)
+
+
+def _draw_errors(
+    axes: "Axes", errors: dict[HeadCategory, Float[np.ndarray, "layers heads"]], profile: Profile
+) -> None:
+    """How many heads stay within an error, for each category they could have."""
+    from matplotlib.ticker import NullFormatter
+
+    smallest = min(float(values[values > 0].min(initial=1.0)) for values in errors.values())
+    start = max(smallest, 1e-5)
+    largest = max(float(values.max(initial=start)) for values in errors.values())
+    share = np.arange(1, profile.categories.size + 1) / profile.categories.size
+    for category, values in errors.items():
+        axes.step(
+            np.append(np.sort(np.maximum(values, start), axis=None), max(largest, 2 * start)),
+            np.append(share, 1.0),
+            where="post",
+            color=_LINE_COLORS[category],
+            linewidth=1.8,
+            label=category.name,
+        )
+    threshold = profile.thresholds.get("threshold")
+    if profile.criterion == "output_error" and threshold is not None and threshold >= start:
+        axes.axvline(threshold, color="#333333", linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"threshold {threshold:.3g}",
+            (threshold, 1.01),
+            xycoords=("data", "axes fraction"),
+            va="bottom",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** np.floor(np.log10(start)), 10 ** np.ceil(np.log10(max(largest, 2 * start))))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("relative error of a head's output")
+    axes.set_ylabel("share of heads within it")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    _without_frame(axes)
+    axes.legend(loc="best", fontsize=8, framealpha=0.9, edgecolor="none")
+
+
+def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Profile) -> None:
+    """What each place of an image draws from other images' queries; the chosen sinks marked."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    offsets = np.arange(curve.size)
+    axes.plot(offsets, curve, color="#8a8f98", linewidth=1.0)
+    first = profile.sinks.first
+    chosen = sorted({*range(min(first, curve.size)), *profile.sinks.offsets})
+    chosen = [offset for offset in chosen if offset < curve.size]
+    axes.plot(chosen, curve[chosen], "o", color=_GROUPS[KeyGroup.OTHER_SINK][1], label="sinks")
+    if curve.max() > _FLAT * np.median(curve) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, max(1.1 * float(curve.max()), 1e-6))
+    axes.set_xscale("symlog", linthresh=8)
+    axes.set_xlim(-0.5, curve.size)
+    axes.set_xticks([tick for tick in (0, 4, 10, 100, 1000, 10000) if tick < curve.size])
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("token of an image, counted from its first")
+    axes.set_ylabel("attention per query of another image")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    _without_frame(axes)
+    axes.legend(loc="upper right", fontsize=8, framealpha=0.9, edgecolor="none")
+
+
+def _title(profile: Profile) -> str:
+    parts = [f"{profile.family}, {profile.layers} layers of {profile.heads} heads"]
+    if profile.from_data:
+        parts.append(f"{profile.criterion} on {profile.sample_count} samples")
+    else:
+        parts.append("not from data")
+    if profile.attention_flops is not None:
+        parts.append(f"{profile.attention_flops['reduction']:.1%} fewer attention FLOPs")
+    return "; ".join(parts)
+
+
+def _mass(profile: Profile) -> Float[np.ndarray, "layers heads groups"] | None:
+    """Attention mass per key group in the order of `_GROUPS`; None where it was not measured."""
+    names = [f"mass_{group.name}" for group in _GROUPS]
+    if not all(name in profile.statistics for name in names):
+        return None
+    return np.stack([np.asarray(profile.statistics[name]) for name in names], axis=-1)
+
+
+def _errors(profile: Profile) -> dict[HeadCategory, Float[np.ndarray, "layers heads"]]:
+    return {
+        category: np.asarray(profile.statistics[f"error_{category.name}"])
+        for category in _SPARSE
+        if f"error_{category.name}" in profile.statistics
+    }
+
+
+def _sink_curve(profile: Profile) -> Float[np.ndarray, "offsets"] | None:
+    if profile.sink_discovery is None:
+        return None
+    curve = np.asarray(profile.sink_discovery["mass_by_offset"], np.float64)
+    return curve if curve.size else None
+
+
+def _lower_widths(count: int, mass: object) -> list[float]:
+    """The ranked heads want most of the width."""
+    return [1.6 if index == 0 and mass is not None else 1.0 for index in range(count)]
+
+
+def _category_colormap() -> "ListedColormap":
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap([CATEGORY_COLORS[category] for category in HeadCategory])
+
+
+def _ticks(count: int) -> range:
+    return range(0, count, 1 if count <= 16 else 2 if count <= 32 else 4)
+
+
+def _without_frame(axes: "Axes") -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _patch(color: str, label: str) -> object:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=color, label=label)

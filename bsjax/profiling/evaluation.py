@@ -1,0 +1,246 @@
+"""How far a sparse model's next-token distributions are from the dense model's, end to end.
+
+One evaluation of an array of categories costs one prefill per sample and nothing else: categories
+are data of one compiled program, and the embeddings of a sample, vision tower included, are made
+once and kept on the host.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64, Int8, Int64
+
+from bsjax.attention import resolve_backend
+from bsjax.categories import HeadCategory
+from bsjax.checkpoint import LoadedModel
+from bsjax.checks import whole_number
+from bsjax.errors import ProfileError
+from bsjax.generation import generate
+from bsjax.pipeline import Embedding, Stage, check_memory
+from bsjax.profiling import selection, steps
+from bsjax.profiling.inputs import (
+    Shape,
+    category_schedule,
+    extended,
+    kind_schedules,
+    packed_inputs,
+    prompt_of,
+    row_of_token,
+)
+from bsjax.profiling.progress import Progress, no_progress
+from bsjax.profiling.samples import Messages, Samples
+from bsjax.profiling.state import NO_STATE, State
+from bsjax.programs import bytes_available, programs_of
+from bsjax.template import Sinks, Template
+
+
+class Comparison(NamedTuple):
+    """Next-token distributions of a sparse model against the dense model's.
+
+    Attributes:
+      kl: KL(dense || sparse) in nats, mean over a sample's positions, then over samples.
+      top1: share of positions whose likeliest tokens agree, averaged alike.
+      kl_by_sample: the mean over each sample's positions.
+      top1_by_sample: alike.
+    """
+
+    kl: float
+    top1: float
+    kl_by_sample: Float64[np.ndarray, "samples"]
+    top1_by_sample: Float64[np.ndarray, "samples"]
+
+
+class _Sample(NamedTuple):
+    """A prompt with the dense answer after it, ready to run."""
+
+    embeddings: np.ndarray
+    arguments: tuple[Any, ...]
+    rows: np.ndarray
+    """Of the states to compare; the last one again where the answer ended early."""
+    states: int
+    """How many of them count."""
+    dense: jax.Array
+
+
+class Evaluator:
+    """Compares categories with dense attention over samples.
+
+    Distributions are those after the last token of the prompt and after each token of the dense
+    model's greedy answer, which both models are given (teacher forcing); the answer stops at an
+    end-of-sequence token. Samples are taken in the order of their fingerprints. What was compared
+    once is remembered.
+
+    The host keeps the embeddings of all samples (rows x hidden values each).
+
+    Attributes:
+      fingerprints: of the samples.
+      flops: int64 [layers, 4], attention FLOPs of one head of each layer, by `HeadCategory`, summed
+        over the samples' prompts.
+      dense_answers: greedy token ids of the dense model for each sample.
+      evaluations: how many different arrays of categories have been compared.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        samples: Sequence[Messages] | Samples,
+        *,
+        answer_tokens: int = 8,
+        sinks: Sinks | None = None,
+        backend: str = "auto",
+        state: State = NO_STATE,
+        progress: Progress = no_progress,
+        stage: str = "reading samples",
+    ) -> None:
+        """Reads the samples' prompts.
+
+        Args:
+          model: from `bsjax.load`.
+          samples: conversations.
+          answer_tokens: tokens of the dense answer at most, at least 1.
+          sinks: which tokens are sinks; the first of every image when None.
+          backend: of the attention, see `sparse_attention`.
+          state: keeps what was compared, and recalls it.
+          progress: told of every sample read.
+          stage: what that is called.
+
+        Raises:
+          ProfileError: no samples, or `answer_tokens` below 1.
+          BsjaxError: as `generate`, for prompts that are none or do not fit.
+        """
+        samples = samples if isinstance(samples, Samples) else Samples.of(samples)
+        self.answer_tokens = whole_number(
+            "answer_tokens", answer_tokens, least=1, error=ProfileError
+        )
+        self._model = model
+        self._samples = samples
+        self._sinks = Sinks() if sinks is None else sinks
+        self._backend = resolve_backend(backend)
+        self._shape = Shape.of(model)
+        self._state = state
+        self._prepared: dict[int, _Sample] = {}
+        self._compared: dict[bytes, Comparison] = {}
+        self._what = f"{samples.fingerprint} {self._sinks} {self.answer_tokens}"
+        self.fingerprints = samples.fingerprints
+
+        self._records = []
+        progress(stage, 0, len(samples.messages))
+        for index, digest in enumerate(samples.fingerprints):
+            name = f"dense answer {digest} {self._sinks} {self.answer_tokens}"
+            self._records.append(state.recall(name, partial(self._read, index)))
+            progress(stage, index + 1, len(samples.messages))
+        self.flops: Int64[np.ndarray, "layers all_categories"] = np.sum(
+            [record["flops"] for record in self._records], axis=0
+        )
+        self.dense_answers = tuple(tuple(r["answer"].tolist()) for r in self._records)
+
+    @property
+    def evaluations(self) -> int:
+        """How many different arrays of categories have been compared."""
+        return len(self._compared)
+
+    def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
+        """The share of dense attention FLOPs, over the samples, that the categories save."""
+        return selection.reduction_of(categories, self.flops)
+
+    def compare(self, categories: Int8[np.ndarray, "layers heads"]) -> Comparison:
+        """Distributions of the model with these categories, against the dense model's.
+
+        Raises:
+          ProfileError: other than one category per layer and head.
+        """
+        categories = np.ascontiguousarray(categories, np.int8)
+        wanted = (self._shape.layers, self._shape.heads)
+        if categories.shape != wanted or not np.isin(categories, list(HeadCategory)).all():
+            raise ProfileError(
+                f"`categories` must hold one HeadCategory per layer and head, {wanted}, got the "
+                f"shape {categories.shape} of values {np.unique(categories)[:8].tolist()}."
+            )
+        key = categories.tobytes()
+        if key not in self._compared:
+            name = hashlib.sha256(self._what.encode() + key).hexdigest()
+            record = self._state.recall(f"compared {name}", lambda: self._compare(categories))
+            kl, top1 = record["kl"], record["top1"]
+            self._compared[key] = Comparison(float(kl.mean()), float(top1.mean()), kl, top1)
+        return self._compared[key]
+
+    def _compare(self, categories: np.ndarray) -> dict[str, np.ndarray]:
+        programs = programs_of(self._model)
+        kl, top1 = [], []
+        for index in range(len(self.fingerprints)):
+            sample = self._sample(index)
+            sparse = self._states(sample.embeddings, categories, *sample.arguments, sample.rows)
+            arguments = (sample.dense, sparse)
+            of_states, agree = programs.get(steps.divergence, arguments)(*arguments)
+            kl.append(np.asarray(of_states, np.float64)[: sample.states].mean())
+            top1.append(np.asarray(agree)[: sample.states].mean())
+        return {"kl": np.asarray(kl, np.float64), "top1": np.asarray(top1, np.float64)}
+
+    def _read(self, index: int) -> dict[str, np.ndarray]:
+        """The dense answer of a sample, and the FLOPs of its prompt."""
+        messages = self._samples.messages[index]
+        answer = generate(
+            self._model, messages, max_new_tokens=self.answer_tokens, backend=self._backend
+        )
+        assert not isinstance(answer, list)
+        prompt = prompt_of(self._model, messages)
+        template = Template.from_tokens(
+            prompt.token_ids, self._model.config.image_token_id, self._sinks, prompt.image_tokens
+        )
+        return {
+            "answer": np.asarray(answer.token_ids, np.int64),
+            "stopped": np.asarray(answer.finish_reason == "stop"),
+            "flops": self._shape.category_flops(template),
+        }
+
+    def _sample(self, index: int) -> _Sample:
+        """Embeddings and dense states of a sample, made when they are first needed."""
+        if index not in self._prepared:
+            record = self._records[index]
+            answer = record["answer"].tolist()
+            # An answer that ended has its end-of-sequence token, which nothing follows.
+            self._prepared[index] = self._prepare(
+                index, answer[:-1] if record["stopped"] else answer
+            )
+        return self._prepared[index]
+
+    def _prepare(self, index: int, answer: list[int]) -> _Sample:
+        model, backend = self._model, self._backend
+        prompt = prompt_of(model, self._samples.messages[index])
+        inputs = packed_inputs(model, extended(prompt, answer), self._sinks, backend)
+        embedding = Embedding(programs_of(model), inputs, backend)
+        schedules = kind_schedules(self._shape, inputs, model.dtype, backend, category_schedule)
+        arguments = (inputs.position_ids, schedules)
+
+        states = np.minimum(np.arange(self.answer_tokens + 1), len(answer))
+        rows = row_of_token(inputs)[prompt.token_ids.size - 1 + states].astype(np.int32)
+        dense = np.zeros((self._shape.layers, self._shape.heads), np.int8)
+        program = self._program(embedding.output, dense, *arguments, rows)
+        check_memory(inputs, [*embedding.stages, Stage("comparing", program)], bytes_available())
+
+        embeddings = np.asarray(embedding.run()[0])
+        return _Sample(
+            embeddings,
+            arguments,
+            rows,
+            len(answer) + 1,
+            self._states(embeddings, dense, *arguments, rows),
+        )
+
+    def _states(self, embeddings: Any, categories: np.ndarray, *arguments: Any) -> jax.Array:
+        position_ids, schedules, rows = arguments
+        program = self._program(embeddings, categories, *arguments)
+        head_category = categories.astype(np.int32)
+        return program(jax.device_put(embeddings), position_ids, schedules, head_category, rows)
+
+    def _program(self, embeddings: Any, categories: np.ndarray, *arguments: Any) -> Any:
+        position_ids, schedules, rows = arguments
+        return programs_of(self._model).get(
+            steps.states_at,
+            (embeddings, position_ids, schedules, categories.astype(np.int32), rows),
+            static=(self._backend,),
+        )

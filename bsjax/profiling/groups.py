@@ -1,0 +1,176 @@
+"""Attention by key group: what every head category, and dense attention, would have computed.
+
+The five key groups are disjoint, so attention over each of them alone, with its log-sum-exp, tells
+the output of every union of them: outputs are averaged by the exponentials of their log-sum-exps.
+That is five attention calls for the FLOPs of one dense call, and exact: no category is modelled.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32
+
+from bsjax.attention import ragged_attention
+from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory, KeyGroup
+from bsjax.schedule import Schedule, build_schedule, without_text_queries
+from bsjax.template import Template
+
+GROUPS = tuple(KeyGroup)
+"""The key groups in the order of every array that has an axis of them."""
+
+SPARSE_CATEGORIES = (
+    HeadCategory.SINK,
+    HeadCategory.INTRA_IMAGE,
+    HeadCategory.INTRA_IMAGE_SINK,
+)
+"""The categories other than DENSE, in the order of every array that has an axis of them."""
+
+
+def group_schedule(
+    template: Template,
+    visibility: BaseVisibility,
+    *,
+    block_q: int,
+    block_kv: int,
+    tokens: int | None = None,
+) -> Schedule:
+    """A packed schedule with one table per key group, text rows only in the first.
+
+    Args:
+      template: the prompt.
+      visibility: of the kind of layer.
+      block_q: query rows of a tile, at most.
+      block_kv: keys of a block.
+      tokens: rows to pad to; None pads nothing.
+
+    Raises:
+      MaskError: as `build_schedule`.
+    """
+    schedule = build_schedule(
+        template,
+        GROUPS,
+        block_q=block_q,
+        block_kv=block_kv,
+        bidirectional_images=visibility.bidirectional_images,
+        window=visibility.window,
+        tokens=tokens,
+    )
+    return without_text_queries(schedule, range(1, len(GROUPS)))
+
+
+class GroupPartials(NamedTuple):
+    """Attention over each key group alone. Text rows are dense in the first, and absent after it.
+
+    Attributes:
+      out: output of each group, in the order of `GROUPS`; zeros where a row sees nothing of it.
+      lse: float32 log-sum-exps of the scaled scores; -inf where a row sees nothing.
+    """
+
+    out: Float[Array, "groups tokens q_heads head_dim"]
+    lse: Float32[Array, "groups tokens q_heads"]
+
+    def combined(
+        self, groups: KeyGroup
+    ) -> tuple[Float32[Array, "tokens q_heads head_dim"], Float32[Array, "tokens q_heads"]]:
+        """What attention over `groups` gives: output and log-sum-exp, both float32.
+
+        `groups` must contain TEXT, as every category does, or text rows come out empty.
+        """
+        kept = [index for index, group in enumerate(GROUPS) if group & groups]
+        lse = self.lse[jnp.asarray(kept)]
+        greatest = lse.max(axis=0)
+        seen = ~jnp.isneginf(greatest)
+        # A row that sees nothing keeps -inf; subtracting it would give NaN.
+        shift = jnp.where(seen, greatest, 0.0)
+        weights = jnp.exp(lse - shift)
+        total = jnp.where(seen, weights.sum(axis=0), 1.0)
+        out = sum(
+            (weight / total)[..., None] * self.out[index].astype(jnp.float32)
+            for weight, index in zip(weights, kept, strict=True)
+        )
+        return jnp.asarray(out), jnp.where(seen, shift + jnp.log(total), -jnp.inf)
+
+
+def group_partials(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    schedule: Schedule,
+    *,
+    scale: float,
+    backend: str,
+) -> GroupPartials:
+    """Attention over each key group alone.
+
+    Args:
+      q: queries, rows in the schedule's order.
+      k: keys.
+      v: values.
+      schedule: from `group_schedule`.
+      scale: factor of the scores.
+      backend: of the attention.
+
+    Raises:
+      BsjaxError: as `ragged_attention`.
+    """
+
+    def over_table(table: Array) -> Any:
+        categories = jnp.full(q.shape[1], table, jnp.int32)
+        return ragged_attention(
+            q, k, v, schedule, categories, scale=scale, backend=backend, return_lse=True
+        )
+
+    # One loop over the tables compiles attention once, not five times.
+    out, lse = jax.lax.map(over_table, jnp.arange(len(GROUPS)))
+    # The reference looks at no tiles, and computes text rows in every table.
+    repeated = (jnp.arange(len(GROUPS)) > 0)[:, None] & (schedule.image < 0)
+    return GroupPartials(out, jnp.where(repeated[..., None], -jnp.inf, lse))
+
+
+class HeadStatistics(NamedTuple):
+    """What a layer's heads do over the image queries of one prompt.
+
+    Attributes:
+      mass: attention that goes to each key group, mean over image queries; sums to 1.
+      error: ||o_c - o|| / ||o|| of each of `SPARSE_CATEGORIES`, Frobenius norms over image queries.
+    """
+
+    mass: Float32[Array, "q_heads groups"]
+    error: Float32[Array, "q_heads categories"]
+
+
+def head_statistics(
+    partials: GroupPartials,
+    dense: Float32[Array, "tokens q_heads head_dim"],
+    dense_lse: Float32[Array, "tokens q_heads"],
+    is_image: Bool[Array, "tokens"],
+) -> HeadStatistics:
+    """Attention mass and relative errors of every head.
+
+    Args:
+      partials: of one layer.
+      dense: what they combine to over all groups.
+      dense_lse: its log-sum-exp.
+      is_image: which rows are image queries: neither text nor padding.
+    """
+    rows = is_image[:, None]
+    share = jnp.exp(partials.lse - jnp.where(rows, dense_lse, 0.0))
+    mass = jnp.where(rows, share, 0.0).sum(axis=1) / jnp.maximum(is_image.sum(), 1)
+
+    def norm(values: Array) -> Array:
+        return jnp.sqrt(jnp.where(rows, (values**2).sum(axis=-1), 0.0).sum(axis=0))
+
+    size = norm(dense)
+    errors = []
+    for category in SPARSE_CATEGORIES:
+        difference = norm(partials.combined(category.groups)[0] - dense)
+        errors.append(jnp.where(difference > 0, difference / jnp.where(size > 0, size, 1.0), 0.0))
+    return HeadStatistics(mass.T, jnp.stack(errors, axis=1))
+
+
+def dense_output(
+    partials: GroupPartials,
+) -> tuple[Float32[Array, "tokens q_heads head_dim"], Float32[Array, "tokens q_heads"]]:
+    """Output and log-sum-exp of dense attention."""
+    return partials.combined(ALL_KEY_GROUPS)

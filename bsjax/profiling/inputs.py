@@ -1,0 +1,127 @@
+"""What every program of a profiling run takes: prompts in packed order, schedules by layer kind."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from bsjax.attention import block_sizes
+from bsjax.categories import BaseVisibility, HeadCategory
+from bsjax.checkpoint import LoadedModel
+from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.profile_file import Profile
+from bsjax.prompts import Prompt, prepare_prompt
+from bsjax.schedule import Schedule, build_schedule, category_tables, visible_pairs
+from bsjax.template import Sinks, Template
+
+BuildSchedule = Callable[..., Schedule]
+"""`build(template, visibility, *, block_q, block_kv, tokens)`, for one kind of layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """The counts of a language model that profiling needs.
+
+    Attributes:
+      layers: number of layers.
+      heads: number of query heads of each.
+      head_dim: channels of a head.
+      visibilities: base visibility of each kind of layer.
+      kinds: int32 [layers], the kind of each layer.
+    """
+
+    layers: int
+    heads: int
+    head_dim: int
+    visibilities: tuple[BaseVisibility, ...]
+    kinds: np.ndarray
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> "Shape":
+        """The counts of a loaded model."""
+        text = model.config.get_text_config()
+        return cls(
+            text.num_hidden_layers,
+            text.num_attention_heads,
+            model.family.text_head_dim(model.config),
+            model.family.visibilities(model.config),
+            np.asarray(model.family.layer_kinds(model.config)),
+        )
+
+    def category_flops(self, template: Template) -> Int64[np.ndarray, "layers categories"]:
+        """Attention FLOPs of one head of each layer over a prompt, by `HeadCategory`, exactly."""
+        return np.asarray(
+            [
+                [
+                    4 * self.head_dim * visible_pairs(template, c.groups, **visibility._asdict())
+                    for c in HeadCategory
+                ]
+                for visibility in self.visibilities
+            ],
+            np.int64,
+        )[self.kinds]
+
+
+def prompt_of(model: LoadedModel, messages: Any) -> Prompt:
+    """The prompt of a conversation, images processed.
+
+    Raises:
+      MessageError: see `prepare_prompt`.
+    """
+    return prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+
+
+def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
+    """The prompt with text tokens after its end."""
+    more = np.asarray(token_ids, prompt.token_ids.dtype)
+    return replace(prompt, token_ids=np.concatenate([prompt.token_ids, more]))
+
+
+def packed_inputs(model: LoadedModel, prompt: Prompt, sinks: Sinks, backend: str) -> ModelInputs:
+    """The inputs of a prompt with rows in packed order.
+
+    Raises:
+      CapacityError: the prompt needs more positions than the model has.
+    """
+    # Any sparse category: profiling brings schedules of its own, and takes the order from here.
+    packed = Profile.uniform(HeadCategory.INTRA_IMAGE_SINK, model, sinks=sinks)
+    return prepare_inputs(model.family, model.config, model.dtype, prompt, packed, backend, 0)
+
+
+def kind_schedules(
+    shape: Shape, inputs: ModelInputs, dtype: Any, backend: str, build: BuildSchedule
+) -> tuple[Schedule, ...]:
+    """One schedule per kind of layer, over the inputs' rows."""
+    block_q, block_kv = block_sizes(backend, shape.head_dim, dtype, sparse=True)
+    return tuple(
+        build(
+            inputs.template,
+            visibility,
+            block_q=block_q,
+            block_kv=block_kv,
+            tokens=inputs.token_ids.size,
+        )
+        for visibility in shape.visibilities
+    )
+
+
+def category_schedule(
+    template: Template, visibility: BaseVisibility, *, block_q: int, block_kv: int, tokens: int
+) -> Schedule:
+    """A packed schedule with the tables of all categories: which head uses which is data."""
+    return build_schedule(
+        template,
+        category_tables(list(HeadCategory)),
+        block_q=block_q,
+        block_kv=block_kv,
+        bidirectional_images=visibility.bidirectional_images,
+        window=visibility.window,
+        tokens=tokens,
+    )
+
+
+def row_of_token(inputs: ModelInputs) -> Int[np.ndarray, "tokens"]:
+    """The row that each token of the prompt stands in."""
+    return np.argsort(inputs.template.packed_order)

@@ -1,0 +1,159 @@
+"""Sink discovery: which tokens of an image other images look at, by their place in the image.
+
+A sink has to be known from the template alone, so what is looked for is an offset from an image's
+first token. For every offset this measures the attention that one query of another image pays, on
+average, to one key at that offset, over all layers, heads and samples.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Int
+
+from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility, TokenInfo, visible
+from bsjax.schedule import PADDING_POSITION, Schedule
+from bsjax.template import Sinks, Template
+
+SINK_FACTOR = 4.0
+"""An offset is a sink when it draws this many times the average of offsets beyond the first."""
+
+MOST_OFFSETS = 4
+"""Offsets taken at most: every one of them is visible to all later images, in many heads."""
+
+LEAST_SUPPORT = 0.5
+"""Share of the first offset's (query, key) pairs that an offset needs: few images are that long."""
+
+_CHUNK_ROWS = 64
+_CURVE_DIGITS = 5
+
+
+def other_image_mass(
+    q: Float[Array, "rows q_heads head_dim"],
+    k: Float[Array, "rows kv_heads head_dim"],
+    schedule: Schedule,
+    *,
+    scale: float,
+) -> Float32[Array, "rows"]:
+    """Dense attention that each key gets from image queries of other images, summed over heads.
+
+    Columns of the attention matrix are summed a few query rows at a time, with matrix products
+    alone: one product of queries and keys per layer, half the FLOPs of attention without a mask.
+    The gradient of attention with respect to v would give the same sums, but walks the schedule
+    tile by tile in plain JAX, which is slow on a GPU.
+    """
+    tokens, q_heads, _ = q.shape
+    chunk = max(1, min(_CHUNK_ROWS, tokens // (2 * q_heads)))
+    chunks = -(-tokens // chunk)
+    spare = chunks * chunk - tokens
+    q = jnp.pad(q, ((0, spare), (0, 0), (0, 0)))
+    query = TokenInfo(
+        jnp.pad(schedule.position, (0, spare), constant_values=PADDING_POSITION),
+        jnp.pad(schedule.image, (0, spare), constant_values=-1),
+        jnp.pad(schedule.sink, (0, spare)),
+    )
+    key = TokenInfo(*(jnp.asarray(part)[None, :] for part in schedule.info))
+    kv_heads = k.shape[1]
+
+    def add_chunk(index: Array, total: Array) -> Array:
+        def rows(array: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk)
+
+        rows_info = TokenInfo(*(rows(part)[:, None] for part in query))
+        seen = visible(
+            rows_info,
+            key,
+            int(ALL_KEY_GROUPS),
+            bidirectional_images=schedule.bidirectional_images,
+            window=schedule.window,
+        )
+        counted = (rows_info.image >= 0) & (key.image >= 0) & (rows_info.image != key.image)
+        q_rows = rows(q).reshape(chunk, kv_heads, -1, q.shape[-1])
+        scores = jnp.einsum(
+            "rhgd,khd->hgrk",
+            q_rows,
+            k,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        weights = jax.nn.softmax(jnp.where(seen, scores * scale, -jnp.inf), axis=-1)
+        return total + jnp.where(counted & seen, weights, 0.0).sum(axis=(0, 1, 2))
+
+    return jax.lax.fori_loop(0, chunks, add_chunk, jnp.zeros(tokens, jnp.float32))
+
+
+def pairs_by_offset(template: Template, visibility: BaseVisibility) -> Int[np.ndarray, "offsets"]:
+    """How many (query, key) pairs of different images there are for each offset of the key."""
+    if not template.num_images:
+        return np.zeros(0, np.int64)
+    is_image = template.image >= 0
+    before = np.append(0, np.cumsum(is_image))
+    positions = np.flatnonzero(is_image)
+    image = template.image[positions]
+    first = np.asarray(template.image_first)[image]
+    end = first + np.asarray(template.image_tokens)[image]
+    reach = np.full(positions.size, template.tokens)
+    if visibility.window is not None:
+        reach = np.minimum(reach, positions + visibility.window)
+    pairs = np.maximum(before[reach] - before[end], 0)
+    return np.bincount(positions - first, weights=pairs).astype(np.int64)
+
+
+def by_offset(
+    template: Template, mass_of_token: Float64[np.ndarray, "tokens"]
+) -> Float64[np.ndarray, "offsets"]:
+    """Sums what each token got by its offset in its image; `mass_of_token` in prompt order."""
+    positions = np.flatnonzero(template.image >= 0)
+    offset = positions - np.asarray(template.image_first)[template.image[positions]]
+    return np.bincount(offset, weights=mass_of_token[positions])
+
+
+class SinkDiscovery(NamedTuple):
+    """What the offsets of images draw from other images, and which are taken for sinks.
+
+    Attributes:
+      sinks: the first token of every image, and the offsets found.
+      mass_by_offset: attention that one image query of another image pays to one key at each offset
+        from the first token of an image, mean over pairs, layers, heads and samples; 0 where no
+        pair has such an offset.
+      rule: how the offsets were chosen, in words.
+    """
+
+    sinks: Sinks
+    mass_by_offset: tuple[float, ...]
+    rule: str
+
+
+def discover(
+    mass: list[Float64[np.ndarray, "offsets"]], pairs: list[Float64[np.ndarray, "offsets"]]
+) -> SinkDiscovery:
+    """Chooses sinks from what was measured over samples.
+
+    The rule: of the offsets beyond the first token that at least half of the pairs have, at most
+    the `MOST_OFFSETS` strongest that draw `SINK_FACTOR` times the average of all of them.
+
+    Args:
+      mass: of each sample, attention by offset, summed over pairs, layers and heads.
+      pairs: of each sample, how many were summed.
+    """
+    longest = max(map(len, mass))
+
+    def total(parts: list[np.ndarray]) -> np.ndarray:
+        return np.sum([np.pad(part, (0, longest - len(part))) for part in parts], axis=0)
+
+    all_mass, all_pairs = total(mass), total(pairs)
+    curve = all_mass / np.maximum(all_pairs, 1)
+    beyond = slice(1, None)
+    average = all_mass[beyond].sum() / max(all_pairs[beyond].sum(), 1)
+    strong = (curve >= SINK_FACTOR * average) & (curve > 0)
+    strong &= all_pairs >= LEAST_SUPPORT * all_pairs[:1].max(initial=0)
+    strong[:1] = False
+    found = np.flatnonzero(strong)
+    strongest = found[np.argsort(-curve[found], kind="stable")][:MOST_OFFSETS]
+    return SinkDiscovery(
+        Sinks(1, tuple(sorted(strongest.tolist()))),
+        tuple(float(f"{value:.{_CURVE_DIGITS}g}") for value in curve),
+        f"the first token, and at most {MOST_OFFSETS} offsets that draw at least {SINK_FACTOR:g} "
+        f"times the average of offsets beyond it, {average:.{_CURVE_DIGITS}g}",
+    )

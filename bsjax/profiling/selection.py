@@ -1,0 +1,139 @@
+"""One category per head from per-head damage: the one-shot rule of BlindSight, and its budget mode.
+
+A head takes the category with the fewest FLOPs whose damage stays within the threshold in the given
+quantile of the samples. FLOPs depend on the kind of layer: where a window hides most of the keys
+anyway, little is saved.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int8, Int64
+
+from bsjax.categories import HeadCategory
+from bsjax.errors import ProfileError
+from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
+
+CRITERIA = ("output_error", "mass")
+"""What the threshold bounds: the relative error of the head's output, or the attention it drops."""
+
+# Between categories of equal FLOPs, those that see more come first.
+_BY_WIDTH = (
+    HeadCategory.DENSE,
+    HeadCategory.INTRA_IMAGE_SINK,
+    HeadCategory.INTRA_IMAGE,
+    HeadCategory.SINK,
+)
+
+
+def share(name: str, value: Any, *, zero: bool = False) -> float:
+    """`value` as a share in (0, 1), or in [0, 1] with `zero`.
+
+    Raises:
+      ProfileError: it is not; the message names `name`.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (0 <= number <= 1 if zero else 0 < number < 1):
+        raise ProfileError(
+            f"{name} must be {'a share from 0 to 1' if zero else 'a share between 0 and 1'}, got "
+            f"{value!r}."
+        )
+    return number
+
+
+def missing_mass(
+    mass: Float[np.ndarray, "*batch groups"],
+) -> Float[np.ndarray, "*batch categories"]:
+    """Attention mass that each of `SPARSE_CATEGORIES` drops, from the mass of each key group."""
+    dropped = [[not group & category.groups for group in GROUPS] for category in SPARSE_CATEGORIES]
+    return mass.astype(np.float64) @ np.asarray(dropped, np.float64).T
+
+
+def in_quantile(
+    values: Float[np.ndarray, "samples *rest"], quantile: float
+) -> Float[np.ndarray, "*rest"]:
+    """The least value that this share of the samples does not exceed: always one of the samples'.
+
+    Raises:
+      ProfileError: the quantile is not in [0, 1].
+    """
+    quantile = share("quantile", quantile, zero=True)
+    return np.quantile(values, quantile, axis=0, method="inverted_cdf")
+
+
+def within_threshold(
+    damage: Float[np.ndarray, "layers heads categories"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+    threshold: float,
+) -> Int8[np.ndarray, "layers heads"]:
+    """The category with the fewest FLOPs of each head whose damage is at most `threshold`.
+
+    Args:
+      damage: of each of `SPARSE_CATEGORIES`; dense does none.
+      flops: attention FLOPs of a head of each layer, by `HeadCategory`.
+      threshold: the most damage.
+    """
+    allowed = np.concatenate([np.ones((*damage.shape[:2], 1), bool), damage <= threshold], axis=2)
+    cost = np.where(allowed, flops[:, None, :], np.iinfo(np.int64).max)
+    order = np.asarray(_BY_WIDTH)
+    return order[cost[..., order].argmin(axis=2)].astype(np.int8)
+
+
+def total_flops(
+    categories: Int8[np.ndarray, "layers heads"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+) -> int:
+    """Attention FLOPs of all heads."""
+    return int(np.take_along_axis(flops, categories.astype(np.int64), axis=1).sum())
+
+
+def reduction_of(
+    categories: Int8[np.ndarray, "layers heads"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+) -> float:
+    """The share of dense attention's FLOPs that the categories save."""
+    dense = total_flops(np.zeros_like(categories), flops)
+    return (dense - total_flops(categories, flops)) / dense
+
+
+def threshold_for(
+    damage: Float[np.ndarray, "layers heads categories"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+    target_reduction: float,
+) -> float:
+    """The least threshold whose categories save at least this share of attention FLOPs.
+
+    Raises:
+      ProfileError: the target is no share, or no threshold reaches it; the message says how much
+        can be reached.
+    """
+    target = share("target_reduction", target_reduction)
+    # What is allowed changes at these values alone, and only ever grows.
+    thresholds = np.unique(damage)
+
+    def reached(index: int) -> float:
+        return reduction_of(within_threshold(damage, flops, thresholds[index]), flops)
+
+    first, last = 0, thresholds.size - 1
+    if reached(last) < target:
+        raise out_of_reach(target, reached(last))
+    while first < last:
+        middle = (first + last) // 2
+        if reached(middle) >= target:
+            last = middle
+        else:
+            first = middle + 1
+    return float(thresholds[first])
+
+
+def out_of_reach(target: float, most: float) -> ProfileError:
+    """The error of a budget that no categories reach."""
+    return ProfileError(
+        f"target_reduction={target:g} cannot be reached on these samples: with every head in its "
+        f"cheapest category attention FLOPs fall by {most:.1%}. Ask for less, or profile with "
+        "prompts of more images."
+    )

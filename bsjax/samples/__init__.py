@@ -1,0 +1,127 @@
+"""Samples to profile on: conversations from a file, a folder of images, or a benchmark.
+
+What comes out are chat messages, as `bsjax.profile`, `bsjax.generate` and `bsjax.forward` take
+them. Images stay what they are in the source (paths, or the compressed bytes in base64) and are
+decoded when a sample is used, so that a thousand samples fit in memory.
+"""
+
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bsjax.checks import whole_number
+from bsjax.errors import SampleError
+from bsjax.samples.benchmarks import BENCHMARKS, read_benchmark
+from bsjax.samples.folder import QUESTIONS, read_folder
+from bsjax.samples.jsonl import read_jsonl
+
+__all__ = ["BENCHMARKS", "QUESTIONS", "Samples", "read_samples"]
+
+_PREFIX = "benchmark:"
+
+
+class Samples(NamedTuple):
+    """Conversations, and where they come from."""
+
+    messages: list[list[dict[str, Any]]]
+    """One list of chat messages for each sample; each ends where the answer would begin."""
+    description: str
+    """The sources in words, for a profile's `source`."""
+
+
+def read_samples(
+    source: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    question: str | Sequence[str] = QUESTIONS,
+    images_per_prompt: tuple[int, int] = (2, 12),
+    max_pixels: int | None = None,
+) -> Samples:
+    """Reads the samples of one source, or of several.
+
+    The same arguments give the same samples in the same order, on every machine.
+
+    Args:
+      source: one of these, or a list of them.
+        - A file in JSON Lines: each line a list of chat messages, or an object with `"messages"`,
+          and optionally `"images"` for the `<image>` placeholders in texts. Relative paths of
+          images are relative to the file's folder. A last message by the assistant is left off.
+        - A folder of images, sub-folders included: prompts of several of them and a question.
+        - `"benchmark:muirbench"`, `"benchmark:mmiu"`, `"benchmark:blink"` or
+          `"benchmark:blink/Jigsaw"` (one of its tasks), read with the `datasets` library from the
+          Hugging Face Hub; `"benchmark:muirbench@FOLDER"` reads a copy of the hub's repository.
+      limit: at most this many samples of each source, drawn with `seed`. By default all; of a
+        folder of images, as many prompts as show each image about once.
+      seed: of what is drawn.
+      question: for folders of images: what is asked; of several, one is drawn for each prompt.
+      images_per_prompt: for folders of images: the least and the most images of a prompt.
+      max_pixels: scales larger images down to this many pixels, those that have no `max_pixels` of
+        their own.
+
+    Raises:
+      SampleError: a source does not exist, is empty or malformed (the message names file and line),
+        names an image that cannot be read, or a benchmark that is unknown or cannot be had.
+    """
+    if limit is not None:
+        whole_number("limit", limit, least=1, error=SampleError)
+    if max_pixels is not None:
+        whole_number("max_pixels", max_pixels, least=1, error=SampleError)
+    whole_number("seed", seed, least=0, error=SampleError)
+    sources = [source] if isinstance(source, str | PathLike) else list(source)
+    if not sources:
+        raise SampleError("There is no source of samples: give a file, a folder or a benchmark.")
+    parts = [_read(one, limit, seed, question, images_per_prompt) for one in sources]
+    messages = [sample for part in parts for sample in part.messages]
+    if max_pixels is not None:
+        messages = [_bounded(sample, max_pixels) for sample in messages]
+    return Samples(messages, "; ".join(part.description for part in parts))
+
+
+def _read(
+    source: str | PathLike[str],
+    limit: int | None,
+    seed: int,
+    question: str | Sequence[str],
+    images_per_prompt: tuple[int, int],
+) -> Samples:
+    if isinstance(source, str) and source.startswith(_PREFIX):
+        return Samples(*read_benchmark(source.removeprefix(_PREFIX), limit, seed))
+    if not str(source).strip():
+        raise SampleError("A source of samples is an empty text: give a file, folder or benchmark.")
+    # These two, unlike Path's methods, have an answer for whatever a user types.
+    path = Path(os.path.expanduser(source))
+    try:
+        if os.path.isdir(path):
+            return Samples(*read_folder(path, limit, seed, question, images_per_prompt))
+        if os.path.isfile(path):
+            return Samples(*read_jsonl(path, limit, seed))
+    except OSError as error:
+        raise SampleError(f"{path} cannot be read: {error}") from error
+    hint = ""
+    if str(source).lower() in BENCHMARKS:
+        hint = f" Do you mean {_PREFIX}{str(source).lower()}?"
+    raise SampleError(
+        f"There is no file or folder {source}.{hint} Samples come from a JSON Lines file, a folder "
+        f"of images, or a benchmark ({', '.join(_PREFIX + name for name in BENCHMARKS)})."
+    )
+
+
+def _bounded(messages: list[dict[str, Any]], max_pixels: int) -> list[dict[str, Any]]:
+    """The same messages, with a bound on every image that has none."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [
+                {"max_pixels": max_pixels, **part}
+                if isinstance(part, dict) and part.get("type") in ("image", "image_url")
+                else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]

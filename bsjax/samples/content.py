@@ -1,0 +1,89 @@
+"""What the sources have in common: placeholders, drawing, and looking at images beforehand."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from bsjax.errors import MessageError, SampleError
+from bsjax.prompts import image_file, image_sources
+
+PLACEHOLDER = "<image>"
+
+
+def interleave(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A message's content: every image at its placeholder; before the text when it has none.
+
+    Args:
+      text: holds `<image>` once for each image, or not at all.
+      images: content parts of type "image".
+
+    Raises:
+      SampleError: another number of placeholders than of images.
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        return [*images, {"type": "text", "text": text}]
+    if len(pieces) - 1 != len(images):
+        raise SampleError(
+            f"the text has {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} "
+            f"image{'s' * (len(images) != 1)}: it must have one for each, or none"
+        )
+    content: list[dict[str, Any]] = []
+    for index, piece in enumerate(pieces):
+        if index:
+            content.append(images[index - 1])
+        if piece:
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def drawn(count: int, limit: int | None, seed: int) -> list[int]:
+    """Which of `count` samples are taken, in ascending order: all, or `limit` by the seed."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
+
+
+def share_in_words(taken: int, count: int, noun: str, seed: int) -> str:
+    """How many of what there is were taken."""
+    plural = noun if count == 1 else f"{noun}s"
+    return f"{count} {plural}" if taken == count else f"{taken} of {count} {plural}, seed {seed}"
+
+
+def check_sample(messages: Any, where: str, known: set[Path]) -> None:
+    """Checks the form of messages, and that image files are there and are images.
+
+    Reads no more of an image than its header: what is wrong should come out before hours of work,
+    not in the middle of them.
+
+    Args:
+      messages: chat messages.
+      where: where they stand, for error messages.
+      known: files already looked at; those of this sample are added.
+
+    Raises:
+      SampleError: messages of another form, or an image that cannot be opened.
+    """
+    try:
+        sources = image_sources(messages)
+    except MessageError as error:
+        raise SampleError(f"{where}: {error}") from error
+    for key, source in sources:
+        path = image_file(key, source)
+        if path is None or path in known:
+            continue
+        try:
+            with PIL.Image.open(path):
+                known.add(path)
+        except FileNotFoundError:
+            raise SampleError(
+                f"{where}: there is no image {path}. Correct the path, or leave the sample out."
+            ) from None
+        except Exception as error:  # Decoders raise what they like.
+            raise SampleError(
+                f"{where}: {path} cannot be read as an image ({error}). Replace the file, or leave "
+                "the sample out."
+            ) from error

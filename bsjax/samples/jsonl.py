@@ -1,0 +1,139 @@
+"""Samples in JSON Lines: one conversation a line."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bsjax.errors import SampleError
+from bsjax.prompts import image_file
+from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, share_in_words
+
+_FORM = (
+    'Each line holds one sample: a list of chat messages, or {"messages": [...]} with them, and '
+    'optionally "images" for the <image> placeholders in their texts.'
+)
+_IMAGE_KEYS = ("image", "url", "path", "image_url")
+
+
+def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict[str, Any]]], str]:
+    """Reads a file; see `bsjax.samples.read_samples`.
+
+    Raises:
+      SampleError: no sample in it, or a line that is none; the message has its number.
+    """
+    lines = [
+        (number, line)
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise SampleError(f"{path} has no samples: it is empty. {_FORM}")
+    parsed = [_read_line(line, f"{path}, line {number}") for number, line in lines]
+    samples, known = [], set()
+    taken = drawn(len(parsed), limit, seed)
+    for index in taken:
+        where = f"{path}, line {lines[index][0]}"
+        sample = _messages(parsed[index], where, path.parent)
+        check_sample(sample, where, known)
+        samples.append(sample)
+    return samples, f"{path.name}: {share_in_words(len(taken), len(parsed), 'sample', seed)}"
+
+
+def _read_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SampleError(f"{where} is not text in UTF-8 ({error.reason}). {_FORM}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        hint = ""
+        if line.strip() in (b"[", b"{"):
+            hint = (
+                " It looks like JSON over several lines. `jq -c '.[]'` writes the items of a list "
+                "one a line."
+            )
+        raise SampleError(f"{where} is not JSON: {error}.{hint or ' ' + _FORM}") from error
+
+
+def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
+    """The messages of a line, with placeholders filled and paths made absolute."""
+    images = None
+    if isinstance(record, dict):
+        if not isinstance(record.get("messages"), list):
+            raise SampleError(f'{where} has no list under "messages". {_FORM}')
+        images = record.get("images")
+        record = record["messages"]
+    if not isinstance(record, list) or not all(isinstance(message, dict) for message in record):
+        raise SampleError(f"{where} is neither a list of messages nor an object. {_FORM}")
+    if record and record[-1].get("role") == "assistant":
+        record = record[:-1]
+    if not record:
+        raise SampleError(f"{where} has no messages before the answer. {_FORM}")
+    if images is not None:
+        record = _filled(record, images, where)
+    return [
+        {**message, "content": [_located(part, folder) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in record
+    ]
+
+
+def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dict[str, Any]]:
+    """Puts a line's "images" where its texts have placeholders; see `interleave`."""
+    if not isinstance(images, list):
+        raise SampleError(f'{where}: "images" must be a list of paths or URLs.')
+    parts: list[dict[str, Any]] = []
+    for image in images:
+        if not isinstance(image, str | dict):
+            raise SampleError(f'{where}: "images" must be a list of paths or URLs, got {image!r}.')
+        parts.append(
+            {"type": "image", "image": image}
+            if isinstance(image, str)
+            else {**image, "type": "image"}
+        )
+    contents = [message.get("content") for message in messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    if len(texts) != len(contents):
+        raise SampleError(
+            f'{where} has "images", so the content of its messages must be text with {PLACEHOLDER} '
+            'where the images stand, or lists without "images" beside them.'
+        )
+    counts = [text.count(PLACEHOLDER) for text in texts]
+    if not any(counts):
+        users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
+        if not users:
+            raise SampleError(f'{where} has "images", but no message by the user to put them in.')
+        counts[users[0]] = len(parts)
+    if sum(counts) != len(parts):
+        raise SampleError(
+            f"{where} has {sum(counts)} {PLACEHOLDER} placeholders and {len(parts)} images: it "
+            "must have one placeholder for each, or none."
+        )
+    filled, start = [], 0
+    for message, text, count in zip(messages, texts, counts, strict=True):
+        own = parts[start : start + count]
+        filled.append({**message, "content": interleave(text, own) if own else text})
+        start += count
+    return filled
+
+
+def _located(part: Any, folder: Path) -> Any:
+    """A content part with its image's relative path joined to the file's folder."""
+    if not isinstance(part, dict):
+        return part
+    located = dict(part)
+    for key in _IMAGE_KEYS:
+        value = part.get(key)
+        if isinstance(value, dict) and isinstance(value.get("url"), str):
+            located[key] = {**value, "url": _absolute(key, value["url"], folder)}
+        elif isinstance(value, str):
+            located[key] = _absolute(key, value, folder)
+    return located
+
+
+def _absolute(key: str, text: str, folder: Path) -> str:
+    if text.startswith("file://"):
+        return text
+    path = os.path.abspath(folder / text)
+    return path if os.path.isfile(path) or image_file(key, text) is not None else text
