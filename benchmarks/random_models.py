@@ -1,7 +1,7 @@
 """Models of published sizes with random weights, which answer prompts like any loaded model.
 
 No checkpoint is needed: the tokenizer, the chat template and the image settings are those of the
-small checkpoint in examples/. Its ids fit any vocabulary that is as long as its own.
+small random checkpoint in tests/. Its ids fit any vocabulary that is as long as its own.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, Qwen2_5_VLConfig, Q
 from bsjax.checkpoint import LoadedModel, read_prompt_files
 from bsjax.models import FAMILIES
 
-_TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5-vl"
+_TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny-qwen2.5-vl"
 
 
 def _size(

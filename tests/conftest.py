@@ -22,13 +22,13 @@ settings.load_profile("bsjax")
 
 @pytest.fixture(scope="session")
 def tiny_source() -> Path:
-    """The embedded checkpoint, as transformers reads it."""
-    return Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
+    """A small checkpoint with random weights, as transformers reads it."""
+    return Path(__file__).parent.parent / "tests" / "tiny-qwen2.5-vl"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_source, tmp_path_factory) -> Path:
-    """The embedded checkpoint, converted."""
+    """The random checkpoint, converted."""
     import convert.__main__
 
     folder = tmp_path_factory.mktemp("converted") / "tiny"
@@ -38,7 +38,7 @@ def tiny_checkpoint(tiny_source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint):
-    """The embedded checkpoint, loaded in float32."""
+    """The random checkpoint, loaded in float32."""
     import bsjax
 
     return bsjax.load(tiny_checkpoint)
