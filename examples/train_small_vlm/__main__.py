@@ -6,6 +6,7 @@ python -m examples.train_small_vlm FOLDER [--sparse-layers 1,3] [--steps N] [--s
 import argparse
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -50,7 +51,7 @@ def main() -> None:
 
     tower = TowerStage(module, settings, encoder)
     run_stage(tower, options.folder / "tower")
-    nnx.update(module.visual, tower.state.parameters[0])
+    nnx.update(module.visual, jax.device_get(tower.state.parameters[0]))
     stage = ModelStage(module, settings, encoder)
     run_stage(stage, options.folder / "model")
     export(stage.state.parameters, config, options.folder / "checkpoint")
