@@ -2,6 +2,7 @@
 
 import sqlite3
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 import bsjax
 from bsjax import ProfileError, Sinks
-from bsjax.profiling import measure
+from bsjax.profiling import measure, refinement
 from bsjax.programs import programs_of
 
 TARGET = {"target_reduction": 0.1, "answer_tokens": 2, "progress": False}
@@ -61,7 +62,10 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
     assert programs_of(tiny_model).compilations == compilations
 
 
-def test_an_interrupted_run_goes_on(tiny_model, tmp_path):
+def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
+    # All of its stages, in few evaluations.
+    few = partial(refinement.refine, max_evaluations=16, margin=3, rounds=2)
+    monkeypatch.setattr(refinement, "refine", few)
     settings = TARGET | {"refine": True}
     expected = bsjax.profile(tiny_model, SAMPLES, **settings)
     assert expected.refinement["kl"] <= expected.refinement["kl_one_shot"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from bsjax import Image, Sinks, Template, Text
 from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility
@@ -74,7 +75,7 @@ def test_no_array_is_square_or_worse():
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (variable.aval.size for variable in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     assert max(sizes(traced.jaxpr)) < tokens**2 / 8

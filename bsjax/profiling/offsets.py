@@ -126,7 +126,7 @@ class SinkDiscovery(NamedTuple):
 
 
 def discover(
-    mass: list[Float64[np.ndarray, "offsets"]], pairs: list[Float64[np.ndarray, "offsets"]]
+    mass: list[Float64[np.ndarray, "_offsets"]], pairs: list[Float64[np.ndarray, "_offsets"]]
 ) -> SinkDiscovery:
     """Chooses sinks from what was measured over samples.
 

@@ -92,7 +92,7 @@ class Refinement:
 
 
 def refine(
-    model: LoadedModel,
+    model: LoadedModel | None,
     measurements: Measurements,
     samples: Sequence[Messages] | Samples | Evaluator,
     *,
@@ -110,7 +110,7 @@ def refine(
     """Chooses categories by their measured effect on the model's answers.
 
     Args:
-      model: from `bsjax.load`.
+      model: from `bsjax.load`; not used, and may be None, when an evaluator is given.
       measurements: of the model, from `measure`.
       samples: conversations to measure on, those of `measurements` as a rule; or an `Evaluator`
         made with the measurements' sinks, which remembers what it has compared: refining to
@@ -139,11 +139,14 @@ def refine(
     for name, value in (("rounds", rounds), ("margin", margin)):
         whole_number(name, value, least=0, error=ProfileError)
     whole_number("max_evaluations", max_evaluations, least=1, error=ProfileError)
-    evaluator = samples
-    if not isinstance(evaluator, Evaluator):
+    if isinstance(samples, Evaluator):
+        evaluator = samples
+    elif model is None:
+        raise ProfileError("Refining on samples needs the model; with an Evaluator it has one.")
+    else:
         evaluator = Evaluator(
             model,
-            samples,  # type: ignore[arg-type]
+            samples,
             answer_tokens=answer_tokens,
             sinks=measurements.sinks,
             backend=backend,

@@ -1,0 +1,149 @@
+"""What profiling costs: each pass over a sample, against one dense prefill of the same sample.
+
+    python -m benchmarks.profiling
+
+A model with random weights, one prompt of random images. All programs start from embeddings and end
+with the last layer: the vision tower, which profiling runs once per pass like any prefill, is in
+none of the times, and listed beside them. The dense prefill and the pass over the heads have the
+same attention FLOPs.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import RESULTS, interleaved, median_ratio, write_result
+from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
+from bsjax import HeadCategory, Sinks
+from bsjax.attention import resolve_backend
+from bsjax.inputs import prepare_inputs
+from bsjax.pipeline import Embedding
+from bsjax.profiling import steps
+from bsjax.profiling.groups import group_schedule
+from bsjax.profiling.inputs import (
+    Shape,
+    category_schedule,
+    kind_schedules,
+    packed_inputs,
+    prompt_of,
+)
+from bsjax.programs import programs_of
+from bsjax.steps import hidden_states
+
+DENSE = "dense prefill"
+HEADS = "statistics of all heads"
+OFFSETS = "looking for sinks"
+COMPARED = "one comparison, all heads sparse"
+
+
+def conversation(images: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+    generator = np.random.default_rng(0)
+    pictures = generator.integers(0, 256, (images, *size, 3), dtype=np.uint8)
+    parts = [{"type": "image", "image": Image.fromarray(pixels)} for pixels in pictures]
+    question = {"type": "text", "text": "Which of these pictures is the brightest?"}
+    return [{"role": "user", "content": [*parts, question]}]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    backend = resolve_backend("auto")
+    dtype = np.dtype("float32") if jax.default_backend() == "cpu" else jax.numpy.bfloat16
+    config = model_config(arguments.size)
+    model = loaded_model(config, random_module(config, dtype), dtype)
+    programs, shape = programs_of(model), Shape.of(model)
+    prompt = prompt_of(model, conversation(arguments.images, tuple(arguments.image_size)))
+
+    dense = prepare_inputs(model.family, config, model.dtype, prompt, None, backend, 0)
+    packed = packed_inputs(model, prompt, Sinks(), backend)
+    groups, categories = (
+        kind_schedules(shape, packed, model.dtype, backend, build)
+        for build in (group_schedule, category_schedule)
+    )
+    embed_dense, embed_packed = (Embedding(programs, i, backend) for i in (dense, packed))
+    embed_packed.run()
+    vision_seconds = [embed_packed.run()[1] for _ in range(arguments.rounds)]
+    from_dense, from_packed = embed_dense.run()[0], embed_packed.run()[0]
+    sparse = np.full((shape.layers, shape.heads), HeadCategory.INTRA_IMAGE_SINK, np.int32)
+    rows = np.zeros(9, np.int32)
+    calls = {
+        DENSE: (
+            hidden_states,
+            (from_dense, dense.position_ids, dense.schedule, dense.head_category),
+        ),
+        HEADS: (steps.measure_heads, (from_packed, packed.position_ids, groups)),
+        OFFSETS: (steps.measure_offsets, (from_packed, packed.position_ids, categories)),
+        COMPARED: (
+            steps.states_at,
+            (from_packed, packed.position_ids, categories, sparse, rows),
+        ),
+    }
+    compiled = {
+        name: (programs.get(function, values, static=(backend,)), values)
+        for name, (function, values) in calls.items()
+    }
+    samples = interleaved(
+        {
+            name: lambda program=program, values=values: program(*values)
+            for name, (program, values) in compiled.items()
+        },
+        arguments.rounds,
+    )
+    return {
+        "model": arguments.size,
+        "backend": backend,
+        "dtype": str(np.dtype(dtype)),
+        "tokens": packed.tokens,
+        "images": arguments.images,
+        "image_tokens": packed.template.image_tokens[0],
+        "vision_seconds": statistics.median(vision_seconds),
+        "rows": [
+            {
+                "program": name,
+                "median_seconds": statistics.median(seconds),
+                "time_over_dense_prefill": median_ratio(samples, name, DENSE),
+                "temporary_bytes": compiled[name][0].memory.temporaries,
+                "seconds": seconds,
+            }
+            for name, seconds in samples.items()
+        ],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{result['model']}: {result['tokens']} tokens, {result['images']} images of "
+        f"{result['image_tokens']}; vision tower {result['vision_seconds']:.2f} s"
+    )
+    for column in ("program", "median s", "time / dense prefill", "temporaries, MiB"):
+        table.add_column(column, justify="left" if column == "program" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            row["program"],
+            f"{row['median_seconds']:.3f}",
+            f"{row['time_over_dense_prefill']:.2f}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+        )
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--images", type=int, default=12)
+    parser.add_argument("--image-size", type=int, nargs=2, default=(448, 448))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    show(result)
+    print(f"written to {write_result('profiling', result, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()
