@@ -65,10 +65,11 @@ class Batch(NamedTuple):
     """Token ids of the answers, their ends included; -1 after them."""
     tasks: Int32[np.ndarray, "prompts questions"]
     """Index of each question's task in `TASKS`."""
-    caption_rows: Int32[np.ndarray, "prompts images 2"]
-    """The last row of each image, and the row of its end."""
-    captions: Int32[np.ndarray, "prompts images 2"]
-    """The token of each image's colour, and of its content."""
+    caption_rows: Int32[np.ndarray, "prompts images captions"]
+    """The last rows of each image, and the row of its end."""
+    captions: Int32[np.ndarray, "prompts images captions"]
+    """Tokens of what can be said there: whether an earlier image has its colour, or shows the same
+    (yes, no); its letter, its colour, its content."""
 
 
 class ImageBatch(NamedTuple):
@@ -227,15 +228,23 @@ class Encoder:
             answer_rows,
             answers,
             np.asarray([tasks.index(question.task) for question in questions], np.int32),
-            np.stack([ends, ends + 1], axis=1),
-            np.asarray(
-                [
-                    [*self._ids(picture.colour), *self._ids(picture.content)]
-                    for picture in scene.pictures
-                ],
-                np.int32,
-            ),
+            ends[:, None] + np.arange(-3, 2),
+            self._captions(scene),
         )
+
+    def _captions(self, scene: Scene) -> Int32[np.ndarray, "images captions"]:
+        captions = []
+        for number, picture in enumerate(scene.pictures):
+            earlier = scene.pictures[:number]
+            words = (
+                "yes" if picture.colour in [other.colour for other in earlier] else "no",
+                "yes" if picture.content in [other.content for other in earlier] else "no",
+                LABELS[number],
+                picture.colour,
+                picture.content,
+            )
+            captions.append([token for word in words for token in self._ids(word)])
+        return np.asarray(captions, np.int32)
 
     def patches(
         self, pixels: UInt8[np.ndarray, "height width 3"]

@@ -36,8 +36,9 @@ IMAGES = (2, 3, 5, 8, 12)
 IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
-CAPTION_WEIGHT = 0.25
-"""Of naming colour and content behind each image, beside the answers: the tower learns early."""
+CAPTION_WEIGHT = 0.5
+"""Of the captions of each image (`Batch.captions`), beside the answers. They teach what questions
+are made of: what an image shows, which it is, and whether it has been seen before."""
 
 
 _UNIT = PATCH_SIZE * MERGE_SIZE
@@ -59,7 +60,7 @@ class Settings:
     """
 
     tower_steps: int = 1000
-    steps: int = 2400
+    steps: int = 2000
     learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     weight_decay: float = 0.05
@@ -77,7 +78,7 @@ class State(NamedTuple):
 def images_of_step(settings: Settings, step: int) -> int:
     """How many images the prompts of a step have: few at first, any number from a third on."""
     share = step / settings.steps
-    choices = IMAGES[: 2 if share < 0.15 else 4 if share < 0.35 else len(IMAGES)]
+    choices = IMAGES[: 2 if share < 0.12 else 4 if share < 0.35 else len(IMAGES)]
     return choices[np.random.default_rng([settings.seed, 1, step]).integers(len(choices))]
 
 
