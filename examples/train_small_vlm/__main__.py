@@ -1,6 +1,9 @@
 """Trains the small Qwen2.5-VL and writes it as a Hugging Face checkpoint; goes on where it stopped.
 
-python -m examples.train_small_vlm FOLDER [--sparse-layers 1,3] [--steps N] [--seed N]
+    python -m examples.train_small_vlm FOLDER [--sparse-layers 0,1,3] [--steps N] [--seed N]
+
+With `--export STEP` nothing is trained: what a run had come to after that step is written, for
+steps whose checkpoints were kept (every thousandth and the last ones).
 """
 
 import argparse
@@ -17,25 +20,20 @@ from .batches import Encoder
 from .curve import plot_curve
 from .export import export
 from .files import make_config, make_image_processor, make_tokenizer
-from .training import ModelStage, Settings, TowerStage, check_settings, run_stage
+from .training import (
+    ModelStage,
+    Settings,
+    TowerStage,
+    check_settings,
+    checkpoints_of,
+    restore,
+    run_stage,
+)
 
 
 def main() -> None:
     """Runs the command line."""
-    defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="checkpoints, log, curve and result go there")
-    parser.add_argument("--tower-steps", type=int, default=defaults.tower_steps)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--sparse-layers",
-        type=lambda text: tuple(int(part) for part in text.split(",")),
-        default=(),
-        metavar="LIST",
-        help="layers that are INTRA_IMAGE_SINK from the start, such as 1,2,4",
-    )
-    options = parser.parse_args()
+    options = _parser().parse_args()
     settings = Settings(
         tower_steps=options.tower_steps,
         steps=options.steps,
@@ -49,14 +47,57 @@ def main() -> None:
     encoder = Encoder(config, tokenizer, image_processor.image_mean, image_processor.image_std)
     module = FAMILIES[config.model_type].build(config, jnp.float32)
 
-    tower = TowerStage(module, settings, encoder)
-    run_stage(tower, options.folder / "tower")
-    nnx.update(module.visual, jax.device_get(tower.state.parameters[0]))
-    stage = ModelStage(module, settings, encoder)
-    run_stage(stage, options.folder / "model")
-    export(stage.state.parameters, config, options.folder / "checkpoint")
-    plot_curve(options.folder, options.folder / "curve.png")
-    print(options.folder / "checkpoint")
+    if options.export is not None:
+        stage = ModelStage(module, settings, encoder)
+        with checkpoints_of(options.folder / "model") as manager:
+            kept = manager.all_steps()
+            if options.export not in kept:
+                raise SystemExit(f"error: checkpoints were kept of the steps {sorted(kept)}.")
+            restore(stage, manager, options.export)
+        result = options.folder / f"checkpoint-{options.export}"
+    else:
+        tower = TowerStage(module, settings, encoder)
+        run_stage(tower, options.folder / "tower")
+        nnx.update(module.visual, jax.device_get(tower.state.parameters[0]))
+        stage = ModelStage(module, settings, encoder)
+        run_stage(stage, options.folder / "model")
+        plot_curve(options.folder, options.folder / "curve.png")
+        result = options.folder / "checkpoint"
+    export(stage.state.parameters, config, result)
+    print(result)
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train_small_vlm", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("folder", type=Path, help="checkpoints, log, curve and result go there")
+    parser.add_argument(
+        "--tower-steps", type=int, default=defaults.tower_steps, help="of the vision tower alone"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="of the whole model, after that"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--sparse-layers",
+        type=_layers,
+        default=defaults.sparse_layers,
+        metavar="LIST",
+        help="layers that are INTRA_IMAGE_SINK from the start, such as 0,1,3",
+    )
+    parser.add_argument(
+        "--export", type=int, metavar="STEP", help="write what the run had come to after a step"
+    )
+    return parser
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,1,3") from None
 
 
 if __name__ == "__main__":

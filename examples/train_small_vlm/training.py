@@ -402,15 +402,10 @@ def run_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "log.jsonl"
-    with orbax.checkpoint.CheckpointManager(
-        (folder / "checkpoints").absolute(),
-        options=orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2),
-    ) as manager:
+    with checkpoints_of(folder) as manager:
         first = manager.latest_step() or 0
         if first:
-            stage.state = manager.restore(
-                first, args=orbax.checkpoint.args.StandardRestore(stage.state)
-            )
+            restore(stage, manager, first)
         lines = _lines_until(log_file, first)
         start = time.perf_counter() - (lines[-1]["seconds"] if lines else 0.0)
         since: list[dict[str, float]] = []
@@ -433,6 +428,19 @@ def run_stage(
                 manager.save(done, args=orbax.checkpoint.args.StandardSave(stage.state))
             if done == stop_after:
                 break
+
+
+def checkpoints_of(folder: Path) -> orbax.checkpoint.CheckpointManager:
+    """The checkpoints of a stage: the last ones, and every thousandth step for good."""
+    return orbax.checkpoint.CheckpointManager(
+        (folder / "checkpoints").absolute(),
+        options=orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2, keep_period=1000),
+    )
+
+
+def restore(stage: Stage, manager: orbax.checkpoint.CheckpointManager, step: int) -> None:
+    """Puts a stage into the state it had after a step."""
+    stage.state = manager.restore(step, args=orbax.checkpoint.args.StandardRestore(stage.state))
 
 
 def _means(entries: list[dict[str, float]]) -> dict[str, float]:
