@@ -9,7 +9,6 @@ steps whose checkpoints were kept (every thousandth and the last ones).
 import argparse
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -58,7 +57,7 @@ def main() -> None:
     else:
         tower = TowerStage(module, settings, encoder)
         run_stage(tower, options.folder / "tower")
-        nnx.update(module.visual, jax.device_get(tower.state.parameters[0]))
+        nnx.update(module.visual, tower.state.parameters[0])
         stage = ModelStage(module, settings, encoder)
         run_stage(stage, options.folder / "model")
         plot_curve(options.folder, options.folder / "curve.png")

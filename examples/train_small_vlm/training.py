@@ -286,7 +286,7 @@ class TowerStage:
         head = jnp.asarray(random.normal(0, width**-0.5, (width, outputs)), jnp.float32)
         optimizer = make_optimizer(settings, self.steps)
         parameters = (tower, head)
-        self.state = over_devices(State(parameters, optimizer.init(parameters)), whole=True)
+        self.state = State(parameters, optimizer.init(parameters))
         plans = encoder.plans
 
         def loss(parameters: Any, batch: ImageBatch) -> tuple[Array, Array]:
@@ -314,7 +314,7 @@ class TowerStage:
     def step(self, index: int) -> dict[str, float]:
         """One batch of single images."""
         random = np.random.default_rng([self._settings.seed, 5, index])
-        batch = over_devices(self._encoder.images(random, TOWER_IMAGES_PER_BATCH))
+        batch = self._encoder.images(random, TOWER_IMAGES_PER_BATCH)
         self.state, loss, (content, colour) = self._train(self.state, batch)
         return {"loss": float(loss), "content": float(content), "colour": float(colour)}
 
@@ -332,7 +332,7 @@ class ModelStage:
         graph, parameters = nnx.split(module)
         groups = groups_of_layers(encoder.config, settings.sparse_layers)
         optimizer = make_optimizer(settings, self.steps)
-        self.state = over_devices(State(parameters, optimizer.init(parameters)), whole=True)
+        self.state = State(parameters, optimizer.init(parameters))
         plans = encoder.plans
 
         def loss(parameters: Any, batch: Batch) -> tuple[Array, Array]:
@@ -344,14 +344,14 @@ class ModelStage:
     def step(self, index: int) -> dict[str, float]:
         """One batch of scenes."""
         batch = batch_of_step(self._settings, self._encoder, index)
-        self.state, loss, right = self._train(self.state, over_devices(batch))
+        self.state, loss, right = self._train(self.state, batch)
         return {"loss": float(loss), **shares(np.asarray(right), batch.tasks)}
 
     def evaluate(self) -> dict[str, float]:
         """Share of right answers about held-out scenes of eight images."""
         random = np.random.default_rng([self._settings.seed, 3])
         batch = self._encoder.batch(random, 24, 8, 12, test=True)
-        _, right = self._evaluate(self.state.parameters, over_devices(batch))
+        _, right = self._evaluate(self.state.parameters, batch)
         return shares(np.asarray(right), batch.tasks)
 
 
@@ -365,14 +365,6 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay, mask=matrices),
     )
-
-
-def over_devices(tree: Any, *, whole: bool = False) -> Any:
-    """Arrays cut along their first axis over all devices, or with `whole` a copy on each."""
-    devices = np.asarray(jax.devices())
-    parts = jax.sharding.PartitionSpec(*(() if whole else ("data",)))
-    mesh = jax.sharding.Mesh(devices, ("data",))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, parts))
 
 
 def train_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
