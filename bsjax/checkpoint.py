@@ -19,6 +19,7 @@ from flax import nnx
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Gemma3ImageProcessorPil,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -47,6 +48,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _IMAGE_PROCESSORS = {
     "qwen2_vl": Qwen2VLImageProcessorPil,
     "qwen2_5_vl": Qwen2VLImageProcessorPil,
+    "gemma3": Gemma3ImageProcessorPil,
 }
 
 

@@ -206,7 +206,9 @@ def _template(options: argparse.Namespace) -> "Template":
         _messages(options), files.tokenizer, files.image_processor, files.config
     )
     return Template.from_tokens(
-        prompt.token_ids, files.config.image_token_id, image_tokens=prompt.image_tokens
+        prompt.token_ids,
+        files.family.prompts.image_token_id(files.config),
+        image_tokens=prompt.image_tokens,
     )
 
 

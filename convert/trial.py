@@ -43,7 +43,10 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
     try:
         prompt = prepare_prompt(_MESSAGES, files.tokenizer, files.image_processor, files.config)
         files.family.positions(
-            prompt.token_ids, files.config.image_token_id, prompt.grid_thw, files.config
+            prompt.token_ids,
+            files.family.prompts.image_token_id(files.config),
+            prompt.grid_thw,
+            files.config,
         )
         assert prompt.pixel_values is not None
         plan = files.family.vision_plan(
@@ -59,7 +62,7 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
             f"the files of {folder} do not fit each other; a trial prompt with one image failed: "
             f"{error}"
         ) from error
-    hidden = files.config.text_config.hidden_size
+    hidden = files.config.get_text_config().hidden_size
     if features != (prompt.image_tokens[0], hidden):
         raise CheckpointError(
             f"the files of {folder} do not fit each other: an image of {prompt.image_tokens[0]} "

@@ -102,19 +102,15 @@ def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens 
     from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
+    from bsjax.models import FAMILIES
+
     disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(
         source, dtype=torch.float32, local_files_only=True
     ).eval()
-    token_ids = torch.from_numpy(np.array(prompt.token_ids, np.int64))[None]
+    inputs = FAMILIES[model.config.model_type].reference_inputs(prompt, model.config)
     with torch.inference_mode():
-        output = model(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            pixel_values=torch.from_numpy(np.array(prompt.pixel_values)),
-            image_grid_thw=torch.from_numpy(np.array(prompt.grid_thw, np.int64)),
-            mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
-        )
+        output = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     return output.logits[0].float().numpy()
 
 
