@@ -238,6 +238,7 @@ def _image_groups(
     """The groups that the images of a prompt go through the vision tower in."""
     if prompt.pixel_values is None:
         return ()
+    assert family.vision_plan is not None and family.vision_head_dim is not None
     block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
     patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
     first_patch = np.append(0, np.cumsum(patches))

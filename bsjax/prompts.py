@@ -71,15 +71,22 @@ def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: 
         images too (Gemma 3). Images read from files are turned upright as their
         EXIF data says; PIL images are taken as they are. Both as in transformers.
       tokenizer: the checkpoint's tokenizer, with a chat template.
-      image_processor: the checkpoint's image processor (PIL backend).
+      image_processor: the checkpoint's image processor (PIL backend); None for a model that reads
+        text only.
       config: the checkpoint's configuration, of a family in `bsjax.models.FAMILIES`.
 
     Raises:
-      MessageError: no messages, messages of another form, an image that cannot be read, or other
-        than one placeholder in the prompt for each image. The message says which image, and why.
+      MessageError: no messages, messages of another form, an image that cannot be read, images for
+        a model that reads text only, or other than one placeholder in the prompt for each image.
+        The message says which image, and why.
     """
     rules = FAMILIES[config.model_type].prompts
     template_messages, items = _read_messages(messages)
+    if items and image_processor is None:
+        raise MessageError(
+            f"The messages hold {len(items)} image{'s' * (len(items) > 1)}, and this model reads "
+            "text only."
+        )
     text = _render(template_messages, tokenizer)
     token_ids = _tokenize(text, tokenizer)
     _check_placeholders(token_ids, len(items), tokenizer, config, rules)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side, pooled_side
-from bsjax.models.parameters import TRANSFORMS, tied_keys
+from bsjax.models.parameters import TRANSFORMS, canonical_key, tied_keys
 
 TEXT_TOKENS = 250
 VIDEO, IMAGE, IMAGE_START, IMAGE_END = range(TEXT_TOKENS, TEXT_TOKENS + 4)
@@ -58,6 +58,8 @@ class Shape:
 
 def small_config(shape: Shape) -> transformers.PretrainedConfig:
     """A config as the hub has them."""
+    if shape.family == "gemma3_text":
+        return _gemma3_config(shape).text_config
     return _gemma3_config(shape) if shape.family == "gemma3" else _qwen_config(shape)
 
 
@@ -161,6 +163,7 @@ def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> to
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
         "gemma3": transformers.Gemma3ForConditionalGeneration,
+        "gemma3_text": transformers.Gemma3ForCausalLM,
     }
     torch.manual_seed(seed)
     with torch.device("meta"):
@@ -218,7 +221,10 @@ def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
     """Our port with the parameters of `reference`; all of them used, all of ours set."""
     config = reference.config
     family = FAMILIES[config.model_type]
-    source = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    source = {
+        canonical_key(name): tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+    }
     unused = set(source) - tied_keys(config).keys()
 
     graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))

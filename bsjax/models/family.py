@@ -58,10 +58,10 @@ class Family:
       vision_plan: `vision_plan(grid_thw, config, patches=, block_q=, block_kv=)` computes what the
         vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
         rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
-        `patches` is too small.
+        `patches` is too small. None for models that read text only.
       text_head_dim: `text_head_dim(config)` is the head dimension of the language model.
       vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower: what its
-        attention's block sizes depend on.
+        attention's block sizes depend on. None where there is no tower.
       prompts: what its prompts need beyond chat template and tokenizer.
       reference_inputs: `reference_inputs(prompt, config)` is what transformers' own model takes for
         a `Prompt`: NumPy arrays by argument name, in a batch of one.
@@ -78,9 +78,9 @@ class Family:
     name: str
     build: Callable[[PretrainedConfig, Any], nnx.Module]
     parameter_table: Callable[[PretrainedConfig], list[ParameterRule]]
-    vision_plan: Callable[..., Any]
+    vision_plan: Callable[..., Any] | None
     text_head_dim: Callable[[PretrainedConfig], int]
-    vision_head_dim: Callable[[PretrainedConfig], int]
+    vision_head_dim: Callable[[PretrainedConfig], int] | None
     prompts: PromptRules
     reference_inputs: Callable[[Any, PretrainedConfig], dict[str, np.ndarray]]
     positions: Callable[

@@ -104,3 +104,18 @@ PROMPTS = PromptRules(
     process_image=process_image,
     expand=expand,
 )
+
+
+def _refuse_image(
+    image: Any, options: Mapping[str, Any], image_processor: Any, config: PretrainedConfig
+) -> ProcessedImage:
+    raise MessageError("this model reads text only.")
+
+
+TEXT_PROMPTS = PromptRules(
+    # No token is one.
+    image_token_id=lambda config: -1,
+    placeholder_id=lambda config: -1,
+    process_image=_refuse_image,
+    expand=lambda text, images, tokenizer, config: text,
+)
