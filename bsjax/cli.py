@@ -114,7 +114,10 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels"
+        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
+    )
+    parser.add_argument(
+        "--pan-and-scan", action="store_true", help="add crops of long images (Gemma 3)"
     )
 
 
@@ -191,9 +194,11 @@ def _template(options: argparse.Namespace) -> "Template":
     if options.segments is not None:
         if options.checkpoint is not None:
             raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
-        if options.image or options.system is not None or options.max_pixels is not None:
+        of_checkpoints = (options.image, options.system, options.max_pixels, options.pan_and_scan)
+        if any(value not in (None, False, []) for value in of_checkpoints):
             raise TemplateError(
-                "--image, --system and --max-pixels belong to a checkpoint's prompt."
+                "--image, --system, --max-pixels and --pan-and-scan belong to a checkpoint's "
+                "prompt."
             )
         return Template.from_segments(_segments(options.segments))
     if options.question is None:
@@ -230,7 +235,12 @@ def _segments(text: str) -> list[Any]:
 
 def _messages(options: argparse.Namespace) -> list[dict[str, Any]]:
     content: list[dict[str, Any]] = [
-        {"type": "image", "image": image, "max_pixels": options.max_pixels}
+        {
+            "type": "image",
+            "image": image,
+            "max_pixels": options.max_pixels,
+            "do_pan_and_scan": options.pan_and_scan or None,
+        }
         for image in (*options.images, *options.image)
     ]
     content.append({"type": "text", "text": options.question})
@@ -244,9 +254,16 @@ def _figures(result: "Result") -> str:
     stats = result.stats
     images = ", ".join(map(str, stats.image_tokens)) or "none"
     share = stats.attention_flops_sparse / max(stats.attention_flops_dense, 1)
+    kinds = ", ".join(
+        f"{kind.sparse / kind.dense:.1%} in {kind.layers} "
+        + ("global layers" if kind.window is None else f"layers with a window of {kind.window}")
+        for kind in stats.attention_flops_per_kind
+        if kind.dense
+    )
+    by_kind = f" ({kinds})" if len(stats.attention_flops_per_kind) > 1 else ""
     return (
         f"{stats.prompt_tokens} prompt tokens (images: {images}), {len(result.token_ids)} new; "
-        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of dense; "
+        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of dense{by_kind}; "
         f"vision {stats.vision_seconds:.2f} s, prefill {stats.prefill_seconds:.2f} s, "
         f"decode {stats.decode_seconds:.2f} s, compile {stats.compile_seconds:.2f} s"
     )

@@ -10,11 +10,12 @@ from jaxtyping import Float32, Int32
 from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
-from bsjax.categories import BaseVisibility, HeadCategory
+from bsjax.categories import HeadCategory
 from bsjax.errors import CapacityError
 from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt
+from bsjax.results import LayerFlops
 from bsjax.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
 from bsjax.steps import PADDING_ROW
 from bsjax.template import Sinks, Template
@@ -49,23 +50,6 @@ class ImageGroup:
         """What `steps.encode_images` takes beside embeddings; shapes in place of pixel values."""
         shape = (self.padded_patches, self.patches.shape[1])
         return jax.ShapeDtypeStruct(shape, np.float32), self.plan, self.image_rows
-
-
-@dataclass(frozen=True)
-class LayerFlops:
-    """Attention FLOPs of prefill in the layers of one kind.
-
-    Attributes:
-      visibility: what the kind lets a query see.
-      layers: how many layers are of it.
-      dense: FLOPs if all their heads were dense.
-      sparse: FLOPs with their heads' categories.
-    """
-
-    visibility: BaseVisibility
-    layers: int
-    dense: int
-    sparse: int
 
 
 @dataclass(frozen=True)
@@ -213,7 +197,7 @@ def _flops_per_kind(
         }
         result.append(
             LayerFlops(
-                visibility,
+                **visibility._asdict(),
                 layers=len(categories),
                 dense=flops_per_pair * pairs[HeadCategory.DENSE] * categories.size,
                 sparse=flops_per_pair * sum(pairs[c] * int(heads[c]) for c in pairs),

@@ -33,9 +33,10 @@ def write_source(
     shard_size: str = "1GB",
     seed: int = 0,
     inner: int = 96,
+    layers: int = 2,
 ) -> Path:
     """Writes a checkpoint with random weights, as transformers saves it, with all its files."""
-    config = small_config(Shape(family, tied=tied, inner=inner))
+    config = small_config(Shape(family, layers=layers, tied=tied, inner=inner))
     torch.manual_seed(seed)
     reads_images = family != "gemma3_text"
     create = (

@@ -163,7 +163,9 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
         hidden,
         period * jnp.arange(periods),
     )
-    outputs = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), outputs)
+    outputs = jax.tree.map(
+        lambda array: array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]), outputs
+    )
     hidden, rest = turns(kinds[periods * period :], periods * period, hidden)
     return hidden, tuple(
         _concatenated([part[kind] for part in (outputs, rest) if kind in part])
