@@ -263,7 +263,8 @@ def _figures(result: "Result") -> str:
     by_kind = f" ({kinds})" if len(stats.attention_flops_per_kind) > 1 else ""
     return (
         f"{stats.prompt_tokens} prompt tokens (images: {images}), {len(result.token_ids)} new; "
-        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of dense{by_kind}; "
+        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of "
+        f"dense{by_kind}; "
         f"vision {stats.vision_seconds:.2f} s, prefill {stats.prefill_seconds:.2f} s, "
         f"decode {stats.decode_seconds:.2f} s, compile {stats.compile_seconds:.2f} s"
     )
