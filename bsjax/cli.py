@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.categories import HeadCategory
+from bsjax.categories import BaseVisibility, HeadCategory
 from bsjax.errors import BsjaxError, TemplateError
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def _add_mask(commands: Any) -> None:
         "mask",
         help="draw a prompt's mask to a picture",
         description="Draws what the queries of a prompt see, in prompt order and in packed order. "
-        "Reads a checkpoint's tokenizer and image settings, not its weights.",
+        "Reads a checkpoint's tokenizer and image settings, not its weights. For Gemma 3 the mask "
+        "is a global layer's.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?")
@@ -178,7 +179,8 @@ def _generate(options: argparse.Namespace) -> None:
 def _mask(options: argparse.Namespace) -> None:
     from bsjax.block_mask import BlockMask
 
-    mask = BlockMask(_template(options), [options.category])
+    template, visibility = _template(options)
+    mask = BlockMask(template, [options.category], **visibility._asdict())
     mask.plot(options.output)
     images = mask.template.num_images
     print(
@@ -188,7 +190,8 @@ def _mask(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-def _template(options: argparse.Namespace) -> "Template":
+def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
+    """The prompt's template, and what a layer lets its queries see: the family's last kind."""
     from bsjax.template import Template
 
     if options.segments is not None:
@@ -200,7 +203,7 @@ def _template(options: argparse.Namespace) -> "Template":
                 "--image, --system, --max-pixels and --pan-and-scan belong to a checkpoint's "
                 "prompt."
             )
-        return Template.from_segments(_segments(options.segments))
+        return Template.from_segments(_segments(options.segments)), BaseVisibility()
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
     from bsjax.checkpoint import read_prompt_files
@@ -210,11 +213,12 @@ def _template(options: argparse.Namespace) -> "Template":
     prompt = prepare_prompt(
         _messages(options), files.tokenizer, files.image_processor, files.config
     )
-    return Template.from_tokens(
+    template = Template.from_tokens(
         prompt.token_ids,
         files.family.prompts.image_token_id(files.config),
         image_tokens=prompt.image_tokens,
     )
+    return template, files.family.visibilities(files.config)[-1]
 
 
 def _segments(text: str) -> list[Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, Template
-from bsjax.cli import main
+from bsjax.cli import _template, build_parser, main
 from bsjax.inputs import prepare_inputs
 from bsjax.models.gemma3.text import _rows_of_ring
 from bsjax.programs import programs_of
@@ -138,3 +138,14 @@ def test_command_line_adds_crops(checkpoints, tmp_path, capsys):
     assert "in 3 layers with a window of 12" in figures and "in 1 global layers" in figures
     assert main([*arguments, "--max-pixels", "1000"]) == 2
     assert "Gemma 3 scales all images to one size" in capsys.readouterr().err
+
+
+def test_mask_of_a_prompt_is_a_global_layers(checkpoints, tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    picture(40, 40).save(path)
+    arguments = ["mask", str(checkpoints[1]), "word1", str(path), "--category", "dense"]
+    assert main([*arguments, "--output", str(tmp_path / "mask.png")]) == 0
+    assert "1 image, DENSE: 100.0%" in capsys.readouterr().out
+    options = build_parser().parse_args(arguments)
+    template, visibility = _template(options)
+    assert visibility == (True, None) and template.image_tokens == (16,)
