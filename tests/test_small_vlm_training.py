@@ -81,7 +81,7 @@ def test_answers_are_right(task):
             case "find":
                 where = [label for label, value in by_label.items() if value == words[-1]]
                 assert len(where) < 2
-                expected = where[0] if where else "none"
+                expected = f"image {where[0]}" if where else "none"
             case "count":
                 expected = str(values.count(words[-1]))
             case "compare":
@@ -89,7 +89,7 @@ def test_answers_are_right(task):
             case _:
                 again = [i for i, value in enumerate(values) if value in values[:i]]
                 assert len(again) < 2
-                expected = LABELS[again[0]] if again else "none"
+                expected = f"image {LABELS[again[0]]}" if again else "none"
         assert question.answer == expected, question
         if question.task == task:
             answers[expected] += 1
@@ -98,7 +98,8 @@ def test_answers_are_right(task):
 
 
 def test_every_name_is_one_token(tokenizer):
-    for name in (*CONTENTS, *COLOURS, *LABELS, "yes", "no", "none"):
+    labels = [f" {label}" for label in LABELS]
+    for name in (*CONTENTS, *COLOURS, *labels, "image", "yes", "no", "none"):
         assert len(tokenizer(name)["input_ids"]) == 1, name
 
 
@@ -146,7 +147,7 @@ def test_training_computes_what_inference_computes(module, config, encoder, toke
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     kind, module, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "IMAGES", (2,))
+    monkeypatch.setattr(training, "PHASES", (training.Phase(1.0, (2,)),))
     monkeypatch.setattr(training, "IMAGES_PER_BATCH", 4)
     monkeypatch.setattr(training, "TOWER_IMAGES_PER_BATCH", 4)
     settings = training.Settings(tower_steps=3, steps=3, warmup_steps=1)

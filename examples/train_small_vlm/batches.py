@@ -124,14 +124,16 @@ class Encoder:
         images: int,
         questions: int,
         *,
+        tasks: Sequence[str] = tuple(TASKS),
         test: bool = False,
     ) -> Batch:
-        """A random batch of scenes, with that many questions about each."""
+        """A random batch of scenes, with that many questions of `tasks` about each."""
         rows = self.shared_rows(images) + questions * QUESTION_ROWS
         encoded = []
         while len(encoded) < prompts:
             scene = draw_scene(random, images, test=test)
-            asked = [ask(random, scene) for _ in range(questions)]
+            chosen = random.integers(len(tasks), size=questions)
+            asked = [ask(random, scene, tasks[index]) for index in chosen]
             one = self.encode(scene, asked, rows)
             # Scenes of many large images do not fit: another is drawn.
             if one is not None:
@@ -173,7 +175,7 @@ class Encoder:
         length = len(parts[0])
         for label, picture in zip(LABELS, scene.pictures, strict=False):
             height, width = (side // _UNIT for side in picture.pixels.shape[:2])
-            before = self._ids(f"{label}<|vision_start|>")
+            before = self._ids(f" {label}<|vision_start|>")
             after = self._ids("<|vision_end|>")
             first_rows.append(length + len(before))
             parts += [before, [self.config.image_token_id] * (height * width), after]
@@ -239,7 +241,7 @@ class Encoder:
             words = (
                 "yes" if picture.colour in [other.colour for other in earlier] else "no",
                 "yes" if picture.content in [other.content for other in earlier] else "no",
-                LABELS[number],
+                f" {LABELS[number]}",
                 picture.colour,
                 picture.content,
             )

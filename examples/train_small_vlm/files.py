@@ -22,7 +22,8 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# Qwen's conversation format; each image stands after its letter.
+# Qwen's conversation format; each image stands after its letter, which is the token that it is in
+# "image C" as well.
 CHAT_TEMPLATE = """\
 {%- set images = namespace(count=0) -%}
 {%- for message in messages -%}
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
-{{- 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[images.count % 26] -}}
+{{- ' ' ~ 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[images.count % 26] -}}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- set images.count = images.count + 1 -%}
 {%- elif 'text' in part -%}

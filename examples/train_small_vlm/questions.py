@@ -63,7 +63,7 @@ def _find(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
         return None
     name = wanted[random.integers(len(wanted))]
     text = f"Which image is {name}?" if by_colour else f"Which image shows a {name}?"
-    return text, NONE if absent else LABELS[values.index(name)]
+    return text, NONE if absent else f"image {LABELS[values.index(name)]}"
 
 
 def _count(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def _repeat(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None
     )[:: 1 if by_colour else -1]:
         again = [image for image, value in enumerate(values) if value in values[:image]]
         if len(again) < 2:
-            return f"Which image repeats {what}?", LABELS[again[0]] if again else NONE
+            return f"Which image repeats {what}?", f"image {LABELS[again[0]]}" if again else NONE
     return None
 
 

@@ -30,13 +30,10 @@ from .files import MERGE_SIZE, PATCH_SIZE
 from .questions import TASKS
 from .scenes import COLOURS, CONTENTS
 
-IMAGES = (2, 3, 5, 8, 12)
-"""Numbers of images that training prompts have; the first two alone to begin with."""
-
 IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
-CAPTION_WEIGHT = 0.5
+CAPTION_WEIGHT = 0.3
 """Of the captions of each image (`Batch.captions`), beside the answers. They teach what questions
 are made of: what an image shows, which it is, and whether it has been seen before."""
 
@@ -60,9 +57,9 @@ class Settings:
     """
 
     tower_steps: int = 1000
-    steps: int = 2000
+    steps: int = 1700
     learning_rate: float = 1.5e-3
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     weight_decay: float = 0.05
     seed: int = 0
     sparse_layers: tuple[int, ...] = ()
@@ -75,18 +72,37 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def images_of_step(settings: Settings, step: int) -> int:
-    """How many images the prompts of a step have: few at first, any number from a third on."""
-    share = step / settings.steps
-    choices = IMAGES[: 2 if share < 0.12 else 4 if share < 0.35 else len(IMAGES)]
-    return choices[np.random.default_rng([settings.seed, 1, step]).integers(len(choices))]
+class Phase(NamedTuple):
+    """A part of the training of the whole model.
+
+    Attributes:
+      until: share of the steps after which it ends.
+      images: numbers of images that prompts have.
+      tasks: of their questions.
+    """
+
+    until: float
+    images: tuple[int, ...]
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+PHASES = (
+    # Which image a question is about is learned among few images, or very late.
+    Phase(0.2, (2, 3), ("content", "colour", "find")),
+    Phase(0.38, (2, 3)),
+    Phase(0.55, (2, 3, 5)),
+    Phase(0.78, (3, 5, 8)),
+    Phase(1.0, (3, 5, 8, 12)),
+)
 
 
 def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
     """The batch of a step: of the seed and the step alone, so that a run can be gone on with."""
-    images = images_of_step(settings, step)
+    phase = next(phase for phase in PHASES if step < phase.until * settings.steps)
     random = np.random.default_rng([settings.seed, 2, step])
-    return encoder.batch(random, IMAGES_PER_BATCH // images, images, min(2 * images, 12))
+    images = phase.images[random.integers(len(phase.images))]
+    prompts, questions = IMAGES_PER_BATCH // images, min(2 * images, 12)
+    return encoder.batch(random, prompts, images, questions, tasks=phase.tasks)
 
 
 def image_features(
