@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     calls = {
         DENSE: (
             hidden_states,
-            (from_dense, dense.position_ids, dense.schedule, dense.head_category),
+            (from_dense, dense.position_ids, dense.schedules, dense.head_category),
         ),
         HEADS: (steps.measure_heads, (from_packed, packed.position_ids, groups)),
         OFFSETS: (steps.measure_offsets, (from_packed, packed.position_ids, categories)),

@@ -4,103 +4,34 @@ No checkpoint is needed: the tokenizer, the chat template and the image settings
 small random checkpoint in tests/. Its ids fit any vocabulary that is as long as its own.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from transformers import GenerationConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    GenerationConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+)
 
 from bsjax.checkpoint import LoadedModel, read_prompt_files
 from bsjax.models import FAMILIES
+from tools.published_models import PUBLISHED_MODELS
 
 _TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny-qwen2.5-vl"
+_IMAGE_IN_TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def _size(
-    family: str,
-    hidden: int,
-    layers: int,
-    heads: tuple[int, int],
-    inner: int,
-    vocabulary: int,
-    tied: bool,
-    vision: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "family": family,
-        "text": {
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads[0],
-            "num_key_value_heads": heads[1],
-            "intermediate_size": inner,
-            "vocab_size": vocabulary,
-        },
-        "tied": tied,
-        "vision": {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, **vision},
-    }
-
-
-_QWEN2_TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
-_QWEN2_5_TOWER = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "num_heads": 16,
-    "intermediate_size": 3420,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-_SMALL_TOWER = {
-    "depth": 4,
-    "hidden_size": 320,
-    "num_heads": 4,
-    "intermediate_size": 860,
-    "window_size": 112,
-    "fullatt_block_indexes": [1, 3],
-}
-#: Published sizes, and two for CPUs: `small` takes a minute, `tiny` a second.
-SIZES = {
-    "qwen2-vl-2b": _size("qwen2_vl", 1536, 28, (12, 2), 8960, 151936, True, _QWEN2_TOWER),
-    "qwen2-vl-7b": _size("qwen2_vl", 3584, 28, (28, 4), 18944, 152064, False, _QWEN2_TOWER),
-    "qwen2.5-vl-3b": _size("qwen2_5_vl", 2048, 36, (16, 2), 11008, 151936, True, _QWEN2_5_TOWER),
-    "qwen2.5-vl-7b": _size("qwen2_5_vl", 3584, 28, (28, 4), 18944, 152064, False, _QWEN2_5_TOWER),
-    "small": _size("qwen2_5_vl", 512, 6, (8, 2), 1408, 8192, True, _SMALL_TOWER),
-    "tiny": _size(
-        "qwen2_5_vl",
-        128,
-        2,
-        (2, 1),
-        128,
-        1024,
-        True,
-        _SMALL_TOWER
-        | {
-            "depth": 2,
-            "hidden_size": 64,
-            "num_heads": 1,
-            "intermediate_size": 64,
-            "fullatt_block_indexes": [1],
-        },
-    ),
-}
-
-
-def model_config(size: str) -> PretrainedConfig:
-    """The configuration of a size, with the special tokens of the small checkpoint."""
-    chosen = SIZES[size]
-    special = read_prompt_files(_TINY).config
-    text = chosen["text"]
+def _small_qwen(text: dict[str, Any], vision: dict[str, Any]) -> PretrainedConfig:
     quarter = text["hidden_size"] // text["num_attention_heads"] // 8
-    is_qwen2 = chosen["family"] == "qwen2_vl"
-    width = {"hidden_size" if is_qwen2 else "out_hidden_size": text["hidden_size"]}
-    create = Qwen2VLConfig if is_qwen2 else Qwen2_5_VLConfig
-    return create(
+    return Qwen2_5_VLConfig(
         text_config={
             **text,
-            # More than published: prompts of any length are measured.
-            "max_position_embeddings": 2**20,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
@@ -108,18 +39,104 @@ def model_config(size: str) -> PretrainedConfig:
                 # 16, 24 and 24 of the 64 frequencies of the published head dimension of 128.
                 "mrope_section": [quarter, 3 * quarter // 2, 3 * quarter // 2],
             },
-            "tie_word_embeddings": chosen["tied"],
-            "bos_token_id": special.text_config.bos_token_id,
-            "eos_token_id": special.text_config.eos_token_id,
-            "pad_token_id": special.text_config.pad_token_id,
+            "tie_word_embeddings": True,
         },
-        vision_config={**chosen["vision"], **width},
-        image_token_id=special.image_token_id,
-        video_token_id=special.video_token_id,
-        vision_start_token_id=special.vision_start_token_id,
-        vision_end_token_id=special.vision_end_token_id,
-        tie_word_embeddings=chosen["tied"],
+        vision_config={"window_size": 112, "out_hidden_size": text["hidden_size"], **vision},
+        tie_word_embeddings=True,
     )
+
+
+def _small() -> PretrainedConfig:
+    return _small_qwen(
+        {
+            "hidden_size": 512,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 1408,
+            "vocab_size": 8192,
+        },
+        {
+            "depth": 4,
+            "hidden_size": 320,
+            "num_heads": 4,
+            "intermediate_size": 860,
+            "fullatt_block_indexes": [1, 3],
+        },
+    )
+
+
+def _tiny() -> PretrainedConfig:
+    return _small_qwen(
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 128,
+            "vocab_size": 1024,
+        },
+        {
+            "depth": 2,
+            "hidden_size": 64,
+            "num_heads": 1,
+            "intermediate_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+    )
+
+
+def _small_gemma_3() -> PretrainedConfig:
+    """Five local layers and a global one; 256 tokens an image as published, of as many patches."""
+    return Gemma3Config(
+        text_config={
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "intermediate_size": 512,
+            "vocab_size": 8192,
+            "sliding_window": 1024,
+        },
+        vision_config={
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "intermediate_size": 64,
+            "image_size": 224,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    )
+
+
+SIZES: dict[str, Callable[[], PretrainedConfig]] = {
+    **{name.lower(): create for name, create in PUBLISHED_MODELS.items()},
+    "small": _small,
+    "tiny": _tiny,
+    "small-gemma-3": _small_gemma_3,
+}
+"""Published sizes, and some for CPUs: `small` takes a minute, `tiny` a second."""
+
+
+def model_config(size: str) -> PretrainedConfig:
+    """The configuration of a size, with the special tokens of the small checkpoint."""
+    config, special = SIZES[size](), read_prompt_files(_TINY).config
+    text = config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, getattr(special.text_config, name))
+    # More than published: prompts of any length are measured.
+    text.max_position_embeddings = 2**20
+    if config.model_type == "gemma3":
+        config.image_token_index = special.image_token_id
+        config.boi_token_index = special.vision_start_token_id
+        config.eoi_token_index = special.vision_end_token_id
+    else:
+        for name in ("image", "video", "vision_start", "vision_end"):
+            setattr(config, f"{name}_token_id", getattr(special, f"{name}_token_id"))
+    return config
 
 
 def random_module(config: PretrainedConfig, dtype: Any) -> nnx.Module:
@@ -157,12 +174,20 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) ->
 def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> LoadedModel:
     """A model ready to answer, as `bsjax.load` gives."""
     files = read_prompt_files(_TINY)
+    tokenizer, image_processor = files.tokenizer, files.image_processor
+    if config.model_type == "gemma3":
+        # Gemma 3's templates write where an image starts, and no more of it.
+        template = tokenizer.chat_template
+        assert isinstance(template, str) and _IMAGE_IN_TEMPLATE in template
+        tokenizer.chat_template = template.replace(_IMAGE_IN_TEMPLATE, "<|vision_start|>")
+        side = config.vision_config.image_size
+        image_processor = Gemma3ImageProcessorPil(size={"height": side, "width": side})
     return LoadedModel(
         module=module,
         config=config,
         family=FAMILIES[config.model_type],
-        tokenizer=files.tokenizer,
-        image_processor=files.image_processor,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
         # No token ends an answer: there is just one.
         generation_config=GenerationConfig(),
         dtype=np.dtype(dtype),

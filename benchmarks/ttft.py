@@ -2,6 +2,7 @@
 
     python -m benchmarks.ttft --size qwen2.5-vl-7b --images 90 --image-size 560 560    # on a GPU
     python -m benchmarks.ttft                                 # without one: a small model, float32
+    python -m benchmarks.ttft --size small-gemma-3 --images 100 --rounds 3 --no-transformers
 
 Prompts are random pictures and one question, run by `bsjax.generate` through the library's own
 programs: image processing on the host, vision tower, prefill and first token. Compilation is left
@@ -32,7 +33,9 @@ from benchmarks.measure import RESULTS, markdown_table, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
+from bsjax.inputs import prepare_inputs
 from bsjax.prompts import prepare_prompt
+from bsjax.results import LayerFlops
 from bsjax.schedule import visible_pairs
 
 PARTS = ("host", "vision", "prefill", "total")
@@ -61,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs=2,
         default=(392, 392) if on_cpu else (560, 560),
         metavar=("WIDTH", "HEIGHT"),
-        help="in pixels; 28 x 28 of them are one token",
+        help="in pixels; 28 x 28 of them are one token, and all images 256 tokens for Gemma 3",
     )
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument(
@@ -101,7 +104,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     messages = _messages(options.images, tuple(options.image_size))
     prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, config)
     template = Template.from_tokens(
-        prompt.token_ids, config.image_token_id, image_tokens=prompt.image_tokens
+        prompt.token_ids,
+        model.family.prompts.image_token_id(config),
+        image_tokens=prompt.image_tokens,
     )
 
     profiles = {DENSE: None} | {
@@ -110,6 +115,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     calls: dict[str, Callable[[], tuple[Seconds, int]]] = {
         name: lambda profile=profile: _ours(model, messages, profile)
+        for name, profile in profiles.items()
+    }
+    flops = {
+        name: prepare_inputs(
+            model.family, config, model.dtype, prompt, profile, "xla", 0
+        ).flops_per_kind
         for name, profile in profiles.items()
     }
     if reference is not None:
@@ -137,13 +148,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             {
                 "variant": name,
                 "heads": _heads(profiles.get(name)),
-                "attention_flops_over_dense": _flops_share(profiles.get(name), template),
+                **_flops_shares(flops.get(name, flops[DENSE])),
                 **{
                     f"median_{part}_seconds": statistics.median(s[part] for s in samples[name])
                     for part in PARTS
                 },
                 "total_over_dense": statistics.median(
                     ours["total"] / dense["total"]
+                    for ours, dense in zip(samples[name], samples[DENSE], strict=True)
+                ),
+                "prefill_over_dense": statistics.median(
+                    ours["prefill"] / dense["prefill"]
                     for ours, dense in zip(samples[name], samples[DENSE], strict=True)
                 ),
                 "seconds": samples[name],
@@ -157,7 +172,17 @@ def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile
     """A profile whose sparse heads, strewn over all layers, cut this share of attention FLOPs."""
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    pairs = {category: visible_pairs(template, category.groups) for category in HeadCategory}
+    # Of all layers, whatever their kinds: heads are strewn over all of them.
+    kinds = np.bincount(model.family.layer_kinds(model.config))
+    pairs = {
+        category: sum(
+            int(count) * visible_pairs(template, category.groups, **visibility._asdict())
+            for count, visibility in zip(
+                kinds, model.family.visibilities(model.config), strict=False
+            )
+        )
+        for category in HeadCategory
+    }
     categories = np.asarray(head_mix(pairs, layers * heads, cut), np.int8)
     return Profile(
         family=model.family.name,
@@ -196,7 +221,8 @@ def _transformers_call(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     spans: list[float] = []
-    tower = reference.model.visual
+    is_gemma = model.family.name == "gemma3"
+    tower = reference.model.vision_tower if is_gemma else reference.model.visual
     tower.register_forward_pre_hook(lambda *_: spans.append(-time.perf_counter()))
     tower.register_forward_hook(lambda *_: spans.append(time.perf_counter()))
 
@@ -204,18 +230,13 @@ def _transformers_call(
         spans.clear()
         start = time.perf_counter()
         prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-        token_ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
+        inputs = {
+            name: torch.from_numpy(array)
+            for name, array in model.family.reference_inputs(prompt, model.config).items()
+        }
         host = time.perf_counter() - start
         with torch.inference_mode():
-            output = reference(
-                input_ids=token_ids,
-                attention_mask=torch.ones_like(token_ids),
-                pixel_values=torch.from_numpy(np.array(prompt.pixel_values)),
-                image_grid_thw=torch.from_numpy(prompt.grid_thw.astype(np.int64)),
-                mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = reference(**inputs, use_cache=True, logits_to_keep=1)
             token = int(output.logits[0, -1].argmax())
         total, vision = time.perf_counter() - start, sum(spans)
         seconds = {"host": host, "vision": vision, "total": total}
@@ -239,16 +260,28 @@ def _heads(profile: Profile | None) -> str | None:
     )
 
 
-def _flops_share(profile: Profile | None, template: Template) -> float:
-    if profile is None:
-        return 1.0
-    dense = visible_pairs(template, HeadCategory.DENSE.groups)
-    counts = np.bincount(profile.categories.ravel(), minlength=len(HeadCategory))
-    seen = sum(
-        int(counts[category]) * visible_pairs(template, category.groups)
-        for category in HeadCategory
+def _flops_shares(kinds: Sequence[LayerFlops]) -> dict[str, Any]:
+    """Attention FLOPs over those of dense heads, in the whole model and by kind of layer."""
+    dense, sparse = (sum(getattr(kind, name) for kind in kinds) for name in ("dense", "sparse"))
+    return {
+        "attention_flops_over_dense": sparse / dense,
+        "attention_flops_over_dense_by_kind": [
+            {"window": kind.window, "layers": kind.layers, "share": kind.sparse / kind.dense}
+            for kind in kinds
+            if kind.dense
+        ],
+    }
+
+
+def _shares(row: dict[str, Any]) -> str:
+    kinds = row["attention_flops_over_dense_by_kind"]
+    whole = f"{row['attention_flops_over_dense']:.3f}"
+    if len(kinds) < 2:
+        return whole
+    parts = (
+        f"{kind['share']:.3f} {'global' if kind['window'] is None else 'local'}" for kind in kinds
     )
-    return seen / (dense * profile.categories.size)
+    return f"{whole} ({', '.join(parts)})"
 
 
 def render(result: dict[str, Any]) -> str:
@@ -268,13 +301,15 @@ def render(result: dict[str, Any]) -> str:
         "variant",
         "attention FLOPs / dense",
         *(f"{part}, s" for part in PARTS),
+        "prefill / dense",
         "total / dense",
     )
     rows = [
         (
             row["variant"],
-            f"{row['attention_flops_over_dense']:.3f}",
+            _shares(row),
             *(f"{row[f'median_{part}_seconds']:.3f}" for part in PARTS),
+            f"{row['prefill_over_dense']:.3f}",
             f"{row['total_over_dense']:.3f}",
         )
         for row in result["rows"]

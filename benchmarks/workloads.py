@@ -72,6 +72,18 @@ SHAPES = {
             window=1024,
             image_tokens=(256,),
         ),
+        AttentionShape(
+            "gemma-3-27b-global", 32, 16, 128, bidirectional_images=True, image_tokens=(256,)
+        ),
+        AttentionShape(
+            "gemma-3-27b-local",
+            32,
+            16,
+            128,
+            bidirectional_images=True,
+            window=1024,
+            image_tokens=(256,),
+        ),
         # For CPUs: the same kinds of masks at a size that takes seconds.
         AttentionShape("small", 8, 2, 64, "float32", image_tokens=(400, 100)),
         AttentionShape(

@@ -19,6 +19,7 @@ from flax import nnx
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    Gemma3ImageProcessorPil,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -42,11 +43,12 @@ UNFINISHED = ".converting-"
 #: Dtypes that weights can be stored and computed in.
 DTYPES = ("float32", "bfloat16", "float16")
 
-# AutoProcessor would need torchvision for the video processor it insists on; the PIL processors
-# need neither that nor torch.
+# Of the families that read images. AutoProcessor would need torchvision for the video processor
+# that Qwen's insists on; the PIL processors need neither that nor torch.
 _IMAGE_PROCESSORS = {
     "qwen2_vl": Qwen2VLImageProcessorPil,
     "qwen2_5_vl": Qwen2VLImageProcessorPil,
+    "gemma3": Gemma3ImageProcessorPil,
 }
 
 
@@ -59,7 +61,7 @@ class LoadedModel:
         config: the Hugging Face configuration.
         family: the family that built `module`.
         tokenizer: the tokenizer, which holds the chat template.
-        image_processor: the image processor, PIL version.
+        image_processor: the image processor, PIL version; None for a model that reads text only.
         generation_config: end-of-sequence tokens and sampling defaults.
         dtype: what the weights are in memory.
         path: the folder loaded.
@@ -146,7 +148,9 @@ def read_prompt_files(folder: Path) -> PromptFiles:
         config,
         family,
         _tokenizer(folder),
-        _component(folder, "image processor settings", _IMAGE_PROCESSORS[family.name]),
+        None
+        if family.vision_plan is None
+        else _component(folder, "image processor settings", _IMAGE_PROCESSORS[family.name]),
     )
 
 

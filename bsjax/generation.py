@@ -256,6 +256,7 @@ def _generate(
             decode_seconds=decode_seconds,
             compile_seconds=compile_seconds,
             backend=request.backend,
+            attention_flops_per_kind=inputs.flops_per_kind,
         ),
     )
 

@@ -15,6 +15,7 @@ from bsjax.errors import CapacityError
 from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt
+from bsjax.results import LayerFlops
 from bsjax.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
 from bsjax.steps import PADDING_ROW
 from bsjax.template import Sinks, Template
@@ -53,7 +54,7 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One prompt as the programs take it: NumPy arrays, rows in the schedule's order.
+    """One prompt as the programs take it: NumPy arrays, rows in the schedules' order.
 
     `tokens` rows are real, the others padding at the end.
     """
@@ -62,17 +63,33 @@ class ModelInputs:
     tokens: int
     next_position: int
     """Position of the first token after the prompt."""
-    schedule: Schedule
+    schedules: tuple[Schedule, ...]
+    """One for each of the family's `visibilities`, all in one row order."""
+    order: Int32[np.ndarray, "tokens"]
+    """The prompt index of every row that is not padding."""
     head_category: Int32[np.ndarray, "layers q_heads"]
     token_ids: Int32[np.ndarray, "rows"]
-    position_ids: Int32[np.ndarray, "3 rows"]
+    position_ids: Int32[np.ndarray, "axes rows"]
     last_row: np.int32
     """The row of the prompt's last token."""
     image_groups: tuple[ImageGroup, ...]
-    flops_dense: int
-    """Attention FLOPs of prefill in the language model if all heads were dense."""
-    flops_sparse: int
-    """Attention FLOPs of prefill in the language model with these head categories."""
+    flops_per_kind: tuple[LayerFlops, ...]
+    """Of the language model's layers, by kind."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the programs, padding included."""
+        return self.token_ids.shape[0]
+
+    @property
+    def flops_dense(self) -> int:
+        """Attention FLOPs of prefill in the language model if all heads were dense."""
+        return sum(kind.dense for kind in self.flops_per_kind)
+
+    @property
+    def flops_sparse(self) -> int:
+        """Attention FLOPs of prefill in the language model with these head categories."""
+        return sum(kind.sparse for kind in self.flops_per_kind)
 
 
 def prepare_inputs(
@@ -84,7 +101,7 @@ def prepare_inputs(
     backend: str,
     new_tokens: int,
 ) -> ModelInputs:
-    """Computes template, schedule, positions and vision plans of a prompt on the host.
+    """Computes template, schedules, positions and vision plans of a prompt on the host.
 
     Args:
       family: of the model that runs it.
@@ -99,15 +116,16 @@ def prepare_inputs(
       CapacityError: prompt and new tokens need more positions than the model has.
       TemplateError: placeholders and images do not agree.
     """
-    text_config = config.text_config
+    text_config = config.get_text_config()
+    image_token_id = family.prompts.image_token_id(config)
     template = Template.from_tokens(
         prompt.token_ids,
-        config.image_token_id,
+        image_token_id,
         Sinks() if profile is None else profile.sinks,
         prompt.image_tokens,
     )
     position_ids, next_position = family.positions(
-        prompt.token_ids, config.image_token_id, prompt.grid_thw, config
+        prompt.token_ids, image_token_id, prompt.grid_thw, config
     )
     _check_positions(template, next_position, new_tokens, text_config.max_position_embeddings)
 
@@ -121,10 +139,20 @@ def prepare_inputs(
         backend, head_dim, dtype, sparse=bool((head_category != HeadCategory.DENSE).any())
     )
     rows = bucket(template.tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
-    schedule = build_schedule(
-        template, category_tables(head_category), block_q=block_q, block_kv=block_kv, tokens=rows
+    # The same tables for all kinds of layers: then all schedules have one row order.
+    schedules = tuple(
+        build_schedule(
+            template,
+            category_tables(head_category),
+            block_q=block_q,
+            block_kv=block_kv,
+            bidirectional_images=visibility.bidirectional_images,
+            window=visibility.window,
+            tokens=rows,
+        )
+        for visibility in family.visibilities(config)
     )
-    order = schedule.position[: template.tokens]
+    order = schedules[0].position[: template.tokens]
 
     def by_row(values: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full((*values.shape[:-1], rows), padding, np.int32)
@@ -132,17 +160,12 @@ def prepare_inputs(
         return padded
 
     row_of_token = np.argsort(order).astype(np.int32)
-    pairs = {
-        category: visible_pairs(template, category.groups)
-        for category in {HeadCategory.DENSE, *map(HeadCategory, np.unique(head_category).tolist())}
-    }
-    heads = np.bincount(head_category.ravel(), minlength=len(HeadCategory))
-    flops_per_pair = 4 * head_dim
     return ModelInputs(
         template=template,
         tokens=template.tokens,
         next_position=next_position,
-        schedule=schedule,
+        schedules=schedules,
+        order=order,
         head_category=head_category,
         token_ids=by_row(prompt.token_ids, 0),
         position_ids=by_row(position_ids, 0),
@@ -150,9 +173,37 @@ def prepare_inputs(
         image_groups=_image_groups(
             family, config, dtype, prompt, row_of_token[template.image >= 0], backend
         ),
-        flops_dense=flops_per_pair * pairs[HeadCategory.DENSE] * head_category.size,
-        flops_sparse=flops_per_pair * sum(pairs[c] * int(heads[c]) for c in pairs),
+        flops_per_kind=_flops_per_kind(family, config, template, head_category),
     )
+
+
+def _flops_per_kind(
+    family: Family,
+    config: PretrainedConfig,
+    template: Template,
+    head_category: Int32[np.ndarray, "layers q_heads"],
+) -> tuple[LayerFlops, ...]:
+    """Exact FLOPs: four for each visible pair and channel of a head."""
+    flops_per_pair = 4 * family.text_head_dim(config)
+    kinds = family.layer_kinds(config)
+    result = []
+    for kind, visibility in enumerate(family.visibilities(config)):
+        categories = head_category[kinds == kind]
+        heads = np.bincount(categories.ravel(), minlength=len(HeadCategory))
+        pairs = {
+            category: visible_pairs(template, category.groups, **visibility._asdict())
+            for category in HeadCategory
+            if heads[category] or category is HeadCategory.DENSE
+        }
+        result.append(
+            LayerFlops(
+                **visibility._asdict(),
+                layers=len(categories),
+                dense=flops_per_pair * pairs[HeadCategory.DENSE] * categories.size,
+                sparse=flops_per_pair * sum(pairs[c] * int(heads[c]) for c in pairs),
+            )
+        )
+    return tuple(result)
 
 
 def cache_rows(tokens: int) -> int:
@@ -171,6 +222,7 @@ def _image_groups(
     """The groups that the images of a prompt go through the vision tower in."""
     if prompt.pixel_values is None:
         return ()
+    assert family.vision_plan is not None and family.vision_head_dim is not None
     block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
     patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
     first_patch = np.append(0, np.cumsum(patches))

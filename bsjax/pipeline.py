@@ -98,7 +98,7 @@ class Generation:
         self.embedding = Embedding(programs, inputs, backend)
         self._prefill_arguments = (
             inputs.position_ids,
-            inputs.schedule,
+            inputs.schedules,
             inputs.head_category,
             inputs.last_row,
             sampling,
@@ -150,7 +150,7 @@ class Scoring:
     def __init__(self, programs: Programs, inputs: ModelInputs, backend: str) -> None:
         self._inputs = inputs
         self._embedding = Embedding(programs, inputs, backend)
-        self._arguments = (inputs.position_ids, inputs.schedule, inputs.head_category)
+        self._arguments = (inputs.position_ids, inputs.schedules, inputs.head_category)
         self._hidden_states = programs.get(
             steps.hidden_states,
             (self._embedding.output, *self._arguments),
@@ -170,7 +170,7 @@ class Scoring:
         """Logits in prompt order, on the host."""
         embeddings, _ = self._embedding.run()
         hidden = self._hidden_states(embeddings, *self._arguments)
-        tokens, order = self._inputs.tokens, self._inputs.schedule.position
+        tokens, order = self._inputs.tokens, self._inputs.order
         result = np.empty((tokens, self._vocabulary), np.float32)
         for first, end in self._chunks(hidden.shape[0]):
             of_rows = np.asarray(self._logits(hidden, np.int32(first)))

@@ -1,9 +1,9 @@
 """Chat messages to what a model reads: token ids, pixel values, and how many tokens each image has.
 
 The template, the tokenizer and the image processor are the checkpoint's own, from transformers;
-none of the three needs torch. What Hugging Face's `Qwen2VLProcessor` adds to them is done here: the
-chat template writes one placeholder token per image, and each is repeated until the image has one
-token per merged patch.
+none of the three needs torch. What Hugging Face's processors add to them is done here and in the
+family's `PromptRules`: the chat template writes one placeholder per image, the family says what
+stands there instead, and image tokens are repeated until the image has all of its tokens.
 """
 
 import io
@@ -18,13 +18,16 @@ from urllib.request import url2pathname
 import jinja2
 import numpy as np
 import PIL.Image
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Int32
 from transformers.image_utils import load_image
 
 from bsjax.errors import MessageError
+from bsjax.models import FAMILIES
+from bsjax.models.family import ProcessedImage, PromptRules
 
 _SOURCE_KEYS = ("image", "url", "path", "base64", "image_url")
 _PIXEL_KEYS = ("min_pixels", "max_pixels")
+_OPTION_KEYS = (*_PIXEL_KEYS, "do_pan_and_scan")
 _DOWNLOAD_SECONDS = 60.0
 _SHOWN_CHARACTERS = 80
 
@@ -49,15 +52,14 @@ class _ImageItem(NamedTuple):
     where: str
     key: str
     source: Any
-    min_pixels: int | None
-    max_pixels: int | None
+    options: dict[str, Any]
 
 
 def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: Any) -> Prompt:
     """Turns one conversation into a prompt that ends where the assistant's answer begins.
 
-    Computes what transformers' `Qwen2VLProcessor.apply_chat_template(...,
-    add_generation_prompt=True, tokenize=True)` does for images and text.
+    Computes what `apply_chat_template(..., add_generation_prompt=True, tokenize=True)` of the
+    family's processor in transformers does for images and text.
 
     Args:
       messages: a list of dicts with `role` and `content`; `content` is a string, or a list of
@@ -65,39 +67,52 @@ def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: 
         image, an array of 0-255 values (height x width, with channels first or last), a path, a
         URL, a data URL or base64; `"url"`, `"path"`, `"base64"` and OpenAI's `{"type": "image_url",
         "image_url": {"url": ...}}` are read as well. `"max_pixels"` and `"min_pixels"` beside an
-        image bound the size it is scaled to. Images read from files are turned upright as their
+        image bound the size it is scaled to (Qwen), `"do_pan_and_scan"` adds crops of it, which are
+        images too (Gemma 3). Images read from files are turned upright as their
         EXIF data says; PIL images are taken as they are. Both as in transformers.
       tokenizer: the checkpoint's tokenizer, with a chat template.
-      image_processor: the checkpoint's image processor (PIL backend).
-      config: the checkpoint's configuration; `image_token_id` and `video_token_id` are read.
+      image_processor: the checkpoint's image processor (PIL backend); None for a model that reads
+        text only.
+      config: the checkpoint's configuration, of a family in `bsjax.models.FAMILIES`.
 
     Raises:
-      MessageError: no messages, messages of another form, an image that cannot be read, or other
-        than one placeholder in the prompt for each image. The message says which image, and why.
+      MessageError: no messages, messages of another form, an image that cannot be read, images for
+        a model that reads text only, or other than one placeholder in the prompt for each image.
+        The message says which image, and why.
     """
+    rules = FAMILIES[config.model_type].prompts
     template_messages, items = _read_messages(messages)
+    if items and image_processor is None:
+        raise MessageError(
+            f"The messages hold {len(items)} image{'s' * (len(items) > 1)}, and this model reads "
+            "text only."
+        )
     text = _render(template_messages, tokenizer)
-    token_ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    _check_placeholders(token_ids, len(items), tokenizer, config)
+    token_ids = _tokenize(text, tokenizer)
+    _check_placeholders(token_ids, len(items), tokenizer, config, rules)
     if not items:
         return Prompt(token_ids, None, np.zeros((0, 3), np.int32), ())
 
-    pixels, grids = [], []
+    processed = []
     for number, item in enumerate(items):
         label = f"Image {number + 1} of {len(items)} ({item.where}{_shown_source(item.source)})"
-        image_pixels, grid = _process_image(item, label, image_processor)
-        pixels.append(image_pixels)
-        grids.append(grid)
-    grid_thw = np.concatenate(grids).astype(np.int32)
-    image_tokens = grid_thw.prod(axis=1) // image_processor.merge_size**2
+        processed.append(_process_image(item, label, image_processor, config, rules))
+    expanded = rules.expand(text, [len(of.image_tokens) for of in processed], tokenizer, config)
+    if expanded != text:
+        token_ids = _tokenize(expanded, tokenizer)
+    image_tokens = np.concatenate([of.image_tokens for of in processed])
     repeats = np.ones(token_ids.size, np.int64)
-    repeats[token_ids == config.image_token_id] = image_tokens
+    repeats[token_ids == rules.image_token_id(config)] = image_tokens
     return Prompt(
         np.repeat(token_ids, repeats),
-        np.concatenate(pixels),
-        grid_thw,
-        tuple(int(tokens) for tokens in image_tokens),
+        np.concatenate([of.pixel_values for of in processed]),
+        np.concatenate([of.grid_thw for of in processed]).astype(np.int32),
+        tuple(image_tokens.tolist()),
     )
+
+
+def _tokenize(text: str, tokenizer: Any) -> Int32[np.ndarray, "tokens"]:
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem]]:
@@ -210,20 +225,21 @@ def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
         source = source.get("url")
         if source is None:
             raise MessageError(f"{where}[{key!r}] is a dict without 'url'.")
-    bounds = [_read_pixel_bound(part.pop(name, None), name, where) for name in _PIXEL_KEYS]
-    _refuse_unknown_keys(part, where, _SOURCE_KEYS + _PIXEL_KEYS)
-    minimum, maximum = bounds
+    options = {name: part.pop(name) for name in _OPTION_KEYS if name in part}
+    for name in _PIXEL_KEYS:
+        _check_pixel_bound(options.get(name), name, where)
+    _refuse_unknown_keys(part, where, _SOURCE_KEYS + _OPTION_KEYS)
+    minimum, maximum = (options.get(name) for name in _PIXEL_KEYS)
     if minimum is not None and maximum is not None and minimum > maximum:
         raise MessageError(f"{where}: min_pixels ({minimum}) is above max_pixels ({maximum}).")
-    return _ImageItem(where, key, source, minimum, maximum)
+    return _ImageItem(where, key, source, options)
 
 
-def _read_pixel_bound(value: Any, name: str, where: str) -> int | None:
+def _check_pixel_bound(value: Any, name: str, where: str) -> None:
     if value is None:
-        return None
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise MessageError(f"{where}[{name!r}] must be a positive number of pixels, got {value!r}.")
-    return value
 
 
 def _refuse_unknown_keys(part: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
@@ -251,7 +267,11 @@ def _render(template_messages: list[dict[str, Any]], tokenizer: Any) -> str:
 
 
 def _check_placeholders(
-    token_ids: Int32[np.ndarray, "tokens"], images: int, tokenizer: Any, config: Any
+    token_ids: Int32[np.ndarray, "tokens"],
+    images: int,
+    tokenizer: Any,
+    config: Any,
+    rules: PromptRules,
 ) -> None:
     video_token_id = getattr(config, "video_token_id", None)
     if video_token_id is not None and np.any(token_ids == video_token_id):
@@ -259,10 +279,16 @@ def _check_placeholders(
             f"The prompt holds the video token {tokenizer.decode([video_token_id])!r}: bsjax reads "
             "text and images only."
         )
-    placeholders = int(np.count_nonzero(token_ids == config.image_token_id))
+    placeholder_id, image_token_id = rules.placeholder_id(config), rules.image_token_id(config)
+    placeholders = int(np.count_nonzero(token_ids == placeholder_id))
+    if image_token_id != placeholder_id and np.any(token_ids == image_token_id):
+        raise MessageError(
+            f"A text contains {tokenizer.decode([image_token_id])!r}, which stands for an image's "
+            "tokens: leave it out."
+        )
     if placeholders == images:
         return
-    token = tokenizer.decode([config.image_token_id])
+    token = tokenizer.decode([placeholder_id])
     cause = (
         f"A text that contains {token!r} is the usual cause: leave it out, the chat template "
         "writes it."
@@ -276,27 +302,16 @@ def _check_placeholders(
 
 
 def _process_image(
-    item: _ImageItem, label: str, image_processor: Any
-) -> tuple[Float32[np.ndarray, "patches patch_values"], Int64[np.ndarray, "1 3"]]:
+    item: _ImageItem, label: str, image_processor: Any, config: Any, rules: PromptRules
+) -> ProcessedImage:
     """Reads one image and cuts it into patches; one at a time, so that an error can name it."""
-    options = {}
-    if item.min_pixels is not None or item.max_pixels is not None:
-        size = dict(image_processor.size)
-        if "shortest_edge" not in size or "longest_edge" not in size:
-            raise MessageError(
-                f"{label} has min_pixels or max_pixels, but this checkpoint scales all images to "
-                "one size."
-            )
-        # For Qwen's image processors the two "edges" are numbers of pixels.
-        maximum = item.max_pixels or max(size["longest_edge"], item.min_pixels or 0)
-        minimum = item.min_pixels or min(size["shortest_edge"], maximum)
-        options["size"] = {"shortest_edge": minimum, "longest_edge": maximum}
     try:
         image = _read_image(item.key, item.source)
-        features = image_processor(images=[image], return_tensors="np", **options)
+        return rules.process_image(image, item.options, image_processor, config)
+    except MessageError as error:
+        raise MessageError(f"{label}: {error}") from error
     except Exception as error:  # Decoders and HTTP clients raise what they like.
         raise MessageError(f"{label} cannot be read: {_cut(str(error), 300)}") from error
-    return features["pixel_values"], features["image_grid_thw"]
 
 
 def _read_image(key: str, source: Any) -> Any:

@@ -5,6 +5,25 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LayerFlops:
+    """Attention FLOPs of prefill in the layers of one kind.
+
+    Attributes:
+      bidirectional_images: whether an image's tokens all see each other there.
+      window: how many positions back a query sees there, its own included; None for all.
+      layers: how many layers are of the kind.
+      dense: FLOPs if all their heads were dense.
+      sparse: FLOPs with their heads' categories.
+    """
+
+    bidirectional_images: bool
+    window: int | None
+    layers: int
+    dense: int
+    sparse: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a generation took.
 
@@ -18,6 +37,7 @@ class Stats:
       decode_seconds: all tokens after the first.
       compile_seconds: programs that this call compiled, or read from the persistent cache.
       backend: the attention backend.
+      attention_flops_per_kind: the FLOPs apart for each kind of layers: with a window, without.
     """
 
     prompt_tokens: int
@@ -29,6 +49,7 @@ class Stats:
     decode_seconds: float
     compile_seconds: float
     backend: str
+    attention_flops_per_kind: tuple[LayerFlops, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Functions of a module and arrays, without state: `bsjax.programs` compiles them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from bsjax.models.layers import Cache
 from bsjax.sampling import Sampling, sample
 from bsjax.schedule import Schedule
 
@@ -31,7 +31,8 @@ class DecodeState(NamedTuple):
     """The token chosen last; it is not in the cache yet."""
     chosen: Int[Array, ""]
     """How many tokens have been chosen."""
-    cache: Cache
+    cache: Any
+    """What the family keeps of the tokens before: a pytree of arrays."""
 
 
 def embed(module: Any, token_ids: Int[Array, "rows"]) -> Float[Array, "rows hidden"]:
@@ -66,8 +67,8 @@ def encode_images(
 def prefill(
     module: Any,
     embeddings: Float[Array, "rows hidden"],
-    position_ids: Int[Array, "3 rows"],
-    schedule: Schedule,
+    position_ids: Int[Array, "axes rows"],
+    schedules: Sequence[Schedule],
     head_category: Int[Array, "layers q_heads"],
     last_row: Int[Array, ""],
     sampling: Sampling,
@@ -83,7 +84,7 @@ def prefill(
     hidden, cache = module.prefill(
         embeddings,
         position_ids,
-        schedule,
+        schedules,
         head_category,
         cache_length=cache_length,
         backend=backend,
@@ -109,7 +110,7 @@ def decode(
       module: the model.
       state: from `prefill` or from the call before.
       limit: how many tokens to generate, if none of them ends the answer.
-      prompt_tokens: rows of the cache that the prompt takes.
+      prompt_tokens: tokens of the prompt, which the cache starts with.
       next_position: position of the first token after the prompt.
       end_tokens: ids that end an answer; -1 for none.
       sampling: how tokens are chosen.
@@ -127,9 +128,12 @@ def decode(
         tokens, count, state = carry
         # The token chosen last is the answer's number `chosen - 1`, counted from 0.
         before = state.chosen - 1
-        position_ids = jnp.full(3, next_position + before, jnp.int32)
         logits, cache = module.decode_step(
-            state.token, position_ids, state.cache, prompt_tokens + before, backend=backend
+            state.token,
+            next_position + before,
+            state.cache,
+            prompt_tokens + before,
+            backend=backend,
         )
         token = sample(logits, sampling, state.chosen)
         return (
@@ -145,14 +149,14 @@ def decode(
 def hidden_states(
     module: Any,
     embeddings: Float[Array, "rows hidden"],
-    position_ids: Int[Array, "3 rows"],
-    schedule: Schedule,
+    position_ids: Int[Array, "axes rows"],
+    schedules: Sequence[Schedule],
     head_category: Int[Array, "layers q_heads"],
     backend: str,
 ) -> Float[Array, "rows hidden"]:
     """Hidden states of every row of a prompt. Donate the embeddings, as for `prefill`."""
     hidden, _ = module.prefill(
-        embeddings, position_ids, schedule, head_category, cache_length=0, backend=backend
+        embeddings, position_ids, schedules, head_category, cache_length=0, backend=backend
     )
     return hidden
 

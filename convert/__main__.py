@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _DESCRIPTION = """\
-Turn a Hugging Face checkpoint of Qwen2-VL or Qwen2.5-VL into one that bsjax.load reads: the weights
-as an Orbax checkpoint, with the configuration, tokenizer and image processor files beside them.
+Turn a Hugging Face checkpoint (Qwen2-VL, Qwen2.5-VL, Gemma 3) into one that bsjax.load reads: the
+weights as an Orbax checkpoint, with configuration, tokenizer and image processor files beside them.
 Weights stream from the safetensors files to the disk: converting needs little memory and no GPU.
 """
 

@@ -110,7 +110,7 @@ def convert_checkpoint(
     stored = None if dtype is None else resolve_dtype(dtype)
     opened = open_source(source, revision)
     family = family_of(opened.config["model_type"], opened.folder)
-    copied = _files_to_copy(opened.folder)
+    copied = _files_to_copy(opened.folder, reads_images=family.vision_plan is not None)
     if stored is None:
         stored = _usual_dtype(opened.tensors)
 
@@ -182,11 +182,11 @@ def _write(
         )
 
 
-def _files_to_copy(folder: Path) -> list[Path]:
+def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
     """The files beside the weights; those which loading needs must be among them."""
     lacking = [
         " or ".join(names)
-        for names in (_TOKENIZER, _IMAGE_SETTINGS)
+        for names in (_TOKENIZER, *([_IMAGE_SETTINGS] if reads_images else []))
         if not any((folder / name).is_file() for name in names)
     ]
     if lacking:

@@ -16,20 +16,15 @@ from bsjax.checkpoint import read_generation_config, read_prompt_files
 from bsjax.errors import BsjaxError, CheckpointError
 from bsjax.prompts import prepare_prompt
 
-_MESSAGES = [
-    {
-        "role": "user",
-        "content": [
-            {"type": "image", "image": PIL.Image.new("RGB", (96, 64))},
-            {"type": "text", "text": "What is this?"},
-        ],
-    }
-]
+_IMAGE = {"type": "image", "image": PIL.Image.new("RGB", (96, 64))}
+_QUESTION = {"type": "text", "text": "What is this?"}
 _BLOCK = 16
 
 
 def try_prompt(folder: Path, module: nnx.Module) -> None:
-    """Prepares a prompt of one image with the files of `folder` and traces the model on it.
+    """Prepares a prompt of one image with the files of `folder` and traces the tower on it.
+
+    For a model that reads text only, a prompt without one.
 
     Args:
         folder: a Hugging Face checkpoint.
@@ -40,12 +35,19 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
     """
     files = read_prompt_files(folder)
     read_generation_config(folder)
+    reads_images = files.family.vision_plan is not None
+    content = [_IMAGE, _QUESTION] if reads_images else [_QUESTION]
+    messages = [{"role": "user", "content": content}]
     try:
-        prompt = prepare_prompt(_MESSAGES, files.tokenizer, files.image_processor, files.config)
+        prompt = prepare_prompt(messages, files.tokenizer, files.image_processor, files.config)
         files.family.positions(
-            prompt.token_ids, files.config.image_token_id, prompt.grid_thw, files.config
+            prompt.token_ids,
+            files.family.prompts.image_token_id(files.config),
+            prompt.grid_thw,
+            files.config,
         )
-        assert prompt.pixel_values is not None
+        if files.family.vision_plan is None or prompt.pixel_values is None:
+            return
         plan = files.family.vision_plan(
             prompt.grid_thw,
             files.config,
@@ -56,10 +58,9 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
         features = _feature_shape(module, prompt.pixel_values, plan)
     except (BsjaxError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the files of {folder} do not fit each other; a trial prompt with one image failed: "
-            f"{error}"
+            f"the files of {folder} do not fit each other; a trial prompt failed: {error}"
         ) from error
-    hidden = files.config.text_config.hidden_size
+    hidden = files.config.get_text_config().hidden_size
     if features != (prompt.image_tokens[0], hidden):
         raise CheckpointError(
             f"the files of {folder} do not fit each other: an image of {prompt.image_tokens[0]} "

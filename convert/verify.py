@@ -1,4 +1,4 @@
-"""Compares a converted checkpoint with transformers on one small prompt with one small image.
+"""Compares a converted checkpoint with transformers on a small prompt, with an image if it can be.
 
 Both run in float32, so that nothing but a rounding of the stored weights can tell them apart. The
 two models are in memory one after the other.
@@ -66,17 +66,12 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     from bsjax.prompts import prepare_prompt
 
     require_torch()
-    pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE[::-1], 3), dtype=np.uint8)
-    messages = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": Image.fromarray(pixels)},
-                {"type": "text", "text": _QUESTION},
-            ],
-        }
-    ]
     model = read_folder(converted, "float32")
+    content: list[dict[str, Any]] = [{"type": "text", "text": _QUESTION}]
+    if model.image_processor is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE[::-1], 3), dtype=np.uint8)
+        content.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
+    messages = [{"role": "user", "content": content}]
     prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
     actual = np.asarray(forward(model, messages))
     del model
@@ -99,22 +94,18 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
 def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens vocabulary"]:
     """The logits of transformers' own model, in float32."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
+    from bsjax.models import FAMILIES
+
     disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=torch.float32, local_files_only=True
-    ).eval()
-    token_ids = torch.from_numpy(np.array(prompt.token_ids, np.int64))[None]
+    reads_images = prompt.pixel_values is not None
+    model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
+    inputs = FAMILIES[model.config.model_type].reference_inputs(prompt, model.config)
     with torch.inference_mode():
-        output = model(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            pixel_values=torch.from_numpy(np.array(prompt.pixel_values)),
-            image_grid_thw=torch.from_numpy(np.array(prompt.grid_thw, np.int64)),
-            mm_token_type_ids=(token_ids == model.config.image_token_id).int(),
-        )
+        output = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
     return output.logits[0].float().numpy()
 
 

@@ -20,6 +20,8 @@ CHAT_TEMPLATE = (
     "{% if item['type'] == 'image' %}<start><image><end>{% else %}{{ item['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
+# Gemma 3's templates write where an image starts; what follows is written when it is processed.
+GEMMA_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("<start><image><end>", "<start>")
 
 
 def write_source(
@@ -31,23 +33,36 @@ def write_source(
     shard_size: str = "1GB",
     seed: int = 0,
     inner: int = 96,
+    layers: int = 2,
 ) -> Path:
     """Writes a checkpoint with random weights, as transformers saves it, with all its files."""
-    config = small_config(Shape(family, tied=tied, inner=inner))
+    config = small_config(Shape(family, layers=layers, tied=tied, inner=inner))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    reads_images = family != "gemma3_text"
+    create = (
+        transformers.AutoModelForImageTextToText
+        if reads_images
+        else transformers.AutoModelForCausalLM
+    )
+    model = create.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard_size)
-    _write_tokenizer(folder)
-    transformers.Qwen2VLImageProcessorPil(
-        patch_size=config.vision_config.patch_size
-    ).save_pretrained(folder)
+    is_gemma = family.startswith("gemma")
+    _write_tokenizer(folder, GEMMA_CHAT_TEMPLATE if is_gemma else CHAT_TEMPLATE)
+    if is_gemma and reads_images:
+        side = config.vision_config.image_size
+        processor = transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side})
+        processor.save_pretrained(folder)
+    elif reads_images:
+        transformers.Qwen2VLImageProcessorPil(
+            patch_size=config.vision_config.patch_size
+        ).save_pretrained(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, chat_template: str) -> None:
     special = {"<image>": IMAGE, "<start>": IMAGE_START, "<end>": IMAGE_END}
     names = {number: name for name, number in special.items()}
     vocabulary = {names.get(number, f"word{number}"): number for number in range(256)}
@@ -55,7 +70,7 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(special))
     wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, image_token="<image>"
+        tokenizer_object=tokenizer, chat_template=chat_template, image_token="<image>"
     )
     wrapped.save_pretrained(folder)
 

@@ -14,7 +14,8 @@ import transformers
 from flax import nnx
 
 from bsjax.models import FAMILIES
-from bsjax.models.parameters import TRANSFORMS, tied_keys
+from bsjax.models.gemma3.vision_plan import grid_side, pooled_side
+from bsjax.models.parameters import TRANSFORMS, canonical_key, tied_keys
 
 TEXT_TOKENS = 250
 VIDEO, IMAGE, IMAGE_START, IMAGE_END = range(TEXT_TOKENS, TEXT_TOKENS + 4)
@@ -39,13 +40,69 @@ class Shape:
     vision_inner: int = 48
     patch_size: int = 4
     full_attention_blocks: tuple[int, ...] = (1,)
+    """Of Qwen2.5-VL's tower."""
+    hidden: int | None = None
+    """Width of Gemma 3's language model, three quarters of its heads' if None."""
+    window: int = 12
+    """Of Gemma 3's local layers: less than an image."""
+    pattern: int = 3
+    """Of Gemma 3: every so many layers the last one is global."""
+    image_side: int = 8
+    """Patches along a side of Gemma 3's images."""
+    softcap: float | None = None
+    """Gemma 3's, of the logits."""
 
     def with_family(self, family: str) -> "Shape":
         return replace(self, family=family)
 
 
 def small_config(shape: Shape) -> transformers.PretrainedConfig:
-    """A config as the hub has them: the language model's settings at the top level."""
+    """A config as the hub has them."""
+    if shape.family == "gemma3_text":
+        return _gemma3_config(shape).text_config
+    return _gemma3_config(shape) if shape.family == "gemma3" else _qwen_config(shape)
+
+
+def _gemma3_config(shape: Shape) -> transformers.PretrainedConfig:
+    return transformers.Gemma3Config(
+        text_config={
+            "hidden_size": shape.hidden or 3 * shape.q_heads * shape.head_dim // 4,
+            "intermediate_size": shape.inner,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.q_heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            # Not the head dimension: the published 27B's is not either.
+            "query_pre_attn_scalar": shape.head_dim + 8,
+            "vocab_size": shape.vocabulary,
+            "sliding_window": shape.window,
+            "sliding_window_pattern": shape.pattern,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "rope_theta": 1e5,
+            "rope_local_base_freq": 1e3,
+            "final_logit_softcapping": shape.softcap,
+            "bos_token_id": 0,
+            "eos_token_id": VOCABULARY - 1,
+            "tie_word_embeddings": shape.tied,
+        },
+        vision_config={
+            "hidden_size": shape.vision_heads * shape.vision_head_dim,
+            "intermediate_size": shape.vision_inner,
+            "num_hidden_layers": shape.vision_depth,
+            "num_attention_heads": shape.vision_heads,
+            "image_size": shape.image_side * shape.patch_size,
+            "patch_size": shape.patch_size,
+            "vision_use_head": False,
+        },
+        mm_tokens_per_image=(shape.image_side // 2) ** 2,
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE_START,
+        eoi_token_index=IMAGE_END,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def _qwen_config(shape: Shape) -> transformers.PretrainedConfig:
     hidden = shape.q_heads * shape.head_dim
     vision_width = shape.vision_heads * shape.vision_head_dim
     section = 3 * shape.head_dim // 16
@@ -105,12 +162,19 @@ def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> to
     classes = {
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+        "gemma3": transformers.Gemma3ForConditionalGeneration,
+        "gemma3_text": transformers.Gemma3ForCausalLM,
     }
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = classes[config.model_type]._from_config(config, dtype=torch.float32)
     model = model.to_empty(device="cpu").eval()
     model.tie_weights()
+    from_one = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if "Gemma3RMS" in repr(type(module))
+    }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -119,7 +183,8 @@ def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> to
                     fan_in = parameter.shape[1]
                 parameter.normal_(std=fan_in**-0.5)
             else:
-                parameter.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+                from_zero = name.endswith("bias") or name in from_one
+                parameter.normal_(mean=0.0 if from_zero else 1.0, std=0.2)
     _reset_buffers(model)
     return model
 
@@ -132,8 +197,20 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _reset_buffers(model: torch.nn.Module) -> None:
-    """Rotary frequencies are in no state dict: `to_empty` forgets them and a cast rounds them."""
+    """Rotary frequencies are in no state dict: `to_empty` forgets them and a cast rounds them.
+
+    So are Gemma 3's embedding scale and its tower's position numbers.
+    """
     for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.num_positions)[None]
+        if hasattr(module, "full_attention_inv_freq") or hasattr(
+            module, "sliding_attention_inv_freq"
+        ):
+            for name, buffer in type(module)(module.config).named_buffers():
+                setattr(module, name, buffer)
         if hasattr(module, "inv_freq"):
             fresh = type(module)(module.config)
             module.inv_freq = fresh.inv_freq
@@ -144,7 +221,10 @@ def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
     """Our port with the parameters of `reference`; all of them used, all of ours set."""
     config = reference.config
     family = FAMILIES[config.model_type]
-    source = {name: tensor.float().numpy() for name, tensor in reference.state_dict().items()}
+    source = {
+        canonical_key(name): tensor.float().numpy()
+        for name, tensor in reference.state_dict().items()
+    }
     unused = set(source) - tied_keys(config).keys()
 
     graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))
@@ -162,13 +242,31 @@ def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(ours))
 
 
+def reference_inputs(reference: torch.nn.Module, prompt: Any) -> dict[str, torch.Tensor]:
+    """What a model of transformers takes for a prompt."""
+    inputs = FAMILIES[reference.config.model_type].reference_inputs(prompt, reference.config)
+    return {name: torch.tensor(array) for name, array in inputs.items()}
+
+
+@torch.no_grad()
+def reference_features(reference: torch.nn.Module, prompt: Any) -> np.ndarray:
+    """Features of every image token of a prompt, float32 [image tokens, hidden]."""
+    inputs = reference_inputs(reference, prompt)
+    pixels = inputs["pixel_values"].to(reference.dtype)
+    if reference.config.model_type == "gemma3":
+        features = reference.get_image_features(pixels, return_dict=True).pooler_output
+        return features.flatten(0, 1).float().numpy()
+    grid = inputs["image_grid_thw"]
+    return reference.model.visual(pixels, grid_thw=grid).pooler_output.float().numpy()
+
+
 @dataclass(frozen=True)
 class RandomPrompt:
     """Token ids with image placeholders, and the pixels for them."""
 
     token_ids: np.ndarray
     grid_thw: np.ndarray
-    pixel_values: np.ndarray
+    pixel_values: np.ndarray | None
     image_tokens: tuple[int, ...]
 
 
@@ -181,12 +279,18 @@ def random_prompt(
 ) -> RandomPrompt:
     """A prompt with an image of each of `merged_sizes` (rows and columns of image tokens).
 
-    Text of random length stands before, between and after the images; with `adjacent` the images
-    stand side by side, without even their delimiters.
+    Gemma 3's images are all of the config's size. Text of random length stands before, between and
+    after the images; with `adjacent` they stand side by side, without even their delimiters.
     """
     random = np.random.default_rng(seed)
     vision = config.vision_config
-    merge = vision.spatial_merge_size
+    if config.model_type == "gemma3":
+        merge, frames, channels = pooled_side(config), 1, vision.num_channels
+        side = grid_side(config) // merge
+        merged_sizes = [(side, side)] * len(merged_sizes)
+    else:
+        merge, frames = vision.spatial_merge_size, vision.temporal_patch_size
+        channels = vision.in_channels
 
     def text(low: int, high: int) -> list[int]:
         return random.integers(1, TEXT_TOKENS, random.integers(low, high)).tolist()
@@ -198,11 +302,11 @@ def random_prompt(
     tokens += text(3, 9)
     grids = [(1, rows * merge, columns * merge) for rows, columns in merged_sizes]
     grid = np.asarray(grids, np.int64).reshape(-1, 3)
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = channels * frames * vision.patch_size**2
     patches = int(grid.prod(axis=1).sum())
     return RandomPrompt(
         token_ids=np.asarray(tokens, np.int32),
         grid_thw=grid,
-        pixel_values=random.standard_normal((patches, pixels), np.float32),
+        pixel_values=random.standard_normal((patches, pixels), np.float32) if patches else None,
         image_tokens=tuple(rows * columns for rows, columns in merged_sizes),
     )

@@ -23,6 +23,14 @@ from tests import convert_sources as sources
 
 NESTED = (("visual.", "model.visual."), ("model.", "model.language_model."))
 WRAPPED = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+# transformers writes Gemma 3's tower without the hub's `vision_model.`.
+GEMMA_HUB = (("vision_tower.", "vision_tower.vision_model."),)
+GEMMA_NESTED = (
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 
 
 def expected_parameters(source, model):
@@ -48,7 +56,7 @@ def assert_same_weights(source, model, dtype="float32"):
     assert count == len(state)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_arrives(tmp_path, family, tied):
     source = sources.write_source(tmp_path / "hf", family, tied=tied)
@@ -71,6 +79,17 @@ def test_layout_and_shards_do_not_matter(tmp_path, prefixes, shards):
     changed = sources.rename_keys(
         shutil.copytree(source, tmp_path / "changed"), *prefixes, shards=shards
     )
+    result = convert_checkpoint(changed, tmp_path / "ours")
+    assert result.fingerprint == reference.fingerprint
+    assert_same_weights(source, load(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("prefixes", [GEMMA_HUB, GEMMA_NESTED], ids=["hub", "nested"])
+def test_layouts_of_gemma3(tmp_path, prefixes):
+    source = sources.write_source(tmp_path / "hf", "gemma3")
+    reference = convert_checkpoint(source, tmp_path / "reference")
+    changed = sources.rename_keys(shutil.copytree(source, tmp_path / "changed"), *prefixes)
+    assert sources.read_weights(changed).keys() != sources.read_weights(source).keys()
     result = convert_checkpoint(changed, tmp_path / "ours")
     assert result.fingerprint == reference.fingerprint
     assert_same_weights(source, load(tmp_path / "ours"))

@@ -54,7 +54,7 @@ def logits(tiny_model):
     """Of one group of images, with no chunk of rows smaller than the prompt."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1
-    assert inputs.schedule.tokens < min(layers.CHUNK_ROWS, bsjax.steps.LOGIT_ROWS)
+    assert inputs.rows < min(layers.CHUNK_ROWS, bsjax.steps.LOGIT_ROWS)
     return bsjax.forward(tiny_model, conversation())
 
 

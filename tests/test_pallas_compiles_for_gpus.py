@@ -63,7 +63,8 @@ def test_every_target(case):
 
 @pytest.mark.parametrize(
     ("gpu", "head_dim", "dtype"),
-    [("h200", 64, "bfloat16"), ("h200", 128, "float32"), ("h200", 256, "bfloat16")]
+    [("h200", 64, "bfloat16"), ("h200", 128, "float32")]
+    + [(gpu, 256, "bfloat16") for gpu in ("a100", "h200")]
     + [(gpu, 128, "bfloat16") for gpu in ("a100", "l40s", "h200", "b200")],
 )
 def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtype):
@@ -114,6 +115,31 @@ def test_windows_of_a_vision_tower_take_tiles_of_their_size():
         chosen = configuration(80, "bfloat16", 64, 64)
     assert chosen.block_q == 64, "a window's 64 rows should be one program's"
     check(report, Case("h200", 80, "bfloat16"), chosen)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "tokens"), [(256, (8, 4), 131_000), (128, (32, 16), 65_536)]
+)
+def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
+    """The 4B and the 27B, at lengths that they are used at; local and global layers."""
+    require_gpu_compiler()
+    for window in (1024, None):
+        report = compile_prefill(
+            gpu, head_dim, "bfloat16", tokens=tokens, q_heads=heads[0], kv_heads=heads[1],
+            bidirectional_images=True, window=window,
+        )  # fmt: skip
+        chosen = compiled_kernels.default_prefill(gpu, head_dim, "bfloat16")
+        check(report, Case(gpu, head_dim, "bfloat16"), chosen)
+
+
+def test_siglip_on_an_a100():
+    require_gpu_compiler()
+    report = compile_prefill(
+        "a100", 72, "bfloat16", tokens=65_536, q_heads=16, kv_heads=16, bidirectional_images=True
+    )
+    chosen = compiled_kernels.default_prefill("a100", 72, "bfloat16")
+    check(report, Case("a100", 72, "bfloat16"), chosen)
 
 
 def test_arrays_beyond_32_bit_offsets():

@@ -9,6 +9,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from bsjax.errors import CapacityError, TemplateError
 from bsjax.models import FAMILIES
+from bsjax.models.gemma3.vision_plan import to_images, to_patches
 from tests.small_models import IMAGE, VIDEO, Shape, random_prompt, random_reference, small_config
 
 FAMILY_NAMES = ("qwen2_vl", "qwen2_5_vl")
@@ -111,3 +112,49 @@ def test_rows_of_the_vision_tower(family, sizes, frames):
     np.testing.assert_array_equal(plan.positions[:patches], expected)
     np.testing.assert_array_equal(plan.schedule.image[:patches], frame_of_row)
     assert (plan.schedule.image[patches:] == -1).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(images=st.integers(0, 4), seed=st.integers(0, 100))
+def test_positions_of_gemma3_count_tokens(images, seed):
+    config = small_config(Shape("gemma3"))
+    prompt = random_prompt(config, [(1, 1)] * images, seed=seed)
+    ours, following = FAMILIES["gemma3"].positions(prompt.token_ids, IMAGE, prompt.grid_thw, config)
+    np.testing.assert_array_equal(ours, [np.arange(len(prompt.token_ids))])
+    assert following == len(prompt.token_ids)
+
+
+def test_prompts_and_grids_of_gemma3_that_are_refused():
+    config = small_config(Shape("gemma3"))
+    positions, plan = FAMILIES["gemma3"].positions, FAMILIES["gemma3"].vision_plan
+    grid = np.asarray([[1, 8, 8]])
+    with pytest.raises(TemplateError, match="holds 3 image tokens"):
+        positions(np.asarray([1, *[IMAGE] * 3]), IMAGE, grid, config)
+    with pytest.raises(TemplateError, match="Image 0 should take 16 tokens from token 0"):
+        positions(np.asarray([*[IMAGE] * 8, 1, *[IMAGE] * 8]), IMAGE, grid, config)
+    blocks = {"block_q": 16, "block_kv": 16}
+    with pytest.raises(TemplateError, match="Image 1 has the patch grid"):
+        plan(np.asarray([[1, 8, 8], [1, 8, 4]]), config, patches=256, **blocks)
+    for patches in (60, 66):
+        with pytest.raises(CapacityError, match=f"64 patches; a plan of {patches} rows"):
+            plan(grid, config, patches=patches, **blocks)
+
+
+@given(images=st.integers(1, 3), side=st.sampled_from([4, 8]), seed=st.integers(0, 9))
+def test_patches_of_gemma3_are_the_image(images, side, seed):
+    """Blocks that are pooled stand together, and every pixel is where its position says."""
+    config = small_config(Shape("gemma3", image_side=side))
+    pixels = np.random.default_rng(seed).random((images, 3, 4 * side, 4 * side), np.float32)
+    patches = to_patches(pixels, config)
+    np.testing.assert_array_equal(to_images(patches, config), pixels)
+    plan = FAMILIES["gemma3"].vision_plan(
+        np.asarray([[1, side, side]] * images), config, patches=len(patches), block_q=16,
+        block_kv=16,
+    )  # fmt: skip
+    row, column = np.divmod(plan.position, side)
+    for patch in (0, 1, len(patches) - 1):
+        top, left = 4 * row[patch], 4 * column[patch]
+        expected = pixels[patch // side**2, :, top : top + 4, left : left + 4]
+        np.testing.assert_array_equal(patches[patch], expected.reshape(-1))
+    blocks = np.stack([row // 2, column // 2], axis=1).reshape(-1, 4, 2)
+    assert (blocks == blocks[:, :1]).all()

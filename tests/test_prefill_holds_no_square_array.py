@@ -10,7 +10,9 @@ import re
 
 import pytest
 
+from bsjax.inputs import cache_rows
 from tests.published_memory import measured
+from tools.memory_table import NEW_TOKENS
 
 
 def largest_array(compiled) -> int:
@@ -19,7 +21,10 @@ def largest_array(compiled) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-@pytest.mark.parametrize(("model", "tokens"), [("Qwen2-VL-2B", 32_300), ("Qwen2.5-VL-7B", 300_000)])
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [("Qwen2-VL-2B", 32_300), ("Qwen2.5-VL-7B", 300_000), ("Gemma-3-4B", 131_000)],
+)
 def test_no_program_holds_a_square_array(model, tokens):
     found = measured(model, tokens)
     patches = max(group.padded_patches for group in found.inputs.image_groups)
@@ -39,3 +44,14 @@ def test_prefill_returns_the_cache_and_nothing_else():
     found = measured("Qwen2.5-VL-7B", 300_000)
     (prefill,) = (stage for stage in found.stages if stage.name == "prefill")
     assert found.cache <= prefill.program.memory.results < found.cache + 2**20
+
+
+def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
+    found = measured("Gemma-3-4B", 131_000)
+    rows = cache_rows(131_000 + NEW_TOKENS)
+    row = 2 * 4 * 256 * 2
+    assert found.cache == (29 * 1023 + 5 * rows) * row
+    assert found.full_cache == 34 * rows * row
+    (decode,) = (stage for stage in found.stages if stage.name == "decode")
+    assert decode.program.memory.temporaries < 2**23, "a copy of a ring would be 31 MB"
+    assert decode.program.memory.results < 2**10, "the caches are updated in place"

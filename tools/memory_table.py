@@ -3,8 +3,8 @@
     python -m tools.memory_table [--check]
 
 Compiles every program of a generation ahead of time for an H200, in bfloat16, for prompts of
-1000-token images; prints the memory of each and writes docs/memory.md. Ends with an error when a
-goal is missed. With --check it writes nothing.
+1000-token images (Gemma 3: 256); prints the memory of each and writes docs/memory.md. Ends with an
+error when a goal is missed. With --check it writes nothing.
 """
 
 import argparse
@@ -22,8 +22,9 @@ from transformers import PretrainedConfig
 
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint import abstract_module
-from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.models import FAMILIES
+from bsjax.models.gemma3.vision_plan import grid_side
 from bsjax.pipeline import Generation, Stage
 from bsjax.programs import Programs, size_in_bytes
 from bsjax.prompts import Prompt
@@ -33,14 +34,25 @@ from tools.published_models import PUBLISHED_MODELS
 
 TARGET = "h200"
 DTYPE = jnp.dtype(jnp.bfloat16)
-TOKENS = (36_000, 150_000, 300_000)
+PROMPTS = [
+    *(
+        (model, tokens)
+        for model in ("Qwen2-VL-2B", "Qwen2.5-VL-7B")
+        for tokens in (36_000, 150_000, 300_000)
+    ),
+    ("Gemma-3-4B", 36_000),
+    ("Gemma-3-4B", 131_000),
+    ("Gemma-3-27B", 36_000),
+    ("Gemma-3-27B", 65_536),
+]
+"""Models, and the tokens of a prompt; Gemma 3 has 131,072 positions, answer included."""
 NEW_TOKENS = 64
 STAGES = ("embed", "vision", "prefill", "decode")
 
 GOALS = {("Qwen2.5-VL-7B", 300_000): 12 * 2**30}
 """The most bytes beside weights and cache, at any stage."""
 
-# Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens.
+# Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens of Qwen's.
 _GRID = (1, 50, 80)
 _TEXT_TOKENS = 8
 # What JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -71,6 +83,16 @@ class Measurement(NamedTuple):
         )
 
     @property
+    def full_cache(self) -> int:
+        """Bytes that the cache would take if every layer kept all tokens."""
+        config = PUBLISHED_MODELS[self.model]()
+        text = config.get_text_config()
+        rows = cache_rows(self.inputs.tokens + NEW_TOKENS)
+        head_dim = FAMILIES[config.model_type].text_head_dim(config)
+        of_layer = 2 * rows * text.num_key_value_heads * head_dim * DTYPE.itemsize
+        return text.num_hidden_layers * of_layer
+
+    @property
     def peak(self) -> int:
         """The most that the device holds at any stage."""
         return self.weights + max(stage.peak for stage in self.stages)
@@ -90,21 +112,26 @@ class Measurement(NamedTuple):
 
 
 def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
-    """A prompt of `tokens` tokens: 1000-token images with a little text before each and at the end.
+    """A prompt of `tokens` tokens: images with a little text before each and at the end.
 
-    Its pixel values are zeros that take no memory.
+    Images have 1000 tokens, those of Gemma 3 the 256 that all of them have. Its pixel values are
+    zeros that take no memory.
     """
     vision = config.vision_config
-    image_tokens = _GRID[1] * _GRID[2] // vision.spatial_merge_size**2
+    if config.model_type == "gemma3":
+        side, image_tokens = grid_side(config), config.mm_tokens_per_image
+        grid, pixels = (1, side, side), vision.num_channels * vision.patch_size**2
+    else:
+        grid, image_tokens = _GRID, _GRID[1] * _GRID[2] // vision.spatial_merge_size**2
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     text, image = [0] * _TEXT_TOKENS, [config.image_token_id] * image_tokens
     images = (tokens - _TEXT_TOKENS) // (len(text) + len(image))
     ids = (text + image) * images
     ids += [0] * (tokens - len(ids))
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return Prompt(
         token_ids=np.asarray(ids, np.int32),
-        pixel_values=np.broadcast_to(np.float32(0), (images * _GRID[1] * _GRID[2], pixels)),
-        grid_thw=np.tile(np.asarray(_GRID, np.int32), (images, 1)),
+        pixel_values=np.broadcast_to(np.float32(0), (images * grid[1] * grid[2], pixels)),
+        grid_thw=np.tile(np.asarray(grid, np.int32), (images, 1)),
         image_tokens=(image_tokens,) * images,
     )
 
@@ -116,7 +143,7 @@ def measure(model: str, tokens: int, target: str = TARGET) -> Measurement:
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
-    text = config.text_config
+    text = config.get_text_config()
     module = abstract_module(family, config, DTYPE)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)
@@ -160,6 +187,12 @@ def markdown(measurements: Sequence[Measurement]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines)
+    rings = "\n".join(
+        f"| {found.model} | {found.inputs.tokens:,} | {_gib(found.cache)} | "
+        f"{_gib(found.full_cache)} | {found.cache / found.full_cache:.2f} |"
+        for found in measurements
+        if len(found.inputs.schedules) > 1
+    )
     goals = "\n".join(
         f"- {model} with {tokens:,} tokens: at most {_gib(goal)} GiB beside weights and cache."
         for (model, tokens), goal in GOALS.items()
@@ -178,9 +211,18 @@ the cache in prefill and decode; it `fits` when it is below
 {_gib(int(capacity))} GiB, the share of the GPU that JAX takes by default
 (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 
-Prompts hold 1000-token images with {_TEXT_TOKENS} text tokens before each; {NEW_TOKENS} tokens are
-generated; heads are of all four categories. Tokens are padded to a bucket, cache rows too: 300,000
-tokens run as {_rows(measurements):,}.
+Prompts hold 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with {_TEXT_TOKENS}
+text tokens before each; {NEW_TOKENS} tokens are generated; heads are of all four categories. Tokens
+are padded to a bucket, cache rows too: {_largest(measurements)}.
+
+## Caches of layers with a window
+
+Gemma 3's local layers keep the last 1023 tokens, which is what a query sees beside itself; its
+global layers keep all. GiB, against a cache in which all layers keep all:
+
+| model | tokens | cache | of full length | share |
+|---|---:|---:|---:|---:|
+{rings}
 
 Goals:
 
@@ -190,8 +232,9 @@ Made by `python -m tools.memory_table` with {versions}.
 """
 
 
-def _rows(measurements: Sequence[Measurement]) -> int:
-    return measurements[-1].inputs.schedule.tokens
+def _largest(measurements: Sequence[Measurement]) -> str:
+    inputs = max((found.inputs for found in measurements), key=lambda inputs: inputs.tokens)
+    return f"{inputs.tokens:,} tokens run as {inputs.rows:,}"
 
 
 def _compile(target: str, jitted: Any, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
@@ -208,10 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
     measurements = []
-    for model in PUBLISHED_MODELS:
-        for tokens in TOKENS:
-            print(f"Compiling {model} for {tokens:,} tokens ...", file=sys.stderr)
-            measurements.append(measure(model, tokens))
+    for model, tokens in PROMPTS:
+        print(f"Compiling {model} for {tokens:,} tokens ...", file=sys.stderr)
+        measurements.append(measure(model, tokens))
     page = markdown(measurements)
     print(page)
     if not check:

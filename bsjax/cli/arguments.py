@@ -16,14 +16,22 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels"
+        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
+    )
+    parser.add_argument(
+        "--pan-and-scan", action="store_true", help="add crops of long images (Gemma 3)"
     )
 
 
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The conversation that `add_images` and a question describe."""
     content: list[dict[str, Any]] = [
-        {"type": "image", "image": image, "max_pixels": options.max_pixels}
+        {
+            "type": "image",
+            "image": image,
+            "max_pixels": options.max_pixels,
+            "do_pan_and_scan": options.pan_and_scan or None,
+        }
         for image in (*options.images, *options.image)
     ]
     content.append({"type": "text", "text": options.question})

@@ -87,9 +87,17 @@ def _figures(result: "Result") -> str:
     stats = result.stats
     images = ", ".join(map(str, stats.image_tokens)) or "none"
     share = stats.attention_flops_sparse / max(stats.attention_flops_dense, 1)
+    kinds = ", ".join(
+        f"{kind.sparse / kind.dense:.1%} in {kind.layers} "
+        + ("global layers" if kind.window is None else f"layers with a window of {kind.window}")
+        for kind in stats.attention_flops_per_kind
+        if kind.dense
+    )
+    by_kind = f" ({kinds})" if len(stats.attention_flops_per_kind) > 1 else ""
     return (
         f"{stats.prompt_tokens} prompt tokens (images: {images}), {len(result.token_ids)} new; "
-        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of dense; "
+        f"prefill attention {stats.attention_flops_sparse:.3g} FLOPs, {share:.1%} of "
+        f"dense{by_kind}; "
         f"vision {stats.vision_seconds:.2f} s, prefill {stats.prefill_seconds:.2f} s, "
         f"decode {stats.decode_seconds:.2f} s, compile {stats.compile_seconds:.2f} s"
     )

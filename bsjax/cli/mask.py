@@ -58,9 +58,11 @@ def _template(options: argparse.Namespace) -> "Template":
     if options.segments is not None:
         if options.checkpoint is not None:
             raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
-        if options.image or options.system is not None or options.max_pixels is not None:
+        of_checkpoints = (options.image, options.system, options.max_pixels, options.pan_and_scan)
+        if any(value not in (None, False, []) for value in of_checkpoints):
             raise TemplateError(
-                "--image, --system and --max-pixels belong to a checkpoint's prompt."
+                "--image, --system, --max-pixels and --pan-and-scan belong to a checkpoint's "
+                "prompt."
             )
         return Template.from_segments(_segments(options.segments))
     if options.question is None:
@@ -73,7 +75,9 @@ def _template(options: argparse.Namespace) -> "Template":
         messages_of(options), files.tokenizer, files.image_processor, files.config
     )
     return Template.from_tokens(
-        prompt.token_ids, files.config.image_token_id, image_tokens=prompt.image_tokens
+        prompt.token_ids,
+        files.family.prompts.image_token_id(files.config),
+        image_tokens=prompt.image_tokens,
     )
 
 

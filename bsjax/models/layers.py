@@ -1,6 +1,7 @@
-"""What several model families share: stacked layers, rotary embeddings, activations, KV cache."""
+"""What several model families share: stacked layers, gated MLPs, rotary embeddings, KV cache."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -109,6 +110,85 @@ def scan_layers(stacked, step, hidden, scanned=None):
     return jax.lax.scan(body, hidden, (parameters, scanned))
 
 
+def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
+    """As `scan_layers`, for layers of several kinds that take turns: compiled once a turn.
+
+    Kinds repeat with a period, such as five local layers and a global one. The program holds one
+    period, its runs of equal layers as loops, and what is left of a period after the last whole
+    one: it does not grow with the number of periods.
+
+    Args:
+      stacked: a module made by `stack_layers`.
+      kinds: the kind of each layer, numbers from 0.
+      steps: one function for each kind, called as `step` is in `scan_layers`. What they return
+        beside the hidden state may differ between kinds.
+      hidden: what the first layer starts from.
+      scanned: pytree of arrays with a leading layer axis, one slice of which goes to each layer.
+
+    Returns:
+      The last hidden state and, for each kind, the outputs of its layers stacked on a leading axis;
+      None for a kind that no layer has.
+    """
+    graph, parameters = nnx.split(stacked)
+
+    def one_layer(kind, layer, hidden):
+        # Indexed in place: cutting the whole periods out of the stack would copy the weights.
+        parameters_of_layer, scanned_of_layer = jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False),
+            (parameters, scanned),
+        )
+        return steps[kind](nnx.merge(graph, parameters_of_layer), hidden, scanned_of_layer)
+
+    def run(kind, first, count, hidden):
+        if count == 1:
+            hidden, output = one_layer(kind, first, hidden)
+            return hidden, jax.tree.map(lambda array: array[None], output)
+        return jax.lax.scan(
+            lambda hidden, layer: one_layer(kind, layer, hidden), hidden, first + jnp.arange(count)
+        )
+
+    def turns(kinds, first, hidden):
+        outputs = {}
+        for kind, members in itertools.groupby(kinds):
+            count = len(list(members))
+            hidden, output = run(kind, first, count, hidden)
+            outputs.setdefault(kind, []).append(output)
+            first = first + count
+        return hidden, {kind: _concatenated(parts) for kind, parts in outputs.items()}
+
+    period = period_of(kinds)
+    periods = len(kinds) // period
+    hidden, outputs = jax.lax.scan(
+        lambda hidden, first: turns(kinds[:period], first, hidden),
+        hidden,
+        period * jnp.arange(periods),
+    )
+    outputs = jax.tree.map(
+        lambda array: array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]), outputs
+    )
+    hidden, rest = turns(kinds[periods * period :], periods * period, hidden)
+    return hidden, tuple(
+        _concatenated([part[kind] for part in (outputs, rest) if kind in part])
+        for kind in range(len(steps))
+    )
+
+
+def period_of(kinds: Sequence[int]) -> int:
+    """The least number of layers after which kinds repeat."""
+    return next(
+        period
+        for period in range(1, len(kinds) + 1)
+        if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds))
+    )
+
+
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Pytrees of one structure joined along their leading axes; None for none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+
+
 def dot_general(
     lhs: Array,
     rhs: Array,
@@ -183,6 +263,25 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """Gated feed-forward layer (transformers: Qwen2MLP, Qwen2_5_VLMLP, Gemma3MLP)."""
+
+    def __init__(
+        self, width: int, inner: int, act: str, *, bias: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        linear = partial(
+            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
+        )
+        self.gate_proj = linear(width, inner)
+        self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width)
+        self.act = activation(act)
+
+    def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+        """The gated projection of each row."""
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 def fit_rows(

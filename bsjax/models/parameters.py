@@ -12,8 +12,14 @@ from transformers import PretrainedConfig
 
 _PREFIXES = (
     ("model.visual.", "model.visual."),
+    ("model.vision_tower.vision_model.", "model.vision_tower."),
+    ("model.vision_tower.", "model.vision_tower."),
+    ("model.multi_modal_projector.", "model.multi_modal_projector."),
     ("model.language_model.", "model.language_model."),
     ("visual.", "model.visual."),
+    ("vision_tower.vision_model.", "model.vision_tower."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.", "model.language_model."),
@@ -70,8 +76,9 @@ def canonical_key(key: str) -> str:
     """The key that a parameter has in the nested layout, whichever layout `key` is of.
 
     The hub knows `visual.*` beside `model.layers.*`, `language_model.model.*` beside
-    `language_model.lm_head.*`, and `model.visual.*` beside `model.language_model.*`. Keys of none
-    of these come back unchanged.
+    `language_model.lm_head.*`, and `model.visual.*` beside `model.language_model.*`; Gemma 3's
+    `vision_tower.vision_model.*` and `multi_modal_projector.*`, with `model.` before them or not,
+    and without `vision_model.`. Keys of none of these come back unchanged.
     """
     for prefix, canonical in _PREFIXES:
         if key.startswith(prefix):

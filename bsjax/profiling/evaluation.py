@@ -189,7 +189,10 @@ class Evaluator:
         assert not isinstance(answer, list)
         prompt = prompt_of(self._model, messages)
         template = Template.from_tokens(
-            prompt.token_ids, self._model.config.image_token_id, self._sinks, prompt.image_tokens
+            prompt.token_ids,
+            self._model.family.prompts.image_token_id(self._model.config),
+            self._sinks,
+            prompt.image_tokens,
         )
         return {
             "answer": np.asarray(answer.token_ids, np.int64),

@@ -8,6 +8,7 @@ from bsjax.models.qwen2_5_vl.vision import Qwen2_5VisionTransformer
 from bsjax.models.qwen2_5_vl.vision_plan import vision_plan
 from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
 from bsjax.models.qwen2_vl.positions import positions
+from bsjax.models.qwen2_vl.prompts import PROMPTS, reference_inputs
 from bsjax.models.qwen2_vl.text import head_dim
 
 QWEN2_5_VL = Family(
@@ -19,6 +20,8 @@ QWEN2_5_VL = Family(
     vision_head_dim=lambda config: (
         config.vision_config.hidden_size // config.vision_config.num_heads
     ),
+    prompts=PROMPTS,
+    reference_inputs=reference_inputs,
     positions=positions,
     visibilities=causal,
     layer_kinds=one_kind,

@@ -10,17 +10,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig
 
-from bsjax.models.layers import Attend, scan_layers, stack_layers
-from bsjax.models.qwen2_vl.text import MLP
+from bsjax.models.layers import Attend, GatedMLP, scan_layers, stack_layers
 from bsjax.models.qwen2_vl.vision import (
     EPSILON,
     PatchEmbed,
     PatchMerger,
     VisionBlock,
     VisionRotaryEmbedding,
-    segment_attention,
 )
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+from bsjax.models.vision import segment_attention
 
 _rms_norm = partial(nnx.RMSNorm, epsilon=EPSILON)
 
@@ -32,7 +31,7 @@ class Qwen2_5VisionTransformer(nnx.Module):
         width, heads = config.hidden_size, config.num_heads
 
         def create_block(rngs: nnx.Rngs) -> VisionBlock:
-            mlp = MLP(
+            mlp = GatedMLP(
                 width,
                 config.intermediate_size,
                 config.hidden_act,

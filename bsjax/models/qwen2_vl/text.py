@@ -16,9 +16,9 @@ from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
 from bsjax.models.layers import (
     Cache,
+    GatedMLP,
     KeepingAttend,
     LayerAttend,
-    activation,
     by_rows,
     dot_general,
     fit_rows,
@@ -109,25 +109,6 @@ class Attention(nnx.Module):
         return self.o_proj(attended.reshape(tokens, -1)), kept
 
 
-class MLP(nnx.Module):
-    """Gated feed-forward layer (transformers: Qwen2MLP, and Qwen2_5_VLMLP with biases)."""
-
-    def __init__(
-        self, width: int, inner: int, act: str, *, bias: bool, dtype: Any, rngs: nnx.Rngs
-    ) -> None:
-        linear = partial(
-            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
-        )
-        self.gate_proj = linear(width, inner)
-        self.up_proj = linear(width, inner)
-        self.down_proj = linear(inner, width)
-        self.act = activation(act)
-
-    def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
-        """The gated projection of each row."""
-        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each after a norm and added to its input (Qwen2VLDecoderLayer)."""
 
@@ -137,7 +118,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = norm()
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(
+        self.mlp = GatedMLP(
             hidden, config.intermediate_size, config.hidden_act, bias=False, dtype=dtype, rngs=rngs
         )
 
@@ -189,17 +170,25 @@ class Qwen2VLTextModel(nnx.Module):
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs
         )
 
+    def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
+        """See `ImageTextModel.embed`."""
+        return self.embed_tokens(token_ids)
+
     def prefill(
         self,
         embeddings: Float[Array, "tokens hidden"],
         position_ids: Int[Array, "3 tokens"],
-        schedule: Schedule,
+        schedules: Sequence[Schedule],
         head_category: Int[Array, "layers q_heads"],
         *,
         cache_length: int,
         backend: str,
     ) -> tuple[Float[Array, "tokens hidden"], Cache]:
-        """All rows through all layers; see `Qwen2VLForConditionalGeneration.prefill`."""
+        """All rows through all layers; see `ImageTextModel.prefill`.
+
+        The cache holds row r of the prompt at index r.
+        """
+        (schedule,) = schedules
 
         def attend(q, k, v, categories):
             attended = ragged_attention(
@@ -218,7 +207,7 @@ class Qwen2VLTextModel(nnx.Module):
         attends: Sequence[LayerAttend],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """All rows through all layers; see `Qwen2VLForConditionalGeneration.run_layers`."""
+        """All rows through all layers; see `ImageTextModel.run_layers`."""
         (attend,) = attends
         cos, sin = self.rotary_emb(position_ids)
 
@@ -231,14 +220,14 @@ class Qwen2VLTextModel(nnx.Module):
     def decode_step(
         self,
         embedding: Float[Array, "1 hidden"],
-        position_ids: Int[Array, "3"],
+        position: Int[Array, ""],
         cache: Cache,
         cache_index: Int[Array, ""],
         *,
         backend: str,
     ) -> tuple[Float[Array, "1 hidden"], Cache]:
-        """One token through all layers; see `Qwen2VLForConditionalGeneration.decode_step`."""
-        cos, sin = self.rotary_emb(position_ids[:, None])
+        """One token through all layers; see `ImageTextModel.decode_step`."""
+        cos, sin = self.rotary_emb(jnp.full((3, 1), position))
 
         lengths = jnp.reshape(cache_index, 1)
         cached_k, cached_v = cache.k[:, None], cache.v[:, None]

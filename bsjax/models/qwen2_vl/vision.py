@@ -10,11 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.attention import ragged_attention
-from bsjax.categories import HeadCategory
 from bsjax.models.layers import Attend, activation, frequencies, rotate, scan_layers, stack_layers
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
-from bsjax.schedule import Schedule
+from bsjax.models.vision import VisionMLP, segment_attention
 
 EPSILON = 1e-6
 """Of all norms of the towers; their configs do not say it."""
@@ -67,19 +65,6 @@ class VisionAttention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(hidden).reshape(patches, 3, self.heads, -1), 1, 0)
         attended = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.proj(attended.reshape(patches, -1))
-
-
-class VisionMLP(nnx.Module):
-    """Two linear layers and an activation between them (transformers: VisionMlp)."""
-
-    def __init__(self, width: int, inner: int, act: str, dtype: Any, rngs: nnx.Rngs) -> None:
-        self.fc1 = nnx.Linear(width, inner, param_dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(inner, width, param_dtype=dtype, rngs=rngs)
-        self.act = activation(act)
-
-    def __call__(self, hidden: Float[Array, "patches width"]) -> Float[Array, "patches width"]:
-        """The projection of each patch."""
-        return self.fc2(self.act(self.fc1(hidden)))
 
 
 class VisionBlock(nnx.Module):
@@ -192,15 +177,3 @@ class Qwen2VisionTransformer(nnx.Module):
 
         hidden, _ = scan_layers(self.blocks, step, self.patch_embed(pixel_values))
         return self.merger(hidden)
-
-
-def segment_attention(schedule: Schedule, heads: int, backend: str) -> Attend:
-    """Attention in which a row sees all of its own segment."""
-    categories = jnp.full(heads, HeadCategory.INTRA_IMAGE, jnp.int32)
-
-    def attend(q, k, v):
-        return ragged_attention(
-            q, k, v, schedule, categories, scale=q.shape[-1] ** -0.5, backend=backend
-        )
-
-    return attend

@@ -1,0 +1,89 @@
+"""The whole of Gemma 3 (transformers: Gemma3ForConditionalGeneration, Gemma3ForCausalLM)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from transformers import PretrainedConfig
+
+from bsjax.models.gemma3.text import Gemma3TextModel
+from bsjax.models.gemma3.vision import Gemma3MultiModalProjector, SiglipVisionModel, vision_tower
+from bsjax.models.gemma3.vision_plan import VisionPlan
+from bsjax.models.image_text_model import ImageTextModel, output_projection
+from bsjax.models.parameters import ties_embeddings
+
+
+class Gemma3ForCausalLM(ImageTextModel):
+    """Language model and output projection, with a soft cap of the logits if the config has one."""
+
+    def __init__(
+        self,
+        language_model: Gemma3TextModel,
+        lm_head: nnx.Linear | None,
+        final_logit_softcapping: float | None,
+    ) -> None:
+        super().__init__(language_model, lm_head)
+        self.final_logit_softcapping = final_logit_softcapping
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, dtype: Any) -> "Gemma3ForCausalLM":
+        """The model with random parameters of `dtype`.
+
+        Raises:
+          CheckpointError: the config asks for something that the port does not compute.
+        """
+        return cls(**text_parts(config, dtype, nnx.Rngs(0)))
+
+    def logits(self, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocabulary"]:
+        """See `ImageTextModel.logits`."""
+        logits, cap = super().logits(hidden), self.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
+    """Vision tower, projector, language model and output projection.
+
+    transformers leaves a soft cap of the logits out of this class, and computes it in
+    Gemma3ForCausalLM; no published config has one. Here the config is followed in both.
+    """
+
+    def __init__(
+        self,
+        vision_tower: SiglipVisionModel,
+        multi_modal_projector: Gemma3MultiModalProjector,
+        **text: Any,
+    ) -> None:
+        super().__init__(**text)
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = multi_modal_projector
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, dtype: Any) -> "Gemma3ForConditionalGeneration":
+        """See `Gemma3ForCausalLM.from_config`."""
+        rngs = nnx.Rngs(0)
+        return cls(
+            vision_tower(config, dtype, rngs),
+            Gemma3MultiModalProjector(config, dtype, rngs),
+            **text_parts(config, dtype, rngs),
+        )
+
+    def encode_images(
+        self,
+        pixel_values: Float[Array, "patches pixels"],
+        plan: VisionPlan,
+        *,
+        backend: str = "auto",
+    ) -> Float[Array, "merged hidden"]:
+        """See `ImageTextModel.encode_images`: a row per block of patches that is pooled."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values, plan, backend=backend))
+
+
+def text_parts(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:
+    """What `Gemma3ForCausalLM` is made from."""
+    text = config.get_text_config()
+    return {
+        "language_model": Gemma3TextModel(text, dtype, rngs),
+        "lm_head": None if ties_embeddings(config) else output_projection(text, dtype, rngs),
+        "final_logit_softcapping": text.final_logit_softcapping,
+    }

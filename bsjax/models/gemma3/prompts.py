@@ -1,0 +1,121 @@
+"""What prompts of Gemma 3 need beyond template and tokenizer (transformers: Gemma3Processor)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from bsjax.errors import MessageError
+from bsjax.models.family import ProcessedImage, PromptRules, reference_text_inputs
+from bsjax.models.gemma3.vision_plan import grid_side, to_images, to_patches
+
+# What Gemma3Processor takes where the checkpoint's image settings name nothing.
+_PAN_AND_SCAN = {
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+
+
+def process_image(
+    image: Any, options: Mapping[str, Any], image_processor: Any, config: PretrainedConfig
+) -> ProcessedImage:
+    """Scales one image to the model's size and cuts it into patches; its crops after it.
+
+    Crops are made where `do_pan_and_scan` says so, beside the image or in the checkpoint's image
+    settings, and the image is long enough (Gemma3ImageProcessorPil.pan_and_scan).
+
+    Raises:
+      MessageError: another option, or one that is neither true nor false.
+    """
+    unknown = [name for name in options if name != "do_pan_and_scan"]
+    if unknown:
+        raise MessageError(
+            f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan adds "
+            "crops of long ones."
+        )
+    settings = {
+        name: usual
+        if getattr(image_processor, name, None) is None
+        else getattr(image_processor, name)
+        for name, usual in _PAN_AND_SCAN.items()
+    } | dict(options)
+    if not isinstance(settings["do_pan_and_scan"], bool):
+        raise MessageError(
+            f"do_pan_and_scan must be true or false, got {settings['do_pan_and_scan']!r}."
+        )
+    features = image_processor(images=[image], return_tensors="np", **settings)
+    pixel_values = np.asarray(features["pixel_values"], np.float32)
+    images, _, height, width = pixel_values.shape
+    size = config.vision_config.patch_size
+    wanted = grid_side(config) * size
+    if (height, width) != (wanted, wanted):
+        raise MessageError(
+            f"the checkpoint's image settings scale images to {height} x {width} pixels, and its "
+            f"vision tower takes {wanted} x {wanted}."
+        )
+    return ProcessedImage(
+        to_patches(pixel_values, config),
+        np.tile(np.asarray([1, height // size, width // size], np.int64), (images, 1)),
+        np.full(images, config.mm_tokens_per_image, np.int64),
+    )
+
+
+def expand(text: str, images: Sequence[int], tokenizer: Any, config: PretrainedConfig) -> str:
+    """The text with an image's delimiters, and for crops the words that introduce them.
+
+    As Gemma3Processor writes them (`full_image_sequence`, `replace_image_token`), with one image
+    token for each image.
+    """
+    start, token, end = tokenizer.convert_ids_to_tokens(
+        [config.boi_token_index, config.image_token_index, config.eoi_token_index]
+    )
+    whole = f"\n\n{start}{token}{end}\n\n"
+    first, *others = text.split(start)
+    pieces = [first]
+    for count, following in zip(images, others, strict=True):
+        if count > 1:
+            pieces.append(
+                f"Here is the original image {whole} and here are some crops to help you see "
+                f"better {' '.join([whole] * (count - 1))}"
+            )
+        else:
+            pieces.append(whole)
+        pieces.append(following)
+    return "".join(pieces)
+
+
+def reference_inputs(prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
+    """What transformers' model takes for a prompt: whole images, and which tokens are theirs."""
+    inputs = reference_text_inputs(prompt)
+    if prompt.pixel_values is not None:
+        inputs |= {
+            "pixel_values": to_images(prompt.pixel_values, config),
+            "token_type_ids": (inputs["input_ids"] == config.image_token_index).astype(np.int64),
+        }
+    return inputs
+
+
+PROMPTS = PromptRules(
+    image_token_id=lambda config: config.image_token_index,
+    placeholder_id=lambda config: config.boi_token_index,
+    process_image=process_image,
+    expand=expand,
+)
+
+
+def _refuse_image(
+    image: Any, options: Mapping[str, Any], image_processor: Any, config: PretrainedConfig
+) -> ProcessedImage:
+    raise MessageError("this model reads text only.")
+
+
+TEXT_PROMPTS = PromptRules(
+    # No token is one.
+    image_token_id=lambda config: -1,
+    placeholder_id=lambda config: -1,
+    process_image=_refuse_image,
+    expand=lambda text, images, tokenizer, config: text,
+)

@@ -1,0 +1,406 @@
+"""The language model of Gemma 3 (transformers: Gemma3TextModel).
+
+Layers are of two kinds, local ones (a sliding window) and global ones, each with its own base
+visibility, rotary embedding and cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from transformers import PretrainedConfig
+
+from bsjax.attention import decode_attention, ragged_attention
+from bsjax.categories import BaseVisibility
+from bsjax.errors import CheckpointError
+from bsjax.models.layers import (
+    Cache,
+    GatedMLP,
+    KeepingAttend,
+    LayerAttend,
+    by_rows,
+    dot_general,
+    fit_rows,
+    frequencies,
+    rotate,
+    scan_layers_of_kinds,
+    stack_layers,
+)
+from bsjax.schedule import PADDING_POSITION, Schedule
+
+LAYER_TYPES = ("sliding_attention", "full_attention")
+"""What configs call the kinds of layers, in the order of `visibilities`: local, global."""
+
+
+def visibilities(config: PretrainedConfig) -> tuple[BaseVisibility, BaseVisibility]:
+    """What local and global layers let a query see: images see themselves whole in both."""
+    window = config.get_text_config().sliding_window
+    return (
+        BaseVisibility(bidirectional_images=True, window=window),
+        BaseVisibility(bidirectional_images=True),
+    )
+
+
+def layer_kinds(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
+    """0 for local layers, 1 for global ones: indices into `visibilities`."""
+    return np.asarray([LAYER_TYPES.index(of) for of in _layer_types(config)], np.int32)
+
+
+def _layer_types(config: PretrainedConfig) -> list[str]:
+    text = config.get_text_config()
+    types = list(text.layer_types)
+    if len(types) != text.num_hidden_layers or not set(types) <= set(LAYER_TYPES):
+        raise CheckpointError(
+            f"The config's layer_types must name one of {', '.join(LAYER_TYPES)} for each of its "
+            f"{text.num_hidden_layers} layers, got {types}."
+        )
+    return types
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuses a text config that asks for something that the port does not compute.
+
+    Raises:
+      CheckpointError: says what.
+    """
+    if config.attn_logit_softcapping is not None:
+        raise CheckpointError(
+            f"The config asks for attn_logit_softcapping {config.attn_logit_softcapping}, which no "
+            "published Gemma 3 model has and bsjax does not compute."
+        )
+    if config.use_bidirectional_attention:
+        raise CheckpointError(
+            "The config asks for use_bidirectional_attention: an encoder, which answers nothing."
+        )
+    if config.sliding_window is None or config.sliding_window < 1:
+        raise CheckpointError(
+            f"The config's sliding_window must be a positive number of positions, got "
+            f"{config.sliding_window}."
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"The config's {config.num_attention_heads} attention heads are not a multiple of its "
+            f"{config.num_key_value_heads} key-value heads."
+        )
+    if config.head_dim % 2:
+        raise CheckpointError(f"The config's head_dim {config.head_dim} must be even.")
+
+
+class Caches(NamedTuple):
+    """Keys and values of the tokens seen so far: one cache for the layers of each kind.
+
+    Local layers keep what their window reaches, in a ring: the key of position p is at row
+    p modulo the number of rows. Global layers keep prefill's rows in their order, then decoded
+    ones. None where no layer is of the kind.
+    """
+
+    of_local: Cache | None
+    of_global: Cache | None
+
+
+@dataclass(frozen=True)
+class RotaryEmbedding:
+    """Rotary embedding of one kind of layer (transformers: Gemma3RotaryEmbedding).
+
+    Attributes:
+      theta: base of the frequencies.
+      factor: what positions are divided by.
+      head_dim: elements of a head.
+    """
+
+    theta: float
+    factor: float
+    head_dim: int
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, layer_type: str) -> "RotaryEmbedding":
+        """The embedding that a text config asks for in layers of this type.
+
+        Raises:
+          CheckpointError: it asks for a type other than `default` and `linear`.
+        """
+        parameters = config.rope_parameters[layer_type]
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in ("default", "linear"):
+            raise CheckpointError(
+                f"The config asks for rope_type {rope_type!r} in {layer_type} layers; 'default' "
+                "and 'linear' are supported."
+            )
+        factor = parameters["factor"] if rope_type == "linear" else 1.0
+        return cls(float(parameters["rope_theta"]), float(factor), config.head_dim)
+
+    def __call__(
+        self, positions: Int[Array, "tokens"]
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+        """Cosines and sines, float32."""
+        frequency = frequencies(self.theta, self.head_dim // 2) / np.float32(self.factor)
+        angle = positions[:, None].astype(jnp.float32) * frequency
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+class RMSNorm(nnx.Module):
+    """Norm whose scales count from one (transformers: Gemma3RMSNorm).
+
+    They are kept as they are stored: one more than a bfloat16 number is often none.
+    """
+
+    def __init__(self, width: int, epsilon: float, dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.zeros(width, dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """The normalised rows, computed in float32, in `x`'s dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention, queries and keys normalised (transformers: Gemma3Attention)."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.q_heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, bool(config.attention_bias)
+        linear = partial(
+            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
+        )
+        self.q_proj = linear(hidden, self.q_heads * self.head_dim)
+        self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.q_heads * self.head_dim, hidden)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: KeepingAttend,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """The attention output, and what `attend` keeps; it is given rotated queries and keys."""
+        tokens = hidden.shape[0]
+        q = self.q_norm(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim))
+        v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
+        attended, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(attended.reshape(tokens, -1)), kept
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each between two norms, added to its input (Gemma3DecoderLayer)."""
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, dtype, rngs)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_activation,
+            bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.post_feedforward_layernorm = norm()
+
+    def __call__(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: KeepingAttend,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """The next hidden state, and what `attend` keeps."""
+        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
+        hidden = hidden + self.post_attention_layernorm(attended)
+
+        def feed_forward(rows):
+            return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(rows)))
+
+        return hidden + by_rows(feed_forward, hidden), kept
+
+
+class Gemma3TextModel(nnx.Module):
+    """Scaled embeddings, stacked decoder layers and the final norm (transformers: Gemma3TextModel).
+
+    Raises:
+      CheckpointError: see `check_config`.
+    """
+
+    def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
+        check_config(config)
+        self.kinds = tuple(layer_kinds(config).tolist())
+        self.window = config.sliding_window
+        self.scale = float(config.query_pre_attn_scalar) ** -0.5
+        self.embed_scale = config.hidden_size**0.5
+        self.rotary_embs = tuple(
+            RotaryEmbedding.from_config(config, layer_type) for layer_type in LAYER_TYPES
+        )
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs
+        )
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, dtype, rngs), config.num_hidden_layers, rngs
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
+        """See `ImageTextModel.embed`. The scale is rounded to the parameters' dtype, as theirs."""
+        embedded = self.embed_tokens(token_ids)
+        return embedded * jnp.asarray(self.embed_scale, embedded.dtype)
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "tokens hidden"],
+        position_ids: Int[Array, "1 tokens"],
+        schedules: Sequence[Schedule],
+        head_category: Int[Array, "layers q_heads"],
+        *,
+        cache_length: int,
+        backend: str,
+    ) -> tuple[Float[Array, "tokens hidden"], Caches]:
+        """All rows through all layers; see `ImageTextModel.prefill`."""
+        local_schedule, global_schedule = schedules
+        ring = min(max(self.window - 1, 1), cache_length)
+        row_of_slot = _rows_of_ring(jnp.asarray(local_schedule.position), ring)
+
+        def attend_local(q, k, v, categories):
+            attended = ragged_attention(
+                q, k, v, local_schedule, categories, scale=self.scale, backend=backend
+            )
+            return attended, (k[row_of_slot], v[row_of_slot])
+
+        def attend_global(q, k, v, categories):
+            attended = ragged_attention(
+                q, k, v, global_schedule, categories, scale=self.scale, backend=backend
+            )
+            # Padded here, a layer at a time: the cache exists once, at its final size.
+            return attended, (fit_rows(k, cache_length), fit_rows(v, cache_length))
+
+        hidden, kept = self._run_kinds(
+            embeddings, position_ids[0], (attend_local, attend_global), head_category
+        )
+        return self.norm(hidden), Caches(*(of and Cache(*of) for of in kept))
+
+    def run_layers(
+        self,
+        embeddings: Float[Array, "tokens hidden"],
+        position_ids: Int[Array, "1 tokens"],
+        attends: Sequence[LayerAttend],
+        scanned: Any,
+    ) -> tuple[Float[Array, "tokens hidden"], Any]:
+        """All rows through all layers; see `ImageTextModel.run_layers`."""
+        hidden, kept = self._run_kinds(embeddings, position_ids[0], attends, scanned)
+        layers = np.argsort(np.argsort(self.kinds, kind="stable"))
+        return self.norm(hidden), jax.tree.map(
+            lambda *parts: jnp.concatenate(parts)[layers],
+            *(kept[kind] for kind in sorted(set(self.kinds))),
+        )
+
+    def decode_step(
+        self,
+        embedding: Float[Array, "1 hidden"],
+        position: Int[Array, ""],
+        cache: Caches,
+        cache_index: Int[Array, ""],
+        *,
+        backend: str,
+    ) -> tuple[Float[Array, "1 hidden"], Caches]:
+        """One token through all layers; see `ImageTextModel.decode_step`."""
+
+        def attend_to(of_kind: Cache | None, tokens: Int[Array, ""]) -> LayerAttend:
+            def attend(q, k, v, index):
+                # The cache is not scanned: slices of it would be copies.
+                assert of_kind is not None
+                attended: Any = decode_attention(
+                    q,
+                    of_kind.k[:, None],
+                    of_kind.v[:, None],
+                    index,
+                    jnp.reshape(tokens, 1),
+                    k,
+                    v,
+                    scale=self.scale,
+                    backend=backend,
+                )
+                return attended, (k, v)
+
+            return attend
+
+        # The window counts the token itself, which stands beside the ring.
+        in_window = jnp.minimum(cache_index, self.window - 1)
+        hidden, kept = self._run_kinds(
+            embedding,
+            jnp.reshape(position, 1),
+            (attend_to(cache.of_local, in_window), attend_to(cache.of_global, cache_index)),
+            self._index_in_kind(),
+        )
+        of_local, of_global = cache
+        if of_local is not None:
+            of_local = _written(of_local, kept[0], cache_index % of_local.k.shape[1])
+        if of_global is not None:
+            of_global = _written(of_global, kept[1], cache_index)
+        return self.norm(hidden), Caches(of_local, of_global)
+
+    def _index_in_kind(self) -> Int[np.ndarray, "layers"]:
+        """The place of each layer among those of its kind."""
+        kinds = np.asarray(self.kinds)
+        return np.asarray(
+            [np.count_nonzero(kinds[:layer] == kind) for layer, kind in enumerate(kinds)], np.int32
+        )
+
+    def _run_kinds(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        positions: Int[Array, "tokens"],
+        attends: Sequence[LayerAttend],
+        scanned: Any,
+    ) -> tuple[Float[Array, "tokens hidden"], tuple[Any, ...]]:
+        """All layers; what each kind of them keeps, stacked, None for a kind that none is of."""
+
+        def step_of(rotary_emb, attend):
+            cos, sin = rotary_emb(positions)
+
+            def step(layer, hidden, scanned_of_layer):
+                return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, scanned_of_layer))
+
+            return step
+
+        steps = [
+            step_of(rotary_emb, attend)
+            for rotary_emb, attend in zip(self.rotary_embs, attends, strict=True)
+        ]
+        return scan_layers_of_kinds(self.layers, self.kinds, steps, hidden, scanned)
+
+
+def _rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
+    """The row that each slot of a ring takes: of the last positions, each at its remainder.
+
+    Prefill's rows stand in any order, which is why the last ones are not the last positions.
+    """
+    real = position != PADDING_POSITION
+    kept = real & (position >= jnp.sum(real) - ring)
+    slot = jnp.where(kept, position % max(ring, 1), ring)
+    rows = jnp.arange(position.shape[0], dtype=jnp.int32)
+    return jnp.zeros(ring, jnp.int32).at[slot].set(rows, mode="drop")
+
+
+def _written(cache: Cache, new: tuple[Array, Array], row: Int[Array, ""]) -> Cache:
+    """The cache with one row of every layer replaced."""
+    return Cache(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, of_layers, row, axis=1)
+            for old, of_layers in zip(cache, new, strict=True)
+        )
+    )
