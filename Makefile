@@ -1,11 +1,11 @@
-# make demo   the main job on the small trained checkpoint in examples/: questions, dense and sparse
+# make demo   the main job on the small checkpoint in examples/ and two photographs
 # make test   the test suite          make lint   ruff and pyright
 # make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 #
-# make train     trains the small checkpoint from scratch, or goes on with it (TRAIN_OPTIONS)
-# make profile   finds the categories of its heads, as profiles/ has them
+# make train     trains a small model from scratch, or goes on with it: hours (TRAIN_OPTIONS)
+# make profile   finds the categories of its heads
 # make evaluate  its accuracy, dense and sparse, on prompts held out: docs/evaluation.md
 #
 # make gpu-check   the GPU kernels on the GPU at hand: right, and how fast. Makes nothing: PYTHON is
@@ -26,7 +26,7 @@ export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 .PHONY: demo test lint bench train profile evaluate gpu-check clean
 
 demo: $(VENV)/.installed-demo
-	$(VENV_PYTHON) -m examples.demo
+	$(VENV_PYTHON) examples/demo.py
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest
@@ -44,14 +44,13 @@ bench: $(VENV)/.installed-test
 train: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.train_small_vlm build/train $(TRAIN_OPTIONS)
 
-# What the profile that is shipped was made with.
 PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2
 profile: $(VENV)/.installed-train
 	rm -rf build/profile
-	$(VENV_PYTHON) -m convert examples/small-qwen2.5-vl build/profile/small-qwen2.5-vl --quiet
+	$(VENV_PYTHON) -m convert build/train/checkpoint build/profile/small-qwen2.5-vl --quiet
 	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128
 	$(VENV_PYTHON) -m bsjax profile build/profile/small-qwen2.5-vl \
-	  build/profile/samples/samples.jsonl --output profiles/small-qwen2.5-vl.json $(PROFILE_OPTIONS)
+	  build/profile/samples/samples.jsonl --output build/profile/profile.json $(PROFILE_OPTIONS)
 
 evaluate: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.evaluate $(EVALUATE_OPTIONS)

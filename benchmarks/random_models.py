@@ -1,7 +1,7 @@
 """Models of published sizes with random weights, which answer prompts like any loaded model.
 
 No checkpoint is needed: the tokenizer, the chat template and the image settings are those of the
-small random checkpoint in tests/. Its ids fit any vocabulary that is as long as its own.
+small checkpoint in examples/. Its ids fit any vocabulary that is as long as its own.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from bsjax.checkpoint import LoadedModel, read_prompt_files
 from bsjax.models import FAMILIES
 from tools.published_models import PUBLISHED_MODELS
 
-_TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny-qwen2.5-vl"
+_TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5-vl"
 _IMAGE_IN_TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -1,14 +1,14 @@
 """Accuracy and FLOPs of the small trained model, dense and sparse: makes docs/evaluation.md.
 
-    python -m examples.evaluate [--scenes N] [--hybrid RUN]
+    python -m examples.evaluate [--checkpoint FOLDER] [--profile FILE] [--scenes N] [--hybrid RUN]
 
 On prompts held out from training and profiling, with as many images as were profiled and with more:
 
 - categories at several FLOPs budgets, chosen by the one-shot rule (per-head threshold, by output
   error and by attention mass) and by refinement end to end;
-- the profile that is shipped;
-- controls, which must lose if this measures anything: the shipped profile's categories dealt to
-  other heads (the same FLOPs), and one category for all heads;
+- a profile of the model, as `make profile` writes it;
+- controls, which must lose if this measures anything: the profile's categories dealt to other
+  heads (the same FLOPs), and one category for all heads;
 - with `--hybrid`, a model trained with sparse layers, beside the dense-trained one at its FLOPs.
 
 Writes docs/evaluation.md, docs/evaluation.png and benchmarks/results/evaluation.json.
@@ -42,13 +42,13 @@ from .train_small_vlm.held_out import HeldOut
 from .train_small_vlm.questions import TASKS
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = ROOT / "examples" / "small-qwen2.5-vl"
-PROFILE = "small-qwen2.5-vl"
+CHECKPOINT = ROOT / "build" / "train" / "checkpoint"
+PROFILE = ROOT / "build" / "profile" / "profile.json"
 BUDGETS = (0.2, 0.3, 0.41, 0.5, 0.55)
 MORE_IMAGES = (9, 10, 11, 12)
 SHUFFLES = 5
 RESAMPLES = 4000
-# Correction in context, beyond which nothing was gained on so small a model.
+# Few rounds of correction: there are many budgets to refine to, and few heads.
 REFINING_ROUNDS = 2
 REFINING_MARGIN = 8
 
@@ -179,7 +179,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--profile", default=PROFILE, help="default: the shipped one")
+    parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped one's name")
     parser.add_argument("--scenes", type=int, default=300, help="of each set; six prompts a scene")
     parser.add_argument("--calibration", type=int, default=48, help="prompts to choose heads with")
     parser.add_argument("--hybrid", type=Path, help="folder of a training run with sparse layers")
@@ -206,20 +206,20 @@ def main() -> None:
 def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
     """Chooses categories, evaluates them, and returns all that was measured."""
     model = converted(options.checkpoint, temporary)
-    shipped = bsjax.Profile.resolve(options.profile, model)
-    assert shipped is not None
+    profile = bsjax.Profile.resolve(options.profile, model)
+    assert profile is not None
     drawn = draw_conversations(options.calibration, seed=options.seed + 1)
     samples = [messages(scene, question) for scene, question in drawn]
-    measurements = measure(model, samples, sinks=shipped.sinks)
-    evaluator = Evaluator(model, samples, answer_tokens=2, sinks=shipped.sinks)
+    measurements = measure(model, samples, sinks=profile.sinks)
+    evaluator = Evaluator(model, samples, answer_tokens=2, sinks=profile.sinks)
 
-    dense = Condition("dense", "", np.zeros_like(shipped.categories))
+    dense = Condition("dense", "", np.zeros_like(profile.categories))
     conditions = [
         dense,
-        Condition("shipped profile", options.profile, shipped.categories),
+        Condition("profile", Path(options.profile).stem, profile.categories),
         *one_shot_conditions(measurements),
         *refined_conditions(model, measurements, evaluator),
-        *control_conditions(shipped.categories, options.seed),
+        *control_conditions(profile.categories, options.seed),
     ]
     hybrid = None
     if options.hybrid is not None:
@@ -244,7 +244,7 @@ def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
     }
     for name, images in {"as profiled": PROFILED_IMAGES, "more images": MORE_IMAGES}.items():
         drawn_alike = partial(HeldOut, scenes=options.scenes, images=images, seed=options.seed)
-        prompts = drawn_alike(model, sinks=shipped.sinks)
+        prompts = drawn_alike(model, sinks=profile.sinks)
         print(f"\n{name}: {prompts.tasks.size} prompts of {images} images", flush=True)
         rows = evaluate(prompts, conditions, options.seed)
         if hybrid is not None:

@@ -14,7 +14,7 @@ LINES = {
     "one-shot, mass": ("tab:green", "^"),
 }
 POINTS = {
-    "shipped profile": ("tab:blue", "*"),
+    "profile": ("tab:blue", "*"),
     "dealt at random": ("tab:red", "x"),
     "one for all heads": ("tab:purple", "D"),
     "hybrid": ("tab:brown", "P"),
@@ -47,19 +47,19 @@ _TITLES = {
 _INTRODUCTION = """\
 # Accuracy of the small trained model, dense and sparse
 
-The Qwen2.5-VL in `examples/small-qwen2.5-vl`, whose training `examples/train_small_vlm` is, answers
+The Qwen2.5-VL that `examples/train_small_vlm` trains answers
 questions about scenes with handwritten digits that neither training nor profiling has seen. An
 answer counts when all of it is right. *FLOPs saved* are attention FLOPs of prefill, over all layers
 and heads and these prompts, text queries included. *Change* is from dense, prompt by prompt.
 Intervals are of 95 %, from drawing scenes again (questions about one scene are not independent).
 
 - **dense**: every head sees everything.
-- **shipped profile**: `profiles/`; made from other prompts, of 4 to 8 images.
+- **profile**: what `make profile` writes; made from other prompts, of 4 to 8 images.
 - **one-shot**: every head takes the cheapest category within one threshold for all, on the error of
   its output or on the attention mass dropped; the threshold is the least that saves the FLOPs.
 - **refined**: heads chosen by measured damage to the answer per FLOP, and corrected in context.
   Both are made from {calibration_prompts} prompts of 4 to 8 images with training digits.
-- **dealt at random**: the shipped profile's categories, dealt to other heads: the same FLOPs.
+- **dealt at random**: the profile's categories, dealt to other heads: the same FLOPs.
 - **one for all heads**: the same category everywhere.
 - **hybrid**: a model trained with some layers INTRA_IMAGE_SINK from the first step on, beside the
   dense-trained model refined to its FLOPs.

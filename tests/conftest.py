@@ -23,12 +23,12 @@ settings.load_profile("bsjax")
 @pytest.fixture(scope="session")
 def tiny_source() -> Path:
     """A small checkpoint with random weights, as transformers reads it."""
-    return Path(__file__).parent.parent / "tests" / "tiny-qwen2.5-vl"
+    return Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_source, tmp_path_factory) -> Path:
-    """The random checkpoint, converted."""
+    """That checkpoint, converted."""
     import convert.__main__
 
     folder = tmp_path_factory.mktemp("converted") / "tiny"
@@ -38,24 +38,7 @@ def tiny_checkpoint(tiny_source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint):
-    """The random checkpoint, loaded in float32."""
+    """That checkpoint, loaded in float32."""
     import bsjax
 
     return bsjax.load(tiny_checkpoint)
-
-
-@pytest.fixture(scope="session")
-def small_source() -> Path:
-    """The trained checkpoint that comes with the examples, as transformers reads it."""
-    return Path(__file__).parent.parent / "examples" / "small-qwen2.5-vl"
-
-
-@pytest.fixture(scope="session")
-def small_model(small_source, tmp_path_factory):
-    """The trained checkpoint, converted and loaded in float32."""
-    import bsjax
-    import convert.__main__
-
-    folder = tmp_path_factory.mktemp("converted") / "small"
-    assert convert.__main__.main([str(small_source), str(folder), "--quiet"]) == 0
-    return bsjax.load(folder)

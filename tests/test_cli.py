@@ -15,7 +15,7 @@ import bsjax
 from bsjax.cli import main
 from convert.__main__ import main as convert
 
-SOURCE = Path(__file__).parents[1] / "tests" / "tiny-qwen2.5-vl"
+SOURCE = Path(__file__).parents[1] / "examples" / "tiny-qwen2.5-vl"
 
 
 @pytest.fixture(scope="module")

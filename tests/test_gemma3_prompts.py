@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 @pytest.fixture(scope="module")
 def files():
     """Tokenizer, image processor, configuration, and transformers' processor of the same."""
-    folder = Path(__file__).parents[1] / "tests" / "tiny-qwen2.5-vl"
+    folder = Path(__file__).parents[1] / "examples" / "tiny-qwen2.5-vl"
     names = {
         "bos_token": "<bos>",
         "boi_token": "<start_of_image>",

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from bsjax.errors import MessageError
 from bsjax.prompts import Prompt, prepare_prompt
 
-CHECKPOINT = Path(__file__).parents[1] / "tests" / "tiny-qwen2.5-vl"
+CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-qwen2.5-vl"
 TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)
 IMAGE_PROCESSOR = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
 CONFIG = AutoConfig.from_pretrained(CHECKPOINT)

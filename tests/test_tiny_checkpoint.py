@@ -1,5 +1,6 @@
-"""The tests' random checkpoint is what its script makes, and answers as it does in transformers."""
+"""The committed checkpoint is what its script makes, and answers as it does in transformers."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,9 +14,8 @@ import bsjax
 from bsjax.prompts import prepare_prompt
 from convert.__main__ import main as convert
 
-from . import make_tiny_checkpoint
-
-CHECKPOINT = Path(__file__).parent / "tiny-qwen2.5-vl"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKPOINT = EXAMPLES / "tiny-qwen2.5-vl"
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,15 @@ def test_answers_as_in_transformers(model, messages):
     assert np.abs(logits - expected_logits).max() < 1e-4 * np.abs(expected_logits).max()
     result = bsjax.generate(model, messages, max_new_tokens=24)
     assert list(result.token_ids) == expected[token_ids.shape[1] :].tolist()
-    assert result.text
+    assert result.text, "the demo would have nothing to show"
 
 
 def test_the_script_makes_the_same_files(tmp_path):
-    make_tiny_checkpoint.main(tmp_path)
+    path = EXAMPLES / "make_tiny_checkpoint.py"
+    specification = importlib.util.spec_from_file_location("make_tiny_checkpoint", path)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    script.main(tmp_path)
     committed = sorted(file.name for file in CHECKPOINT.iterdir())
     assert committed == sorted(file.name for file in tmp_path.iterdir())
     for name in committed:

@@ -1,10 +1,10 @@
-"""Makes tests/tiny-qwen2.5-vl: a Qwen2.5-VL checkpoint in Hugging Face's format, of a few MB.
+"""Makes examples/tiny-qwen2.5-vl: a Qwen2.5-VL checkpoint in Hugging Face's format, of a few MB.
 
 Its weights are random numbers from a fixed seed, so its answers are noise. What is real is the
 format: configuration, safetensors, tokenizer, chat template and image settings are those of a
 Qwen2.5-VL checkpoint, only small.
 
-    python tests/make_tiny_checkpoint.py [FOLDER]
+    python examples/make_tiny_checkpoint.py [FOLDER]
 
 Needs torch (the `test` extra), because transformers itself writes the files.
 """
