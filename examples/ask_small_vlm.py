@@ -3,8 +3,8 @@
     python -m examples.ask_small_vlm [--checkpoint FOLDER] [--profile FILE] [--output FOLDER]
 
 Takes what `make train` and `make profile` have written: converts the checkpoint, draws twelve
-images with digits that it has not been trained on, asks about them, and prints what it answers dense
-and with the profile; what each took; and the profile.
+images with digits that it has not been trained on, asks about them, and prints what it answers
+dense and with the profile; what each took; and the profile.
 """
 
 import argparse

@@ -10,7 +10,8 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, Template
-from bsjax.cli import _template, build_parser, main
+from bsjax.cli import build_parser, main
+from bsjax.cli.mask import _template
 from bsjax.inputs import prepare_inputs
 from bsjax.models.gemma3.text import _rows_of_ring
 from bsjax.programs import programs_of

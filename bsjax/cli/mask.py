@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.categories import HeadCategory
+from bsjax.categories import BaseVisibility, HeadCategory
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
 from bsjax.errors import TemplateError
 
@@ -18,7 +18,8 @@ def add_to(commands: Any) -> None:
         "mask",
         help="draw a prompt's mask to a picture",
         description="Draws what the queries of a prompt see, in prompt order and in packed order. "
-        "Reads a checkpoint's tokenizer and image settings, not its weights.",
+        "Reads a checkpoint's tokenizer and image settings, not its weights. For Gemma 3 the mask "
+        "is a global layer's.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?")
@@ -42,7 +43,8 @@ def add_to(commands: Any) -> None:
 def _mask(options: argparse.Namespace) -> None:
     from bsjax.block_mask import BlockMask
 
-    mask = BlockMask(_template(options), [options.category])
+    template, visibility = _template(options)
+    mask = BlockMask(template, [options.category], **visibility._asdict())
     mask.plot(options.output)
     images = mask.template.num_images
     print(
@@ -52,7 +54,8 @@ def _mask(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-def _template(options: argparse.Namespace) -> "Template":
+def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
+    """The prompt's template, and what a layer lets its queries see: the family's last kind."""
     from bsjax.template import Template
 
     if options.segments is not None:
@@ -64,7 +67,7 @@ def _template(options: argparse.Namespace) -> "Template":
                 "--image, --system, --max-pixels and --pan-and-scan belong to a checkpoint's "
                 "prompt."
             )
-        return Template.from_segments(_segments(options.segments))
+        return Template.from_segments(_segments(options.segments)), BaseVisibility()
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
     from bsjax.checkpoint import read_prompt_files
@@ -74,11 +77,12 @@ def _template(options: argparse.Namespace) -> "Template":
     prompt = prepare_prompt(
         messages_of(options), files.tokenizer, files.image_processor, files.config
     )
-    return Template.from_tokens(
+    template = Template.from_tokens(
         prompt.token_ids,
         files.family.prompts.image_token_id(files.config),
         image_tokens=prompt.image_tokens,
     )
+    return template, files.family.visibilities(files.config)[-1]
 
 
 def _segments(text: str) -> list[Any]:
