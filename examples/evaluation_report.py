@@ -64,7 +64,7 @@ Intervals are of 95 %, from drawing scenes again (questions about one scene are 
 - **hybrid**: a model trained with some layers INTRA_IMAGE_SINK from the first step on, beside the
   dense-trained model refined to its FLOPs.
 
-![Accuracy against FLOPs saved]({picture})
+![Change of accuracy against FLOPs saved]({picture})
 """
 
 
@@ -99,7 +99,7 @@ def _task_table(rows: Iterable[Row]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws accuracy against FLOPs saved, one panel for each set of prompts."""
+    """Draws the change of accuracy against FLOPs saved, one panel for each set of prompts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -109,8 +109,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for panel, (name, one_set) in zip(panels, results["sets"].items(), strict=True):
         rows = one_set["rows"]
         dense = next(row for row in rows if row["kind"] == "dense")["accuracy"]["all"]
-        panel.axhline(100 * dense[0], color="grey", linewidth=1, label="dense")
-        panel.axhspan(100 * dense[0] - 0.5, 100 * dense[0] + 0.5, color="grey", alpha=0.2)
+        panel.axhline(0, color="grey", linewidth=1, label=f"dense: {100 * dense[0]:.1f} %")
+        panel.axhspan(-0.5, 0.5, color="grey", alpha=0.2)
         for kind, (colour, marker) in {**LINES, **POINTS}.items():
             chosen = sorted(
                 (row for row in rows if row["kind"] == kind), key=lambda row: row["reduction"]
@@ -118,14 +118,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
             if not chosen:
                 continue
             saved = [100 * row["reduction"] for row in chosen]
-            share = [100 * row["accuracy"]["all"][0] for row in chosen]
+            change = [100 * row["change"][0] for row in chosen]
             errors = [
-                [100 * (row["accuracy"]["all"][0] - row["accuracy"]["all"][1]) for row in chosen],
-                [100 * (row["accuracy"]["all"][2] - row["accuracy"]["all"][0]) for row in chosen],
+                [100 * (row["change"][0] - row["change"][1]) for row in chosen],
+                [100 * (row["change"][2] - row["change"][0]) for row in chosen],
             ]
             panel.errorbar(
                 saved,
-                share,
+                change,
                 yerr=errors,
                 color=colour,
                 marker=marker,
@@ -137,13 +137,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 label=kind,
             )
             if kind == "one for all heads":
-                for row, x, y in zip(chosen, saved, share, strict=True):
+                for row, x, y in zip(chosen, saved, change, strict=True):
                     panel.annotate(
                         row["name"].lower(), (x, y), (5, 4), textcoords="offset points", fontsize=7
                     )
         panel.set_title(f"{_TITLES[name]} ({one_set['prompts']} prompts)", fontsize=10)
         panel.set_xlabel("attention FLOPs of prefill saved, %")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("right answers, %")
-    panels[0].legend(fontsize=8, loc="lower left")
+        panel.legend(fontsize=8, loc="lower left")
+    panels[0].set_ylabel("right answers: change from dense, points")
     figure.savefig(path, dpi=150)

@@ -102,7 +102,8 @@ class HeldOut:
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of prefill's attention FLOPs that the categories save, over all prompts."""
         pairs = self.pairs.sum(axis=(0, 1))
-        return float(1 - pairs[categories].mean() / pairs[HeadCategory.DENSE])
+        dense = int(pairs[HeadCategory.DENSE]) * categories.size
+        return (dense - int(pairs[categories].sum())) / dense
 
 
 def _draw(encoder: Encoder, random: np.random.Generator, images: int) -> Batch:
