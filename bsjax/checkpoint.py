@@ -121,6 +121,11 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
             f"{folder} was converted as {manifest['family']}, and its config.json is of "
             f"{family.name}: one of the two files is another checkpoint's. Convert it again."
         )
+    if target.name not in family.dtypes:
+        raise CheckpointError(
+            f"{family.name} models do not compute in {target.name}: their activations leave its "
+            f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
+        )
     return LoadedModel(
         module=_restore(folder / PARAMETERS, family, config, target),
         config=config,

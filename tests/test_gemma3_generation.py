@@ -69,6 +69,12 @@ def test_answers_are_those_of_transformers(checkpoints, model, crops):
     assert list(result.token_ids) == generated[0, len(prompt.token_ids) :].tolist()
 
 
+def test_float16_is_refused(checkpoints):
+    """Published models overflow in it, and would answer with padding."""
+    with pytest.raises(bsjax.CheckpointError, match="do not compute in float16.*bfloat16"):
+        bsjax.load(checkpoints[1], "float16")
+
+
 def test_flops_are_counted_for_each_kind_of_layer(model):
     messages = conversation()
     profile = Profile.uniform(HeadCategory.INTRA_IMAGE, model)

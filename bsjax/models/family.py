@@ -73,6 +73,7 @@ class Family:
         language model has.
       layer_kinds: `layer_kinds(config)` says of each layer which of those kinds it is, int32
         [layers].
+      dtypes: what its models can compute in.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Family:
     ]
     visibilities: Callable[[PretrainedConfig], tuple[BaseVisibility, ...]]
     layer_kinds: Callable[[PretrainedConfig], Int[np.ndarray, "layers"]]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
 def reference_text_inputs(prompt: Any) -> dict[str, np.ndarray]:

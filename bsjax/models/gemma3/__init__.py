@@ -11,6 +11,9 @@ from bsjax.models.gemma3.prompts import PROMPTS, TEXT_PROMPTS, reference_inputs
 from bsjax.models.gemma3.text import layer_kinds, visibilities
 from bsjax.models.gemma3.vision_plan import vision_plan
 
+# The residual stream of the published models is beyond float16's range.
+DTYPES = ("float32", "bfloat16")
+
 GEMMA3 = Family(
     name="gemma3",
     build=Gemma3ForConditionalGeneration.from_config,
@@ -25,6 +28,7 @@ GEMMA3 = Family(
     positions=positions,
     visibilities=visibilities,
     layer_kinds=layer_kinds,
+    dtypes=DTYPES,
 )
 
 GEMMA3_TEXT = Family(
@@ -39,6 +43,7 @@ GEMMA3_TEXT = Family(
     positions=positions,
     visibilities=visibilities,
     layer_kinds=layer_kinds,
+    dtypes=DTYPES,
 )
 
 __all__ = ["GEMMA3", "GEMMA3_TEXT"]
