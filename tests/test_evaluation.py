@@ -80,8 +80,8 @@ def with_generated_answers(model, prompts, categories):
                     max_new_tokens=3,
                 )
                 if (scene + question) % 2:
-                    wanted[:] = [*result.token_ids[:2], -1]
-                    batch.token_ids[scene, rows[0] + 1 : rows[0] + 3] = wanted[:2]
+                    wanted[:] = [result.token_ids[0], -1, -1]
+                    batch.token_ids[scene, rows[0] + 1] = wanted[0]
                 length = int((wanted >= 0).sum())
                 right.append(list(result.token_ids[:length]) == wanted[:length].tolist())
                 stats = result.stats

@@ -108,7 +108,9 @@ def test_mixed_heads_with_learned_sinks(tiny_model, photographs):
     uniform = Profile.uniform("dense", tiny_model, sinks=bsjax.Sinks(first=1, offsets=(3,)))
     generator = np.random.default_rng(0)
     profile = dataclasses.replace(
-        uniform, categories=generator.integers(0, 4, uniform.categories.shape).astype(np.int8)
+        uniform,
+        categories=generator.integers(0, 4, uniform.categories.shape).astype(np.int8),
+        criterion="by_hand",
     )
     sparse, reference = (
         bsjax.forward(tiny_model, conversation(photographs), profile=profile, backend=backend)

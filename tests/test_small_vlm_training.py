@@ -124,7 +124,7 @@ def test_training_computes_what_inference_computes(module, config, encoder, toke
     assert one is not None
     batch = jax.tree.map(lambda part: part[None], one)
     layers, heads = 2, config.text_config.num_attention_heads
-    categories = random.integers(0, 4, (layers, heads))
+    categories = random.integers(0, 4, (layers, heads)).astype(np.int8)
     if category is not None:
         categories[:] = category
     groups = np.vectorize(lambda value: HeadCategory(value).groups.value)(categories)

@@ -178,7 +178,8 @@ def _prompt_attention(
 
     order_asked = of_questions(order)
     asked_q = of_questions(q).reshape(-1, QUESTION_ROWS, k.shape[1], heads // k.shape[1], channels)
-    own_seen = order_asked[:, None, :] <= order_asked[:, :, None]
+    # Rows after the end of an answer are no keys.
+    own_seen = (order_asked[:, None, :] <= order_asked[:, :, None]) & (order_asked >= 0)[:, None]
     scores = jnp.concatenate(
         [
             jnp.where(
@@ -286,7 +287,7 @@ class TowerStage:
         head = jnp.asarray(random.normal(0, width**-0.5, (width, outputs)), jnp.float32)
         optimizer = make_optimizer(settings, self.steps)
         parameters = (tower, head)
-        self.state = State(parameters, optimizer.init(parameters))
+        self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
 
         def loss(parameters: Any, batch: ImageBatch) -> tuple[Array, Array]:
@@ -332,7 +333,7 @@ class ModelStage:
         graph, parameters = nnx.split(module)
         groups = groups_of_layers(encoder.config, settings.sparse_layers)
         optimizer = make_optimizer(settings, self.steps)
-        self.state = State(parameters, optimizer.init(parameters))
+        self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
 
         def loss(parameters: Any, batch: Batch) -> tuple[Array, Array]:
@@ -365,6 +366,11 @@ def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformati
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay, mask=matrices),
     )
+
+
+def _first_state(parameters: Any, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step, with parameters of its own: steps overwrite them."""
+    return State(jax.tree.map(jnp.copy, parameters), optimizer.init(parameters))
 
 
 def train_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
