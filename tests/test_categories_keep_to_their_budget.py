@@ -1,5 +1,6 @@
 """Categories chosen from measurements keep to the threshold, and to the FLOPs asked for."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -27,7 +28,8 @@ def measurements(seed=0, flops=None):
     return Measurements(
         sinks=Sinks(),
         mass=mass / mass.sum(axis=-1, keepdims=True),
-        error=generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
+        # Errors have no bound: what a category leaves out may point against what it keeps.
+        error=3 * generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
         flops=np.asarray(flops, np.int64),
         fingerprints=tuple("abcde"),
     )
@@ -39,6 +41,7 @@ seeds = st.integers(0, 2**32 - 1)
 @given(seeds, st.sampled_from(["output_error", "mass"]), st.floats(0, 1), st.floats(0, 1))
 def test_each_head_is_as_cheap_as_its_threshold_allows(seed, criterion, threshold, quantile):
     found = measurements(seed)
+    threshold *= 3 if criterion == "output_error" else 1
     chosen = found.one_shot(threshold, criterion=criterion, quantile=quantile)
     values = found.error.astype(np.float64)
     if criterion == "mass":
@@ -59,13 +62,42 @@ def test_what_is_dropped_is_what_the_category_does_not_see():
 
 def test_equal_flops_keep_the_head_dense():
     found = measurements(flops=np.full((LAYERS, 4), 7))
-    assert not found.one_shot(1.0).any()
+    assert not found.one_shot(3.0).any()
+
+
+def test_dropped_mass_is_a_share_whatever_rounding_does():
+    """So that the least threshold for a reduction is one that the file and `one_shot` take."""
+    mass = np.zeros((COUNT, LAYERS, HEADS, len(GROUPS)), np.float32)
+    mass[..., [2, 4]] = 0.5000001
+    found = dataclasses.replace(measurements(), mass=mass)
+    threshold = found.threshold_for(0.001, criterion="mass")
+    assert missing_mass(mass).max() == 1
+    assert 0 <= threshold <= 1
+    found.one_shot(threshold, criterion="mass")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "threshold"),
+    [
+        ("mass", 1.5),
+        ("mass", -0.1),
+        ("output_error", -0.1),
+        ("output_error", float("inf")),
+        ("output_error", float("nan")),
+        ("output_error", "0.1"),
+        ("output_error", 10**400),
+    ],
+)
+def test_thresholds_that_are_none_are_refused(criterion, threshold):
+    with pytest.raises(ProfileError, match="threshold must be"):
+        measurements().one_shot(threshold, criterion=criterion)
 
 
 @given(seeds, st.floats(0.01, 0.99), st.sampled_from(["output_error", "mass"]))
 def test_the_budget_is_met_by_the_least_threshold(seed, target, criterion):
     found = measurements(seed)
-    most = found.reduction(found.one_shot(1.0, criterion=criterion))
+    above_all = 3.0 if criterion == "output_error" else 1.0
+    most = found.reduction(found.one_shot(above_all, criterion=criterion))
     if most < target:
         with pytest.raises(ProfileError, match=f"fall by {most:.1%}"):
             found.one_shot(target_reduction=target, criterion=criterion)

@@ -44,7 +44,7 @@ class KnownDamage(Evaluator):
 def case(seed, interaction=0.0):
     """Measurements whose one-shot errors tell little of the damage."""
     generator = np.random.default_rng(seed)
-    error = np.sort(generator.random((1, LAYERS, HEADS, 3)), axis=-1)[..., ::-1]
+    error = 3 * np.sort(generator.random((1, LAYERS, HEADS, 3)), axis=-1)[..., ::-1]
     gain = 10.0 ** generator.uniform(-3, 1, (LAYERS, HEADS, 1))
     flops = np.tile(np.asarray([[1000, 50, 200, 260]]), (LAYERS, 1))
     mass = np.full((1, LAYERS, HEADS, 5), 0.2, np.float32)

@@ -56,7 +56,8 @@ def profile(
       model: from `bsjax.load`.
       samples: conversations (Hugging Face chat messages), each with at least one image; prompts
         like those to come, with several images each.
-      threshold: most relative error of a head's output, or most attention mass dropped.
+      threshold: most relative error of a head's output (from 0; errors above 1 exist), or most
+        attention mass dropped (0 to 1).
       criterion: `output_error` (||o_c - o|| / ||o||) or `mass`: which of the two.
       quantile: share of the samples that must stay within the threshold.
       target_reduction: instead of `threshold`: the share of attention FLOPs, over all layers, heads
@@ -187,14 +188,12 @@ def _check_arguments(
     max_kl: Any,
 ) -> None:
     """Refuses before anything runs what would be refused hours later."""
-    selection.share("threshold", threshold, zero=True)
+    selection.checked_threshold(threshold, criterion)
     selection.share("quantile", quantile, zero=True)
-    if criterion not in selection.CRITERIA:
-        raise ProfileError(
-            f"criterion must be one of {', '.join(selection.CRITERIA)}, got {criterion!r}."
-        )
     if target_reduction is not None:
         selection.share("target_reduction", target_reduction)
+    if max_kl is not None:
+        selection.checked_divergence("max_kl", max_kl)
     if max_kl is not None and not refine:
         raise ProfileError("max_kl is a budget of refining: pass refine=True with it.")
     if max_kl is not None and target_reduction is not None:

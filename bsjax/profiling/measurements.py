@@ -57,11 +57,7 @@ class Measurements:
         Raises:
           ProfileError: an unknown criterion, or a quantile out of range.
         """
-        if criterion not in selection.CRITERIA:
-            raise ProfileError(
-                f"criterion must be one of {', '.join(selection.CRITERIA)}, got {criterion!r}."
-            )
-        if criterion == "mass":
+        if selection.checked_criterion(criterion) == "mass":
             return selection.in_quantile(selection.missing_mass(self.mass), quantile)
         return selection.in_quantile(self.error.astype(np.float64), quantile)
 
@@ -94,9 +90,10 @@ class Measurements:
             raise ProfileError("Give a threshold or a target_reduction, one of them.")
         damage = self.damage(criterion, quantile)
         if target_reduction is not None:
-            threshold = selection.threshold_for(damage, self.flops, target_reduction)
-        threshold = selection.share("threshold", threshold, zero=True)
-        return selection.within_threshold(damage, self.flops, threshold)
+            least = selection.threshold_for(damage, self.flops, target_reduction)
+        else:
+            least = selection.checked_threshold(threshold, criterion)
+        return selection.within_threshold(damage, self.flops, least)
 
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of dense attention FLOPs, over the samples, that the categories save."""

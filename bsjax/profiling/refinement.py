@@ -134,8 +134,8 @@ def refine(
     """
     if (target_reduction is None) == (max_kl is None):
         raise ProfileError("Refining needs a target_reduction or a max_kl, one of them.")
-    if max_kl is not None and not max_kl > 0:
-        raise ProfileError(f"max_kl must be above 0 nats, got {max_kl!r}.")
+    if max_kl is not None:
+        max_kl = selection.checked_divergence("max_kl", max_kl)
     for name, value in (("rounds", rounds), ("margin", margin)):
         whole_number(name, value, least=0, error=ProfileError)
     whole_number("max_evaluations", max_evaluations, least=1, error=ProfileError)

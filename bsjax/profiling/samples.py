@@ -73,7 +73,7 @@ class Samples(NamedTuple):
         Raises:
           ProfileError: the share is not in [0, 1).
         """
-        if not 0 <= held_out < 1:
+        if isinstance(held_out, str | bytes) or not 0 <= held_out < 1:
             raise ProfileError(f"held_out is a share of the samples in [0, 1), got {held_out!r}.")
         count = len(self.messages)
         held = math.floor(count * held_out + 0.5)
