@@ -4,17 +4,24 @@ import dataclasses
 import itertools
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
 from bsjax.categories import BaseVisibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
 from bsjax.profiling.inputs import Shape
 from bsjax.profiling.knapsack import path, taken
-from bsjax.profiling.samples import Samples, fingerprint
-from bsjax.profiling.selection import missing_mass, total_flops
+from bsjax.profiling.samples import OrderedSamples, fingerprint
+from bsjax.profiling.selection import (
+    checked_divergence,
+    checked_threshold,
+    missing_mass,
+    total_flops,
+)
 from tests.templates import visible_matrix
 
 LAYERS, HEADS, COUNT = 3, 4, 5
@@ -32,6 +39,7 @@ def measurements(seed=0, flops=None):
         error=3 * generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
         flops=np.asarray(flops, np.int64),
         fingerprints=tuple("abcde"),
+        images=np.full(COUNT, 2),
     )
 
 
@@ -76,6 +84,25 @@ def test_dropped_mass_is_a_share_whatever_rounding_does():
     found.one_shot(threshold, criterion="mass")
 
 
+@pytest.mark.parametrize("criterion", ["output_error", "mass"])
+def test_samples_of_one_image_say_nothing_of_other_images(criterion):
+    """Their INTRA_IMAGE error is 0 for every head: among others it would pass for a small one."""
+    found = measurements()
+    error, mass = found.error.copy(), found.mass.copy()
+    error[[1, 3, 4], ..., 1:] = 0
+    mass[[1, 3, 4], ..., 3:] = 0
+    images = np.asarray([2, 1, 3, 1, 1])
+    diluted = dataclasses.replace(found, error=error, mass=mass, images=images)
+    several = dataclasses.replace(
+        found, error=error[[0, 2]], mass=mass[[0, 2]], images=images[[0, 2]]
+    )
+    np.testing.assert_array_equal(diluted.damage(criterion, 0.5), several.damage(criterion, 0.5))
+    for name, values in several.statistics().items():
+        np.testing.assert_array_equal(diluted.statistics()[name], values)
+    with pytest.raises(ProfileError, match="two images or more"):
+        dataclasses.replace(found, images=np.ones(COUNT, np.int64)).damage(criterion)
+
+
 @pytest.mark.parametrize(
     ("criterion", "threshold"),
     [
@@ -84,13 +111,20 @@ def test_dropped_mass_is_a_share_whatever_rounding_does():
         ("output_error", -0.1),
         ("output_error", float("inf")),
         ("output_error", float("nan")),
-        ("output_error", "0.1"),
         ("output_error", 10**400),
+        ("output_error", "0.1"),
+        ("mass", "0.1"),
     ],
 )
 def test_thresholds_that_are_none_are_refused(criterion, threshold):
     with pytest.raises(ProfileError, match="threshold must be"):
-        measurements().one_shot(threshold, criterion=criterion)
+        checked_threshold(threshold, criterion)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 0.0, -1, float("nan"), float("inf"), 10**400])
+def test_divergences_that_are_none_are_refused(value):
+    with pytest.raises(ProfileError, match="max_kl must be a number of nats above 0"):
+        checked_divergence("max_kl", value)
 
 
 @given(seeds, st.floats(0.01, 0.99), st.sampled_from(["output_error", "mass"]))
@@ -155,6 +189,30 @@ def test_the_path_is_nested_and_does_least_damage(seed):
                 assert kl >= on_path - 1e-9
 
 
+def test_equal_samples_are_one(tmp_path):
+    """One of two could not be held out from what the other was chosen with."""
+    one, two = ([{"role": "user", "content": text}] for text in "ab")
+    assert OrderedSamples.of([one, two, list(one)]).messages in ((one, two), (two, one))
+    described = bsjax.Samples([one, two, one], "from somewhere")
+    assert OrderedSamples.of(described) == OrderedSamples.of([two, one])
+
+
+def test_texts_name_no_files_and_palettes_count(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("one")
+    text = [{"role": "user", "content": [{"type": "text", "text": str(path)}, str(path)]}]
+    plain = [{"role": "user", "content": str(path)}]
+    before = fingerprint(text), fingerprint(plain)
+    path.write_text("two")
+    assert (fingerprint(text), fingerprint(plain)) == before
+
+    red, blue = (PIL.Image.new("P", (2, 2)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    image = [[{"role": "user", "content": [{"type": "image", "image": i}]}] for i in (red, blue)]
+    assert fingerprint(image[0]) != fingerprint(image[1])
+
+
 def test_samples_are_told_apart_by_content(tmp_path):
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
@@ -171,8 +229,8 @@ def test_samples_are_told_apart_by_content(tmp_path):
     other.write_bytes(b"second")
     different = [one(other), one(pixels), one(pixels + 1), one(pixels, "b"), one(pixels.T)]
     assert len({same, *map(fingerprint, different)}) == 6
-    ordered = Samples.of([one(pixels), one(pixels + 1), one(pixels, "b"), one(other)])
-    again = Samples.of([one(other), one(pixels, "b"), one(pixels + 1), one(pixels)])
+    ordered = OrderedSamples.of([one(pixels), one(pixels + 1), one(pixels, "b"), one(other)])
+    again = OrderedSamples.of([one(other), one(pixels, "b"), one(pixels + 1), one(pixels)])
     assert ordered.fingerprints == again.fingerprints
     for seed in range(3):
         chosen, held = ordered.split(0.25, seed)
@@ -187,6 +245,6 @@ def test_samples_are_told_apart_by_content(tmp_path):
         ([], "no samples"),
     ):
         with pytest.raises(ProfileError, match=words):
-            Samples.of(wrong)
+            OrderedSamples.of(wrong)
     assert not ordered.split(0.0, 0)[1]
     assert len(ordered.split(0.99, 0)[0].messages) == 1
