@@ -120,11 +120,21 @@ def check_images(samples: OrderedSamples, image_processor: Any, *, several: bool
                 "A sample has no image, and says nothing about what image tokens look at. Leave "
                 f"such samples out: {str(messages)[:200]}"
             )
-        if "do_pan_and_scan" in str(messages) or getattr(image_processor, "do_pan_and_scan", None):
+        # How many images crops make of one depends on its size, which is not read here.
+        if _asks_for_crops(messages) or getattr(image_processor, "do_pan_and_scan", False):
             count = max(count, 2)
         most = max(most, count)
     if several and most < 2:
         raise no_several_images()
+
+
+def _asks_for_crops(messages: Messages) -> bool:
+    return any(
+        isinstance(part, Mapping) and part.get("do_pan_and_scan")
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
 
 
 def no_several_images() -> ProfileError:
