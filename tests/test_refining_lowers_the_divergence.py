@@ -146,7 +146,7 @@ def test_moves_that_save_and_help_are_taken_for_their_own_sake():
     error[:, 0, 0] = 2
     found = dataclasses.replace(found, flops=flops, error=error)
     together = np.zeros((LAYERS * HEADS,) * 2)
-    together[0, 1:] = -0.2
+    together[0, 1:] = -1.0
     evaluator = KnownDamage(np.full((LAYERS, HEADS, 3), 0.01), together)
     evaluator.damage[0, 0] = 0.02
     target = (HEADS * LAYERS - 1) * 500 / (HEADS * LAYERS * 1000)
