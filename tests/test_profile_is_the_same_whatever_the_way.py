@@ -66,9 +66,9 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
 
 def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
     # All of its stages, in few evaluations.
-    few = partial(refinement.refine, max_evaluations=16, margin=3, rounds=2)
+    few = partial(refinement.refine, margin=3, rounds=2)
     monkeypatch.setattr(refinement, "refine", few)
-    settings = TARGET | {"refine": True}
+    settings = TARGET | {"refine": True, "max_evaluations": 24}
     expected = bsjax.profile(tiny_model, SAMPLES, **settings)
     assert expected.refinement["kl"] <= expected.refinement["kl_one_shot"]
 
