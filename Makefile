@@ -45,12 +45,21 @@ train: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.train_small_vlm build/train $(TRAIN_OPTIONS)
 
 PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2
-profile: $(VENV)/.installed-train
-	rm -rf build/profile
-	$(VENV_PYTHON) -m convert build/train/checkpoint build/profile/small-qwen2.5-vl --quiet
+PROFILED := build/profile/small-qwen2.5-vl
+profile: $(VENV)/.installed-train build/profile/.converted
 	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128
-	$(VENV_PYTHON) -m bsjax profile build/profile/small-qwen2.5-vl \
-	  build/profile/samples/samples.jsonl --output build/profile/profile.json $(PROFILE_OPTIONS)
+	$(VENV_PYTHON) -m bsjax profile $(PROFILED) build/profile/samples/samples.jsonl \
+	  --resume build/profile/state --output build/profile/profile.json $(PROFILE_OPTIONS)
+
+# Measurements belong to these weights: other weights, another state file.
+build/profile/.converted: build/train/checkpoint/model.safetensors | $(VENV)/.installed-train
+	mkdir -p build/profile
+	rm -rf $(PROFILED) build/profile/state
+	$(VENV_PYTHON) -m convert build/train/checkpoint $(PROFILED) --quiet
+	@touch $@
+
+build/train/checkpoint/model.safetensors:
+	@echo "error: there is no trained model in build/train/checkpoint. Train one first: make train"; exit 1
 
 evaluate: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.evaluate $(EVALUATE_OPTIONS)

@@ -380,8 +380,10 @@ class Profile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
+        except BaseException as error:  # Interrupts leave nothing behind either.
             temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise ProfileError(f"The profile cannot be written to {path}: {error}") from error
 
     def check(self, family: str, layers: int, heads: int, fingerprint: str | None = None) -> None:
@@ -429,7 +431,7 @@ class Profile:
             and not Path(profile).is_file()
             and not _looks_like_path(profile)
         ):
-            profile = _shipped(profile)
+            profile = shipped(profile)
         elif isinstance(profile, str | os.PathLike):
             profile = cls.load(profile)
         elif not isinstance(profile, Profile):
@@ -475,7 +477,12 @@ def shipped_names() -> tuple[str, ...]:
     return tuple(sorted(file.name[:-5] for file in files if file.name.endswith(".json")))
 
 
-def _shipped(name: str) -> Profile:
+def shipped(name: str) -> Profile:
+    """The profile of that name that comes with the package.
+
+    Raises:
+      ProfileError: there is none; the message lists those that are.
+    """
     names = shipped_names()
     if name not in names:
         listed = (
@@ -489,7 +496,7 @@ def _shipped(name: str) -> Profile:
 def installed_versions() -> dict[str, str]:
     """Versions of what makes a profile, by package."""
     versions = {}
-    for package in ("bsjax", "jax"):
+    for package in ("bsjax", "jax", "transformers", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # Used from a source folder that was not installed.

@@ -35,7 +35,9 @@ def parse(text: str) -> dict[str, Any]:
         document = json.loads(
             text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
         )
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ProfileError:
+        raise
+    except (ValueError, RecursionError) as error:  # Integers of thousands of digits too.
         raise ProfileError(f"This is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileError(f'This is not a profile: it does not start with "format": "{FORMAT}".')

@@ -131,8 +131,10 @@ def _write(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
         os.replace(temporary, path)
-    except (OSError, ValueError) as error:
+    except BaseException as error:  # Interrupts leave nothing behind either.
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise ProfileError(f"The profile's picture cannot be written to {path}: {error}") from error
 
 

@@ -48,7 +48,8 @@ class Sinks:
             for offset in self.offsets
         )
         object.__setattr__(self, "first", first)
-        object.__setattr__(self, "offsets", offsets)
+        # In one order, so that equal sinks are equal, and look the same in a file.
+        object.__setattr__(self, "offsets", tuple(sorted(set(offsets))))
 
     def of_image(self, tokens: int) -> Bool[np.ndarray, "tokens"]:
         """Marks the sinks of an image of `tokens` tokens."""

@@ -1,19 +1,27 @@
 """Categories chosen from measurements keep to the threshold, and to the FLOPs asked for."""
 
+import dataclasses
 import itertools
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
 from bsjax.categories import BaseVisibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
 from bsjax.profiling.inputs import Shape
 from bsjax.profiling.knapsack import path, taken
-from bsjax.profiling.samples import Samples, fingerprint
-from bsjax.profiling.selection import missing_mass, total_flops
+from bsjax.profiling.samples import OrderedSamples, fingerprint
+from bsjax.profiling.selection import (
+    checked_divergence,
+    checked_threshold,
+    missing_mass,
+    total_flops,
+)
 from tests.templates import visible_matrix
 
 LAYERS, HEADS, COUNT = 3, 4, 5
@@ -27,9 +35,11 @@ def measurements(seed=0, flops=None):
     return Measurements(
         sinks=Sinks(),
         mass=mass / mass.sum(axis=-1, keepdims=True),
-        error=generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
+        # Errors have no bound: what a category leaves out may point against what it keeps.
+        error=3 * generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
         flops=np.asarray(flops, np.int64),
         fingerprints=tuple("abcde"),
+        images=np.full(COUNT, 2),
     )
 
 
@@ -39,6 +49,7 @@ seeds = st.integers(0, 2**32 - 1)
 @given(seeds, st.sampled_from(["output_error", "mass"]), st.floats(0, 1), st.floats(0, 1))
 def test_each_head_is_as_cheap_as_its_threshold_allows(seed, criterion, threshold, quantile):
     found = measurements(seed)
+    threshold *= 3 if criterion == "output_error" else 1
     chosen = found.one_shot(threshold, criterion=criterion, quantile=quantile)
     values = found.error.astype(np.float64)
     if criterion == "mass":
@@ -59,13 +70,68 @@ def test_what_is_dropped_is_what_the_category_does_not_see():
 
 def test_equal_flops_keep_the_head_dense():
     found = measurements(flops=np.full((LAYERS, 4), 7))
-    assert not found.one_shot(1.0).any()
+    assert not found.one_shot(3.0).any()
+
+
+def test_dropped_mass_is_a_share_whatever_rounding_does():
+    """So that the least threshold for a reduction is one that the file and `one_shot` take."""
+    mass = np.zeros((COUNT, LAYERS, HEADS, len(GROUPS)), np.float32)
+    mass[..., [2, 4]] = 0.5000001
+    found = dataclasses.replace(measurements(), mass=mass)
+    threshold = found.threshold_for(0.001, criterion="mass")
+    assert missing_mass(mass).max() == 1
+    assert 0 <= threshold <= 1
+    found.one_shot(threshold, criterion="mass")
+
+
+@pytest.mark.parametrize("criterion", ["output_error", "mass"])
+def test_samples_of_one_image_say_nothing_of_other_images(criterion):
+    """Their INTRA_IMAGE error is 0 for every head: among others it would pass for a small one."""
+    found = measurements()
+    error, mass = found.error.copy(), found.mass.copy()
+    error[[1, 3, 4], ..., 1:] = 0
+    mass[[1, 3, 4], ..., 3:] = 0
+    images = np.asarray([2, 1, 3, 1, 1])
+    diluted = dataclasses.replace(found, error=error, mass=mass, images=images)
+    several = dataclasses.replace(
+        found, error=error[[0, 2]], mass=mass[[0, 2]], images=images[[0, 2]]
+    )
+    np.testing.assert_array_equal(diluted.damage(criterion, 0.5), several.damage(criterion, 0.5))
+    for name, values in several.statistics().items():
+        np.testing.assert_array_equal(diluted.statistics()[name], values)
+    with pytest.raises(ProfileError, match="two images or more"):
+        dataclasses.replace(found, images=np.ones(COUNT, np.int64)).damage(criterion)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "threshold"),
+    [
+        ("mass", 1.5),
+        ("mass", -0.1),
+        ("output_error", -0.1),
+        ("output_error", float("inf")),
+        ("output_error", float("nan")),
+        ("output_error", 10**400),
+        ("output_error", "0.1"),
+        ("mass", "0.1"),
+    ],
+)
+def test_thresholds_that_are_none_are_refused(criterion, threshold):
+    with pytest.raises(ProfileError, match="threshold must be"):
+        checked_threshold(threshold, criterion)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 0.0, -1, float("nan"), float("inf"), 10**400])
+def test_divergences_that_are_none_are_refused(value):
+    with pytest.raises(ProfileError, match="max_kl must be a number of nats above 0"):
+        checked_divergence("max_kl", value)
 
 
 @given(seeds, st.floats(0.01, 0.99), st.sampled_from(["output_error", "mass"]))
 def test_the_budget_is_met_by_the_least_threshold(seed, target, criterion):
     found = measurements(seed)
-    most = found.reduction(found.one_shot(1.0, criterion=criterion))
+    above_all = 3.0 if criterion == "output_error" else 1.0
+    most = found.reduction(found.one_shot(above_all, criterion=criterion))
     if most < target:
         with pytest.raises(ProfileError, match=f"fall by {most:.1%}"):
             found.one_shot(target_reduction=target, criterion=criterion)
@@ -123,6 +189,30 @@ def test_the_path_is_nested_and_does_least_damage(seed):
                 assert kl >= on_path - 1e-9
 
 
+def test_equal_samples_are_one(tmp_path):
+    """One of two could not be held out from what the other was chosen with."""
+    one, two = ([{"role": "user", "content": text}] for text in "ab")
+    assert OrderedSamples.of([one, two, list(one)]).messages in ((one, two), (two, one))
+    described = bsjax.Samples([one, two, one], "from somewhere")
+    assert OrderedSamples.of(described) == OrderedSamples.of([two, one])
+
+
+def test_texts_name_no_files_and_palettes_count(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("one")
+    text = [{"role": "user", "content": [{"type": "text", "text": str(path)}, str(path)]}]
+    plain = [{"role": "user", "content": str(path)}]
+    before = fingerprint(text), fingerprint(plain)
+    path.write_text("two")
+    assert (fingerprint(text), fingerprint(plain)) == before
+
+    red, blue = (PIL.Image.new("P", (2, 2)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    image = [[{"role": "user", "content": [{"type": "image", "image": i}]}] for i in (red, blue)]
+    assert fingerprint(image[0]) != fingerprint(image[1])
+
+
 def test_samples_are_told_apart_by_content(tmp_path):
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
@@ -139,8 +229,8 @@ def test_samples_are_told_apart_by_content(tmp_path):
     other.write_bytes(b"second")
     different = [one(other), one(pixels), one(pixels + 1), one(pixels, "b"), one(pixels.T)]
     assert len({same, *map(fingerprint, different)}) == 6
-    ordered = Samples.of([one(pixels), one(pixels + 1), one(pixels, "b"), one(other)])
-    again = Samples.of([one(other), one(pixels, "b"), one(pixels + 1), one(pixels)])
+    ordered = OrderedSamples.of([one(pixels), one(pixels + 1), one(pixels, "b"), one(other)])
+    again = OrderedSamples.of([one(other), one(pixels, "b"), one(pixels + 1), one(pixels)])
     assert ordered.fingerprints == again.fingerprints
     for seed in range(3):
         chosen, held = ordered.split(0.25, seed)
@@ -155,6 +245,6 @@ def test_samples_are_told_apart_by_content(tmp_path):
         ([], "no samples"),
     ):
         with pytest.raises(ProfileError, match=words):
-            Samples.of(wrong)
+            OrderedSamples.of(wrong)
     assert not ordered.split(0.0, 0)[1]
     assert len(ordered.split(0.99, 0)[0].messages) == 1

@@ -328,6 +328,7 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
         "--images-per-prompt", "2-3", "--question", "One?", "--question", "Two?",
         "--max-pixels", 4000, "--held-out", 0.5, "--criterion", "mass", "--threshold", 0.1,
         "--quantile", 0.75, "--target-reduction", 0.4, "--refine", "--max-kl", 0.01,
+        "--max-evaluations", 50,
         "--sinks-first", 2, "--sink-offset", 9, "--sink-offset", 4, "--answer-tokens", 4,
         "--resume", state, "--dtype", "float32", "--backend", "xla",
     )  # fmt: skip
@@ -350,6 +351,7 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
         "target_reduction": 0.4,
         "refine": True,
         "max_kl": 0.01,
+        "max_evaluations": 50,
         "sinks": Sinks(2, (9, 4)),
         "held_out": 0.5,
         "answer_tokens": 4,
@@ -409,6 +411,7 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
     [
         ("empty.jsonl", [], "is empty"),
         ("broken.jsonl", [], "broken.jsonl, line 2 is not JSON"),
+        ("digits.jsonl", [], "digits.jsonl, line 1 is not JSON"),
         ("image.jsonl", [], "line 1: there is no image"),
         ("nothing", [], "no file or folder nothing"),
         ("", [], "an empty text"),
@@ -429,6 +432,7 @@ def test_bad_runs_get_one_line(capsys, profiler, tmp_path, monkeypatch, source, 
     Path("broken.jsonl").write_text('[{"role": "user", "content": "?"}]\n{"messages": \n')
     image = [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]
     Path("image.jsonl").write_text(json.dumps(image))
+    Path("digits.jsonl").write_text(f'{{"messages": [], "number": {"1" * 5000}}}\n')
     before = sorted(tmp_path.iterdir())
     status, out, err = run(capsys, "profile", "model", source, "--output", "out.json", *options)
     assert (status, out) == (2, "")
@@ -496,6 +500,7 @@ def test_bad_profiles_are_refused(capsys, saved, tmp_path, command):
         ("empty.json", b"", "not JSON"),
         ("other.json", b"{}", "not a profile"),
         ("binary.json", b"\xff\xfe", "cannot be read"),
+        ("digits.json", b'{"layers": ' + b"1" * 5000 + b"}", "not JSON"),
     ):
         path = tmp_path / name
         if content is not None:
@@ -514,6 +519,17 @@ def test_a_picture_that_cannot_be_written_is_refused(capsys, saved, tmp_path, mo
     assert (status, out) == (2, "")
     assert "picture cannot be written" in err and err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_interrupts_leave_no_temporary_files(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    for write in (measured().save, lambda path: plot_profile(measured(), path)):
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_say_when_matplotlib_is_missing(saved, monkeypatch, capsys):

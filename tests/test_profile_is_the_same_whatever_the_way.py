@@ -3,6 +3,7 @@
 import sqlite3
 from contextlib import closing
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 
 import bsjax
 from bsjax import ProfileError, Sinks
-from bsjax.profiling import measure, refinement
+from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements, refinement
+from bsjax.profiling.state import State
 from bsjax.programs import programs_of
 
 TARGET = {"target_reduction": 0.1, "answer_tokens": 2, "progress": False}
@@ -64,9 +66,9 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
 
 def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
     # All of its stages, in few evaluations.
-    few = partial(refinement.refine, max_evaluations=16, margin=3, rounds=2)
+    few = partial(refinement.refine, margin=3, rounds=2)
     monkeypatch.setattr(refinement, "refine", few)
-    settings = TARGET | {"refine": True}
+    settings = TARGET | {"refine": True, "max_evaluations": 24}
     expected = bsjax.profile(tiny_model, SAMPLES, **settings)
     assert expected.refinement["kl"] <= expected.refinement["kl_one_shot"]
 
@@ -95,36 +97,106 @@ def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
     assert resumed.to_json() == expected.to_json()
 
 
-def test_a_state_file_of_another_run_is_refused(tiny_model, tmp_path):
+@pytest.fixture
+def state(tiny_model, tmp_path):
+    """The state file of a complete run with everything in it."""
     path = tmp_path / "state"
-    bsjax.profile(tiny_model, SAMPLES, **TARGET, resume=path)
-    # Thresholds and budgets choose from what is measured; nothing is measured again.
-    stages = []
     bsjax.profile(
-        tiny_model,
-        SAMPLES,
-        threshold=0.3,
-        answer_tokens=2,
-        progress=lambda stage, *_: stages.append(stage),
-        resume=path,
+        tiny_model, SAMPLES, **TARGET, refine=True, max_evaluations=6, sinks=Sinks(), resume=path
     )
-    assert "measuring heads" in stages
-    for samples, changed, words in (
-        (SAMPLES[:2], {}, "samples = "),
-        (SAMPLES, {"answer_tokens": 3}, "answer_tokens = 2, and this run has 3"),
-        (SAMPLES, {"sinks": Sinks(2)}, "sinks = None"),
-        (SAMPLES, {"held_out": 0.5}, "held_out"),
-        (SAMPLES, {"seed": 1}, "seed"),
-        (SAMPLES, {"backend": "reference"}, "backend = xla"),
-    ):
-        with pytest.raises(ProfileError, match=words):
-            bsjax.profile(tiny_model, samples, **TARGET | changed, resume=path)
-    other = tmp_path / "notes.txt"
-    other.write_text("these are notes, and long enough to be no database of any kind" * 20)
-    for wrong in (other, tmp_path / "missing" / "state"):
+    return path
+
+
+def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypatch):
+    """Thresholds and budgets choose from what is there; other samples add to it."""
+
+    def refuse(*_, **__):
+        raise AssertionError("measured again")
+
+    settings = TARGET | {"sinks": Sinks(), "resume": state}
+    expected = bsjax.profile(
+        tiny_model, SAMPLES, **settings | {"resume": None}, refine=True, max_evaluations=6
+    )
+    with monkeypatch.context() as nothing:
+        for place in (
+            "measurements._Pass.run",
+            "evaluation.generate",
+            "evaluation.Evaluator._compare",
+            "end_to_end.generate",
+        ):
+            nothing.setattr(f"bsjax.profiling.{place}", refuse)
+        again = bsjax.profile(tiny_model, SAMPLES, **settings, refine=True, max_evaluations=6)
+        assert again.to_json() == expected.to_json()
+        # Without a check every threshold can be had from the passes alone.
+        chosen_with, _ = OrderedSamples.of(SAMPLES).split(0.25, 0)
+        bsjax.profile(
+            tiny_model,
+            chosen_with.messages,
+            **settings | {"target_reduction": None, "threshold": 2.5, "held_out": 0.0},
+        )
+
+    measured = []
+    run = measurements._Pass.run
+
+    def counted(self):
+        measured.append(self)
+        return run(self)
+
+    monkeypatch.setattr(measurements._Pass, "run", counted)
+    bsjax.profile(tiny_model, [*SAMPLES, conversation(9, 3)], **settings | {"held_out": 0.0})
+    assert len(measured) == 2, "the new sample, and the one that was held out"
+
+
+def test_a_state_file_of_another_run_is_refused(tiny_model, tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    wanted = {"checkpoint": "a", "dtype": "float32", "backend": "xla", "versions": "jax 1"}
+    State(path, wanted).recall("one", lambda: {"value": np.arange(2)})
+    assert State(path, wanted).recall("one", dict)["value"].tolist() == [0, 1]
+    for name in wanted:
+        with pytest.raises(ProfileError, match=f"made with {name} = "):
+            State(path, wanted | {name: "other"})
+    with pytest.raises(ProfileError, match="made with checkpoint = a"):
+        bsjax.profile(tiny_model, SAMPLES, **TARGET, resume=path)
+
+
+def test_files_that_are_no_state_files_are_left_alone(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("these are notes, and long enough to be no database of any kind" * 20)
+    others = tmp_path / "others.db"
+    with closing(sqlite3.connect(others)) as connection, connection:
+        connection.execute("CREATE TABLE addresses (name TEXT)")
+    before = notes.read_bytes(), others.read_bytes()
+    for wrong in (notes, others, tmp_path / "missing" / "state"):
         with pytest.raises(ProfileError, match="cannot be used"):
-            bsjax.profile(tiny_model, SAMPLES, **TARGET, resume=wrong)
-    assert other.read_text().startswith("these are notes")
+            State(wrong, {"checkpoint": "a"})
+    assert (notes.read_bytes(), others.read_bytes()) == before
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = tmp_path / "state"
+    state = State(path, {})
+    state.recall("one", lambda: {"value": np.arange(2)})
+    with closing(sqlite3.connect(path)) as connection:
+        (whole,) = connection.execute("SELECT value FROM records").fetchone()
+        for damaged in (b"", b"PK", whole[:40], whole[: len(whole) // 2], b"zip", "text"):
+            with connection:
+                connection.execute("UPDATE records SET value = ?", (damaged,))
+            with pytest.raises(ProfileError, match="holds a damaged record"):
+                state.recall("one", dict)
+
+
+def test_answers_are_taught_up_to_an_image_token(tiny_model, monkeypatch):
+    """What comes after it would be a prompt with another image, which there is not."""
+    image_token = tiny_model.family.prompts.image_token_id(tiny_model.config)
+    categories = np.ones((tiny_model.config.text_config.num_hidden_layers, 4), np.int8)
+    compared = []
+    for answer in ([5, image_token, 6], [5]):
+        result = SimpleNamespace(token_ids=answer, finish_reason="length")
+        monkeypatch.setattr("bsjax.profiling.evaluation.generate", lambda *_, r=result, **__: r)
+        evaluator = Evaluator(tiny_model, SAMPLES[:1], answer_tokens=3)
+        assert evaluator.dense_answers == (tuple(answer),)
+        compared.append(evaluator.compare(categories))
+    assert compared[0].kl == compared[1].kl > 0
 
 
 def test_backends_agree(tiny_model):
@@ -150,10 +222,15 @@ def test_backends_agree(tiny_model):
     [
         ([], {}, "no samples"),
         ([[{"role": "user", "content": "No image here"}]], {}, "has no image"),
-        (SAMPLES, {"threshold": 2.0}, "threshold"),
+        ([conversation(0, 1), conversation(1, 1)], {}, "two images or more"),
+        (SAMPLES, {"threshold": 2.0, "criterion": "mass"}, "threshold"),
+        (SAMPLES, {"threshold": -1.0}, "threshold must be a number from 0"),
         (SAMPLES, {"quantile": -1.0}, "quantile"),
         (SAMPLES, {"criterion": "guess"}, "output_error, mass"),
         (SAMPLES, {"held_out": 1.0}, "held_out"),
+        (SAMPLES, {"held_out": float("nan")}, "held_out"),
+        (SAMPLES, {"refine": True, "max_kl": 0.0}, "max_kl must be"),
+        (SAMPLES, {"refine": True, "max_kl": float("inf")}, "max_kl must be"),
         (SAMPLES, {"max_kl": 0.1}, "refine=True"),
         (SAMPLES, {"refine": True, "max_kl": 0.1, "target_reduction": 0.1}, "not both"),
         (SAMPLES, {"target_reduction": 0.9}, "cannot be reached.*fall by [0-9.]+%"),
@@ -165,6 +242,25 @@ def test_what_cannot_be_profiled_is_refused(tiny_model, samples, arguments, word
     arguments = {"answer_tokens": 2, "progress": False} | arguments
     with pytest.raises(ProfileError, match=words):
         bsjax.profile(tiny_model, samples, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_samples_without_images_are_refused_before_anything_runs(tiny_model, monkeypatch, seed):
+    """Those held out too: one of the seeds holds it out."""
+    monkeypatch.setattr("bsjax.profiling.measurements.prompt_of", None)
+    text = [{"role": "user", "content": "No image here"}]
+    with pytest.raises(ProfileError, match="has no image.*No image here"):
+        bsjax.profile(tiny_model, [*SAMPLES, text], seed=seed, progress=False)
+    with pytest.raises(ProfileError, match="has no image.*No image here"):
+        measure(tiny_model, [*SAMPLES, text])
+
+
+def test_what_read_samples_returns_can_be_profiled(tiny_model):
+    samples = bsjax.Samples(SAMPLES[:1], "noise in memory")
+    arguments = {"threshold": 0.5, "sinks": Sinks(), "held_out": 0.0, "progress": False}
+    assert bsjax.profile(tiny_model, samples, **arguments).sample_source == "noise in memory"
+    named = bsjax.profile(tiny_model, samples, **arguments, source="mine")
+    assert named.sample_source == "mine" and named.sample_count == 1
 
 
 def test_all_samples_may_be_used_and_sinks_given(tiny_model):

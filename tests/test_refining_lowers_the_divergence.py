@@ -1,5 +1,7 @@
 """Refined categories keep to their budget, and are closer to dense than the one-shot rule's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ class KnownDamage(Evaluator):
 
     def __init__(self, damage, together):
         self.damage, self.together = damage, together
-        self.fingerprints = ("a",)
+        self.fingerprints, self.sinks = ("a",), Sinks()
         self.compared = {}
 
     @property
@@ -44,11 +46,11 @@ class KnownDamage(Evaluator):
 def case(seed, interaction=0.0):
     """Measurements whose one-shot errors tell little of the damage."""
     generator = np.random.default_rng(seed)
-    error = np.sort(generator.random((1, LAYERS, HEADS, 3)), axis=-1)[..., ::-1]
+    error = 3 * np.sort(generator.random((1, LAYERS, HEADS, 3)), axis=-1)[..., ::-1]
     gain = 10.0 ** generator.uniform(-3, 1, (LAYERS, HEADS, 1))
     flops = np.tile(np.asarray([[1000, 50, 200, 260]]), (LAYERS, 1))
     mass = np.full((1, LAYERS, HEADS, 5), 0.2, np.float32)
-    found = Measurements(Sinks(), mass, error.astype(np.float32), flops, ("a",))
+    found = Measurements(Sinks(), mass, error.astype(np.float32), flops, ("a",), np.asarray([2]))
     together = generator.random((LAYERS * HEADS,) * 2) * interaction
     return found, KnownDamage(gain * error[0] ** 2, together)
 
@@ -118,6 +120,49 @@ def test_evaluations_are_bounded_and_the_rest_estimated():
     assert distance[refined.damage.measured].max() <= distance[~refined.damage.measured].min()
 
 
+@pytest.mark.parametrize("budget", [{"target_reduction": 0.5}, {"max_kl": 0.3}])
+@pytest.mark.parametrize("most", [2, 3, 9, 25, 50, 70])
+def test_nothing_goes_beyond_the_evaluations_allowed(budget, most):
+    """Not the damages, nor bisection, rounds of correction and exchanges."""
+    found, evaluator = case(1, interaction=3.0)
+    refined = refine(None, found, evaluator, **budget, max_evaluations=most, margin=5)
+    assert evaluator.evaluations == refined.numbers["evaluations"] <= most
+    if "max_kl" in budget:
+        assert refined.kl <= 0.3
+    else:
+        assert refined.reduction >= 0.5
+        assert refined.kl <= evaluator.compare(found.one_shot(target_reduction=0.5)).kl
+    # What the evaluator remembers is counted alike: the same choice comes out.
+    again = refine(None, found, evaluator, **budget, max_evaluations=most, margin=5)
+    np.testing.assert_array_equal(again.categories, refined.categories)
+    assert again.numbers == refined.numbers
+
+
+def test_moves_that_save_and_help_are_taken_for_their_own_sake():
+    """A head whose sparser category undoes what another does: no move back has to pay for it."""
+    found, evaluator = case(0)
+    flops = np.tile(np.asarray([[1000, 999, 999, 500]]), (LAYERS, 1))
+    error = np.ones_like(found.error)
+    error[:, 0, 0] = 2
+    found = dataclasses.replace(found, flops=flops, error=error)
+    together = np.zeros((LAYERS * HEADS,) * 2)
+    together[0, 1:] = -1.0
+    evaluator = KnownDamage(np.full((LAYERS, HEADS, 3), 0.01), together)
+    evaluator.damage[0, 0] = 0.02
+    target = (HEADS * LAYERS - 1) * 500 / (HEADS * LAYERS * 1000)
+    refined = refine(None, found, evaluator, target_reduction=target)
+    assert refined.categories.all()
+    assert refined.reduction > target
+    assert refined.kl < refined.numbers["kl_path"]
+
+
+def test_an_evaluator_with_other_sinks_is_refused():
+    found, evaluator = case(0)
+    evaluator.sinks = Sinks(1, (3,))
+    with pytest.raises(ProfileError, match=r"offsets=\(3,\).*sinks=measurements.sinks"):
+        refine(None, found, evaluator, target_reduction=0.2)
+
+
 def test_categories_that_save_nothing_are_not_tried():
     found, evaluator = case(0)
     found.flops[1, :] = 1000
@@ -135,7 +180,8 @@ def test_categories_that_save_nothing_are_not_tried():
         ({"target_reduction": 1.5}, "between 0 and 1"),
         ({"max_kl": 0.0}, "above 0"),
         ({"max_kl": 0.1, "rounds": -1}, "rounds"),
-        ({"max_kl": 0.1, "max_evaluations": 0}, "max_evaluations"),
+        ({"max_kl": float("nan")}, "above 0"),
+        ({"max_kl": 0.1, "max_evaluations": 1}, "max_evaluations"),
     ],
 )
 def test_budgets_that_are_none_are_refused(arguments, words):

@@ -33,6 +33,10 @@ def test_tokens_and_segments_give_the_same_template():
     np.testing.assert_array_equal(from_tokens.sink, from_segments.sink)
 
 
+def test_equal_sinks_are_equal_whatever_the_order():
+    assert Sinks(offsets=(9, 4, 9)) == Sinks(offsets=(4, 9))
+
+
 def test_learned_offsets_beyond_a_small_image_are_left_out():
     template = Template.from_segments([Image(6), Image(2)], Sinks(first=1, offsets=(3, 5)))
     assert np.flatnonzero(template.sink).tolist() == [0, 3, 5, 6]

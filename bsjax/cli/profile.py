@@ -144,6 +144,14 @@ def _add_run(commands: Any) -> None:
         "--max-kl", type=float, metavar="NATS", help="with --refine: the budget is this divergence"
     )
     choice.add_argument(
+        "--max-evaluations",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="with --refine: compare at most N assignments of categories, each a prefill of every "
+        "sample; default: 1024",
+    )
+    choice.add_argument(
         "--sinks-first",
         type=int,
         metavar="N",
@@ -236,6 +244,7 @@ def _run(options: argparse.Namespace) -> None:
             target_reduction=options.target_reduction,
             refine=options.refine,
             max_kl=options.max_kl,
+            max_evaluations=options.max_evaluations,
             sinks=sinks,
             held_out=options.held_out,
             answer_tokens=options.answer_tokens,
@@ -280,13 +289,10 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _read(name: str) -> "Profile":
-    import importlib.resources
-
-    from bsjax.profile_file import Profile, shipped_names
+    from bsjax.profile_file import Profile, shipped, shipped_names
 
     if not os.path.exists(name) and name in shipped_names():
-        text = importlib.resources.files("profiles").joinpath(f"{name}.json").read_text("utf-8")
-        return Profile.from_json(text, f"shipped profile {name}")
+        return shipped(name)
     return Profile.load(name)
 
 

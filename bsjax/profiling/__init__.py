@@ -29,7 +29,7 @@ from bsjax.profiling.knapsack import Move
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.offsets import SinkDiscovery
 from bsjax.profiling.refinement import Damage, Refinement, refine
-from bsjax.profiling.samples import Samples
+from bsjax.profiling.samples import OrderedSamples
 
 __all__ = [
     "GROUPS",
@@ -40,7 +40,7 @@ __all__ = [
     "Measurements",
     "Move",
     "Refinement",
-    "Samples",
+    "OrderedSamples",
     "SinkDiscovery",
     "measure",
     "profile",

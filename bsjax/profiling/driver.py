@@ -20,14 +20,15 @@ from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
-from bsjax.profiling.samples import Messages, Samples
+from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State
+from bsjax.samples import Samples
 from bsjax.template import Sinks
 
 
 def profile(
     model: LoadedModel,
-    samples: Sequence[Messages],
+    samples: Sequence[Messages] | Samples,
     *,
     threshold: float = 0.05,
     criterion: str = "output_error",
@@ -35,6 +36,7 @@ def profile(
     target_reduction: float | None = None,
     refine: bool = False,
     max_kl: float | None = None,
+    max_evaluations: int = second_stage.MAX_EVALUATIONS,
     sinks: Sinks | None = None,
     held_out: float = 0.25,
     answer_tokens: int = 8,
@@ -54,11 +56,13 @@ def profile(
 
     Args:
       model: from `bsjax.load`.
-      samples: conversations (Hugging Face chat messages), each with at least one image; prompts
-        like those to come, with several images each.
-      threshold: most relative error of a head's output, or most attention mass dropped.
+      samples: conversations (Hugging Face chat messages), or what `bsjax.read_samples` returns:
+        prompts like those to come, with several images each. One image is the least; such samples
+        count in FLOPs and in the check, not in the quantile. Of equal samples one is kept.
+      threshold: most relative error of a head's output (from 0; errors above 1 exist), or most
+        attention mass dropped (0 to 1).
       criterion: `output_error` (||o_c - o|| / ||o||) or `mass`: which of the two.
-      quantile: share of the samples that must stay within the threshold.
+      quantile: share of the samples with several images that must stay within the threshold.
       target_reduction: instead of `threshold`: the share of attention FLOPs, over all layers, heads
         and samples, to save at least. The least threshold that does is found.
       refine: correct the choice by its measured effect on the model's answers, at
@@ -66,41 +70,49 @@ def profile(
         reaches. Takes many prefills per sample, see `bsjax.profiling.refine`.
       max_kl: with `refine`: save as much as possible with KL(dense || sparse) of next-token
         distributions at most this, in nats.
+      max_evaluations: with `refine`: how many arrays of categories to compare at most, one prefill
+        of every sample each.
       sinks: which tokens of an image are sinks; None finds them in data, in one more pass.
       held_out: share of the samples that is kept for the check, in [0, 1).
       answer_tokens: tokens of the dense model's answer along which distributions are compared.
       seed: draws the held-out samples.
-      source: where the samples come from, in words, for the file.
+      source: where the samples come from, in words, for the file; without it, what
+        `bsjax.read_samples` says.
       resume: a state file. Everything measured is kept in it at once; a run that was interrupted,
-        or one with other thresholds or budgets, goes on from it. It stays when the run is complete.
+        or one with other thresholds, budgets or samples, takes from it what it can use. It stays
+        when the run is complete.
       progress: None shows a bar where stderr is a terminal, False nothing; or a function called as
         `progress(stage, done, total)`.
       backend: of the attention, see `sparse_attention`.
 
     Raises:
-      ProfileError: an argument out of range, samples without images, a reduction that cannot be
-        reached, or a state file of another model, other samples or other settings.
+      ProfileError: an argument out of range, a sample without an image, no sample with several,
+        a reduction that cannot be reached, or a state file of another model, dtype, backend or of
+        other versions.
       BsjaxError: as `generate`, for samples that are no prompts or do not fit.
     """
     backend = resolve_backend(backend)
     _check_arguments(threshold, criterion, quantile, target_reduction, refine, max_kl)
     whole_number("answer_tokens", answer_tokens, least=1, error=ProfileError)
+    whole_number(
+        "max_evaluations", max_evaluations, least=second_stage.LEAST_EVALUATIONS, error=ProfileError
+    )
     whole_number("seed", seed, least=0, error=ProfileError)
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
-    ordered = Samples.of(samples)
+    if isinstance(samples, Samples):
+        source = source or samples.description
+    ordered = OrderedSamples.of(samples)
     chosen_with, kept_back = ordered.split(held_out, seed)
+    check_images(chosen_with, model.image_processor, several=True)
+    check_images(kept_back, model.image_processor, several=False)
     state = State(
         resume,
         {
             "checkpoint": model.fingerprint,
             "dtype": str(model.dtype),
             "backend": backend,
-            "samples": ordered.fingerprint,
-            "sinks": str(sinks),
-            "held_out": repr(float(held_out)),
-            "seed": str(seed),
-            "answer_tokens": str(answer_tokens),
+            "versions": ", ".join(f"{name} {one}" for name, one in installed_versions().items()),
         },
     )
     with reporting(progress) as report:
@@ -131,6 +143,7 @@ def profile(
                 answer_tokens=answer_tokens,
                 target_reduction=target_reduction,
                 max_kl=max_kl,
+                max_evaluations=max_evaluations,
                 criterion=criterion,
                 quantile=quantile,
             )
@@ -187,14 +200,12 @@ def _check_arguments(
     max_kl: Any,
 ) -> None:
     """Refuses before anything runs what would be refused hours later."""
-    selection.share("threshold", threshold, zero=True)
+    selection.checked_threshold(threshold, criterion)
     selection.share("quantile", quantile, zero=True)
-    if criterion not in selection.CRITERIA:
-        raise ProfileError(
-            f"criterion must be one of {', '.join(selection.CRITERIA)}, got {criterion!r}."
-        )
     if target_reduction is not None:
         selection.share("target_reduction", target_reduction)
+    if max_kl is not None:
+        selection.checked_divergence("max_kl", max_kl)
     if max_kl is not None and not refine:
         raise ProfileError("max_kl is a budget of refining: pass refine=True with it.")
     if max_kl is not None and target_reduction is not None:
@@ -204,7 +215,7 @@ def _check_arguments(
 def _refined(
     model: LoadedModel,
     measurements: Measurements,
-    samples: Samples,
+    samples: OrderedSamples,
     report: Progress,
     state: State,
     *,

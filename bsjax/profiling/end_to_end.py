@@ -7,14 +7,14 @@ from bsjax.generation import generate
 from bsjax.profile_file import Profile
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Samples
+from bsjax.profiling.samples import OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
 
 
 def check_end_to_end(
     model: LoadedModel,
     profile: Profile,
-    samples: Samples,
+    samples: OrderedSamples,
     *,
     answer_tokens: int = 8,
     backend: str = "auto",

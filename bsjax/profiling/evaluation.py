@@ -6,6 +6,7 @@ once and kept on the host.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,9 +33,10 @@ from bsjax.profiling.inputs import (
     row_of_token,
 )
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Messages, Samples
+from bsjax.profiling.samples import Messages, OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.programs import bytes_available, programs_of
+from bsjax.samples import Samples
 from bsjax.template import Sinks, Template
 
 
@@ -71,13 +73,14 @@ class Evaluator:
 
     Distributions are those after the last token of the prompt and after each token of the dense
     model's greedy answer, which both models are given (teacher forcing); the answer stops at an
-    end-of-sequence token. Samples are taken in the order of their fingerprints. What was compared
-    once is remembered.
+    end-of-sequence token, or before a token that stands for an image. Samples are taken in the
+    order of their fingerprints. What was compared once is remembered.
 
     The host keeps the embeddings of all samples (rows x hidden values each).
 
     Attributes:
       fingerprints: of the samples.
+      sinks: which tokens are sinks.
       flops: int64 [layers, 4], attention FLOPs of one head of each layer, by `HeadCategory`, summed
         over the samples' prompts.
       dense_answers: greedy token ids of the dense model for each sample.
@@ -87,7 +90,7 @@ class Evaluator:
     def __init__(
         self,
         model: LoadedModel,
-        samples: Sequence[Messages] | Samples,
+        samples: Sequence[Messages] | Samples | OrderedSamples,
         *,
         answer_tokens: int = 8,
         sinks: Sinks | None = None,
@@ -112,25 +115,25 @@ class Evaluator:
           ProfileError: no samples, or `answer_tokens` below 1.
           BsjaxError: as `generate`, for prompts that are none or do not fit.
         """
-        samples = samples if isinstance(samples, Samples) else Samples.of(samples)
+        samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
         self.answer_tokens = whole_number(
             "answer_tokens", answer_tokens, least=1, error=ProfileError
         )
         self._model = model
         self._samples = samples
-        self._sinks = Sinks() if sinks is None else sinks
+        self.sinks = Sinks() if sinks is None else sinks
         self._backend = resolve_backend(backend)
         self._shape = Shape.of(model)
         self._state = state
         self._prepared: dict[int, _Sample] = {}
         self._compared: dict[bytes, Comparison] = {}
-        self._what = f"{samples.fingerprint} {self._sinks} {self.answer_tokens}"
+        self._what = f"{samples.fingerprint} {self.sinks} {self.answer_tokens}"
         self.fingerprints = samples.fingerprints
 
         self._records = []
         progress(stage, 0, len(samples.messages))
         for index, digest in enumerate(samples.fingerprints):
-            name = f"dense answer {digest} {self._sinks} {self.answer_tokens}"
+            name = f"dense answer {digest} {self.sinks} {self.answer_tokens}"
             self._records.append(state.recall(name, partial(self._read, index)))
             progress(stage, index + 1, len(samples.messages))
         self.flops: Int64[np.ndarray, "layers all_categories"] = np.sum(
@@ -191,7 +194,7 @@ class Evaluator:
         template = Template.from_tokens(
             prompt.token_ids,
             self._model.family.prompts.image_token_id(self._model.config),
-            self._sinks,
+            self.sinks,
             prompt.image_tokens,
         )
         return {
@@ -206,15 +209,24 @@ class Evaluator:
             record = self._records[index]
             answer = record["answer"].tolist()
             # An answer that ended has its end-of-sequence token, which nothing follows.
-            self._prepared[index] = self._prepare(
-                index, answer[:-1] if record["stopped"] else answer
-            )
+            answer = answer[:-1] if record["stopped"] else answer
+            self._prepared[index] = self._prepare(index, self._before_images(answer))
         return self._prepared[index]
+
+    def _before_images(self, answer: list[int]) -> list[int]:
+        """The answer up to the first token that would make a prompt of it with another image."""
+        config, prompts = self._model.config, self._model.family.prompts
+        standing_for_images = {
+            prompts.image_token_id(config),
+            prompts.placeholder_id(config),
+            getattr(config, "video_token_id", None),
+        }
+        return list(itertools.takewhile(lambda token: token not in standing_for_images, answer))
 
     def _prepare(self, index: int, answer: list[int]) -> _Sample:
         model, backend = self._model, self._backend
         prompt = prompt_of(model, self._samples.messages[index])
-        inputs = packed_inputs(model, extended(prompt, answer), self._sinks, backend)
+        inputs = packed_inputs(model, extended(prompt, answer), self.sinks, backend)
         embedding = Embedding(programs_of(model), inputs, backend)
         schedules = kind_schedules(self._shape, inputs, model.dtype, backend, category_schedule)
         arguments = (inputs.position_ids, schedules)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int8, Int64
+from jaxtyping import Bool, Float32, Int8, Int64
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint import LoadedModel
@@ -23,15 +23,25 @@ from bsjax.profiling.inputs import (
 )
 from bsjax.profiling.offsets import SinkDiscovery, by_offset, discover, pairs_by_offset
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Messages, Samples
+from bsjax.profiling.samples import (
+    Messages,
+    OrderedSamples,
+    check_images,
+    no_several_images,
+)
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.programs import bytes_available, programs_of
+from bsjax.samples import Samples
 from bsjax.template import Sinks
 
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
     """Statistics of every head, for every sample, in the order of the samples' fingerprints.
+
+    Quantiles and means are over the samples with at least two images: with one there are no other
+    images to look at, and what a category leaves out of them is 0 whatever the head does. FLOPs are
+    those of all samples.
 
     Attributes:
       sinks: what was taken for sinks.
@@ -41,6 +51,7 @@ class Measurements:
         INTRA_IMAGE_SINK.
       flops: attention FLOPs of one head of each layer, by `HeadCategory`, summed over samples.
       fingerprints: of the samples.
+      images: how many images each sample has.
       sink_discovery: how sinks were found; None where they were given.
     """
 
@@ -49,21 +60,31 @@ class Measurements:
     error: Float32[np.ndarray, "samples layers heads categories"]
     flops: Int64[np.ndarray, "layers all_categories"]
     fingerprints: tuple[str, ...]
+    images: Int64[np.ndarray, "samples"]
     sink_discovery: SinkDiscovery | None = None
+
+    @property
+    def several_images(self) -> Bool[np.ndarray, "samples"]:
+        """Which samples have at least two images, and count in statistics.
+
+        Raises:
+          ProfileError: none has.
+        """
+        several = self.images >= 2
+        if not several.any():
+            raise no_several_images()
+        return several
 
     def damage(self, criterion: str = "output_error", quantile: float = 0.9) -> np.ndarray:
         """What a criterion looks at: float64 [layers, heads, 3], in the quantile over samples.
 
         Raises:
-          ProfileError: an unknown criterion, or a quantile out of range.
+          ProfileError: an unknown criterion, a quantile out of range, or no sample of two images.
         """
-        if criterion not in selection.CRITERIA:
-            raise ProfileError(
-                f"criterion must be one of {', '.join(selection.CRITERIA)}, got {criterion!r}."
-            )
-        if criterion == "mass":
-            return selection.in_quantile(selection.missing_mass(self.mass), quantile)
-        return selection.in_quantile(self.error.astype(np.float64), quantile)
+        if selection.checked_criterion(criterion) == "mass":
+            dropped = selection.missing_mass(self.mass[self.several_images])
+            return selection.in_quantile(dropped, quantile)
+        return selection.in_quantile(self.error[self.several_images].astype(np.float64), quantile)
 
     def threshold_for(
         self, target_reduction: float, *, criterion: str = "output_error", quantile: float = 0.9
@@ -94,9 +115,10 @@ class Measurements:
             raise ProfileError("Give a threshold or a target_reduction, one of them.")
         damage = self.damage(criterion, quantile)
         if target_reduction is not None:
-            threshold = selection.threshold_for(damage, self.flops, target_reduction)
-        threshold = selection.share("threshold", threshold, zero=True)
-        return selection.within_threshold(damage, self.flops, threshold)
+            least = selection.threshold_for(damage, self.flops, target_reduction)
+        else:
+            least = selection.checked_threshold(threshold, criterion)
+        return selection.within_threshold(damage, self.flops, least)
 
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of dense attention FLOPs, over the samples, that the categories save."""
@@ -114,7 +136,7 @@ class Measurements:
 
     def statistics(self, quantile: float = 0.9) -> dict[str, np.ndarray]:
         """Per-head statistics as a profile's file has them, float64 [layers, heads] each."""
-        mean = self.mass.astype(np.float64).mean(axis=0)
+        mean = self.mass[self.several_images].astype(np.float64).mean(axis=0)
         error = self.damage("output_error", quantile)
         return {f"mass_{group.name}": mean[..., index] for index, group in enumerate(GROUPS)} | {
             f"error_{category.name}": error[..., index]
@@ -124,7 +146,7 @@ class Measurements:
 
 def measure(
     model: LoadedModel,
-    samples: Sequence[Messages] | Samples,
+    samples: Sequence[Messages] | Samples | OrderedSamples,
     *,
     sinks: Sinks | None = None,
     backend: str = "auto",
@@ -135,17 +157,18 @@ def measure(
 
     Args:
       model: from `bsjax.load`.
-      samples: conversations, each with at least one image.
+      samples: conversations, each with at least one image, and one at least with several.
       sinks: which tokens are sinks; None finds them in a pass before.
       backend: of the attention, see `sparse_attention`.
       progress: told of every sample.
       state: keeps what was measured, and recalls it.
 
     Raises:
-      ProfileError: no samples, or one without an image.
+      ProfileError: no samples, one without an image, or none with two images.
       BsjaxError: as `generate`, for prompts that are none or do not fit.
     """
-    samples = samples if isinstance(samples, Samples) else Samples.of(samples)
+    samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
+    check_images(samples, model.image_processor, several=True)
     backend = resolve_backend(backend)
     shape = Shape.of(model)
     found = None
@@ -160,6 +183,7 @@ def measure(
             "mass": np.asarray(mass),
             "error": np.asarray(error),
             "flops": shape.category_flops(pass_.template),
+            "images": np.asarray(pass_.template.num_images, np.int64),
         }
 
     records = _of_all(samples, f"heads {sinks}", measured, "measuring heads", progress, state)
@@ -169,13 +193,14 @@ def measure(
         error=np.stack([record["error"] for record in records]),
         flops=np.sum([record["flops"] for record in records], axis=0),
         fingerprints=samples.fingerprints,
+        images=np.stack([record["images"] for record in records]),
         sink_discovery=found,
     )
 
 
 def _discover(
     model: LoadedModel,
-    samples: Samples,
+    samples: OrderedSamples,
     shape: Shape,
     backend: str,
     progress: Progress,
@@ -216,11 +241,6 @@ class _Pass:
     ) -> None:
         programs = programs_of(model)
         prompt = prompt_of(model, messages)
-        if not prompt.image_tokens:
-            raise ProfileError(
-                "A sample has no image, and says nothing about what image tokens look at. Leave "
-                f"such samples out: {str(messages)[:200]}"
-            )
         inputs = packed_inputs(model, prompt, sinks, backend)
         self.template = inputs.template
         self._embedding = Embedding(programs, inputs, backend)
@@ -238,7 +258,7 @@ class _Pass:
 
 
 def _of_all(
-    samples: Samples,
+    samples: OrderedSamples,
     what: str,
     measured: Callable[[Messages], dict[str, np.ndarray]],
     stage: str,

@@ -14,11 +14,15 @@ from head to head and from layer to layer, and errors compound. So:
 4. Damages do not add up exactly. So heads at the margin are measured once more, in context: moves
    back towards dense and further to sparse, one at a time. The moves back that help most per FLOP
    are exchanged for the moves on that hurt least, as long as the measured KL falls and the FLOPs
-   budget is kept.
+   budget is kept. Moves on that lower the KL are taken in any case.
+
+What it costs: at most `max_evaluations` arrays of categories, a prefill of every sample each. Three
+per head in step 1 (fewer where a category saves nothing), about ten in step 3, and in step 4 twice
+`margin` and a few more for each of the `rounds`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -29,14 +33,16 @@ from bsjax.checkpoint import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.profiling import selection
-from bsjax.profiling.evaluation import Evaluator
+from bsjax.profiling.evaluation import Comparison, Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.knapsack import Move, hull, moves_of, path, taken
 from bsjax.profiling.measurements import Measurements
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Messages, Samples
+from bsjax.profiling.samples import Messages, OrderedSamples
+from bsjax.samples import Samples
 
 MAX_EVALUATIONS = 1024
+LEAST_EVALUATIONS = 2
 ROUNDS = 4
 MARGIN = 24
 
@@ -94,7 +100,7 @@ class Refinement:
 def refine(
     model: LoadedModel | None,
     measurements: Measurements,
-    samples: Sequence[Messages] | Samples | Evaluator,
+    samples: Sequence[Messages] | Samples | OrderedSamples | Evaluator,
     *,
     target_reduction: float | None = None,
     max_kl: float | None = None,
@@ -121,26 +127,31 @@ def refine(
         categories the result is never worse than at the same budget, on these samples.
       quantile: of the one-shot rule.
       answer_tokens: as for `Evaluator`; not used when one is given.
-      max_evaluations: how many arrays of categories to compare at most, about; each takes one
-        prefill per sample.
+      max_evaluations: how many arrays of categories to compare at most, at least 2; each takes one
+        prefill per sample, unless the evaluator remembers it.
       rounds: of correction in context.
       margin: heads measured in each direction in a round.
       backend: of the attention; not used when an evaluator is given.
       progress: told of every evaluation.
 
     Raises:
-      ProfileError: not exactly one of the two budgets, a value out of range, or a reduction that
-        cannot be reached.
+      ProfileError: not exactly one of the two budgets, a value out of range, an evaluator with
+        other sinks than the measurements', or a reduction that cannot be reached.
     """
     if (target_reduction is None) == (max_kl is None):
         raise ProfileError("Refining needs a target_reduction or a max_kl, one of them.")
-    if max_kl is not None and not max_kl > 0:
-        raise ProfileError(f"max_kl must be above 0 nats, got {max_kl!r}.")
+    if max_kl is not None:
+        max_kl = selection.checked_divergence("max_kl", max_kl)
     for name, value in (("rounds", rounds), ("margin", margin)):
         whole_number(name, value, least=0, error=ProfileError)
-    whole_number("max_evaluations", max_evaluations, least=1, error=ProfileError)
+    whole_number("max_evaluations", max_evaluations, least=LEAST_EVALUATIONS, error=ProfileError)
     if isinstance(samples, Evaluator):
         evaluator = samples
+        if evaluator.sinks != measurements.sinks:
+            raise ProfileError(
+                f"The evaluator's sinks are {evaluator.sinks}, the measurements' are "
+                f"{measurements.sinks}: make it with sinks=measurements.sinks."
+            )
     elif model is None:
         raise ProfileError("Refining on samples needs the model; with an Evaluator it has one.")
     else:
@@ -169,9 +180,15 @@ class _Refiner:
     rounds: int
     margin: int
     progress: Progress
+    asked: set[bytes] = field(default_factory=set)
+    """Categories compared so far, whether the evaluator remembered them or not: what is chosen must
+    not depend on that."""
+
+    def left(self) -> int:
+        """How many more arrays of categories may be compared."""
+        return self.max_evaluations - len(self.asked)
 
     def run(self, target_reduction: float | None, max_kl: float | None) -> Refinement:
-        before = self.evaluator.evaluations
         numbers: dict[str, int | float] = {}
         if target_reduction is not None:
             selection.share("target_reduction", target_reduction)
@@ -186,7 +203,10 @@ class _Refiner:
             one_shot_threshold = float(
                 np.median(self.measurements.damage(self.criterion, self.quantile))
             )
-        damage = self._damages(one_shot_threshold)
+        # Bisection halves a path of at most three moves per head.
+        bisection = int(self.measurements.error[0].size).bit_length() + 1
+        afterwards = 2 if max_kl is None else bisection
+        damage = self._damages(one_shot_threshold, afterwards)
         moves = path(damage.kl, self.measurements.flops)
 
         if one_shot is not None:
@@ -206,7 +226,8 @@ class _Refiner:
             numbers["kl_path"] = self._kl(categories)
             numbers["reduction_path"] = target_reduction
 
-        categories, rounds = self._corrected(categories, damage, target_reduction)
+        kept = 0 if max_kl is None else bisection
+        categories, rounds = self._corrected(categories, damage, target_reduction, kept)
         if max_kl is not None:
             # What correcting has gained buys more moves.
             saved = self._saved(categories)
@@ -216,14 +237,14 @@ class _Refiner:
                 if self._saved_by(move.layer, move.after) > saved[move.layer, move.head]
             )
             categories = self._farthest(left, categories, max_kl)
-        final = self.evaluator.compare(categories)
+        final = self._compare(categories)
         reduction = self.measurements.reduction(categories)
         numbers |= {
             "reduction": reduction,
             "kl": final.kl,
             "top_1_agreement": final.top1,
             "correction_rounds": rounds,
-            "evaluations": self.evaluator.evaluations - before,
+            "evaluations": len(self.asked),
             "samples": len(self.evaluator.fingerprints),
             "damages_measured": int(damage.measured.sum()),
             "damages_estimated": int(((damage.kl > 0) & ~damage.measured).sum()),
@@ -232,8 +253,11 @@ class _Refiner:
             categories, reduction, final.kl, final.top1, damage, moves, numbers, self.measurements
         )
 
-    def _damages(self, threshold: float) -> Damage:
-        """Damages of all moves of single heads that save FLOPs."""
+    def _damages(self, threshold: float, afterwards: int) -> Damage:
+        """Damages of all moves of single heads that save FLOPs.
+
+        At least `afterwards` evaluations are left when there are as many.
+        """
         one_shot = self.measurements.damage(self.criterion, self.quantile)
         flops = self.measurements.flops
         layers, heads, _ = one_shot.shape
@@ -244,9 +268,9 @@ class _Refiner:
             for index, category in enumerate(SPARSE_CATEGORIES)
             if flops[layer, category] < flops[layer, HeadCategory.DENSE]
         ]
-        allowed = self.max_evaluations
+        allowed = max(0, self.max_evaluations - afterwards)
         if len(candidates) > allowed:
-            allowed = max(1, round(allowed * (1 - _SHARE_OF_CORRECTION)))
+            allowed = min(allowed, round(self.max_evaluations * (1 - _SHARE_OF_CORRECTION)))
         # Far from the threshold a head is sparse, or dense, whatever its damage is exactly.
         tiny = np.finfo(np.float64).tiny
         nearest = sorted(
@@ -265,7 +289,8 @@ class _Refiner:
             kl[place] = self._kl(categories)
             measured[place] = True
             self.progress(stage, done + 1, len(nearest))
-        proxy = (self.measurements.error.astype(np.float64) ** 2).mean(axis=0)
+        error = self.measurements.error[self.measurements.several_images]
+        proxy = (error.astype(np.float64) ** 2).mean(axis=0)
         known = measured & (proxy > 0)
         factor = np.median(kl[known] / proxy[known]) if known.any() else 1.0
         for place in set(candidates) - set(nearest):
@@ -277,10 +302,11 @@ class _Refiner:
     ) -> Int8[np.ndarray, "layers heads"]:
         """The most of the moves, from the first on, whose measured KL is within `max_kl`.
 
-        By bisection: KL grows along the moves, up to small dents.
+        By bisection: KL grows along the moves, up to small dents. One evaluation is left, for
+        `start`.
         """
         within, beyond = 0, len(moves) + 1
-        while beyond - within > 1:
+        while beyond - within > 1 and self.left() > 1:
             middle = (within + beyond) // 2
             if self._kl(taken(moves[:middle], start)) <= max_kl:
                 within = middle
@@ -289,18 +315,23 @@ class _Refiner:
         return taken(moves[:within], start)
 
     def _corrected(
-        self, categories: np.ndarray, damage: Damage, target: float
+        self, categories: np.ndarray, damage: Damage, target: float, kept: int
     ) -> tuple[Int8[np.ndarray, "layers heads"], int]:
         """Exchanges moves at the margin while the measured KL falls; and how many rounds it took.
 
-        Every round keeps at least `target`.
+        Every round keeps at least `target`. At least `kept` evaluations are left when there are as
+        many.
         """
         slopes: dict[Move, float] = {}
         for done in range(self.rounds):
             back, on = self._neighbours(categories, damage.kl)
             back.sort(key=lambda move: (-slopes.get(move, move.slope), move[:2]))
             on.sort(key=lambda move: (slopes.get(move, move.slope), move[:2]))
-            back, on = back[: self.margin], on[: self.margin]
+            # A round needs both directions, and one exchange to try.
+            margin = min(self.margin, (self.left() - kept - 1) // 2)
+            if margin < 1:
+                return categories, done
+            back, on = back[:margin], on[:margin]
             kl = self._kl(categories)
             stage = f"correcting, round {done + 1}"
             self.progress(stage, 0, len(back) + len(on))
@@ -314,7 +345,7 @@ class _Refiner:
                 self.progress(stage, len(back) + number + 1, len(back) + len(on))
             back.sort(key=lambda move: (-slopes[move], move[:2]))
             on.sort(key=lambda move: (slopes[move], move[:2]))
-            better = self._exchanged(categories, back, on, kl, target)
+            better = self._exchanged(categories, back, on, slopes, kl, target, kept)
             if better is None:
                 return categories, done
             categories = better
@@ -325,27 +356,37 @@ class _Refiner:
         categories: np.ndarray,
         back: list[Move],
         on: list[Move],
+        slopes: dict[Move, float],
         kl: float,
         target: float,
+        kept: int,
     ) -> np.ndarray | None:
-        """The categories after the first exchange, largest first, that lowers the measured KL."""
+        """The categories after the first exchange, largest first, that lowers the measured KL.
+
+        Moves on that lower it by themselves save FLOPs for nothing: they are part of every
+        exchange, and one without any moves back.
+        """
         count = len(back)
-        while count:
+        while True:
             exchanged = categories.copy()
             undone = set()
             for move in back[:count]:
                 exchanged = _undone(move, exchanged)
                 undone.add(move[:2])
             for move in on:
-                if self.measurements.reduction(exchanged) >= target:
+                if slopes[move] >= 0 and self.measurements.reduction(exchanged) >= target:
                     break
                 if move[:2] not in undone:
                     exchanged = taken([move], exchanged)
             reached = self.measurements.reduction(exchanged) >= target
-            if reached and self._kl(exchanged) < kl:
+            affordable = self.left() > kept or exchanged.tobytes() in self.asked
+            if reached and affordable and self._kl(exchanged) < kl:
                 return exchanged
+            if not count:
+                break
             count //= 2
-        return None
+        # Together they may do harm that the best of them alone, measured already, does not.
+        return taken(on[:1], categories) if on and slopes[on[0]] < 0 else None
 
     def _neighbours(
         self, categories: np.ndarray, damage: np.ndarray
@@ -380,8 +421,12 @@ class _Refiner:
             np.int64,
         )
 
+    def _compare(self, categories: np.ndarray) -> Comparison:
+        self.asked.add(np.ascontiguousarray(categories, np.int8).tobytes())
+        return self.evaluator.compare(categories)
+
     def _kl(self, categories: np.ndarray) -> float:
-        return self.evaluator.compare(categories).kl
+        return self._compare(categories).kl
 
 
 def _undone(move: Move, categories: np.ndarray) -> np.ndarray:

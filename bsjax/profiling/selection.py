@@ -33,10 +33,7 @@ def share(name: str, value: Any, *, zero: bool = False) -> float:
     Raises:
       ProfileError: it is not; the message names `name`.
     """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    number = _as_float(value)
     if not (0 <= number <= 1 if zero else 0 < number < 1):
         raise ProfileError(
             f"{name} must be {'a share from 0 to 1' if zero else 'a share between 0 and 1'}, got "
@@ -45,12 +42,66 @@ def share(name: str, value: Any, *, zero: bool = False) -> float:
     return number
 
 
+def checked_threshold(value: Any, criterion: str) -> float:
+    """`value` as a threshold of a criterion.
+
+    A share of attention is at most 1. Relative errors have no bound: an output that is left out may
+    point against what is kept.
+
+    Raises:
+      ProfileError: an unknown criterion; no share from 0 to 1 for `mass`, no finite number from 0
+        for `output_error`.
+    """
+    if checked_criterion(criterion) == "mass":
+        return share("threshold", value, zero=True)
+    number = _as_float(value)
+    if not 0 <= number < math.inf:
+        raise ProfileError(f"threshold must be a number from 0, got {value!r}.")
+    return number
+
+
+def checked_criterion(criterion: Any) -> str:
+    """A name in `CRITERIA`.
+
+    Raises:
+      ProfileError: it is not.
+    """
+    if criterion not in CRITERIA:
+        raise ProfileError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    return criterion
+
+
+def checked_divergence(name: str, value: Any) -> float:
+    """`value` as a divergence to keep within, in nats.
+
+    Raises:
+      ProfileError: it is no finite number above 0; the message names `name`.
+    """
+    number = _as_float(value)
+    if not 0 < number < math.inf:
+        raise ProfileError(f"{name} must be a number of nats above 0, got {value!r}.")
+    return number
+
+
+def _as_float(value: Any) -> float:
+    """A number of any library as Python's; NaN for what is none, texts of digits too."""
+    if isinstance(value, str | bytes | bool):
+        return math.nan
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+
+
 def missing_mass(
     mass: Float[np.ndarray, "*batch groups"],
 ) -> Float[np.ndarray, "*batch categories"]:
-    """Attention mass that each of `SPARSE_CATEGORIES` drops, from the mass of each key group."""
+    """Attention mass that each of `SPARSE_CATEGORIES` drops, from the mass of each key group.
+
+    In [0, 1], though sums of float32 numbers may come out a little above.
+    """
     dropped = [[not group & category.groups for group in GROUPS] for category in SPARSE_CATEGORIES]
-    return mass.astype(np.float64) @ np.asarray(dropped, np.float64).T
+    return np.clip(mass.astype(np.float64) @ np.asarray(dropped, np.float64).T, 0.0, 1.0)
 
 
 def in_quantile(

@@ -1,13 +1,15 @@
 """What a profiling run has measured so far, in a file: a run that is interrupted goes on from it.
 
-The file is an SQLite database of named arrays. Every record is written in a transaction of its own,
-so that the file is whole whenever the process ends. Names say what was measured and of what, and a
-run that finds a record takes it instead of measuring: an interrupted run repeats its decisions, and
-comes to the same profile.
+The file is an SQLite database of named arrays. Settings say what all of them depend on; everything
+else that a record depends on, its sample above all, is in its name. Every record is written in a
+transaction of its own, so that the file is whole whenever the process ends. A run that finds a
+record takes it instead of measuring: an interrupted run repeats its decisions, and comes to the
+same profile.
 """
 
 import io
 import sqlite3
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import closing, contextmanager
 from os import PathLike
@@ -18,15 +20,18 @@ import numpy as np
 
 from bsjax.errors import ProfileError
 
-_FORMAT = "bsjax profiling state 1"
+_FORMAT = "bsjax profiling state 2"
+
+# Marks the databases that are ours: "bsjx".
+_APPLICATION_ID = 0x62736A78
 Record = dict[str, np.ndarray]
 
 
 class State:
     """A file of records, or nothing at all: without a path everything is computed.
 
-    The file stays when the run is complete. A later run on the same samples takes what it can use
-    from it; thresholds and budgets may differ.
+    The file stays when the run is complete. A later run takes what it can use from it: samples,
+    thresholds and budgets may differ.
     """
 
     def __init__(
@@ -46,6 +51,16 @@ class State:
             return
         wanted = {"format": _FORMAT, **(settings or {})}
         with self._open() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if application != _APPLICATION_ID:
+                if application or objects:
+                    raise ProfileError(
+                        f"{self._path} is a database of another program, not a state file: it "
+                        "cannot be used. Give `resume` another path."
+                    )
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value)")
             connection.execute("CREATE TABLE IF NOT EXISTS records (name TEXT PRIMARY KEY, value)")
             present = dict(connection.execute("SELECT name, value FROM settings").fetchall())
@@ -107,5 +122,5 @@ def _unpacked(value: Any, path: Path) -> Record:
     try:
         with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, TypeError, ValueError) as error:
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ProfileError(f"The state file {path} holds a damaged record: {error}") from error

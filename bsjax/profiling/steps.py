@@ -132,7 +132,7 @@ def divergence(
     near = p * (jnp.expm1(jnp.where(small, log_ratio, 0.0)) - log_ratio)
     far = jnp.exp(log_q) - p - p * log_ratio
     kl = jnp.where(small, near, far).sum(axis=-1)
-    return kl, log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
+    return jnp.maximum(kl, 0), log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
 
 
 def _run(

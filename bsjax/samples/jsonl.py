@@ -45,7 +45,7 @@ def _read_line(line: bytes, where: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SampleError(f"{where} is not text in UTF-8 ({error.reason}). {_FORM}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Integers of thousands of digits too.
         hint = ""
         if line.strip() in (b"[", b"{"):
             hint = (
