@@ -34,6 +34,7 @@ def tokenizer():
 def config(tokenizer):
     config = make_config(tokenizer)
     config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = config.text_config.layer_types[:2]
     return config
 
 
