@@ -115,7 +115,7 @@ def test_patches_are_those_of_the_image_processor(encoder):
         assert not ours[len(expected) :].any()
 
 
-@pytest.mark.parametrize("category", [HeadCategory.DENSE, HeadCategory.INTRA_IMAGE_SINK, None])
+@pytest.mark.parametrize("category", [HeadCategory.DENSE, HeadCategory.SINK, None])
 def test_training_computes_what_inference_computes(module, config, encoder, tokenizer, category):
     """A question of a batch has the hidden state that its prompt has alone, whatever heads see."""
     random = np.random.default_rng(2)

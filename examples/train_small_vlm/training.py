@@ -161,8 +161,9 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
         bidirectional_images=False,
         window=None,
     )
-    # Padding rows see themselves, so that no row sees nothing.
-    return (allowed & (info.position >= 0)) | jnp.eye(info.position.size, dtype=bool)
+    # Padding rows see themselves, so that no row sees nothing; others may not see themselves (SINK).
+    padding = info.position < 0
+    return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
 
 
 def _prompt_attention(
