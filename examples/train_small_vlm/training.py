@@ -161,7 +161,7 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
         bidirectional_images=False,
         window=None,
     )
-    # Padding rows see themselves, so that no row sees nothing; others may not see themselves (SINK).
+    # Padding rows see themselves, so that no row sees nothing. Rows of SINK heads need not.
     padding = info.position < 0
     return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
 
