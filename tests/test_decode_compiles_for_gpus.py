@@ -12,7 +12,7 @@ from flax import nnx
 from bsjax import steps
 from bsjax.inputs import cache_rows
 from bsjax.models import FAMILIES
-from bsjax.models.layers import Cache
+from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
 from bsjax.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler

@@ -1,8 +1,8 @@
 """Ports of vision-language models. `FAMILIES` finds one by its config's `model_type`."""
 
+from bsjax.models.cache import Cache
 from bsjax.models.family import Family
 from bsjax.models.gemma3 import GEMMA3, GEMMA3_TEXT
-from bsjax.models.layers import Cache
 from bsjax.models.parameters import ParameterRule
 from bsjax.models.qwen2_5_vl import QWEN2_5_VL
 from bsjax.models.qwen2_vl import QWEN2_VL

@@ -1,9 +1,9 @@
-"""What several model families share: stacked layers, gated MLPs, rotary embeddings, KV cache."""
+"""What several model families share: stacked layers, gated MLPs, rotary embeddings."""
 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 _ROWS_PER_SUM = 128
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far: prefill's rows in their order, then decoded ones.
-
-    Attributes:
-      k: [layers, cache_length, kv_heads, head_dim], rotary embedding applied.
-      v: [layers, cache_length, kv_heads, head_dim].
-    """
-
-    k: Float[Array, "layers cache_length kv_heads head_dim"]
-    v: Float[Array, "layers cache_length kv_heads head_dim"]
-
-
 @cache
 def activation(name: str) -> Callable[[Array], Array]:
     """The activation function that a Hugging Face config calls `name`.
@@ -65,7 +53,8 @@ def activation(name: str) -> Callable[[Array], Array]:
     """
     if name not in _ACTIVATIONS:
         raise CheckpointError(
-            f"The config's hidden_act is {name!r}; supported are {', '.join(sorted(_ACTIVATIONS))}."
+            f"The config asks for the activation function {name!r}; supported are "
+            f"{', '.join(sorted(_ACTIVATIONS))}."
         )
     return partial(_in_float32, _ACTIVATIONS[name])
 
@@ -256,8 +245,8 @@ def rotate(
 ) -> Float[Array, "rows heads head_dim"]:
     """Rotary embedding of pairs (i, i + head_dim / 2), in float32; the result has `x`'s dtype.
 
-    Computes `apply_rotary_pos_emb`, and `apply_rotary_pos_emb_vision`, of transformers' Qwen2-VL,
-    whose cosines and sines repeat in the two halves of a head.
+    Computes `apply_rotary_pos_emb` of transformers' Qwen2-VL and Gemma 3, and the former's
+    `apply_rotary_pos_emb_vision`; their cosines and sines repeat in the two halves of a head.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -282,11 +271,3 @@ class GatedMLP(nnx.Module):
     def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
         """The gated projection of each row."""
         return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-def fit_rows(
-    x: Float[Array, "rows heads head_dim"], rows: int
-) -> Float[Array, "fitted heads head_dim"]:
-    """`x` cut or padded with zeros to `rows` rows."""
-    x = x[:rows]
-    return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0), (0, 0)))

@@ -16,17 +16,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.attention import decode_attention, ragged_attention
 from bsjax.categories import BaseVisibility
 from bsjax.errors import CheckpointError
+from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
 from bsjax.models.layers import (
-    Cache,
     GatedMLP,
     KeepingAttend,
     LayerAttend,
     by_rows,
     dot_general,
-    fit_rows,
     frequencies,
     rotate,
     scan_layers_of_kinds,
@@ -274,23 +272,12 @@ class Gemma3TextModel(nnx.Module):
         local_schedule, global_schedule = schedules
         ring = min(max(self.window - 1, 1), cache_length)
         row_of_slot = _rows_of_ring(jnp.asarray(local_schedule.position), ring)
-
-        def attend_local(q, k, v, categories):
-            attended = ragged_attention(
-                q, k, v, local_schedule, categories, scale=self.scale, backend=backend
-            )
-            return attended, (k[row_of_slot], v[row_of_slot])
-
-        def attend_global(q, k, v, categories):
-            attended = ragged_attention(
-                q, k, v, global_schedule, categories, scale=self.scale, backend=backend
-            )
-            # Padded here, a layer at a time: the cache exists once, at its final size.
-            return attended, (fit_rows(k, cache_length), fit_rows(v, cache_length))
-
-        hidden, kept = self._run_kinds(
-            embeddings, position_ids[0], (attend_local, attend_global), head_category
+        attend = partial(filling_attend, scale=self.scale, backend=backend)
+        attends = (
+            attend(local_schedule, lambda x: x[row_of_slot]),
+            attend(global_schedule, partial(fit_rows, rows=cache_length)),
         )
+        hidden, kept = self._run_kinds(embeddings, position_ids[0], attends, head_category)
         return self.norm(hidden), Caches(*(of and Cache(*of) for of in kept))
 
     def run_layers(
@@ -318,39 +305,20 @@ class Gemma3TextModel(nnx.Module):
         backend: str,
     ) -> tuple[Float[Array, "1 hidden"], Caches]:
         """One token through all layers; see `ImageTextModel.decode_step`."""
-
-        def attend_to(of_kind: Cache | None, tokens: Int[Array, ""]) -> LayerAttend:
-            def attend(q, k, v, index):
-                # The cache is not scanned: slices of it would be copies.
-                assert of_kind is not None
-                attended: Any = decode_attention(
-                    q,
-                    of_kind.k[:, None],
-                    of_kind.v[:, None],
-                    index,
-                    jnp.reshape(tokens, 1),
-                    k,
-                    v,
-                    scale=self.scale,
-                    backend=backend,
-                )
-                return attended, (k, v)
-
-            return attend
-
         # The window counts the token itself, which stands beside the ring.
-        in_window = jnp.minimum(cache_index, self.window - 1)
+        tokens = (jnp.minimum(cache_index, self.window - 1), cache_index)
+        attends = [
+            of_kind and reading_attend(of_kind, count, scale=self.scale, backend=backend)
+            for of_kind, count in zip(cache, tokens, strict=True)
+        ]
         hidden, kept = self._run_kinds(
-            embedding,
-            jnp.reshape(position, 1),
-            (attend_to(cache.of_local, in_window), attend_to(cache.of_global, cache_index)),
-            self._index_in_kind(),
+            embedding, jnp.reshape(position, 1), attends, self._index_in_kind()
         )
         of_local, of_global = cache
         if of_local is not None:
-            of_local = _written(of_local, kept[0], cache_index % of_local.k.shape[1])
+            of_local = of_local.written(*kept[0], cache_index % of_local.k.shape[1])
         if of_global is not None:
-            of_global = _written(of_global, kept[1], cache_index)
+            of_global = of_global.written(*kept[1], cache_index)
         return self.norm(hidden), Caches(of_local, of_global)
 
     def _index_in_kind(self) -> Int[np.ndarray, "layers"]:
@@ -364,10 +332,10 @@ class Gemma3TextModel(nnx.Module):
         self,
         hidden: Float[Array, "tokens hidden"],
         positions: Int[Array, "tokens"],
-        attends: Sequence[LayerAttend],
+        attends: Sequence[LayerAttend | None],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], tuple[Any, ...]]:
-        """All layers; what each kind of them keeps, stacked, None for a kind that none is of."""
+        """All layers; what each kind of them keeps, stacked; None for a kind that none is of."""
 
         def step_of(rotary_emb, attend):
             cos, sin = rotary_emb(positions)
@@ -394,13 +362,3 @@ def _rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]
     slot = jnp.where(kept, position % max(ring, 1), ring)
     rows = jnp.arange(position.shape[0], dtype=jnp.int32)
     return jnp.zeros(ring, jnp.int32).at[slot].set(rows, mode="drop")
-
-
-def _written(cache: Cache, new: tuple[Array, Array], row: Int[Array, ""]) -> Cache:
-    """The cache with one row of every layer replaced."""
-    return Cache(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, of_layers, row, axis=1)
-            for old, of_layers in zip(cache, new, strict=True)
-        )
-    )

@@ -1,6 +1,5 @@
 """Gemma 3's vision tower and projector (SiglipVisionModel, Gemma3MultiModalProjector)."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -102,16 +101,6 @@ class SiglipVisionModel(nnx.Module):
     ) -> Float[Array, "patches width"]:
         """Hidden states of every patch, after the last norm."""
         attend = segment_attention(plan.schedule, self.heads, backend)
-        return self.run_blocks(pixel_values, plan, (attend,))
-
-    def run_blocks(
-        self,
-        pixel_values: Float[Array, "patches pixels"],
-        plan: VisionPlan,
-        attends: Sequence[Attend],
-    ) -> Float[Array, "patches width"]:
-        """The same with any attention within images, `attends[0]`; no schedule is looked at."""
-        (attend,) = attends
 
         def step(layer, hidden, _):
             return layer(hidden, attend), None

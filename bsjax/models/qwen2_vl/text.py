@@ -5,23 +5,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
+from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
 from bsjax.models.layers import (
-    Cache,
     GatedMLP,
     KeepingAttend,
     LayerAttend,
     by_rows,
     dot_general,
-    fit_rows,
     frequencies,
     rotate,
     scan_layers,
@@ -189,14 +186,9 @@ class Qwen2VLTextModel(nnx.Module):
         The cache holds row r of the prompt at index r.
         """
         (schedule,) = schedules
-
-        def attend(q, k, v, categories):
-            attended = ragged_attention(
-                q, k, v, schedule, categories, scale=self.scale, backend=backend
-            )
-            # Padded here, a layer at a time: the cache exists once, at its final size.
-            return attended, (fit_rows(k, cache_length), fit_rows(v, cache_length))
-
+        attend = filling_attend(
+            schedule, partial(fit_rows, rows=cache_length), scale=self.scale, backend=backend
+        )
         hidden, (k, v) = self.run_layers(embeddings, position_ids, (attend,), head_category)
         return hidden, Cache(k, v)
 
@@ -227,21 +219,7 @@ class Qwen2VLTextModel(nnx.Module):
         backend: str,
     ) -> tuple[Float[Array, "1 hidden"], Cache]:
         """One token through all layers; see `ImageTextModel.decode_step`."""
-        cos, sin = self.rotary_emb(jnp.full((3, 1), position))
-
-        lengths = jnp.reshape(cache_index, 1)
-        cached_k, cached_v = cache.k[:, None], cache.v[:, None]
-
-        def step(layer, hidden, index):
-            # The cache is not scanned: slices of it would be copies.
-            def attend(q, k, v):
-                attended = decode_attention(
-                    q, cached_k, cached_v, index, lengths, k, v, scale=self.scale, backend=backend
-                )
-                return attended, (k, v)
-
-            return layer(hidden, cos, sin, attend)
-
-        hidden, (k, v) = scan_layers(self.layers, step, embedding, jnp.arange(cache.k.shape[0]))
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache_index, axis=1)
-        return self.norm(hidden), Cache(write(cache.k, k), write(cache.v, v))
+        attend = reading_attend(cache, cache_index, scale=self.scale, backend=backend)
+        layers = jnp.arange(cache.k.shape[0])
+        hidden, kept = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
+        return hidden, cache.written(*kept, cache_index)

@@ -1,6 +1,6 @@
 """Qwen2-VL's vision tower (transformers: Qwen2VisionTransformerPretrainedModel)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,16 +160,6 @@ class Qwen2VisionTransformer(nnx.Module):
     ) -> Float[Array, "merged hidden"]:
         """See `Qwen2VLForConditionalGeneration.encode_images`."""
         attend = segment_attention(plan.schedule, self.heads, backend)
-        return self.run_blocks(pixel_values, plan, (attend,))
-
-    def run_blocks(
-        self,
-        pixel_values: Float[Array, "patches pixels"],
-        plan: VisionPlan,
-        attends: Sequence[Attend],
-    ) -> Float[Array, "merged hidden"]:
-        """The same with any attention within images, `attends[0]`; schedules are not looked at."""
-        (attend,) = attends
         cos, sin = self.rotary_pos_emb(plan.positions)
 
         def step(block, hidden, _):
