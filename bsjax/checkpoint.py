@@ -19,11 +19,9 @@ from flax import nnx
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    Gemma3ImageProcessorPil,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
-    Qwen2VLImageProcessorPil,
 )
 
 from bsjax.errors import CheckpointError
@@ -42,14 +40,6 @@ UNFINISHED = ".converting-"
 
 #: Dtypes that weights can be stored and computed in.
 DTYPES = ("float32", "bfloat16", "float16")
-
-# Of the families that read images. AutoProcessor would need torchvision for the video processor
-# that Qwen's insists on; the PIL processors need neither that nor torch.
-_IMAGE_PROCESSORS = {
-    "qwen2_vl": Qwen2VLImageProcessorPil,
-    "qwen2_5_vl": Qwen2VLImageProcessorPil,
-    "gemma3": Gemma3ImageProcessorPil,
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,13 +139,14 @@ def read_prompt_files(folder: Path) -> PromptFiles:
         raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json.")
     config = read_config(folder)
     family = family_of(config.model_type, folder)
+    image_processor = family.prompts.image_processor
     return PromptFiles(
         config,
         family,
         _tokenizer(folder),
         None
-        if family.vision_plan is None
-        else _component(folder, "image processor settings", _IMAGE_PROCESSORS[family.name]),
+        if image_processor is None
+        else _component(folder, "image processor settings", image_processor),
     )
 
 

@@ -75,6 +75,8 @@ class ModelInputs:
     image_groups: tuple[ImageGroup, ...]
     flops_per_kind: tuple[LayerFlops, ...]
     """Of the language model's layers, by kind."""
+    how_to_shorten: str
+    """A sentence for messages about prompts that are too long."""
 
     @property
     def rows(self) -> int:
@@ -127,7 +129,13 @@ def prepare_inputs(
     position_ids, next_position = family.positions(
         prompt.token_ids, image_token_id, prompt.grid_thw, config
     )
-    _check_positions(template, next_position, new_tokens, text_config.max_position_embeddings)
+    limit = text_config.max_position_embeddings
+    if next_position + new_tokens > limit:
+        raise CapacityError(
+            f"The prompt takes {next_position} positions ({template.tokens} tokens, "
+            f"{describe_images(template)}) and {new_tokens} new tokens follow, but the model has "
+            f"{limit}. {family.prompts.how_to_shorten}"
+        )
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
     head_dim = family.text_head_dim(config)
@@ -174,6 +182,7 @@ def prepare_inputs(
             family, config, dtype, prompt, row_of_token[template.image >= 0], backend
         ),
         flops_per_kind=_flops_per_kind(family, config, template, head_category),
+        how_to_shorten=family.prompts.how_to_shorten,
     )
 
 
@@ -254,15 +263,6 @@ def _group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
             first, total = number, 0
         total += size
     return [*borders, (first, len(patches))]
-
-
-def _check_positions(template: Template, next_position: int, new_tokens: int, limit: int) -> None:
-    if next_position + new_tokens > limit:
-        raise CapacityError(
-            f"The prompt takes {next_position} positions ({template.tokens} tokens, "
-            f"{describe_images(template)}) and {new_tokens} new tokens follow, but the model has "
-            f"{limit}. Lower max_pixels, pass fewer images or ask for fewer tokens."
-        )
 
 
 def describe_images(template: Template) -> str:

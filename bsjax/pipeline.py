@@ -201,8 +201,7 @@ def check_memory(inputs: ModelInputs, stages: list[Stage], available: int | None
         raise CapacityError(
             f"The prompt of {inputs.tokens} tokens ({describe_images(inputs.template)}) wants "
             f"{_gib(worst.peak)} of memory beside the weights, at its peak in {worst.name}, and "
-            f"{_gib(available)} are available. Lower max_pixels, pass fewer images or ask for "
-            "fewer tokens."
+            f"{_gib(available)} are available. {inputs.how_to_shorten}"
         )
 
 
@@ -215,8 +214,8 @@ def check_host_memory(inputs: ModelInputs, wanted: int, available: int | None) -
     if available is not None and wanted > available:
         raise CapacityError(
             f"The logits of {inputs.tokens} tokens ({describe_images(inputs.template)}) take "
-            f"{_gib(wanted)} of the host's memory, and {_gib(available)} are available. Lower "
-            "max_pixels or pass fewer images."
+            f"{_gib(wanted)} of the host's memory, and {_gib(available)} are available. "
+            f"{inputs.how_to_shorten}"
         )
 
 

@@ -26,8 +26,9 @@ from bsjax.models import FAMILIES
 from bsjax.models.family import ProcessedImage, PromptRules
 
 _SOURCE_KEYS = ("image", "url", "path", "base64", "image_url")
-_PIXEL_KEYS = ("min_pixels", "max_pixels")
-_OPTION_KEYS = (*_PIXEL_KEYS, "do_pan_and_scan")
+_OPTION_KEYS = tuple(
+    sorted({name for family in FAMILIES.values() for name in family.prompts.image_options})
+)
 _DOWNLOAD_SECONDS = 60.0
 _SHOWN_CHARACTERS = 80
 
@@ -226,20 +227,8 @@ def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
         if source is None:
             raise MessageError(f"{where}[{key!r}] is a dict without 'url'.")
     options = {name: part.pop(name) for name in _OPTION_KEYS if name in part}
-    for name in _PIXEL_KEYS:
-        _check_pixel_bound(options.get(name), name, where)
     _refuse_unknown_keys(part, where, _SOURCE_KEYS + _OPTION_KEYS)
-    minimum, maximum = (options.get(name) for name in _PIXEL_KEYS)
-    if minimum is not None and maximum is not None and minimum > maximum:
-        raise MessageError(f"{where}: min_pixels ({minimum}) is above max_pixels ({maximum}).")
     return _ImageItem(where, key, source, options)
-
-
-def _check_pixel_bound(value: Any, name: str, where: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MessageError(f"{where}[{name!r}] must be a positive number of pixels, got {value!r}.")
 
 
 def _refuse_unknown_keys(part: dict[str, Any], where: str, known: tuple[str, ...]) -> None:

@@ -10,11 +10,11 @@ from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import named
 
-# The shape a tensor must have for its transform to give the wanted one, where that is simple to
-# say.
 # Rows of tied tensors that are compared at a time: tens of megabytes.
 _ROWS_COMPARED = 4096
 
+# The shape a tensor must have for its transform to give the wanted one, where that is simple to
+# say.
 _SOURCE_SHAPES = {"copy": lambda shape: shape, "transpose": lambda shape: shape[::-1]}
 
 

@@ -1,19 +1,23 @@
-"""Compares a converted checkpoint with transformers on a small prompt, with an image if it can be.
+"""Compares a converted checkpoint with transformers on a prompt, with an image if it can be.
 
-Both run in float32, so that nothing but a rounding of the stored weights can tell them apart. The
-two models are in memory one after the other.
+The prompt is short, but longer than the windows that layers have. Both run in float32, so that
+nothing but a rounding of the stored weights can tell them apart. The two models are in memory one
+after the other.
 """
 
 import dataclasses
 import gc
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
 
 from bsjax.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from bsjax.checkpoint import LoadedModel
 
 #: Greatest difference between the logits, as a fraction of the greatest logit: rounding of float32
 #: arithmetic where the weights are stored exactly, else of the weights to the dtype stored.
@@ -67,7 +71,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
 
     require_torch()
     model = read_folder(converted, "float32")
-    content: list[dict[str, Any]] = [{"type": "text", "text": _QUESTION}]
+    content: list[dict[str, Any]] = [{"type": "text", "text": _question(model)}]
     if model.image_processor is not None:
         pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE[::-1], 3), dtype=np.uint8)
         content.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
@@ -91,6 +95,13 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     return Verification(difference, tolerance, len(actual))
 
 
+def _question(model: "LoadedModel") -> str:
+    """Text of more tokens than any window of the model's layers."""
+    windows = [of.window or 0 for of in model.family.visibilities(model.config)]
+    tokens = len(model.tokenizer(_QUESTION, add_special_tokens=False)["input_ids"])
+    return " ".join([_QUESTION] * (1 + max(windows) // tokens))
+
+
 def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens vocabulary"]:
     """The logits of transformers' own model, in float32."""
     import torch
@@ -103,10 +114,11 @@ def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens 
     reads_images = prompt.pixel_values is not None
     model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
-    inputs = FAMILIES[model.config.model_type].reference_inputs(prompt, model.config)
+    family = FAMILIES[model.config.model_type]
+    inputs = family.reference_inputs(prompt, model.config)
     with torch.inference_mode():
         output = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-    return output.logits[0].float().numpy()
+    return family.reference_logits(output.logits[0].float().numpy(), model.config)
 
 
 def _relative_difference(

@@ -34,9 +34,11 @@ def write_source(
     seed: int = 0,
     inner: int = 96,
     layers: int = 2,
+    softcap: float | None = None,
 ) -> Path:
     """Writes a checkpoint with random weights, as transformers saves it, with all its files."""
-    config = small_config(Shape(family, layers=layers, tied=tied, inner=inner))
+    shape = Shape(family, layers=layers, tied=tied, inner=inner, softcap=softcap)
+    config = small_config(shape)
     torch.manual_seed(seed)
     reads_images = family != "gemma3_text"
     create = (

@@ -1,6 +1,5 @@
 """A Gemma 3 prompt is what Gemma3Processor makes of the same messages, crops included."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,17 +90,21 @@ def test_equals_transformers(files, sizes, crops):
     np.testing.assert_array_equal(expected["token_type_ids"][0] == 1, is_image)
 
 
-def test_crops_as_the_image_settings_say(files):
+def test_image_settings_count_as_much_as_in_transformers(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, do_pan_and_scan=True, pan_and_scan_max_num_crops=2
     )
-    prepare = partial(
-        prepare_prompt, tokenizer=tokenizer, image_processor=image_processor, config=config
+    messages = conversation([picture(300, 900)])
+    theirs = Gemma3Processor(
+        image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=16
     )
-    pictures = [picture(300, 900)]
-    assert len(prepare(conversation(pictures)).image_tokens) == 3
-    assert len(prepare(conversation(pictures, do_pan_and_scan=False)).image_tokens) == 1
+    expected = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+    )
+    prompt = prepare_prompt(messages, tokenizer, image_processor, config)
+    np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
+    assert len(prompt.image_tokens) == len(expected["pixel_values"])
 
 
 @pytest.mark.parametrize(

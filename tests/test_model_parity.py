@@ -4,7 +4,7 @@ The reference is torch on the CPU; models are random. Families differ only in th
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -43,8 +43,8 @@ ASPECTS: Images = ((4, 4), (2, 16), (5, 3), (16, 2), (1, 8), (2, 2), (3, 1))
 """Rows and columns in image tokens, from 1:1 to 1:8 and 8:1; sides that windows do not divide."""
 
 CASES: dict[str, tuple[Shape, Images]] = {
-    "no image": (Shape("", q_heads=4, kv_heads=4, tied=True), ()),
-    "one image": (Shape("", q_heads=4, kv_heads=2), ((6, 9),)),
+    "no image": (Shape("", q_heads=4, kv_heads=4, tied=True, pattern=2), ()),
+    "one image": (Shape("", q_heads=4, kv_heads=2, pattern=2), ((6, 9),)),
     "two images, one layer": (Shape("", q_heads=4, kv_heads=1, layers=1), ((3, 5), (9, 4))),
     "seven images, four layers": (
         Shape("", q_heads=8, kv_heads=1, layers=4, tied=True, vision_depth=4,
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[Shape, Images]] = {
     ),
     "head dims 32 and 40": (
         Shape("", q_heads=2, kv_heads=2, head_dim=32, vision_head_dim=40, vision_depth=1,
-              full_attention_blocks=()),
+              full_attention_blocks=(), pattern=2),
         ((7, 7), (1, 1)),
     ),
 }  # fmt: skip
@@ -71,7 +71,7 @@ REAL_WIDTHS = {
     "gemma3": Shape(
         "gemma3", layers=2, pattern=2, q_heads=8, kv_heads=4, head_dim=256, hidden=2560,
         inner=10240, vocabulary=32768, tied=True, vision_depth=1, vision_heads=16,
-        vision_head_dim=72, vision_inner=4304, patch_size=14, window=80,
+        vision_head_dim=72, vision_inner=4304, patch_size=14, window=24,
     ),
 }  # fmt: skip
 
@@ -355,6 +355,31 @@ def test_layers_run_with_any_attention_keep_in_layer_order():
     )
     assert number.tolist() == [0, 10, 20, 30] and kind.tolist() == [0, 0, 1, 0]
     assert k.shape == (4, len(prompt.token_ids), 1, 16)
+
+
+@pytest.mark.parametrize("window", [24, 4096])
+def test_windows_longer_than_an_image_and_than_the_prompt(window):
+    """Windows whose edges cut images that would fit, and a ring that the cache's length limits."""
+    shape, images = CASES["seven images, four layers"]
+    models = pair(replace(shape.with_family("gemma3"), window=window))
+    prompt = random_prompt(models.reference.config, list(images))
+    assert 2 * 24 < len(prompt.token_ids) < 4096 - NEW_TOKENS
+    logits, cache, _ = models.port.prefill(prompt)
+    assert cache.of_local.k.shape[1] == min(window - 1, cache.of_global.k.shape[1])
+    assert_close(logits, reference_logits(models.reference, prompt))
+    assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
+
+
+def test_soft_cap_of_a_model_that_reads_images():
+    """transformers' Gemma3ForConditionalGeneration leaves it out, Gemma3ForCausalLM does not."""
+    shape, images = CASES["one image"]
+    models = pair(replace(shape.with_family("gemma3"), softcap=3.0))
+    prompt = random_prompt(models.reference.config, list(images))
+    logits, _, _ = models.port.prefill(prompt)
+    uncapped = reference_logits(models.reference, prompt)
+    assert np.abs(uncapped).max() > 3
+    assert_close(logits, 3 * np.tanh(uncapped / 3))
+    assert_close(FAMILIES["gemma3"].reference_logits(uncapped, models.reference.config), logits)
 
 
 def test_text_only_model_with_a_soft_cap():

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from transformers import CONFIG_MAPPING
 
 from bsjax.errors import CheckpointError
 from bsjax.models import FAMILIES
@@ -52,14 +53,19 @@ def test_every_key_of_every_layout_is_read(family, layout, tied):
 
 
 @for_families
-def test_tied_in_either_place_means_no_output_projection(family):
-    for place in ("top", "text", "neither"):
-        config = small_config(Shape(family))
-        config.tie_word_embeddings = place == "top"
-        config.text_config.tie_word_embeddings = place == "text"
-        targets = {rule.target for rule in FAMILIES[family].parameter_table(config)}
-        assert (("lm_head", "kernel") in targets) == (place == "neither")
-        assert ("lm_head.weight" in tied_keys(config)) == (place != "neither")
+@pytest.mark.parametrize("top", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_embeddings_are_tied_as_in_transformers(family, top, text):
+    """Wherever config.json says it: Qwen's configs believe the text model's, Gemma 3's do not."""
+    contents = small_config(Shape(family)).to_dict()
+    contents["tie_word_embeddings"] = top
+    contents["text_config"]["tie_word_embeddings"] = text
+    config = CONFIG_MAPPING[family].from_dict(contents)
+    reference = random_reference(config)
+    tied = reference.lm_head.weight is reference.get_input_embeddings().weight
+    targets = {rule.target for rule in FAMILIES[family].parameter_table(config)}
+    assert (("lm_head", "kernel") in targets) == (not tied)
+    assert ("lm_head.weight" in tied_keys(config)) == tied
 
 
 @for_families
@@ -86,7 +92,7 @@ def test_building_creates_nothing_under_eval_shape(family):
             {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
             "add up to half the head dimension, 8",
         ),
-        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
+        ({"hidden_act": "tanh"}, "activation function 'tanh'"),
         ({"hidden_size": 66}, "66 is not a multiple of its 4"),
     ],
 )
@@ -111,7 +117,7 @@ def test_configs_that_are_refused(family, setting, message):
                                  "sliding_attention": {"rope_theta": 1e4}}},
             "rope_type 'yarn' in full_attention layers",
         ),
-        ({"hidden_activation": "tanh"}, "hidden_act is 'tanh'"),
+        ({"hidden_activation": "tanh"}, "activation function 'tanh'"),
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of its 3"),
         ({"head_dim": 15}, "head_dim 15 must be even"),
     ],

@@ -37,12 +37,24 @@ class PromptRules:
         `MessageError` for one that the family does not know.
       expand: `expand(text, images, tokenizer, config)` writes a rendered chat template out, so that
         one image token stands for each image; `images` says how many each placeholder stands for.
+      image_processor: class of the image processor, one that needs neither torch nor torchvision
+        (AutoProcessor would, for videos). None for models that read text only.
+      image_options: what may stand beside an image in its message, for `process_image` to check.
+      how_to_shorten: a sentence for messages about prompts that are too long.
     """
 
     image_token_id: Callable[[PretrainedConfig], int]
     placeholder_id: Callable[[PretrainedConfig], int]
     process_image: Callable[[Any, Mapping[str, Any], Any, PretrainedConfig], ProcessedImage]
     expand: Callable[[str, Sequence[int], Any, PretrainedConfig], str]
+    image_processor: type | None
+    image_options: tuple[str, ...]
+    how_to_shorten: str
+
+
+def same_logits(logits: np.ndarray, config: PretrainedConfig) -> np.ndarray:
+    """The `reference_logits` of a family whose logits are those of transformers."""
+    return logits
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class Family:
       prompts: what its prompts need beyond chat template and tokenizer.
       reference_inputs: `reference_inputs(prompt, config)` is what transformers' own model takes for
         a `Prompt`: NumPy arrays by argument name, in a batch of one.
+      reference_logits: `reference_logits(logits, config)` is what our logits are to be compared
+        with, from those of transformers' own model.
       positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
         int32 [axes, tokens] of a prompt, in prompt order, and the position of the first token after
         it; a token after the prompt has the same position on all axes. Raises `TemplateError` where
@@ -90,6 +104,7 @@ class Family:
     visibilities: Callable[[PretrainedConfig], tuple[BaseVisibility, ...]]
     layer_kinds: Callable[[PretrainedConfig], Int[np.ndarray, "layers"]]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    reference_logits: Callable[[np.ndarray, PretrainedConfig], np.ndarray] = same_logits
 
 
 def reference_text_inputs(prompt: Any) -> dict[str, np.ndarray]:

@@ -89,11 +89,10 @@ def canonical_key(key: str) -> str:
 def ties_embeddings(config: PretrainedConfig) -> bool:
     """Whether the output projection is the embedding table.
 
-    Configs say it at the top level or in `text_config`; true in either place means tied, as in
-    transformers.
+    The top level of the config says it. Some files say it in `text_config`: transformers' classes
+    of the families that have such files (Qwen's) bring it up when they read them.
     """
-    in_text = getattr(config.get_text_config(), "tie_word_embeddings", None)
-    return bool(config.tie_word_embeddings or in_text)
+    return bool(config.tie_word_embeddings)
 
 
 def tied_keys(config: PretrainedConfig) -> dict[str, str]:

@@ -4,7 +4,11 @@ The 1B of the series reads no images: it is a family of its own, the language mo
 """
 
 from bsjax.models.family import Family
-from bsjax.models.gemma3.model import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from bsjax.models.gemma3.model import (
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    reference_logits,
+)
 from bsjax.models.gemma3.parameters import language_rules, parameter_table
 from bsjax.models.gemma3.positions import positions
 from bsjax.models.gemma3.prompts import PROMPTS, TEXT_PROMPTS, reference_inputs
@@ -29,6 +33,7 @@ GEMMA3 = Family(
     visibilities=visibilities,
     layer_kinds=layer_kinds,
     dtypes=DTYPES,
+    reference_logits=reference_logits,
 )
 
 GEMMA3_TEXT = Family(

@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import Gemma3ImageProcessorPil, PretrainedConfig
 
 from bsjax.errors import MessageError
 from bsjax.models.family import ProcessedImage, PromptRules, reference_text_inputs
 from bsjax.models.gemma3.vision_plan import grid_side, to_images, to_patches
 
-# What Gemma3Processor takes where the checkpoint's image settings name nothing.
-_PAN_AND_SCAN = {
+# What Gemma3Processor takes where nothing stands beside the image, even if the checkpoint's image
+# settings (preprocessor_config.json) say something else.
+_IMAGE_SETTINGS = {
+    "do_convert_rgb": True,
     "do_pan_and_scan": False,
     "pan_and_scan_min_crop_size": 256,
     "pan_and_scan_max_num_crops": 4,
@@ -24,24 +26,19 @@ def process_image(
 ) -> ProcessedImage:
     """Scales one image to the model's size and cuts it into patches; its crops after it.
 
-    Crops are made where `do_pan_and_scan` says so, beside the image or in the checkpoint's image
-    settings, and the image is long enough (Gemma3ImageProcessorPil.pan_and_scan).
+    Crops are made where `do_pan_and_scan` beside the image says so and the image is long enough
+    (Gemma3ImageProcessorPil.pan_and_scan).
 
     Raises:
       MessageError: another option, or one that is neither true nor false.
     """
-    unknown = [name for name in options if name != "do_pan_and_scan"]
+    unknown = [name for name in options if name not in PROMPTS.image_options]
     if unknown:
         raise MessageError(
             f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan adds "
             "crops of long ones."
         )
-    settings = {
-        name: usual
-        if getattr(image_processor, name, None) is None
-        else getattr(image_processor, name)
-        for name, usual in _PAN_AND_SCAN.items()
-    } | dict(options)
+    settings = _IMAGE_SETTINGS | dict(options)
     if not isinstance(settings["do_pan_and_scan"], bool):
         raise MessageError(
             f"do_pan_and_scan must be true or false, got {settings['do_pan_and_scan']!r}."
@@ -103,6 +100,12 @@ PROMPTS = PromptRules(
     placeholder_id=lambda config: config.boi_token_index,
     process_image=process_image,
     expand=expand,
+    image_processor=Gemma3ImageProcessorPil,
+    image_options=("do_pan_and_scan",),
+    how_to_shorten=(
+        "Pass fewer images, none with do_pan_and_scan (crops are images too), or ask for fewer "
+        "tokens."
+    ),
 )
 
 
@@ -118,4 +121,7 @@ TEXT_PROMPTS = PromptRules(
     placeholder_id=lambda config: -1,
     process_image=_refuse_image,
     expand=lambda text, images, tokenizer, config: text,
+    image_processor=None,
+    image_options=(),
+    how_to_shorten="Shorten the messages or ask for fewer tokens.",
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen2VLImageProcessorPil
 
 from bsjax.errors import MessageError
 from bsjax.models.family import ProcessedImage, PromptRules, reference_text_inputs
@@ -16,13 +16,18 @@ def process_image(
     """Cuts one image into patches; `max_pixels` and `min_pixels` bound the size it is scaled to.
 
     Raises:
-      MessageError: another option, or bounds that the checkpoint's image settings leave no room
-        for.
+      MessageError: another option, bounds that are none, or that the checkpoint's image settings
+        leave no room for.
     """
-    bounds = dict(options)
-    maximum, minimum = bounds.pop("max_pixels", None), bounds.pop("min_pixels", None)
-    if bounds:
-        raise MessageError(f"{', '.join(bounds)}: Qwen's image processor has no such option.")
+    unknown = [name for name in options if name not in PROMPTS.image_options]
+    if unknown:
+        raise MessageError(f"{', '.join(unknown)}: Qwen's image processor has no such option.")
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MessageError(f"{name} must be a positive number of pixels, got {value!r}.")
+    maximum, minimum = options.get("max_pixels"), options.get("min_pixels")
+    if minimum is not None and maximum is not None and minimum > maximum:
+        raise MessageError(f"min_pixels ({minimum}) is above max_pixels ({maximum}).")
     settings = {}
     if maximum is not None or minimum is not None:
         size = dict(image_processor.size)
@@ -64,4 +69,7 @@ PROMPTS = PromptRules(
     placeholder_id=lambda config: config.image_token_id,
     process_image=process_image,
     expand=expand,
+    image_processor=Qwen2VLImageProcessorPil,
+    image_options=("max_pixels", "min_pixels"),
+    how_to_shorten="Lower max_pixels, pass fewer images or ask for fewer tokens.",
 )
