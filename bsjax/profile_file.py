@@ -10,7 +10,7 @@ import importlib.resources
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bsjax import profile_format
 from bsjax.categories import HeadCategory, KeyGroup
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
+from bsjax.results import LayerFlops
 from bsjax.template import Sinks
 
 MEASURED_CRITERIA = ("output_error", "mass")
@@ -80,6 +81,8 @@ class Profile:
     `MEASURED_STATISTICS` and `DAMAGE_STATISTICS`."""
     attention_flops: Mapping[str, int | float] | None = None
     """`dense` and `sparse`, over the samples the categories were chosen with, and `reduction`."""
+    attention_flops_per_kind: tuple[LayerFlops, ...] = ()
+    """The same apart for each kind of layers that the model has: with a window, without."""
     sink_discovery: Mapping[str, Any] | None = None
     """`mass_by_offset` (what one query of another image pays to one key at each offset from an
     image's first token, on average) and `rule`, in words; None where sinks were given."""
@@ -153,6 +156,7 @@ class Profile:
             "thresholds": self.thresholds,
             "statistics": self.statistics,
             "attention_flops": self.attention_flops,
+            "attention_flops_per_kind": self.attention_flops_per_kind,
             "sink_discovery": self.sink_discovery,
             "refinement": self.refinement,
             "end_to_end": self.end_to_end,
@@ -211,6 +215,15 @@ class Profile:
             raise ProfileError(
                 f"`attention_flops`: {sparse} of {dense} FLOPs are no reduction by "
                 f"{flops['reduction']}."
+            )
+        kinds = self.attention_flops_per_kind
+        sums = tuple(
+            sum(getattr(kind, name) for kind in kinds) for name in ("dense", "sparse", "layers")
+        )
+        if kinds and sums != (dense, sparse, self.layers):
+            raise ProfileError(
+                f"`attention_flops_per_kind` adds up to {sums[0]} dense and {sums[1]} sparse FLOPs "
+                f"in {sums[2]} layers, the model's {self.layers} have {dense} and {sparse}."
             )
 
     def _check_threshold(self, statistics: Mapping[str, np.ndarray]) -> None:
@@ -345,6 +358,7 @@ class Profile:
                 "fingerprint": self.sample_fingerprint,
             },
             "attention_flops": _object_or_null(self.attention_flops),
+            "attention_flops_per_kind": [asdict(kind) for kind in self.attention_flops_per_kind],
             "category_letters": profile_format.LEGEND,
             "categories": [
                 "".join(_LETTER_OF[HeadCategory(value)] for value in row) for row in self.categories

@@ -9,6 +9,7 @@ import numpy as np
 
 from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
+from bsjax.results import LayerFlops
 from bsjax.template import Sinks
 
 FORMAT = "bsjax profile"
@@ -60,6 +61,10 @@ def parse(text: str) -> dict[str, Any]:
         _check_fields("`sink_discovery`", document["sink_discovery"], _DISCOVERY_FIELDS)
         for name, check in _DISCOVERY_FIELDS.items():
             check(f"sink_discovery.{name}", document["sink_discovery"][name])
+    for kind in document["attention_flops_per_kind"]:
+        _check_fields("`attention_flops_per_kind`", kind, _KIND_FIELDS)
+        for name, check in _KIND_FIELDS.items():
+            check(f"attention_flops_per_kind.{name}", kind[name])
     if document["category_letters"] != LEGEND:
         raise ProfileError(f"`category_letters` must be {json.dumps(LEGEND)}.")
     if document["from_data"] == (document["criterion"] in UNMEASURED_CRITERIA):
@@ -81,6 +86,9 @@ def parse(text: str) -> dict[str, Any]:
         "sample_source": document["samples"]["source"],
         "sample_fingerprint": document["samples"]["fingerprint"],
         "attention_flops": document["attention_flops"],
+        "attention_flops_per_kind": tuple(
+            LayerFlops(**kind) for kind in document["attention_flops_per_kind"]
+        ),
         "sink_discovery": document["sink_discovery"],
         "refinement": document["refinement"],
         "statistics": {
@@ -171,6 +179,11 @@ def _positive_count(name: str, value: Any) -> None:
         raise ProfileError(f"`{name}` must be a whole number from 1, got {value!r}.")
 
 
+def _positive_count_or_null(name: str, value: Any) -> None:
+    if value is not None:
+        _positive_count(name, value)
+
+
 def _counts(name: str, value: Any) -> None:
     if not isinstance(value, list):
         raise ProfileError(f"`{name}` must be a list of whole numbers, got {value!r}.")
@@ -199,6 +212,13 @@ def _numbers(name: str, value: Any) -> None:
 def _object(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ProfileError(f"`{name}` must be an object, got {value!r}.")
+
+
+def _list_of_objects(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise ProfileError(f"`{name}` must be a list of objects, got {value!r}.")
+    for item in value:
+        _object(name, item)
 
 
 def _object_or_null(name: str, value: Any) -> None:
@@ -241,6 +261,7 @@ _FIELDS: dict[str, Callable[[str, Any], None]] = {
     "thresholds": _numbers_by_name,
     "samples": _object,
     "attention_flops": _numbers_by_name_or_null,
+    "attention_flops_per_kind": _list_of_objects,
     "category_letters": _object,
     "categories": _rows_of_letters,
     "sink_discovery": _object_or_null,
@@ -255,6 +276,14 @@ _SAMPLE_FIELDS: dict[str, Callable[[str, Any], None]] = {
     "held_out": _count,
     "source": _text,
     "fingerprint": _text_or_null,
+}
+
+_KIND_FIELDS: dict[str, Callable[[str, Any], None]] = {
+    "bidirectional_images": _boolean,
+    "window": _positive_count_or_null,
+    "layers": _positive_count,
+    "dense": _count,
+    "sparse": _count,
 }
 
 _DISCOVERY_FIELDS: dict[str, Callable[[str, Any], None]] = {

@@ -185,6 +185,9 @@ def _figures(profile: Profile) -> dict[str, int | float]:
     ):
         for name, value in (numbers or {}).items():
             figures[f"{title}: {name.replace('_', ' ')}"] = value
+    if len(profile.attention_flops_per_kind) > 1:
+        for kind in profile.attention_flops_per_kind:
+            figures[f"attention FLOPs: reduction in {kind.name}"] = 1 - kind.sparse / kind.dense
     return figures
 
 

@@ -22,6 +22,13 @@ class LayerFlops:
     dense: int
     sparse: int
 
+    @property
+    def name(self) -> str:
+        """Which layers these are, in words."""
+        if self.window is None:
+            return f"{self.layers} global layers"
+        return f"{self.layers} layers with a window of {self.window}"
+
 
 @dataclass(frozen=True)
 class Stats:

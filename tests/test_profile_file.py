@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from bsjax import profile_file
 from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
 from bsjax.profile_file import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
+from bsjax.results import LayerFlops
 from bsjax.template import Sinks
 
 LAYERS, HEADS = 3, 4
@@ -39,6 +41,12 @@ def statistics(names=MEASURED_STATISTICS, seed=3):
     }
 
 
+KINDS = (
+    LayerFlops(True, 512, 2, 10**16, 9 * 10**15),
+    LayerFlops(True, None, 1, 9 * 10**16, 51 * 10**15),
+)
+
+
 def measured(**changes) -> Profile:
     found = statistics()
     errors = np.stack([found[f"error_{name}"] for name in ("SINK", "INTRA_IMAGE")])
@@ -57,6 +65,7 @@ def measured(**changes) -> Profile:
         "sample_fingerprint": "def",
         "statistics": found,
         "attention_flops": {"dense": 10**17, "sparse": 6 * 10**16, "reduction": 0.4},
+        "attention_flops_per_kind": KINDS,
         "sink_discovery": {"rule": "four times the average", "mass_by_offset": [0.5, 0.1, 1e-6]},
         "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
         "versions": {"bsjax": "0.1.0"},
@@ -283,6 +292,15 @@ SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
         ("attention_flops", {"dense": 2, "sparse": 1}, "dense, sparse and reduction"),
         ("attention_flops", {"dense": 2, "sparse": 1, "reduction": 0.6}, "no reduction by 0.6"),
         ("attention_flops", {"dense": 2, "sparse": 3, "reduction": -0.5}, "no reduction by"),
+        ("attention_flops_per_kind", {}, "list of objects"),
+        ("attention_flops_per_kind", [3], "must be an object"),
+        ("attention_flops_per_kind", [{"window": 3}], "lacks `bidirectional_images`, `layers`"),
+        (
+            "attention_flops_per_kind",
+            [asdict(KINDS[0]) | {"window": 0}],
+            "per_kind.window` must be a whole number from 1",
+        ),
+        ("attention_flops_per_kind", [asdict(KINDS[0])], "adds up to .* in 2 layers"),
         ("sink_discovery", {"rule": "guessed"}, "`sink_discovery` lacks `mass_by_offset`"),
         ("sink_discovery", {"rule": "guessed", "mass_by_offset": "much"}, "list of numbers"),
         ("sink_discovery", [], "`sink_discovery` must be an object"),
@@ -338,6 +356,7 @@ def test_values_that_no_file_could_hold_are_refused():
         {"thresholds": {"threshold": 0.1}},
         {"statistics": {"mass_TEXT": np.ones((LAYERS, HEADS))}},
         {"attention_flops": {"dense": 2, "sparse": 1, "reduction": 0.5}},
+        {"attention_flops_per_kind": KINDS},
         {"sink_discovery": {"rule": "", "mass_by_offset": []}},
         {"refinement": {"kl": 0.0}},
         {"end_to_end": {"kl_divergence": 0.0}},

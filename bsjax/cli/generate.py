@@ -88,8 +88,7 @@ def _figures(result: "Result") -> str:
     images = ", ".join(map(str, stats.image_tokens)) or "none"
     share = stats.attention_flops_sparse / max(stats.attention_flops_dense, 1)
     kinds = ", ".join(
-        f"{kind.sparse / kind.dense:.1%} in {kind.layers} "
-        + ("global layers" if kind.window is None else f"layers with a window of {kind.window}")
+        f"{kind.sparse / kind.dense:.1%} in {kind.name}"
         for kind in stats.attention_flops_per_kind
         if kind.dense
     )

@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint import LoadedModel
@@ -22,6 +23,7 @@ from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
 from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State
+from bsjax.results import LayerFlops
 from bsjax.samples import Samples
 from bsjax.template import Sinks
 
@@ -73,7 +75,8 @@ def profile(
       max_evaluations: with `refine`: how many arrays of categories to compare at most, one prefill
         of every sample each.
       sinks: which tokens of an image are sinks; None finds them in data, in one more pass.
-      held_out: share of the samples that is kept for the check, in [0, 1).
+      held_out: share of the samples that is kept for the check, in [0, 1). With 0 nothing is
+        checked, and the profile has no `end_to_end`.
       answer_tokens: tokens of the dense model's answer along which distributions are compared.
       seed: draws the held-out samples.
       source: where the samples come from, in words, for the file; without it, what
@@ -169,6 +172,7 @@ def profile(
             sample_fingerprint=ordered.fingerprint,
             statistics=measurements.statistics(quantile) | _damage_statistics(refinement),
             attention_flops=measurements.attention_flops(categories),
+            attention_flops_per_kind=_flops_per_kind(model, measurements, categories),
             sink_discovery=None
             if found is None
             else {"rule": found.rule, "mass_by_offset": list(found.mass_by_offset)},
@@ -189,6 +193,28 @@ def profile(
         return dataclasses.replace(
             unchecked, end_to_end=end_to_end, held_out_count=len(kept_back.messages)
         )
+
+
+def _flops_per_kind(
+    model: LoadedModel, measurements: Measurements, categories: Int8[np.ndarray, "layers heads"]
+) -> tuple[LayerFlops, ...]:
+    """Attention FLOPs over the samples, for each kind of layers that the model has."""
+    kinds = model.family.layer_kinds(model.config)
+    result = []
+    for kind, visibility in enumerate(model.family.visibilities(model.config)):
+        of_kind = kinds == kind
+        flops, chosen = measurements.flops[of_kind], categories[of_kind]
+        if not of_kind.any():
+            continue
+        result.append(
+            LayerFlops(
+                **visibility._asdict(),
+                layers=int(of_kind.sum()),
+                dense=selection.total_flops(np.zeros_like(chosen), flops),
+                sparse=selection.total_flops(chosen, flops),
+            )
+        )
+    return tuple(result)
 
 
 def _check_arguments(
