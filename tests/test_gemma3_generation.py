@@ -147,7 +147,7 @@ def test_command_line_adds_crops(checkpoints, tmp_path, capsys):
     assert "Gemma 3 scales all images to one size" in capsys.readouterr().err
 
 
-def test_mask_of_a_prompt_is_a_global_layers(checkpoints, tmp_path, capsys):
+def test_mask_of_a_prompt_is_that_of_the_layer_asked_for(checkpoints, tmp_path, capsys):
     path = tmp_path / "picture.png"
     picture(40, 40).save(path)
     arguments = ["mask", str(checkpoints[1]), "word1", str(path), "--category", "dense"]
@@ -156,3 +156,23 @@ def test_mask_of_a_prompt_is_a_global_layers(checkpoints, tmp_path, capsys):
     options = build_parser().parse_args(arguments)
     template, visibility = _template(options)
     assert visibility == (True, None) and template.image_tokens == (16,)
+    for layer, window in enumerate((12, 12, None, 12)):
+        options = build_parser().parse_args([*arguments, "--layer", str(layer)])
+        assert _template(options)[1] == (True, window)
+    assert main([*arguments, "--layer", "0", "--output", str(tmp_path / "local.png")]) == 0
+    assert "DENSE: 100.0% of the dense attention in a window of 12" in capsys.readouterr().out
+    assert main([*arguments, "--layer", "4"]) == 2
+    assert "--layer must be from 0 to 3, got 4" in capsys.readouterr().err
+    assert main([*arguments, "--window", "4"]) == 2
+    assert "Choose one with --layer" in capsys.readouterr().err
+
+
+def test_mask_of_segments_with_a_window(tmp_path, capsys):
+    arguments = ["mask", "--segments", "text:4,image:8,text:4", "--output", str(tmp_path / "a.png")]
+    assert main([*arguments, "--category", "dense", "--window", "3"]) == 0
+    assert "in a window of 3" in capsys.readouterr().out
+    options = build_parser().parse_args([*arguments, "--window", "3", "--bidirectional-images"])
+    template, visibility = _template(options)
+    assert template.image_tokens == (8,) and visibility == (True, 3)
+    assert main([*arguments, "--layer", "0"]) == 2
+    assert "belong to a checkpoint's prompt" in capsys.readouterr().err

@@ -18,8 +18,7 @@ def add_to(commands: Any) -> None:
         "mask",
         help="draw a prompt's mask to a picture",
         description="Draws what the queries of a prompt see, in prompt order and in packed order. "
-        "Reads a checkpoint's tokenizer and image settings, not its weights. For Gemma 3 the mask "
-        "is a global layer's.",
+        "Reads a checkpoint's tokenizer and image settings, not its weights.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?")
@@ -29,6 +28,24 @@ def add_to(commands: Any) -> None:
         "--segments",
         metavar="LIST",
         help="describe the prompt instead, such as text:12,image:256,text:5",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="with a checkpoint: whose mask to draw, counted from 0. It matters for Gemma 3, most "
+        "of whose layers have a window; default: one without",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="with --segments: a query sees this many positions back, its own included",
+    )
+    parser.add_argument(
+        "--bidirectional-images",
+        action="store_true",
+        help="with --segments: the tokens of an image all see each other, as Gemma 3's do",
     )
     parser.add_argument(
         "--category",
@@ -50,24 +67,40 @@ def _mask(options: argparse.Namespace) -> None:
     print(
         f"{mask.template.tokens} tokens, {images} image{'' if images == 1 else 's'}, "
         f"{options.category.name}: {mask.density:.1%} of the dense attention"
+        + (f" in a window of {visibility.window}" if visibility.window is not None else "")
     )
     print(options.output)
 
 
 def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
-    """The prompt's template, and what a layer lets its queries see: the family's last kind."""
+    """The prompt's template, and what a layer lets its queries see."""
     from bsjax.template import Template
 
     if options.segments is not None:
         if options.checkpoint is not None:
             raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
-        of_checkpoints = (options.image, options.system, options.max_pixels, options.pan_and_scan)
-        if any(value not in (None, False, []) for value in of_checkpoints):
+        of_checkpoints = (
+            options.image,
+            options.system,
+            options.max_pixels,
+            options.pan_and_scan,
+            options.layer,
+        )
+        # A layer may be number 0.
+        if any(
+            value is not None and value is not False and value != [] for value in of_checkpoints
+        ):
             raise TemplateError(
-                "--image, --system, --max-pixels and --pan-and-scan belong to a checkpoint's "
-                "prompt."
+                "--image, --system, --max-pixels, --pan-and-scan and --layer belong to a "
+                "checkpoint's prompt."
             )
-        return Template.from_segments(_segments(options.segments)), BaseVisibility()
+        visibility = BaseVisibility(options.bidirectional_images, options.window)
+        return Template.from_segments(_segments(options.segments)), visibility
+    if options.window is not None or options.bidirectional_images:
+        raise TemplateError(
+            "--window and --bidirectional-images belong to --segments: a checkpoint says itself "
+            "what its layers see. Choose one with --layer."
+        )
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
     from bsjax.checkpoint import read_prompt_files
@@ -82,7 +115,18 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
         files.family.prompts.image_token_id(files.config),
         image_tokens=prompt.image_tokens,
     )
-    return template, files.family.visibilities(files.config)[-1]
+    return template, _visibility(files.family, files.config, options.layer)
+
+
+def _visibility(family: Any, config: Any, layer: int | None) -> BaseVisibility:
+    """What a layer lets its queries see; for None, what layers of the family's last kind do."""
+    visibilities = family.visibilities(config)
+    if layer is None:
+        return visibilities[-1]
+    kinds = family.layer_kinds(config)
+    if not 0 <= layer < kinds.size:
+        raise TemplateError(f"--layer must be from 0 to {kinds.size - 1}, got {layer}.")
+    return visibilities[kinds[layer]]
 
 
 def _segments(text: str) -> list[Any]:
