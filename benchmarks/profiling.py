@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = np.dtype("float32") if jax.default_backend() == "cpu" else jax.numpy.bfloat16
     config = model_config(arguments.size)
     model = loaded_model(config, random_module(config, dtype), dtype)
-    programs, shape = programs_of(model), Shape.of(model)
+    programs, shape = programs_of(model), Shape.of(model.family, model.config)
     prompt = prompt_of(model, conversation(arguments.images, tuple(arguments.image_size)))
 
     dense = prepare_inputs(model.family, config, model.dtype, prompt, None, backend, 0)

@@ -19,6 +19,7 @@ from bsjax.pipeline import Embedding, Generation, Scoring, Stage, check_memory
 from bsjax.programs import Memory, programs_of, size_in_bytes
 from bsjax.prompts import prepare_prompt
 from bsjax.sampling import Sampling
+from tests.gpu_compiler import require_gpu_compiler
 from tests.published_memory import measured
 from tools import memory_table
 
@@ -212,6 +213,22 @@ def test_300k_tokens_of_the_7b_reach_the_goal():
     assert found.peak == found.weights + max(stage.peak for stage in found.stages)
     assert found.cache > 28 * 2 * 300_064 * 4 * 128 * 2
     assert found.weights == pytest.approx(8.29e9 * 2, rel=0.01), "the published model has 8.29 B"
+
+
+def test_profiling_32k_tokens_of_the_7b_takes_little_beside_the_weights():
+    """Any GPU that can answer such a prompt can profile on it: no stage keeps a square array."""
+    require_gpu_compiler()
+    stages = memory_table.measure_profiling("Qwen2.5-VL-7B", 32_768)
+    assert [stage.name for stage in stages] == ["heads", "sinks", "comparing"]
+    one_head_of_scores = 2 * 32_768**2
+    for stage in stages:
+        assert "attention" in stage.program.compiled.as_text(), "the GPU kernel is missing"
+        assert stage.peak < 3 * 2**30, stage.name
+    assert stages[-1].program.memory.temporaries < one_head_of_scores
+    page = memory_table.markdown(
+        [measured("Qwen2.5-VL-7B", 300_000)], {("h200", "Qwen2.5-VL-7B"): stages}
+    )
+    assert "| NVIDIA H200 | Qwen2.5-VL-7B | 32,768 |" in page
 
 
 def test_a_missed_goal_is_named_with_its_figure(monkeypatch):

@@ -2,15 +2,15 @@
 
     python -m tools.memory_table [--check]
 
-Compiles every program of a generation ahead of time for an H200, in bfloat16, for prompts of
-1000-token images (Gemma 3: 256); prints the memory of each and writes docs/memory.md. Ends with an
-error when a goal is missed. With --check it writes nothing.
+Compiles every program of a generation ahead of time for an H200 and an A100, in bfloat16, for
+prompts of 1000-token images (Gemma 3: 256); prints the memory of each and writes docs/memory.md.
+Ends with an error when a goal is missed. With --check it writes nothing.
 """
 
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,32 +25,32 @@ from bsjax.checkpoint import abstract_module
 from bsjax.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side
-from bsjax.pipeline import Generation, Stage
+from bsjax.pipeline import Embedding, Generation, Stage
+from bsjax.profiling import steps as profiling_steps
+from bsjax.profiling.groups import group_schedule
+from bsjax.profiling.inputs import Shape, category_schedule, kind_schedules
 from bsjax.programs import Programs, size_in_bytes
 from bsjax.prompts import Prompt
 from bsjax.sampling import Sampling
 from tools.gpu_targets import TARGETS, compile_for
 from tools.published_models import PUBLISHED_MODELS
 
-TARGET = "h200"
 DTYPE = jnp.dtype(jnp.bfloat16)
-PROMPTS = [
-    *(
-        (model, tokens)
-        for model in ("Qwen2-VL-2B", "Qwen2.5-VL-7B")
-        for tokens in (36_000, 150_000, 300_000)
-    ),
-    ("Gemma-3-4B", 36_000),
-    ("Gemma-3-4B", 131_000),
-    ("Gemma-3-27B", 36_000),
-    ("Gemma-3-27B", 65_536),
-]
-"""Models, and the tokens of a prompt; Gemma 3 has 131,072 positions, answer included."""
+PROMPTS = {
+    "Qwen2-VL-2B": (36_000, 150_000, 300_000),
+    "Qwen2.5-VL-7B": (36_000, 150_000, 300_000),
+    "Gemma-3-4B": (36_000, 131_000),
+    "Gemma-3-27B": (36_000, 65_536),
+}
+"""The tokens of prompts, by model; Gemma 3 has 131,072 positions, answer included."""
+PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
+"""The tokens of samples that a model is profiled on."""
+GPUS = ("h200", "a100")
 NEW_TOKENS = 64
 STAGES = ("embed", "vision", "prefill", "decode")
 
 GOALS = {("Qwen2.5-VL-7B", 300_000): 12 * 2**30}
-"""The most bytes beside weights and cache, at any stage."""
+"""The most bytes beside weights and cache, at any stage and on any GPU."""
 
 # Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens of Qwen's.
 _GRID = (1, 50, 80)
@@ -64,6 +64,7 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt")
 class Measurement(NamedTuple):
     """The memory of one model with one prompt, in bytes."""
 
+    target: str
     model: str
     inputs: ModelInputs
     weights: int
@@ -106,8 +107,8 @@ class Measurement(NamedTuple):
             return None
         worst = max(STAGES, key=self.temporaries)
         return (
-            f"{self.model} with {self.inputs.tokens} tokens: {_gib(found)} GiB beside weights and "
-            f"cache in {worst}; the goal is {_gib(goal)} GiB."
+            f"{self.model} with {self.inputs.tokens} tokens on {self.target}: {_gib(found)} GiB "
+            f"beside weights and cache in {worst}; the goal is {_gib(goal)} GiB."
         )
 
 
@@ -136,7 +137,7 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
     )
 
 
-def measure(model: str, tokens: int, target: str = TARGET) -> Measurement:
+def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
     """Compiles what `bsjax.generate` would run for a prompt of `tokens` tokens.
 
     Heads are of all four categories, so that prefill has every table of a schedule.
@@ -166,32 +167,59 @@ def measure(model: str, tokens: int, target: str = TARGET) -> Measurement:
         backend="pallas",
     )
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(run.cache)
-    return Measurement(model, inputs, weights, cache, tuple(run.stages))
+    return Measurement(target, model, inputs, weights, cache, tuple(run.stages))
 
 
-def markdown(measurements: Sequence[Measurement]) -> str:
-    """The page in docs/."""
-    capacity = _MEMORY_FRACTION * TARGETS[TARGET].device_memory
+def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[Stage, ...]:
+    """Compiles what `bsjax.profile` would run for a sample of `tokens` tokens."""
+    config = PUBLISHED_MODELS[model]()
+    family = FAMILIES[config.model_type]
+    shape = Shape.of(family, config)
+    programs = Programs(abstract_module(family, config, DTYPE), partial(_compile, target))
+    packed = Profile.uniform(
+        HeadCategory.INTRA_IMAGE_SINK,
+        family=family.name,
+        layers=shape.layers,
+        heads=shape.heads,
+    )
+    inputs = prepare_inputs(
+        family, config, DTYPE, image_prompt(config, tokens), packed, "pallas", 0
+    )
+    embedding = Embedding(programs, inputs, "pallas")
+
+    def stage(name: str, step: Any, build: Any, *beside: Any) -> Stage:
+        schedules = kind_schedules(shape, inputs, DTYPE, "pallas", build)
+        arguments = (embedding.output, inputs.position_ids, schedules, *beside)
+        return Stage(name, programs.get(step, arguments, static=("pallas",)))
+
+    dense, states = np.zeros((shape.layers, shape.heads), np.int32), np.zeros(9, np.int32)
+    return (
+        stage("heads", profiling_steps.measure_heads, group_schedule),
+        stage("sinks", profiling_steps.measure_offsets, category_schedule),
+        stage("comparing", profiling_steps.states_at, category_schedule, dense, states),
+    )
+
+
+def markdown(
+    measurements: Sequence[Measurement],
+    profiling: Mapping[tuple[str, str], Sequence[Stage]] | None = None,
+) -> str:
+    """The page in docs/.
+
+    Args:
+      measurements: of generation.
+      profiling: the stages of `measure_profiling`, by GPU and model.
+    """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    header = ["model", "tokens", "images", "weights", "cache", *STAGES, "peak", "fits"]
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    for found in measurements:
-        cells = [
-            found.model,
-            f"{found.inputs.tokens:,}",
-            str(found.inputs.template.num_images),
-            *map(_gib, (found.weights, found.cache)),
-            *(_gib(found.temporaries(name)) for name in STAGES),
-            _gib(found.peak),
-            "yes" if found.peak <= capacity else "no",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    table = "\n".join(lines)
+    tables = "\n\n".join(
+        _table(target, [found for found in measurements if found.target == target])
+        for target in dict.fromkeys(found.target for found in measurements)
+    )
     rings = "\n".join(
         f"| {found.model} | {found.inputs.tokens:,} | {_gib(found.cache)} | "
         f"{_gib(found.full_cache)} | {found.cache / found.full_cache:.2f} |"
         for found in measurements
-        if len(found.inputs.schedules) > 1
+        if len(found.inputs.schedules) > 1 and found.target == measurements[0].target
     )
     goals = "\n".join(
         f"- {model} with {tokens:,} tokens: at most {_gib(goal)} GiB beside weights and cache."
@@ -199,17 +227,20 @@ def markdown(measurements: Sequence[Measurement]) -> str:
     )
     return f"""# Memory of long prompts
 
-GiB on one {TARGETS[TARGET].device_kind}, bfloat16, from XLA's analysis of the compiled programs.
-They were compiled ahead of time for that GPU: **no GPU has run them**.
+GiB on one GPU, bfloat16, from XLA's analysis of the compiled programs. They were compiled ahead of
+time for these GPUs: **none of them has run them**.
 
-{table}
+{tables}
+
+Goals:
+
+{goals}
 
 `embed`, `vision`, `prefill`, `decode`: the most that the device holds at that stage beside weights
 and cache, embeddings and pixel values included. `vision` is a group of at most 64K patches, however
-many images there are. `peak` is the weights and the greatest stage, with
-the cache in prefill and decode; it `fits` when it is below
-{_gib(int(capacity))} GiB, the share of the GPU that JAX takes by default
-(`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
+many images there are. `peak` is the weights and the greatest stage, with the cache in prefill and
+decode; it `fits` when it is below {_MEMORY_FRACTION:.0%} of the GPU's memory, which is what JAX
+takes by default (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 
 Prompts hold 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with {_TEXT_TOKENS}
 text tokens before each; {NEW_TOKENS} tokens are generated; heads are of all four categories. Tokens
@@ -223,13 +254,52 @@ global layers keep all. GiB, against a cache in which all layers keep all:
 | model | tokens | cache | of full length | share |
 |---|---:|---:|---:|---:|
 {rings}
-
-Goals:
-
-{goals}
-
+{_profiling_section(profiling or {})}
 Made by `python -m tools.memory_table` with {versions}.
 """
+
+
+def _profiling_section(profiling: Mapping[tuple[str, str], Sequence[Stage]]) -> str:
+    if not profiling:
+        return ""
+    names = [stage.name for stage in next(iter(profiling.values()))]
+    lines = [
+        "| GPU | model | tokens | " + " | ".join(names) + " |",
+        "|---|---|---:" + "|---:" * len(names) + "|",
+    ]
+    for (target, model), stages in profiling.items():
+        cells = [TARGETS[target].device_kind, model, f"{PROFILED[model]:,}"]
+        lines.append("| " + " | ".join([*cells, *(_gib(stage.peak) for stage in stages)]) + " |")
+    table = "\n".join(lines)
+    return f"""
+## Profiling
+
+GiB beside the weights while a sample is profiled: statistics of all heads, looking for sinks, and
+comparing categories with the dense model. Nothing with both tokens and heads is kept of a layer.
+
+{table}
+"""
+
+
+def _table(target: str, measurements: Sequence[Measurement]) -> str:
+    """The section of one GPU."""
+    gpu = TARGETS[target]
+    capacity = _MEMORY_FRACTION * gpu.device_memory
+    header = ["model", "tokens", "images", "weights", "cache", *STAGES, "peak", "fits"]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    for found in measurements:
+        cells = [
+            found.model,
+            f"{found.inputs.tokens:,}",
+            str(found.inputs.template.num_images),
+            *map(_gib, (found.weights, found.cache)),
+            *(_gib(found.temporaries(name)) for name in STAGES),
+            _gib(found.peak),
+            "yes" if found.peak <= capacity else "no",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    heading = f"## {gpu.device_kind}, {_gib(gpu.device_memory)} GiB"
+    return "\n".join([heading, "", *lines])
 
 
 def _largest(measurements: Sequence[Measurement]) -> str:
@@ -251,10 +321,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(arguments).check
     measurements = []
-    for model, tokens in PROMPTS:
-        print(f"Compiling {model} for {tokens:,} tokens ...", file=sys.stderr)
-        measurements.append(measure(model, tokens))
-    page = markdown(measurements)
+    for target in GPUS:
+        for model, lengths in PROMPTS.items():
+            for tokens in lengths:
+                print(f"Compiling {model} for {tokens:,} tokens, {target} ...", file=sys.stderr)
+                measurements.append(measure(model, tokens, target))
+    profiling = {}
+    for target in GPUS:
+        for model, tokens in PROFILED.items():
+            print(f"Compiling the profiling of {model}, {target} ...", file=sys.stderr)
+            profiling[target, model] = measure_profiling(model, tokens, target)
+    page = markdown(measurements, profiling)
     print(page)
     if not check:
         _DESTINATION.parent.mkdir(exist_ok=True)

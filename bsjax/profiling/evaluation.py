@@ -123,7 +123,7 @@ class Evaluator:
         self._samples = samples
         self.sinks = Sinks() if sinks is None else sinks
         self._backend = resolve_backend(backend)
-        self._shape = Shape.of(model)
+        self._shape = Shape.of(model.family, model.config)
         self._state = state
         self._prepared: dict[int, _Sample] = {}
         self._compared: dict[bytes, Comparison] = {}

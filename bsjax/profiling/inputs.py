@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int64
+from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
 from bsjax.categories import BaseVisibility, HeadCategory
 from bsjax.checkpoint import LoadedModel
 from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt, prepare_prompt
 from bsjax.schedule import Schedule, build_schedule, category_tables, visible_pairs
@@ -39,15 +41,15 @@ class Shape:
     kinds: np.ndarray
 
     @classmethod
-    def of(cls, model: LoadedModel) -> "Shape":
-        """The counts of a loaded model."""
-        text = model.config.get_text_config()
+    def of(cls, family: Family, config: PretrainedConfig) -> "Shape":
+        """The counts of a model."""
+        text = config.get_text_config()
         return cls(
             text.num_hidden_layers,
             text.num_attention_heads,
-            model.family.text_head_dim(model.config),
-            model.family.visibilities(model.config),
-            np.asarray(model.family.layer_kinds(model.config)),
+            family.text_head_dim(config),
+            family.visibilities(config),
+            np.asarray(family.layer_kinds(config)),
         )
 
     def category_flops(self, template: Template) -> Int64[np.ndarray, "layers categories"]:

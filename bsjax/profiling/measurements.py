@@ -170,7 +170,7 @@ def measure(
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
     check_images(samples, model.image_processor, several=True)
     backend = resolve_backend(backend)
-    shape = Shape.of(model)
+    shape = Shape.of(model.family, model.config)
     found = None
     if sinks is None:
         found = _discover(model, samples, shape, backend, progress, state)

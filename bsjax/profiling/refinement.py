@@ -124,7 +124,8 @@ def refine(
       target_reduction: save at least this share of attention FLOPs (of the measurements' samples).
       max_kl: or save as much as possible with a KL(dense || sparse) of at most this many nats.
       criterion: of the one-shot rule, which says what to measure when not all can be, and whose
-        categories the result is never worse than at the same budget, on these samples.
+        categories the result is never worse than, on these samples, for the same
+        `target_reduction`.
       quantile: of the one-shot rule.
       answer_tokens: as for `Evaluator`; not used when one is given.
       max_evaluations: how many arrays of categories to compare at most, at least 2; each takes one
