@@ -4,41 +4,29 @@ Its weights are random numbers from a fixed seed, so its answers are noise. What
 format: configuration, safetensors, tokenizer, chat template and image settings are those of a
 Qwen2.5-VL checkpoint, only small.
 
-    python examples/make_tiny_checkpoint.py [FOLDER]
+    python -m examples.make_tiny_checkpoint [FOLDER]
 
 Needs torch (the `test` extra), because transformers itself writes the files.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-)
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from examples.qwen_files import (
+    SPECIAL_TOKENS,
+    make_config,
+    make_generation_config,
+    train_tokenizer,
+)
 
 SEED = 20240914
 FOLDER = Path(__file__).parent / "tiny-qwen2.5-vl"
 BYTE_PAIR_VOCABULARY = 1016  # at most: the corpus has fewer pairs
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 
 # Qwen's conversation format: one placeholder per image between the vision delimiters, and
 # "Picture n: " before it where the caller asks for numbered pictures.
@@ -96,82 +84,32 @@ A person, a man, a woman, a child, children, people, a bird, a horse, a tree, a 
 """
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of Qwen's kind with a small vocabulary of our own."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=BYTE_PAIR_VOCABULARY,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    trained.train_from_iterator(CORPUS.splitlines(), trainer)
-    # A vocabulary's order in memory is not fixed, the files' bytes shall be.
-    vocabulary = dict(sorted(trained.get_vocab().items(), key=lambda entry: entry[1]))
-    vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=32768,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+def make_tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     """Head dimension 64 in both towers, as small as the GPU kernel takes them."""
-    special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return Qwen2_5_VLConfig(
-        text_config={
-            # Qwen's embedding tables are longer than their vocabularies as well.
-            "vocab_size": -(-(len(tokenizer) + 1) // 16) * 16,
+    return make_config(
+        tokenizer,
+        text={
             "hidden_size": 256,
             "intermediate_size": 256,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "max_window_layers": 4,
-            "rms_norm_eps": 1e-6,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1_000_000.0,
                 "mrope_section": [8, 12, 12],
             },
-            "bos_token_id": special["<|endoftext|>"],
-            "eos_token_id": special["<|im_end|>"],
-            "pad_token_id": special["<|endoftext|>"],
         },
-        vision_config={
+        vision={
             "depth": 4,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 1,
-            "out_hidden_size": 256,
             "fullatt_block_indexes": [1, 3],
             "window_size": 112,
             "patch_size": 14,
             "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
         },
-        image_token_id=special["<|image_pad|>"],
-        video_token_id=special["<|video_pad|>"],
-        vision_start_token_id=special["<|vision_start|>"],
-        vision_end_token_id=special["<|vision_end|>"],
-        tie_word_embeddings=True,
-        dtype="bfloat16",
     )
 
 
@@ -195,18 +133,13 @@ def fill_with_random_numbers(model: torch.nn.Module, first_special_token: int) -
 
 def main(folder: Path) -> None:
     """Writes the checkpoint."""
-    tokenizer = make_tokenizer()
-    config = make_config(tokenizer)
+    tokenizer = train_tokenizer(
+        CORPUS.splitlines(), vocabulary_size=BYTE_PAIR_VOCABULARY, chat_template=CHAT_TEMPLATE
+    )
+    config = make_tiny_config(tokenizer)
     model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
     fill_with_random_numbers(model, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0]))
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=[
-            tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")
-        ],
-        pad_token_id=config.text_config.pad_token_id,
-        do_sample=False,
-    )
+    model.generation_config = make_generation_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(

@@ -1,8 +1,6 @@
 """The committed checkpoint is what its script makes, and answers as it does in transformers."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import bsjax
 from bsjax.prompts import prepare_prompt
 from convert.__main__ import main as convert
+from examples import make_tiny_checkpoint
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-CHECKPOINT = EXAMPLES / "tiny-qwen2.5-vl"
+CHECKPOINT = make_tiny_checkpoint.FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +52,7 @@ def test_answers_as_in_transformers(model, messages):
 
 
 def test_the_script_makes_the_same_files(tmp_path):
-    path = EXAMPLES / "make_tiny_checkpoint.py"
-    specification = importlib.util.spec_from_file_location("make_tiny_checkpoint", path)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    script.main(tmp_path)
+    make_tiny_checkpoint.main(tmp_path)
     committed = sorted(file.name for file in CHECKPOINT.iterdir())
     assert committed == sorted(file.name for file in tmp_path.iterdir())
     for name in committed:

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from bsjax.models import FAMILIES
 from bsjax.models.parameters import ParameterRule
 
-from .files import make_generation_config, make_image_processor, make_tokenizer
+from ..qwen_files import make_generation_config
+from .files import make_image_processor, make_tokenizer
 
 
 def export(parameters: Any, config: PretrainedConfig, folder: Path) -> None:
