@@ -44,18 +44,20 @@ bench: $(VENV)/.installed-test
 train: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.train_small_vlm build/train $(TRAIN_OPTIONS)
 
+# A checkpoint of the training, in Hugging Face format.
+TRAINED ?= build/train/checkpoint
 PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2
-PROFILED := build/profile/small-qwen2.5-vl
-profile: $(VENV)/.installed-train build/profile/.converted
+PROFILED := build/profile/$(notdir $(TRAINED))
+profile: $(VENV)/.installed-train $(PROFILED)/.converted
 	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128
-	$(VENV_PYTHON) -m bsjax profile $(PROFILED) build/profile/samples/samples.jsonl \
-	  --resume build/profile/state --output build/profile/profile.json $(PROFILE_OPTIONS)
+	$(VENV_PYTHON) -m bsjax profile $(PROFILED)/converted build/profile/samples/samples.jsonl \
+	  --resume $(PROFILED)/state --output $(PROFILED)/profile.json $(PROFILE_OPTIONS)
 
 # Measurements belong to these weights: other weights, another state file.
-build/profile/.converted: build/train/checkpoint/model.safetensors | $(VENV)/.installed-train
-	mkdir -p build/profile
-	rm -rf $(PROFILED) build/profile/state
-	$(VENV_PYTHON) -m convert build/train/checkpoint $(PROFILED) --quiet
+$(PROFILED)/.converted: $(TRAINED)/model.safetensors | $(VENV)/.installed-train
+	mkdir -p $(PROFILED)
+	rm -rf $(PROFILED)/converted $(PROFILED)/state
+	$(VENV_PYTHON) -m convert $(TRAINED) $(PROFILED)/converted --quiet
 	@touch $@
 
 build/train/checkpoint/model.safetensors:

@@ -27,7 +27,7 @@ from .train_small_vlm.questions import TASKS, Question, ask
 from .train_small_vlm.scenes import LABELS, Scene, draw_scene
 
 CHECKPOINT = Path("build/train/checkpoint")
-PROFILE = Path("build/profile/profile.json")
+PROFILE = Path("build/profile/checkpoint/profile.json")
 IMAGES = 12
 QUESTIONS_PER_TASK = 2
 
@@ -84,7 +84,7 @@ def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Re
         shown = [
             text if text == question.answer else f"[red]{text or 'nothing'}[/red]" for text in given
         ]
-        table.add_row(question.text, question.answer, *shown)
+        table.add_row(question.text, question.answer.strip(), *map(str.strip, shown))
     return table
 
 

@@ -43,8 +43,8 @@ from .train_small_vlm.questions import TASKS
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "build" / "train" / "checkpoint"
-PROFILE = ROOT / "build" / "profile" / "profile.json"
-BUDGETS = (0.2, 0.3, 0.41, 0.5, 0.55)
+PROFILE = ROOT / "build" / "profile" / "checkpoint" / "profile.json"
+BUDGETS = (0.2, 0.3, 0.41, 0.45, 0.5, 0.55)
 MORE_IMAGES = (9, 10, 11, 12)
 SHUFFLES = 5
 RESAMPLES = 4000
@@ -259,6 +259,7 @@ def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
             "images": list(images),
             "prompts": int(prompts.tasks.size),
             "tasks": prompts.tasks.tolist(),
+            "commonest": prompts.commonest(),
             "rows": rows,
         }
     return results

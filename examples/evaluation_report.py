@@ -28,8 +28,10 @@ def report(results: dict[str, Any], picture: str) -> str:
         images = ", ".join(map(str, one_set["images"]))
         parts.append(f"## {_TITLES[name]}\n\n{one_set['prompts']} prompts of {images} images.\n")
         parts.append(_table(one_set["rows"]))
-        parts.append("Accuracy by task:\n")
-        parts.append(_task_table(one_set["rows"]))
+        parts.append(
+            "Accuracy by task, in %; first how often the commonest answer of a task is right:\n"
+        )
+        parts.append(_task_table(one_set["rows"], one_set["commonest"]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts.append(
         f"Made on {results['date']} by `python -m examples.evaluate` in "
@@ -84,10 +86,11 @@ def _table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _task_table(rows: Iterable[Row]) -> str:
+def _task_table(rows: Iterable[Row], commonest: dict[str, float]) -> str:
     lines = [
         f"| categories | | {' | '.join(TASKS)} |",
         f"|---|---|{'---|' * len(TASKS)}",
+        f"| commonest answer | | {' | '.join(f'{100 * commonest[task]:.1f}' for task in TASKS)} |",
     ]
     for row in rows:
         cells = []

@@ -15,7 +15,7 @@ from examples.evaluation_report import plot, report
 from examples.train_small_vlm.batches import QUESTION_ROWS
 from examples.train_small_vlm.conversations import draw_conversations, messages, write_samples
 from examples.train_small_vlm.export import export
-from examples.train_small_vlm.files import make_config, make_tokenizer
+from examples.train_small_vlm.files import PATCH_SIZE, make_config, make_tokenizer
 from examples.train_small_vlm.held_out import HeldOut
 from examples.train_small_vlm.questions import TASKS, Question
 from examples.train_small_vlm.scenes import CONTENTS, Picture, Scene
@@ -61,10 +61,10 @@ def with_generated_answers(model, prompts, categories):
                 batch.pixel_values[scene], batch.size_class[scene], strict=True
             ):
                 height, width = prompts.encoder.sizes[size]
-                blocks = values[: height * width // 16].reshape(
-                    height // 8, width // 8, 2, 2, 3, 2, 4, 4
+                blocks = values[: height * width // PATCH_SIZE**2].reshape(
+                    height // PATCH_SIZE, width // PATCH_SIZE, 3, 2, PATCH_SIZE, PATCH_SIZE
                 )[..., 0, :, :]
-                pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height, width, 3)
+                pixels = blocks.transpose(0, 3, 1, 4, 2).reshape(height, width, 3)
                 pixels = np.round((pixels * std + mean) * 255).astype(np.uint8)
                 pictures.append(Picture(CONTENTS[0], "red", pixels))
             for question in range(len(TASKS)):
@@ -75,7 +75,7 @@ def with_generated_answers(model, prompts, categories):
                 rows = batch.answer_rows[scene, question]
                 result = bsjax.generate(
                     model,
-                    messages(Scene(tuple(pictures)), Question("", text, "")),
+                    messages(Scene(tuple(pictures)), Question("", text, "", ())),
                     profile=profile,
                     max_new_tokens=3,
                 )
@@ -142,7 +142,15 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     rows = evaluate(prompts, conditions, 0)
     assert rows[0]["reduction"] == 0 and rows[0]["change"] == [0, 0, 0]
     assert rows[1]["reduction"] > 0.3
-    one_set = {"images": [3, 5], "prompts": 18, "tasks": prompts.tasks.tolist(), "rows": rows}
+    one_set = {
+        "images": [3, 5],
+        "prompts": 18,
+        "tasks": prompts.tasks.tolist(),
+        "commonest": prompts.commonest(),
+        "rows": rows,
+    }
+    assert one_set["commonest"].keys() == TASKS.keys()
+    assert all(1 / 3 <= share <= 1 for share in one_set["commonest"].values()), "of 3 answers"
     results = {
         "date": "2026-01-01",
         "device": "cpu",

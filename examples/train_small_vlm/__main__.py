@@ -62,7 +62,7 @@ def main() -> None:
         run_stage(stage, options.folder / "model")
         plot_curve(options.folder, options.folder / "curve.png")
         result = options.folder / "checkpoint"
-    export(stage.state.parameters, config, result)
+    export(stage.model, config, result)
     print(result)
 
 

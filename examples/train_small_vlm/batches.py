@@ -3,7 +3,7 @@ r"""Scenes and questions as arrays.
 All questions about a scene share its images: they stand one after the other behind them, start at
 the same position and do not see each other, so that each is computed as if it stood there alone.
 
-    <|im_start|>user\n A<|vision_start|>aaaa<|vision_end|> B<...>bb<...> ...      once
+    <|im_start|>user\n<|vision_start|>aaaa<|vision_end|> A<...>bb<...> B ... \n    once
     What is in image A?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>            each question
 """
 
@@ -32,10 +32,14 @@ from .scenes import (
     draw_scene,
 )
 
-QUESTION_ROWS = 17
+QUESTION_ROWS = 16
 """Room for a question and its answer."""
 ANSWER_TOKENS = 3
 """Most tokens of an answer, its end included."""
+FEATURES = ("content", "colour")
+"""What an image shows. It is to be said at the last row of the image and that of its end, to be
+known early at its last row and that of its letter, and at the last row also how many images before
+have been alike in it."""
 
 _MOST_PATCHES = (max(SIDES) // PATCH_SIZE) ** 2
 _UNIT = PATCH_SIZE * MERGE_SIZE
@@ -65,11 +69,18 @@ class Batch(NamedTuple):
     """Token ids of the answers, their ends included; -1 after them."""
     tasks: Int32[np.ndarray, "prompts questions"]
     """Index of each question's task in `TASKS`."""
-    caption_rows: Int32[np.ndarray, "prompts images captions"]
-    """The last rows of each image, and the row of its end."""
-    captions: Int32[np.ndarray, "prompts images captions"]
-    """Tokens of what can be said there: whether an earlier image has its colour, or shows the same
-    (yes, no); its letter, its colour, its content."""
+    word_rows: Int32[np.ndarray, "prompts questions"]
+    """The row of the last word of each question."""
+    meant: Bool[np.ndarray, "prompts questions images"]
+    """Which images that word stands for (`Question.images`)."""
+    last_rows: Int32[np.ndarray, "prompts images"]
+    """The last row of each image."""
+    captions: Int32[np.ndarray, "prompts images features"]
+    """Tokens of the image's `FEATURES`."""
+    features: Int32[np.ndarray, "prompts images features"]
+    """The same as indices in `CONTENTS` and `COLOURS`."""
+    alike: Int32[np.ndarray, "prompts images features"]
+    """How many images before have the same."""
 
 
 class ImageBatch(NamedTuple):
@@ -144,7 +155,7 @@ class Encoder:
     def shared_rows(images: int) -> int:
         """Rows for images of a little more than the average size."""
         tokens = (np.mean(SIDES) / _UNIT) ** 2
-        return 16 * -(-int(3 + images * (3 + 1.12 * tokens)) // 16)
+        return 16 * -(-int(4 + images * (3 + 1.12 * tokens)) // 16)
 
     def images(self, random: np.random.Generator, count: int) -> ImageBatch:
         """Random single images and what they show, for the vision tower alone."""
@@ -175,12 +186,14 @@ class Encoder:
         length = len(parts[0])
         for label, picture in zip(LABELS, scene.pictures, strict=False):
             height, width = (side // _UNIT for side in picture.pixels.shape[:2])
-            before = self._ids(f" {label}<|vision_start|>")
-            after = self._ids("<|vision_end|>")
+            before = self._ids("<|vision_start|>")
+            after = self._ids(f"<|vision_end|> {label}")
             first_rows.append(length + len(before))
             parts += [before, [self.config.image_token_id] * (height * width), after]
             grids.append((1, height * MERGE_SIZE, width * MERGE_SIZE))
             length += len(before) + height * width + len(after)
+        parts.append(self._ids("\n"))
+        length += len(parts[-1])
         if length > shared:
             return None
         prefix = np.concatenate(parts)
@@ -205,6 +218,8 @@ class Encoder:
 
         answers = np.full((len(questions), ANSWER_TOKENS), -1, np.int32)
         answer_rows = np.zeros((len(questions), ANSWER_TOKENS), np.int32)
+        word_rows = np.zeros(len(questions), np.int32)
+        meant = np.zeros((len(questions), len(grids)), bool)
         for number, question in enumerate(questions):
             asked = self._ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
             answer = self._ids(f"{question.answer}<|im_end|>")
@@ -216,8 +231,11 @@ class Encoder:
             order[here] = length + np.arange(len(ids))
             answers[number, : len(answer)] = answer
             answer_rows[number, : len(answer)] = start + len(asked) - 1 + np.arange(len(answer))
+            # The word stands before the question mark.
+            mark = next(i for i in range(len(asked))[::-1] if asked[i] == self._ids("?")[0])
+            word_rows[number] = start + mark - 1
+            meant[number, list(question.images)] = True
         tasks = list(TASKS)
-        ends = image_rows.max(axis=1, initial=0, where=image_rows < rows)
         return Batch(
             token_ids,
             position_ids,
@@ -230,23 +248,25 @@ class Encoder:
             answer_rows,
             answers,
             np.asarray([tasks.index(question.task) for question in questions], np.int32),
-            ends[:, None] + np.arange(-3, 2),
-            self._captions(scene),
+            word_rows,
+            meant,
+            image_rows.max(axis=1, initial=0, where=image_rows < rows),
+            np.asarray(
+                [
+                    [self._ids(picture.content)[0], self._ids(picture.colour)[0]]
+                    for picture in scene.pictures
+                ],
+                np.int32,
+            ),
+            np.asarray(
+                [
+                    [CONTENTS.index(picture.content), list(COLOURS).index(picture.colour)]
+                    for picture in scene.pictures
+                ],
+                np.int32,
+            ),
+            np.stack([_seen_before(scene.contents), _seen_before(scene.colours)], axis=-1),
         )
-
-    def _captions(self, scene: Scene) -> Int32[np.ndarray, "images captions"]:
-        captions = []
-        for number, picture in enumerate(scene.pictures):
-            earlier = scene.pictures[:number]
-            words = (
-                "yes" if picture.colour in [other.colour for other in earlier] else "no",
-                "yes" if picture.content in [other.content for other in earlier] else "no",
-                f" {LABELS[number]}",
-                picture.colour,
-                picture.content,
-            )
-            captions.append([token for word in words for token in self._ids(word)])
-        return np.asarray(captions, np.int32)
 
     def patches(
         self, pixels: UInt8[np.ndarray, "height width 3"]
@@ -274,3 +294,8 @@ class Encoder:
         if text not in self._known:
             self._known[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._known[text]
+
+
+def _seen_before(names: list[str]) -> Int32[np.ndarray, "names"]:
+    """How many of the names before it each one equals."""
+    return np.asarray([names[:index].count(name) for index, name in enumerate(names)], np.int32)

@@ -69,7 +69,7 @@ class HeldOut:
         @jax.jit
         def answer(parameters: Any, group: _Group, groups: Array) -> Array:
             module = nnx.merge(graph, parameters)
-            hidden = hidden_states(module, group.batch, group.features, groups)
+            hidden, _ = hidden_states(module, group.batch, group.features, groups)
             return right_answers(logits_at(module, hidden, group.batch.answer_rows), group.batch)
 
         self._answer = answer
@@ -98,6 +98,15 @@ class HeldOut:
         answers = partial(self._answer, self._parameters)
         groups = jnp.asarray(bits[categories])
         return np.concatenate([np.asarray(answers(group, groups)) for group in self._groups])
+
+    def commonest(self) -> dict[str, float]:
+        """For each task, how often the answer is right that is right most often: chance."""
+        answers = np.concatenate([group.batch.answers for group in self._groups])
+        result = {}
+        for index, task in enumerate(TASKS):
+            counts = np.unique(answers[self.tasks == index], axis=0, return_counts=True)[1]
+            result[task] = float(counts.max() / counts.sum())
+        return result
 
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of prefill's attention FLOPs that the categories save, over all prompts."""

@@ -1,11 +1,11 @@
 """What can be asked about a scene, and the right answers.
 
-content   What is in image C?                                one image
-colour    What colour is image C?                            one image
-find      Which image shows a 7? / is red?                   looking for one
-count     How many images show a 7? / are red?               all images
-compare   Do images B and E show the same? / ... colour?     two images
-repeat    Which image repeats an earlier one? / ... colour?  every image and those before it
+content   What is in image C?                              one image
+colour    What colour is image C?                          one image
+find      Which image shows a 7? / is red?                 looking for one
+count     How many images show a 7? / are red?             all images
+compare   Is image B like image E? / coloured like ...?    two images
+repeat    What comes twice? / Which colour comes twice?    every image and those before it
 """
 
 from collections import Counter
@@ -26,6 +26,11 @@ class Question(NamedTuple):
     """A key of `TASKS`."""
     text: str
     answer: str
+    images: tuple[int, ...]
+    """The images that the last word of the question stands for; none if there is no such image."""
+
+
+Asked = tuple[str, str, tuple[int, ...]]
 
 
 def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Question:
@@ -42,17 +47,17 @@ def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Q
     raise AssertionError("the content of an image can always be asked for")
 
 
-def _content(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    image = random.integers(len(scene.pictures))
-    return f"What is in image {LABELS[image]}?", scene.contents[image]
+def _content(random: np.random.Generator, scene: Scene) -> Asked:
+    image = int(random.integers(len(scene.pictures)))
+    return f"What is in image {LABELS[image]}?", scene.contents[image], (image,)
 
 
-def _colour(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    image = random.integers(len(scene.pictures))
-    return f"What colour is image {LABELS[image]}?", scene.colours[image]
+def _colour(random: np.random.Generator, scene: Scene) -> Asked:
+    image = int(random.integers(len(scene.pictures)))
+    return f"What colour is image {LABELS[image]}?", scene.colours[image], (image,)
 
 
-def _find(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _find(random: np.random.Generator, scene: Scene) -> Asked | None:
     by_colour = random.random() < 0.5
     values = scene.colours if by_colour else scene.contents
     counts = Counter(values)
@@ -63,7 +68,11 @@ def _find(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
         return None
     name = wanted[random.integers(len(wanted))]
     text = f"Which image is {name}?" if by_colour else f"Which image shows a {name}?"
-    return text, NONE if absent else f"image {LABELS[values.index(name)]}"
+    if absent:
+        return text, NONE, ()
+    image = values.index(name)
+    # With the space before it, the letter is the token that stands behind the image.
+    return text, f" {LABELS[image]}", (image,)
 
 
 def _count(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -76,10 +85,11 @@ def _count(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
         present = sorted(set(values))
         name = present[random.integers(len(present))]
     text = f"How many images are {name}?" if by_colour else f"How many images show a {name}?"
-    return text, str(values.count(name))
+    images = _where(values, name)
+    return text, str(len(images)), images
 
 
-def _compare(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _compare(random: np.random.Generator, scene: Scene) -> Asked | None:
     if len(scene.pictures) < 2:
         return None
     by_colour = random.random() < 0.5
@@ -94,24 +104,29 @@ def _compare(random: np.random.Generator, scene: Scene) -> tuple[str, str] | Non
     ]
     if not pairs:
         return None
-    one, other = (LABELS[image] for image in pairs[random.integers(len(pairs))])
-    what = "have the same colour" if by_colour else "show the same"
-    return f"Do images {one} and {other} {what}?", "yes" if alike else "no"
+    one, other = pairs[random.integers(len(pairs))]
+    coloured = "coloured " if by_colour else ""
+    text = f"Is image {LABELS[one]} {coloured}like image {LABELS[other]}?"
+    return text, "yes" if alike else "no", (other,)
 
 
-def _repeat(random: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def _repeat(random: np.random.Generator, scene: Scene) -> Asked | None:
     by_colour = random.random() < 0.5
-    for values, what in (
-        (scene.colours, "an earlier colour"),
-        (scene.contents, "an earlier one"),
+    for values, text in (
+        (scene.colours, "Which colour comes twice?"),
+        (scene.contents, "What comes twice?"),
     )[:: 1 if by_colour else -1]:
-        again = [image for image, value in enumerate(values) if value in values[:image]]
+        again = [value for image, value in enumerate(values) if value in values[:image]]
         if len(again) < 2:
-            return f"Which image repeats {what}?", f"image {LABELS[again[0]]}" if again else NONE
+            return (text, again[0], _where(values, again[0])) if again else (text, NONE, ())
     return None
 
 
-TASKS: dict[str, Callable[[np.random.Generator, Scene], tuple[str, str] | None]] = {
+def _where(values: list[str], wanted: str) -> tuple[int, ...]:
+    return tuple(index for index, value in enumerate(values) if value == wanted)
+
+
+TASKS: dict[str, Callable[[np.random.Generator, Scene], Asked | None]] = {
     "content": _content,
     "colour": _colour,
     "find": _find,

@@ -25,7 +25,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 LABELS = tuple("ABCDEFGHIJKLMNOP")
-SIDES = (24, 32, 40)
+SIDES = (20, 24, 28)
 """Heights and widths of images, in pixels."""
 
 _TEST_DIGITS = 500

@@ -7,7 +7,7 @@ chosen to be sparse see what INTRA_IMAGE_SINK lets them see, from the first step
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,24 +19,38 @@ import numpy as np
 import optax
 import orbax.checkpoint
 from flax import nnx
+from jax.tree_util import keystr
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
-from .batches import QUESTION_ROWS, Batch, Encoder, ImageBatch
+from .batches import FEATURES, QUESTION_ROWS, Batch, Encoder, ImageBatch
 from .files import MERGE_SIZE, PATCH_SIZE
 from .questions import TASKS
-from .scenes import COLOURS, CONTENTS
+from .scenes import COLOURS, CONTENTS, LABELS
 
 IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
 CAPTION_WEIGHT = 0.3
-"""Of the captions of each image (`Batch.captions`), beside the answers. They teach what questions
-are made of: what an image shows, which it is, and whether it has been seen before."""
-
+"""Of what is said of each image, beside the answers (see `FEATURES`)."""
+READING_WEIGHT = 0.5
+"""Of what can be read from the values of layers: each image's features; how many images before are
+alike; at the last word of a question, the answer. Finding, counting and comparing are made of
+these; from answers alone they are not learned."""
+FEATURE_LAYER, ALIKE_LAYER, ANSWER_LAYER = 1, 2, 3
+"""From the values of which layers: where later rows, and later layers, can make something of it."""
+POINTING_WEIGHT = 0.3
+"""Of where two kinds of rows look with a few heads: the last word of a question at the letters of
+the images it stands for, and later at the last row of the last of them, which knows how many were
+alike before it; the last row of an image at those of earlier images that are alike."""
+WORD_HEAD, LAST_HEAD = (1, 0), (2, 3)
+ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
+"""Layer and query head."""
+TOWER_RATE = 0.1
+"""Of the language model's learning rates: what the tower has learned alone is not to be lost."""
 
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
@@ -48,8 +62,9 @@ class Settings:
     Attributes:
       tower_steps: batches of single images that the vision tower is trained on before.
       steps: batches of prompts that the whole model is trained on.
-      learning_rate: greatest one; it rises to it over `warmup_steps` and then falls to 0 along a
-        cosine, in both stages.
+      learning_rate: greatest one of matrices, which Muon changes; it rises to it over
+        `warmup_steps`, stays to the middle of the steps and falls to 0, in both stages.
+      adam_learning_rate: likewise, of all else.
       warmup_steps: see `learning_rate`.
       weight_decay: of matrices.
       seed: of parameters and data.
@@ -57,10 +72,11 @@ class Settings:
     """
 
     tower_steps: int = 1000
-    steps: int = 1700
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
+    steps: int = 2400
+    learning_rate: float = 0.02
+    adam_learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
     seed: int = 0
     sparse_layers: tuple[int, ...] = ()
 
@@ -88,10 +104,10 @@ class Phase(NamedTuple):
 
 PHASES = (
     # Which image a question is about is learned among few images, or very late.
-    Phase(0.2, (2, 3), ("content", "colour", "find")),
-    Phase(0.38, (2, 3)),
-    Phase(0.55, (2, 3, 5)),
-    Phase(0.78, (3, 5, 8)),
+    Phase(0.08, (2, 3), ("content", "colour", "find")),
+    Phase(0.4, (2, 3)),
+    Phase(0.6, (2, 3, 5)),
+    Phase(0.82, (3, 5, 8)),
     Phase(1.0, (3, 5, 8, 12)),
 )
 
@@ -119,8 +135,12 @@ def hidden_states(
     batch: Batch,
     features: Float[Array, "prompts images tokens hidden"],
     groups: Int[Array, "layers heads_or_1"],
-) -> Float[Array, "prompts rows hidden"]:
-    """Hidden states of all rows; `groups` are the key groups that heads keep, or all of a layer."""
+) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
+    """Hidden states of all rows; queries, keys and values of all layers.
+
+    `groups` are the key groups that heads keep, or all heads of a layer. The arrays beside the
+    hidden states have the shape [layers, prompts, rows, heads, head_dim].
+    """
     prompts, rows = batch.token_ids.shape
     shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
     embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1)).reshape(prompts, rows, -1)
@@ -128,16 +148,22 @@ def hidden_states(
     embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
         features.reshape(*image_rows.shape, -1), mode="drop"
     )
+    info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink)))
 
-    def run(embeddings: Array, position_ids: Array, info: TokenInfo) -> Array:
-        def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
+    def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
+        def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
             seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
-            return _prompt_attention(q, k, v, seen, info.position, module.attention_scale), None
+            return _prompt_attention(q, k, v, seen, info.position, module.attention_scale)
 
-        return module.run_layers(embeddings, position_ids, (attend,), groups)[0]
+        by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
+        return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
 
-    info = TokenInfo(batch.order, batch.image, batch.sink)
-    return jax.vmap(run)(embeddings, batch.position_ids, info)
+    # Rows of all prompts go through as one: gradients of matrices are one product each.
+    position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
+    embeddings = embeddings.reshape(prompts * rows, -1)
+    hidden, kept = module.run_layers(embeddings, position_ids, (attend,), groups)
+    q, k, v = (array.reshape(-1, prompts, rows, *array.shape[2:]) for array in kept)
+    return hidden.reshape(prompts, rows, -1), (q, k, v)
 
 
 def _run_tower(tower: Any, pixel_values: Array, plan: VisionPlan) -> Array:
@@ -214,10 +240,17 @@ def _masked_attention(
 
 
 def loss_and_correct(
-    module: Any, batch: Batch, plans: VisionPlan, groups: Int[Array, "layers heads_or_1"]
-) -> tuple[Array, Array]:
-    """The loss of a batch, and which answers are right when taken greedily."""
-    hidden = hidden_states(module, batch, image_features(module, batch, plans), groups)
+    module: Any,
+    readers: dict[str, Array],
+    batch: Batch,
+    plans: VisionPlan,
+    groups: Int[Array, "layers heads_or_1"],
+) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    """The loss of a batch, which answers are right when taken greedily, and the shares of readings
+    that are.
+    """
+    features = image_features(module, batch, plans)
+    hidden, (q, k, v) = hidden_states(module, batch, features, groups)
     logits = logits_at(module, hidden, batch.answer_rows)
     wanted = batch.answers >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))
@@ -225,11 +258,106 @@ def loss_and_correct(
     # Ends of answers are learned at once and need no weight of their own.
     is_end = jnp.cumsum(wanted[..., ::-1], axis=-1)[..., ::-1] == 1
     weight = jnp.where(wanted, jnp.where(is_end, 0.1, 1.0), 0.0)
-    captions = optax.softmax_cross_entropy_with_integer_labels(
-        logits_at(module, hidden, batch.caption_rows), batch.captions
-    )
-    loss = (losses * weight).sum() / weight.sum() + CAPTION_WEIGHT * captions.mean()
-    return loss, right
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    caption_rows = batch.last_rows[..., None] + np.arange(len(FEATURES))
+    captions = logits_at(module, hidden, caption_rows)
+    loss = (losses * weight).sum() / weight.sum()
+    loss += CAPTION_WEIGHT * cross_entropy(captions, batch.captions).mean()
+    readings = _readings(readers, v, batch)
+    for name, (guesses, wanted) in readings.items():
+        weight_of = READING_WEIGHT if name == "answer known" else READING_WEIGHT / 4
+        loss += weight_of * cross_entropy(guesses, wanted).mean()
+    log = {
+        name: (guesses.argmax(axis=-1) == wanted).mean()
+        for name, (guesses, wanted) in readings.items()
+    }
+    for name, (layer, head), rows, targets in _pointings(batch):
+        kv_head = head * k.shape[3] // q.shape[3]
+        attention = _attention_of_rows(
+            q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.attention_scale
+        )
+        on_target = jnp.where(targets, attention, 0.0).sum(axis=-1)
+        counts = targets.any(axis=-1)
+        missed = -jnp.log(jnp.maximum(on_target, 1e-9))
+        loss += POINTING_WEIGHT * (missed * counts).sum() / jnp.maximum(counts.sum(), 1)
+        log[name] = (on_target * counts).sum() / jnp.maximum(counts.sum(), 1)
+    return loss, (right, log)
+
+
+def _pointings(batch: Batch) -> Iterator[tuple[str, tuple[int, int], Array, Array]]:
+    """What heads are taught to look at: a name, layer and head, rows [prompts, pointing], and the
+    rows to look at, [prompts, pointing, rows]; nowhere for those that are not taught.
+    """
+    rows = batch.token_ids.shape[1]
+    letters = jax.nn.one_hot(batch.last_rows + 2, rows)
+    of_words = jnp.einsum("pqi,pir->pqr", batch.meant.astype(jnp.float32), letters)
+    yield "word looks", WORD_HEAD, batch.word_rows, of_words > 0
+    last = jax.nn.one_hot(batch.last_rows, rows)
+    later = jnp.flip(jnp.cumsum(jnp.flip(batch.meant, -1), axis=-1), -1) - batch.meant
+    of_words = jnp.einsum("pqi,pir->pqr", (batch.meant & (later == 0)).astype(jnp.float32), last)
+    yield "word looks last", LAST_HEAD, batch.word_rows, of_words > 0
+    for index, name in enumerate(FEATURES):
+        feature = jnp.asarray(batch.features[..., index])
+        alike = jnp.tril(feature[:, :, None] == feature[:, None, :], -1)
+        # With no such image, at itself.
+        alike |= jnp.eye(alike.shape[1], dtype=bool) & ~alike.any(axis=-1, keepdims=True)
+        of_images = jnp.einsum("pqi,pir->pqr", alike.astype(jnp.float32), last)
+        yield f"{name} looks", ALIKE_HEADS[name], batch.last_rows, of_images > 0
+
+
+def _attention_of_rows(
+    q: Float[Array, "prompts rows head_dim"],
+    k: Float[Array, "prompts rows head_dim"],
+    rows: Int[Array, "prompts pointing"],
+    batch: Batch,
+    scale: float,
+) -> Float[Array, "prompts pointing rows"]:
+    """What some rows pay to all rows with one head, if it is dense."""
+    total, questions = batch.token_ids.shape[1], batch.tasks.shape[1]
+    # Which question a row is of; -1 before them.
+    question = (jnp.arange(total) - (total - questions * QUESTION_ROWS)) // QUESTION_ROWS
+    question = jnp.maximum(question, -1)
+    order = jnp.asarray(batch.order)
+    seen = (order >= 0)[:, None, :]
+    seen &= order[:, None, :] <= jnp.take_along_axis(order, rows, axis=1)[..., None]
+    seen &= (question < 0) | (question == question[rows][..., None])
+    pointing = jnp.take_along_axis(q, rows[..., None], axis=1)
+    scores = jnp.einsum("pnd,prd->pnr", pointing, k) * scale
+    return jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+
+
+def _readings(readers: dict[str, Array], v: Array, batch: Batch) -> dict[str, tuple[Array, Array]]:
+    """What is read from the values of layers, as scores, and what it should be; by name."""
+    values = v.reshape(*v.shape[:3], -1)
+
+    def at(layer: int, rows: Array) -> Array:
+        return jnp.take_along_axis(values[layer], rows[..., None], axis=1)
+
+    # The letter stands behind the image's end.
+    rows = jnp.concatenate([batch.last_rows, batch.last_rows + 2], axis=1)
+    readings = {}
+    for index, name in enumerate(FEATURES):
+        wanted = jnp.tile(batch.features[..., index], 2)
+        readings[name + " known"] = at(FEATURE_LAYER, rows) @ readers[name + " known"], wanted
+        alike = at(ALIKE_LAYER, batch.last_rows) @ readers[name + " alike"]
+        readings[name + " alike"] = alike, batch.alike[..., index]
+    known = at(ANSWER_LAYER, batch.word_rows) @ readers["answer known"]
+    readings["answer known"] = known, batch.answers[..., 0]
+    return readings
+
+
+def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
+    """The matrices that read values, at the start; no part of the model."""
+    text = config.get_text_config()
+    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    random = np.random.default_rng([seed, 10])
+    sizes = {"content known": len(CONTENTS), "colour known": len(COLOURS)}
+    sizes |= {f"{name} alike": len(LABELS) for name in FEATURES}
+    sizes["answer known"] = text.vocab_size
+    return {
+        name: jnp.asarray(random.normal(0, width**-0.5, (width, size)), jnp.float32)
+        for name, size in sizes.items()
+    }
 
 
 def right_answers(
@@ -331,14 +459,17 @@ class ModelStage:
     def __init__(self, module: nnx.Module, settings: Settings, encoder: Encoder) -> None:
         self.steps = settings.steps
         self._settings, self._encoder = settings, encoder
-        graph, parameters = nnx.split(module)
+        graph, model = nnx.split(module)
+        model = quiet_start(model, encoder.config.text_config.hidden_size)
+        parameters = (model, new_readers(encoder.config, settings.seed))
         groups = groups_of_layers(encoder.config, settings.sparse_layers)
         optimizer = make_optimizer(settings, self.steps)
         self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
 
-        def loss(parameters: Any, batch: Batch) -> tuple[Array, Array]:
-            return loss_and_correct(nnx.merge(graph, parameters), batch, plans, groups)
+        def loss(parameters: Any, batch: Batch) -> tuple[Array, Any]:
+            model, readers = parameters
+            return loss_and_correct(nnx.merge(graph, model), readers, batch, plans, groups)
 
         self._train = train_step(loss, optimizer)
         self._evaluate = jax.jit(loss)
@@ -346,27 +477,84 @@ class ModelStage:
     def step(self, index: int) -> dict[str, float]:
         """One batch of scenes."""
         batch = batch_of_step(self._settings, self._encoder, index)
-        self.state, loss, right = self._train(self.state, batch)
-        return {"loss": float(loss), **shares(np.asarray(right), batch.tasks)}
+        self.state, loss, (right, read) = self._train(self.state, batch)
+        return {
+            "loss": float(loss),
+            **shares(np.asarray(right), batch.tasks),
+            **{name: float(share) for name, share in read.items()},
+        }
+
+    @property
+    def model(self) -> Any:
+        """The model's parameters, as `nnx.split` gives them."""
+        return self.state.parameters[0]
 
     def evaluate(self) -> dict[str, float]:
         """Share of right answers about held-out scenes of eight images."""
         random = np.random.default_rng([self._settings.seed, 3])
         batch = self._encoder.batch(random, 24, 8, 12, test=True)
-        _, right = self._evaluate(self.state.parameters, batch)
+        _, (right, _) = self._evaluate(self.state.parameters, batch)
         return shares(np.asarray(right), batch.tasks)
 
 
 def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; the learning rate rises, then falls along a cosine."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, min(settings.warmup_steps, steps), steps
+    """Muon for matrices, AdamW for the rest: half of the steps that AdamW alone needs.
+
+    Where parameters are those of the whole model, its vision tower changes slowly.
+    """
+
+    def rate(peak: float) -> optax.Schedule:
+        warmup = min(settings.warmup_steps, steps // 2)
+        parts = [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, steps - steps // 2),
+        ]
+        return optax.join_schedules(parts, [warmup, steps // 2])
+
+    muon = optax.contrib.muon(
+        rate(settings.learning_rate),
+        adam_learning_rate=rate(settings.adam_learning_rate),
+        weight_decay=settings.weight_decay,
+        muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, _matrix),
     )
-    matrices = partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay, mask=matrices),
+    slower = optax.masked(
+        optax.scale(TOWER_RATE),
+        partial(jax.tree_util.tree_map_with_path, lambda path, _: "visual" in keystr(path)),
     )
+    return optax.chain(optax.clip_by_global_norm(1.0), muon, slower)
+
+
+def _matrix(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes of a linear map's matrix, of all layers stacked or of one; None for the rest."""
+    if "kernel" not in keystr(path):
+        return None
+    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+
+def quiet_start(parameters: Any, width: int) -> Any:
+    """Parameters with which layers first add nothing to their input, and tokens are loud in it.
+
+    Else layers drown which token a row is. Then it takes long to learn which image a question is
+    about, and an image's letter is never found by what the image shows.
+
+    Args:
+      parameters: of the model, as they are made.
+      width: of its hidden states.
+    """
+
+    def start(path: Any, leaf: Array) -> Array:
+        name = keystr(path)
+        if "visual" in name:
+            return leaf
+        if "o_proj" in name or "down_proj" in name:
+            return jnp.zeros_like(leaf)
+        if "embed_tokens" in name:
+            return leaf * width**0.5
+        # The table is the output layer too, and logits shall stay as they were.
+        return leaf / width**0.5 if "'language_model']['norm']" in name else leaf
+
+    return jax.tree_util.tree_map_with_path(start, parameters)
 
 
 def _first_state(parameters: Any, optimizer: optax.GradientTransformation) -> State:
