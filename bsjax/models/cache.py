@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,8 @@ def reading_attend(
     cached_k, cached_v = cache.k[:, None], cache.v[:, None]
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, tuple]:
-        attended = decode_attention(
+        # Without `return_lse` it is the output alone.
+        attended: Any = decode_attention(
             q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
         )
         return attended, (k, v)

@@ -316,9 +316,11 @@ class Gemma3TextModel(nnx.Module):
         )
         of_local, of_global = cache
         if of_local is not None:
-            of_local = of_local.written(*kept[0], cache_index % of_local.k.shape[1])
+            k, v = kept[0]
+            of_local = of_local.written(k, v, cache_index % of_local.k.shape[1])
         if of_global is not None:
-            of_global = of_global.written(*kept[1], cache_index)
+            k, v = kept[1]
+            of_global = of_global.written(k, v, cache_index)
         return self.norm(hidden), Caches(of_local, of_global)
 
     def _index_in_kind(self) -> Int[np.ndarray, "layers"]:

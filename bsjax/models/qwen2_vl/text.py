@@ -221,5 +221,5 @@ class Qwen2VLTextModel(nnx.Module):
         """One token through all layers; see `ImageTextModel.decode_step`."""
         attend = reading_attend(cache, cache_index, scale=self.scale, backend=backend)
         layers = jnp.arange(cache.k.shape[0])
-        hidden, kept = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
-        return hidden, cache.written(*kept, cache_index)
+        hidden, (k, v) = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
+        return hidden, cache.written(k, v, cache_index)
