@@ -79,17 +79,9 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
     if options.segments is not None:
         if options.checkpoint is not None:
             raise TemplateError("Give a checkpoint and a question, or --segments; not both.")
-        of_checkpoints = (
-            options.image,
-            options.system,
-            options.max_pixels,
-            options.pan_and_scan,
-            options.layer,
-        )
-        # A layer may be number 0.
-        if any(
-            value is not None and value is not False and value != [] for value in of_checkpoints
-        ):
+        of_checkpoints = (options.image, options.system, options.max_pixels, options.pan_and_scan)
+        given = any(value not in (None, False, []) for value in of_checkpoints)
+        if given or options.layer is not None:
             raise TemplateError(
                 "--image, --system, --max-pixels, --pan-and-scan and --layer belong to a "
                 "checkpoint's prompt."
