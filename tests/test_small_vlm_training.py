@@ -1,5 +1,6 @@
 """The training data say what they claim, and training computes what bsjax computes."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -17,7 +18,7 @@ from bsjax.pipeline import Scoring
 from bsjax.profile_file import Profile
 from bsjax.programs import Programs
 from bsjax.prompts import prepare_prompt
-from examples.train_small_vlm import scenes, training
+from examples.train_small_vlm import forward, loss, scenes, training
 from examples.train_small_vlm.batches import Encoder
 from examples.train_small_vlm.export import export
 from examples.train_small_vlm.files import make_config, make_image_processor, make_tokenizer
@@ -68,11 +69,12 @@ def test_answers_are_right(task):
     answers = Counter()
     for _ in range(300):
         scene = draw_scene(random, int(random.integers(1, 13)), test=bool(random.integers(2)))
+        scene = dataclasses.replace(scene, first_label=int(random.integers(4)))
         question = ask(random, scene, task)
         words = question.text.strip("?").split()
         of_colour = any(word in COLOURS or word in ("colour", "coloured") for word in words)
         values = scene.colours if of_colour else scene.contents
-        by_label = dict(zip(LABELS, values, strict=False))
+        by_label = dict(zip(scene.labels, values, strict=True))
         match question.task:
             case "content" | "colour":
                 expected = by_label[words[-1]]
@@ -142,8 +144,8 @@ def test_training_computes_what_inference_computes(module, config, encoder, toke
     if category is not None:
         categories[:] = category
     groups = np.vectorize(lambda value: HeadCategory(value).groups.value)(categories)
-    features = training.image_features(module, batch, encoder.plans)
-    hidden, _ = training.hidden_states(module, batch, features, jnp.asarray(groups))
+    features = forward.image_features(module, batch, encoder.plans)
+    hidden, _ = forward.hidden_states(module, batch, features, jnp.asarray(groups))
     logits = module.logits(hidden[0][one.answer_rows[:, 0]])
 
     profile = Profile(family="qwen2_5_vl", categories=categories)
@@ -193,11 +195,83 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 def test_sparse_layers_see_their_own_image_and_sinks(config):
     """What rows with such key groups see is what inference computes: tested above."""
-    groups = training.groups_of_layers(config, (1, 3))
+    groups = forward.groups_of_layers(config, (1, 3))
     sparse = int(HeadCategory.INTRA_IMAGE_SINK.groups)
     assert groups.shape == (5, 1)
     assert [bool(group == sparse) for group in groups[:, 0]] == [False, True, False, True, False]
     assert all(int(group) & sparse == sparse for group in groups[:, 0])
+
+
+def test_images_of_sparse_layers_are_not_taught_to_look_at_others(config, encoder):
+    batch = encoder.batch(np.random.default_rng(7), 1, 3, 2)
+
+    def taught(sparse_layers):
+        groups = forward.groups_of_layers(config, sparse_layers)
+        return {pointing.name for pointing in loss._pointings(batch, groups)}
+
+    of_images = {"content looks", "colour looks"}
+    assert taught(()) == taught((0, 2)) > of_images
+    assert taught((1,)) == taught(()) - of_images
+
+
+def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, tokenizer):
+    """The targets of every question, told as images, letters and the first row of the prompt."""
+    random = np.random.default_rng(9)
+    scene = dataclasses.replace(draw_scene(random, 5, test=False), first_label=3)
+    contents, colours = scene.contents, scene.colours
+    questions = [ask(random, scene, task) for task in TASKS for _ in range(5)]
+    one = encoder.encode(scene, questions, 288 + 16 * len(questions))
+    assert one is not None
+    places = {0: "first"}
+    for row, token in enumerate(one.token_ids):
+        word = tokenizer.decode([token])
+        if one.order[row] >= 0 and word[1:] in scene.labels:
+            places[row] = word[1:] if row < 288 else f"asked {word[1:]}"
+    for number, row in enumerate(one.last_rows):
+        places[int(row)] = number
+    groups = forward.groups_of_layers(config, ())
+    batch = jax.tree.map(lambda part: part[None], one)
+    looks = {
+        pointing.name: [
+            {places.get(int(row), int(row)) for row in np.flatnonzero(each)} for each in targets
+        ]
+        for pointing in loss._pointings(batch, groups)
+        for targets in [np.asarray(pointing.targets[0])]
+    }
+    for index, question in enumerate(questions):
+        words = question.text.strip("?").split()
+        of_colour = any(word in COLOURS or word in ("colour", "coloured") for word in words)
+        values = colours if of_colour else contents
+        if words[-1] in scene.labels:
+            meant = [scene.labels.index(words[-1])]
+        elif words[-1] == "twice":
+            again = {value for i, value in enumerate(values) if value in values[:i]}
+            meant = [i for i, value in enumerate(values) if value in again]
+        else:
+            meant = [i for i, value in enumerate(values) if value == words[-1]]
+        letters = {scene.labels[image] for image in meant}
+        repeat = words[-1] == "twice"
+        by_letter = words[-1] in scene.labels
+        assert looks["word looks"][index] == (letters if by_letter else set())
+        by_feature = not by_letter and not repeat
+        assert looks["finds"][index] == ((letters or {"first"}) if by_feature else set())
+        assert looks["counts"][index] == ((letters | {"first"}) if by_feature else set())
+        word = int(one.word_rows[index])
+        assert looks["answer looks"][index] == {places.get(word, word)}
+        last = meant[-1] if meant else "first"
+        assert looks["repeat looks"][index] == ({last} if repeat else set())
+        for name, feature in (("content", contents), ("colour", colours)):
+            expected = set()
+            if words[0] == "Is":
+                one_image, other = (scene.labels.index(words[place]) for place in (2, -1))
+                alike = feature[one_image] == feature[other]
+                expected = {f"asked {words[2]}" if alike else "first"}
+                assert looks["compared looks"][index] == {words[2]}
+            assert looks[f"{name} compares"][index] == expected
+    for name, feature in (("content", contents), ("colour", colours)):
+        for number, look in enumerate(looks[f"{name} looks"]):
+            earlier = {i for i in range(number) if feature[i] == feature[number]}
+            assert look == earlier | {"first"}
 
 
 def test_a_run_starts_with_layers_that_add_nothing(module, config):

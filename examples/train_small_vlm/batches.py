@@ -8,6 +8,7 @@ the same position and do not see each other, so that each is computed as if it s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ class Batch(NamedTuple):
     """The row of the last word of each question."""
     meant: Bool[np.ndarray, "prompts questions images"]
     """Which images that word stands for (`Question.images`)."""
+    compared_rows: Int32[np.ndarray, "prompts questions"]
+    """The row of the letter before it, where two images are compared; else that of the word."""
+    compared: Bool[np.ndarray, "prompts questions images"]
+    """Which image that letter stands for; none where none are compared."""
     last_rows: Int32[np.ndarray, "prompts images"]
     """The last row of each image."""
     captions: Int32[np.ndarray, "prompts images features"]
@@ -81,6 +86,8 @@ class Batch(NamedTuple):
     """The same as indices in `CONTENTS` and `COLOURS`."""
     alike: Int32[np.ndarray, "prompts images features"]
     """How many images before have the same."""
+    labels: Int32[np.ndarray, "prompts images"]
+    """Index in `LABELS` of each image's letter."""
 
 
 class ImageBatch(NamedTuple):
@@ -143,6 +150,10 @@ class Encoder:
         encoded = []
         while len(encoded) < prompts:
             scene = draw_scene(random, images, test=test)
+            if not test and random.random() < 0.5:
+                # All letters are to be known before there are so many images.
+                first = random.integers(len(LABELS) - images + 1)
+                scene = replace(scene, first_label=int(first))
             chosen = random.integers(len(tasks), size=questions)
             asked = [ask(random, scene, tasks[index]) for index in chosen]
             one = self.encode(scene, asked, rows)
@@ -184,7 +195,7 @@ class Encoder:
         parts = [self._ids("<|im_start|>user\n")]
         grids, first_rows = [], []
         length = len(parts[0])
-        for label, picture in zip(LABELS, scene.pictures, strict=False):
+        for label, picture in zip(scene.labels, scene.pictures, strict=True):
             height, width = (side // _UNIT for side in picture.pixels.shape[:2])
             before = self._ids("<|vision_start|>")
             after = self._ids(f"<|vision_end|> {label}")
@@ -220,6 +231,7 @@ class Encoder:
         answer_rows = np.zeros((len(questions), ANSWER_TOKENS), np.int32)
         word_rows = np.zeros(len(questions), np.int32)
         meant = np.zeros((len(questions), len(grids)), bool)
+        compared_rows, compared = np.zeros_like(word_rows), np.zeros_like(meant)
         for number, question in enumerate(questions):
             asked = self._ids(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
             answer = self._ids(f"{question.answer}<|im_end|>")
@@ -235,6 +247,11 @@ class Encoder:
             mark = next(i for i in range(len(asked))[::-1] if asked[i] == self._ids("?")[0])
             word_rows[number] = start + mark - 1
             meant[number, list(question.images)] = True
+            compared_rows[number] = word_rows[number]
+            if question.compared is not None:
+                (letter,) = self._ids(f" {scene.labels[question.compared]}")
+                compared_rows[number] = start + asked.index(letter)
+                compared[number, question.compared] = True
         tasks = list(TASKS)
         return Batch(
             token_ids,
@@ -250,6 +267,8 @@ class Encoder:
             np.asarray([tasks.index(question.task) for question in questions], np.int32),
             word_rows,
             meant,
+            compared_rows,
+            compared,
             image_rows.max(axis=1, initial=0, where=image_rows < rows),
             np.asarray(
                 [
@@ -266,6 +285,7 @@ class Encoder:
                 np.int32,
             ),
             np.stack([_seen_before(scene.contents), _seen_before(scene.colours)], axis=-1),
+            scene.first_label + np.arange(len(grids), dtype=np.int32),
         )
 
     def patches(

@@ -16,9 +16,10 @@ from bsjax.schedule import visible_pairs
 from bsjax.template import Sinks, Template
 
 from .batches import QUESTION_ROWS, Batch, Encoder
+from .forward import hidden_states, image_features, logits_at
+from .loss import right_answers
 from .questions import TASKS, ask
 from .scenes import draw_scene
-from .training import hidden_states, image_features, logits_at, right_answers
 
 _SCENES_PER_BATCH = 16
 

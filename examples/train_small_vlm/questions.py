@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scenes import COLOURS, CONTENTS, LABELS, Scene
+from .scenes import COLOURS, CONTENTS, Scene
 
 NONE = "none"
 
@@ -28,9 +28,11 @@ class Question(NamedTuple):
     answer: str
     images: tuple[int, ...]
     """The images that the last word of the question stands for; none if there is no such image."""
+    compared: int | None = None
+    """The image that these are compared with."""
 
 
-Asked = tuple[str, str, tuple[int, ...]]
+Asked = tuple[str, str, tuple[int, ...]] | tuple[str, str, tuple[int, ...], int]
 
 
 def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Question:
@@ -49,12 +51,12 @@ def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Q
 
 def _content(random: np.random.Generator, scene: Scene) -> Asked:
     image = int(random.integers(len(scene.pictures)))
-    return f"What is in image {LABELS[image]}?", scene.contents[image], (image,)
+    return f"What is in image {scene.labels[image]}?", scene.contents[image], (image,)
 
 
 def _colour(random: np.random.Generator, scene: Scene) -> Asked:
     image = int(random.integers(len(scene.pictures)))
-    return f"What colour is image {LABELS[image]}?", scene.colours[image], (image,)
+    return f"What colour is image {scene.labels[image]}?", scene.colours[image], (image,)
 
 
 def _find(random: np.random.Generator, scene: Scene) -> Asked | None:
@@ -72,10 +74,10 @@ def _find(random: np.random.Generator, scene: Scene) -> Asked | None:
         return text, NONE, ()
     image = values.index(name)
     # With the space before it, the letter is the token that stands behind the image.
-    return text, f" {LABELS[image]}", (image,)
+    return text, f" {scene.labels[image]}", (image,)
 
 
-def _count(random: np.random.Generator, scene: Scene) -> tuple[str, str]:
+def _count(random: np.random.Generator, scene: Scene) -> Asked:
     by_colour = random.random() < 0.5
     values = scene.colours if by_colour else scene.contents
     if random.random() < 0.1:
@@ -106,8 +108,8 @@ def _compare(random: np.random.Generator, scene: Scene) -> Asked | None:
         return None
     one, other = pairs[random.integers(len(pairs))]
     coloured = "coloured " if by_colour else ""
-    text = f"Is image {LABELS[one]} {coloured}like image {LABELS[other]}?"
-    return text, "yes" if alike else "no", (other,)
+    text = f"Is image {scene.labels[one]} {coloured}like image {scene.labels[other]}?"
+    return text, "yes" if alike else "no", (other,), one
 
 
 def _repeat(random: np.random.Generator, scene: Scene) -> Asked | None:
@@ -134,3 +136,6 @@ TASKS: dict[str, Callable[[np.random.Generator, Scene], Asked | None]] = {
     "compare": _compare,
     "repeat": _repeat,
 }
+
+BY_LETTER = ("content", "colour", "compare")
+"""Tasks whose questions end with the letter of an image."""

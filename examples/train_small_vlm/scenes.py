@@ -45,9 +45,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Scene:
-    """The images of a prompt, in order; image number i has the label `LABELS[i]`."""
+    """The images of a prompt, in order."""
 
     pictures: tuple[Picture, ...]
+    first_label: int = 0
+    """Index in `LABELS` of the first image's label; prompts begin with A."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The letter of each image."""
+        return LABELS[self.first_label : self.first_label + len(self.pictures)]
 
     @property
     def contents(self) -> list[str]:

@@ -1,13 +1,8 @@
-"""Loss, optimizer and the training loop, with checkpoints it can go on from.
-
-The modules are bsjax's own. Attention is dense here: prompts are short, a batch of them goes
-through at once, and what a row sees is the package's own predicate as a matrix. Layers that are
-chosen to be sparse see what INTRA_IMAGE_SINK lets them see, from the first step on.
-"""
+"""Optimizer, stages and the training loop, with checkpoints it can go on from."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,35 +15,18 @@ import optax
 import orbax.checkpoint
 from flax import nnx
 from jax.tree_util import keystr
-from jaxtyping import Array, Bool, Float, Int
-from transformers import PretrainedConfig
+from jaxtyping import Array
 
-from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
-from bsjax.models.qwen2_vl.vision_plan import VisionPlan
-
-from .batches import FEATURES, QUESTION_ROWS, Batch, Encoder, ImageBatch
+from .batches import Batch, Encoder, ImageBatch
 from .files import MERGE_SIZE, PATCH_SIZE
+from .forward import groups_of_layers, run_tower
+from .loss import loss_and_correct, new_readers
 from .questions import TASKS
-from .scenes import COLOURS, CONTENTS, LABELS
+from .scenes import COLOURS, CONTENTS
 
 IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
-CAPTION_WEIGHT = 0.3
-"""Of what is said of each image, beside the answers (see `FEATURES`)."""
-READING_WEIGHT = 0.5
-"""Of what can be read from the values of layers: each image's features; how many images before are
-alike; at the last word of a question, the answer. Finding, counting and comparing are made of
-these; from answers alone they are not learned."""
-FEATURE_LAYER, ALIKE_LAYER, ANSWER_LAYER = 1, 2, 3
-"""From the values of which layers: where later rows, and later layers, can make something of it."""
-POINTING_WEIGHT = 0.3
-"""Of where two kinds of rows look with a few heads: the last word of a question at the letters of
-the images it stands for, and later at the last row of the last of them, which knows how many were
-alike before it; the last row of an image at those of earlier images that are alike."""
-WORD_HEAD, LAST_HEAD = (1, 0), (2, 3)
-ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
-"""Layer and query head."""
 TOWER_RATE = 0.1
 """Of the language model's learning rates: what the tower has learned alone is not to be lost."""
 
@@ -72,7 +50,7 @@ class Settings:
     """
 
     tower_steps: int = 1000
-    steps: int = 2400
+    steps: int = 2800
     learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -104,10 +82,10 @@ class Phase(NamedTuple):
 
 PHASES = (
     # Which image a question is about is learned among few images, or very late.
-    Phase(0.08, (2, 3), ("content", "colour", "find")),
-    Phase(0.4, (2, 3)),
-    Phase(0.6, (2, 3, 5)),
-    Phase(0.82, (3, 5, 8)),
+    Phase(0.06, (2, 3), ("content", "colour", "find")),
+    Phase(0.3, (2, 3)),
+    Phase(0.5, (2, 3, 5)),
+    Phase(0.75, (3, 5, 8)),
     Phase(1.0, (3, 5, 8, 12)),
 )
 
@@ -119,269 +97,6 @@ def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
     images = phase.images[random.integers(len(phase.images))]
     prompts, questions = IMAGES_PER_BATCH // images, min(2 * images, 12)
     return encoder.batch(random, prompts, images, questions, tasks=phase.tasks)
-
-
-def image_features(
-    module: Any, batch: Batch, plans: VisionPlan
-) -> Float[Array, "prompts images tokens hidden"]:
-    """The tokens of all images, padded to those of the largest size."""
-    plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
-    run = partial(_run_tower, module.visual)
-    return jax.vmap(jax.vmap(run))(batch.pixel_values, plan_of_image)
-
-
-def hidden_states(
-    module: Any,
-    batch: Batch,
-    features: Float[Array, "prompts images tokens hidden"],
-    groups: Int[Array, "layers heads_or_1"],
-) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
-    """Hidden states of all rows; queries, keys and values of all layers.
-
-    `groups` are the key groups that heads keep, or all heads of a layer. The arrays beside the
-    hidden states have the shape [layers, prompts, rows, heads, head_dim].
-    """
-    prompts, rows = batch.token_ids.shape
-    shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
-    embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1)).reshape(prompts, rows, -1)
-    image_rows = jnp.asarray(batch.image_rows).reshape(prompts, -1)
-    embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
-        features.reshape(*image_rows.shape, -1), mode="drop"
-    )
-    info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink)))
-
-    def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
-        def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
-            seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
-            return _prompt_attention(q, k, v, seen, info.position, module.attention_scale)
-
-        by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
-        return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
-
-    # Rows of all prompts go through as one: gradients of matrices are one product each.
-    position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
-    embeddings = embeddings.reshape(prompts * rows, -1)
-    hidden, kept = module.run_layers(embeddings, position_ids, (attend,), groups)
-    q, k, v = (array.reshape(-1, prompts, rows, *array.shape[2:]) for array in kept)
-    return hidden.reshape(prompts, rows, -1), (q, k, v)
-
-
-def _run_tower(tower: Any, pixel_values: Array, plan: VisionPlan) -> Array:
-    """The tokens of one padded image."""
-
-    def attend_within(segment: Array) -> Any:
-        same = (segment[:, None] == segment[None, :])[None]
-        return lambda q, k, v: _masked_attention(q, k, v, same, q.shape[-1] ** -0.5)
-
-    assert plan.window_schedule is not None
-    attends = (attend_within(plan.schedule.image), attend_within(plan.window_schedule.image))
-    return tower.run_blocks(pixel_values, plan, attends)
-
-
-def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "heads_or_1 rows rows"]:
-    """Which of the rows that all questions share each of them sees."""
-    allowed = visible(
-        TokenInfo(*(part[None, :, None] for part in info)),
-        TokenInfo(*(part[None, None, :] for part in info)),
-        groups[:, None, None],
-        bidirectional_images=False,
-        window=None,
-    )
-    # Padding rows see themselves, so that no row sees nothing. Rows of SINK heads need not.
-    padding = info.position < 0
-    return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
-
-
-def _prompt_attention(
-    q: Array, k: Array, v: Array, seen: Array, order: Array, scale: float
-) -> Array:
-    """Attention of a prompt whose questions see what they share and themselves, not each other."""
-    shared = seen.shape[-1]
-    rows, heads, channels = q.shape
-    before = _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
-
-    def of_questions(array: Array) -> Array:
-        return array[shared:].reshape(-1, QUESTION_ROWS, *array.shape[1:])
-
-    order_asked = of_questions(order)
-    asked_q = of_questions(q).reshape(-1, QUESTION_ROWS, k.shape[1], heads // k.shape[1], channels)
-    # Rows after the end of an answer are no keys.
-    own_seen = (order_asked[:, None, :] <= order_asked[:, :, None]) & (order_asked >= 0)[:, None]
-    scores = jnp.concatenate(
-        [
-            jnp.where(
-                order[:shared] >= 0, jnp.einsum("ntkgd,ckd->nkgtc", asked_q, k[:shared]), -1e30
-            ),
-            jnp.where(
-                own_seen[:, None, None],
-                jnp.einsum("ntkgd,nckd->nkgtc", asked_q, of_questions(k)),
-                -1e30,
-            ),
-        ],
-        axis=-1,
-    )
-    weights = jax.nn.softmax(scores * scale, axis=-1)
-    asked = jnp.einsum("nkgtc,ckd->ntkgd", weights[..., :shared], v[:shared])
-    asked += jnp.einsum("nkgtc,nckd->ntkgd", weights[..., shared:], of_questions(v))
-    return jnp.concatenate([before, asked.reshape(-1, heads, channels)])
-
-
-def _masked_attention(
-    q: Array, k: Array, v: Array, seen: Bool[Array, "heads_or_1 rows rows"], scale: float
-) -> Array:
-    """Softmax attention with the whole score matrix."""
-    rows, heads, channels = q.shape
-    grouped = q.reshape(rows, k.shape[1], -1, channels)
-    scores = jnp.einsum("qkgd,ckd->kgqc", grouped, k) * scale
-    if len(seen) > 1:
-        seen = seen.reshape(scores.shape)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-    return jnp.einsum("kgqc,ckd->qkgd", weights, v).reshape(rows, heads, channels)
-
-
-def loss_and_correct(
-    module: Any,
-    readers: dict[str, Array],
-    batch: Batch,
-    plans: VisionPlan,
-    groups: Int[Array, "layers heads_or_1"],
-) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-    """The loss of a batch, which answers are right when taken greedily, and the shares of readings
-    that are.
-    """
-    features = image_features(module, batch, plans)
-    hidden, (q, k, v) = hidden_states(module, batch, features, groups)
-    logits = logits_at(module, hidden, batch.answer_rows)
-    wanted = batch.answers >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))
-    right = right_answers(logits, batch)
-    # Ends of answers are learned at once and need no weight of their own.
-    is_end = jnp.cumsum(wanted[..., ::-1], axis=-1)[..., ::-1] == 1
-    weight = jnp.where(wanted, jnp.where(is_end, 0.1, 1.0), 0.0)
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    caption_rows = batch.last_rows[..., None] + np.arange(len(FEATURES))
-    captions = logits_at(module, hidden, caption_rows)
-    loss = (losses * weight).sum() / weight.sum()
-    loss += CAPTION_WEIGHT * cross_entropy(captions, batch.captions).mean()
-    readings = _readings(readers, v, batch)
-    for name, (guesses, wanted) in readings.items():
-        weight_of = READING_WEIGHT if name == "answer known" else READING_WEIGHT / 4
-        loss += weight_of * cross_entropy(guesses, wanted).mean()
-    log = {
-        name: (guesses.argmax(axis=-1) == wanted).mean()
-        for name, (guesses, wanted) in readings.items()
-    }
-    for name, (layer, head), rows, targets in _pointings(batch):
-        kv_head = head * k.shape[3] // q.shape[3]
-        attention = _attention_of_rows(
-            q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.attention_scale
-        )
-        on_target = jnp.where(targets, attention, 0.0).sum(axis=-1)
-        counts = targets.any(axis=-1)
-        missed = -jnp.log(jnp.maximum(on_target, 1e-9))
-        loss += POINTING_WEIGHT * (missed * counts).sum() / jnp.maximum(counts.sum(), 1)
-        log[name] = (on_target * counts).sum() / jnp.maximum(counts.sum(), 1)
-    return loss, (right, log)
-
-
-def _pointings(batch: Batch) -> Iterator[tuple[str, tuple[int, int], Array, Array]]:
-    """What heads are taught to look at: a name, layer and head, rows [prompts, pointing], and the
-    rows to look at, [prompts, pointing, rows]; nowhere for those that are not taught.
-    """
-    rows = batch.token_ids.shape[1]
-    letters = jax.nn.one_hot(batch.last_rows + 2, rows)
-    of_words = jnp.einsum("pqi,pir->pqr", batch.meant.astype(jnp.float32), letters)
-    yield "word looks", WORD_HEAD, batch.word_rows, of_words > 0
-    last = jax.nn.one_hot(batch.last_rows, rows)
-    later = jnp.flip(jnp.cumsum(jnp.flip(batch.meant, -1), axis=-1), -1) - batch.meant
-    of_words = jnp.einsum("pqi,pir->pqr", (batch.meant & (later == 0)).astype(jnp.float32), last)
-    yield "word looks last", LAST_HEAD, batch.word_rows, of_words > 0
-    for index, name in enumerate(FEATURES):
-        feature = jnp.asarray(batch.features[..., index])
-        alike = jnp.tril(feature[:, :, None] == feature[:, None, :], -1)
-        # With no such image, at itself.
-        alike |= jnp.eye(alike.shape[1], dtype=bool) & ~alike.any(axis=-1, keepdims=True)
-        of_images = jnp.einsum("pqi,pir->pqr", alike.astype(jnp.float32), last)
-        yield f"{name} looks", ALIKE_HEADS[name], batch.last_rows, of_images > 0
-
-
-def _attention_of_rows(
-    q: Float[Array, "prompts rows head_dim"],
-    k: Float[Array, "prompts rows head_dim"],
-    rows: Int[Array, "prompts pointing"],
-    batch: Batch,
-    scale: float,
-) -> Float[Array, "prompts pointing rows"]:
-    """What some rows pay to all rows with one head, if it is dense."""
-    total, questions = batch.token_ids.shape[1], batch.tasks.shape[1]
-    # Which question a row is of; -1 before them.
-    question = (jnp.arange(total) - (total - questions * QUESTION_ROWS)) // QUESTION_ROWS
-    question = jnp.maximum(question, -1)
-    order = jnp.asarray(batch.order)
-    seen = (order >= 0)[:, None, :]
-    seen &= order[:, None, :] <= jnp.take_along_axis(order, rows, axis=1)[..., None]
-    seen &= (question < 0) | (question == question[rows][..., None])
-    pointing = jnp.take_along_axis(q, rows[..., None], axis=1)
-    scores = jnp.einsum("pnd,prd->pnr", pointing, k) * scale
-    return jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
-
-
-def _readings(readers: dict[str, Array], v: Array, batch: Batch) -> dict[str, tuple[Array, Array]]:
-    """What is read from the values of layers, as scores, and what it should be; by name."""
-    values = v.reshape(*v.shape[:3], -1)
-
-    def at(layer: int, rows: Array) -> Array:
-        return jnp.take_along_axis(values[layer], rows[..., None], axis=1)
-
-    # The letter stands behind the image's end.
-    rows = jnp.concatenate([batch.last_rows, batch.last_rows + 2], axis=1)
-    readings = {}
-    for index, name in enumerate(FEATURES):
-        wanted = jnp.tile(batch.features[..., index], 2)
-        readings[name + " known"] = at(FEATURE_LAYER, rows) @ readers[name + " known"], wanted
-        alike = at(ALIKE_LAYER, batch.last_rows) @ readers[name + " alike"]
-        readings[name + " alike"] = alike, batch.alike[..., index]
-    known = at(ANSWER_LAYER, batch.word_rows) @ readers["answer known"]
-    readings["answer known"] = known, batch.answers[..., 0]
-    return readings
-
-
-def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
-    """The matrices that read values, at the start; no part of the model."""
-    text = config.get_text_config()
-    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    random = np.random.default_rng([seed, 10])
-    sizes = {"content known": len(CONTENTS), "colour known": len(COLOURS)}
-    sizes |= {f"{name} alike": len(LABELS) for name in FEATURES}
-    sizes["answer known"] = text.vocab_size
-    return {
-        name: jnp.asarray(random.normal(0, width**-0.5, (width, size)), jnp.float32)
-        for name, size in sizes.items()
-    }
-
-
-def right_answers(
-    logits: Float[Array, "prompts questions answer_tokens vocabulary"], batch: Batch
-) -> Bool[Array, "prompts questions"]:
-    """Which answers come out right when every token is the likeliest one."""
-    right = jnp.argmax(logits, axis=-1) == batch.answers
-    return (right | (batch.answers < 0)).all(axis=-1)
-
-
-def logits_at(module: Any, hidden: Array, rows: Array) -> Array:
-    """Logits after some rows of each prompt, shaped as `rows`."""
-    flat = rows.reshape(rows.shape[0], -1, 1)
-    return module.logits(jnp.take_along_axis(hidden, flat, axis=1).reshape(*rows.shape, -1))
-
-
-def groups_of_layers(
-    config: PretrainedConfig, sparse_layers: Sequence[int]
-) -> Int[np.ndarray, "layers 1"]:
-    """Key groups of layers that are INTRA_IMAGE_SINK or else DENSE."""
-    layers = config.get_text_config().num_hidden_layers
-    sparse = np.isin(np.arange(layers), sparse_layers)[:, None]
-    kept = HeadCategory.INTRA_IMAGE_SINK.groups
-    return np.where(sparse, kept.value, ALL_KEY_GROUPS.value).astype(np.int32)
 
 
 class Stage(Protocol):
@@ -421,7 +136,7 @@ class TowerStage:
 
         def loss(parameters: Any, batch: ImageBatch) -> tuple[Array, Array]:
             tower, head = parameters
-            encode = partial(_run_tower, nnx.merge(graph, tower))
+            encode = partial(run_tower, nnx.merge(graph, tower))
             plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
             features = jax.vmap(encode)(batch.pixel_values, plan_of_image)
             # Rows of padding patches stand last in every image.

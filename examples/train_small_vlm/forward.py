@@ -1,0 +1,155 @@
+"""A batch of prompts through bsjax's own modules.
+
+Attention is dense here: prompts are short, a batch of them goes through at once, and what a row
+sees is the package's own predicate as a matrix. Layers and heads that are to be sparse see what
+their key groups let them see.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from transformers import PretrainedConfig
+
+from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
+from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+
+from .batches import QUESTION_ROWS, Batch
+
+
+def image_features(
+    module: Any, batch: Batch, plans: VisionPlan
+) -> Float[Array, "prompts images tokens hidden"]:
+    """The tokens of all images, padded to those of the largest size."""
+    plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
+    run = partial(run_tower, module.visual)
+    return jax.vmap(jax.vmap(run))(batch.pixel_values, plan_of_image)
+
+
+def hidden_states(
+    module: Any,
+    batch: Batch,
+    features: Float[Array, "prompts images tokens hidden"],
+    groups: Int[Array, "layers heads_or_1"],
+) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
+    """Hidden states of all rows; queries, keys and values of all layers.
+
+    `groups` are the key groups that heads keep, or all heads of a layer. The arrays beside the
+    hidden states have the shape [layers, prompts, rows, heads, head_dim].
+    """
+    prompts, rows = batch.token_ids.shape
+    shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
+    embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1)).reshape(prompts, rows, -1)
+    image_rows = jnp.asarray(batch.image_rows).reshape(prompts, -1)
+    embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
+        features.reshape(*image_rows.shape, -1), mode="drop"
+    )
+    info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink)))
+
+    def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
+        def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
+            seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
+            return _prompt_attention(q, k, v, seen, info.position, module.attention_scale)
+
+        by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
+        return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
+
+    # Rows of all prompts go through as one: gradients of matrices are one product each.
+    position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
+    embeddings = embeddings.reshape(prompts * rows, -1)
+    hidden, kept = module.run_layers(embeddings, position_ids, (attend,), groups)
+    q, k, v = (array.reshape(-1, prompts, rows, *array.shape[2:]) for array in kept)
+    return hidden.reshape(prompts, rows, -1), (q, k, v)
+
+
+def run_tower(tower: Any, pixel_values: Array, plan: VisionPlan) -> Array:
+    """The tokens of one padded image."""
+
+    def attend_within(segment: Array) -> Any:
+        same = (segment[:, None] == segment[None, :])[None]
+        return lambda q, k, v: _masked_attention(q, k, v, same, q.shape[-1] ** -0.5)
+
+    assert plan.window_schedule is not None
+    attends = (attend_within(plan.schedule.image), attend_within(plan.window_schedule.image))
+    return tower.run_blocks(pixel_values, plan, attends)
+
+
+def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "heads_or_1 rows rows"]:
+    """Which of the rows that all questions share each of them sees."""
+    allowed = visible(
+        TokenInfo(*(part[None, :, None] for part in info)),
+        TokenInfo(*(part[None, None, :] for part in info)),
+        groups[:, None, None],
+        bidirectional_images=False,
+        window=None,
+    )
+    # Padding rows see themselves, so that no row sees nothing. Rows of SINK heads need not.
+    padding = info.position < 0
+    return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
+
+
+def _prompt_attention(
+    q: Array, k: Array, v: Array, seen: Array, order: Array, scale: float
+) -> Array:
+    """Attention of a prompt whose questions see what they share and themselves, not each other."""
+    shared = seen.shape[-1]
+    rows, heads, channels = q.shape
+    before = _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
+
+    def of_questions(array: Array) -> Array:
+        return array[shared:].reshape(-1, QUESTION_ROWS, *array.shape[1:])
+
+    order_asked = of_questions(order)
+    asked_q = of_questions(q).reshape(-1, QUESTION_ROWS, k.shape[1], heads // k.shape[1], channels)
+    # Rows after the end of an answer are no keys.
+    own_seen = (order_asked[:, None, :] <= order_asked[:, :, None]) & (order_asked >= 0)[:, None]
+    scores = jnp.concatenate(
+        [
+            jnp.where(
+                order[:shared] >= 0, jnp.einsum("ntkgd,ckd->nkgtc", asked_q, k[:shared]), -1e30
+            ),
+            jnp.where(
+                own_seen[:, None, None],
+                jnp.einsum("ntkgd,nckd->nkgtc", asked_q, of_questions(k)),
+                -1e30,
+            ),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(scores * scale, axis=-1)
+    asked = jnp.einsum("nkgtc,ckd->ntkgd", weights[..., :shared], v[:shared])
+    asked += jnp.einsum("nkgtc,nckd->ntkgd", weights[..., shared:], of_questions(v))
+    return jnp.concatenate([before, asked.reshape(-1, heads, channels)])
+
+
+def _masked_attention(
+    q: Array, k: Array, v: Array, seen: Bool[Array, "heads_or_1 rows rows"], scale: float
+) -> Array:
+    """Softmax attention with the whole score matrix."""
+    rows, heads, channels = q.shape
+    grouped = q.reshape(rows, k.shape[1], -1, channels)
+    scores = jnp.einsum("qkgd,ckd->kgqc", grouped, k) * scale
+    if len(seen) > 1:
+        seen = seen.reshape(scores.shape)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    return jnp.einsum("kgqc,ckd->qkgd", weights, v).reshape(rows, heads, channels)
+
+
+def logits_at(module: Any, hidden: Array, rows: Array) -> Array:
+    """Logits after some rows of each prompt, shaped as `rows`."""
+    flat = rows.reshape(rows.shape[0], -1, 1)
+    return module.logits(jnp.take_along_axis(hidden, flat, axis=1).reshape(*rows.shape, -1))
+
+
+def groups_of_layers(
+    config: PretrainedConfig, sparse_layers: Sequence[int]
+) -> Int[np.ndarray, "layers 1"]:
+    """Key groups of layers that are INTRA_IMAGE_SINK or else DENSE."""
+    layers = config.get_text_config().num_hidden_layers
+    sparse = np.isin(np.arange(layers), sparse_layers)[:, None]
+    kept = HeadCategory.INTRA_IMAGE_SINK.groups
+    return np.where(sparse, kept.value, ALL_KEY_GROUPS.value).astype(np.int32)

@@ -1,0 +1,266 @@
+"""What training minimises: answers, and what answers are made of.
+
+Questions that need several images are not learned from their answers alone. Captions, readings and
+pointings teach what stands between; none of them is part of the model.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+from transformers import PretrainedConfig
+
+from bsjax.categories import ALL_KEY_GROUPS
+from bsjax.models.qwen2_vl.vision_plan import VisionPlan
+
+from .batches import FEATURES, QUESTION_ROWS, Batch
+from .forward import hidden_states, image_features, logits_at
+from .questions import BY_LETTER, TASKS
+from .scenes import COLOURS, CONTENTS, LABELS
+
+CAPTION_WEIGHT = 0.3
+"""Of what is said of each image, beside the answers (see `FEATURES`)."""
+READING_WEIGHTS = {
+    "content known": 0.125,
+    "colour known": 0.125,
+    "letter known": 0.125,
+    "letter found": 0.125,
+    "number counted": 0.125,
+    "content asked": 0.125,
+    "colour asked": 0.125,
+    "content alike": 0.125,
+    "colour alike": 0.125,
+    "answer known": 0.5,
+}
+"""Of what can be read from the values of layers: each image's features, at its last row and at its
+letter; the letter, there and where it is what was looked for; the number, where it was counted; how
+many images before are alike; the features of the image that a letter in a question stands for; at
+the last word of a question, the answer. Finding, counting and comparing are made of these; from
+answers alone they are not learned.
+"""
+ALIKE_LAYER, ASKED_LAYER = 2, 2
+"""From the values of which layers: where later rows, and later layers, can make something of it."""
+POINTING_WEIGHT = 0.3
+"""Of where rows look with a few heads, equally at all rows they should look at (see
+`_pointings`)."""
+WORD_HEAD, COUNT_HEAD, FIND_HEAD, REPEAT_HEAD, ANSWER_HEAD = (1, 0), (1, 1), (1, 5), (2, 3), (3, 0)
+ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
+COMPARE_HEADS = {"content": (2, 4), "colour": (2, 5)}
+"""Layer and query head."""
+
+
+class _Pointing(NamedTuple):
+    """What a head is taught to look at."""
+
+    name: str
+    head: tuple[int, int]
+    """Layer and query head."""
+    rows: Int[Array, "prompts pointing"]
+    """The rows that look."""
+    targets: Bool[Array, "prompts pointing rows"]
+    """The rows they look at; none for those that are not taught."""
+
+
+def loss_and_correct(
+    module: Any,
+    readers: dict[str, Array],
+    batch: Batch,
+    plans: VisionPlan,
+    groups: Int[np.ndarray, "layers heads_or_1"],
+) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    """The loss of a batch, which answers are right when taken greedily, and the shares of readings
+    that are.
+    """
+    features = image_features(module, batch, plans)
+    hidden, (q, k, v) = hidden_states(module, batch, features, groups)
+    logits = logits_at(module, hidden, batch.answer_rows)
+    wanted = batch.answers >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))
+    right = right_answers(logits, batch)
+    # Ends of answers are learned at once and need no weight of their own.
+    is_end = jnp.cumsum(wanted[..., ::-1], axis=-1)[..., ::-1] == 1
+    weight = jnp.where(wanted, jnp.where(is_end, 0.1, 1.0), 0.0)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    caption_rows = batch.last_rows[..., None] + np.arange(len(FEATURES))
+    captions = logits_at(module, hidden, caption_rows)
+    loss = (losses * weight).sum() / weight.sum()
+    loss += CAPTION_WEIGHT * cross_entropy(captions, batch.captions).mean()
+    readings = _readings(readers, v, batch, q.shape[3])
+    log = {}
+    for name, (guesses, truth, is_read) in readings.items():
+        count = jnp.maximum(is_read.sum(), 1)
+        loss += READING_WEIGHTS[name] * (cross_entropy(guesses, truth) * is_read).sum() / count
+        log[name] = ((guesses.argmax(axis=-1) == truth) & is_read).sum() / count
+    for name, (layer, head), rows, targets in _pointings(batch, groups):
+        kv_head = head * k.shape[3] // q.shape[3]
+        scores = _scores_of_rows(
+            q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.attention_scale
+        )
+        equally = targets / jnp.maximum(targets.sum(axis=-1, keepdims=True), 1)
+        taught = targets.any(axis=-1)
+        missed = optax.softmax_cross_entropy(scores, equally)
+        loss += POINTING_WEIGHT * (missed * taught).sum() / jnp.maximum(taught.sum(), 1)
+        on_target = (jax.nn.softmax(scores, axis=-1) * targets).sum(axis=-1)
+        log[name] = on_target.sum() / jnp.maximum(taught.sum(), 1)
+    return loss, (right, log)
+
+
+def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> Iterator[_Pointing]:
+    """What a few heads are taught to look at.
+
+    - A letter in a question looks at that of its image.
+    - What a question looks for, or counts, looks at the letters of the images that show it; a
+      second head does so with one more row, the first one, so that the mass there tells how many
+      they are. That row is also where heads look that have nothing to look at.
+    - The last row of an image looks at those of earlier images that are alike, and the first row.
+    - Later, the last word looks at the letter it is compared with if the two are alike; asked what
+      comes twice, it looks at the last row of the image that repeats an earlier one.
+    - The row that the answer follows looks at the last word.
+    """
+    rows = batch.token_ids.shape[1]
+    first = jnp.arange(rows) == 0
+
+    def of_images(images: Array, rows_of_images: Array) -> Array:
+        """Rows of some images [prompts, pointing, images] as a mask [prompts, pointing, rows]."""
+        places = jax.nn.one_hot(rows_of_images, rows)
+        return jnp.einsum("pni,pir->pnr", images.astype(jnp.float32), places) > 0
+
+    def or_first(targets: Array) -> Array:
+        return targets | (first & ~targets.any(axis=-1, keepdims=True))
+
+    letters = batch.last_rows + 2
+    meant, compared = jnp.asarray(batch.meant), jnp.asarray(batch.compared)
+    by_letter = _of_tasks(batch, *BY_LETTER)
+    of_words = of_images(meant, letters)
+    yield _Pointing("word looks", WORD_HEAD, batch.word_rows, of_words & by_letter[..., None])
+    of_compared = of_images(compared, letters)
+    yield _Pointing("compared looks", WORD_HEAD, batch.compared_rows, of_compared)
+    by_feature = _of_tasks(batch, "find", "count")[..., None]
+    yield _Pointing("finds", FIND_HEAD, batch.word_rows, or_first(of_words) & by_feature)
+    yield _Pointing("counts", COUNT_HEAD, batch.word_rows, (of_words | first) & by_feature)
+    # Which images are alike is known to later layers only.
+    repeat = _of_tasks(batch, "repeat")[..., None]
+    later = jnp.flip(jnp.cumsum(jnp.flip(meant, -1), axis=-1), -1) - meant
+    of_last = of_images(meant & (later == 0), batch.last_rows)
+    yield _Pointing("repeat looks", REPEAT_HEAD, batch.word_rows, or_first(of_last) & repeat)
+    words = jax.nn.one_hot(batch.word_rows, rows) > 0
+    yield _Pointing("answer looks", ANSWER_HEAD, batch.answer_rows[..., 0], words)
+    letter_compared = jax.nn.one_hot(batch.compared_rows, rows) > 0
+    for index, name in enumerate(FEATURES):
+        feature = jnp.asarray(batch.features[..., index])
+        alike = feature[:, :, None] == feature[:, None, :]
+        same = jnp.einsum("pni,pij,pnj->pn", meant * 1, alike * 1, compared * 1)[..., None] > 0
+        targets = or_first(letter_compared & same) & compared.any(axis=-1, keepdims=True)
+        yield _Pointing(f"{name} compares", COMPARE_HEADS[name], batch.word_rows, targets)
+        layer, _ = ALIKE_HEADS[name]
+        if (groups[layer] != ALL_KEY_GROUPS.value).any():
+            # A sparse layer's images cannot look at others.
+            continue
+        earlier = of_images(jnp.tril(alike, -1), batch.last_rows)
+        yield _Pointing(f"{name} looks", ALIKE_HEADS[name], batch.last_rows, earlier | first)
+
+
+def _scores_of_rows(
+    q: Float[Array, "prompts rows head_dim"],
+    k: Float[Array, "prompts rows head_dim"],
+    rows: Int[Array, "prompts pointing"],
+    batch: Batch,
+    scale: float,
+) -> Float[Array, "prompts pointing rows"]:
+    """Scaled scores of some rows for all they see with one head, if it is dense."""
+    total, questions = batch.token_ids.shape[1], batch.tasks.shape[1]
+    # Which question a row is of; -1 before them.
+    question = (jnp.arange(total) - (total - questions * QUESTION_ROWS)) // QUESTION_ROWS
+    question = jnp.maximum(question, -1)
+    order = jnp.asarray(batch.order)
+    seen = (order >= 0)[:, None, :]
+    seen &= order[:, None, :] <= jnp.take_along_axis(order, rows, axis=1)[..., None]
+    seen &= (question < 0) | (question == question[rows][..., None])
+    pointing = jnp.take_along_axis(q, rows[..., None], axis=1)
+    scores = jnp.einsum("pnd,prd->pnr", pointing, k) * scale
+    return jnp.where(seen, scores, -1e30)
+
+
+def _readings(
+    readers: dict[str, Array], v: Array, batch: Batch, heads: int
+) -> dict[str, tuple[Array, Array, Array]]:
+    """What is read from the values of layers, as scores; what it should be; whether it is asked
+    for. By name.
+    """
+
+    def at(values: Array, rows: Array) -> Array:
+        values = values.reshape(*values.shape[:2], -1)
+        return jnp.take_along_axis(values, rows[..., None], axis=1)
+
+    # The letter stands behind the image's end. The values are those that a head taught to look
+    # there takes.
+    last_and_letter = jnp.concatenate([batch.last_rows, batch.last_rows + 2], axis=1)
+    of_word, of_find, of_answer = (
+        v[layer, :, :, head * v.shape[3] // heads]
+        for layer, head in (WORD_HEAD, FIND_HEAD, ANSWER_HEAD)
+    )
+    known = at(of_word, last_and_letter)
+    last = at(v[ALIKE_LAYER], batch.last_rows)
+    letter_rows = jnp.concatenate([batch.word_rows, batch.compared_rows], axis=1)
+    by_letter = _of_tasks(batch, *BY_LETTER)[..., None]
+    meant = jnp.concatenate([batch.meant & by_letter, batch.compared], axis=1)
+    asked = at(v[ASKED_LAYER], letter_rows)
+    labels, always = jnp.asarray(batch.labels), jnp.ones((), bool)
+    readings = {"letter known": (at(of_find, batch.last_rows + 2), labels, always)}
+    found = batch.meant & _of_tasks(batch, "find")[..., None]
+    letter = jnp.einsum("pni,pi->pn", found * 1, labels)
+    values = at(v[ASKED_LAYER], batch.word_rows)
+    readings["letter found"] = values, letter, found.any(axis=-1)
+    number = jnp.asarray(batch.meant).sum(axis=-1)
+    readings["number counted"] = values, number, _of_tasks(batch, "count")
+    for index, name in enumerate(FEATURES):
+        features = jnp.asarray(batch.features[..., index])
+        readings[name + " known"] = known, jnp.tile(features, 2), always
+        readings[name + " alike"] = last, jnp.asarray(batch.alike[..., index]), always
+        of_asked = jnp.einsum("pni,pi->pn", meant * 1, features)
+        readings[name + " asked"] = asked, of_asked, meant.any(axis=-1)
+    answer = at(of_answer, batch.word_rows)
+    readings["answer known"] = answer, jnp.asarray(batch.answers[..., 0]), always
+    return {
+        name: (values @ readers[name], truth, jnp.broadcast_to(is_read, truth.shape))
+        for name, (values, truth, is_read) in readings.items()
+    }
+
+
+def _of_tasks(batch: Batch, *names: str) -> Bool[Array, "prompts questions"]:
+    """Which questions are of some tasks."""
+    return jnp.isin(batch.tasks, jnp.asarray([list(TASKS).index(name) for name in names]))
+
+
+def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
+    """The matrices that read values, at the start; no part of the model."""
+    text = config.get_text_config()
+    head_dim = text.hidden_size // text.num_attention_heads
+    width = text.num_key_value_heads * head_dim
+    random = np.random.default_rng([seed, 10])
+    shapes = {
+        "letter known": (head_dim, len(LABELS)),
+        "letter found": (width, len(LABELS)),
+        "number counted": (width, len(LABELS) + 1),
+        "answer known": (head_dim, text.vocab_size),
+    }
+    for name, values in zip(FEATURES, (CONTENTS, COLOURS), strict=True):
+        shapes[f"{name} known"] = head_dim, len(values)
+        shapes[f"{name} asked"] = width, len(values)
+        shapes[f"{name} alike"] = width, len(LABELS)
+    return {
+        name: jnp.asarray(random.normal(0, shape[0] ** -0.5, shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def right_answers(
+    logits: Float[Array, "prompts questions answer_tokens vocabulary"], batch: Batch
+) -> Bool[Array, "prompts questions"]:
+    """Which answers come out right when every token is the likeliest one."""
+    right = jnp.argmax(logits, axis=-1) == batch.answers
+    return (right | (batch.answers < 0)).all(axis=-1)
