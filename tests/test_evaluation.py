@@ -75,7 +75,7 @@ def with_generated_answers(model, prompts, categories):
                 rows = batch.answer_rows[scene, question]
                 result = bsjax.generate(
                     model,
-                    messages(Scene(tuple(pictures)), Question("", text, "", ())),
+                    messages(Scene(tuple(pictures)), Question("", "", text, "", ())),
                     profile=profile,
                     max_new_tokens=3,
                 )

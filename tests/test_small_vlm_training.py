@@ -91,6 +91,7 @@ def test_answers_are_right(task):
                 assert len(again) < 2
                 expected = again[0] if again else "none"
         assert question.answer == expected, question
+        assert question.feature == ("colour" if of_colour else "content")
         assert all(values[image] == values[question.images[0]] for image in question.images)
         if question.task == task:
             answers[expected] += 1
@@ -238,6 +239,16 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
         for pointing in loss._pointings(batch, groups)
         for targets in [np.asarray(pointing.targets[0])]
     }
+    text = config.text_config
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    nothing = jnp.zeros((5, *batch.token_ids.shape, kv_heads, text.hidden_size // heads))
+    readings = loss._readings(loss.new_readers(config, 0), nothing, batch, heads)
+
+    def told(name):
+        """The truth of a reading, where it is asked for; else -1."""
+        _, truth, is_read = readings[name]
+        return np.where(is_read, truth, -1)[0]
+
     for index, question in enumerate(questions):
         words = question.text.strip("?").split()
         of_colour = any(word in COLOURS or word in ("colour", "coloured") for word in words)
@@ -268,6 +279,19 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
                 expected = {f"asked {words[2]}" if alike else "first"}
                 assert looks["compared looks"][index] == {words[2]}
             assert looks[f"{name} compares"][index] == expected
+        # What can be read from values, beside that.
+        feature = int(of_colour)
+        assert told("question known")[index] == 2 * list(TASKS).index(question.task) + feature
+        if words[0] == "Is":
+            assert told(f"{question.feature} compared")[index] == (question.answer == "yes")
+        if words[0] == "How":
+            assert told("number counted")[index] == int(question.answer)
+        if question.task == "find" and meant:
+            assert told("letter found")[index] == LABELS.index(question.answer.strip())
+        if by_letter:
+            assert told("content asked")[index] == CONTENTS.index(contents[meant[0]])
+            assert told("colour asked")[index] == list(COLOURS).index(colours[meant[0]])
+    assert told("letter known").tolist() == [LABELS.index(label) for label in scene.labels]
     for name, feature in (("content", contents), ("colour", colours)):
         for number, look in enumerate(looks[f"{name} looks"]):
             earlier = {i for i in range(number) if feature[i] == feature[number]}

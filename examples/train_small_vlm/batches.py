@@ -21,7 +21,7 @@ from bsjax.models.qwen2_5_vl import QWEN2_5_VL
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .files import MERGE_SIZE, PATCH_SIZE
-from .questions import TASKS, Question, ask
+from .questions import FEATURES, TASKS, Question, ask
 from .scenes import (
     COLOURS,
     CONTENTS,
@@ -37,11 +37,6 @@ QUESTION_ROWS = 16
 """Room for a question and its answer."""
 ANSWER_TOKENS = 3
 """Most tokens of an answer, its end included."""
-FEATURES = ("content", "colour")
-"""What an image shows. It is to be said at the last row of the image and that of its end, to be
-known early at its last row and that of its letter, and at the last row also how many images before
-have been alike in it."""
-
 _MOST_PATCHES = (max(SIDES) // PATCH_SIZE) ** 2
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
@@ -70,6 +65,8 @@ class Batch(NamedTuple):
     """Token ids of the answers, their ends included; -1 after them."""
     tasks: Int32[np.ndarray, "prompts questions"]
     """Index of each question's task in `TASKS`."""
+    about: Int32[np.ndarray, "prompts questions"]
+    """Index in `FEATURES` of what each question is about."""
     word_rows: Int32[np.ndarray, "prompts questions"]
     """The row of the last word of each question."""
     meant: Bool[np.ndarray, "prompts questions images"]
@@ -81,7 +78,7 @@ class Batch(NamedTuple):
     last_rows: Int32[np.ndarray, "prompts images"]
     """The last row of each image."""
     captions: Int32[np.ndarray, "prompts images features"]
-    """Tokens of the image's `FEATURES`."""
+    """Tokens of the image's `FEATURES`, to be said at its last row and that of its end."""
     features: Int32[np.ndarray, "prompts images features"]
     """The same as indices in `CONTENTS` and `COLOURS`."""
     alike: Int32[np.ndarray, "prompts images features"]
@@ -265,6 +262,7 @@ class Encoder:
             answer_rows,
             answers,
             np.asarray([tasks.index(question.task) for question in questions], np.int32),
+            np.asarray([FEATURES.index(question.feature) for question in questions], np.int32),
             word_rows,
             meant,
             compared_rows,

@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 from bsjax.categories import ALL_KEY_GROUPS
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
-from .batches import FEATURES, QUESTION_ROWS, Batch
+from .batches import QUESTION_ROWS, Batch
 from .forward import hidden_states, image_features, logits_at
-from .questions import BY_LETTER, TASKS
+from .questions import BY_LETTER, FEATURES, TASKS
 from .scenes import COLOURS, CONTENTS, LABELS
 
 CAPTION_WEIGHT = 0.3
@@ -32,15 +32,18 @@ READING_WEIGHTS = {
     "number counted": 0.125,
     "content asked": 0.125,
     "colour asked": 0.125,
+    "content compared": 0.125,
+    "colour compared": 0.125,
+    "question known": 0.125,
     "content alike": 0.125,
     "colour alike": 0.125,
     "answer known": 0.5,
 }
 """Of what can be read from the values of layers: each image's features, at its last row and at its
-letter; the letter, there and where it is what was looked for; the number, where it was counted; how
-many images before are alike; the features of the image that a letter in a question stands for; at
-the last word of a question, the answer. Finding, counting and comparing are made of these; from
-answers alone they are not learned.
+letter, and the letter; how many images before are alike; at the last word of a question, what is
+asked, the features of the image whose letter it is, the letter that was looked for, the number that
+was counted; later whether the images compared are alike, and the answer. Finding, counting and
+comparing are made of these; from answers alone they are not learned.
 """
 ALIKE_LAYER, ASKED_LAYER = 2, 2
 """From the values of which layers: where later rows, and later layers, can make something of it."""
@@ -213,17 +216,24 @@ def _readings(
     readings = {"letter known": (at(of_find, batch.last_rows + 2), labels, always)}
     found = batch.meant & _of_tasks(batch, "find")[..., None]
     letter = jnp.einsum("pni,pi->pn", found * 1, labels)
-    values = at(v[ASKED_LAYER], batch.word_rows)
-    readings["letter found"] = values, letter, found.any(axis=-1)
+    at_word, answer = at(v[ASKED_LAYER], batch.word_rows), at(of_answer, batch.word_rows)
+    readings["letter found"] = at_word, letter, found.any(axis=-1)
     number = jnp.asarray(batch.meant).sum(axis=-1)
-    readings["number counted"] = values, number, _of_tasks(batch, "count")
+    readings["number counted"] = at_word, number, _of_tasks(batch, "count")
     for index, name in enumerate(FEATURES):
         features = jnp.asarray(batch.features[..., index])
         readings[name + " known"] = known, jnp.tile(features, 2), always
         readings[name + " alike"] = last, jnp.asarray(batch.alike[..., index]), always
         of_asked = jnp.einsum("pni,pi->pn", meant * 1, features)
         readings[name + " asked"] = asked, of_asked, meant.any(axis=-1)
-    answer = at(of_answer, batch.word_rows)
+        one, other = (
+            jnp.einsum("pni,pi->pn", which * 1, features)
+            for which in (jnp.asarray(batch.compared), jnp.asarray(batch.meant))
+        )
+        compares = _of_tasks(batch, "compare")
+        readings[name + " compared"] = answer, (one == other).astype(jnp.int32), compares
+    about = batch.tasks * len(FEATURES) + batch.about
+    readings["question known"] = at_word, jnp.asarray(about), always
     readings["answer known"] = answer, jnp.asarray(batch.answers[..., 0]), always
     return {
         name: (values @ readers[name], truth, jnp.broadcast_to(is_read, truth.shape))
@@ -246,12 +256,14 @@ def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
         "letter known": (head_dim, len(LABELS)),
         "letter found": (width, len(LABELS)),
         "number counted": (width, len(LABELS) + 1),
+        "question known": (width, len(TASKS) * len(FEATURES)),
         "answer known": (head_dim, text.vocab_size),
     }
     for name, values in zip(FEATURES, (CONTENTS, COLOURS), strict=True):
         shapes[f"{name} known"] = head_dim, len(values)
         shapes[f"{name} asked"] = width, len(values)
         shapes[f"{name} alike"] = width, len(LABELS)
+        shapes[f"{name} compared"] = head_dim, 2
     return {
         name: jnp.asarray(random.normal(0, shape[0] ** -0.5, shape), jnp.float32)
         for name, shape in shapes.items()

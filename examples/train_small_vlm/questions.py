@@ -19,20 +19,23 @@ from .scenes import COLOURS, CONTENTS, Scene
 NONE = "none"
 
 
+FEATURES = ("content", "colour")
+"""What a question may be about."""
+
+
 class Question(NamedTuple):
     """A question about a scene."""
 
     task: str
     """A key of `TASKS`."""
+    feature: str
+    """One of `FEATURES`."""
     text: str
     answer: str
     images: tuple[int, ...]
     """The images that the last word of the question stands for; none if there is no such image."""
     compared: int | None = None
     """The image that these are compared with."""
-
-
-Asked = tuple[str, str, tuple[int, ...]] | tuple[str, str, tuple[int, ...], int]
 
 
 def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Question:
@@ -43,59 +46,56 @@ def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Q
     """
     tasks = list(TASKS) if task is None else [task]
     for name in [tasks[random.integers(len(tasks))], "content"]:
-        asked = TASKS[name](random, scene)
-        if asked is not None:
-            return Question(name, *asked)
+        question = TASKS[name](random, scene)
+        if question is not None:
+            return question
     raise AssertionError("the content of an image can always be asked for")
 
 
-def _content(random: np.random.Generator, scene: Scene) -> Asked:
+def _content(random: np.random.Generator, scene: Scene) -> Question:
     image = int(random.integers(len(scene.pictures)))
-    return f"What is in image {scene.labels[image]}?", scene.contents[image], (image,)
+    text = f"What is in image {scene.labels[image]}?"
+    return Question("content", "content", text, scene.contents[image], (image,))
 
 
-def _colour(random: np.random.Generator, scene: Scene) -> Asked:
+def _colour(random: np.random.Generator, scene: Scene) -> Question:
     image = int(random.integers(len(scene.pictures)))
-    return f"What colour is image {scene.labels[image]}?", scene.colours[image], (image,)
+    text = f"What colour is image {scene.labels[image]}?"
+    return Question("colour", "colour", text, scene.colours[image], (image,))
 
 
-def _find(random: np.random.Generator, scene: Scene) -> Asked | None:
-    by_colour = random.random() < 0.5
-    values = scene.colours if by_colour else scene.contents
+def _find(random: np.random.Generator, scene: Scene) -> Question | None:
+    feature, values, names = _drawn_feature(random, scene)
     counts = Counter(values)
     absent = random.random() < 0.1
-    names = tuple(COLOURS) if by_colour else CONTENTS
     wanted = [name for name in names if counts[name] == (0 if absent else 1)]
     if not wanted:
         return None
     name = wanted[random.integers(len(wanted))]
-    text = f"Which image is {name}?" if by_colour else f"Which image shows a {name}?"
+    text = f"Which image is {name}?" if feature == "colour" else f"Which image shows a {name}?"
     if absent:
-        return text, NONE, ()
+        return Question("find", feature, text, NONE, ())
     image = values.index(name)
     # With the space before it, the letter is the token that stands behind the image.
-    return text, f" {scene.labels[image]}", (image,)
+    return Question("find", feature, text, f" {scene.labels[image]}", (image,))
 
 
-def _count(random: np.random.Generator, scene: Scene) -> Asked:
-    by_colour = random.random() < 0.5
-    values = scene.colours if by_colour else scene.contents
+def _count(random: np.random.Generator, scene: Scene) -> Question:
+    feature, values, names = _drawn_feature(random, scene)
     if random.random() < 0.1:
-        names = tuple(COLOURS) if by_colour else CONTENTS
         name = names[random.integers(len(names))]
     else:
         present = sorted(set(values))
         name = present[random.integers(len(present))]
-    text = f"How many images are {name}?" if by_colour else f"How many images show a {name}?"
     images = _where(values, name)
-    return text, str(len(images)), images
+    kind = f"are {name}" if feature == "colour" else f"show a {name}"
+    return Question("count", feature, f"How many images {kind}?", str(len(images)), images)
 
 
-def _compare(random: np.random.Generator, scene: Scene) -> Asked | None:
+def _compare(random: np.random.Generator, scene: Scene) -> Question | None:
     if len(scene.pictures) < 2:
         return None
-    by_colour = random.random() < 0.5
-    values = scene.colours if by_colour else scene.contents
+    feature, values, _ = _drawn_feature(random, scene)
     alike = random.random() < 0.5
     count = len(values)
     pairs = [
@@ -107,28 +107,39 @@ def _compare(random: np.random.Generator, scene: Scene) -> Asked | None:
     if not pairs:
         return None
     one, other = pairs[random.integers(len(pairs))]
-    coloured = "coloured " if by_colour else ""
+    coloured = "coloured " if feature == "colour" else ""
     text = f"Is image {scene.labels[one]} {coloured}like image {scene.labels[other]}?"
-    return text, "yes" if alike else "no", (other,), one
+    return Question("compare", feature, text, "yes" if alike else "no", (other,), one)
 
 
-def _repeat(random: np.random.Generator, scene: Scene) -> Asked | None:
+def _repeat(random: np.random.Generator, scene: Scene) -> Question | None:
     by_colour = random.random() < 0.5
-    for values, text in (
-        (scene.colours, "Which colour comes twice?"),
-        (scene.contents, "What comes twice?"),
+    for feature, values, text in (
+        ("colour", scene.colours, "Which colour comes twice?"),
+        ("content", scene.contents, "What comes twice?"),
     )[:: 1 if by_colour else -1]:
         again = [value for image, value in enumerate(values) if value in values[:image]]
-        if len(again) < 2:
-            return (text, again[0], _where(values, again[0])) if again else (text, NONE, ())
+        if len(again) == 1:
+            return Question("repeat", feature, text, again[0], _where(values, again[0]))
+        if not again:
+            return Question("repeat", feature, text, NONE, ())
     return None
+
+
+def _drawn_feature(
+    random: np.random.Generator, scene: Scene
+) -> tuple[str, list[str], tuple[str, ...]]:
+    """A feature, what it is in each image, and what it can be."""
+    if random.random() < 0.5:
+        return "colour", scene.colours, tuple(COLOURS)
+    return "content", scene.contents, CONTENTS
 
 
 def _where(values: list[str], wanted: str) -> tuple[int, ...]:
     return tuple(index for index, value in enumerate(values) if value == wanted)
 
 
-TASKS: dict[str, Callable[[np.random.Generator, Scene], Asked | None]] = {
+TASKS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
     "content": _content,
     "colour": _colour,
     "find": _find,

@@ -50,7 +50,7 @@ class Settings:
     """
 
     tower_steps: int = 1000
-    steps: int = 2800
+    steps: int = 2600
     learning_rate: float = 0.02
     adam_learning_rate: float = 2e-3
     warmup_steps: int = 50
