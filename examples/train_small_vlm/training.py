@@ -30,6 +30,11 @@ TOWER_IMAGES_PER_BATCH = 128
 TOWER_RATE = 0.1
 """Of the language model's learning rates: what the tower has learned alone is not to be lost."""
 
+TOWER_FALL = ((0.5, 1.0), (1.0, 0.0))
+MODEL_FALL = ((0.24, 1.0), (0.3, 0.3), (1.0, 0.0))
+"""Learning rates after shares of the steps, over the greatest; linear between. Which image a
+question is about is learned at a great rate, but comparing and counting at a smaller one alone."""
+
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
 
@@ -41,7 +46,7 @@ class Settings:
       tower_steps: batches of single images that the vision tower is trained on before.
       steps: batches of prompts that the whole model is trained on.
       learning_rate: greatest one of matrices, which Muon changes; it rises to it over
-        `warmup_steps`, stays to the middle of the steps and falls to 0, in both stages.
+        `warmup_steps`, stays there, and falls (`TOWER_FALL`, `MODEL_FALL`).
       adam_learning_rate: likewise, of all else.
       warmup_steps: see `learning_rate`.
       weight_decay: of matrices.
@@ -129,7 +134,7 @@ class TowerStage:
         outputs = len(CONTENTS) + len(COLOURS)
         random = np.random.default_rng([settings.seed, 4])
         head = jnp.asarray(random.normal(0, width**-0.5, (width, outputs)), jnp.float32)
-        optimizer = make_optimizer(settings, self.steps)
+        optimizer = make_optimizer(settings, self.steps, TOWER_FALL)
         parameters = (tower, head)
         self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
@@ -178,7 +183,7 @@ class ModelStage:
         model = quiet_start(model, encoder.config.text_config.hidden_size)
         parameters = (model, new_readers(encoder.config, settings.seed))
         groups = groups_of_layers(encoder.config, settings.sparse_layers)
-        optimizer = make_optimizer(settings, self.steps)
+        optimizer = make_optimizer(settings, self.steps, MODEL_FALL)
         self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
 
@@ -212,20 +217,30 @@ class ModelStage:
         return shares(np.asarray(right), batch.tasks)
 
 
-def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Settings, steps: int, fall: Sequence[tuple[float, float]]
+) -> optax.GradientTransformation:
     """Muon for matrices, AdamW for the rest: half of the steps that AdamW alone needs.
 
     Where parameters are those of the whole model, its vision tower changes slowly.
+
+    Args:
+      settings: learning rates, warmup and weight decay.
+      steps: how many there will be.
+      fall: shares of the steps, and what learning rates are then over the greatest ones.
     """
 
     def rate(peak: float) -> optax.Schedule:
-        warmup = min(settings.warmup_steps, steps // 2)
+        first, *rest = (int(share * steps) for share, _ in fall)
+        boundaries = [min(settings.warmup_steps, first), first, *rest[:-1]]
+        lengths = np.diff([first, *rest])
+        values = [peak * factor for _, factor in fall]
         parts = [
-            optax.linear_schedule(0.0, peak, warmup),
+            optax.linear_schedule(0.0, peak, boundaries[0]),
             optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, steps - steps // 2),
+            *map(optax.linear_schedule, values, values[1:], lengths.tolist()),
         ]
-        return optax.join_schedules(parts, [warmup, steps // 2])
+        return optax.join_schedules(parts, boundaries)
 
     muon = optax.contrib.muon(
         rate(settings.learning_rate),
