@@ -1,11 +1,11 @@
-# make demo   the main job on the small checkpoint in examples/ and two photographs
+# make demo   questions about twelve images to the small trained model in examples/, dense and sparse
 # make test   the test suite          make lint   ruff and pyright
 # make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 #
 # make train     trains a small model from scratch, or goes on with it: hours (TRAIN_OPTIONS)
-# make profile   finds the categories of its heads
+# make profile   finds the categories of the heads of the one in examples/, or of yours (TRAINED)
 # make evaluate  its accuracy, dense and sparse, on prompts held out: docs/evaluation.md
 #
 # make gpu-check   the GPU kernels on the GPU at hand: right, and how fast. Makes nothing: PYTHON is
@@ -26,7 +26,7 @@ export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 .PHONY: demo test lint bench train profile evaluate gpu-check clean
 
 demo: $(VENV)/.installed-demo
-	$(VENV_PYTHON) examples/demo.py
+	$(VENV_PYTHON) -m examples.demo
 
 test: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m pytest
@@ -44,9 +44,9 @@ bench: $(VENV)/.installed-test
 train: $(VENV)/.installed-train
 	$(VENV_PYTHON) -m examples.train_small_vlm build/train $(TRAIN_OPTIONS)
 
-# A checkpoint of the training, in Hugging Face format.
-TRAINED ?= build/train/checkpoint
-PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2
+# A checkpoint in Hugging Face format, of the training. After make train: TRAINED=build/train/checkpoint
+TRAINED ?= examples/small-qwen2.5-vl
+PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2 --max-evaluations 160
 PROFILED := build/profile/$(notdir $(TRAINED))
 profile: $(VENV)/.installed-train $(PROFILED)/.converted
 	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128

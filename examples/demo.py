@@ -1,9 +1,10 @@
-"""The main job on the small checkpoint beside this file: two photographs, dense and sparse.
+"""Asks the small trained model beside this file about images it has not seen, dense and sparse.
 
-    python examples/demo.py [--output FOLDER]
+    python -m examples.demo [--checkpoint FOLDER] [--profile FILE] [--output FOLDER]
 
-Converts examples/tiny-qwen2.5-vl, asks about both photographs of scikit-learn and several crops of
-them in one prompt, and prints answers, sizes, FLOPs and times for dense and for sparse prefill.
+Converts examples/small-qwen2.5-vl, draws twelve images with digits that it has not been trained on,
+asks about them, and prints what it answers dense and with its measured profile, what each took, and
+the profile. Other checkpoints of `make train`, and their profiles, can be given instead.
 """
 
 import argparse
@@ -12,127 +13,168 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
 import bsjax
+from bsjax.profile_plot import plot_profile
+from bsjax.profile_report import print_profile
 
-HERE = Path(__file__).parent
-SOURCE = HERE / "tiny-qwen2.5-vl"
-CATEGORY = bsjax.HeadCategory.INTRA_IMAGE_SINK
-QUESTION = "The first two pictures are photographs, the others are crops. What do they show?"
-NEW_TOKENS = 16
+from .train_small_vlm.conversations import messages
+from .train_small_vlm.questions import TASKS, Question, ask
+from .train_small_vlm.scenes import LABELS, Scene, draw_scene
 
-
-def photographs_and_crops() -> list[Image.Image]:
-    """The two photographs that come with scikit-learn, and six crops of each."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = [Image.fromarray(array) for array in load_sample_images().images]
-    crops = []
-    for photograph in photographs:
-        width, height = photograph.width // 3, photograph.height // 2
-        for row in range(2):
-            for column in range(3):
-                left, top = column * width, row * height
-                crops.append(photograph.crop((left, top, left + width, top + height)))
-    return photographs + crops
+CHECKPOINT = Path(__file__).parent / "small-qwen2.5-vl"
+PROFILE = "small-qwen2.5-vl"
+IMAGES = 12
+QUESTIONS_PER_TASK = 2
 
 
-def converted(folder: Path) -> Path:
-    """Converts the small checkpoint the way a user would."""
-    destination = folder / "tiny-qwen2.5-vl"
+def converted(source: Path, folder: Path) -> Path:
+    """Converts the checkpoint the way a user would."""
+    destination = folder / "small-qwen2.5-vl"
     shutil.rmtree(destination, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [sys.executable, "-m", "convert", str(SOURCE), str(destination), "--quiet"], check=True
+        [sys.executable, "-m", "convert", str(source), str(destination), "--quiet"], check=True
     )
     return destination
 
 
-def draw_mask(model: bsjax.LoadedModel, messages: list[dict], path: Path) -> Path:
-    """Draws what one sparse head sees of the prompt."""
-    from bsjax.prompts import prepare_prompt
-
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-    template = bsjax.Template.from_tokens(
-        prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
-    )
-    bsjax.BlockMask(template, [CATEGORY]).plot(path)
+def contact_sheet(scene: Scene, path: Path) -> Path:
+    """All images of a scene, enlarged, with their letters."""
+    side, columns = 132, 6
+    rows = -(-len(scene.pictures) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + 14)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, picture in enumerate(scene.pictures):
+        left, top = number % columns * side, number // columns * (side + 14)
+        image = Image.fromarray(picture.pixels)
+        image = image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST)
+        sheet.paste(image, (left + 4, top + 14))
+        draw.text((left + 4, top + 1), LABELS[number], fill="black")
+    sheet.save(path)
     return path
 
 
-def table_of(results: dict[str, bsjax.Result]) -> Table:
-    """One column for each run, one row for each figure."""
-    table = Table(title="prefill and answer", title_justify="left")
+def ask_all(
+    model: bsjax.LoadedModel, profile: bsjax.Profile, scene: Scene, questions: list[Question]
+) -> dict[str, list[bsjax.Result]]:
+    """The answers to all questions, dense and with the profile."""
+    answers = {}
+    for name, used in {"dense": None, "sparse": profile}.items():
+        # Once to compile; what is measured is what every further prompt of like size takes.
+        bsjax.generate(model, messages(scene, questions[0]), profile=used, max_new_tokens=4)
+        answers[name] = [
+            bsjax.generate(model, messages(scene, question), profile=used, max_new_tokens=4)
+            for question in questions
+        ]
+    return answers
+
+
+def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Result]]) -> Table:
+    """Questions, right answers and given ones."""
+    table = Table(title="answers", title_justify="left")
+    for name in ("question", "right", *answers):
+        table.add_column(name)
+    for number, question in enumerate(questions):
+        given = [results[number].text for results in answers.values()]
+        shown = [
+            text if text == question.answer else f"[red]{text or 'nothing'}[/red]" for text in given
+        ]
+        table.add_row(question.text, question.answer.strip(), *map(str.strip, shown))
+    return table
+
+
+def table_of_costs(answers: dict[str, list[bsjax.Result]]) -> Table:
+    """What the answers took: one column for each run, medians over the questions."""
+    table = Table(title="prefill and answer, median of the questions", title_justify="left")
     table.add_column("")
-    for name in results:
+    for name in answers:
         table.add_column(name, justify="right")
+    stats = {name: [result.stats for result in results] for name, results in answers.items()}
 
-    def row(name: str, values: list[str]) -> None:
-        table.add_row(name, *values)
+    def row(title: str, value, form: str) -> None:
+        table.add_row(
+            title, *(form.format(np.median([value(one) for one in of])) for of in stats.values())
+        )
 
-    stats = [result.stats for result in results.values()]
-    flops = [item.attention_flops_sparse for item in stats]
-    row("attention FLOPs of prefill", [f"{count:,}" for count in flops])
+    row("attention FLOPs of prefill", lambda one: one.attention_flops_sparse, "{:,.0f}")
     row(
-        "dense over this",
-        [f"{item.attention_flops_dense / item.attention_flops_sparse:.2f} x" for item in stats],
+        "saved",
+        lambda one: 100 * (1 - one.attention_flops_sparse / one.attention_flops_dense),
+        "{:.1f} %",
     )
-    for name in ("vision", "prefill", "decode", "compile"):
-        row(f"{name}, seconds", [f"{getattr(item, f'{name}_seconds'):.3f}" for item in stats])
-    row("tokens of the answer", [str(len(result.token_ids)) for result in results.values()])
+    for name in ("vision", "prefill", "decode"):
+        row(f"{name}, seconds", lambda one, name=name: getattr(one, f"{name}_seconds"), "{:.3f}")
     return table
 
 
 def main() -> None:
-    """Runs the demo."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="as trained")
+    parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped profile's name")
     parser.add_argument(
         "--output", type=Path, default=Path("build/demo"), help="folder to write to"
     )
-    folder = parser.parse_args().output
+    parser.add_argument("--seed", type=int, default=1, help="of images and questions")
+    options = parser.parse_args()
     console = Console(highlight=False)
 
-    console.print(f"Converting {SOURCE.relative_to(HERE.parent)} ...")
-    model = bsjax.load(converted(folder))
-    console.print(
-        f"Checkpoint: {model.path}, {model.family.name}, {model.dtype.name}. [bold]Its weights are "
-        "random numbers: the answers below are noise.[/bold] What is shown is that the whole way "
-        "from a Hugging Face checkpoint to an answer works, and what sparsity does to its cost."
-    )
-    images = photographs_and_crops()
-    content = [{"type": "image", "image": image} for image in images]
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+    console.print(f"Converting {options.checkpoint} ...", soft_wrap=True)
+    model = bsjax.load(converted(options.checkpoint, options.output))
+    profile = bsjax.Profile.resolve(options.profile, model)
+    assert profile is not None
 
-    profiles = {"dense": None, CATEGORY.name: bsjax.Profile.uniform(CATEGORY, model)}
-    results = {}
-    for name, profile in profiles.items():
-        # Once to compile, once to measure.
-        first = bsjax.generate(model, messages, profile=profile, max_new_tokens=NEW_TOKENS)
-        again = bsjax.generate(model, messages, profile=profile, max_new_tokens=NEW_TOKENS)
-        if again.token_ids != first.token_ids:
-            raise SystemExit(f"{name}: two runs gave two answers; this is a defect.")
-        results[name] = first, again
-
-    stats = results["dense"][1].stats
-    console.print(f"\n[bold]Question:[/bold] {QUESTION}")
+    random = np.random.default_rng(options.seed)
+    scene = draw_scene(random, IMAGES, test=True)
+    questions = [ask(random, scene, task) for task in TASKS for _ in range(QUESTIONS_PER_TASK)]
+    answers = ask_all(model, profile, scene, questions)
+    stats = answers["dense"][0].stats
     console.print(
-        f"{len(images)} images of {', '.join(map(str, stats.image_tokens))} tokens; "
-        f"{stats.prompt_tokens} tokens in all."
+        f"{len(scene.pictures)} images of {', '.join(map(str, stats.image_tokens))} tokens; "
+        f"{stats.prompt_tokens} tokens in all. The digits were held out from training.\n"
     )
-    for name, (_, result) in results.items():
-        console.print(f"[bold]Answer, {name}:[/bold]", end=" ")
-        console.print(repr(result.text), markup=False, soft_wrap=True)
+    console.print(table_of_answers(questions, answers))
+    for name, results in answers.items():
+        right = sum(
+            result.text == question.answer
+            for result, question in zip(results, questions, strict=True)
+        )
+        console.print(f"{name}: {right} of {len(questions)} right")
     console.print()
-    console.print(table_of({name: again for name, (_, again) in results.items()}))
-    compile_seconds = ", ".join(
-        f"{first.stats.compile_seconds:.1f} s ({name})" for name, (first, _) in results.items()
+    console.print(table_of_costs(answers))
+    console.print(
+        "A prompt this short spends little of its time in attention: what sparsity saves shows in "
+        "FLOPs here, and in seconds on long prompts.\n"
     )
-    console.print(f"Compiling before that, in each first run: {compile_seconds}.")
-    picture = draw_mask(model, messages, folder / "mask.png")
-    console.print(f"Picture of the mask: {picture}", soft_wrap=True)
+    print_profile(profile, options.profile)
+
+    mask = bsjax.BlockMask(template_of(model, scene, questions[0]), ["INTRA_IMAGE_SINK"])
+    mask.plot(options.output / "mask.png")
+    plot_profile(profile, options.output / "profile.png")
+    pictures = {
+        "The images": contact_sheet(scene, options.output / "images.png"),
+        "The profile": options.output / "profile.png",
+        "One head's mask": options.output / "mask.png",
+    }
+    for name, path in pictures.items():
+        console.print(f"{name}: {path}", soft_wrap=True)
+
+
+def template_of(model: bsjax.LoadedModel, scene: Scene, question: Question) -> bsjax.Template:
+    """The template of a prompt."""
+    from bsjax.prompts import prepare_prompt
+
+    prompt = prepare_prompt(
+        messages(scene, question), model.tokenizer, model.image_processor, model.config
+    )
+    return bsjax.Template.from_tokens(
+        prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
+    )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from .train_small_vlm.held_out import HeldOut
 from .train_small_vlm.questions import TASKS
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = ROOT / "build" / "train" / "checkpoint"
-PROFILE = ROOT / "build" / "profile" / "checkpoint" / "profile.json"
+CHECKPOINT = ROOT / "examples" / "small-qwen2.5-vl"
+PROFILE = "small-qwen2.5-vl"
 BUDGETS = (0.2, 0.3, 0.41, 0.45, 0.5, 0.55)
 MORE_IMAGES = (9, 10, 11, 12)
 SHUFFLES = 5
@@ -180,8 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped one's name")
-    parser.add_argument("--scenes", type=int, default=300, help="of each set; six prompts a scene")
-    parser.add_argument("--calibration", type=int, default=48, help="prompts to choose heads with")
+    parser.add_argument("--scenes", type=int, default=200, help="of each set; six prompts a scene")
+    parser.add_argument("--calibration", type=int, default=40, help="prompts to choose heads with")
     parser.add_argument("--hybrid", type=Path, help="folder of a training run with sparse layers")
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
     dense = Condition("dense", "", np.zeros_like(profile.categories))
     conditions = [
         dense,
-        Condition("profile", Path(options.profile).stem, profile.categories),
+        Condition("profile", Path(options.profile).name.removesuffix(".json"), profile.categories),
         *one_shot_conditions(measurements),
         *refined_conditions(model, measurements, evaluator),
         *control_conditions(profile.categories, options.seed),
