@@ -63,8 +63,11 @@ $(PROFILED)/.converted: $(TRAINED)/model.safetensors | $(VENV)/.installed-train
 build/train/checkpoint/model.safetensors:
 	@echo "error: there is no trained model in build/train/checkpoint. Train one first: make train"; exit 1
 
+# The shipped profile is that of the shipped checkpoint.
+EVALUATED := $(if $(filter-out examples/small-qwen2.5-vl,$(TRAINED)),--checkpoint $(TRAINED) \
+  --profile $(PROFILED)/profile.json)
 evaluate: $(VENV)/.installed-train
-	$(VENV_PYTHON) -m examples.evaluate $(EVALUATE_OPTIONS)
+	$(VENV_PYTHON) -m examples.evaluate $(EVALUATED) $(EVALUATE_OPTIONS)
 
 gpu-check: export JAX_PLATFORMS =
 gpu-check:

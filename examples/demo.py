@@ -17,10 +17,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import bsjax
 from bsjax.profile_plot import plot_profile
 from bsjax.profile_report import print_profile
+from bsjax.prompts import prepare_prompt
 
 from .train_small_vlm.conversations import messages
 from .train_small_vlm.questions import TASKS, Question, ask
@@ -34,13 +36,25 @@ QUESTIONS_PER_TASK = 2
 
 def converted(source: Path, folder: Path) -> Path:
     """Converts the checkpoint the way a user would."""
-    destination = folder / "small-qwen2.5-vl"
+    destination = folder / source.name
     shutil.rmtree(destination, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(
         [sys.executable, "-m", "convert", str(source), str(destination), "--quiet"], check=True
     )
     return destination
+
+
+def scene_and_questions(random: np.random.Generator) -> tuple[Scene, list[Question]]:
+    """A scene that can be asked questions of all tasks, and at most a few of each."""
+    while True:
+        scene = draw_scene(random, IMAGES, test=True)
+        of_tasks = []
+        for task in TASKS:
+            drawn = {ask(random, scene, task): None for _ in range(8 * QUESTIONS_PER_TASK)}
+            of_tasks.append([one for one in drawn if one.task == task][:QUESTIONS_PER_TASK])
+        if all(of_tasks):
+            return scene, [question for of_task in of_tasks for question in of_task]
 
 
 def contact_sheet(scene: Scene, path: Path) -> Path:
@@ -82,9 +96,10 @@ def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Re
     for number, question in enumerate(questions):
         given = [results[number].text for results in answers.values()]
         shown = [
-            text if text == question.answer else f"[red]{text or 'nothing'}[/red]" for text in given
+            Text(text.strip() or "nothing", style="" if text == question.answer else "red")
+            for text in given
         ]
-        table.add_row(question.text, question.answer.strip(), *map(str.strip, shown))
+        table.add_row(question.text, question.answer.strip(), *shown)
     return table
 
 
@@ -124,14 +139,13 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False)
 
-    console.print(f"Converting {options.checkpoint} ...", soft_wrap=True)
+    console.print(f"Converting {options.checkpoint.name} ...", soft_wrap=True)
     model = bsjax.load(converted(options.checkpoint, options.output))
     profile = bsjax.Profile.resolve(options.profile, model)
     assert profile is not None
 
     random = np.random.default_rng(options.seed)
-    scene = draw_scene(random, IMAGES, test=True)
-    questions = [ask(random, scene, task) for task in TASKS for _ in range(QUESTIONS_PER_TASK)]
+    scene, questions = scene_and_questions(random)
     answers = ask_all(model, profile, scene, questions)
     stats = answers["dense"][0].stats
     console.print(
@@ -153,7 +167,8 @@ def main() -> None:
     )
     print_profile(profile, options.profile)
 
-    mask = bsjax.BlockMask(template_of(model, scene, questions[0]), ["INTRA_IMAGE_SINK"])
+    template = template_of(model, profile, scene, questions[0])
+    mask = bsjax.BlockMask(template, ["INTRA_IMAGE_SINK"])
     mask.plot(options.output / "mask.png")
     plot_profile(profile, options.output / "profile.png")
     pictures = {
@@ -165,15 +180,18 @@ def main() -> None:
         console.print(f"{name}: {path}", soft_wrap=True)
 
 
-def template_of(model: bsjax.LoadedModel, scene: Scene, question: Question) -> bsjax.Template:
-    """The template of a prompt."""
-    from bsjax.prompts import prepare_prompt
-
+def template_of(
+    model: bsjax.LoadedModel, profile: bsjax.Profile, scene: Scene, question: Question
+) -> bsjax.Template:
+    """The template of a prompt, with the profile's sinks."""
     prompt = prepare_prompt(
         messages(scene, question), model.tokenizer, model.image_processor, model.config
     )
     return bsjax.Template.from_tokens(
-        prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
+        prompt.token_ids,
+        model.config.image_token_id,
+        image_tokens=prompt.image_tokens,
+        sinks=profile.sinks,
     )
 
 

@@ -160,10 +160,13 @@ def accuracies(
         return [float(totals.sum() / counts.sum()), *np.quantile(drawn, (0.025, 0.975)).tolist()]
 
     everything = np.ones_like(tasks, bool)
-    chosen = {"all": everything} | {name: tasks == i for i, name in enumerate(TASKS)}
+    by_task = {name: tasks == i for i, name in enumerate(TASKS)}
+    chosen = {"all": everything} | by_task
+    change = right.astype(float) - baseline
     return {
         "accuracy": {name: interval(right.astype(float), which) for name, which in chosen.items()},
-        "change": interval(right.astype(float) - baseline, everything),
+        "change": interval(change, everything),
+        "change_by_task": {name: interval(change, which) for name, which in by_task.items()},
     }
 
 
@@ -239,6 +242,7 @@ def run(options: argparse.Namespace, temporary: Path) -> dict[str, Any]:
         },
         "checkpoint_fingerprint": model.fingerprint,
         "calibration_prompts": options.calibration,
+        "refining": {"rounds": REFINING_ROUNDS, "margin": REFINING_MARGIN},
         "hybrid": None if hybrid is None else hybrid.description,
         "sets": {},
     }

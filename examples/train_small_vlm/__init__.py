@@ -6,6 +6,12 @@ scenes      several images with digits and shapes in colours, of random number a
 questions   what can be asked about a scene, and the right answers
 files       the model's configuration, tokenizer, chat template and image settings
 batches     scenes and questions as arrays; all questions about a scene share its images
-training    loss, optimizer, checkpoints
+forward     a batch through bsjax's modules
+loss        answers, and what is taught on the way to them
+training    optimizer, stages, checkpoints
+curve       the learning curve of a run
 export      the trained weights as a Hugging Face checkpoint
+
+conversations   scenes and questions as chat messages, and as files to profile on
+held_out        prompts held out from training, and which are answered right
 """

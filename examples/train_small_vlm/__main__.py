@@ -19,6 +19,7 @@ from .batches import Encoder
 from .curve import plot_curve
 from .export import export
 from .files import make_config, make_image_processor, make_tokenizer
+from .forward import groups_of_layers
 from .training import (
     ModelStage,
     Settings,
@@ -39,10 +40,14 @@ def main() -> None:
         seed=options.seed,
         sparse_layers=options.sparse_layers,
     )
-    check_settings(options.folder / "settings.json", settings)
-    use_persistent_cache()
     tokenizer, image_processor = make_tokenizer(), make_image_processor()
     config = make_config(tokenizer)
+    try:
+        groups_of_layers(config, settings.sparse_layers)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    check_settings(options.folder / "settings.json", settings)
+    use_persistent_cache()
     encoder = Encoder(config, tokenizer, image_processor.image_mean, image_processor.image_std)
     module = FAMILIES[config.model_type].build(config, jnp.float32)
 

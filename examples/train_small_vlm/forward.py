@@ -1,8 +1,8 @@
 """A batch of prompts through bsjax's own modules.
 
-Attention is dense here: prompts are short, a batch of them goes through at once, and what a row
-sees is the package's own predicate as a matrix. Layers and heads that are to be sparse see what
-their key groups let them see.
+Attention is dense here: prompts are short, a batch of them goes through at once, and what a row of
+the images' part sees is the package's own predicate as a matrix. Layers and heads that are to be
+sparse see what their key groups let them see; rows of questions are text and see all before them.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def hidden_states(
     module: Any,
     batch: Batch,
     features: Float[Array, "prompts images tokens hidden"],
-    groups: Int[Array, "layers heads_or_1"],
+    groups: Int[Array | np.ndarray, "layers heads_or_1"],
 ) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
     """Hidden states of all rows; queries, keys and values of all layers.
 
@@ -148,8 +148,15 @@ def logits_at(module: Any, hidden: Array, rows: Array) -> Array:
 def groups_of_layers(
     config: PretrainedConfig, sparse_layers: Sequence[int]
 ) -> Int[np.ndarray, "layers 1"]:
-    """Key groups of layers that are INTRA_IMAGE_SINK or else DENSE."""
+    """Key groups of layers that are INTRA_IMAGE_SINK or else DENSE.
+
+    Raises:
+      ValueError: a sparse layer that the model has not.
+    """
     layers = config.get_text_config().num_hidden_layers
+    for layer in sparse_layers:
+        if not 0 <= layer < layers:
+            raise ValueError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
     sparse = np.isin(np.arange(layers), sparse_layers)[:, None]
     kept = HeadCategory.INTRA_IMAGE_SINK.groups
     return np.where(sparse, kept.value, ALL_KEY_GROUPS.value).astype(np.int32)

@@ -32,7 +32,9 @@ class _Group(NamedTuple):
 
 
 class HeldOut:
-    """Scenes with test digits, and one question of every task about each.
+    """Scenes with test digits, and a question of every task that can be asked about each.
+
+    A scene that cannot be asked about a task is asked for the content of another image (`ask`).
 
     A question and its scene are one prompt: questions do not see each other. What is computed for a
     prompt is what `bsjax.generate` computes, with the whole score matrix instead of blocks.

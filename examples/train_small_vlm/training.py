@@ -40,7 +40,7 @@ _UNIT = PATCH_SIZE * MERGE_SIZE
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run is determined by, beside the number of devices.
+    """What differs between training runs; all else that determines one stands in the code.
 
     Attributes:
       tower_steps: batches of single images that the vision tower is trained on before.
@@ -220,7 +220,7 @@ class ModelStage:
 def make_optimizer(
     settings: Settings, steps: int, fall: Sequence[tuple[float, float]]
 ) -> optax.GradientTransformation:
-    """Muon for matrices, AdamW for the rest: half of the steps that AdamW alone needs.
+    """Muon for matrices, Adam for the rest.
 
     Where parameters are those of the whole model, its vision tower changes slowly.
 
