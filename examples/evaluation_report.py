@@ -88,7 +88,7 @@ What to know when reading this:
   the content of an image instead, so tasks have different numbers of prompts, and more images make
   finding and repeats rarer. Beyond eight images a repeat is never of a colour: there are eight.
 - What is lost is lost in finding repeats above all, the task that needs image tokens that look at
-  other images. Where the dense model itself is bad at it, as with many images, there is little to lose.
+  other images. Where the dense model itself is bad at it, as with many images, little can be lost.
 - Scenes whose images are all large are drawn again, as in training, which had up to twelve images.
 - The model was taught where a few heads should look (`examples/train_small_vlm/README.md`).
 """
