@@ -4,7 +4,7 @@
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 #
-# make train     trains a small model from scratch, or goes on with it: hours (TRAIN_OPTIONS)
+# make train     trains a small model from scratch, or goes on with it: an hour (TRAIN_OPTIONS)
 # make profile   finds the categories of the heads of the one in examples/, or of yours (TRAINED)
 # make evaluate  its accuracy, dense and sparse, on prompts held out: docs/evaluation.md
 #

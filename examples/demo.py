@@ -24,12 +24,11 @@ from bsjax.profile_plot import plot_profile
 from bsjax.profile_report import print_profile
 from bsjax.prompts import prepare_prompt
 
+from .shipped import CHECKPOINT, PROFILE
 from .train_small_vlm.conversations import messages
 from .train_small_vlm.questions import TASKS, Question, ask
 from .train_small_vlm.scenes import LABELS, Scene, draw_scene
 
-CHECKPOINT = Path(__file__).parent / "small-qwen2.5-vl"
-PROFILE = "small-qwen2.5-vl"
 IMAGES = 12
 QUESTIONS_PER_TASK = 2
 

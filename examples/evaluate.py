@@ -37,13 +37,12 @@ from bsjax.profiling import Evaluator, Measurements, measure, refine
 from convert.__main__ import main as convert_main
 
 from .evaluation_report import plot, report
+from .shipped import CHECKPOINT, PROFILE
 from .train_small_vlm.conversations import PROFILED_IMAGES, draw_conversations, messages
 from .train_small_vlm.held_out import HeldOut
 from .train_small_vlm.questions import TASKS
 
 ROOT = Path(__file__).parent.parent
-CHECKPOINT = ROOT / "examples" / "small-qwen2.5-vl"
-PROFILE = "small-qwen2.5-vl"
 BUDGETS = (0.2, 0.3, 0.41, 0.45, 0.5, 0.55)
 MORE_IMAGES = (9, 10, 11, 12)
 SHUFFLES = 5

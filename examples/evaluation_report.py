@@ -100,12 +100,10 @@ def _table(rows: Iterable[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        share, low, high = (100 * value for value in row["accuracy"]["all"])
-        change, least, most = (100 * value for value in row["change"])
-        compared = "" if row["kind"] == "dense" else f"{change:+.2f} ({least:+.2f} to {most:+.2f})"
+        changed = "" if row["kind"] == "dense" else _percent(row["change"], "+.2f")
         lines.append(
             f"| {row['kind']} | {row['name']} | {row['reduction']:.1%} "
-            f"| {share:.2f} % ({low:.2f} to {high:.2f}) | {compared} |"
+            f"| {_percent(row['accuracy']['all'], '.2f', ' %')} | {changed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -120,26 +118,25 @@ def _task_table(one_set: dict[str, Any]) -> str:
         f"| prompts | | {' | '.join(map(str, counts))} |",
         f"| commonest answer | | {' | '.join(f'{100 * commonest[task]:.1f}' for task in TASKS)} |",
     ]
-    for row in rows:
-        cells = []
-        for task in TASKS:
-            share, low, high = (100 * value for value in row["accuracy"][task])
-            cells.append(f"{share:.1f} ({low:.1f} to {high:.1f})")
-        lines.append(f"| {row['kind']} | {row['name']} | {' | '.join(cells)} |")
+    lines += [_task_line(row, "accuracy", ".1f") for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _change_table(rows: Iterable[Row]) -> str:
     lines = [f"| categories | | {' | '.join(TASKS)} |", f"|---|---|{'---|' * len(TASKS)}"]
-    for row in rows:
-        if row["kind"] == "dense":
-            continue
-        cells = []
-        for task in TASKS:
-            change, least, most = (100 * value for value in row["change_by_task"][task])
-            cells.append(f"{change:+.1f} ({least:+.1f} to {most:+.1f})")
-        lines.append(f"| {row['kind']} | {row['name']} | {' | '.join(cells)} |")
+    lines += [_task_line(row, "change_by_task", "+.1f") for row in rows if row["kind"] != "dense"]
     return "\n".join(lines) + "\n"
+
+
+def _task_line(row: Row, measured: str, form: str) -> str:
+    cells = (_percent(row[measured][task], form) for task in TASKS)
+    return f"| {row['kind']} | {row['name']} | {' | '.join(cells)} |"
+
+
+def _percent(interval: Iterable[float], form: str, unit: str = "") -> str:
+    """A share with the ends of its interval, in percent."""
+    share, low, high = (format(100 * value, form) for value in interval)
+    return f"{share}{unit} ({low} to {high})"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -24,7 +24,10 @@ from .batches import QUESTION_ROWS, Batch
 def image_features(
     module: Any, batch: Batch, plans: VisionPlan
 ) -> Float[Array, "prompts images tokens hidden"]:
-    """The tokens of all images, padded to those of the largest size."""
+    """The tokens of all images, padded to those of the largest size.
+
+    `plans` are those of all sizes, stacked (`Encoder.plans`).
+    """
     plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
     run = partial(run_tower, module.visual)
     return jax.vmap(jax.vmap(run))(batch.pixel_values, plan_of_image)
@@ -66,7 +69,9 @@ def hidden_states(
     return hidden.reshape(prompts, rows, -1), (q, k, v)
 
 
-def run_tower(tower: Any, pixel_values: Array, plan: VisionPlan) -> Array:
+def run_tower(
+    tower: Any, pixel_values: Float[Array, "patches values"], plan: VisionPlan
+) -> Float[Array, "tokens hidden"]:
     """The tokens of one padded image."""
 
     def attend_within(segment: Array) -> Any:
@@ -139,8 +144,10 @@ def _masked_attention(
     return jnp.einsum("kgqc,ckd->qkgd", weights, v).reshape(rows, heads, channels)
 
 
-def logits_at(module: Any, hidden: Array, rows: Array) -> Array:
-    """Logits after some rows of each prompt, shaped as `rows`."""
+def logits_at(
+    module: Any, hidden: Float[Array, "prompts rows hidden"], rows: Int[Array, "prompts *chosen"]
+) -> Float[Array, "prompts *chosen vocabulary"]:
+    """Logits after some rows of each prompt."""
     flat = rows.reshape(rows.shape[0], -1, 1)
     return module.logits(jnp.take_along_axis(hidden, flat, axis=1).reshape(*rows.shape, -1))
 

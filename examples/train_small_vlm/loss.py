@@ -1,7 +1,7 @@
 """What training minimises: answers, and what answers are made of.
 
-Questions that need several images are not learned from their answers alone. Captions, readings and
-pointings teach what stands between; none of them is part of the model.
+Captions, readings and pointings teach what stands between a question about several images and its
+answer; none of them is part of the model.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .questions import BY_LETTER, FEATURES, TASKS
 from .scenes import COLOURS, CONTENTS, LABELS
 
 CAPTION_WEIGHT = 0.3
-"""Of what is said of each image, beside the answers (see `FEATURES`)."""
+"""Of what is said of each image, beside the answers (`Batch.captions`)."""
 READING_WEIGHTS = {
     "content known": 0.125,
     "colour known": 0.125,
@@ -43,10 +43,11 @@ READING_WEIGHTS = {
 letter, and the letter; how many images before are alike; at the last word of a question, what is
 asked, the features of the image whose letter it is, the letter that was looked for, the number that
 was counted; later whether the images compared are alike, and the answer. Finding, counting and
-comparing are made of these; from answers alone they are not learned.
+comparing are made of these.
 """
-ALIKE_LAYER, ASKED_LAYER = 2, 2
-"""From the values of which layers: where later rows, and later layers, can make something of it."""
+READ_LAYER = 2
+"""From whose values all is read but what a head that is taught to look there takes: where later
+rows, and later layers, can make something of it."""
 POINTING_WEIGHT = 0.3
 """Of where rows look with a few heads, equally at all rows they should look at (see
 `_pointings`)."""
@@ -75,8 +76,18 @@ def loss_and_correct(
     plans: VisionPlan,
     groups: Int[np.ndarray, "layers heads_or_1"],
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-    """The loss of a batch, which answers are right when taken greedily, and the shares of readings
-    that are.
+    """What training minimises, and what is logged of it.
+
+    Args:
+      module: the model.
+      readers: from `new_readers`.
+      batch: prompts of equally many images and questions.
+      plans: the vision tower's plan of each image size, stacked (`Encoder.plans`).
+      groups: key groups that heads keep, or all heads of a layer (`groups_of_layers`).
+
+    Returns:
+      The loss, a scalar; which answers are right when taken greedily, [prompts, questions], and by
+      name the shares of readings that are right and of attention that is where it should be.
     """
     features = image_features(module, batch, plans)
     hidden, (q, k, v) = hidden_states(module, batch, features, groups)
@@ -137,9 +148,9 @@ def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> It
 
     letters = batch.last_rows + 2
     meant, compared = jnp.asarray(batch.meant), jnp.asarray(batch.compared)
-    by_letter = _of_tasks(batch, *BY_LETTER)
+    by_letter = _of_tasks(batch, *BY_LETTER)[..., None]
     of_words = of_images(meant, letters)
-    yield _Pointing("word looks", WORD_HEAD, batch.word_rows, of_words & by_letter[..., None])
+    yield _Pointing("word looks", WORD_HEAD, batch.word_rows, of_words & by_letter)
     of_compared = of_images(compared, letters)
     yield _Pointing("compared looks", WORD_HEAD, batch.compared_rows, of_compared)
     by_feature = _of_tasks(batch, "find", "count")[..., None]
@@ -147,8 +158,8 @@ def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> It
     yield _Pointing("counts", COUNT_HEAD, batch.word_rows, (of_words | first) & by_feature)
     # Which images are alike is known to later layers only.
     repeat = _of_tasks(batch, "repeat")[..., None]
-    later = jnp.flip(jnp.cumsum(jnp.flip(meant, -1), axis=-1), -1) - meant
-    of_last = of_images(meant & (later == 0), batch.last_rows)
+    is_last = jnp.cumsum(meant, axis=-1) == meant.sum(axis=-1, keepdims=True)
+    of_last = of_images(meant & is_last, batch.last_rows)
     yield _Pointing("repeat looks", REPEAT_HEAD, batch.word_rows, or_first(of_last) & repeat)
     words = jax.nn.one_hot(batch.word_rows, rows) > 0
     yield _Pointing("answer looks", ANSWER_HEAD, batch.answer_rows[..., 0], words)
@@ -156,7 +167,7 @@ def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> It
     for index, name in enumerate(FEATURES):
         feature = jnp.asarray(batch.features[..., index])
         alike = feature[:, :, None] == feature[:, None, :]
-        same = jnp.einsum("pni,pij,pnj->pn", meant * 1, alike * 1, compared * 1)[..., None] > 0
+        same = (_of_image(meant, feature) == _of_image(compared, feature))[..., None]
         targets = or_first(letter_compared & same) & compared.any(axis=-1, keepdims=True)
         yield _Pointing(f"{name} compares", COMPARE_HEADS[name], batch.word_rows, targets)
         layer, _ = ALIKE_HEADS[name]
@@ -207,31 +218,26 @@ def _readings(
         for layer, head in (WORD_HEAD, FIND_HEAD, ANSWER_HEAD)
     )
     known = at(of_word, last_and_letter)
-    last = at(v[ALIKE_LAYER], batch.last_rows)
+    last = at(v[READ_LAYER], batch.last_rows)
     letter_rows = jnp.concatenate([batch.word_rows, batch.compared_rows], axis=1)
     by_letter = _of_tasks(batch, *BY_LETTER)[..., None]
-    meant = jnp.concatenate([batch.meant & by_letter, batch.compared], axis=1)
-    asked = at(v[ASKED_LAYER], letter_rows)
+    meant, compared = jnp.asarray(batch.meant), jnp.asarray(batch.compared)
+    of_letters = jnp.concatenate([meant & by_letter, compared], axis=1)
+    asked = at(v[READ_LAYER], letter_rows)
     labels, always = jnp.asarray(batch.labels), jnp.ones((), bool)
     readings = {"letter known": (at(of_find, batch.last_rows + 2), labels, always)}
-    found = batch.meant & _of_tasks(batch, "find")[..., None]
-    letter = jnp.einsum("pni,pi->pn", found * 1, labels)
-    at_word, answer = at(v[ASKED_LAYER], batch.word_rows), at(of_answer, batch.word_rows)
-    readings["letter found"] = at_word, letter, found.any(axis=-1)
-    number = jnp.asarray(batch.meant).sum(axis=-1)
-    readings["number counted"] = at_word, number, _of_tasks(batch, "count")
+    found = meant & _of_tasks(batch, "find")[..., None]
+    at_word, answer = at(v[READ_LAYER], batch.word_rows), at(of_answer, batch.word_rows)
+    readings["letter found"] = at_word, _of_image(found, labels), found.any(axis=-1)
+    readings["number counted"] = at_word, meant.sum(axis=-1), _of_tasks(batch, "count")
     for index, name in enumerate(FEATURES):
         features = jnp.asarray(batch.features[..., index])
         readings[name + " known"] = known, jnp.tile(features, 2), always
         readings[name + " alike"] = last, jnp.asarray(batch.alike[..., index]), always
-        of_asked = jnp.einsum("pni,pi->pn", meant * 1, features)
-        readings[name + " asked"] = asked, of_asked, meant.any(axis=-1)
-        one, other = (
-            jnp.einsum("pni,pi->pn", which * 1, features)
-            for which in (jnp.asarray(batch.compared), jnp.asarray(batch.meant))
-        )
-        compares = _of_tasks(batch, "compare")
-        readings[name + " compared"] = answer, (one == other).astype(jnp.int32), compares
+        of_asked = _of_image(of_letters, features)
+        readings[name + " asked"] = asked, of_asked, of_letters.any(axis=-1)
+        same = _of_image(meant, features) == _of_image(compared, features)
+        readings[name + " compared"] = answer, same.astype(jnp.int32), compared.any(axis=-1)
     about = batch.tasks * len(FEATURES) + batch.about
     readings["question known"] = at_word, jnp.asarray(about), always
     readings["answer known"] = answer, jnp.asarray(batch.answers[..., 0]), always
@@ -239,6 +245,13 @@ def _readings(
         name: (values @ readers[name], truth, jnp.broadcast_to(is_read, truth.shape))
         for name, (values, truth, is_read) in readings.items()
     }
+
+
+def _of_image(
+    which: Bool[Array, "prompts asked images"], values: Int[Array, "prompts images"]
+) -> Int[Array, "prompts asked"]:
+    """The value of the one image that is meant; nothing to go by where none or several are."""
+    return jnp.einsum("pni,pi->pn", which * 1, values)
 
 
 def _of_tasks(batch: Batch, *names: str) -> Bool[Array, "prompts questions"]:
