@@ -8,9 +8,6 @@ the profile. Other checkpoints of `make train`, and their profiles, can be given
 """
 
 import argparse
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +21,13 @@ from bsjax.profile_plot import plot_profile
 from bsjax.profile_report import print_profile
 from bsjax.prompts import prepare_prompt
 
-from .shipped import CHECKPOINT, PROFILE
+from .shipped import CHECKPOINT, PROFILE, converted
 from .train_small_vlm.conversations import messages
 from .train_small_vlm.questions import TASKS, Question, ask
 from .train_small_vlm.scenes import LABELS, Scene, draw_scene
 
 IMAGES = 12
 QUESTIONS_PER_TASK = 2
-
-
-def converted(source: Path, folder: Path) -> Path:
-    """Converts the checkpoint the way a user would."""
-    destination = folder / source.name
-    shutil.rmtree(destination, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [sys.executable, "-m", "convert", str(source), str(destination), "--quiet"], check=True
-    )
-    return destination
 
 
 def scene_and_questions(random: np.random.Generator) -> tuple[Scene, list[Question]]:
@@ -139,8 +125,11 @@ def main() -> None:
     console = Console(highlight=False)
 
     console.print(f"Converting {options.checkpoint.name} ...", soft_wrap=True)
-    model = bsjax.load(converted(options.checkpoint, options.output))
-    profile = bsjax.Profile.resolve(options.profile, model)
+    try:
+        model = converted(options.checkpoint)
+        profile = bsjax.Profile.resolve(options.profile, model)
+    except bsjax.BsjaxError as error:
+        raise SystemExit(f"error: {error}") from None
     assert profile is not None
 
     random = np.random.default_rng(options.seed)
@@ -166,6 +155,7 @@ def main() -> None:
     )
     print_profile(profile, options.profile)
 
+    options.output.mkdir(parents=True, exist_ok=True)
     template = template_of(model, profile, scene, questions[0])
     mask = bsjax.BlockMask(template, ["INTRA_IMAGE_SINK"])
     mask.plot(options.output / "mask.png")

@@ -12,10 +12,12 @@ LINES = {
     "refined": ("tab:blue", "o"),
     "one-shot, error": ("tab:orange", "s"),
     "one-shot, mass": ("tab:green", "^"),
+    "one-shot, last layer free": ("tab:olive", "<"),
 }
 POINTS = {
     "profile": ("tab:blue", "*"),
     "dealt at random": ("tab:red", "x"),
+    "dealt within layers": ("tab:pink", "+"),
     "one for all heads": ("tab:purple", "D"),
     "hybrid": ("tab:brown", "P"),
     "at the hybrid's FLOPs": ("tab:cyan", "v"),
@@ -42,9 +44,9 @@ def report(results: dict[str, Any], picture: str) -> str:
         parts.append(_change_table(one_set["rows"]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts.append(
-        f"Made on {results['date']} by `python -m examples.evaluate` in "
-        f"{results['seconds'] / 60:.0f} minutes on {results['machine']} ({results['device']}); "
-        f"{versions}. Every answer of every prompt is in `benchmarks/results/evaluation.json`.\n"
+        f"Made on {results['date']} by `python -m examples.evaluate` on {results['machine']} "
+        f"({results['device']}); {versions}. Every answer of every prompt is in "
+        "`benchmarks/results/evaluation.json`.\n"
     )
     return "\n".join(parts)
 
@@ -67,9 +69,12 @@ Intervals are of 95 %, from drawing scenes again (questions about one scene are 
 - **profile**: what `make profile` wrote, refined on 96 other prompts of 4 to 8 images.
 - **one-shot**: every head takes the cheapest category within one threshold for all, on the error of
   its output or on the attention mass dropped; the threshold is the least that saves the FLOPs.
+- **one-shot, last layer free**: the same by output error, but told that nothing reads the image
+  tokens of the last layer, so that its heads may be SINK at once.
 - **refined**: heads chosen by measured damage to the answer per FLOP, and corrected in context.
-  Both are made from {calibration_prompts} prompts of 4 to 8 images with training digits.
+  All of these are made from {calibration_prompts} prompts of 4 to 8 images with training digits.
 - **dealt at random**: the profile's categories, dealt to other heads: the same FLOPs.
+- **dealt within layers**: dealt to other heads of the same layer alone.
 - **one for all heads**: the same category everywhere.
 """
 
@@ -112,11 +117,12 @@ def _task_table(one_set: dict[str, Any]) -> str:
     rows, commonest = one_set["rows"], one_set["commonest"]
     asked = [task for scene in one_set["tasks"] for task in scene]
     counts = [asked.count(index) for index in range(len(TASKS))]
+    chance = [f"{100 * commonest[task]:.1f}" if task in commonest else "" for task in TASKS]
     lines = [
         f"| categories | | {' | '.join(TASKS)} |",
         f"|---|---|{'---|' * len(TASKS)}",
         f"| prompts | | {' | '.join(map(str, counts))} |",
-        f"| commonest answer | | {' | '.join(f'{100 * commonest[task]:.1f}' for task in TASKS)} |",
+        f"| commonest answer | | {' | '.join(chance)} |",
     ]
     lines += [_task_line(row, "accuracy", ".1f") for row in rows]
     return "\n".join(lines) + "\n"
@@ -129,7 +135,8 @@ def _change_table(rows: Iterable[Row]) -> str:
 
 
 def _task_line(row: Row, measured: str, form: str) -> str:
-    cells = (_percent(row[measured][task], form) for task in TASKS)
+    values = row[measured]
+    cells = (_percent(values[task], form) if task in values else "" for task in TASKS)
     return f"| {row['kind']} | {row['name']} | {' | '.join(cells)} |"
 
 

@@ -1,8 +1,30 @@
-"""The trained model that comes with the repository: what examples and the evaluation start from."""
+"""The trained checkpoint and the profile that are shipped, and how examples load a checkpoint."""
 
+import tempfile
 from pathlib import Path
 
+import bsjax
+from convert.__main__ import main as convert
+
+from .train_small_vlm.files import make_tokenizer
+
 CHECKPOINT = Path(__file__).parent / "small-qwen2.5-vl"
-"""In Hugging Face format, as `examples.train_small_vlm` writes it."""
 PROFILE = "small-qwen2.5-vl"
-"""The name of its profile among those of `profiles/`."""
+
+
+def converted(source: Path) -> bsjax.LoadedModel:
+    """A checkpoint of `train_small_vlm`, converted and loaded; nothing of that stays on the disk.
+
+    Ends the program where that cannot be done, or where it is another checkpoint.
+
+    Raises:
+      BsjaxError: as `bsjax.load`.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        destination = Path(temporary) / "converted"
+        if convert([str(source), str(destination), "--quiet"]) != 0:
+            raise SystemExit(1)
+        model = bsjax.load(destination)
+    if model.tokenizer.get_vocab() != make_tokenizer().get_vocab():
+        raise SystemExit(f"error: {source} is no checkpoint that examples.train_small_vlm writes.")
+    return model

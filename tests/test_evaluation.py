@@ -10,15 +10,27 @@ import convert.__main__
 from bsjax.categories import HeadCategory
 from bsjax.models import FAMILIES
 from bsjax.profile_file import Profile
-from examples.evaluate import Condition, accuracies, control_conditions, evaluate
+from bsjax.profiling import Measurements
+from bsjax.profiling.state import State
+from examples.evaluate import (
+    Condition,
+    Hybrid,
+    accuracies,
+    answered,
+    control_conditions,
+    evaluate,
+    one_shot_conditions,
+)
 from examples.evaluation_report import plot, report
 from examples.train_small_vlm.batches import QUESTION_ROWS
 from examples.train_small_vlm.conversations import draw_conversations, messages, write_samples
 from examples.train_small_vlm.export import export
 from examples.train_small_vlm.files import PATCH_SIZE, make_config, make_tokenizer
+from examples.train_small_vlm.forward import groups_of_layers
 from examples.train_small_vlm.held_out import HeldOut
 from examples.train_small_vlm.questions import TASKS, Question
 from examples.train_small_vlm.scenes import CONTENTS, Picture, Scene
+from examples.train_small_vlm.training import Settings, check_settings
 
 LAYERS, HEADS = 5, 6
 
@@ -110,8 +122,77 @@ def test_controls_take_what_the_profile_takes():
         np.testing.assert_array_equal(
             np.bincount(control.categories.ravel()), np.bincount(categories.ravel())
         )
+    of_layers = [control for control in controls if control.kind == "dealt within layers"]
+    assert len({control.categories.tobytes() for control in of_layers}) == len(of_layers) > 1
+    for control in of_layers:
+        np.testing.assert_array_equal(np.sort(control.categories), np.sort(categories))
     uniform = {int(c.categories.max()) for c in controls if c.kind == "one for all heads"}
     assert uniform == {HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK}
+
+
+def test_the_last_layer_is_free_where_the_rule_knows_that_nothing_reads_it():
+    random = np.random.default_rng(3)
+    shape = (4, LAYERS, HEADS)
+    measurements = Measurements(
+        sinks=bsjax.Sinks(),
+        mass=random.dirichlet(np.ones(5), shape).astype(np.float32),
+        error=random.uniform(0.1, 1, (*shape, 3)).astype(np.float32),
+        flops=np.tile(np.asarray([10, 2, 4, 5]), (LAYERS, 1)),
+        fingerprints=tuple("abcd"),
+        images=np.full(4, 3),
+    )
+    conditions = {}
+    for condition in one_shot_conditions(measurements):
+        conditions.setdefault(condition.kind, []).append(condition.categories)
+    for categories in conditions["one-shot, last layer free"]:
+        assert (categories[-1] == HeadCategory.SINK).all()
+    plain, free = (conditions[f"one-shot, {kind}"][0] for kind in ("error", "last layer free"))
+    assert (plain[-1] == HeadCategory.DENSE).any()
+    # What is saved in the last layer need not be saved elsewhere.
+    assert (free[:-1] == HeadCategory.DENSE).sum() > (plain[:-1] == HeadCategory.DENSE).sum()
+
+
+def test_what_was_measured_is_recalled(prompts, tmp_path, monkeypatch):
+    state = State(tmp_path / "state")
+    categories = np.ones((LAYERS, HEADS), np.int8)
+    found = answered(prompts, categories, state)
+    monkeypatch.setattr(prompts, "right", lambda categories: np.zeros((1, 1), bool))
+    np.testing.assert_array_equal(answered(prompts, categories, state), found)
+    assert answered(prompts, categories * 2, state).shape == (1, 1), "other categories"
+    monkeypatch.setattr(prompts, "name", "other prompts")
+    assert answered(prompts, categories, state).shape == (1, 1)
+
+
+def test_a_hybrid_is_evaluated_with_the_layers_it_was_trained_with(small_model, tmp_path):
+    check_settings(tmp_path / "run" / "settings.json", Settings(sparse_layers=(1, 3)))
+    config = make_config(make_tokenizer())
+    export(nnx.state(small_model.module), config, tmp_path / "run" / "checkpoint")
+    hybrid = Hybrid.of(tmp_path / "run")
+    assert hybrid.name == "layers 1, 3" and hybrid.model.fingerprint == small_model.fingerprint
+    expected = np.zeros((LAYERS, HEADS), np.int8)
+    expected[[1, 3]] = HeadCategory.INTRA_IMAGE_SINK
+    np.testing.assert_array_equal(hybrid.categories, expected)
+    # The groups of training are those of the categories.
+    of_layers = groups_of_layers(config, hybrid.sparse_layers)
+    of_categories = [HeadCategory(category).groups for category in expected[:, 0]]
+    assert of_layers[[1, 3], 0].tolist() == [of_categories[1], of_categories[3]]
+    prompts = HeldOut(hybrid.model, scenes=1, images=(2,), sinks=hybrid.sinks, seed=0)
+    sparse = evaluate(prompts, [Condition("hybrid", hybrid.name, hybrid.categories)], 0)
+    assert 0 < sparse[0]["reduction"] < prompts.reduction(np.full_like(expected, 3))
+    # No question asks for a repeat among so few images: it is not in the tables.
+    asked = {list(TASKS)[index] for index in prompts.tasks.ravel()}
+    assert len(asked) < len(TASKS)
+    assert set(prompts.commonest()) == set(sparse[0]["change_by_task"]) == asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [(None, "no settings.json"), (Settings(), "without sparse layers")]
+)
+def test_what_is_no_hybrid_is_refused(settings, message, tmp_path):
+    if settings is not None:
+        check_settings(tmp_path / "settings.json", settings)
+    with pytest.raises(SystemExit, match=message):
+        Hybrid.of(tmp_path)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -158,7 +239,6 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
         "versions": {"jax": "0"},
         "calibration_prompts": 4,
         "hybrid": None,
-        "seconds": 60.0,
         "sets": {"as profiled": one_set, "more images": one_set},
     }
     page = report(results, "picture.png")

@@ -206,6 +206,31 @@ def test_sparse_layers_see_their_own_image_and_sinks(config):
             forward.groups_of_layers(config, (0, missing))
 
 
+def test_a_run_with_sparse_layers_trains_with_them(module, config, encoder, monkeypatch):
+    """Its loss is taken with the groups of its categories, in training and when it is evaluated.
+
+    That a loss with such groups sees what inference computes is tested above.
+    """
+    used = []
+
+    def of_groups(module, readers, batch, plans, groups):
+        used.append(np.asarray(groups))
+        value = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(readers)) * groups.sum()
+        return value, (jnp.ones(batch.tasks.shape, bool), {})
+
+    monkeypatch.setattr(training, "loss_and_correct", of_groups)
+    settings = training.Settings(steps=1, warmup_steps=1, sparse_layers=(1, 3))
+    stage = training.ModelStage(module, settings, encoder)
+    stage.step(0)
+    stage.evaluate()
+    categories = np.zeros((5, 1), np.int8)
+    categories[[1, 3]] = HeadCategory.INTRA_IMAGE_SINK
+    expected = np.vectorize(lambda value: HeadCategory(value).groups.value)(categories)
+    assert len(used) == 2, "traced to train, and to evaluate"
+    for groups in used:
+        np.testing.assert_array_equal(groups, expected)
+
+
 def test_images_of_sparse_layers_are_not_taught_to_look_at_others(config, encoder):
     batch = encoder.batch(np.random.default_rng(7), 1, 3, 2)
 

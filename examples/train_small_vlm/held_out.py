@@ -40,6 +40,7 @@ class HeldOut:
     prompt is what `bsjax.generate` computes, with the whole score matrix instead of blocks.
 
     Attributes:
+      name: what the model and the prompts are, so that no others have it.
       tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
       pairs: pairs that one head sees in every prompt, by `HeadCategory`, int64 [scenes, questions,
         categories].
@@ -58,6 +59,7 @@ class HeldOut:
           sinks: which tokens of an image are sinks.
           seed: what everything is drawn with.
         """
+        self.name = f"{model.fingerprint}: {scenes} scenes of {images} images, {sinks}, seed {seed}"
         processor = model.image_processor
         self.encoder = encoder = Encoder(
             model.config, model.tokenizer, processor.image_mean, processor.image_std
@@ -103,12 +105,12 @@ class HeldOut:
         return np.concatenate([np.asarray(answers(group, groups)) for group in self._groups])
 
     def commonest(self) -> dict[str, float]:
-        """For each task, how often the answer is right that is right most often: chance."""
+        """For each task asked, how often the answer is right that is right most often: chance."""
         answers = np.concatenate([group.batch.answers for group in self._groups])
         result = {}
-        for index, task in enumerate(TASKS):
+        for index in np.unique(self.tasks):
             counts = np.unique(answers[self.tasks == index], axis=0, return_counts=True)[1]
-            result[task] = float(counts.max() / counts.sum())
+            result[list(TASKS)[index]] = float(counts.max() / counts.sum())
         return result
 
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
