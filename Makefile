@@ -50,13 +50,13 @@ PROFILE_OPTIONS ?= --target-reduction 0.45 --refine --answer-tokens 2 --max-eval
 PROFILED := build/profile/$(notdir $(TRAINED))
 profile: $(VENV)/.installed-train $(PROFILED)/.converted
 	$(VENV_PYTHON) -m examples.train_small_vlm.conversations build/profile/samples --count 128
-	$(VENV_PYTHON) -m bsjax profile $(PROFILED)/converted build/profile/samples/samples.jsonl \
+	$(VENV_PYTHON) -m bsjax profile $(PROFILED)/converted build/profile/samples/scenes-seed-0.jsonl \
 	  --resume $(PROFILED)/state --output $(PROFILED)/profile.json $(PROFILE_OPTIONS)
 
 # Measurements belong to these weights: other weights, another state file.
 $(PROFILED)/.converted: $(TRAINED)/model.safetensors | $(VENV)/.installed-train
 	mkdir -p $(PROFILED)
-	rm -rf $(PROFILED)/converted $(PROFILED)/state
+	rm -rf $(PROFILED)/converted $(PROFILED)/state $(PROFILED)/evaluation.state
 	$(VENV_PYTHON) -m convert $(TRAINED) $(PROFILED)/converted --quiet
 	@touch $@
 
@@ -66,8 +66,9 @@ build/train/checkpoint/model.safetensors:
 # The shipped profile is that of the shipped checkpoint.
 EVALUATED := $(if $(filter-out examples/small-qwen2.5-vl,$(TRAINED)),--checkpoint $(TRAINED) \
   --profile $(PROFILED)/profile.json)
-evaluate: $(VENV)/.installed-train
-	$(VENV_PYTHON) -m examples.evaluate $(EVALUATED) $(EVALUATE_OPTIONS)
+evaluate: $(VENV)/.installed-train $(PROFILED)/.converted
+	$(VENV_PYTHON) -m examples.evaluate $(EVALUATED) --resume $(PROFILED)/evaluation.state \
+	  $(EVALUATE_OPTIONS)
 
 gpu-check: export JAX_PLATFORMS =
 gpu-check:

@@ -39,19 +39,21 @@ def draw_conversations(
     return drawn
 
 
-def write_samples(folder: Path, conversations: Sequence[tuple[Scene, Question]]) -> Path:
+def write_samples(
+    folder: Path, conversations: Sequence[tuple[Scene, Question]], name: str = "samples.jsonl"
+) -> Path:
     """Writes images as PNG and conversations as JSON Lines; returns the file of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (scene, question) in enumerate(conversations):
         content = []
         for index, picture in enumerate(scene.pictures):
-            name = f"{number:04}-{index:02}.png"
-            Image.fromarray(picture.pixels).save(folder / name)
-            content.append({"type": "image", "image": name})
+            file = f"{number:04}-{index:02}.png"
+            Image.fromarray(picture.pixels).save(folder / file)
+            content.append({"type": "image", "image": file})
         content.append({"type": "text", "text": question.text})
         lines.append(json.dumps({"messages": [{"role": "user", "content": content}]}))
-    path = folder / "samples.jsonl"
+    path = folder / name
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -70,7 +72,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     drawn = draw_conversations(options.count, options.images, seed=options.seed)
-    print(write_samples(options.folder, drawn))
+    # The name of the file is what a profile says of its samples.
+    print(write_samples(options.folder, drawn, f"scenes-seed-{options.seed}.jsonl"))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ TOWER_RATE = 0.1
 
 TOWER_FALL = ((0.5, 1.0), (1.0, 0.0))
 MODEL_FALL = ((0.24, 1.0), (0.3, 0.3), (1.0, 0.0))
-"""Learning rates after shares of the steps, over the greatest; linear between. Which image a
-question is about is learned at a great rate, but comparing and counting at a smaller one alone."""
+"""Learning rates after shares of the steps, over the greatest; linear between. They are great until
+it is learned which image a question is about, and smaller for comparing and counting."""
 
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
@@ -86,7 +86,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    # Which image a question is about is learned among few images, or very late.
+    # First which image a question is about, among few images.
     Phase(0.06, (2, 3), ("content", "colour", "find")),
     Phase(0.3, (2, 3)),
     Phase(0.5, (2, 3, 5)),
@@ -122,8 +122,7 @@ class Stage(Protocol):
 class TowerStage:
     """The vision tower alone: content and colour of single images, from their mean feature.
 
-    Beginning with a tower that sees something spares the language model hours: which image a
-    question asks for is learned in a tenth of the steps.
+    The language model then begins with features that say something about an image.
     """
 
     def __init__(self, module: nnx.Module, settings: Settings, encoder: Encoder) -> None:
@@ -265,8 +264,7 @@ def _matrix(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
 def quiet_start(parameters: Any, width: int) -> Any:
     """Parameters with which layers first add nothing to their input, and tokens are loud in it.
 
-    Else layers drown which token a row is. Then it takes long to learn which image a question is
-    about, and an image's letter is never found by what the image shows.
+    Else what layers add at random drowns which token a row is, and which letter an image has.
 
     Args:
       parameters: of the model, as they are made.
