@@ -91,7 +91,8 @@ class Profile:
     end_to_end: Mapping[str, int | float] | None = None
     """Sparse against dense answers on held-out samples, by name; None when not measured."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of what made the profile, by package."""
+    """Versions of what made the profile, by package; and, where it was measured, the `dtype` and
+    attention `backend` of that."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or not self.family:
@@ -129,6 +130,7 @@ class Profile:
         whole_number("`held_out_count`", self.held_out_count, least=0, error=ProfileError)
         if not isinstance(self.sinks, Sinks):
             raise ProfileError(f"`sinks` must be bsjax.Sinks, got {self.sinks!r}.")
+        self._check_texts()
         # Measurements come as NumPy's and JAX's numbers; the file holds Python's.
         object.__setattr__(self, "thresholds", _numbers("thresholds", self.thresholds))
         for name in ("end_to_end", "attention_flops", "refinement"):
@@ -146,6 +148,19 @@ class Profile:
             self._check_measured()
         else:
             self._check_unmeasured()
+
+    def _check_texts(self) -> None:
+        """Refuses what the file could not hold, or would be refused for when it is read."""
+        if not isinstance(self.sample_source, str):
+            raise ProfileError(f"`sample_source` must be text, got {self.sample_source!r}.")
+        if not isinstance(self.sample_fingerprint, str | None):
+            raise ProfileError(
+                f"`sample_fingerprint` must be text or None, got {self.sample_fingerprint!r}."
+            )
+        if not isinstance(self.versions, Mapping) or not all(
+            isinstance(part, str) for entry in self.versions.items() for part in entry
+        ):
+            raise ProfileError(f"`versions` must map names to texts, got {self.versions!r}.")
 
     def _check_unmeasured(self) -> None:
         """Refuses what would make a profile that no data is behind look like a measured one."""

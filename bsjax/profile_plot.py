@@ -316,7 +316,8 @@ def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Prof
 def _title(profile: Profile) -> str:
     parts = [f"{profile.family}, {profile.layers} layers of {profile.heads} heads"]
     if profile.from_data:
-        parts.append(f"{profile.criterion} on {profile.sample_count} samples")
+        refined = "" if profile.refinement is None else ", refined end to end"
+        parts.append(f"{profile.criterion}{refined} on {profile.sample_count} samples")
     else:
         parts.append("not from data")
     if profile.attention_flops is not None:

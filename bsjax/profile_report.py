@@ -100,7 +100,9 @@ def _settings(profile: Profile) -> dict[str, str]:
     return {
         "model": f"{profile.family}, {profile.layers} layers of {profile.heads} heads",
         "checkpoint": profile.fingerprint or "any of that shape",
-        "criterion": profile.criterion + (f" ({thresholds})" if thresholds else ""),
+        "criterion": "refined end to end, from " * (profile.refinement is not None)
+        + profile.criterion
+        + (f" ({thresholds})" if thresholds else ""),
         "samples": (
             f"{profile.sample_count}, and {profile.held_out_count} held out: "
             f"{profile.sample_source or 'source not told'}"

@@ -137,6 +137,8 @@ def _read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[_ImageItem
         missing = [key for key in ("role", "content") if key not in message]
         if missing:
             raise MessageError(f"{where} has no {' and no '.join(map(repr, missing))}.")
+        if not isinstance(message["role"], str):
+            raise MessageError(f"{where}['role'] must be text, got {message['role']!r}.")
         content = message["content"]
         if isinstance(content, list | tuple):
             parts = []

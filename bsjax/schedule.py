@@ -21,6 +21,7 @@ blocks.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -314,16 +315,44 @@ class _Rows:
                 high = np.where(is_image, low, high)
         return _RowRanges(low, np.maximum(low, high))
 
-    def probes(self, starts: Int[np.ndarray, "tiles"]) -> Int[np.ndarray, "probes"]:
+    def probes(self, starts: Int[np.ndarray, "tiles"], block_q: int) -> Int[np.ndarray, "probes"]:
         """Rows whose ranges tell those of all rows of their tile.
 
         Inside one image, and inside the text, rows start at the same key unless there is a window:
         what the first and the last row see is what all of them see together.
+
+        With a window that holds while positions are consecutive and the window's far end moves
+        inside one run of a segment's keys, or past keys of others alone: each end of the range then
+        stands still or goes on by one key a row. Both go on where the window has one run's keys
+        only, and the last row's range begins where the first row's ends, or before, as a tile has
+        no more rows than the window has positions. Else every row is probed.
         """
-        if self._window is not None or not self.tokens:
-            return np.arange(self.tokens)
+        if not self.tokens:
+            return np.arange(0)
         first = np.concatenate([starts, self.runs])
+        if self._window is not None:
+            if self._window < block_q:
+                return np.arange(self.tokens)
+            first = np.concatenate([first, self._steps, self._enters_run, self._enters_run + 1])
+            first = first[first < self.tokens]
         return np.unique(np.concatenate([first, first[first > 0] - 1, [self.tokens - 1]]))
+
+    @cached_property
+    def _steps(self) -> Int[np.ndarray, "steps"]:
+        """Rows whose position does not follow that of the row before."""
+        return np.flatnonzero(np.diff(self.order) != 1) + 1
+
+    @cached_property
+    def _enters_run(self) -> Int[np.ndarray, "borders"]:
+        """Rows whose window begins where an image, a run of sinks, of other image tokens or of text
+        does, in prompt order.
+        """
+        row = np.empty(self.tokens, np.int64)
+        row[self.order] = np.arange(self.tokens)
+        # Rows of one segment and image that stand together in the prompt do so in either order.
+        begins = np.sort(self.order[np.append(0, self._steps)])
+        position = begins + self._window - 1
+        return row[position[position < self.tokens]]
 
     def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles: sparse tables never put two images' rows into one tile.
@@ -365,7 +394,7 @@ def _build_table(
     if groups is None:
         return np.zeros((0, 5), np.int32), np.zeros((0, 2), np.int32)
     starts = rows.tile_starts(groups, block_q)
-    probes = rows.probes(starts)
+    probes = rows.probes(starts, block_q)
     first_probes = np.searchsorted(probes, starts)
     full: list[_TileRanges] = []
     partial: list[_TileRanges] = []

@@ -21,6 +21,7 @@ from bsjax.profile_plot import plot_profile
 from bsjax.profile_report import print_profile
 from bsjax.prompts import prepare_prompt
 
+from .arguments import whole
 from .shipped import CHECKPOINT, PROFILE, converted
 from .train_small_vlm.conversations import messages
 from .train_small_vlm.questions import TASKS, Question, ask
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("build/demo"), help="folder to write to"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of images and questions")
+    parser.add_argument("--seed", type=whole(0), default=1, help="of images and questions")
     options = parser.parse_args()
     console = Console(highlight=False)
 

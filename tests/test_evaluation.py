@@ -210,6 +210,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         held += low <= truth <= high
         low, high = found["change"][1:]
         changed += low <= truth - 0.8 <= high
+    # Where all agree, drawing again would leave nothing in doubt, and 150 scenes leave 2.4 %.
+    certain = accuracies(np.ones(tasks.shape, bool), np.ones(tasks.shape, bool), tasks, 0)
+    assert certain["accuracy"]["all"] == [1.0, pytest.approx(0.9757, abs=1e-4), 1.0]
+    assert certain["change"] == [0.0, *(pytest.approx(end, abs=1e-4) for end in (-0.0243, 0.0243))]
     # 95 % of 60 are 57; fewer than 51 happens once in 500.
     assert held > 50 and changed > 50
 
@@ -223,6 +227,9 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     rows = evaluate(prompts, conditions, 0)
     assert rows[0]["reduction"] == 0 and rows[0]["change"] == [0, 0, 0]
     assert rows[1]["reduction"] > 0.3
+    # All heads alike: each of the layers saves as much.
+    share = rows[1]["reduction"] / LAYERS
+    assert rows[1]["reduction_in_last_layer"] == pytest.approx(share)
     one_set = {
         "images": [3, 5],
         "prompts": 18,
@@ -238,6 +245,8 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
         "machine": "x",
         "versions": {"jax": "0"},
         "calibration_prompts": 4,
+        "profile": {"name": "some-profile", "samples": 96, "source": "somewhere"},
+        "layers": LAYERS,
         "hybrid": None,
         "sets": {"as profiled": one_set, "more images": one_set},
     }
@@ -246,6 +255,13 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
         # Of both sets: all tasks, each task, and how each has changed.
         tables = 2 if row["kind"] == "dense" else 3
         assert page.count(f"| {row['kind']} | {row['name']} |") == 2 * tables
+    assert "`some-profile`, chosen on 96 other prompts (somewhere)" in page
+    controls = [row for row in rows if row["kind"] not in ("dense", "refined")]
+    lose = sum(row["change"][2] < 0 for row in controls)
+    assert page.count(f"below zero: {lose} of {len(controls)}.") == 2
+    assert "hybrid" not in page
+    page = report(results | {"hybrid": {"sparse_layers": [1, 3]}}, "picture.png")
+    assert "whose layers 1, 3 (the first is 0) are" in page and "--hybrid RUN" in page
     plot(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -164,6 +165,42 @@ def test_a_list_of_images_fills_the_placeholders_of_texts(tmp_path):
     assert shape_of(second) == [1, 2, "Compare."]
 
 
+def test_a_list_of_images_fills_the_parts_that_have_none(tmp_path):
+    for index in range(3):
+        picture(index).save(tmp_path / f"{index}.png")
+    empty = {"type": "image"}
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        user(empty, "or", {"type": "image", "max_pixels": 4096}, "?"),
+        {"role": "assistant", "content": "The first."},
+        user(image("2.png"), "And this?"),
+    ]
+    path = lines_file(tmp_path, {"messages": turns, "images": ["1.png", "0.png"]})
+    (sample,) = read_samples(path).messages
+    assert shape_of([sample[1]]) == [1, "or", 0, "?"]
+    assert sample[1]["content"][2]["max_pixels"] == 4096
+    assert shape_of([sample[3]]) == [2, "And this?"]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "words"),
+    [
+        (5, {}, "a path or a name"),
+        (None, {}, "a path or a name"),
+        ([5], {}, "a path or a name"),
+        (".", {"images_per_prompt": 5}, "is a pair"),
+        (".", {"images_per_prompt": (1, 2, 3)}, "is a pair"),
+        (".", {"question": 5}, "must be a text"),
+        (".", {"question": None}, "must be a text"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(source, options, words, monkeypatch):
+    # A user's program does not check annotations, as tests do.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(SampleError, match=words):
+        read_samples(source, **options)
+
+
 def test_base64_and_long_names_are_told_apart(tmp_path):
     long_name = "photos/" + "x" * 120 + ".png"
     (tmp_path / "photos").mkdir()
@@ -215,7 +252,11 @@ def test_a_limit_draws_by_the_seed_and_keeps_the_order(tmp_path):
          '"images" must be a list'),
         (['{"messages": [{"role": "user", "content": "?"}], "images": [3]}'], 1, "got 3"),
         (['{"messages": [{"role": "user", "content": []}], "images": ["a.png"]}'], 1,
+         '0 parts of type "image" without an image and 1 images'),
+        (['{"messages": [{"role": "user", "content": 3}], "images": ["a.png"]}'], 1,
          "content of its messages must be text"),
+        (['[{"role": "user", "content": [{"type": "image", "image": 5}]}]'], 1, "image 5 is no"),
+        (['[{"role": ["user"], "content": "?"}]'], 1, "['role'] must be text"),
         (['{"messages": [{"role": "system", "content": "?"}], "images": ["a.png"]}'], 1,
          "no message by the user"),
     ],

@@ -22,7 +22,7 @@ from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
 from bsjax.profiling.samples import Messages, OrderedSamples, check_images
-from bsjax.profiling.state import State
+from bsjax.profiling.state import State, settings_of
 from bsjax.results import LayerFlops
 from bsjax.samples import Samples
 from bsjax.template import Sinks
@@ -103,21 +103,15 @@ def profile(
     whole_number("seed", seed, least=0, error=ProfileError)
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
+    if not isinstance(source, str):
+        raise ProfileError(f"source must be text, got {source!r}.")
     if isinstance(samples, Samples):
         source = source or samples.description
     ordered = OrderedSamples.of(samples)
     chosen_with, kept_back = ordered.split(held_out, seed)
     check_images(chosen_with, model.image_processor, several=True)
     check_images(kept_back, model.image_processor, several=False)
-    state = State(
-        resume,
-        {
-            "checkpoint": model.fingerprint,
-            "dtype": str(model.dtype),
-            "backend": backend,
-            "versions": ", ".join(f"{name} {one}" for name, one in installed_versions().items()),
-        },
-    )
+    state = State(resume, settings_of(model, backend))
     with reporting(progress) as report:
         measurements = measure(
             model, chosen_with, sinks=sinks, backend=backend, progress=report, state=state
@@ -177,7 +171,7 @@ def profile(
             if found is None
             else {"rule": found.rule, "mass_by_offset": list(found.mass_by_offset)},
             refinement=None if refinement is None else refinement.numbers,
-            versions=installed_versions(),
+            versions=installed_versions() | {"dtype": str(model.dtype), "backend": backend},
         )
         if not kept_back:
             return unchecked
@@ -191,7 +185,9 @@ def profile(
             state=state,
         )
         return dataclasses.replace(
-            unchecked, end_to_end=end_to_end, held_out_count=len(kept_back.messages)
+            unchecked,
+            end_to_end=end_to_end | {"answer_tokens": answer_tokens, "split_seed": seed},
+            held_out_count=len(kept_back.messages),
         )
 
 

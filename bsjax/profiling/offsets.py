@@ -155,5 +155,6 @@ def discover(
         Sinks(1, tuple(sorted(strongest.tolist()))),
         tuple(float(f"{value:.{_CURVE_DIGITS}g}") for value in curve),
         f"the first token, and at most {MOST_OFFSETS} offsets that draw at least {SINK_FACTOR:g} "
-        f"times the average of offsets beyond it, {average:.{_CURVE_DIGITS}g}",
+        f"times the average of offsets beyond it, {average:.{_CURVE_DIGITS}g}, of those that at "
+        f"least {LEAST_SUPPORT:.0%} of the (query, key) pairs have",
     )

@@ -246,7 +246,9 @@ class _Refiner:
             "top_1_agreement": final.top1,
             "correction_rounds": rounds,
             "evaluations": len(self.asked),
+            "max_evaluations": self.max_evaluations,
             "samples": len(self.evaluator.fingerprints),
+            "answer_tokens": self.evaluator.answer_tokens,
             "damages_measured": int(damage.measured.sum()),
             "damages_estimated": int(((damage.kl > 0) & ~damage.measured).sum()),
         }

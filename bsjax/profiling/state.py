@@ -7,7 +7,9 @@ record takes it instead of measuring: an interrupted run repeats its decisions, 
 same profile.
 """
 
+import hashlib
 import io
+import json
 import sqlite3
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from bsjax.checkpoint import LoadedModel
 from bsjax.errors import ProfileError
+from bsjax.profile_file import installed_versions
 
 _FORMAT = "bsjax profiling state 2"
 
@@ -46,6 +50,8 @@ class State:
         Raises:
           ProfileError: the file cannot be used, is no such file, or was made with other settings.
         """
+        if not isinstance(path, str | PathLike | None):
+            raise ProfileError(f"A state file is named by a path, got {path!r}.")
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
@@ -106,6 +112,26 @@ class State:
                 f"The state file {self._path} cannot be used: {error}. If it is not a file that an "
                 "earlier run made, give `resume` another path."
             ) from error
+
+
+def settings_of(model: LoadedModel, backend: str) -> dict[str, str]:
+    """What all that is measured depends on beside samples: weights, prompt making, arithmetic."""
+    prompts = hashlib.sha256()
+    for part in (
+        model.config.to_json_string(),
+        "" if model.image_processor is None else model.image_processor.to_json_string(),
+        json.dumps(model.tokenizer.get_vocab(), sort_keys=True),
+        json.dumps(model.tokenizer.chat_template, sort_keys=True),
+    ):
+        prompts.update(part.encode())
+        prompts.update(b"\0")
+    return {
+        "checkpoint": model.fingerprint,
+        "config, tokenizer and image settings": prompts.hexdigest(),
+        "dtype": str(model.dtype),
+        "backend": backend,
+        "versions": ", ".join(f"{name} {one}" for name, one in installed_versions().items()),
+    }
 
 
 NO_STATE = State()

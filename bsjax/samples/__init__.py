@@ -47,8 +47,9 @@ def read_samples(
     Args:
       source: one of these, or a list of them.
         - A file in JSON Lines: each line a list of chat messages, or an object with `"messages"`,
-          and optionally `"images"` for the `<image>` placeholders in texts. Relative paths of
-          images are relative to the file's folder. A last message by the assistant is left off.
+          and optionally `"images"` for the `<image>` placeholders in texts, or for the parts of
+          type `"image"` that have none. Relative paths of images are relative to the file's folder.
+          A last message by the assistant is left off.
         - A folder of images, sub-folders included: prompts of several of them and a question.
         - `"benchmark:muirbench"`, `"benchmark:mmiu"`, `"benchmark:blink"` or
           `"benchmark:blink/Jigsaw"` (one of its tasks), read with the `datasets` library from the
@@ -70,7 +71,11 @@ def read_samples(
     if max_pixels is not None:
         whole_number("max_pixels", max_pixels, least=1, error=SampleError)
     whole_number("seed", seed, least=0, error=SampleError)
-    sources = [source] if isinstance(source, str | PathLike) else list(source)
+    sources = [source] if isinstance(source, str | PathLike) else source
+    if not isinstance(sources, Sequence) or not all(
+        isinstance(one, str | PathLike) for one in sources
+    ):
+        raise SampleError(f"A source of samples is a path or a name, or a list, got {source!r}.")
     if not sources:
         raise SampleError("There is no source of samples: give a file, a folder or a benchmark.")
     parts = [_read(one, limit, seed, question, images_per_prompt) for one in sources]

@@ -34,8 +34,12 @@ def read_folder(
     Raises:
       SampleError: too few images, one that is none, or a question or number out of range.
     """
-    questions = [question] if isinstance(question, str) else list(question)
-    if not questions or not all(isinstance(text, str) and text.strip() for text in questions):
+    questions = [question] if isinstance(question, str) else question
+    if (
+        not isinstance(questions, Sequence)
+        or not questions
+        or not all(isinstance(text, str) and text.strip() for text in questions)
+    ):
         raise SampleError("The question for a folder's images must be a text, or several.")
     least, most = _checked_range(images_per_prompt)
     paths = _image_files(folder)
@@ -93,6 +97,10 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _checked_range(images_per_prompt: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(images_per_prompt, Sequence) or len(images_per_prompt) != 2:
+        raise SampleError(
+            f"images_per_prompt is a pair, the least and the most, got {images_per_prompt!r}."
+        )
     least, most = images_per_prompt
     least = whole_number("the least images per prompt", least, least=1, error=SampleError)
     most = whole_number("the most images per prompt", most, least=1, error=SampleError)

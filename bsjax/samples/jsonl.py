@@ -1,5 +1,6 @@
 """Samples in JSON Lines: one conversation a line."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, 
 
 _FORM = (
     'Each line holds one sample: a list of chat messages, or {"messages": [...]} with them, and '
-    'optionally "images" for the <image> placeholders in their texts.'
+    'optionally "images" for the <image> placeholders in their texts, or for parts of type "image".'
 )
 _IMAGE_KEYS = ("image", "url", "path", "image_url")
 
@@ -72,7 +73,7 @@ def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
     if images is not None:
         record = _filled(record, images, where)
     return [
-        {**message, "content": [_located(part, folder) for part in message["content"]]}
+        {**message, "content": [_located(part, folder, where) for part in message["content"]]}
         if isinstance(message.get("content"), list)
         else message
         for message in record
@@ -80,7 +81,9 @@ def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dict[str, Any]]:
-    """Puts a line's "images" where its texts have placeholders; see `interleave`."""
+    """Puts a line's "images" where its texts have placeholders (see `interleave`), or into the
+    parts of type "image" that have none.
+    """
     if not isinstance(images, list):
         raise SampleError(f'{where}: "images" must be a list of paths or URLs.')
     parts: list[dict[str, Any]] = []
@@ -93,11 +96,12 @@ def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dic
             else {**image, "type": "image"}
         )
     contents = [message.get("content") for message in messages]
+    if any(isinstance(content, list) for content in contents):
+        return _placed(messages, parts, where)
     texts = [content for content in contents if isinstance(content, str)]
     if len(texts) != len(contents):
         raise SampleError(
-            f'{where} has "images", so the content of its messages must be text with {PLACEHOLDER} '
-            'where the images stand, or lists without "images" beside them.'
+            f'{where} has "images", so the content of its messages must be text, or lists of parts.'
         )
     counts = [text.count(PLACEHOLDER) for text in texts]
     if not any(counts):
@@ -118,7 +122,40 @@ def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dic
     return filled
 
 
-def _located(part: Any, folder: Path) -> Any:
+def _placed(
+    messages: list[dict[str, Any]], images: list[dict[str, Any]], where: str
+) -> list[dict[str, Any]]:
+    """Puts images into the parts of type "image" that have none, in order."""
+
+    def is_empty(part: Any) -> bool:
+        return (
+            isinstance(part, dict)
+            and part.get("type") == "image"
+            and all(part.get(key) is None for key in (*_IMAGE_KEYS, "base64"))
+        )
+
+    lists = [message["content"] for message in messages if isinstance(message["content"], list)]
+    empty = sum(map(is_empty, itertools.chain(*lists)))
+    if empty != len(images):
+        raise SampleError(
+            f'{where} has {empty} parts of type "image" without an image and {len(images)} images '
+            'under "images": it must have one part for each.'
+        )
+    left = iter(images)
+    return [
+        {
+            **message,
+            "content": [
+                part | next(left) if is_empty(part) else part for part in message["content"]
+            ],
+        }
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _located(part: Any, folder: Path, where: str) -> Any:
     """A content part with its image's relative path joined to the file's folder."""
     if not isinstance(part, dict):
         return part
@@ -129,6 +166,8 @@ def _located(part: Any, folder: Path) -> Any:
             located[key] = {**value, "url": _absolute(key, value["url"], folder)}
         elif isinstance(value, str):
             located[key] = _absolute(key, value, folder)
+        elif value is not None:
+            raise SampleError(f"{where}: the image {value!r} is no path, URL or base64 text.")
     return located
 
 

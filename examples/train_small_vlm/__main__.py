@@ -15,6 +15,7 @@ from flax import nnx
 from bsjax.models import FAMILIES
 from bsjax.programs import use_persistent_cache
 
+from ..arguments import whole
 from .batches import Encoder
 from .curve import plot_curve
 from .export import export
@@ -78,12 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, help="checkpoints, log, curve and result go there")
     parser.add_argument(
-        "--tower-steps", type=int, default=defaults.tower_steps, help="of the vision tower alone"
+        "--tower-steps",
+        type=whole(1),
+        default=defaults.tower_steps,
+        help="of the vision tower alone",
     )
     parser.add_argument(
-        "--steps", type=int, default=defaults.steps, help="of the whole model, after that"
+        "--steps", type=whole(1), default=defaults.steps, help="of the whole model, after that"
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=whole(0), default=defaults.seed)
     parser.add_argument(
         "--sparse-layers",
         type=_layers,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..arguments import numbers_of_images, whole
 from .questions import Question, ask
 from .scenes import Scene, draw_scene
 
@@ -62,14 +63,14 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Writes samples to profile the small model on.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=whole(1), default=64)
     parser.add_argument(
         "--images",
-        type=lambda text: tuple(int(part) for part in text.split(",")),
+        type=numbers_of_images,
         default=PROFILED_IMAGES,
         metavar="LIST",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     options = parser.parse_args()
     drawn = draw_conversations(options.count, options.images, seed=options.seed)
     # The name of the file is what a profile says of its samples.
