@@ -3,7 +3,8 @@
     python -m benchmarks.mask_build
 
 28 layers x 28 heads with mixed categories, at about 36K and 300K tokens: one schedule with a table
-per category, and the head categories of all layers. Once more layer by layer, as separate masks.
+per category, and the head categories of all layers. Once more layer by layer, as separate masks, and
+for Gemma 3, two schedules: of layers with a window and without.
 """
 
 import argparse
@@ -53,6 +54,18 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             fresh = Template(template.image, template.sink)
             build_schedule(fresh, category_tables(categories), block_q=128, block_kv=64)
 
+        def gemma3(template: Template = template) -> None:
+            fresh = Template(template.image, template.sink)
+            for window in (1024, None):
+                build_schedule(
+                    fresh,
+                    category_tables(categories),
+                    block_q=128,
+                    block_kv=64,
+                    bidirectional_images=True,
+                    window=window,
+                )
+
         one_layer = milliseconds(lambda t=template: BlockMask(t, categories[0].tolist()), rounds)
         rows.append(
             {
@@ -60,6 +73,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                 "images": images,
                 "image_tokens": image_tokens,
                 "whole_model_milliseconds": milliseconds(whole_model, rounds),
+                "gemma3_milliseconds": milliseconds(gemma3, rounds),
                 "one_layer_mask_milliseconds": one_layer,
             }
         )
@@ -72,14 +86,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     arguments = parser.parse_args()
     rows = measure(arguments.rounds)
-    table = Table(title=f"Block masks of {LAYERS} layers x {HEADS} heads, four categories mixed")
-    for column in ("tokens", "images", "median ms, all layers", "median ms, one BlockMask"):
+    table = Table(
+        title=f"Block masks of {LAYERS} layers x {HEADS} heads, four categories mixed; medians"
+    )
+    for column in ("tokens", "images", "ms, all layers", "ms, Gemma 3", "ms, one BlockMask"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             str(row["tokens"]),
             f"{row['images']} x {row['image_tokens']}",
             f"{statistics.median(row['whole_model_milliseconds']):.1f}",
+            f"{statistics.median(row['gemma3_milliseconds']):.1f}",
             f"{statistics.median(row['one_layer_mask_milliseconds']):.1f}",
         )
     Console(width=100).print(table)

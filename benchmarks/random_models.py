@@ -86,29 +86,51 @@ def _tiny() -> PretrainedConfig:
     )
 
 
-def _small_gemma_3() -> PretrainedConfig:
-    """Five local layers and a global one; 256 tokens an image as published, of as many patches."""
+def _gemma_3(text: dict[str, Any], image_side: int, image_tokens: int = 256) -> PretrainedConfig:
     return Gemma3Config(
-        text_config={
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "query_pre_attn_scalar": 64,
-            "intermediate_size": 512,
-            "vocab_size": 8192,
-            "sliding_window": 1024,
-        },
+        text_config={"head_dim": 64, "query_pre_attn_scalar": 64, "intermediate_size": 512, **text},
         vision_config={
             "hidden_size": 64,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
             "intermediate_size": 64,
-            "image_size": 224,
+            "image_size": image_side,
             "patch_size": 14,
             "vision_use_head": False,
         },
+        mm_tokens_per_image=image_tokens,
+    )
+
+
+def _small_gemma_3() -> PretrainedConfig:
+    """Five local layers and a global one; 256 tokens an image as published, of as many patches."""
+    return _gemma_3(
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 8192,
+            "sliding_window": 1024,
+        },
+        image_side=224,
+    )
+
+
+def _tiny_gemma_3() -> PretrainedConfig:
+    """A local layer, with a window of 8, and a global one; 4 tokens an image, of 4 patches each."""
+    return _gemma_3(
+        {
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 1024,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+        },
+        image_side=56,
+        image_tokens=4,
     )
 
 
@@ -117,6 +139,7 @@ SIZES: dict[str, Callable[[], PretrainedConfig]] = {
     "small": _small,
     "tiny": _tiny,
     "small-gemma-3": _small_gemma_3,
+    "tiny-gemma-3": _tiny_gemma_3,
 }
 """Published sizes, and some for CPUs: `small` takes a minute, `tiny` a second."""
 

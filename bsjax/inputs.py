@@ -192,11 +192,15 @@ def _flops_per_kind(
     template: Template,
     head_category: Int32[np.ndarray, "layers q_heads"],
 ) -> tuple[LayerFlops, ...]:
-    """Exact FLOPs: four for each visible pair and channel of a head."""
+    """Exact FLOPs of the kinds of layers that there are: four for each visible pair and channel of
+    a head.
+    """
     flops_per_pair = 4 * family.text_head_dim(config)
     kinds = family.layer_kinds(config)
     result = []
     for kind, visibility in enumerate(family.visibilities(config)):
+        if not (kinds == kind).any():
+            continue
         categories = head_category[kinds == kind]
         heads = np.bincount(categories.ravel(), minlength=len(HeadCategory))
         pairs = {

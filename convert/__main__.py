@@ -119,7 +119,8 @@ def _convert(options: argparse.Namespace) -> int:
     print(f"written to   {result.destination}")
     print()
     print("next:")
-    print(f'  bsjax generate {result.destination} "What is in this picture?" PHOTO.jpg')
+    question = '"What is in this picture?" PHOTO.jpg' if result.reads_images else '"Who are you?"'
+    print(f"  bsjax generate {result.destination} {question}")
     return 0
 
 

@@ -55,6 +55,7 @@ class Conversion:
     Attributes:
         destination: the folder written.
         family: the model's family.
+        reads_images: whether it has a vision tower.
         dtype: what the weights are stored in.
         parameters: number of weights.
         arrays: number of arrays they are stored in.
@@ -66,6 +67,7 @@ class Conversion:
 
     destination: Path
     family: str
+    reads_images: bool
     dtype: str
     parameters: int
     arrays: int
@@ -100,7 +102,8 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
-            holds NaN; the destination exists or does not fit on the disk; or verification failed.
+            holds NaN; `dtype` is none that the family computes in; the destination exists or does
+            not fit on the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(destination).expanduser()
@@ -113,6 +116,11 @@ def convert_checkpoint(
     copied = _files_to_copy(opened.folder, reads_images=family.vision_plan is not None)
     if stored is None:
         stored = _usual_dtype(opened.tensors)
+    elif stored.name not in family.dtypes:
+        raise CheckpointError(
+            f"Models of the family {family.name} do not compute in {stored.name}: weights would be "
+            f"rounded to it, and once more. Convert with dtype {' or '.join(family.dtypes)}."
+        )
 
     config = read_config(opened.folder)
     module = abstract_module(family, config, stored)
@@ -141,6 +149,7 @@ def convert_checkpoint(
     return Conversion(
         destination=target,
         family=family.name,
+        reads_images=family.vision_plan is not None,
         dtype=stored.name,
         parameters=manifest["parameters"]["count"],
         arrays=len(plan),

@@ -49,6 +49,8 @@ class Shape:
     """Of Gemma 3: every so many layers the last one is global."""
     image_side: int = 8
     """Patches along a side of Gemma 3's images."""
+    pooled: int = 2
+    """Patches along a side of what becomes one of Gemma 3's image tokens."""
     softcap: float | None = None
     """Gemma 3's, of the logits."""
 
@@ -94,7 +96,7 @@ def _gemma3_config(shape: Shape) -> transformers.PretrainedConfig:
             "patch_size": shape.patch_size,
             "vision_use_head": False,
         },
-        mm_tokens_per_image=(shape.image_side // 2) ** 2,
+        mm_tokens_per_image=(shape.image_side // shape.pooled) ** 2,
         image_token_index=IMAGE,
         boi_token_index=IMAGE_START,
         eoi_token_index=IMAGE_END,

@@ -426,14 +426,15 @@ class TestTune:
 
 
 class TestTimeToFirstToken:
-    def test_same_weights_same_token(self, tmp_path, capsys):
+    @pytest.mark.parametrize(("size", "image_tokens"), [("tiny", 12), ("tiny-gemma-3", 4)])
+    def test_same_weights_same_token(self, size, image_tokens, tmp_path, capsys):
         from benchmarks import ttft
 
-        options = ["--size", "tiny", "--images", "2", "--image-size", "112", "84", "--rounds", "1"]
+        options = ["--size", size, "--images", "2", "--image-size", "112", "84", "--rounds", "1"]
         assert ttft.main([*options, "--cuts", "1", "--output", str(tmp_path)]) == 0
-        result = json.loads((tmp_path / "ttft_tiny_cpu.json").read_text())
+        result = json.loads((tmp_path / f"ttft_{size}_cpu.json").read_text())
         assert result["same_first_token_as_transformers"] is True
-        assert (result["images"], result["tokens_per_image"]) == (2, 12)
+        assert (result["images"], result["tokens_per_image"]) == (2, image_tokens)
         dense, mixed, torch = result["rows"]
         assert dense["attention_flops_over_dense"] == 1 > mixed["attention_flops_over_dense"]
         assert mixed["heads"] == "1 SINK + 1 INTRA_IMAGE + 2 INTRA_IMAGE_SINK"

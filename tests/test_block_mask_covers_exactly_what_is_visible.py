@@ -1,5 +1,7 @@
 """The invariants of a schedule, on random templates, against the predicate."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
 from bsjax.categories import KeyGroup, TokenInfo, visible
-from bsjax.schedule import build_schedule, segment_schedule, visible_pairs
+from bsjax.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
 from tests.templates import base_visibility, categories, templates, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
@@ -110,6 +112,35 @@ def test_to_dense_flops_and_density_are_the_predicates(
         assert mask.density_per_head[head] == pytest.approx(seen.sum() / max(dense, 1))
         total += 4 * int(seen.sum())
     assert mask.flops == total == sum(mask.flops_per_category.values())
+
+
+@settings(max_examples=400)
+@given(
+    template=templates,
+    groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 12),
+    base=base_visibility,
+)
+def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, base):
+    def build():
+        # A second table keeps the packed order, whatever the first one's groups.
+        tables = [groups, HeadCategory.SINK.groups]
+        return build_schedule(template, tables, block_q=block_q, block_kv=block_kv, **base)
+
+    few = build()
+    with mock.patch.object(_Rows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)):
+        every = build()
+    np.testing.assert_array_equal(few.tiles, every.tiles)
+    np.testing.assert_array_equal(few.ranges, every.ranges)
+
+
+def test_a_window_needs_few_rows():
+    template = Template.from_segments([Text(8), Image(256)] * 50)
+    rows = _Rows(template, [HeadCategory.SINK.groups], True, 1024)
+    starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
+    assert rows.probes(starts, 128).size < rows.tokens / 10
+    assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
 
 
 def test_work_of_a_sparse_tile_is_its_ranges():

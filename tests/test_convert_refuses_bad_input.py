@@ -177,6 +177,13 @@ def test_weights_that_are_not_finite(source, refused, value, dtype):
     assert "model.layers.1.mlp.down_proj.weight" in message and str(value) in message
 
 
+def test_a_dtype_that_the_family_does_not_compute_in(tmp_path):
+    source = sources.write_source(tmp_path / "hf", "gemma3")
+    with pytest.raises(CheckpointError, match="do not compute in float16.*float32 or bfloat16"):
+        convert_checkpoint(source, tmp_path / "ours", dtype="float16")
+    assert not (tmp_path / "ours").exists()
+
+
 def test_weights_too_large_for_float16(source, refused):
     def change(tensors):
         tensors["model.norm.weight"][1] = 1e6

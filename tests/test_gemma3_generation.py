@@ -21,7 +21,7 @@ from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 from tests.small_models import reference_inputs
 
-NEW_TOKENS = 24
+NEW_TOKENS = 32
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -63,9 +63,12 @@ def test_answers_are_those_of_transformers(checkpoints, model, crops):
     )
     prompt = prompt_of(model, messages)
     assert result.stats.image_tokens == prompt.image_tokens == (16,) * (4 if crops else 2)
-    generated = reference.generate(
-        **reference_inputs(reference, prompt), do_sample=False, max_new_tokens=NEW_TOKENS
-    )
+    inputs = reference_inputs(reference, prompt)
+    with torch.no_grad():
+        expected = reference(**inputs).logits[0].numpy()
+    logits = bsjax.forward(model, messages)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    generated = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     assert list(result.token_ids) == generated[0, len(prompt.token_ids) :].tolist()
 
 

@@ -1,5 +1,6 @@
 """A Gemma 3 prompt is what Gemma3Processor makes of the same messages, crops included."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,15 @@ def test_settings_for_another_tower_are_refused(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(size={"height": 48, "width": 48})
     with pytest.raises(MessageError, match="48 x 48 pixels, and its vision tower takes 32 x 32"):
+        prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
+
+
+@pytest.mark.parametrize("name", ["boi_token_index", "eoi_token_index"])
+def test_tokens_that_the_tokenizer_lacks_are_named(files, name):
+    tokenizer, image_processor, config, _ = files
+    config = copy.deepcopy(config)
+    setattr(config, name, 10**6)
+    with pytest.raises(MessageError, match=f"no token 1000000, which is the config's {name}"):
         prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
 
 

@@ -71,7 +71,7 @@ REAL_WIDTHS = {
     "gemma3": Shape(
         "gemma3", layers=2, pattern=2, q_heads=8, kv_heads=4, head_dim=256, hidden=2560,
         inner=10240, vocabulary=32768, tied=True, vision_depth=1, vision_heads=16,
-        vision_head_dim=72, vision_inner=4304, patch_size=14, window=24,
+        vision_head_dim=72, vision_inner=4304, patch_size=14, window=24, image_side=16, pooled=4,
     ),
 }  # fmt: skip
 
@@ -407,6 +407,7 @@ def test_published_widths(family):
     np.testing.assert_allclose(
         port.image_features(prompt)[: len(features)], features, atol=TOLERANCE, rtol=TOLERANCE
     )
+    assert_greedy_matches(port.greedy(prompt), reference, prompt)
 
 
 @for_families

@@ -94,6 +94,8 @@ def test_building_creates_nothing_under_eval_shape(family):
         ),
         ({"hidden_act": "tanh"}, "activation function 'tanh'"),
         ({"hidden_size": 66}, "66 is not a multiple of its 4"),
+        ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of its 3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a number above 0, got 0"),
     ],
 )
 def test_configs_that_are_refused(family, setting, message):
@@ -120,6 +122,20 @@ def test_configs_that_are_refused(family, setting, message):
         ({"hidden_activation": "tanh"}, "activation function 'tanh'"),
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of its 3"),
         ({"head_dim": 15}, "head_dim 15 must be even"),
+        ({"head_dim": 0}, "head_dim must be a number above 0"),
+        ({"query_pre_attn_scalar": -4}, "query_pre_attn_scalar must be a number above 0, got -4"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be a number above 0"),
+        ({"num_hidden_layers": 0, "layer_types": []}, "num_hidden_layers must be a number above 0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e4},
+                                 "sliding_attention": {"rope_theta": 1e4}}},
+            "factor of the rotary embedding in full_attention layers must be a number above 0",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4},
+                                 "sliding_attention": {"rope_theta": 0}}},
+            "rope_theta of the rotary embedding in sliding_attention layers must be",
+        ),
     ],
 )  # fmt: skip
 def test_text_configs_of_gemma3_that_are_refused(setting, message):

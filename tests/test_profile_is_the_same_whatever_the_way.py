@@ -1,5 +1,7 @@
 """A profile depends on the model, the samples and the settings: not on order, backend or pauses."""
 
+import copy
+import dataclasses
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -12,7 +14,7 @@ from PIL import Image
 import bsjax
 from bsjax import ProfileError, Sinks
 from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements, refinement
-from bsjax.profiling.state import State
+from bsjax.profiling.state import State, settings_of
 from bsjax.programs import programs_of
 
 TARGET = {"target_reduction": 0.1, "answer_tokens": 2, "progress": False}
@@ -47,7 +49,11 @@ def test_what_was_measured_is_in_the_profile(tiny_model, profile, tmp_path):
         "top_1_agreement",
         "answer_agreement",
         "attention_flops_reduction",
+        "answer_tokens",
+        "split_seed",
     }
+    assert profile.end_to_end["answer_tokens"] == 2
+    assert profile.versions.keys() >= {"bsjax", "jax", "dtype", "backend"}
     assert profile.end_to_end["kl_divergence"] > 0
     curve = profile.sink_discovery["mass_by_offset"]
     assert len(curve) == 6 and all(0 < value < 1 for value in curve)
@@ -217,10 +223,41 @@ def test_backends_agree(tiny_model):
             )
 
 
+def test_backends_agree_on_a_refined_profile(tiny_model):
+    settings = TARGET | {"refine": True, "max_evaluations": 16, "held_out": 0.0}
+    xla, reference = (
+        bsjax.profile(tiny_model, SAMPLES[:2], sinks=Sinks(), backend=backend, **settings)
+        for backend in ("xla", "reference")
+    )
+    np.testing.assert_array_equal(xla.categories, reference.categories)
+    assert np.unique(xla.categories).size > 1
+    assert xla.refinement["kl"] == pytest.approx(reference.refinement["kl"], rel=1e-2)
+    assert xla.refinement["answer_tokens"] == 2 and xla.refinement["max_evaluations"] == 16
+    assert xla.versions["backend"] == "xla" and reference.versions["backend"] == "reference"
+
+
+def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
+    """Other image settings and another chat template are other inputs to the same weights."""
+    path = tmp_path / "state"
+    State(path, settings_of(tiny_model, "xla"))
+    State(path, settings_of(tiny_model, "xla"))
+    image_processor = copy.deepcopy(tiny_model.image_processor)
+    image_processor.size = image_processor.size | {"shortest_edge": 28 * 28}
+    tokenizer = copy.deepcopy(tiny_model.tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    for changed in ({"image_processor": image_processor}, {"tokenizer": tokenizer}):
+        other = dataclasses.replace(tiny_model, **changed)
+        with pytest.raises(ProfileError, match="made with config, tokenizer and image settings"):
+            State(path, settings_of(other, "xla"))
+    with pytest.raises(ProfileError, match="made with backend = xla"):
+        State(path, settings_of(tiny_model, "reference"))
+
+
 @pytest.mark.parametrize(
     ("samples", "arguments", "words"),
     [
         ([], {}, "no samples"),
+        (SAMPLES, {"source": 5}, "source must be text"),
         ([[{"role": "user", "content": "No image here"}]], {}, "has no image"),
         ([conversation(0, 1), conversation(1, 1)], {}, "two images or more"),
         (SAMPLES, {"threshold": 2.0, "criterion": "mass"}, "threshold"),

@@ -49,7 +49,11 @@ GPUS = ("h200", "a100")
 NEW_TOKENS = 64
 STAGES = ("embed", "vision", "prefill", "decode")
 
-GOALS = {("Qwen2.5-VL-7B", 300_000): 12 * 2**30}
+GOALS = {
+    ("Qwen2.5-VL-7B", 300_000): 12 * 2**30,
+    ("Gemma-3-4B", 131_000): 6 * 2**30,
+    ("Gemma-3-27B", 65_536): 6 * 2**30,
+}
 """The most bytes beside weights and cache, at any stage and on any GPU."""
 
 # Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens of Qwen's.

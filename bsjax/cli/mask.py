@@ -111,11 +111,11 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
 
 
 def _visibility(family: Any, config: Any, layer: int | None) -> BaseVisibility:
-    """What a layer lets its queries see; for None, what layers of the family's last kind do."""
+    """What a layer lets its queries see; for None, what layers of the model's last kind do."""
     visibilities = family.visibilities(config)
-    if layer is None:
-        return visibilities[-1]
     kinds = family.layer_kinds(config)
+    if layer is None:
+        return visibilities[kinds.max()]
     if not 0 <= layer < kinds.size:
         raise TemplateError(f"--layer must be from 0 to {kinds.size - 1}, got {layer}.")
     return visibilities[kinds[layer]]

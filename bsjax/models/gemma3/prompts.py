@@ -65,10 +65,19 @@ def expand(text: str, images: Sequence[int], tokenizer: Any, config: PretrainedC
 
     As Gemma3Processor writes them (`full_image_sequence`, `replace_image_token`), with one image
     token for each image.
+
+    Raises:
+      MessageError: the tokenizer lacks one of the tokens.
     """
-    start, token, end = tokenizer.convert_ids_to_tokens(
-        [config.boi_token_index, config.image_token_index, config.eoi_token_index]
-    )
+    names = ("boi_token_index", "image_token_index", "eoi_token_index")
+    tokens = tokenizer.convert_ids_to_tokens([getattr(config, name) for name in names])
+    for name, known in zip(names, tokens, strict=True):
+        if known is None:
+            raise MessageError(
+                f"The checkpoint's tokenizer has no token {getattr(config, name)}, which is the "
+                f"config's {name}: config.json and the tokenizer's files do not fit each other."
+            )
+    start, token, end = tokens
     whole = f"\n\n{start}{token}{end}\n\n"
     first, *others = text.split(start)
     pieces = [first]

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from bsjax.categories import BaseVisibility
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
+from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
@@ -81,11 +82,10 @@ def check_config(config: PretrainedConfig) -> None:
             f"The config's sliding_window must be a positive number of positions, got "
             f"{config.sliding_window}."
         )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise CheckpointError(
-            f"The config's {config.num_attention_heads} attention heads are not a multiple of its "
-            f"{config.num_key_value_heads} key-value heads."
-        )
+    check_attention_heads(config)
+    check_positive(config, "head_dim", "query_pre_attn_scalar")
+    if config.final_logit_softcapping is not None:
+        check_positive(config, "final_logit_softcapping")
     if config.head_dim % 2:
         raise CheckpointError(f"The config's head_dim {config.head_dim} must be even.")
 
@@ -121,7 +121,8 @@ class RotaryEmbedding:
         """The embedding that a text config asks for in layers of this type.
 
         Raises:
-          CheckpointError: it asks for a type other than `default` and `linear`.
+          CheckpointError: it asks for a type other than `default` and `linear`, or has no base or
+            factor above 0.
         """
         parameters = config.rope_parameters[layer_type]
         rope_type = parameters.get("rope_type", "default")
@@ -130,8 +131,12 @@ class RotaryEmbedding:
                 f"The config asks for rope_type {rope_type!r} in {layer_type} layers; 'default' "
                 "and 'linear' are supported."
             )
-        factor = parameters["factor"] if rope_type == "linear" else 1.0
-        return cls(float(parameters["rope_theta"]), float(factor), config.head_dim)
+        what = f"The config's {{}} of the rotary embedding in {layer_type} layers"
+        factor = 1.0
+        if rope_type == "linear":
+            factor = positive_number(what.format("factor"), parameters.get("factor"))
+        theta = positive_number(what.format("rope_theta"), parameters.get("rope_theta"))
+        return cls(float(theta), float(factor), config.head_dim)
 
     def __call__(
         self, positions: Int[Array, "tokens"]

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
+from bsjax.models.config_checks import check_attention_heads
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
@@ -150,6 +151,7 @@ class Qwen2VLTextModel(nnx.Module):
                 "published Qwen2-VL and Qwen2.5-VL models do not use and bsjax does not compute "
                 "for them."
             )
+        check_attention_heads(config)
         if config.hidden_size % config.num_attention_heads:
             raise CheckpointError(
                 f"The config's hidden_size {config.hidden_size} is not a multiple of its "
