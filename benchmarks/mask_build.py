@@ -3,8 +3,8 @@
     python -m benchmarks.mask_build
 
 28 layers x 28 heads with mixed categories, at about 36K and 300K tokens: one schedule with a table
-per category, and the head categories of all layers. Once more layer by layer, as separate masks, and
-for Gemma 3, two schedules: of layers with a window and without.
+per category, and the head categories of all layers. Once more layer by layer, as separate masks;
+and schedules of layers with a window and without, as Gemma 3 has.
 """
 
 import argparse

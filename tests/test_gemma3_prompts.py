@@ -134,12 +134,11 @@ def test_settings_for_another_tower_are_refused(files):
         prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
 
 
-@pytest.mark.parametrize("name", ["boi_token_index", "eoi_token_index"])
-def test_tokens_that_the_tokenizer_lacks_are_named(files, name):
+def test_a_delimiter_that_the_tokenizer_lacks_is_named(files):
     tokenizer, image_processor, config, _ = files
     config = copy.deepcopy(config)
-    setattr(config, name, 10**6)
-    with pytest.raises(MessageError, match=f"no token 1000000, which is the config's {name}"):
+    config.eoi_token_index = 10**6
+    with pytest.raises(MessageError, match="no token 1000000, .* config's eoi_token_index"):
         prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from functools import partial
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -253,11 +254,18 @@ def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
         State(path, settings_of(tiny_model, "reference"))
 
 
+def test_a_source_that_is_no_text_is_refused_before_anything_is_measured(tiny_model, monkeypatch):
+    # A user's program does not check annotations, as tests do.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr(measurements._Pass, "run", None)
+    with pytest.raises(ProfileError, match="source must be text, got 5"):
+        bsjax.profile(tiny_model, SAMPLES, source=5)
+
+
 @pytest.mark.parametrize(
     ("samples", "arguments", "words"),
     [
         ([], {}, "no samples"),
-        (SAMPLES, {"source": 5}, "source must be text"),
         ([[{"role": "user", "content": "No image here"}]], {}, "has no image"),
         ([conversation(0, 1), conversation(1, 1)], {}, "two images or more"),
         (SAMPLES, {"threshold": 2.0, "criterion": "mass"}, "threshold"),

@@ -27,7 +27,7 @@ def positive_number(name: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
         raise CheckpointError(f"{name} must be a number above 0, got {value!r}.")
-    return value
+    return float(value)
 
 
 def check_attention_heads(config: PretrainedConfig) -> None:
