@@ -169,13 +169,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(results["sets"]), sharey=True)
     for panel, (name, one_set) in zip(panels, results["sets"].items(), strict=True):
         rows = one_set["rows"]
         dense = next(row for row in rows if row["kind"] == "dense")["accuracy"]["all"]
-        panel.axhline(0, color="grey", linewidth=1, label=f"dense: {100 * dense[0]:.1f} %")
+        panel.axhline(0, color="grey", linewidth=1, label="dense")
         panel.axhspan(-0.5, 0.5, color="grey", alpha=0.2, label="half a point")
         for kind, (colour, marker) in {**LINES, **POINTS}.items():
             chosen = sorted(
@@ -207,9 +207,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
                     panel.annotate(
                         row["name"].lower(), (x, y), (5, 4), textcoords="offset points", fontsize=7
                     )
-        panel.set_title(f"{_TITLES[name]} ({one_set['prompts']} prompts)", fontsize=10)
+        title = f"{_TITLES[name]}: {one_set['prompts']} prompts, dense {100 * dense[0]:.1f} % right"
+        panel.set_title(title, fontsize=10)
         panel.set_xlabel("attention FLOPs of prefill saved, %")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="lower left")
+    # All panels have the same conditions.
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     panels[0].set_ylabel("right answers: change from dense, points")
     figure.savefig(path, dpi=150)
