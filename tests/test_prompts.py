@@ -242,7 +242,7 @@ def test_unreadable_images_are_named(tmp_path):
     text = tmp_path / "text.png"
     text.write_text("this is no picture")
     where = "Image 2 of 3 (messages[0]['content'][1]"
-    refused(user(good, image(broken), good), where, "broken.png", "cannot be read")
+    refused(user(good, image(broken), good), where, "broken", "cannot be read")
     refused(user(good, image(str(text)), good), where, "text.png", "cannot identify image file")
     refused(user(good, image("missing.png"), good), where, "missing.png", "no such file")
     refused(user(good, image(tmp_path), good), where, "no such file")
