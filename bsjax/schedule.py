@@ -345,13 +345,13 @@ class _Rows:
     @cached_property
     def _enters_run(self) -> Int[np.ndarray, "borders"]:
         """Rows whose window begins where an image, a run of sinks, of other image tokens or of text
-        does, in prompt order.
+        does, in prompt order. Only asked for where there is a window.
         """
         row = np.empty(self.tokens, np.int64)
         row[self.order] = np.arange(self.tokens)
         # Rows of one segment and image that stand together in the prompt do so in either order.
         begins = np.sort(self.order[np.append(0, self._steps)])
-        position = begins + self._window - 1
+        position = begins + (self._window or 1) - 1
         return row[position[position < self.tokens]]
 
     def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
