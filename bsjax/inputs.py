@@ -199,9 +199,9 @@ def _flops_per_kind(
     kinds = family.layer_kinds(config)
     result = []
     for kind, visibility in enumerate(family.visibilities(config)):
-        if not (kinds == kind).any():
-            continue
         categories = head_category[kinds == kind]
+        if not categories.size:
+            continue
         heads = np.bincount(categories.ravel(), minlength=len(HeadCategory))
         pairs = {
             category: visible_pairs(template, category.groups, **visibility._asdict())

@@ -25,7 +25,10 @@ from bsjax.errors import MessageError
 from bsjax.models import FAMILIES
 from bsjax.models.family import ProcessedImage, PromptRules
 
-_SOURCE_KEYS = ("image", "url", "path", "base64", "image_url")
+IMAGE_FILE_KEYS = ("image", "url", "path", "image_url")
+"""What an image part may have a file's name under, or a URL."""
+IMAGE_KEYS = (*IMAGE_FILE_KEYS, "base64")
+"""What an image part may have its image under."""
 _OPTION_KEYS = tuple(
     sorted({name for family in FAMILIES.values() for name in family.prompts.image_options})
 )
@@ -214,7 +217,7 @@ def _read_part(part: Any, where: str) -> Iterator[_ImageItem | str]:
 
 
 def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
-    keys = [key for key in _SOURCE_KEYS if key in part]
+    keys = [key for key in IMAGE_KEYS if key in part]
     if not keys:
         raise MessageError(
             f"{where} is an image part without an image: give it under 'image' (PIL image, array, "
@@ -229,7 +232,7 @@ def _read_image_part(part: dict[str, Any], where: str) -> _ImageItem:
         if source is None:
             raise MessageError(f"{where}[{key!r}] is a dict without 'url'.")
     options = {name: part.pop(name) for name in _OPTION_KEYS if name in part}
-    _refuse_unknown_keys(part, where, _SOURCE_KEYS + _OPTION_KEYS)
+    _refuse_unknown_keys(part, where, IMAGE_KEYS + _OPTION_KEYS)
     return _ImageItem(where, key, source, options)
 
 

@@ -333,7 +333,12 @@ class _Rows:
         if self._window is not None:
             if self._window < block_q:
                 return np.arange(self.tokens)
-            first = np.concatenate([first, self._steps, self._enters_run, self._enters_run + 1])
+            # Rows whose window begins where an image, a run of sinks, of other image tokens or of
+            # text does. Those of one segment and image stand together in either order.
+            begins = np.sort(self.order[np.append(0, self._steps)])
+            far = begins + self._window - 1
+            enters = self._row_at[far[far < self.tokens]]
+            first = np.concatenate([first, self._steps, enters, enters + 1])
             first = first[first < self.tokens]
         return np.unique(np.concatenate([first, first[first > 0] - 1, [self.tokens - 1]]))
 
@@ -343,16 +348,11 @@ class _Rows:
         return np.flatnonzero(np.diff(self.order) != 1) + 1
 
     @cached_property
-    def _enters_run(self) -> Int[np.ndarray, "borders"]:
-        """Rows whose window begins where an image, a run of sinks, of other image tokens or of text
-        does, in prompt order. Only asked for where there is a window.
-        """
+    def _row_at(self) -> Int[np.ndarray, "tokens"]:
+        """The row of each prompt position."""
         row = np.empty(self.tokens, np.int64)
         row[self.order] = np.arange(self.tokens)
-        # Rows of one segment and image that stand together in the prompt do so in either order.
-        begins = np.sort(self.order[np.append(0, self._steps)])
-        position = begins + (self._window or 1) - 1
-        return row[position[position < self.tokens]]
+        return row
 
     def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles: sparse tables never put two images' rows into one tile.

@@ -35,7 +35,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int8
+from jaxtyping import Bool, Int8, Int32
 
 import bsjax
 from bsjax.attention import resolve_backend
@@ -61,6 +61,8 @@ REFINING_ROUNDS = 2
 REFINING_MARGIN = 8
 
 Categories = Int8[np.ndarray, "layers heads"]
+Right = Bool[np.ndarray, "scenes questions"]
+"""Which prompts are answered right."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def evaluate(
     prompts: HeldOut,
     conditions: list[Condition],
     seed: int,
-    baseline: np.ndarray | None = None,
+    baseline: Right | None = None,
     state: State = NO_STATE,
 ) -> list[dict[str, Any]]:
     """One row per condition; changes are from `baseline`, or from the first condition."""
@@ -174,14 +176,14 @@ def evaluate(
     return rows
 
 
-def answered(prompts: HeldOut, categories: Categories, state: State) -> np.ndarray:
+def answered(prompts: HeldOut, categories: Categories, state: State) -> Right:
     """Which prompts are answered right: recalled, or found out."""
     name = hashlib.sha256(f"{prompts.name} {categories.tolist()}".encode()).hexdigest()
     return state.recall(f"right {name}", lambda: {"right": prompts.right(categories)})["right"]
 
 
 def accuracies(
-    right: np.ndarray, baseline: np.ndarray, tasks: np.ndarray, seed: int
+    right: Right, baseline: Right, tasks: Int32[np.ndarray, "scenes questions"], seed: int
 ) -> dict[str, Any]:
     """Accuracy of all prompts and of each task asked, its change, with 95 % confidence intervals.
 
@@ -259,6 +261,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = converted(options.checkpoint)
     profile = bsjax.Profile.resolve(options.profile, model)
     assert profile is not None
+    hybrid = None if options.hybrid is None else Hybrid.of(options.hybrid)
     settings = settings_of(model, resolve_backend("auto"))
     state = State(options.resume, {**settings, "examples": _sources()})
 
@@ -272,17 +275,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     measurements, evaluator = calibrated(PROFILED_IMAGES)
     dense = Condition("dense", "", np.zeros_like(profile.categories))
+    profile_name = Path(options.profile).name.removesuffix(".json")
     conditions = [
         dense,
-        Condition("profile", Path(options.profile).name.removesuffix(".json"), profile.categories),
+        Condition("profile", profile_name, profile.categories),
         *one_shot_conditions(measurements),
         *refined_conditions("refined", measurements, evaluator),
         *refined_conditions("refined on 2 and 3 images", *calibrated(FEWER_IMAGES)),
         *control_conditions(profile.categories, options.seed),
     ]
-    hybrid = None
-    if options.hybrid is not None:
-        hybrid = Hybrid.of(options.hybrid)
+    if hybrid is not None:
         saved = measurements.reduction(hybrid.categories)
         conditions += refined_conditions("at the hybrid's FLOPs", measurements, evaluator, [saved])
 
@@ -297,7 +299,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "checkpoint_fingerprint": model.fingerprint,
         "profile": {
-            "name": conditions[1].name,
+            "name": profile_name,
             "samples": profile.sample_count,
             "source": profile.sample_source,
             "fingerprint": profile.sample_fingerprint,

@@ -26,6 +26,7 @@ class KnownDamage(Evaluator):
     def __init__(self, damage, together):
         self.damage, self.together = damage, together
         self.fingerprints, self.sinks = ("a",), Sinks()
+        self.answer_tokens = 4
         self.compared = {}
 
     @property

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bsjax.errors import ProfileError
-from bsjax.prompts import image_file, image_sources
+from bsjax.prompts import IMAGE_FILE_KEYS, image_file, image_sources
 from bsjax.samples import Samples
-
-_IMAGE_KEYS = ("image", "url", "path", "image_url")
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
@@ -173,7 +171,7 @@ def _add(digest: Any, value: Any, image_key: str | None = None) -> None:
         is_image = image_key is not None or value.get("type") in ("image", "image_url")
         for key in sorted(value, key=str):
             entry("key", str(key).encode())
-            _add(digest, value[key], str(key) if is_image and key in _IMAGE_KEYS else None)
+            _add(digest, value[key], str(key) if is_image and key in IMAGE_FILE_KEYS else None)
     elif isinstance(value, list | tuple):
         entry("list", str(len(value)).encode())
         for item in value:

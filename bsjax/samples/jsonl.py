@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bsjax.errors import SampleError
-from bsjax.prompts import image_file
+from bsjax.prompts import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
 from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, share_in_words
 
 _FORM = (
     'Each line holds one sample: a list of chat messages, or {"messages": [...]} with them, and '
     'optionally "images" for the <image> placeholders in their texts, or for parts of type "image".'
 )
-_IMAGE_KEYS = ("image", "url", "path", "image_url")
 
 
 def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict[str, Any]]], str]:
@@ -131,7 +130,7 @@ def _placed(
         return (
             isinstance(part, dict)
             and part.get("type") == "image"
-            and all(part.get(key) is None for key in (*_IMAGE_KEYS, "base64"))
+            and all(part.get(key) is None for key in IMAGE_KEYS)
         )
 
     lists = [message["content"] for message in messages if isinstance(message["content"], list)]
@@ -160,7 +159,7 @@ def _located(part: Any, folder: Path, where: str) -> Any:
     if not isinstance(part, dict):
         return part
     located = dict(part)
-    for key in _IMAGE_KEYS:
+    for key in IMAGE_FILE_KEYS:
         value = part.get(key)
         if isinstance(value, dict) and isinstance(value.get("url"), str):
             located[key] = {**value, "url": _absolute(key, value["url"], folder)}

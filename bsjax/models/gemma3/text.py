@@ -77,13 +77,8 @@ def check_config(config: PretrainedConfig) -> None:
         raise CheckpointError(
             "The config asks for use_bidirectional_attention: an encoder, which answers nothing."
         )
-    if config.sliding_window is None or config.sliding_window < 1:
-        raise CheckpointError(
-            f"The config's sliding_window must be a positive number of positions, got "
-            f"{config.sliding_window}."
-        )
     check_attention_heads(config)
-    check_positive(config, "head_dim", "query_pre_attn_scalar")
+    check_positive(config, "sliding_window", "head_dim", "query_pre_attn_scalar")
     if config.final_logit_softcapping is not None:
         check_positive(config, "final_logit_softcapping")
     if config.head_dim % 2:
