@@ -221,8 +221,8 @@ def _transformers_call(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     spans: list[float] = []
-    is_gemma = model.family.name == "gemma3"
-    tower = reference.model.vision_tower if is_gemma else reference.model.visual
+    names = ("visual", "vision_tower")
+    tower = next(getattr(reference.model, name) for name in names if hasattr(reference.model, name))
     tower.register_forward_pre_hook(lambda *_: spans.append(-time.perf_counter()))
     tower.register_forward_hook(lambda *_: spans.append(time.perf_counter()))
 

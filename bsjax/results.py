@@ -25,9 +25,10 @@ class LayerFlops:
     @property
     def name(self) -> str:
         """Which layers these are, in words."""
+        layers = "layer" if self.layers == 1 else "layers"
         if self.window is None:
-            return f"{self.layers} global layers"
-        return f"{self.layers} layers with a window of {self.window}"
+            return f"{self.layers} global {layers}"
+        return f"{self.layers} {layers} with a window of {self.window}"
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_command_line_adds_crops(checkpoints, tmp_path, capsys):
     assert main([*arguments, "--pan-and-scan", "--uniform", "sink"]) == 0
     figures = capsys.readouterr().err
     assert "(images: 16, 16, 16)" in figures
-    assert "in 3 layers with a window of 12" in figures and "in 1 global layers" in figures
+    assert "in 3 layers with a window of 12" in figures and "in 1 global layer)" in figures
     assert main([*arguments, "--max-pixels", "1000"]) == 2
     assert "Gemma 3 scales all images to one size" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PretrainedConfig
 
-from bsjax.errors import TemplateError
+from bsjax.models.image_rows import image_starts
 
 
 def positions(
@@ -27,19 +27,8 @@ def positions(
     Raises:
       TemplateError: placeholders and images do not agree, or an image is interrupted by text.
     """
-    placeholder = np.flatnonzero(np.asarray(token_ids) == image_token_id)
-    images, length = len(grid_thw), config.mm_tokens_per_image if len(grid_thw) else 1
-    if placeholder.size != images * length:
-        raise TemplateError(
-            f"The prompt holds {placeholder.size} image tokens (id {image_token_id}), but its "
-            f"{images} images of {length} tokens make {images * length}."
-        )
-    by_image = placeholder.reshape(-1, length)
-    split = np.flatnonzero(by_image[:, -1] - by_image[:, 0] != length - 1)
-    if split.size:
-        raise TemplateError(
-            f"Image {split[0]} should take {length} tokens from token {by_image[split[0], 0]} on, "
-            "but other tokens stand among them."
-        )
+    # Text-only models have no such field in their configs, and no images.
+    length = config.mm_tokens_per_image if len(grid_thw) else 1
+    image_starts(token_ids, image_token_id, np.full(len(grid_thw), length))
     tokens = len(token_ids)
     return np.arange(tokens, dtype=np.int32)[None], tokens

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 from transformers import PretrainedConfig
 
-from bsjax.errors import CapacityError, CheckpointError, TemplateError
+from bsjax.errors import CheckpointError, TemplateError
+from bsjax.models.image_rows import check_patch_rows
 from bsjax.schedule import Schedule, segment_schedule
 
 
@@ -111,11 +112,7 @@ def vision_plan(
             f"columns); this model takes images of {side} x {side} patches."
         )
     needed = len(grids) * side**2
-    if patches < needed or patches % merged:
-        raise CapacityError(
-            f"The images have {needed} patches; a plan of {patches} rows must hold them all and be "
-            f"a multiple of {merged}."
-        )
+    check_patch_rows(patches, needed, merged)
     position = np.zeros(patches, np.int32)
     position[:needed] = np.tile(patch_order(config), len(grids))
     schedule = segment_schedule(

@@ -5,6 +5,7 @@ from jaxtyping import Int
 from transformers import PretrainedConfig
 
 from bsjax.errors import TemplateError
+from bsjax.models.image_rows import image_starts
 
 
 def positions(
@@ -43,31 +44,16 @@ def positions(
     merge = config.vision_config.spatial_merge_size
     grids = np.asarray(grid_thw, np.int64).reshape(-1, 3) // (1, merge, merge)
     lengths = grids.prod(axis=1)
-    placeholder = np.flatnonzero(token_ids == image_token_id)
-    if lengths.sum() != placeholder.size:
-        raise TemplateError(
-            f"The prompt holds {placeholder.size} image tokens (id {image_token_id}), but the "
-            f"grids of its {len(grids)} images make {lengths.tolist()[:20]}, "
-            f"{int(lengths.sum())} in all."
-        )
+    starts = image_starts(token_ids, image_token_id, lengths)
 
     result = np.empty((3, token_ids.size), np.int32)
     index = 0
     next_position = 0
-    first_placeholder = 0
-    for number, ((frames, rows, columns), length) in enumerate(zip(grids, lengths, strict=True)):
-        start = int(placeholder[first_placeholder])
-        end = start + int(length)
-        if placeholder[first_placeholder + length - 1] != end - 1:
-            raise TemplateError(
-                f"Image {number} should take {length} tokens from token {start} on, but other "
-                "tokens stand among them: the grids do not belong to this prompt."
-            )
+    for (frames, rows, columns), start, end in zip(grids, starts, starts + lengths, strict=True):
         result[:, index:start] = np.arange(next_position, next_position + start - index)
         next_position += start - index
         result[:, start:end] = next_position + np.indices((frames, rows, columns)).reshape(3, -1)
         next_position += int(max(rows, columns))
-        first_placeholder += int(length)
         index = end
     result[:, index:] = np.arange(next_position, next_position + token_ids.size - index)
     return result, int(result.max(initial=-1)) + 1

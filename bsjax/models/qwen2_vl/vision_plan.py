@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PretrainedConfig
 
-from bsjax.errors import CapacityError, TemplateError
+from bsjax.errors import TemplateError
+from bsjax.models.image_rows import check_patch_rows
 from bsjax.schedule import Schedule, segment_schedule
 
 
@@ -77,12 +78,7 @@ def checked_grids(grid_thw: np.ndarray, merge: int, patches: int) -> Int[np.ndar
             f"rows and columns must be positive multiples of {merge}, as the image processor "
             "makes them."
         )
-    needed = int(grids.prod(axis=1).sum())
-    if patches < needed or patches % merge**2:
-        raise CapacityError(
-            f"The images have {needed} patches; a plan of {patches} rows must hold them all and be "
-            f"a multiple of {merge**2}."
-        )
+    check_patch_rows(patches, int(grids.prod(axis=1).sum()), merge**2)
     return grids
 
 
