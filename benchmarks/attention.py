@@ -50,7 +50,13 @@ from benchmarks.workloads import MASK_NAMES, SHAPES, HeadMask, Workload
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
-GPU_SHAPES = ("qwen2.5-vl-7b", "gemma-3-4b-global", "gemma-3-4b-local")
+GPU_SHAPES = (
+    "qwen2.5-vl-7b",
+    "gemma-3-4b-global",
+    "gemma-3-4b-local",
+    "gemma-3-27b-global",
+    "gemma-3-27b-local",
+)
 CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 

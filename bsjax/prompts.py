@@ -72,8 +72,10 @@ def prepare_prompt(messages: Any, tokenizer: Any, image_processor: Any, config: 
         URL, a data URL or base64; `"url"`, `"path"`, `"base64"` and OpenAI's `{"type": "image_url",
         "image_url": {"url": ...}}` are read as well. `"max_pixels"` and `"min_pixels"` beside an
         image bound the size it is scaled to (Qwen), `"do_pan_and_scan"` adds crops of it, which are
-        images too (Gemma 3). Images read from files are turned upright as their
-        EXIF data says; PIL images are taken as they are. Both as in transformers.
+        images too (Gemma 3; with `"pan_and_scan_min_crop_size"`, `"pan_and_scan_max_num_crops"` and
+        `"pan_and_scan_min_ratio_to_activate"` as in its processor). Images read from files are
+        turned upright as their EXIF data says; PIL images are taken as they are. Both as in
+        transformers.
       tokenizer: the checkpoint's tokenizer, with a chat template.
       image_processor: the checkpoint's image processor (PIL backend); None for a model that reads
         text only.

@@ -34,6 +34,9 @@ from bsjax.errors import MaskError
 from bsjax.template import Template
 
 PADDING_POSITION = np.iinfo(np.int32).max
+TILE_WINDOWS = 4
+"""Positions that a tile of a packed schedule with a window spans at most, in windows (in lengths of
+a tile, where these are longer)."""
 TILE_COLUMNS = ("first_row", "rows", "first_range", "full_blocks", "partial_blocks")
 
 
@@ -358,12 +361,19 @@ class _Rows:
         """First rows of all tiles: sparse tables never put two images' rows into one tile.
 
         Sink rows are the exception: images have few of them, and they share most of their keys.
+
+        With a window, what rows far apart see has nothing in common. In packed order a tile of sink
+        rows would reach over the whole prompt and visit all of it, alone, longer than all others
+        together take on a GPU: tiles end where a span of `TILE_WINDOWS` does.
         """
         if not self.tokens:
             return np.zeros(0, np.int64)
         borders = [np.asarray([segment.first_row for segment in self.segments])]
         if groups != ALL_KEY_GROUPS:
             borders.append(self.runs[self.runs >= self.segments[-1].first_row])
+        if self.packed and self._window is not None:
+            span = self.order // (TILE_WINDOWS * max(self._window, block_q))
+            borders.append(np.flatnonzero(np.diff(span)) + 1)
         starts = np.unique(np.concatenate(borders))
         starts = starts[starts < self.tokens]
         lengths = np.diff(starts, append=self.tokens)

@@ -143,6 +143,24 @@ def test_a_window_needs_few_rows():
     assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
 
 
+def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
+    """A tile that does is alone at work when all others are done. Neither do tiles become many."""
+    template = Template.from_segments([Text(8), Image(256)] * 400)
+    blocks = {"block_q": 128, "block_kv": 64, "bidirectional_images": True, "window": 1024}
+    tables = [category.groups for category in HeadCategory]
+    schedule = build_schedule(template, tables, **blocks)
+    # Own images over the tile's span and the window before it; a few blocks are cut.
+    most = (4 * 1024 + 1024 + 256) // 64 + 8
+    assert schedule.tiles[:, :, 3:].sum(axis=2).max() <= most
+    with mock.patch("bsjax.schedule.TILE_WINDOWS", 10**6):
+        whole = build_schedule(template, tables, **blocks)
+    assert (whole.tiles[:, :, 3:].sum(axis=2).max(axis=1)[[0, 2, 3]] > 5 * most).all()
+    for table in range(len(tables)):
+        visited, before = (s.tiles[table, :, 3:].sum() for s in (schedule, whole))
+        assert visited < 1.1 * before
+    assert schedule.tiles.shape == whole.tiles.shape
+
+
 def test_work_of_a_sparse_tile_is_its_ranges():
     # 40 images of 100 tokens, two text tokens each: an image tile of INTRA_IMAGE sees the text
     # before it and its own image, nothing else.

@@ -66,22 +66,30 @@ def conversation(pictures, **options):
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
 
 
-@pytest.mark.parametrize("crops", [False, True])
+CROPS = {"do_pan_and_scan": True}
+OTHER_CROPS = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 100,
+    "pan_and_scan_max_num_crops": 2,
+    "pan_and_scan_min_ratio_to_activate": 1.0,
+}
+
+
+# Of four images, one is cut into two crops and one into three; else, all into two.
+@pytest.mark.parametrize(("options", "crops"), [({}, 0), (CROPS, 5), (OTHER_CROPS, 6)])
 @pytest.mark.parametrize("sizes", [[], [(64, 64)], [(700, 300), (32, 40), (280, 900), (500, 500)]])
-def test_equals_transformers(files, sizes, crops):
+def test_equals_transformers(files, sizes, options, crops):
     tokenizer, image_processor, config, processor = files
     pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
-    options = {"do_pan_and_scan": True} if crops else {}
     prompt = prepare_prompt(conversation(pictures, **options), tokenizer, image_processor, config)
     expected = processor.apply_chat_template(
         conversation(pictures), add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="np", processor_kwargs=options,
+        return_tensors="np", processor_kwargs=dict(options),
     )  # fmt: skip
     np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
     images = len(prompt.image_tokens)
     assert prompt.image_tokens == (16,) * images
-    # Of four images, one is cut into two crops and one into three.
-    assert images == len(sizes) + (5 if crops and len(sizes) > 1 else 0)
+    assert images == len(sizes) + (crops if len(sizes) > 1 else 0)
     if not sizes:
         assert prompt.pixel_values is None
         return
@@ -113,6 +121,10 @@ def test_image_settings_count_as_much_as_in_transformers(files):
     [
         ({"max_pixels": 1000}, "?", "Image 1 of 1 .*max_pixels: Gemma 3 scales all images"),
         ({"do_pan_and_scan": "yes"}, "?", "Image 1 of 1 .*must be true or false, got 'yes'"),
+        ({"pan_and_scan_max_num_crops": 2}, "?", "does nothing without do_pan_and_scan"),
+        ({**CROPS, "pan_and_scan_max_num_crops": 0}, "?", "num_crops must be at least 1, got 0"),
+        ({**CROPS, "pan_and_scan_min_crop_size": "a"}, "?", "crop_size must be a whole number"),
+        ({**CROPS, "pan_and_scan_min_ratio_to_activate": 0.5}, "?", "at least 1; got 0.5"),
         ({}, "<image_soft_token>", "contains '<image_soft_token>'"),
         ({}, "<start_of_image>", "1 image, but the prompt has 2 image placeholders"),
     ],

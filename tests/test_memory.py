@@ -209,10 +209,17 @@ def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkey
 def test_300k_tokens_of_the_7b_reach_the_goal():
     found = measured("Qwen2.5-VL-7B", 300_000)
     assert found.inputs.tokens == 300_000 and found.inputs.template.num_images == 297
+    assert (found.model, found.inputs.tokens) in memory_table.GOALS
     assert found.missed_goal is None
     assert found.peak == found.weights + max(stage.peak for stage in found.stages)
     assert found.cache > 28 * 2 * 300_064 * 4 * 128 * 2
     assert found.weights == pytest.approx(8.29e9 * 2, rel=0.01), "the published model has 8.29 B"
+
+
+def test_131k_tokens_of_gemma3_4b_reach_the_goal():
+    found = measured("Gemma-3-4B", 131_000)
+    assert (found.model, found.inputs.tokens) in memory_table.GOALS
+    assert found.missed_goal is None
 
 
 def test_profiling_32k_tokens_of_the_7b_takes_little_beside_the_weights():

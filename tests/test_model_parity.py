@@ -370,6 +370,16 @@ def test_windows_longer_than_an_image_and_than_the_prompt(window):
     assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
 
 
+def test_layers_that_are_all_global():
+    shape, images = CASES["one image"]
+    models = pair(replace(shape.with_family("gemma3"), pattern=1))
+    prompt = random_prompt(models.reference.config, list(images))
+    logits, cache, _ = models.port.prefill(prompt)
+    assert cache.of_local is None
+    assert_close(logits, reference_logits(models.reference, prompt))
+    assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
+
+
 def test_soft_cap_of_a_model_that_reads_images():
     """transformers' Gemma3ForConditionalGeneration leaves it out, Gemma3ForCausalLM does not."""
     shape, images = CASES["one image"]

@@ -328,9 +328,9 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
     status, out, err = run(
         capsys, "profile", "model", photographs, "--output", output, "--limit", 3, "--seed", 5,
         "--images-per-prompt", "2-3", "--question", "One?", "--question", "Two?",
-        "--max-pixels", 4000, "--held-out", 0.5, "--criterion", "mass", "--threshold", 0.1,
-        "--quantile", 0.75, "--target-reduction", 0.4, "--refine", "--max-kl", 0.01,
-        "--max-evaluations", 50,
+        "--max-pixels", 4000, "--pan-and-scan", "--held-out", 0.5, "--criterion", "mass",
+        "--threshold", 0.1, "--quantile", 0.75, "--target-reduction", 0.4, "--refine",
+        "--max-kl", 0.01, "--max-evaluations", 50,
         "--sinks-first", 2, "--sink-offset", 9, "--sink-offset", 4, "--answer-tokens", 4,
         "--resume", state, "--dtype", "float32", "--backend", "xla",
     )  # fmt: skip
@@ -344,6 +344,7 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
         images_per_prompt=(2, 3),
         question=["One?", "Two?"],
         max_pixels=4000,
+        pan_and_scan=True,
     )
     assert samples == expected.messages and len(samples) == 3
     assert options == {

@@ -357,11 +357,14 @@ def test_sources_that_do_not_exist_are_named(tmp_path):
 
 def test_several_sources_are_taken_together(photographs, tmp_path):
     path = lines_file(tmp_path, [user("Hi")])
-    samples, description = read_samples([path, photographs], limit=3, max_pixels=5000)
+    samples, description = read_samples(
+        [path, photographs], limit=3, max_pixels=5000, pan_and_scan=True
+    )
     assert len(samples) == 4
     assert samples[0] == [user("Hi")]
     images = [part for part in samples[1][0]["content"] if part["type"] == "image"]
     assert images and all(part["max_pixels"] == 5000 for part in images)
+    assert all(part["do_pan_and_scan"] is True for part in images)
     assert description.startswith("samples.jsonl: 1 sample; 3 prompts of")
 
 

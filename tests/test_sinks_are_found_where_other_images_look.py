@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from bsjax import Image, Sinks, Template, Text
+from bsjax.attention.reference import reference_attention
 from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility
 from bsjax.profiling.inputs import category_schedule
 from bsjax.profiling.offsets import by_offset, discover, other_image_mass, pairs_by_offset
@@ -38,7 +39,11 @@ def test_pairs_are_counted(template, visibility):
     np.testing.assert_array_equal(pairs, expected)
 
 
-measured = jax.jit(lambda q, k, schedule: other_image_mass(q, k, schedule, scale=0.4))
+@jax.jit
+def measured(q, k, schedule):
+    dense = jnp.zeros(q.shape[1], jnp.int32)
+    _, lse = reference_attention(q, k, k, schedule, dense, 0.4)
+    return other_image_mass(q, k, lse, schedule, scale=0.4)
 
 
 @settings(max_examples=15)
@@ -61,24 +66,33 @@ def test_mass_is_the_sum_of_columns(template, visibility, seed):
     np.testing.assert_allclose(mass[:tokens], expected[order], atol=1e-5)
 
 
-def test_no_array_is_square_or_worse():
-    """At 32K tokens, by the shapes of everything that the traced function makes."""
+@pytest.mark.parametrize(("window", "keys"), [(None, 32768), (1024, 1023 + 64)])
+def test_no_array_is_square_or_worse(window, keys):
+    """At 32K tokens, by the shapes of everything that the traced function makes: the keys that a
+    chunk of 64 rows is multiplied with are those that its window may reach.
+    """
     tokens = 32768
     images = [Text(30), *[Image(1000)] * 32, Text(8)]
     template = Template.from_segments(images)
     schedule = category_schedule(
-        template, BaseVisibility(), block_q=128, block_kv=64, tokens=tokens
+        template, BaseVisibility(window=window), block_q=128, block_kv=64, tokens=tokens
     )
+    lse = jax.ShapeDtypeStruct((tokens, 28), jnp.float32)
     q, k = (jax.ShapeDtypeStruct((tokens, heads, 128), jnp.bfloat16) for heads in (28, 4))
-    traced = jax.make_jaxpr(lambda q, k: other_image_mass(q, k, schedule, scale=1.0))(q, k)
+    traced = jax.make_jaxpr(lambda *arrays: other_image_mass(*arrays, schedule, scale=1.0))(
+        q, k, lse
+    )
 
-    def sizes(jaxpr):
+    def made(jaxpr):
         for equation in jaxpr.eqns:
-            yield from (variable.aval.size for variable in equation.outvars)
+            name = equation.primitive.name
+            yield from ((name, variable.aval.size) for variable in equation.outvars)
             for inner in jaxprs_in_params(equation.params):
-                yield from sizes(inner)
+                yield from made(inner)
 
-    assert max(sizes(traced.jaxpr)) < tokens**2 / 8
+    assert max(size for _, size in made(traced.jaxpr)) < tokens**2 / 8
+    (products,) = (size for name, size in made(traced.jaxpr) if name == "dot_general")
+    assert products == 64 * 28 * keys
 
 
 def test_mass_is_gathered_by_offset():

@@ -40,7 +40,7 @@ PROMPTS = {
     "Qwen2-VL-2B": (36_000, 150_000, 300_000),
     "Qwen2.5-VL-7B": (36_000, 150_000, 300_000),
     "Gemma-3-4B": (36_000, 131_000),
-    "Gemma-3-27B": (36_000, 65_536),
+    "Gemma-3-27B": (36_000, 65_536, 131_000),
 }
 """The tokens of prompts, by model; Gemma 3 has 131,072 positions, answer included."""
 PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
@@ -253,7 +253,7 @@ are padded to a bucket, cache rows too: {_largest(measurements)}.
 ## Caches of layers with a window
 
 Gemma 3's local layers keep the last 1023 tokens, which is what a query sees beside itself; its
-global layers keep all. GiB, against a cache in which all layers keep all:
+global layers keep all. GiB, against a cache in which all layers keep all (computed from its shape):
 
 | model | tokens | cache | of full length | share |
 |---|---:|---:|---:|---:|

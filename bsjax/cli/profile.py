@@ -103,7 +103,10 @@ def _add_run(commands: Any) -> None:
         help="of a folder of images; default: 2-12",
     )
     samples.add_argument(
-        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels"
+        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
+    )
+    samples.add_argument(
+        "--pan-and-scan", action="store_true", help="add crops of long images (Gemma 3)"
     )
     samples.add_argument(
         "--held-out",
@@ -231,6 +234,7 @@ def _run(options: argparse.Namespace) -> None:
         seed=options.seed,
         images_per_prompt=options.images_per_prompt,
         max_pixels=options.max_pixels,
+        pan_and_scan=options.pan_and_scan,
         question=options.question or QUESTIONS,
     )
     model = bsjax.load(options.checkpoint, dtype=options.dtype)

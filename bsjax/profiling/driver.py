@@ -109,8 +109,8 @@ def profile(
         source = source or samples.description
     ordered = OrderedSamples.of(samples)
     chosen_with, kept_back = ordered.split(held_out, seed)
-    check_images(chosen_with, model.image_processor, several=True)
-    check_images(kept_back, model.image_processor, several=False)
+    check_images(chosen_with, several=True)
+    check_images(kept_back, several=False)
     state = State(resume, settings_of(model, backend))
     with reporting(progress) as report:
         measurements = measure(

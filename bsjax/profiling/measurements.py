@@ -168,7 +168,7 @@ def measure(
       BsjaxError: as `generate`, for prompts that are none or do not fit.
     """
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
-    check_images(samples, model.image_processor, several=True)
+    check_images(samples, several=True)
     backend = resolve_backend(backend)
     shape = Shape.of(model.family, model.config)
     found = None

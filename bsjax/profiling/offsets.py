@@ -5,7 +5,7 @@ first token. For every offset this measures the attention that one query of anot
 average, to one key at that offset, over all layers, heads and samples.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,55 +32,82 @@ _CURVE_DIGITS = 5
 def other_image_mass(
     q: Float[Array, "rows q_heads head_dim"],
     k: Float[Array, "rows kv_heads head_dim"],
+    lse: Float32[Array, "rows q_heads"],
     schedule: Schedule,
     *,
     scale: float,
 ) -> Float32[Array, "rows"]:
     """Dense attention that each key gets from image queries of other images, summed over heads.
 
-    Columns of the attention matrix are summed a few query rows at a time, with matrix products
-    alone: one product of queries and keys per layer, half the FLOPs of attention without a mask.
-    The gradient of attention with respect to v would give the same sums, but walks the schedule
-    tile by tile in plain JAX, which is slow on a GPU.
+    Columns of the attention matrix are summed a few query rows at a time, in prompt order and with
+    matrix products alone: one product of queries and keys per layer, half the FLOPs of attention
+    without a mask; in a layer with a window, of those keys that the window may reach. The gradient
+    of attention with respect to v would give the same sums, but walks the schedule tile by tile in
+    plain JAX, which is slow on a GPU.
+
+    Args:
+      q: queries in the schedule's order.
+      k: keys in the same order.
+      lse: log-sum-exp of the scores that each query sees, from `ragged_attention`.
+      schedule: positions, images and the base visibility.
+      scale: factor of the scores.
     """
     tokens, q_heads, _ = q.shape
-    chunk = max(1, min(_CHUNK_ROWS, tokens // (2 * q_heads)))
-    chunks = -(-tokens // chunk)
-    spare = chunks * chunk - tokens
-    q = jnp.pad(q, ((0, spare), (0, 0), (0, 0)))
-    query = TokenInfo(
-        jnp.pad(schedule.position, (0, spare), constant_values=PADDING_POSITION),
-        jnp.pad(schedule.image, (0, spare), constant_values=-1),
-        jnp.pad(schedule.sink, (0, spare)),
-    )
-    key = TokenInfo(*(jnp.asarray(part)[None, :] for part in schedule.info))
     kv_heads = k.shape[1]
+    chunk = max(1, min(_CHUNK_ROWS, tokens // (2 * q_heads)))
+    spare = -tokens % chunk
+    span = tokens + spare
+    if schedule.window is not None:
+        span = min(span, schedule.window - 1 + chunk)
+
+    # In prompt order rows are positions; padding has the greatest, and stays at the end.
+    order = jnp.argsort(jnp.asarray(schedule.position))
+
+    def in_prompt_order(array: Any, padding: int) -> Array:
+        widths = ((0, spare),) + ((0, 0),) * (array.ndim - 1)
+        return jnp.pad(jnp.asarray(array)[order], widths, constant_values=padding)
+
+    q, k, lse = (in_prompt_order(array, 0) for array in (q, k, lse))
+    info = TokenInfo(
+        in_prompt_order(schedule.position, PADDING_POSITION),
+        in_prompt_order(schedule.image, -1),
+        in_prompt_order(schedule.sink, False),
+    )
 
     def add_chunk(index: Array, total: Array) -> Array:
+        first_key = jnp.maximum((index + 1) * chunk - span, 0)
+
         def rows(array: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk)
 
-        rows_info = TokenInfo(*(rows(part)[:, None] for part in query))
+        def keys(array: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, first_key, span)
+
+        query = TokenInfo(*(rows(part)[:, None] for part in info))
+        key = TokenInfo(*(keys(part)[None, :] for part in info))
         seen = visible(
-            rows_info,
+            query,
             key,
             int(ALL_KEY_GROUPS),
             bidirectional_images=schedule.bidirectional_images,
             window=schedule.window,
         )
-        counted = (rows_info.image >= 0) & (key.image >= 0) & (rows_info.image != key.image)
-        q_rows = rows(q).reshape(chunk, kv_heads, -1, q.shape[-1])
+        counted = seen & (query.image >= 0) & (key.image >= 0) & (query.image != key.image)
         scores = jnp.einsum(
-            "rhgd,khd->hgrk",
-            q_rows,
-            k,
+            "rhgd,khd->rhgk",
+            rows(q).reshape(chunk, kv_heads, -1, q.shape[-1]),
+            keys(k),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
-        )
-        weights = jax.nn.softmax(jnp.where(seen, scores * scale, -jnp.inf), axis=-1)
-        return total + jnp.where(counted & seen, weights, 0.0).sum(axis=(0, 1, 2))
+        ).reshape(chunk, q_heads, span)
+        weights = jnp.exp(scores * scale - rows(lse)[..., None])
+        mass = jnp.where(counted[:, None], weights, 0.0).sum(axis=(0, 1))
+        return jax.lax.dynamic_update_slice_in_dim(total, keys(total) + mass, first_key, axis=0)
 
-    return jax.lax.fori_loop(0, chunks, add_chunk, jnp.zeros(tokens, jnp.float32))
+    chunks = (tokens + spare) // chunk
+    total = jnp.zeros(tokens + spare, jnp.float32)
+    total = jax.lax.fori_loop(0, chunks, add_chunk, total)
+    return jnp.zeros(tokens, jnp.float32).at[order].set(total[:tokens])
 
 
 def pairs_by_offset(template: Template, visibility: BaseVisibility) -> Int[np.ndarray, "offsets"]:

@@ -98,12 +98,11 @@ class OrderedSamples(NamedTuple):
         )
 
 
-def check_images(samples: OrderedSamples, image_processor: Any, *, several: bool) -> None:
+def check_images(samples: OrderedSamples, *, several: bool) -> None:
     """Refuses samples that would be refused in the middle of a run. Reads no image.
 
     Args:
       samples: to look at.
-      image_processor: the checkpoint's; it may cut an image into several.
       several: whether at least one sample must have several images.
 
     Raises:
@@ -119,7 +118,7 @@ def check_images(samples: OrderedSamples, image_processor: Any, *, several: bool
                 f"such samples out: {str(messages)[:200]}"
             )
         # How many images crops make of one depends on its size, which is not read here.
-        if _asks_for_crops(messages) or getattr(image_processor, "do_pan_and_scan", False):
+        if _asks_for_crops(messages):
             count = max(count, 2)
         most = max(most, count)
     if several and most < 2:

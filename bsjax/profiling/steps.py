@@ -71,8 +71,10 @@ def measure_offsets(
         def attend(q: Array, k: Array, v: Array, scanned: Any) -> tuple[Array, Array]:
             scale = module.attention_scale
             dense = jnp.full(q.shape[1], HeadCategory.DENSE, jnp.int32)
-            out = ragged_attention(q, k, v, schedule, dense, scale=scale, backend=backend)
-            return out, other_image_mass(q, k, schedule, scale=scale)
+            out, lse = ragged_attention(
+                q, k, v, schedule, dense, scale=scale, backend=backend, return_lse=True
+            )
+            return out, other_image_mass(q, k, lse, schedule, scale=scale)
 
         return attend
 

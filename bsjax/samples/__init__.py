@@ -39,6 +39,7 @@ def read_samples(
     question: str | Sequence[str] = QUESTIONS,
     images_per_prompt: tuple[int, int] = (2, 12),
     max_pixels: int | None = None,
+    pan_and_scan: bool = False,
 ) -> Samples:
     """Reads the samples of one source, or of several.
 
@@ -60,7 +61,9 @@ def read_samples(
       question: for folders of images: what is asked; of several, one is drawn for each prompt.
       images_per_prompt: for folders of images: the least and the most images of a prompt.
       max_pixels: scales larger images down to this many pixels, those that have no `max_pixels` of
-        their own.
+        their own (Qwen).
+      pan_and_scan: adds crops of long images, of those that have no `do_pan_and_scan` of their own
+        (Gemma 3).
 
     Raises:
       SampleError: a source does not exist, is empty or malformed (the message names file and line),
@@ -80,8 +83,10 @@ def read_samples(
         raise SampleError("There is no source of samples: give a file, a folder or a benchmark.")
     parts = [_read(one, limit, seed, question, images_per_prompt) for one in sources]
     messages = [sample for part in parts for sample in part.messages]
-    if max_pixels is not None:
-        messages = [_bounded(sample, max_pixels) for sample in messages]
+    options = {"max_pixels": max_pixels, "do_pan_and_scan": pan_and_scan or None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options:
+        messages = [_with_options(sample, options) for sample in messages]
     return Samples(messages, "; ".join(part.description for part in parts))
 
 
@@ -114,15 +119,15 @@ def _read(
     )
 
 
-def _bounded(messages: list[dict[str, Any]], max_pixels: int) -> list[dict[str, Any]]:
-    """The same messages, with a bound on every image that has none."""
+def _with_options(messages: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same messages, with options beside every image that says nothing of them."""
     return [
         message
         if isinstance(message["content"], str)
         else {
             **message,
             "content": [
-                {"max_pixels": max_pixels, **part}
+                {**options, **part}
                 if isinstance(part, dict) and part.get("type") in ("image", "image_url")
                 else part
                 for part in message["content"]

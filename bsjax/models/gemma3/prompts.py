@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 from transformers import Gemma3ImageProcessorPil, PretrainedConfig
 
+from bsjax.checks import whole_number
 from bsjax.errors import MessageError
 from bsjax.models.family import ProcessedImage, PromptRules, reference_text_inputs
 from bsjax.models.gemma3.vision_plan import grid_side, to_images, to_patches
 
 # What Gemma3Processor takes where nothing stands beside the image, even if the checkpoint's image
 # settings (preprocessor_config.json) say something else.
-_IMAGE_SETTINGS = {
-    "do_convert_rgb": True,
-    "do_pan_and_scan": False,
+_CROPS = {
     "pan_and_scan_min_crop_size": 256,
     "pan_and_scan_max_num_crops": 4,
     "pan_and_scan_min_ratio_to_activate": 1.2,
 }
+_IMAGE_SETTINGS = {"do_convert_rgb": True, "do_pan_and_scan": False, **_CROPS}
 
 
 def process_image(
@@ -27,10 +27,13 @@ def process_image(
     """Scales one image to the model's size and cuts it into patches; its crops after it.
 
     Crops are made where `do_pan_and_scan` beside the image says so and the image is long enough
-    (Gemma3ImageProcessorPil.pan_and_scan).
+    (Gemma3ImageProcessorPil.pan_and_scan): sides are to each other as
+    `pan_and_scan_min_ratio_to_activate` or more, crops would be at least
+    `pan_and_scan_min_crop_size` pixels wide and high. There are at most
+    `pan_and_scan_max_num_crops`.
 
     Raises:
-      MessageError: another option, or one that is neither true nor false.
+      MessageError: another option, or one with a value that it cannot have.
     """
     unknown = [name for name in options if name not in PROMPTS.image_options]
     if unknown:
@@ -38,11 +41,11 @@ def process_image(
             f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan adds "
             "crops of long ones."
         )
+    _check_crops(options)
     settings = _IMAGE_SETTINGS | dict(options)
-    if not isinstance(settings["do_pan_and_scan"], bool):
-        raise MessageError(
-            f"do_pan_and_scan must be true or false, got {settings['do_pan_and_scan']!r}."
-        )
+    # Processors in transformers refuse an int here.
+    ratio = "pan_and_scan_min_ratio_to_activate"
+    settings[ratio] = float(settings[ratio])
     features = image_processor(images=[image], return_tensors="np", **settings)
     pixel_values = np.asarray(features["pixel_values"], np.float32)
     images, _, height, width = pixel_values.shape
@@ -58,6 +61,21 @@ def process_image(
         np.tile(np.asarray([1, height // size, width // size], np.int64), (images, 1)),
         np.full(images, config.mm_tokens_per_image, np.int64),
     )
+
+
+def _check_crops(options: Mapping[str, Any]) -> None:
+    wanted = options.get("do_pan_and_scan", False)
+    if not isinstance(wanted, bool):
+        raise MessageError(f"do_pan_and_scan must be true or false, got {wanted!r}.")
+    for name in _CROPS.keys() & options.keys():
+        value = options[name]
+        if "do_pan_and_scan" not in options:
+            raise MessageError(f"{name} does nothing without do_pan_and_scan beside the image.")
+        if name == "pan_and_scan_min_ratio_to_activate":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+                raise MessageError(f"{name} is long side over short side, at least 1; got {value}.")
+        else:
+            whole_number(name, value, least=1, error=MessageError)
 
 
 def expand(text: str, images: Sequence[int], tokenizer: Any, config: PretrainedConfig) -> str:
@@ -110,7 +128,7 @@ PROMPTS = PromptRules(
     process_image=process_image,
     expand=expand,
     image_processor=Gemma3ImageProcessorPil,
-    image_options=("do_pan_and_scan",),
+    image_options=("do_pan_and_scan", *_CROPS),
     how_to_shorten=(
         "Pass fewer images, none with do_pan_and_scan (crops are images too), or ask for fewer "
         "tokens."
