@@ -142,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)
-    print(f"written to {write_result('profiling', result, arguments.output)}")
+    print(f"written to {write_result('profiling_' + arguments.size, result, arguments.output)}")
 
 
 if __name__ == "__main__":
