@@ -47,6 +47,11 @@ def module(config):
     return FAMILIES[config.model_type].build(config, jnp.float32)
 
 
+@pytest.fixture(scope="module")
+def programs(module):
+    return Programs(module)
+
+
 def conversation(scene, question):
     images = [
         {"type": "image", "image": Image.fromarray(picture.pixels)} for picture in scene.pictures
@@ -131,7 +136,9 @@ def test_patches_are_those_of_the_image_processor(encoder):
 
 
 @pytest.mark.parametrize("category", [HeadCategory.DENSE, HeadCategory.SINK, None])
-def test_training_computes_what_inference_computes(module, config, encoder, tokenizer, category):
+def test_training_computes_what_inference_computes(
+    module, programs, config, encoder, tokenizer, category
+):
     """A question of a batch has the hidden state that its prompt has alone, whatever heads see."""
     random = np.random.default_rng(2)
     scene = draw_scene(random, 4, test=False)
@@ -156,7 +163,7 @@ def test_training_computes_what_inference_computes(module, config, encoder, toke
         )
         family = FAMILIES["qwen2_5_vl"]
         inputs = prepare_inputs(family, config, np.float32, prompt, profile, "xla", 0)
-        alone = Scoring(Programs(module), inputs, "xla").run()[-1]
+        alone = Scoring(programs, inputs, "xla").run()[-1]
         np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -168,10 +175,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     monkeypatch.setattr(training, "IMAGES_PER_BATCH", 4)
     monkeypatch.setattr(training, "TOWER_IMAGES_PER_BATCH", 4)
     settings = training.Settings(tower_steps=3, steps=3, warmup_steps=1)
+    # One stage for all runs, as it was at first in each: its step takes long to compile.
+    stage = kind(module, settings, encoder)
+    monkeypatch.setattr(stage, "evaluate", lambda: {})
+    first = jax.tree.map(np.array, stage.state)
 
     def run(folder, **options):
-        stage = kind(module, settings, encoder)
-        monkeypatch.setattr(stage, "evaluate", lambda: {})
+        stage.state = jax.tree.map(jnp.array, first)
         training.run_stage(stage, folder, log_every=1, save_every=1, **options)
         return stage.state.parameters
 
