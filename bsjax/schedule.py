@@ -363,8 +363,8 @@ class _Rows:
         Sink rows are the exception: images have few of them, and they share most of their keys.
 
         With a window, what rows far apart see has nothing in common. In packed order a tile of sink
-        rows would reach over the whole prompt and visit all of it, alone, longer than all others
-        together take on a GPU: tiles end where a span of `TILE_WINDOWS` does.
+        rows would reach over the whole prompt, and visit all of it when the other tiles are long
+        done: tiles end where a span of `TILE_WINDOWS` does.
         """
         if not self.tokens:
             return np.zeros(0, np.int64)

@@ -15,6 +15,11 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "--image", action="append", default=[], metavar="IMAGE", help="one more, after those"
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    add_image_settings(parser)
+
+
+def add_image_settings(parser: Any) -> None:
+    """How images are read; `parser` is a parser or a group of its arguments."""
     parser.add_argument(
         "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
     )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bsjax.cli.arguments import add_image_settings
 from bsjax.errors import ProfileError
 
 if TYPE_CHECKING:
@@ -102,12 +103,7 @@ def _add_run(commands: Any) -> None:
         metavar="LEAST-MOST",
         help="of a folder of images; default: 2-12",
     )
-    samples.add_argument(
-        "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
-    )
-    samples.add_argument(
-        "--pan-and-scan", action="store_true", help="add crops of long images (Gemma 3)"
-    )
+    add_image_settings(samples)
     samples.add_argument(
         "--held-out",
         type=float,

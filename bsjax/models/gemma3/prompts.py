@@ -67,7 +67,7 @@ def _check_crops(options: Mapping[str, Any]) -> None:
     wanted = options.get("do_pan_and_scan", False)
     if not isinstance(wanted, bool):
         raise MessageError(f"do_pan_and_scan must be true or false, got {wanted!r}.")
-    for name in _CROPS.keys() & options.keys():
+    for name in [name for name in _CROPS if name in options]:
         value = options[name]
         if "do_pan_and_scan" not in options:
             raise MessageError(f"{name} does nothing without do_pan_and_scan beside the image.")
