@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsjax.categories import TokenInfo, visible
-from bsjax.schedule import PADDING_POSITION
-from bsjax.template import Template
+from bsjax.masks.categories import TokenInfo, visible
+from bsjax.masks.schedule import PADDING_POSITION
+from bsjax.masks.template import Template
 
 #: How far a row of one head may be from the float32 one, ||out - wanted|| / ||wanted||, in units of
 #: the dtype's epsilon. In half precision the output and the weights that multiply the values are

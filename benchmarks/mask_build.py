@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.measure import RESULTS, write_result
 from bsjax import BlockMask, HeadCategory, Image, Template, Text
-from bsjax.schedule import build_schedule, category_tables
+from bsjax.masks.schedule import build_schedule, category_tables
 
 LAYERS, HEADS = 28, 28
 WORKLOADS = (  # images, tokens per image, text tokens per image

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.device_timing import Sampler, torch_sampler
 from benchmarks.workloads import HeadMask, Workload
-from bsjax.categories import HeadCategory, KeyGroup
+from bsjax.masks.categories import HeadCategory, KeyGroup
 
 if TYPE_CHECKING:
     from benchmarks.variants import Arrays

@@ -34,9 +34,9 @@ from benchmarks.random_models import SIZES, loaded_model, model_config, random_m
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
 from bsjax.inputs import prepare_inputs
+from bsjax.masks.schedule import visible_pairs
 from bsjax.prompts import prepare_prompt
 from bsjax.results import LayerFlops
-from bsjax.schedule import visible_pairs
 
 PARTS = ("host", "vision", "prefill", "total")
 DENSE, TRANSFORMERS = "bsjax, dense", "transformers on torch"

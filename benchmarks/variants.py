@@ -20,8 +20,8 @@ from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.attention import block_sizes, ragged_attention, resolve_backend
-from bsjax.categories import TokenInfo
-from bsjax.schedule import build_schedule, category_tables
+from bsjax.masks.categories import TokenInfo
+from bsjax.masks.schedule import build_schedule, category_tables
 
 BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
 CUDNN, JAX_XLA, TOKAMAX, SDPA = "cuDNN", "jax.nn, XLA", "tokamax", "torch SDPA"

@@ -11,9 +11,9 @@ from functools import cached_property
 
 import numpy as np
 
-from bsjax.categories import HeadCategory
-from bsjax.schedule import visible_pairs
-from bsjax.template import Image, Template, Text
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import visible_pairs
+from bsjax.masks.template import Image, Template, Text
 
 #: Text tokens before each image, by the image's tokens: what chat templates put there.
 TEXT_TOKENS = {256: 10}

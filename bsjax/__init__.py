@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bsjax.attention import sparse_attention
-    from bsjax.block_mask import BlockMask
-    from bsjax.categories import HeadCategory, KeyGroup
     from bsjax.checkpoint import LoadedModel, load
     from bsjax.errors import (
         BackendError,
@@ -25,11 +23,13 @@ if TYPE_CHECKING:
         TemplateError,
     )
     from bsjax.generation import forward, generate, stream
+    from bsjax.masks.block_mask import BlockMask
+    from bsjax.masks.categories import HeadCategory, KeyGroup
+    from bsjax.masks.template import Image, Sinks, Template, Text
     from bsjax.profile_file import Profile
     from bsjax.profiling import profile
     from bsjax.results import Result, Stats
     from bsjax.samples import Samples, read_samples
-    from bsjax.template import Image, Sinks, Template, Text
 
 __version__ = "0.1.0"
 
@@ -67,8 +67,8 @@ __all__ = [
 
 _HOMES = {
     "bsjax.attention": ("sparse_attention",),
-    "bsjax.block_mask": ("BlockMask",),
-    "bsjax.categories": ("HeadCategory", "KeyGroup"),
+    "bsjax.masks.block_mask": ("BlockMask",),
+    "bsjax.masks.categories": ("HeadCategory", "KeyGroup"),
     "bsjax.checkpoint": ("LoadedModel", "load"),
     "bsjax.errors": (
         "BackendError",
@@ -87,7 +87,7 @@ _HOMES = {
     "bsjax.profiling": ("profile",),
     "bsjax.results": ("Result", "Stats"),
     "bsjax.samples": ("Samples", "read_samples"),
-    "bsjax.template": ("Image", "Sinks", "Template", "Text"),
+    "bsjax.masks.template": ("Image", "Sinks", "Template", "Text"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

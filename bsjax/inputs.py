@@ -10,15 +10,15 @@ from jaxtyping import Float32, Int32
 from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
-from bsjax.categories import HeadCategory
 from bsjax.errors import CapacityError
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
+from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt
 from bsjax.results import LayerFlops
-from bsjax.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
 from bsjax.steps import PADDING_ROW
-from bsjax.template import Sinks, Template
 
 _SMALLEST_TOKENS = 64
 GROUP_PATCHES = 65536

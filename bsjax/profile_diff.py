@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory
 from bsjax.profile_file import Profile
 
 

@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Int8
 
 from bsjax import profile_format
-from bsjax.categories import HeadCategory, KeyGroup
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
+from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.masks.template import Sinks
 from bsjax.results import LayerFlops
-from bsjax.template import Sinks
 
 MEASURED_CRITERIA = ("output_error", "mass")
 """How the profiler chooses categories from data."""

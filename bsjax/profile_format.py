@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.template import Sinks
 from bsjax.results import LayerFlops
-from bsjax.template import Sinks
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1

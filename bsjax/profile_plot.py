@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from bsjax.categories import HeadCategory, KeyGroup
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.profile_file import Profile
 from bsjax.profile_format import LETTERS
 

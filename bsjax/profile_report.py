@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
 from bsjax.profile_diff import Difference
 from bsjax.profile_file import Profile
 from bsjax.profile_format import LETTERS

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from bsjax.masks.schedule import Schedule
 from bsjax.sampling import Sampling, sample
-from bsjax.schedule import Schedule
 
 DECODE_CHUNK = 64
 """Tokens that one call of `decode` generates at most."""

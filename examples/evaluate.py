@@ -39,7 +39,7 @@ from jaxtyping import Bool, Int8, Int32
 
 import bsjax
 from bsjax.attention import resolve_backend
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
 from bsjax.profiling import Evaluator, Measurements, measure, refine
 from bsjax.profiling.state import NO_STATE, State, settings_of
 

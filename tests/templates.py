@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Sinks, Template, Text
-from bsjax.categories import KeyGroup, TokenInfo, visible
+from bsjax.masks.categories import KeyGroup, TokenInfo, visible
 
 segments = st.lists(
     st.one_of(st.integers(0, 9).map(Text), st.integers(1, 24).map(Image)), max_size=9

@@ -35,8 +35,8 @@ from benchmarks.workloads import (
 )
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.attention import ragged_attention
-from bsjax.categories import TokenInfo
-from bsjax.schedule import build_schedule, category_tables
+from bsjax.masks.categories import TokenInfo
+from bsjax.masks.schedule import build_schedule, category_tables
 from tests.gpu_compiler import require_gpu_compiler
 from tests.templates import visible_matrix
 from tools import gpu_cases, gpu_check, tune

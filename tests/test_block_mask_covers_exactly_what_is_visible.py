@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
-from bsjax.categories import KeyGroup, TokenInfo, visible
-from bsjax.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
+from bsjax.masks.categories import KeyGroup, TokenInfo, visible
+from bsjax.masks.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
 from tests.templates import base_visibility, categories, templates, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
@@ -152,7 +152,7 @@ def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
     # Own images over the tile's span and the window before it; a few blocks are cut.
     most = (4 * 1024 + 1024 + 256) // 64 + 8
     assert schedule.tiles[:, :, 3:].sum(axis=2).max() <= most
-    with mock.patch("bsjax.schedule.TILE_WINDOWS", 10**6):
+    with mock.patch("bsjax.masks.schedule.TILE_WINDOWS", 10**6):
         whole = build_schedule(template, tables, **blocks)
     assert (whole.tiles[:, :, 3:].sum(axis=2).max(axis=1)[[0, 2, 3]] > 5 * most).all()
     for table in range(len(tables)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
-from bsjax.categories import BaseVisibility
+from bsjax.masks.categories import BaseVisibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
 from bsjax.profiling.inputs import Shape
 from bsjax.profiling.knapsack import path, taken

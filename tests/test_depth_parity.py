@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import build_schedule
+from bsjax.masks.template import Template
 from bsjax.models import FAMILIES
-from bsjax.schedule import build_schedule
-from bsjax.template import Template
 from tests.small_models import IMAGE, Shape, random_prompt, small_config
 
 ROWS = 512

@@ -7,7 +7,7 @@ from flax import nnx
 
 import bsjax
 import convert.__main__
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
 from bsjax.profile_file import Profile
 from bsjax.profiling import Measurements

@@ -13,10 +13,10 @@ from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
 from bsjax.cli.mask import _template
 from bsjax.inputs import prepare_inputs
+from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.models.gemma3.text import _rows_of_ring
 from bsjax.programs import programs_of
 from bsjax.prompts import prepare_prompt
-from bsjax.schedule import PADDING_POSITION, visible_pairs
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 from tests.small_models import reference_inputs

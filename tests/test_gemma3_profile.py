@@ -7,8 +7,8 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, Sinks
-from bsjax.categories import visible
 from bsjax.inputs import prepare_inputs
+from bsjax.masks.categories import visible
 from bsjax.pipeline import Embedding
 from bsjax.profile_report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from bsjax.attention import ragged_attention
 from bsjax.attention.reference import reference_attention
-from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory
 from bsjax.errors import MaskError
+from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory
+from bsjax.masks.schedule import build_schedule, without_text_queries
+from bsjax.masks.template import Image, Sinks, Template, Text
 from bsjax.profiling.groups import (
     GROUPS,
     SPARSE_CATEGORIES,
@@ -21,8 +23,6 @@ from bsjax.profiling.groups import (
     group_schedule,
     head_statistics,
 )
-from bsjax.schedule import build_schedule, without_text_queries
-from bsjax.template import Image, Sinks, Template, Text
 from tests import templates
 
 ROWS = 224

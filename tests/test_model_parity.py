@@ -14,11 +14,11 @@ import pytest
 import torch
 from flax import nnx
 
-from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, visible
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, visible
+from bsjax.masks.schedule import bucket, build_schedule
+from bsjax.masks.template import Sinks, Template
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import patch_order
-from bsjax.schedule import bucket, build_schedule
-from bsjax.template import Sinks, Template
 from tests.small_models import (
     IMAGE,
     VOCABULARY,

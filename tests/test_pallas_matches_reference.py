@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsjax import BackendError, HeadCategory, Image, Sinks, Template, Text
-from bsjax.categories import TokenInfo, visible
+from bsjax.masks.categories import TokenInfo, visible
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables, segment_schedule
 from bsjax.pallas.configurations import default_blocks
 from bsjax.pallas.prefill import prefill_attention
-from bsjax.schedule import Schedule, build_schedule, category_tables, segment_schedule
 from tests.templates import categories, templates
 
 RAGGED = Template.from_segments(

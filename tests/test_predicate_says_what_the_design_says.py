@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 
 from bsjax import HeadCategory, Image, Template, Text
-from bsjax.categories import KeyGroup
+from bsjax.masks.categories import KeyGroup
 from tests.templates import base_visibility, templates, visible_matrix
 
 

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 import bsjax
-from bsjax.categories import HeadCategory, KeyGroup
 from bsjax.cli import main
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.masks.template import Sinks
 from bsjax.profile_diff import compare
 from bsjax.profile_file import Profile
 from bsjax.profile_plot import plot_profile
-from bsjax.template import Sinks
 
 LAYERS, HEADS = 3, 10
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import profiles
 from bsjax import profile_file
-from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.template import Sinks
 from bsjax.profile_file import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
 from bsjax.results import LayerFlops
-from bsjax.template import Sinks
 
 LAYERS, HEADS = 3, 4
 

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from bsjax import Image, Sinks, Template, Text
 from bsjax.attention.reference import reference_attention
-from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility
+from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility
 from bsjax.profiling.inputs import category_schedule
 from bsjax.profiling.offsets import by_offset, discover, other_image_mass, pairs_by_offset
 from tests.templates import templates, visible_matrix

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from bsjax.categories import HeadCategory
 from bsjax.inputs import prepare_inputs
+from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
 from bsjax.pipeline import Scoring
 from bsjax.profile_file import Profile

@@ -28,10 +28,10 @@ import itertools
 import sys
 from typing import Any, NamedTuple
 
-from bsjax.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.masks.schedule import build_schedule, visible_pairs
+from bsjax.masks.template import Image, Template, Text
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
-from bsjax.schedule import build_schedule, visible_pairs
-from bsjax.template import Image, Template, Text
 from tools.compiled_kernels import compile_prefill
 from tools.configuration_table import write_table
 from tools.gpu_targets import TARGETS as GPUS

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from bsjax.masks.schedule import Schedule
 from bsjax.pallas.configurations import (
     KernelConfiguration,
     compiling_for,
@@ -12,7 +13,6 @@ from bsjax.pallas.configurations import (
 )
 from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
-from bsjax.schedule import Schedule
 from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
 

@@ -26,9 +26,9 @@ from benchmarks.dense_rows import (
     tolerance,
 )
 from bsjax.attention import block_sizes, decode_attention, ragged_attention
-from bsjax.categories import HeadCategory, TokenInfo
-from bsjax.schedule import Schedule, build_schedule, category_tables, segment_schedule
-from bsjax.template import Image, Sinks, Template, Text
+from bsjax.masks.categories import HeadCategory, TokenInfo
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables, segment_schedule
+from bsjax.masks.template import Image, Sinks, Template, Text
 
 _CATEGORIES = tuple(HeadCategory)
 #: Rows compared of prompts that have more.

@@ -30,9 +30,9 @@ from benchmarks.device_timing import jax_sampler, repeated, repeats_for
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import Arrays, random_arrays, wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload
+from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.pallas.configurations import KernelConfiguration, table_width, target_in_use
 from bsjax.pallas.prefill import prefill_attention
-from bsjax.schedule import build_schedule, category_tables
 from tools.configuration_table import TABLE, write_table
 
 KINDS = {"dense": "DENSE", "sparse": "INTRA_IMAGE_SINK"}

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import attention_gradients, xla_attention
 from bsjax.errors import BackendError, MaskError
+from bsjax.masks.schedule import Schedule
 from bsjax.pallas import configurations
 from bsjax.pallas.prefill import prefill_attention
-from bsjax.schedule import Schedule
 
 BACKENDS = ("auto", "pallas", "xla", "reference")
 

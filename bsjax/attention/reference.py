@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.categories import TokenInfo, visible
-from bsjax.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.categories import TokenInfo, visible
+from bsjax.masks.schedule import PADDING_POSITION, Schedule
 
 
 def reference_attention(

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from bsjax.attention.dispatch import check_shapes, ragged_attention, resolve_backend
-from bsjax.block_mask import BlockMask
+from bsjax.masks.block_mask import BlockMask
 
 
 def sparse_attention(

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bsjax.categories import TokenInfo, visible
-from bsjax.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.categories import TokenInfo, visible
+from bsjax.masks.schedule import PADDING_POSITION, Schedule
 
 _EXACT = lax.Precision.HIGHEST
 

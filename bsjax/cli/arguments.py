@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 

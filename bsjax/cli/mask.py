@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.categories import BaseVisibility, HeadCategory
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
 from bsjax.errors import TemplateError
+from bsjax.masks.categories import BaseVisibility, HeadCategory
 
 if TYPE_CHECKING:
-    from bsjax.template import Template
+    from bsjax.masks.template import Template
 
 
 def add_to(commands: Any) -> None:
@@ -58,7 +58,7 @@ def add_to(commands: Any) -> None:
 
 
 def _mask(options: argparse.Namespace) -> None:
-    from bsjax.block_mask import BlockMask
+    from bsjax.masks.block_mask import BlockMask
 
     template, visibility = _template(options)
     mask = BlockMask(template, [options.category], **visibility._asdict())
@@ -74,7 +74,7 @@ def _mask(options: argparse.Namespace) -> None:
 
 def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
     """The prompt's template, and what a layer lets its queries see."""
-    from bsjax.template import Template
+    from bsjax.masks.template import Template
 
     if options.segments is not None:
         if options.checkpoint is not None:
@@ -122,7 +122,7 @@ def _visibility(family: Any, config: Any, layer: int | None) -> BaseVisibility:
 
 
 def _segments(text: str) -> list[Any]:
-    from bsjax.template import Image, Text
+    from bsjax.masks.template import Image, Text
 
     kinds = {"text": Text, "image": Image}
     segments = []

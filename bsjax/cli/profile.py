@@ -10,8 +10,8 @@ from bsjax.cli.arguments import add_image_settings
 from bsjax.errors import ProfileError
 
 if TYPE_CHECKING:
+    from bsjax.masks.template import Sinks
     from bsjax.profile_file import Profile
-    from bsjax.template import Sinks
 
 _COMMANDS = ("run", "show", "diff")
 
@@ -299,7 +299,7 @@ def _read(name: str) -> "Profile":
 def _sinks(options: argparse.Namespace) -> "Sinks | None":
     if options.sinks_first is None and not options.sink_offset:
         return None
-    from bsjax.template import Sinks
+    from bsjax.masks.template import Sinks
 
     first = 1 if options.sinks_first is None else options.sinks_first
     return Sinks(first, tuple(options.sink_offset or ()))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention import decode_attention, ragged_attention
+from bsjax.masks.schedule import Schedule
 from bsjax.models.layers import LayerAttend
-from bsjax.schedule import Schedule
 
 
 class Cache(NamedTuple):

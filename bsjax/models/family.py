@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float32, Int
 from transformers import PretrainedConfig
 
-from bsjax.categories import BaseVisibility
+from bsjax.masks.categories import BaseVisibility
 from bsjax.models.parameters import ParameterRule
 
 

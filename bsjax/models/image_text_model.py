@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bsjax.masks.schedule import Schedule
 from bsjax.models.layers import LayerAttend
-from bsjax.schedule import Schedule
 
 
 class ImageTextModel(nnx.Module):

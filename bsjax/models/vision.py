@@ -7,9 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bsjax.attention import ragged_attention
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import Schedule
 from bsjax.models.layers import Attend, activation
-from bsjax.schedule import Schedule
 
 
 class VisionMLP(nnx.Module):

@@ -34,13 +34,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from bsjax.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.errors import BackendError
+from bsjax.masks.categories import KeyVisibility, TokenInfo, key_visibility, sees
+from bsjax.masks.schedule import Schedule
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import LOG2_E, scaled_exp2
 from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
-from bsjax.schedule import Schedule
 
 
 def prefill_attention(

@@ -12,6 +12,7 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
+from bsjax.masks.template import Sinks
 from bsjax.profile_file import Profile, installed_versions
 from bsjax.profiling import refinement as second_stage
 from bsjax.profiling import selection
@@ -25,7 +26,6 @@ from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State, settings_of
 from bsjax.results import LayerFlops
 from bsjax.samples import Samples
-from bsjax.template import Sinks
 
 
 def profile(

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Float64, Int8, Int64
 
 from bsjax.attention import resolve_backend
-from bsjax.categories import HeadCategory
 from bsjax.checkpoint import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.generation import generate
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.template import Sinks, Template
 from bsjax.pipeline import Embedding, Stage, check_memory
 from bsjax.profiling import selection, steps
 from bsjax.profiling.inputs import (
@@ -37,7 +38,6 @@ from bsjax.profiling.samples import Messages, OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.programs import bytes_available, programs_of
 from bsjax.samples import Samples
-from bsjax.template import Sinks, Template
 
 
 class Comparison(NamedTuple):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from bsjax.attention import ragged_attention
-from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory, KeyGroup
-from bsjax.schedule import Schedule, build_schedule, without_text_queries
-from bsjax.template import Template
+from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory, KeyGroup
+from bsjax.masks.schedule import Schedule, build_schedule, without_text_queries
+from bsjax.masks.template import Template
 
 GROUPS = tuple(KeyGroup)
 """The key groups in the order of every array that has an axis of them."""

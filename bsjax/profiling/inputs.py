@@ -9,14 +9,14 @@ from jaxtyping import Int, Int64
 from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
-from bsjax.categories import BaseVisibility, HeadCategory
 from bsjax.checkpoint import LoadedModel
 from bsjax.inputs import ModelInputs, prepare_inputs
+from bsjax.masks.categories import BaseVisibility, HeadCategory
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
+from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profile_file import Profile
 from bsjax.prompts import Prompt, prepare_prompt
-from bsjax.schedule import Schedule, build_schedule, category_tables, visible_pairs
-from bsjax.template import Sinks, Template
 
 BuildSchedule = Callable[..., Schedule]
 """`build(template, visibility, *, block_q, block_kv, tokens)`, for one kind of layer."""

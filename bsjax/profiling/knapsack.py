@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int8, Int64
 
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
 from bsjax.profiling.groups import SPARSE_CATEGORIES
 
 

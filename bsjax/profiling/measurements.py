@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Int8, Int64
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint import LoadedModel
 from bsjax.errors import ProfileError
+from bsjax.masks.template import Sinks
 from bsjax.pipeline import Embedding, Stage, check_memory
 from bsjax.profiling import selection, steps
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES, group_schedule
@@ -32,7 +33,6 @@ from bsjax.profiling.samples import (
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.programs import bytes_available, programs_of
 from bsjax.samples import Samples
-from bsjax.template import Sinks
 
 
 @dataclass(frozen=True, eq=False)

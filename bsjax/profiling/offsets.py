@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
-from bsjax.categories import ALL_KEY_GROUPS, BaseVisibility, TokenInfo, visible
-from bsjax.schedule import PADDING_POSITION, Schedule
-from bsjax.template import Sinks, Template
+from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, TokenInfo, visible
+from bsjax.masks.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.template import Sinks, Template
 
 SINK_FACTOR = 4.0
 """An offset is a sink when it draws this many times the average of offsets beyond the first."""

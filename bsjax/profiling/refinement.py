@@ -28,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int8
 
-from bsjax.categories import HeadCategory
 from bsjax.checkpoint import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory
 from bsjax.profiling import selection
 from bsjax.profiling.evaluation import Comparison, Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES

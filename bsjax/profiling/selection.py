@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int8, Int64
 
-from bsjax.categories import HeadCategory
 from bsjax.errors import ProfileError
+from bsjax.masks.categories import HeadCategory
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
 
 CRITERIA = ("output_error", "mass")

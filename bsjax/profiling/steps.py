@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.attention import ragged_attention
-from bsjax.categories import HeadCategory
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import Schedule
 from bsjax.models.layers import LayerAttend
 from bsjax.profiling.groups import HeadStatistics, dense_output, group_partials, head_statistics
 from bsjax.profiling.offsets import other_image_mass
-from bsjax.schedule import Schedule
 
 
 def measure_heads(

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .batches import QUESTION_ROWS, Batch

@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Int64
 
-from bsjax.categories import HeadCategory
 from bsjax.checkpoint import LoadedModel
-from bsjax.schedule import visible_pairs
-from bsjax.template import Sinks, Template
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import visible_pairs
+from bsjax.masks.template import Sinks, Template
 
 from .batches import QUESTION_ROWS, Batch, Encoder
 from .forward import hidden_states, image_features, logits_at

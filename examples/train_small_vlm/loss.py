@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.categories import ALL_KEY_GROUPS
+from bsjax.masks.categories import ALL_KEY_GROUPS
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .batches import QUESTION_ROWS, Batch

@@ -16,8 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.categories import BaseVisibility
 from bsjax.errors import CheckpointError
+from bsjax.masks.categories import BaseVisibility
+from bsjax.masks.schedule import PADDING_POSITION, Schedule
 from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
 from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
 from bsjax.models.layers import (
@@ -31,7 +32,6 @@ from bsjax.models.layers import (
     scan_layers_of_kinds,
     stack_layers,
 )
-from bsjax.schedule import PADDING_POSITION, Schedule
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 """What configs call the kinds of layers, in the order of `visibilities`: local, global."""

@@ -14,8 +14,8 @@ from jaxtyping import Float32, Int
 from transformers import PretrainedConfig
 
 from bsjax.errors import CheckpointError, TemplateError
+from bsjax.masks.schedule import Schedule, segment_schedule
 from bsjax.models.image_rows import check_patch_rows
-from bsjax.schedule import Schedule, segment_schedule
 
 
 @jax.tree_util.register_dataclass

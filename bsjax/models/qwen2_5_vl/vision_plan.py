@@ -4,13 +4,13 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PretrainedConfig
 
+from bsjax.masks.schedule import segment_schedule
 from bsjax.models.qwen2_vl.vision_plan import (
     VisionPlan,
     checked_grids,
     frame_lengths,
     patch_positions,
 )
-from bsjax.schedule import segment_schedule
 
 _SMALLEST_BLOCK = 16
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.errors import CheckpointError
+from bsjax.masks.schedule import Schedule
 from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
 from bsjax.models.config_checks import check_attention_heads
 from bsjax.models.layers import (
@@ -25,7 +26,6 @@ from bsjax.models.layers import (
     scan_layers,
     stack_layers,
 )
-from bsjax.schedule import Schedule
 
 
 def head_dim(config: PretrainedConfig) -> int:

@@ -10,7 +10,7 @@
     T  # # # # # # #                  b  # #   |     # #
 
 In packed order the keys of an image query are a text prefix and its own image: two ranges, cut into
-blocks. See `bsjax.schedule` for the format and `bsjax.categories` for who sees whom.
+blocks. See `bsjax.masks.schedule` for the format and `bsjax.masks.categories` for who sees whom.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from bsjax.categories import HeadCategory, TokenInfo, visible
 from bsjax.errors import MaskError
-from bsjax.schedule import Schedule, build_schedule, category_tables, visible_pairs
-from bsjax.template import Template
+from bsjax.masks.categories import HeadCategory, TokenInfo, visible
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
+from bsjax.masks.template import Template
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ class BlockMask:
       window: how many positions back a query sees, itself included; None for all.
 
     Attributes:
-      schedule: tiles and ranges, see `bsjax.schedule.Schedule`.
+      schedule: tiles and ranges, see `bsjax.masks.schedule.Schedule`.
       head_category: int32 [q_heads].
       order: int32 [tokens], the prompt index of each row of the schedule.
       row: int32 [tokens], the schedule's row of each prompt token.
@@ -210,7 +210,7 @@ class BlockMask:
           MaskError: there is no such head, matplotlib is not installed, or the file cannot be
             written.
         """
-        from bsjax.mask_plot import plot_mask
+        from bsjax.masks.picture import plot_mask
 
         return plot_mask(self, path, head)
 

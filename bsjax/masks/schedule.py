@@ -28,10 +28,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from bsjax.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup, TokenInfo
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
-from bsjax.template import Template
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup, TokenInfo
+from bsjax.masks.template import Template
 
 PADDING_POSITION = np.iinfo(np.int32).max
 TILE_WINDOWS = 4

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from bsjax.categories import HeadCategory, TokenInfo, visible
 from bsjax.errors import MaskError
-from bsjax.template import Template
+from bsjax.masks.categories import HeadCategory, TokenInfo, visible
+from bsjax.masks.template import Template
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from bsjax.block_mask import BlockMask
+    from bsjax.masks.block_mask import BlockMask
 
 _PIXELS = 720
 _COLORS = {

@@ -16,9 +16,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int
 
-from bsjax.categories import TokenInfo
 from bsjax.checks import whole_number
 from bsjax.errors import TemplateError
+from bsjax.masks.categories import TokenInfo
 
 # Far beyond any model, and far below what a position in 32 bits holds.
 _MOST_TOKENS = 100_000_000

@@ -1,0 +1,8 @@
+"""Which keys a query sees, and in which blocks a kernel visits them.
+
+template     what a prompt looks like, token by token, and packed order
+categories   the predicate, and the head categories it knows
+schedule     tiles of query rows and the key ranges that each of them visits
+block_mask   `BlockMask`, the public face of a schedule
+picture      a mask drawn in prompt order and in packed order
+"""
