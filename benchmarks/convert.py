@@ -55,9 +55,9 @@ import convert.conversion
 _LOAD = """
 import sys
 sys.modules["torch"] = None
-import jax, bsjax.checkpoint
+import jax, bsjax.checkpoint.loading
 from flax import nnx
-jax.block_until_ready(nnx.state(bsjax.checkpoint.load(sys.argv[1], "bfloat16").module))
+jax.block_until_ready(nnx.state(bsjax.checkpoint.loading.load(sys.argv[1], "bfloat16").module))
 """
 
 

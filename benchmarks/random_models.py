@@ -19,7 +19,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from bsjax.checkpoint import LoadedModel, read_prompt_files
+from bsjax.checkpoint.loading import LoadedModel, read_prompt_files
 from bsjax.models import FAMILIES
 from tools.published_models import PUBLISHED_MODELS
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bsjax.attention import sparse_attention
-    from bsjax.checkpoint import LoadedModel, load
+    from bsjax.checkpoint.loading import LoadedModel, load
     from bsjax.errors import (
         BackendError,
         BsjaxError,
@@ -69,7 +69,7 @@ _HOMES = {
     "bsjax.attention": ("sparse_attention",),
     "bsjax.masks.block_mask": ("BlockMask",),
     "bsjax.masks.categories": ("HeadCategory", "KeyGroup"),
-    "bsjax.checkpoint": ("LoadedModel", "load"),
+    "bsjax.checkpoint.loading": ("LoadedModel", "load"),
     "bsjax.errors": (
         "BackendError",
         "BsjaxError",

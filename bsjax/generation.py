@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int32
 
 from bsjax import steps
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import GenerationError, MessageError
 from bsjax.inputs import ModelInputs, prepare_inputs

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes: for this machine's device, or another's

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.checkpoint import (
+from bsjax.checkpoint.loading import (
     FORMAT_VERSION,
     MANIFEST,
     PARAMETERS,

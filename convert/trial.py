@@ -12,7 +12,7 @@ import jax
 import PIL.Image
 from flax import nnx
 
-from bsjax.checkpoint import read_generation_config, read_prompt_files
+from bsjax.checkpoint.loading import read_generation_config, read_prompt_files
 from bsjax.errors import BsjaxError, CheckpointError
 from bsjax.prompts import prepare_prompt
 

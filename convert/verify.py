@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from bsjax.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from bsjax.checkpoint import LoadedModel
+    from bsjax.checkpoint.loading import LoadedModel
 
 #: Greatest difference between the logits, as a fraction of the greatest logit: rounding of float32
 #: arithmetic where the weights are stored exactly, else of the weights to the dtype stored.
@@ -65,7 +65,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     # Imported here: the rest of the package is for reading and writing files, and starts fast.
     from PIL import Image
 
-    from bsjax.checkpoint import read_folder
+    from bsjax.checkpoint.loading import read_folder
     from bsjax.generation import forward
     from bsjax.prompts import prepare_prompt
 

@@ -28,9 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from bsjax.checkpoint import UNFINISHED
+from bsjax.checkpoint.loading import UNFINISHED
+from bsjax.checkpoint.restoring import nested
 from bsjax.errors import CheckpointError
-from bsjax.restoring import nested
 
 # What the file system needs on top of the files' lengths, generously.
 _SPARE_BYTES = 64 * 2**20

@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 
 import convert.streaming
-from bsjax.checkpoint import load
+from bsjax.checkpoint.loading import load
 from bsjax.models.parameters import TRANSFORMS, canonical_key
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import convert.conversion
-from bsjax.checkpoint import load
+from bsjax.checkpoint.loading import load
 from bsjax.errors import CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint

@@ -13,7 +13,7 @@ import torch
 import convert.source
 import convert.verify
 import convert.writing
-from bsjax.checkpoint import load
+from bsjax.checkpoint.loading import load
 from bsjax.errors import BsjaxError, CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from bsjax import HeadCategory, Profile
-from bsjax.checkpoint import abstract_module
+from bsjax.checkpoint.loading import abstract_module
 from bsjax.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side

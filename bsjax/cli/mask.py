@@ -95,7 +95,7 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
         )
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
-    from bsjax.checkpoint import read_prompt_files
+    from bsjax.checkpoint.loading import read_prompt_files
     from bsjax.prompts import prepare_prompt
 
     files = read_prompt_files(Path(options.checkpoint).expanduser())

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.template import Sinks

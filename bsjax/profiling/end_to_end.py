@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.generation import generate
 from bsjax.profile_file import Profile
 from bsjax.profiling.evaluation import Evaluator

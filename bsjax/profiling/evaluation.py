@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float64, Int8, Int64
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.generation import generate

@@ -9,7 +9,7 @@ from jaxtyping import Int, Int64
 from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.inputs import ModelInputs, prepare_inputs
 from bsjax.masks.categories import BaseVisibility, HeadCategory
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8, Int64
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
 from bsjax.masks.template import Sinks
 from bsjax.pipeline import Embedding, Stage, check_memory

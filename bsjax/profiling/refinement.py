@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int8
 
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory

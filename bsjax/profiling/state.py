@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
 from bsjax.profile_file import installed_versions
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Int64
 
-from bsjax.checkpoint import LoadedModel
+from bsjax.checkpoint.loading import LoadedModel
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import visible_pairs
 from bsjax.masks.template import Sinks, Template

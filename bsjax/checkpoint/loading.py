@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.errors import CheckpointError
 from bsjax.models import FAMILIES, Family
-from bsjax.restoring import restore_parameters
 
 #: Raised whenever a checkpoint written before could not be read any more.
 FORMAT_VERSION = 1
