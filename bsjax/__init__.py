@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bsjax.masks.block_mask import BlockMask
     from bsjax.masks.categories import HeadCategory, KeyGroup
     from bsjax.masks.template import Image, Sinks, Template, Text
-    from bsjax.profile_file import Profile
+    from bsjax.profiles.profile import Profile
     from bsjax.profiling import profile
     from bsjax.results import Result, Stats
     from bsjax.samples import Samples, read_samples
@@ -83,7 +83,7 @@ _HOMES = {
         "TemplateError",
     ),
     "bsjax.generation": ("forward", "generate", "stream"),
-    "bsjax.profile_file": ("Profile",),
+    "bsjax.profiles.profile": ("Profile",),
     "bsjax.profiling": ("profile",),
     "bsjax.results": ("Result", "Stats"),
     "bsjax.samples": ("Samples", "read_samples"),

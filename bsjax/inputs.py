@@ -15,7 +15,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
-from bsjax.profile_file import Profile
+from bsjax.profiles.profile import Profile
 from bsjax.prompts import Prompt
 from bsjax.results import LayerFlops
 from bsjax.steps import PADDING_ROW

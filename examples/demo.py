@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 import bsjax
-from bsjax.profile_plot import plot_profile
-from bsjax.profile_report import print_profile
+from bsjax.profiles.picture import plot_profile
+from bsjax.profiles.report import print_profile
 from bsjax.prompts import prepare_prompt
 
 from .arguments import whole

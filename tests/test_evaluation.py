@@ -9,7 +9,7 @@ import bsjax
 import convert.__main__
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
-from bsjax.profile_file import Profile
+from bsjax.profiles.profile import Profile
 from bsjax.profiling import Measurements
 from bsjax.profiling.state import State
 from examples.evaluate import (

@@ -10,7 +10,7 @@ from bsjax import HeadCategory, Profile, Sinks
 from bsjax.inputs import prepare_inputs
 from bsjax.masks.categories import visible
 from bsjax.pipeline import Embedding
-from bsjax.profile_report import print_profile
+from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
 from bsjax.programs import programs_of
 from bsjax.prompts import prepare_prompt

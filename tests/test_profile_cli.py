@@ -15,9 +15,9 @@ from bsjax.cli import main
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.masks.template import Sinks
-from bsjax.profile_diff import compare
-from bsjax.profile_file import Profile
-from bsjax.profile_plot import plot_profile
+from bsjax.profiles.difference import compare
+from bsjax.profiles.picture import plot_profile
+from bsjax.profiles.profile import Profile
 
 LAYERS, HEADS = 3, 10
 
@@ -142,7 +142,7 @@ def test_show_of_a_profile_without_data(capsys, tmp_path):
 
 
 def test_a_shipped_profile_is_shown_by_its_name(capsys, tmp_path, monkeypatch):
-    from bsjax import profile_file
+    from bsjax.profiles import profile as profile_file
 
     measured().save(tmp_path / "some-model.json")
     monkeypatch.setattr(profile_file.importlib.resources, "files", lambda package: tmp_path)
@@ -158,7 +158,7 @@ def test_a_shipped_profile_is_shown_by_its_name(capsys, tmp_path, monkeypatch):
 def test_pictures_show_every_head_at_any_size(tmp_path, layers, heads):
     from matplotlib.colors import to_rgb
 
-    from bsjax.profile_plot import CATEGORY_COLORS
+    from bsjax.profiles.picture import CATEGORY_COLORS
 
     profile = measured(layers, heads)
     path = tmp_path / "profile.png"

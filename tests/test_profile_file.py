@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import profiles
-from bsjax import profile_file
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
-from bsjax.profile_file import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
+from bsjax.profiles import profile as profile_file
+from bsjax.profiles.profile import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
 from bsjax.results import LayerFlops
 
 LAYERS, HEADS = 3, 4

@@ -15,7 +15,7 @@ from bsjax.inputs import prepare_inputs
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
 from bsjax.pipeline import Scoring
-from bsjax.profile_file import Profile
+from bsjax.profiles.profile import Profile
 from bsjax.programs import Programs
 from bsjax.prompts import prepare_prompt
 from examples.train_small_vlm import forward, loss, scenes, training

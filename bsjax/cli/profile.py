@@ -11,7 +11,7 @@ from bsjax.errors import ProfileError
 
 if TYPE_CHECKING:
     from bsjax.masks.template import Sinks
-    from bsjax.profile_file import Profile
+    from bsjax.profiles.profile import Profile
 
 _COMMANDS = ("run", "show", "diff")
 
@@ -260,18 +260,18 @@ def _run(options: argparse.Namespace) -> None:
         raise
     profile.save(options.output)
     if not options.quiet:
-        from bsjax.profile_report import print_summary
+        from bsjax.profiles.report import print_summary
 
         print_summary(profile)
     print(options.output)
 
 
 def _show(options: argparse.Namespace) -> None:
-    from bsjax.profile_report import print_profile
+    from bsjax.profiles.report import print_profile
 
     profile = _read(options.profile)
     if options.output is not None:
-        from bsjax.profile_plot import plot_profile
+        from bsjax.profiles.picture import plot_profile
 
         plot_profile(profile, options.output)
     print_profile(profile, options.profile)
@@ -280,8 +280,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from bsjax.profile_diff import compare
-    from bsjax.profile_report import print_difference
+    from bsjax.profiles.difference import compare
+    from bsjax.profiles.report import print_difference
 
     difference = compare(_read(options.first), _read(options.second))
     print_difference(difference, options.first, options.second)
@@ -289,7 +289,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _read(name: str) -> "Profile":
-    from bsjax.profile_file import Profile, shipped, shipped_names
+    from bsjax.profiles.profile import Profile, shipped, shipped_names
 
     if not os.path.exists(name) and name in shipped_names():
         return shipped(name)

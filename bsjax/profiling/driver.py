@@ -13,7 +13,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.template import Sinks
-from bsjax.profile_file import Profile, installed_versions
+from bsjax.profiles.profile import Profile, installed_versions
 from bsjax.profiling import refinement as second_stage
 from bsjax.profiling import selection
 from bsjax.profiling.end_to_end import check_end_to_end

@@ -4,7 +4,7 @@ import numpy as np
 
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.generation import generate
-from bsjax.profile_file import Profile
+from bsjax.profiles.profile import Profile
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.samples import OrderedSamples

@@ -22,7 +22,7 @@ import numpy as np
 
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
-from bsjax.profile_file import installed_versions
+from bsjax.profiles.profile import installed_versions
 
 _FORMAT = "bsjax profiling state 2"
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from bsjax import profile_format
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.masks.template import Sinks
+from bsjax.profiles import format as profile_format
 from bsjax.results import LayerFlops
 
 MEASURED_CRITERIA = ("output_error", "mass")

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
-from bsjax.profile_file import Profile
+from bsjax.profiles.profile import Profile
 
 
 class StatisticChange(NamedTuple):

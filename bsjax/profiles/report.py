@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bsjax.masks.categories import HeadCategory
-from bsjax.profile_diff import Difference
-from bsjax.profile_file import Profile
-from bsjax.profile_format import LETTERS
+from bsjax.profiles.difference import Difference
+from bsjax.profiles.format import LETTERS
+from bsjax.profiles.profile import Profile
 
 _STRONGEST_OFFSETS = 6
 

@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
-from bsjax.profile_file import Profile
-from bsjax.profile_format import LETTERS
+from bsjax.profiles.format import LETTERS
+from bsjax.profiles.profile import Profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
