@@ -35,7 +35,7 @@ from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
 from bsjax.inputs import prepare_inputs
 from bsjax.masks.schedule import visible_pairs
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from bsjax.results import LayerFlops
 
 PARTS = ("host", "vision", "prefill", "total")

@@ -24,7 +24,7 @@ from bsjax.inputs import ModelInputs, prepare_inputs
 from bsjax.pipeline import Generation, Scoring, check_host_memory, check_memory
 from bsjax.profiles.profile import Profile
 from bsjax.programs import bytes_available, host_bytes_available, programs_of
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from bsjax.results import IncrementalText, Result, Stats
 from bsjax.sampling import Sampling
 

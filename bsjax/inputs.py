@@ -16,7 +16,7 @@ from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tabl
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
-from bsjax.prompts import Prompt
+from bsjax.prompts.prompt import Prompt
 from bsjax.results import LayerFlops
 from bsjax.steps import PADDING_ROW
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from bsjax.checkpoint.loading import read_generation_config, read_prompt_files
 from bsjax.errors import BsjaxError, CheckpointError
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 
 _IMAGE = {"type": "image", "image": PIL.Image.new("RGB", (96, 64))}
 _QUESTION = {"type": "text", "text": "What is this?"}

@@ -67,7 +67,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
 
     from bsjax.checkpoint.loading import read_folder
     from bsjax.generation import forward
-    from bsjax.prompts import prepare_prompt
+    from bsjax.prompts.prompt import prepare_prompt
 
     require_torch()
     model = read_folder(converted, "float32")

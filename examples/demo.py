@@ -19,7 +19,7 @@ from rich.text import Text
 import bsjax
 from bsjax.profiles.picture import plot_profile
 from bsjax.profiles.report import print_profile
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 
 from .arguments import whole
 from .shipped import CHECKPOINT, PROFILE, converted

@@ -16,7 +16,7 @@ from bsjax.inputs import prepare_inputs
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.models.gemma3.text import _rows_of_ring
 from bsjax.programs import programs_of
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 from tests.small_models import reference_inputs

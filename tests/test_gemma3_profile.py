@@ -13,7 +13,7 @@ from bsjax.pipeline import Embedding
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
 from bsjax.programs import programs_of
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, Gemma3ImageProcessorPil, Gemma3Processor
 
 from bsjax.errors import MessageError
 from bsjax.models.gemma3.vision_plan import to_images
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from tests.small_models import Shape, small_config
 
 SIDE = 32

@@ -47,7 +47,7 @@ def torch_answers(tiny_source, tiny_model, photographs):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from bsjax.prompts import prepare_prompt
+    from bsjax.prompts.prompt import prepare_prompt
 
     def answer(images, new_tokens):
         prompt = prepare_prompt(

@@ -17,7 +17,7 @@ from bsjax.inputs import _group_borders, prepare_inputs
 from bsjax.models import layers
 from bsjax.pipeline import Embedding, Generation, Scoring, Stage, check_memory
 from bsjax.programs import Memory, programs_of, size_in_bytes
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from bsjax.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
 from tests.published_memory import measured

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bsjax.errors import MessageError
-from bsjax.prompts import Prompt, prepare_prompt
+from bsjax.prompts.prompt import Prompt, prepare_prompt
 
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "tiny-qwen2.5-vl"
 TOKENIZER = AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -370,7 +370,7 @@ def test_several_sources_are_taken_together(photographs, tmp_path):
 
 def test_a_prompt_can_be_made_of_every_kind(photographs, tmp_path, tiny_source):
     from bsjax.checkpoint.loading import read_prompt_files
-    from bsjax.prompts import prepare_prompt
+    from bsjax.prompts.prompt import prepare_prompt
 
     files = read_prompt_files(tiny_source)
     picture(0).save(tmp_path / "a.png")

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import bsjax
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from convert.__main__ import main as convert
 from examples import demo, evaluate
 from examples.train_small_vlm.conversations import PROFILED_IMAGES, messages

@@ -17,7 +17,7 @@ from bsjax.models import FAMILIES
 from bsjax.pipeline import Scoring
 from bsjax.profiles.profile import Profile
 from bsjax.programs import Programs
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from examples.train_small_vlm import forward, loss, scenes, training
 from examples.train_small_vlm.batches import Encoder
 from examples.train_small_vlm.export import export

@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import bsjax
-from bsjax.prompts import prepare_prompt
+from bsjax.prompts.prompt import prepare_prompt
 from convert.__main__ import main as convert
 from examples import make_tiny_checkpoint
 

@@ -30,7 +30,7 @@ from bsjax.profiling import steps as profiling_steps
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.inputs import Shape, category_schedule, kind_schedules
 from bsjax.programs import Programs, size_in_bytes
-from bsjax.prompts import Prompt
+from bsjax.prompts.prompt import Prompt
 from bsjax.sampling import Sampling
 from tools.gpu_targets import TARGETS, compile_for
 from tools.published_models import PUBLISHED_MODELS

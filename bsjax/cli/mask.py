@@ -96,7 +96,7 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
     from bsjax.checkpoint.loading import read_prompt_files
-    from bsjax.prompts import prepare_prompt
+    from bsjax.prompts.prompt import prepare_prompt
 
     files = read_prompt_files(Path(options.checkpoint).expanduser())
     prompt = prepare_prompt(

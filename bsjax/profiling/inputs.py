@@ -16,7 +16,7 @@ from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visi
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
-from bsjax.prompts import Prompt, prepare_prompt
+from bsjax.prompts.prompt import Prompt, prepare_prompt
 
 BuildSchedule = Callable[..., Schedule]
 """`build(template, visibility, *, block_q, block_kv, tokens)`, for one kind of layer."""

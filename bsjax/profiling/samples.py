@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bsjax.errors import ProfileError
-from bsjax.prompts import IMAGE_FILE_KEYS, image_file, image_sources
+from bsjax.prompts.prompt import IMAGE_FILE_KEYS, image_file, image_sources
 from bsjax.samples import Samples
 
 Messages = Sequence[Mapping[str, Any]]

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from bsjax.errors import MessageError, SampleError
-from bsjax.prompts import image_file, image_sources
+from bsjax.prompts.prompt import image_file, image_sources
 
 PLACEHOLDER = "<image>"
 
