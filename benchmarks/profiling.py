@@ -23,8 +23,6 @@ from benchmarks.measure import RESULTS, interleaved, median_ratio, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from bsjax import HeadCategory, Sinks
 from bsjax.attention import resolve_backend
-from bsjax.inputs import prepare_inputs
-from bsjax.pipeline import Embedding
 from bsjax.profiling import steps
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.inputs import (
@@ -34,8 +32,10 @@ from bsjax.profiling.inputs import (
     packed_inputs,
     prompt_of,
 )
-from bsjax.programs import programs_of
-from bsjax.steps import hidden_states
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.pipeline import Embedding
+from bsjax.runtime.programs import programs_of
+from bsjax.runtime.steps import hidden_states
 
 DENSE = "dense prefill"
 HEADS = "statistics of all heads"

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
         SampleError,
         TemplateError,
     )
-    from bsjax.generation import forward, generate, stream
     from bsjax.masks.block_mask import BlockMask
     from bsjax.masks.categories import HeadCategory, KeyGroup
     from bsjax.masks.template import Image, Sinks, Template, Text
     from bsjax.profiles.profile import Profile
     from bsjax.profiling import profile
-    from bsjax.results import Result, Stats
+    from bsjax.runtime.generation import forward, generate, stream
+    from bsjax.runtime.results import Result, Stats
     from bsjax.samples import Samples, read_samples
 
 __version__ = "0.1.0"
@@ -82,10 +82,10 @@ _HOMES = {
         "SampleError",
         "TemplateError",
     ),
-    "bsjax.generation": ("forward", "generate", "stream"),
+    "bsjax.runtime.generation": ("forward", "generate", "stream"),
     "bsjax.profiles.profile": ("Profile",),
     "bsjax.profiling": ("profile",),
-    "bsjax.results": ("Result", "Stats"),
+    "bsjax.runtime.results": ("Result", "Stats"),
     "bsjax.samples": ("Samples", "read_samples"),
     "bsjax.masks.template": ("Image", "Sinks", "Template", "Text"),
 }

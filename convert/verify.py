@@ -66,8 +66,8 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     from PIL import Image
 
     from bsjax.checkpoint.loading import read_folder
-    from bsjax.generation import forward
     from bsjax.prompts.prompt import prepare_prompt
+    from bsjax.runtime.generation import forward
 
     require_torch()
     model = read_folder(converted, "float32")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bsjax import steps
-from bsjax.inputs import cache_rows
 from bsjax.models import FAMILIES
 from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
-from bsjax.sampling import Sampling
+from bsjax.runtime import steps
+from bsjax.runtime.inputs import cache_rows
+from bsjax.runtime.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
 from tools.compiled_kernels import compile_decode
 from tools.gpu_targets import TARGETS, KernelReport, compile_for

@@ -12,11 +12,11 @@ import bsjax
 from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
 from bsjax.cli.mask import _template
-from bsjax.inputs import prepare_inputs
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.models.gemma3.text import _rows_of_ring
-from bsjax.programs import programs_of
 from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 from tests.small_models import reference_inputs

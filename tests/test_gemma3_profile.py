@@ -7,13 +7,13 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, Sinks
-from bsjax.inputs import prepare_inputs
 from bsjax.masks.categories import visible
-from bsjax.pipeline import Embedding
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
-from bsjax.programs import programs_of
 from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.pipeline import Embedding
+from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests import convert_sources as sources
 

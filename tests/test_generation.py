@@ -23,7 +23,7 @@ from bsjax import (
     Profile,
     ProfileError,
 )
-from bsjax.programs import programs_of
+from bsjax.runtime.programs import programs_of
 
 
 def conversation(images, question="Which picture is brighter?"):
@@ -151,7 +151,7 @@ def test_streams_are_the_whole_answer(tiny_model, photographs):
 
 
 def test_pieces_hold_whole_characters_only(tiny_model):
-    from bsjax.results import IncrementalText
+    from bsjax.runtime.results import IncrementalText
 
     text = "Où? 日本語 🙂 end"
     token_ids = tiny_model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -239,7 +239,7 @@ def test_a_prompt_longer_than_the_positions_is_refused(tiny_model):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(tiny_model, photographs, monkeypatch):
-    monkeypatch.setattr("bsjax.generation.bytes_available", lambda: 2**20)
+    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: 2**20)
     with pytest.raises(CapacityError, match=r"2 images of 6, 10 tokens.*max_pixels"):
         bsjax.generate(tiny_model, conversation(photographs[:2]), max_new_tokens=3)
 

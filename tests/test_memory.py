@@ -13,12 +13,12 @@ from PIL import Image
 
 import bsjax
 from bsjax import CapacityError
-from bsjax.inputs import _group_borders, prepare_inputs
 from bsjax.models import layers
-from bsjax.pipeline import Embedding, Generation, Scoring, Stage, check_memory
-from bsjax.programs import Memory, programs_of, size_in_bytes
 from bsjax.prompts.prompt import prepare_prompt
-from bsjax.sampling import Sampling
+from bsjax.runtime.inputs import _group_borders, prepare_inputs
+from bsjax.runtime.pipeline import Embedding, Generation, Scoring, Stage, check_memory
+from bsjax.runtime.programs import Memory, programs_of, size_in_bytes
+from bsjax.runtime.sampling import Sampling
 from tests.gpu_compiler import require_gpu_compiler
 from tests.published_memory import measured
 from tools import memory_table
@@ -55,7 +55,7 @@ def logits(tiny_model):
     """Of one group of images, with no chunk of rows smaller than the prompt."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1
-    assert inputs.rows < min(layers.CHUNK_ROWS, bsjax.steps.LOGIT_ROWS)
+    assert inputs.rows < min(layers.CHUNK_ROWS, bsjax.runtime.steps.LOGIT_ROWS)
     return bsjax.forward(tiny_model, conversation())
 
 
@@ -92,7 +92,7 @@ def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
     messages = conversation([], "Which one of the words of this question is the longest one? " * 3)
     expected = bsjax.forward(tiny_model, messages)
     monkeypatch.setattr(layers, "CHUNK_ROWS", 24)
-    monkeypatch.setattr(bsjax.steps, "LOGIT_ROWS", 30)
+    monkeypatch.setattr(bsjax.runtime.steps, "LOGIT_ROWS", 30)
     # The same model without the programs compiled so far.
     model = dataclasses.replace(tiny_model)
     scoring = Scoring(programs_of(model), inputs_of(model, messages, 0), "xla")
@@ -117,7 +117,7 @@ def test_groups_are_runs_of_images_within_the_limit(patches, limit):
 
 @pytest.mark.parametrize(("limit", "groups"), [(1, 5), (64, 3), (100, 2)])
 def test_groups_of_images_change_no_logits(tiny_model, logits, monkeypatch, limit, groups):
-    monkeypatch.setattr("bsjax.inputs.GROUP_PATCHES", limit)
+    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", limit)
     assert len(inputs_of(tiny_model, conversation()).image_groups) == groups
     compilations = programs_of(tiny_model).compilations
     assert_float32_close(bsjax.forward(tiny_model, conversation()), logits)
@@ -126,7 +126,7 @@ def test_groups_of_images_change_no_logits(tiny_model, logits, monkeypatch, limi
 
 
 def test_vision_takes_no_more_for_more_images(tiny_model, monkeypatch):
-    monkeypatch.setattr("bsjax.inputs.GROUP_PATCHES", 64)
+    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
     few, many = (
         Embedding(programs_of(tiny_model), inputs_of(tiny_model, conversation(order)), "xla")
         for order in ([0, 1, 3, 4, 0], [0, 1, 3, 4, 0] * 4)
@@ -159,7 +159,7 @@ def test_stages_count_what_stands_on_the_device(generation):
 
 
 def test_the_next_groups_pixels_count(tiny_model, monkeypatch):
-    monkeypatch.setattr("bsjax.inputs.GROUP_PATCHES", 64)
+    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
     run = generation_of(tiny_model, conversation())
     vision = [stage for stage in run.stages if stage.name == "vision"]
     pixels = [group.pixel_values().nbytes for group in run.embedding.inputs.image_groups]
@@ -169,12 +169,12 @@ def test_the_next_groups_pixels_count(tiny_model, monkeypatch):
 def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, generation, monkeypatch):
     messages = conversation()
     peak = max(stage.peak for stage in generation.stages)
-    monkeypatch.setattr("bsjax.generation.bytes_available", lambda: peak)
+    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak)
     assert len(bsjax.generate(tiny_model, messages, max_new_tokens=8).token_ids) == 8
-    monkeypatch.setattr("bsjax.generation.bytes_available", lambda: peak - 1)
+    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak - 1)
     with pytest.raises(CapacityError, match="5 images of 6, 10, 4, 12, 6 tokens"):
         bsjax.generate(tiny_model, messages, max_new_tokens=8)
-    monkeypatch.setattr("bsjax.generation.bytes_available", lambda: None)
+    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: None)
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 
@@ -199,9 +199,9 @@ def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkey
     assert scoring.result_bytes == logits.nbytes
     # On a CPU, what the programs take is the host's as well.
     wanted = logits.nbytes + max(stage.peak for stage in scoring.stages)
-    monkeypatch.setattr("bsjax.generation.host_bytes_available", lambda: wanted)
+    monkeypatch.setattr("bsjax.runtime.generation.host_bytes_available", lambda: wanted)
     bsjax.forward(tiny_model, messages)
-    monkeypatch.setattr("bsjax.generation.host_bytes_available", lambda: wanted - 1)
+    monkeypatch.setattr("bsjax.runtime.generation.host_bytes_available", lambda: wanted - 1)
     with pytest.raises(CapacityError, match=r"host's memory.*max_pixels"):
         bsjax.forward(tiny_model, messages)
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from bsjax.inputs import cache_rows
+from bsjax.runtime.inputs import cache_rows
 from tests.published_memory import measured
 from tools.memory_table import NEW_TOKENS
 

@@ -17,7 +17,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
 from bsjax.profiles import profile as profile_file
 from bsjax.profiles.profile import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
-from bsjax.results import LayerFlops
+from bsjax.runtime.results import LayerFlops
 
 LAYERS, HEADS = 3, 4
 

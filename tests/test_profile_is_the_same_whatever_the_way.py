@@ -16,7 +16,7 @@ import bsjax
 from bsjax import ProfileError, Sinks
 from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements, refinement
 from bsjax.profiling.state import State, settings_of
-from bsjax.programs import programs_of
+from bsjax.runtime.programs import programs_of
 
 TARGET = {"target_reduction": 0.1, "answer_tokens": 2, "progress": False}
 

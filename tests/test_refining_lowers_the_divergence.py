@@ -10,12 +10,12 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, ProfileError, Sinks
-from bsjax.inputs import prepare_inputs
-from bsjax.pipeline import Scoring
 from bsjax.profiling import Evaluator, Measurements, refine
 from bsjax.profiling.evaluation import Comparison
 from bsjax.profiling.inputs import extended, prompt_of
-from bsjax.programs import programs_of
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.pipeline import Scoring
+from bsjax.runtime.programs import programs_of
 
 LAYERS, HEADS = 3, 4
 

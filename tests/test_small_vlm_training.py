@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from bsjax.inputs import prepare_inputs
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
-from bsjax.pipeline import Scoring
 from bsjax.profiles.profile import Profile
-from bsjax.programs import Programs
 from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.pipeline import Scoring
+from bsjax.runtime.programs import Programs
 from examples.train_small_vlm import forward, loss, scenes, training
 from examples.train_small_vlm.batches import Encoder
 from examples.train_small_vlm.export import export

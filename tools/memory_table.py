@@ -22,16 +22,16 @@ from transformers import PretrainedConfig
 
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
-from bsjax.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side
-from bsjax.pipeline import Embedding, Generation, Stage
 from bsjax.profiling import steps as profiling_steps
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.inputs import Shape, category_schedule, kind_schedules
-from bsjax.programs import Programs, size_in_bytes
 from bsjax.prompts.prompt import Prompt
-from bsjax.sampling import Sampling
+from bsjax.runtime.inputs import ModelInputs, cache_rows, prepare_inputs
+from bsjax.runtime.pipeline import Embedding, Generation, Stage
+from bsjax.runtime.programs import Programs, size_in_bytes
+from bsjax.runtime.sampling import Sampling
 from tools.gpu_targets import TARGETS, compile_for
 from tools.published_models import PUBLISHED_MODELS
 

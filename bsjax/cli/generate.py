@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
 
 if TYPE_CHECKING:
-    from bsjax.results import Result
+    from bsjax.runtime.results import Result
 
 
 def add_to(commands: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
-from bsjax.results import LayerFlops
+from bsjax.runtime.results import LayerFlops
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1

@@ -23,7 +23,7 @@ from bsjax.errors import ProfileError, TemplateError
 from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.masks.template import Sinks
 from bsjax.profiles import format as profile_format
-from bsjax.results import LayerFlops
+from bsjax.runtime.results import LayerFlops
 
 MEASURED_CRITERIA = ("output_error", "mass")
 """How the profiler chooses categories from data."""

@@ -24,7 +24,7 @@ from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
 from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State, settings_of
-from bsjax.results import LayerFlops
+from bsjax.runtime.results import LayerFlops
 from bsjax.samples import Samples
 
 

@@ -19,10 +19,8 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
-from bsjax.generation import generate
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks, Template
-from bsjax.pipeline import Embedding, Stage, check_memory
 from bsjax.profiling import selection, steps
 from bsjax.profiling.inputs import (
     Shape,
@@ -36,7 +34,9 @@ from bsjax.profiling.inputs import (
 from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.samples import Messages, OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
-from bsjax.programs import bytes_available, programs_of
+from bsjax.runtime.generation import generate
+from bsjax.runtime.pipeline import Embedding, Stage, check_memory
+from bsjax.runtime.programs import bytes_available, programs_of
 from bsjax.samples import Samples
 
 

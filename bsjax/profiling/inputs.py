@@ -10,13 +10,13 @@ from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.inputs import ModelInputs, prepare_inputs
 from bsjax.masks.categories import BaseVisibility, HeadCategory
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt, prepare_prompt
+from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 
 BuildSchedule = Callable[..., Schedule]
 """`build(template, visibility, *, block_q, block_kv, tokens)`, for one kind of layer."""

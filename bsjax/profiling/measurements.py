@@ -12,7 +12,6 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
 from bsjax.masks.template import Sinks
-from bsjax.pipeline import Embedding, Stage, check_memory
 from bsjax.profiling import selection, steps
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES, group_schedule
 from bsjax.profiling.inputs import (
@@ -31,7 +30,8 @@ from bsjax.profiling.samples import (
     no_several_images,
 )
 from bsjax.profiling.state import NO_STATE, State
-from bsjax.programs import bytes_available, programs_of
+from bsjax.runtime.pipeline import Embedding, Stage, check_memory
+from bsjax.runtime.programs import bytes_available, programs_of
 from bsjax.samples import Samples
 
 

@@ -1,4 +1,4 @@
-"""The programs of a profiling run: functions of a module and arrays, compiled by `bsjax.programs`.
+"""The programs of a profiling run: functions of a module and arrays.
 
 All run the model's layers through its `run_layers`, one attention function per kind of layer. None
 keeps anything of a layer that has both tokens and heads, or tokens and channels.

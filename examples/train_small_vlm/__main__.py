@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bsjax.models import FAMILIES
-from bsjax.programs import use_persistent_cache
+from bsjax.runtime.programs import use_persistent_cache
 
 from ..arguments import whole
 from .batches import Encoder

@@ -1,6 +1,6 @@
 """What the programs of a model compute: embeddings, image features, prefill, decoding, logits.
 
-Functions of a module and arrays, without state: `bsjax.programs` compiles them.
+Functions of a module and arrays, without state: `bsjax.runtime.programs` compiles them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from bsjax.masks.schedule import Schedule
-from bsjax.sampling import Sampling, sample
+from bsjax.runtime.sampling import Sampling, sample
 
 DECODE_CHUNK = 64
 """Tokens that one call of `decode` generates at most."""

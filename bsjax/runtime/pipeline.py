@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from bsjax import steps
 from bsjax.errors import CapacityError
-from bsjax.inputs import ModelInputs, cache_rows, describe_images
-from bsjax.programs import Program, Programs, size_in_bytes
-from bsjax.sampling import Sampling
+from bsjax.runtime import steps
+from bsjax.runtime.inputs import ModelInputs, cache_rows, describe_images
+from bsjax.runtime.programs import Program, Programs, size_in_bytes
+from bsjax.runtime.sampling import Sampling
 
 
 class Stage(NamedTuple):

@@ -17,8 +17,8 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.results import LayerFlops
-from bsjax.steps import PADDING_ROW
+from bsjax.runtime.results import LayerFlops
+from bsjax.runtime.steps import PADDING_ROW
 
 _SMALLEST_TOKENS = 64
 GROUP_PATCHES = 65536

@@ -15,18 +15,18 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from bsjax import steps
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import GenerationError, MessageError
-from bsjax.inputs import ModelInputs, prepare_inputs
-from bsjax.pipeline import Generation, Scoring, check_host_memory, check_memory
 from bsjax.profiles.profile import Profile
-from bsjax.programs import bytes_available, host_bytes_available, programs_of
 from bsjax.prompts.prompt import prepare_prompt
-from bsjax.results import IncrementalText, Result, Stats
-from bsjax.sampling import Sampling
+from bsjax.runtime import steps
+from bsjax.runtime.inputs import ModelInputs, prepare_inputs
+from bsjax.runtime.pipeline import Generation, Scoring, check_host_memory, check_memory
+from bsjax.runtime.programs import bytes_available, host_bytes_available, programs_of
+from bsjax.runtime.results import IncrementalText, Result, Stats
+from bsjax.runtime.sampling import Sampling
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
