@@ -33,10 +33,10 @@ from benchmarks.measure import RESULTS, markdown_table, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.schedule import visible_pairs
 from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.results import LayerFlops
 
 PARTS = ("host", "vision", "prefill", "total")
 DENSE, TRANSFORMERS = "bsjax, dense", "transformers on torch"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import profiles
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
 from bsjax.profiles import profile as profile_file
 from bsjax.profiles.profile import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
-from bsjax.runtime.results import LayerFlops
 
 LAYERS, HEADS = 3, 4
 

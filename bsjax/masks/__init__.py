@@ -4,5 +4,6 @@ template     what a prompt looks like, token by token, and packed order
 categories   the predicate, and the head categories it knows
 schedule     tiles of query rows and the key ranges that each of them visits
 block_mask   `BlockMask`, the public face of a schedule
+flops        attention FLOPs of a model's layers
 picture      a mask drawn in prompt order and in packed order
 """

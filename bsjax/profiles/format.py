@@ -9,8 +9,8 @@ import numpy as np
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
-from bsjax.runtime.results import LayerFlops
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1

@@ -21,9 +21,9 @@ from jaxtyping import Int8
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
 from bsjax.profiles import format as profile_format
-from bsjax.runtime.results import LayerFlops
 
 MEASURED_CRITERIA = ("output_error", "mass")
 """How the profiler chooses categories from data."""

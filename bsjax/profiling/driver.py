@@ -12,6 +12,7 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
 from bsjax.profiles.profile import Profile, installed_versions
 from bsjax.profiling import refinement as second_stage
@@ -24,7 +25,6 @@ from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
 from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State, settings_of
-from bsjax.runtime.results import LayerFlops
 from bsjax.samples import Samples
 
 

@@ -12,12 +12,12 @@ from transformers import PretrainedConfig
 from bsjax.attention import block_sizes
 from bsjax.errors import CapacityError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import LayerFlops
 from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.results import LayerFlops
 from bsjax.runtime.steps import PADDING_ROW
 
 _SMALLEST_TOKENS = 64
