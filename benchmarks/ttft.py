@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     reference = None
     if options.transformers:
         # The tests' own way of giving both models the same weights.
-        from tests.small_models import ported, random_reference
+        from tests.support.small_models import ported, random_reference
 
         reference = random_reference(config)
         module = ported(reference)

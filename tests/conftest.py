@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.support.paths import ROOT
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What a test says of compilation must not depend on what ran before, nor fill the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -23,7 +25,7 @@ settings.load_profile("bsjax")
 @pytest.fixture(scope="session")
 def tiny_source() -> Path:
     """A small checkpoint with random weights, as transformers reads it."""
-    return Path(__file__).parent.parent / "examples" / "tiny-qwen2.5-vl"
+    return ROOT / "examples" / "tiny-qwen2.5-vl"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,222 @@
+"""All backends of `sparse_attention` compute the same: the dense softmax under the predicate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bsjax
+from bsjax import BackendError, BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
+from tests.support.templates import base_visibility, categories, templates, visible_matrix
+
+RAGGED = Template.from_segments(
+    [Text(5), Image(37), Text(3), Image(1), Image(20), Text(9), Image(50), Text(1)],
+    Sinks(first=1, offsets=(4,)),
+)
+MIXED = [
+    HeadCategory.DENSE,
+    HeadCategory.SINK,
+    HeadCategory.INTRA_IMAGE,
+    HeadCategory.INTRA_IMAGE_SINK,
+]
+
+
+def arrays(tokens, q_heads, kv_heads, head_dim, dtype=np.float32, seed=0):
+    generator = np.random.default_rng(seed)
+    shapes = (
+        (tokens, q_heads, head_dim),
+        (tokens, kv_heads, head_dim),
+        (tokens, kv_heads, head_dim),
+    )
+    return tuple(jnp.asarray(generator.normal(size=shape), dtype) for shape in shapes)
+
+
+def dense_softmax(q, k, v, seen, scale):
+    """float64 NumPy, head by head, independent of bsjax but for the predicate's answer."""
+    q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for head in range(q.shape[1]):
+        kv_head = head // (q.shape[1] // k.shape[1])
+        scores = np.where(seen[head], q[:, head] @ k[:, kv_head].T * scale, -np.inf)
+        some = seen[head].any(axis=1)
+        lse[some, head] = np.logaddexp.reduce(scores[some], axis=1)
+        out[some, head] = np.exp(scores[some] - lse[some, head, None]) @ v[:, kv_head]
+    return out, lse
+
+
+def check(template, categories, q, k, v, backend, tolerance, base, blocks=(16, 16)):
+    mask = BlockMask(template, categories, *blocks, **base)
+    scale = q.shape[-1] ** -0.5
+    seen = [visible_matrix(template, category.groups, **base) for category in categories]
+    out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+    wanted_out, wanted_lse = dense_softmax(q, k, v, seen, scale)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted_out, atol=tolerance, rtol=tolerance
+    )
+    np.testing.assert_allclose(lse, wanted_lse, atol=tolerance, rtol=tolerance)
+
+
+BASES = [
+    {"bidirectional_images": False, "window": None},
+    {"bidirectional_images": True, "window": None},
+    {"bidirectional_images": True, "window": 11},
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
+@pytest.mark.parametrize("base", BASES, ids=["causal", "bidirectional", "windowed"])
+def test_mixed_heads_on_a_ragged_template(backend, base):
+    q, k, v = arrays(RAGGED.tokens, 4, 2, 64)
+    check(RAGGED, MIXED, q, k, v, backend, 3e-6, base)
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 8])
+def test_grouped_queries(backend, group_size):
+    q, k, v = arrays(
+        RAGGED.tokens, 8 if group_size != 3 else 6, (8 if group_size != 3 else 6) // group_size, 64
+    )
+    check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, backend, 3e-6, BASES[0])
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
+def test_head_dimensions(backend, head_dim):
+    q, k, v = arrays(RAGGED.tokens, 4, 2, head_dim)
+    check(RAGGED, MIXED, q, k, v, backend, 3e-6, BASES[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_stays_within_its_rounding(backend, dtype):
+    q, k, v = arrays(RAGGED.tokens, 4, 2, 64, dtype)
+    check(RAGGED, MIXED, q, k, v, backend, 4 * float(jnp.finfo(dtype).eps), BASES[0])
+
+
+@settings(max_examples=25)
+@given(
+    template=templates,
+    categories=categories,
+    base=base_visibility,
+    blocks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    seed=st.integers(0, 99),
+)
+def test_xla_on_random_templates_and_odd_blocks(template, categories, base, blocks, seed):
+    if not template.tokens:
+        return
+    q, k, v = arrays(template.tokens, len(categories), 1, 8, seed=seed)
+    check(template, categories, q, k, v, "xla", 5e-6, base, blocks)
+
+
+@pytest.mark.parametrize("base", BASES, ids=["causal", "bidirectional", "windowed"])
+def test_xla_gradients_are_those_of_the_reference(base):
+    q, k, v = arrays(RAGGED.tokens, 4, 2, 16)
+    mask = BlockMask(RAGGED, MIXED, 16, 8, **base)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def loss(q, k, v, backend):
+        out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+        lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        return (out * weights).sum() + 0.3 * jnp.sin(lse).sum()
+
+    ours = jax.grad(loss, (0, 1, 2))(q, k, v, "xla")
+    wanted = jax.grad(loss, (0, 1, 2))(q, k, v, "reference")
+    for gradient, reference in zip(ours, wanted, strict=True):
+        np.testing.assert_allclose(gradient, reference, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_gradients_survive_rows_that_see_nothing(backend):
+    template = Template.from_segments([Text(2), Image(40), Text(1)])
+    mask = BlockMask(template, [HeadCategory.SINK], 16, 16, window=3)
+    q, k, v = arrays(template.tokens, 1, 1, 16)
+
+    def loss(q, k, v, backend):
+        out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+        # What flows back into the log-sum-exp of an empty row is 0 * cos(-inf), not a number.
+        return jnp.sin(out).sum() + jnp.where(jnp.isneginf(lse), 0.0, jnp.sin(lse)).sum()
+
+    ours = jax.grad(loss, (0, 1, 2))(q, k, v, backend)
+    wanted = jax.grad(loss, (0, 1, 2))(q, k, v, "reference")
+    for gradient, reference in zip(ours, wanted, strict=True):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_allclose(gradient, reference, atol=2e-5, rtol=2e-5)
+
+
+def test_rows_that_see_nothing_are_zero_in_every_backend():
+    # SINK, a window of 3, an image of 40: most image tokens see no sink and no text.
+    template = Template.from_segments([Text(2), Image(40), Text(1)])
+    mask = BlockMask(template, [HeadCategory.SINK], 16, 16, window=3)
+    q, k, v = arrays(template.tokens, 1, 1, 64)
+    empty = ~visible_matrix(
+        template, HeadCategory.SINK.groups, bidirectional_images=False, window=3
+    ).any(axis=1)
+    assert empty.sum() > 30
+    for backend in ("reference", "xla", "pallas"):
+        out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
+        assert (out[empty] == 0).all() and np.isneginf(lse[empty]).all()
+        assert np.isfinite(lse[~empty]).all()
+
+
+def test_masks_of_one_shape_share_a_program():
+    def attend(q, k, v, mask):
+        nonlocal traces
+        traces += 1
+        return bsjax.sparse_attention(q, k, v, mask)
+
+    traces = 0
+    jitted = jax.jit(attend)
+    q, k, v = arrays(60, 2, 1, 16)
+    for segments in ([Text(10), Image(40), Text(10)], [Text(4), Image(25), Text(1), Image(30)]):
+        mask = BlockMask(Template.from_segments(segments), [1, 2])
+        np.testing.assert_allclose(
+            jitted(q, k, v, mask),
+            bsjax.sparse_attention(q, k, v, mask, backend="reference"),
+            atol=3e-6,
+        )
+    assert traces == 1
+
+
+def test_scale_is_the_callers():
+    q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
+    mask = BlockMask(RAGGED, [0, 3])
+    for backend in ("xla", "reference"):
+        scaled = bsjax.sparse_attention(q, k, v, mask, scale=0.7, backend=backend)
+        expected = bsjax.sparse_attention(q * 0.7 * 4, k, v, mask, backend=backend)
+        np.testing.assert_allclose(scaled, expected, atol=3e-6)
+
+
+def test_bad_input_is_refused_with_a_reason():
+    mask = BlockMask(RAGGED, [0, 3])
+    q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
+    with pytest.raises(BackendError, match="cuda.*auto, pallas, xla, reference"):
+        bsjax.sparse_attention(q, k, v, mask, backend="cuda")
+    with pytest.raises(MaskError, match="mask is for 126 tokens"):
+        bsjax.sparse_attention(q[:5], k[:5], v[:5], mask)
+    with pytest.raises(MaskError, match="mask is for 2 query heads"):
+        bsjax.sparse_attention(q[:, :1], k, v, mask)
+    with pytest.raises(MaskError, match="scale .* above 0"):
+        bsjax.sparse_attention(q, k, v, mask, scale=0.0)
+    with pytest.raises(MaskError, match="at least one head"):
+        bsjax.sparse_attention(q, k[:, :0], v[:, :0], mask)
+    with pytest.raises(MaskError, match="one dtype"):
+        bsjax.sparse_attention(q, k.astype(jnp.bfloat16), v, mask)
+    with pytest.raises(MaskError, match="multiple of the key-value heads"):
+        bsjax.sparse_attention(q, *arrays(RAGGED.tokens, 3, 3, 16)[1:], mask)
+
+
+def test_categories_by_name():
+    names = ["dense", "Intra-Image", " INTRA_IMAGE_SINK", HeadCategory.SINK, 2]
+    assert BlockMask(RAGGED, names).categories == (0, 2, 3, 1, 2)
+    with pytest.raises(MaskError, match="'own' is no head category; .*INTRA_IMAGE_SINK"):
+        BlockMask(RAGGED, ["own"])
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference", "pallas"])
+def test_empty_prompt(backend):
+    mask = BlockMask(Template.from_segments([]), [0, 1], 16, 16)
+    q, k, v = arrays(0, 2, 1, 16)
+    assert bsjax.sparse_attention(q, k, v, mask, backend=backend).shape == (0, 2, 16)

@@ -1,0 +1,464 @@
+"""The benchmarks measure what they say they do, and what is wrong or missing stays in the table."""
+
+import functools
+import json
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import attention, variants
+from benchmarks.dense_rows import (
+    dense_rows,
+    greatest_error,
+    greatest_lse_error,
+    sampled_positions,
+    tolerance,
+)
+from benchmarks.device_timing import repeated
+from benchmarks.measure import interleaved_samples, markdown_table
+from benchmarks.variants import NotAvailable, random_arrays, wanted_rows
+from benchmarks.workloads import (
+    MASK_NAMES,
+    MIXES,
+    SHAPES,
+    AttentionShape,
+    Workload,
+    head_mix,
+    prompt_template,
+)
+from bsjax import HeadCategory, Image, Template, Text
+from bsjax.attention import ragged_attention
+from bsjax.masks.categories import TokenInfo
+from bsjax.masks.schedule import build_schedule, category_tables
+from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.paths import ROOT
+from tests.support.templates import visible_matrix
+from tools import gpu_cases, gpu_check, tune
+from tools.gpu_targets import compile_for
+
+TINY = AttentionShape("tiny", 4, 2, 16, "float32", image_tokens=(60,))
+WINDOWED = replace(TINY, name="tiny-window", bidirectional_images=True, window=70)
+
+
+class TestWorkloads:
+    @pytest.mark.parametrize("tokens", attention.GPU_TOKENS)
+    @pytest.mark.parametrize("image_tokens", [256, 400, 1000, 1800])
+    def test_templates_have_exactly_the_tokens_asked_for(self, tokens, image_tokens):
+        template = prompt_template(tokens, image_tokens)
+        assert template.tokens == tokens
+        assert set(template.image_tokens[:-1]) == {image_tokens}
+        text = int((template.image < 0).sum())
+        assert 8 <= text / template.num_images <= 14
+
+    def test_mixes_of_many_heads_cut_what_they_say(self):
+        workload = Workload(SHAPES["qwen2.5-vl-7b"], 36 * 1024, 400)
+        dense = workload.pairs[HeadCategory.DENSE]
+        for cut in MIXES.values():
+            for heads, room in ((28, 0.5 / 28), (28 * 28, 0.5 / 28**2)):
+                mix = head_mix(workload.pairs, heads, cut)
+                seen = sum(workload.pairs[category] for category in mix)
+                assert len(mix) == heads
+                assert abs(1 - seen / (heads * dense) - cut) <= room
+
+    def test_masks_that_come_to_the_same_are_one(self):
+        workload = Workload(SHAPES["gemma-3-4b-global"], 4096, 256)
+        masks = workload.masks()
+        assert len({mask.categories for mask in masks}) == len(masks) < len(MASK_NAMES)
+        assert {name for mask in masks for name in mask.name.split(" = ")} == set(MASK_NAMES)
+        assert masks[0].is_dense and not any(mask.is_dense for mask in masks[1:])
+
+    def test_pairs_are_those_of_the_predicate(self):
+        workload = Workload(WINDOWED, 200, 60)
+        mask = workload.masks(["ideal 1.8x"])[0]
+        counted = sum(
+            visible_matrix(
+                workload.template, category.groups, bidirectional_images=True, window=70
+            ).sum()
+            for category in mask.categories
+        )
+        assert workload.visible_pairs(mask) == counted
+
+
+class TestDenseRows:
+    TEMPLATE = Template.from_segments([Text(5), Image(40), Text(2), Image(30), Text(9)])
+    CATEGORIES = (0, 1, 2, 3)
+
+    def float64(self, q, k, v, base):
+        q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
+        out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+        for head, category in enumerate(self.CATEGORIES):
+            seen = visible_matrix(self.TEMPLATE, HeadCategory(category).groups, **base)
+            scores = np.where(seen, q[:, head] @ k[:, head // 2].T * 0.25, -np.inf)
+            some = seen.any(axis=1)
+            lse[some, head] = np.logaddexp.reduce(scores[some], axis=1)
+            out[some, head] = np.exp(scores[some] - lse[some, head, None]) @ v[:, head // 2]
+        return out, lse
+
+    @pytest.mark.parametrize(
+        "base",
+        [
+            {"bidirectional_images": False, "window": None},
+            {"bidirectional_images": True, "window": 9},
+        ],
+    )
+    def test_are_the_softmax_under_the_predicate(self, base):
+        generator = np.random.default_rng(0)
+        q, k, v = (
+            generator.standard_normal((self.TEMPLATE.tokens, heads, 16), np.float32)
+            for heads in (4, 2, 2)
+        )
+        info = self.TEMPLATE.info
+        rows = np.array([0, 3, 5, 6, 44, 47, 60, 85])
+        groups = np.asarray([HeadCategory(c).groups for c in self.CATEGORIES], np.int32)
+        out, lse = dense_rows(
+            q[rows], k, v, TokenInfo(*(p[rows] for p in info)), info, groups, scale=0.25, **base
+        )
+        wanted, wanted_lse = self.float64(q, k, v, base)
+        if base["window"]:
+            assert np.isneginf(wanted_lse[rows]).any(), "some rows should see nothing"
+        assert greatest_error(out, wanted[rows]) < 3e-6
+        assert greatest_lse_error(lse, wanted_lse[rows]) < 3e-6
+
+    def test_errors_find_what_is_wrong(self):
+        wanted = np.random.default_rng(0).standard_normal((6, 2, 8))
+        wanted[5] = 0
+        assert greatest_error(wanted, wanted) == 0
+        assert greatest_error(1.01 * wanted, wanted) == pytest.approx(0.01)
+        swapped = wanted[[1, 0, 2, 3, 4, 5]]
+        assert greatest_error(swapped, wanted) > 0.5
+        for place, value in (((2, 1, 3), np.nan), ((2, 1, 3), np.inf), ((5, 0, 0), 1e-9)):
+            broken = wanted.copy()
+            broken[place] = value
+            assert greatest_error(broken, wanted) == np.inf
+        lse = np.array([[1.0, -np.inf]])
+        assert greatest_lse_error(lse, lse) == 0
+        assert greatest_lse_error(np.array([[1.0, -5.0]]), lse) == np.inf
+        assert greatest_lse_error(np.array([[np.nan, -np.inf]]), lse) == np.inf
+
+    def test_sampled_positions_hold_all_kinds_of_tokens(self):
+        template = prompt_template(36 * 1024, 400)
+        positions = sampled_positions(template, 64)
+        image, sink = template.image[positions], template.sink[positions]
+        for kind in (image < 0, sink, (image >= 0) & ~sink):
+            assert 10 <= kind.sum() <= 30
+        assert positions[0] == 0 and positions[-1] == template.tokens - 1
+
+
+class TestTiming:
+    def test_a_loop_gives_what_one_turn_gives(self):
+        value = jnp.arange(8.0)
+        looped = jax.jit(repeated(lambda x, y: x * y + 1, 5))
+        np.testing.assert_array_equal(looped(value, value), value * value + 1)
+
+    def test_a_gpu_runs_the_kernel_in_every_turn_and_nothing_else(self):
+        require_gpu_compiler()
+        template = prompt_template(2048, 400)
+        schedule = build_schedule(template, category_tables([1]), block_q=128, block_kv=64)
+        attend = functools.partial(ragged_attention, scale=0.1, backend="pallas")
+        q = jax.ShapeDtypeStruct((2048, 4, 128), jnp.bfloat16)
+        arguments = (q, q, q, schedule, np.ones(4, np.int32))
+        program = compile_for(repeated(attend, 16), arguments).as_text()
+        loop = next(line for line in program.splitlines() if " while(" in line)
+        # With a count the device need not ask the host before every turn.
+        assert '"known_trip_count":{"n":"15"}' in loop
+        body = program.split(f"{loop.split('body=')[1].split(',')[0]} (")[1].split("\n}")[0]
+        assert body.count("custom-call(") == 1, "the kernel is not in the loop"
+        assert "bf16[2048,4,128]{2,1,0} copy(" not in program
+        assert "bf16[2048,4,128]{2,1,0} fusion(" not in program
+
+    def test_rounds_are_interleaved_and_end_at_the_deadline(self):
+        seen = []
+        samplers = {name: lambda name=name: seen.append(name) or 1.0 for name in "ab"}
+        samples = interleaved_samples(samplers, 2)
+        assert seen == list("abab") and samples == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+        assert interleaved_samples(samplers, 5, deadline=0)["a"] == [1.0]
+
+
+class TestFlexAttention:
+    """With the uncompiled FlexAttention: what is compared with bsjax computes the same masks."""
+
+    @pytest.mark.parametrize("shape", [TINY, WINDOWED], ids=lambda shape: shape.name)
+    @pytest.mark.parametrize("packed", [False, True], ids=["prompt order", "packed order"])
+    @pytest.mark.parametrize("name", ["DENSE", "INTRA_IMAGE", "ideal 1.8x"])
+    def test_masks_are_those_of_bsjax(self, shape, packed, name):
+        from benchmarks import torch_variants
+
+        workload = Workload(shape, 300, 60)
+        mask = workload.masks([name])[0]
+        order = torch_variants.row_order(workload, packed=packed)
+        arrays = random_arrays(workload)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.comp")
+            prepared = torch_variants.prepare_flex(
+                arrays, workload, mask, packed=packed, compiled=False
+            )
+            rows = np.arange(300)
+            out = prepared.rows(rows)
+        wanted = wanted_rows(workload, mask, arrays, order, rows)
+        assert greatest_error(out, wanted) <= tolerance("float32")
+
+    def test_blocks_hold_all_visible_pairs_and_full_ones_no_other(self):
+        from benchmarks import torch_variants
+
+        workload = Workload(replace(TINY, q_heads=4), 900, 200)
+        mask = workload.masks(["ideal 1.8x"])[0]
+        order = workload.template.packed_order
+        blocks = torch_variants.build_block_mask(workload, mask, "cpu", packed=True)
+        full = 0
+        for head, category in enumerate(mask.categories):
+            seen = visible_matrix(
+                workload.template, category.groups, bidirectional_images=False, window=None
+            )
+            seen = np.pad(seen[np.ix_(order, order)], (0, -900 % 128))
+            count = seen.reshape(8, 128, 8, 128).sum(axis=(1, 3))
+            for kinds, indices, wanted in (
+                (blocks.kv_num_blocks, blocks.kv_indices, (count > 0) & (count < 128**2)),
+                (blocks.full_kv_num_blocks, blocks.full_kv_indices, count == 128**2),
+            ):
+                for row in range(8):
+                    chosen = indices[0, head, row, : kinds[0, head, row]].tolist()
+                    assert chosen == np.flatnonzero(wanted[row]).tolist()
+            full += int((count == 128**2).sum())
+        assert full > 0, "the example should have full blocks"
+
+
+class TestAttentionBenchmark:
+    def run(self, folder: Path, *options: str) -> dict:
+        arguments = ["--tokens", "256", "--images", "60", "--rounds", "1", "--shapes", "small"]
+        assert attention.main([*arguments, *options, "--output", str(folder)]) == 0
+        return json.loads((folder / "attention_on_cpu.json").read_text())
+
+    def test_table_json_and_plot(self, tmp_path, capsys, monkeypatch):
+        real = variants.variants
+
+        def with_broken_ones(workload, masks, **options):
+            chosen = real(workload, masks, **options)
+            ours = next(variant for variant in chosen if variant.name == variants.BSJAX)
+
+            def fails(arrays):
+                raise MemoryError("out of memory\nand more")
+
+            def is_absent(arrays):
+                raise NotAvailable("it is not installed")
+
+            def is_wrong(arrays):
+                prepared = ours.prepare(arrays)
+                return replace(prepared, attend=lambda *a: 1.05 * prepared.attend(*a))
+
+            return [
+                *chosen,
+                replace(ours, name="broken", prepare=fails),
+                replace(ours, name="absent", prepare=is_absent),
+                replace(ours, name="inaccurate", prepare=is_wrong),
+            ]
+
+        monkeypatch.setattr(attention, "variants", with_broken_ones)
+        result = self.run(tmp_path, "--categories", "SINK", "ideal 1.8x", "--plot")
+        printed = capsys.readouterr().out
+
+        (workload,) = result["workloads"]
+        rows = {(row["variant"], row["mask"]): row for row in workload["rows"]}
+        dense = 256 * 257 // 2
+        mix = workload["masks"]["ideal 1.8x"]
+        assert mix["ideal_speedup"] == pytest.approx(8 * dense / mix["visible_pairs"])
+        for name, mask in (
+            ("jax.nn, XLA", "DENSE"),
+            ("torch SDPA", "DENSE"),
+            ("bsjax", "DENSE"),
+            ("bsjax", "SINK"),
+            ("bsjax", "ideal 1.8x"),
+        ):
+            row = rows[name, mask]
+            assert row["problem"] is None and len(row["seconds"]) == 1
+            assert row["error"] <= workload["tolerance"]
+            assert row["visible_flops_per_second"] * row["median_seconds"] == pytest.approx(
+                4 * 64 * 8 * dense / row["ideal_speedup"]
+            )
+            assert f"| {name} " in printed
+        ratio = rows["bsjax", "DENSE"]["seconds"][0] / rows["bsjax", "SINK"]["seconds"][0]
+        assert rows["bsjax", "SINK"]["own_dense_speedup_over_ideal"] == pytest.approx(
+            ratio / rows["bsjax", "SINK"]["ideal_speedup"]
+        )
+        for name, reason in (
+            ("broken", "failed: MemoryError: out of memory"),
+            ("absent", "not run: it is not installed"),
+            ("inaccurate", "wrong: error 5"),
+        ):
+            assert rows[name, "DENSE"]["problem"].startswith(reason)
+            assert rows[name, "DENSE"]["seconds"] == []
+            assert f"{name}, DENSE: {reason}" in printed
+        assert workload["matrix_rate"]["flops_per_second"] > 0
+        assert workload["copy_bandwidth"]["bytes_per_second"] > 0
+        assert result["not_run"] == [] and result["environment"]["device"] == "cpu"
+        assert (tmp_path / "attention_on_cpu.png").stat().st_size > 1000
+
+    def test_time_limit_leaves_out_and_says_what(self, tmp_path, capsys):
+        assert attention.main(["--time-limit", "0", "--output", str(tmp_path)]) == 1
+        printed = capsys.readouterr()
+        assert "small, 4096 tokens, images of 400" in printed.out
+        assert "time limit is too short" in printed.err
+        assert not list(tmp_path.iterdir())
+
+    def test_options(self):
+        options = attention.parse(["--tokens", "36K", "100", "--quick"])
+        assert options.tokens == [36 * 1024]
+        assert set(options.categories) < set(MASK_NAMES)
+        sizes = [workload.tokens for workload in attention.chosen_workloads(attention.parse([]))]
+        assert sizes == sorted(sizes)
+        with pytest.raises(SystemExit):
+            attention.parse(["--tokens", "many"])
+
+    def test_tables_are_markdown(self):
+        assert markdown_table(("a", "b"), [("x", "1"), ("long", "22")]).splitlines() == [
+            "| a    |  b |",
+            "| ---- | -: |",
+            "| x    |  1 |",
+            "| long | 22 |",
+        ]
+
+
+class TestGpuCheck:
+    def test_covering_cases_are_a_smallest_covering_set(self):
+        cases = gpu_cases.covering_cases()
+        pairs = {(case.head_dim, case.dtype) for case in cases}
+        assert len(pairs) == len(cases) == len(gpu_cases.HEAD_DIMS) * len(gpu_cases.DTYPES)
+        for factor, levels in gpu_cases.LEVELS.items():
+            assert {getattr(case, factor) for case in cases} == set(levels), factor
+        for case in cases:
+            # Every category in one launch, as far as there are heads for it.
+            assert case.categories == tuple(HeadCategory)
+        names = [case.name for case in gpu_cases.all_cases()]
+        assert len(set(names)) == len(names)
+
+    def test_random_templates_have_what_trips_kernels(self):
+        templates = [gpu_cases.random_template(seed) for seed in range(1, 41)]
+        assert all(0 < template.tokens <= gpu_cases.FUZZED_TOKENS for template in templates)
+        assert any(1 in template.image_tokens for template in templates)
+        assert len({template.tokens for template in templates}) > 20
+
+    def test_runs_with_nothing_but_jax_and_numpy(self, tmp_path):
+        absent = ("jaxtyping", "flax", "transformers", "rich", "pytest", "torch", "matplotlib")
+        program = (
+            "import sys\n"
+            f"sys.modules.update(dict.fromkeys({absent!r}))\n"
+            "from tools.gpu_check import main\n"
+            "sys.exit(main(sys.argv[1:]))"
+        )
+        options = ["--interpret", "--no-benchmark", "--only", "segments", "--output", str(tmp_path)]
+        process = subprocess.run(
+            [sys.executable, "-c", program, *options],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        record = json.loads((tmp_path / "gpu_check.json").read_text())
+        assert record["failed"] == 0 and record["cases"] == 1
+        assert {"output", "padding rows", "not finite"} == {
+            each["name"] for each in record["records"][0]["comparisons"]
+        }
+
+    def test_prefill_case_with_all_comparisons(self):
+        prefill, decode = (case for case in gpu_cases.small_cases() if "float32" in case.name)
+        assert all(each.passed for each in decode.run())
+        comparisons = {each.name: each for each in prefill.run()}
+        assert all(each.passed for each in comparisons.values())
+        assert {"output", "log-sum-exp", "padding rows that see keys"} <= set(comparisons)
+
+    def test_a_wrong_kernel_fails(self, tmp_path, capsys, monkeypatch):
+        def wrong(q, *rest, scale, return_lse):
+            return q.at[0].set(0.5) if hasattr(q, "at") else q
+
+        monkeypatch.setattr(gpu_cases, "_attend", wrong)
+        options = ["--interpret", "--no-benchmark", "--only", "segments"]
+        assert gpu_check.main([*options, "--output", str(tmp_path)]) == 1
+        printed = capsys.readouterr().out
+        assert "FAIL segments" in printed and "0 of 1 cases passed" in printed
+
+    def test_cases_not_reached_fail(self, tmp_path):
+        options = ["--interpret", "--no-benchmark", "--time-limit", "-1"]
+        assert gpu_check.main([*options, "--output", str(tmp_path)]) == 1
+
+    def test_without_a_gpu_nothing_passes(self, tmp_path, capsys):
+        assert gpu_check.main(["--output", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "JAX finds no GPU" in error and "--interpret" in error
+        assert not list(tmp_path.iterdir())
+
+
+class TestExitStatus:
+    def test_only_our_own_failures_count(self):
+        row = {"variant": "bsjax", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
+        assert attention._ours_is_broken(row)
+        assert attention._ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
+        assert not attention._ours_is_broken(row | {"problem": "not run, for want of time"})
+        assert not attention._ours_is_broken(row | {"problem": None})
+        assert not attention._ours_is_broken(row | {"variant": "torch SDPA"})
+
+
+class TestTune:
+    def test_grid_leaves_out_what_cannot_fit_registers(self):
+        options = tune._parse([])
+        grid = tune.grid(options, 128)
+        assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
+        assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
+
+    def test_times_what_is_right_and_reports_the_rest(self, tmp_path, capsys):
+        options = ["--head-dims", "16", "--dtypes", "float32", "--kinds", "sparse", "--heads", "2"]
+        options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]
+        options += ["--blocks-q", "16", "--blocks-kv", "16", "24", "--warps", "4", "--stages", "1"]
+        assert tune.main([*options, "--output", str(tmp_path)]) == 0
+        (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+        right, refused = result["entries"]
+        assert right["problem"] is None and right["median_seconds"] > 0
+        assert "power of two" in refused["problem"]
+        assert "1 of 2 configurations ran" in capsys.readouterr().out
+        best = tune.fastest(result)
+        assert best is not None
+        assert (best["width"], best["bytes"], best["heads"]) == (64, 4, "sparse")
+        assert (best["block_q"], best["num_warps"], best["basis"]) == (16, 4, "measured")
+
+
+class TestTimeToFirstToken:
+    @pytest.mark.parametrize(("size", "image_tokens"), [("tiny", 12), ("tiny-gemma-3", 4)])
+    def test_same_weights_same_token(self, size, image_tokens, tmp_path, capsys):
+        from benchmarks import ttft
+
+        options = ["--size", size, "--images", "2", "--image-size", "112", "84", "--rounds", "1"]
+        assert ttft.main([*options, "--cuts", "1", "--output", str(tmp_path)]) == 0
+        result = json.loads((tmp_path / f"ttft_{size}_cpu.json").read_text())
+        assert result["same_first_token_as_transformers"] is True
+        assert (result["images"], result["tokens_per_image"]) == (2, image_tokens)
+        dense, mixed, torch = result["rows"]
+        assert dense["attention_flops_over_dense"] == 1 > mixed["attention_flops_over_dense"]
+        assert mixed["heads"] == "1 SINK + 1 INTRA_IMAGE + 2 INTRA_IMAGE_SINK"
+        for row in (dense, mixed, torch):
+            (sample,) = row["seconds"]
+            parts = sample["host"] + sample["vision"] + sample["prefill"]
+            assert sample["total"] == pytest.approx(parts)
+        assert "transformers on torch" in capsys.readouterr().out
+
+    def test_random_weights_are_of_the_published_shapes(self):
+        from flax import nnx
+
+        from benchmarks.random_models import model_config, random_module
+        from bsjax.models import FAMILIES
+
+        # The smallest of them: tracing a model of this size takes seconds.
+        config = model_config("qwen2-vl-2b")
+        build = FAMILIES[config.model_type].build
+        module = nnx.eval_shape(lambda: build(config, jnp.bfloat16))
+        count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module)))
+        assert count == 2_208_985_600
+        module = random_module(model_config("tiny"), jnp.bfloat16)
+        for leaf in jax.tree.leaves(nnx.state(module)):
+            assert leaf.dtype == jnp.bfloat16
+            values = np.asarray(leaf, np.float32)
+            assert np.isfinite(values).all() and values.std() > 0

@@ -1,0 +1,265 @@
+"""The console script does what it says, and says what is wrong with its input."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bsjax
+from bsjax.cli import main
+from convert.__main__ import main as convert
+from tests.support.paths import ROOT
+
+SOURCE = ROOT / "examples" / "tiny-qwen2.5-vl"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    assert convert([str(SOURCE), str(folder), "--quiet"]) == 0
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    paths = []
+    for index, size in enumerate([(112, 84), (84, 140)]):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        paths.append(str(folder / f"{index}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    """One model for all tests of this file: its compiled programs stay with it."""
+    monkeypatch.setattr(bsjax, "load", cached_load)
+
+
+cached_load = functools.lru_cache(bsjax.load)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(arguments)
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def answer(capsys, *arguments: str) -> dict:
+    status, out, err = run(capsys, "generate", *arguments, "--json", "--max-new-tokens", "6")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_generate_is_bsjax_generate(capsys, checkpoint, images):
+    given = answer(capsys, checkpoint, "What is it?", *images, "--system", "Be brief.")
+    content = [{"type": "image", "image": image} for image in images]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]},
+    ]
+    result = bsjax.generate(bsjax.load(checkpoint), messages, max_new_tokens=6)
+    assert given["text"] == result.text
+    assert given["token_ids"] == list(result.token_ids)
+    assert given["finish_reason"] == result.finish_reason
+    assert given["prompt_tokens"] == given["stats"]["prompt_tokens"] == result.prompt_tokens
+    assert given["stats"]["image_tokens"] == [12, 15]
+    assert given["stats"]["attention_flops_sparse"] == given["stats"]["attention_flops_dense"]
+
+
+def test_images_are_arguments_or_options(capsys, checkpoint, images):
+    first, second = images
+    expected = answer(capsys, checkpoint, "Compare.", first, second)["token_ids"]
+    given = answer(capsys, checkpoint, "Compare.", first, "--image", second)
+    assert given["token_ids"] == expected
+    given = answer(capsys, checkpoint, "Compare.", "--image", first, "--image", second)
+    assert given["token_ids"] == expected
+
+
+def test_text_alone_and_streaming(capsys, checkpoint):
+    arguments = ("generate", checkpoint, "Count to ten.", "--max-new-tokens", "6")
+    status, whole, figures = run(capsys, *arguments)
+    assert status == 0
+    assert "images: none" in figures and "6 new" in figures
+    status, streamed, _ = run(capsys, *arguments, "--stream")
+    assert status == 0
+    assert streamed == whole
+
+
+def test_sparse_profiles(capsys, checkpoint, images, tmp_path):
+    arguments = (checkpoint, "What is it?", *images)
+    sparse = answer(capsys, *arguments, "--uniform", "intra-image")
+    stats = sparse["stats"]
+    assert stats["attention_flops_sparse"] < stats["attention_flops_dense"]
+    path = tmp_path / "profile.json"
+    bsjax.Profile.uniform("INTRA_IMAGE", bsjax.load(checkpoint)).save(path)
+    again = answer(capsys, *arguments, "--profile", str(path))
+    assert again["token_ids"] == sparse["token_ids"]
+    assert again["stats"]["attention_flops_sparse"] == stats["attention_flops_sparse"]
+
+
+def test_max_pixels_scales_down(capsys, checkpoint, images):
+    given = answer(capsys, checkpoint, "?", *images, "--max-pixels", str(28 * 28 * 4))
+    assert max(given["stats"]["image_tokens"]) <= 4
+
+
+def test_sampling_depends_on_the_seed(capsys, checkpoint):
+    drawn = [
+        answer(capsys, checkpoint, "?", "--temperature", "2", "--seed", seed)["token_ids"]
+        for seed in ("1", "1", "2")
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    greedy = answer(capsys, checkpoint, "?")["token_ids"]
+    likeliest = answer(capsys, checkpoint, "?", "--temperature", "2", "--top-k", "1")["token_ids"]
+    assert likeliest == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image", "missing.png"], "Image 1 of 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--backend", "cudnn"], "cudnn"),
+        (["--dtype", "int8"], "int8"),
+        (["--profile", "unknown"], "no shipped profile named 'unknown'"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--max-new-tokens", "40000"], "positions"),
+    ],
+)
+def test_bad_input_gets_one_line(capsys, checkpoint, options, words):
+    status, out, err = run(capsys, "generate", checkpoint, "What is it?", *options)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_converted_is_named(capsys, tmp_path):
+    status, _, err = run(capsys, "generate", str(SOURCE), "What is it?")
+    assert status == 2
+    assert "python -m convert" in err
+    status, _, err = run(capsys, "generate", str(tmp_path / "none"), "What is it?")
+    assert status == 2
+    assert "none" in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["answer"],
+        ["generate", "folder"],
+        ["generate", "folder", "?", "--uniform", "sparse"],
+        ["generate", "folder", "?", "--uniform", "sink", "--profile", "a.json"],
+        ["generate", "folder", "?", "--stream", "--json"],
+        ["generate", "folder", "?", "--max-new-tokens", "many"],
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: bsjax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["source", "converted"])
+def test_mask_of_a_prompt(capsys, checkpoint, images, tmp_path, folder):
+    path = tmp_path / "mask.png"
+    source = str(SOURCE) if folder == "source" else checkpoint
+    status, out, err = run(capsys, "mask", source, "What is it?", *images, "--output", str(path))
+    assert status == 0, err
+    assert "2 images" in out and str(path) in out
+    with Image.open(path) as picture:
+        assert picture.width > 500
+
+
+def test_mask_of_segments(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "mask", "--segments", "text:3, image:20,image:10,text:2")
+    assert status == 0
+    assert "35 tokens, 2 images, INTRA_IMAGE_SINK" in out
+    assert Path("mask.png").read_bytes().startswith(b"\x89PNG")
+    template = bsjax.Template.from_segments([bsjax.Text(5), bsjax.Image(20), bsjax.Image(10)])
+    density = bsjax.BlockMask(template, [bsjax.HeadCategory.SINK]).density
+    status, out, _ = run(
+        capsys, "mask", "--segments", "text:5,image:20,image:10", "--category", "sink"
+    )
+    assert f"SINK: {density:.1%}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--segments"),
+        (["folder", "?", "--segments", "text:3"], "not both"),
+        (["--segments", "text:3,video:4"], "'video:4'"),
+        (["--segments", "text:-3"], "'text:-3'"),
+        (["--segments", "image:0"], "at least 1"),
+        (["--segments", "text:3", "--output", "no folder/mask.png"], "no folder"),
+        (["no folder", "?"], "no config.json"),
+        ([str(SOURCE), "?", "missing.png"], "Image 1 of 1"),
+    ],
+)
+def test_bad_masks_are_refused(capsys, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "mask", *arguments)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_prompt_files_are_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    status, _, err = run(capsys, "mask", str(tmp_path), "?")
+    assert status == 2
+    assert str(tmp_path) in err
+
+
+def test_an_interrupted_run_says_so(capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bsjax, "load", interrupted)
+    status, _, err = run(capsys, "generate", "folder", "?")
+    assert status == 130
+    assert err == "interrupted\n"
+
+
+def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
+    completed = subprocess.run(
+        [sys.executable, "-m", "bsjax.cli", "generate", checkpoint, "?", "--max-new-tokens", "20"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert completed.stdout.isascii() and completed.stdout.endswith(b"\n")
+    assert b"prompt tokens" in completed.stderr
+
+
+def test_help_waits_for_nothing_heavy():
+    program = (
+        "import sys, bsjax.cli\n"
+        "try:\n    bsjax.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'jax', 'flax', 'transformers', 'orbax', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    assert [name for name in bsjax.__all__ if not hasattr(bsjax, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        bsjax.absent  # noqa: B018

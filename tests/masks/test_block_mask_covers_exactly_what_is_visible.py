@@ -1,0 +1,243 @@
+"""The invariants of a schedule, on random templates, against the predicate."""
+
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
+from bsjax.masks.categories import KeyGroup, TokenInfo, visible
+from bsjax.masks.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
+from tests.support.templates import base_visibility, categories, templates, visible_matrix
+
+group_sets = st.integers(0, 31).map(KeyGroup)
+
+
+def walk(schedule, table):
+    """Yields (rows of a tile, [(keys, is full)]) as the kernels visit them."""
+    for first_row, rows, index, full_blocks, partial_blocks in schedule.tiles[table].tolist():
+        if not rows:
+            continue
+        blocks = []
+        start = int(schedule.ranges[table, index, 0])
+        for block in range(full_blocks + partial_blocks):
+            end = int(schedule.ranges[table, index, 1])
+            blocks.append((range(start, min(start + schedule.block_kv, end)), block < full_blocks))
+            start += schedule.block_kv
+            if start >= end:
+                index += 1
+                start = int(schedule.ranges[table, index, 0])
+        yield range(first_row, first_row + rows), blocks
+
+
+def row_matrix(schedule, table):
+    query = TokenInfo(*(part[:, None] for part in schedule.info))
+    key = TokenInfo(*(part[None, :] for part in schedule.info))
+    return visible(
+        query,
+        key,
+        int(schedule.groups[table]),
+        bidirectional_images=schedule.bidirectional_images,
+        window=schedule.window,
+    )
+
+
+@settings(max_examples=300)
+@given(
+    template=templates,
+    tables=st.lists(
+        st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets, min_size=1, max_size=4
+    ),
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 12),
+    padding=st.integers(0, 20),
+    base=base_visibility,
+)
+def test_invariants(template, tables, block_q, block_kv, padding, base):
+    schedule = build_schedule(
+        template,
+        tables,
+        block_q=block_q,
+        block_kv=block_kv,
+        tokens=template.tokens + padding,
+        **base,
+    )
+    real = template.tokens
+    for table, groups in enumerate(tables):
+        seen = row_matrix(schedule, table)
+        seen[real:] = False
+        assert visible_pairs(template, groups, **base) == seen.sum()
+        covered = np.zeros(seen.shape, int)
+        tiled = np.zeros(schedule.tokens, int)
+        work = []
+        for rows, blocks in walk(schedule, table):
+            assert len(rows) <= block_q
+            tiled[rows] += 1
+            work.append(len(blocks))
+            needed = seen[rows].any(axis=0)
+            for keys, full in blocks:
+                covered[np.ix_(rows, keys)] += 1
+                assert not full or (len(keys) == block_kv and seen[np.ix_(rows, keys)].all())
+            # A range is a maximal run of needed keys within one part of the order; the order has
+            # three parts, so at most two runs of needed keys are visited as more than one range.
+            runs = np.flatnonzero(np.diff(np.concatenate(([0], needed, [0]))))
+            lengths = runs[1::2] - runs[::2]
+            assert len(blocks) <= sum(-(-lengths // block_kv)) + 2
+        assert (tiled == 1).all(), "every row is in exactly one tile"
+        assert covered.max(initial=0) <= 1, "no pair is covered twice"
+        assert (covered[seen] == 1).all(), "every visible pair is covered"
+        assert work == sorted(work, reverse=True), "longest tiles first"
+
+
+@given(
+    template=templates,
+    categories=categories,
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 12),
+    base=base_visibility,
+)
+def test_to_dense_flops_and_density_are_the_predicates(
+    template, categories, block_q, block_kv, base
+):
+    mask = BlockMask(template, categories, block_q, block_kv, **base)
+    dense = visible_matrix(template, HeadCategory.DENSE.groups, **base).sum()
+    total = 0
+    for head, category in enumerate(categories):
+        seen = visible_matrix(template, category.groups, **base)
+        np.testing.assert_array_equal(mask.to_dense(head), seen)
+        assert mask.flops_per_head[head] == 4 * seen.sum()
+        assert mask.density_per_head[head] == pytest.approx(seen.sum() / max(dense, 1))
+        total += 4 * int(seen.sum())
+    assert mask.flops == total == sum(mask.flops_per_category.values())
+
+
+@settings(max_examples=400)
+@given(
+    template=templates,
+    groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 12),
+    base=base_visibility,
+)
+def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, base):
+    def build():
+        # A second table keeps the packed order, whatever the first one's groups.
+        tables = [groups, HeadCategory.SINK.groups]
+        return build_schedule(template, tables, block_q=block_q, block_kv=block_kv, **base)
+
+    few = build()
+    with mock.patch.object(_Rows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)):
+        every = build()
+    np.testing.assert_array_equal(few.tiles, every.tiles)
+    np.testing.assert_array_equal(few.ranges, every.ranges)
+
+
+def test_a_window_needs_few_rows():
+    template = Template.from_segments([Text(8), Image(256)] * 50)
+    rows = _Rows(template, [HeadCategory.SINK.groups], True, 1024)
+    starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
+    assert rows.probes(starts, 128).size < rows.tokens / 10
+    assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
+
+
+def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
+    """A tile that does is alone at work when all others are done. Neither do tiles become many."""
+    template = Template.from_segments([Text(8), Image(256)] * 400)
+    blocks = {"block_q": 128, "block_kv": 64, "bidirectional_images": True, "window": 1024}
+    tables = [category.groups for category in HeadCategory]
+    schedule = build_schedule(template, tables, **blocks)
+    # Own images over the tile's span and the window before it; a few blocks are cut.
+    most = (4 * 1024 + 1024 + 256) // 64 + 8
+    assert schedule.tiles[:, :, 3:].sum(axis=2).max() <= most
+    with mock.patch("bsjax.masks.schedule.TILE_WINDOWS", 10**6):
+        whole = build_schedule(template, tables, **blocks)
+    assert (whole.tiles[:, :, 3:].sum(axis=2).max(axis=1)[[0, 2, 3]] > 5 * most).all()
+    for table in range(len(tables)):
+        visited, before = (s.tiles[table, :, 3:].sum() for s in (schedule, whole))
+        assert visited < 1.1 * before
+    assert schedule.tiles.shape == whole.tiles.shape
+
+
+def test_work_of_a_sparse_tile_is_its_ranges():
+    # 40 images of 100 tokens, two text tokens each: an image tile of INTRA_IMAGE sees the text
+    # before it and its own image, nothing else.
+    template = Template.from_segments([Image(100), Text(2)] * 40)
+    schedule = build_schedule(template, [HeadCategory.INTRA_IMAGE.groups], block_q=128, block_kv=64)
+    for rows, blocks in walk(schedule, 0):
+        if 1 <= template.packed_order[rows[0]] % 102 <= 99:
+            assert len(blocks) <= 2 + 1 + 2  # 78 text tokens, own sink, 99 others
+
+
+def test_all_dense_keeps_prompt_order():
+    template = Template.from_segments([Text(3), Image(20), Text(4)])
+    mask = BlockMask(template, [HeadCategory.DENSE] * 2)
+    np.testing.assert_array_equal(mask.order, np.arange(27))
+
+
+def test_ragged_segments_see_themselves_only():
+    schedule = segment_schedule([3, 1, 7], block_q=4, block_kv=2, tokens=16)
+    seen = row_matrix(schedule, HeadCategory.INTRA_IMAGE)
+    covered = np.zeros((16, 16), int)
+    for rows, blocks in walk(schedule, int(HeadCategory.INTRA_IMAGE)):
+        for keys, _ in blocks:
+            covered[np.ix_(rows, keys)] += 1
+    expected = np.zeros((16, 16), int)
+    for start, end in ((0, 3), (3, 4), (4, 11)):
+        expected[start:end, start:end] = 1
+    np.testing.assert_array_equal(covered, expected)
+    np.testing.assert_array_equal(seen[:11, :11], expected[:11, :11].astype(bool))
+
+
+def test_templates_of_like_size_share_shapes():
+    def shapes(segments):
+        schedule = build_schedule(
+            Template.from_segments(segments, Sinks(first=2)),
+            [category.groups for category in HeadCategory],
+            block_q=128,
+            block_kv=64,
+            tokens=4096,
+        )
+        return [leaf.shape for leaf in jax.tree.leaves(schedule)]
+
+    assert shapes([Text(9)] + [Image(300), Text(5)] * 12) == shapes([Image(777), Text(31)] * 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda t: BlockMask(t, []), "at least one query head"),
+        (lambda t: BlockMask(t, [7]), "INTRA_IMAGE"),
+        (lambda t: BlockMask(t, [0], block_q=0), "block_q must be at least 1"),
+        (lambda t: BlockMask(t, [0], window=0), "window must be at least 1"),
+        (lambda t: BlockMask(t, [0]).to_dense(1), "no head 1"),
+        (lambda t: BlockMask(t, [0]).plot(head=3), "no head 3"),
+        (lambda t: build_schedule(t, [None], block_q=1, block_kv=1, tokens=1), "Cannot pad"),
+    ],
+)
+def test_bad_input_is_refused_with_a_reason(call, words):
+    with pytest.raises(MaskError, match=words):
+        call(Template.from_segments([Text(2), Image(3)]))
+
+
+def test_a_mask_in_a_jitted_function_says_what_it_lacks():
+    mask = BlockMask(Template.from_segments([Text(2), Image(3)]), [0])
+    with pytest.raises(MaskError, match="Inside a jitted function"):
+        jax.jit(lambda mask: mask.flops)(mask)
+
+
+@pytest.mark.parametrize("category", HeadCategory)
+def test_pictures_are_written_whatever_the_size(category, tmp_path):
+    for segments in ([Text(2), Image(3)], [Text(0)], [Image(1)], [Image(900), Text(9)] * 60):
+        path = tmp_path / "mask.png"
+        BlockMask(Template.from_segments(segments), [category]).plot(path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path):
+    mask = BlockMask(Template.from_segments([Text(2), Image(3)]), [0])
+    with pytest.raises(MaskError, match="cannot be written"):
+        mask.plot(tmp_path / "missing" / "mask.png")

@@ -1,0 +1,242 @@
+"""The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
+
+import functools
+
+import jax
+import pytest
+
+from bsjax.errors import BackendError
+from bsjax.pallas.configurations import (
+    TARGETS,
+    WIDTHS,
+    KernelConfiguration,
+    compiling_for,
+    configuration,
+    default_blocks,
+    target_in_use,
+    target_of,
+)
+from tests.support.gpu_compiler import require_gpu_compiler
+from tools import compiled_kernels, gpu_targets, kernel_table
+from tools.configuration_table import TABLE, read_table, write_table
+from tools.gpu_targets import KernelReport
+from tools.kernel_table import PAGE, Case, matrix
+from tools.sass import attention_loops, mix, opcodes
+
+compile_prefill = functools.cache(compiled_kernels.compile_prefill)
+
+
+def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None:
+    said = f"{case}, {chosen}"
+    gpu = gpu_targets.TARGETS[case.gpu]
+    limit = gpu.shared_memory_per_block
+    assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
+    assert report.shared_memory <= limit, (
+        f"{said}: {report.shared_memory} bytes of shared memory, {limit} are there: "
+        f"{report.shared_memory - limit} too many"
+    )
+    assert report.threads == 32 * chosen.num_warps, said
+    assert report.resident(gpu) >= 1, said
+    used = set(opcodes(report.sass))
+    assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
+    products = {
+        "a100": {"HMMA"},
+        "l40s": {"HMMA"},
+        "rtx4090": {"HMMA"},
+        "h100": {"HGMMA"},
+        "h200": {"HGMMA"},
+        "b200": {"UTCHMMA"},
+    }[case.gpu]
+    # Products in TF32 or in halves would not be float32.
+    expected = set() if case.dtype == "float32" else products
+    found = {name for name in used if name.endswith("MMA")}
+    assert found == expected, f"{said}: products are {found}, and should be {expected}"
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_every_target(case):
+    require_gpu_compiler()
+    chosen = compiled_kernels.default_prefill(*case[:3], sparse=case.sparse)
+    report = compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
+    check(report, case, chosen)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "head_dim", "dtype"),
+    [("h200", 64, "bfloat16"), ("h200", 128, "float32")]
+    + [(gpu, 256, "bfloat16") for gpu in ("a100", "h200")]
+    + [(gpu, 128, "bfloat16") for gpu in ("a100", "l40s", "h200", "b200")],
+)
+def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtype):
+    require_gpu_compiler()
+    report = compile_prefill(
+        gpu, head_dim, dtype, return_lse=True, bidirectional_images=True, window=1024
+    )
+    case = Case(gpu, head_dim, dtype)
+    check(report, case, compiled_kernels.default_prefill(gpu, head_dim, dtype))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "head_dim", "dtype"),
+    [
+        ("a100", 128, "bfloat16"),
+        ("l40s", 256, "bfloat16"),
+        ("l40s", 256, "float32"),
+        ("h200", 64, "bfloat16"),
+        ("h200", 256, "bfloat16"),
+        ("h200", 256, "float32"),
+        ("b200", 256, "float32"),
+    ],
+)
+def test_masks_built_without_asking_the_kernel(gpu, head_dim, dtype):
+    # 128 x 64 is what `BlockMask` takes by default.
+    require_gpu_compiler()
+    report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64))
+    with compiling_for(compiled_kernels.target_name(gpu)):
+        chosen = configuration(head_dim, dtype, 128, 64)
+    check(report, Case(gpu, head_dim, dtype), chosen)
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 128)])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_larger_blocks_are_walked_in_steps(head_dim, blocks):
+    require_gpu_compiler()
+    report = compile_prefill("h200", head_dim, "bfloat16", blocks=blocks)
+    with compiling_for("sm_90"):
+        chosen = configuration(head_dim, "bfloat16", *blocks)
+    assert chosen.block_kv < 128
+    check(report, Case("h200", head_dim, "bfloat16"), chosen)
+
+
+def test_windows_of_a_vision_tower_take_tiles_of_their_size():
+    require_gpu_compiler()
+    report = compile_prefill("h200", 80, "bfloat16", blocks=(64, 64))
+    with compiling_for("sm_90"):
+        chosen = configuration(80, "bfloat16", 64, 64)
+    assert chosen.block_q == 64, "a window's 64 rows should be one program's"
+    check(report, Case("h200", 80, "bfloat16"), chosen)
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "tokens"), [(256, (8, 4), 131_000), (128, (32, 16), 65_536)]
+)
+def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
+    """The 4B and the 27B, at lengths that they are used at; local and global layers."""
+    require_gpu_compiler()
+    for window in (1024, None):
+        report = compile_prefill(
+            gpu, head_dim, "bfloat16", tokens=tokens, q_heads=heads[0], kv_heads=heads[1],
+            bidirectional_images=True, window=window,
+        )  # fmt: skip
+        chosen = compiled_kernels.default_prefill(gpu, head_dim, "bfloat16")
+        check(report, Case(gpu, head_dim, "bfloat16"), chosen)
+
+
+def test_siglip_on_an_a100():
+    require_gpu_compiler()
+    report = compile_prefill(
+        "a100", 72, "bfloat16", tokens=65_536, q_heads=16, kv_heads=16, bidirectional_images=True
+    )
+    chosen = compiled_kernels.default_prefill("a100", 72, "bfloat16")
+    check(report, Case("a100", 72, "bfloat16"), chosen)
+
+
+def test_arrays_beyond_32_bit_offsets():
+    # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
+    require_gpu_compiler()
+    large = compile_prefill("h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8)
+    check(
+        large,
+        Case("h200", 128, "bfloat16"),
+        compiled_kernels.default_prefill("h200", 128, "bfloat16"),
+    )
+    small = compile_prefill("h200", 128, "bfloat16")
+    # A 32-bit offset is widened at the end, to be added to a pointer.
+    widened = [
+        kernel.ptx.count("mul.wide.s32") + kernel.ptx.count("cvt.s64.s32")
+        for kernel in (large, small)
+    ]
+    assert widened[0] < widened[1], f"q and out have 32-bit offsets: {widened}"
+
+
+def test_full_blocks_evaluate_no_mask():
+    require_gpu_compiler()
+    full, partial = (
+        mix(loop) for loop in attention_loops(compile_prefill("h200", 128, "bfloat16").sass)
+    )
+    chosen = compiled_kernels.default_prefill("h200", 128, "bfloat16")
+    scores = chosen.block_q * chosen.block_kv // (32 * chosen.num_warps)
+    assert full["tensor"] == partial["tensor"]
+    # One comparison per score at the very least.
+    assert full["other"] + scores <= partial["other"]
+
+
+def test_heads_of_80_pay_for_80():
+    require_gpu_compiler()
+    memory = {dim: compile_prefill("h200", dim, "bfloat16").shared_memory for dim in (64, 80, 128)}
+    assert memory[80] < (memory[64] + memory[128]) / 2
+
+
+def test_table_has_every_entry_once():
+    entries = read_table()
+    keys = [(entry["target"], entry["width"], entry["bytes"], entry["heads"]) for entry in entries]
+    wanted = [
+        (target, width, itemsize, heads)
+        for target in TARGETS
+        for width in WIDTHS
+        for itemsize in (2, 4)
+        for heads in ("dense", "sparse")
+    ]
+    assert sorted(keys) == sorted(wanted)
+    assert {entry["basis"] for entry in entries} <= {"compiled", "measured"}
+    assert min(entry["num_stages"] for entry in entries) >= 2, "copies must overlap with products"
+
+
+def test_measured_entries_are_replaced_by_measured_ones_alone(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(TABLE.read_text())
+    entry = read_table(path)[5] | {"block_kv": 128, "basis": "measured"}
+    write_table([entry], path)
+    assert entry in read_table(path) and len(read_table(path)) == len(read_table())
+    write_table([entry | {"basis": "compiled", "block_kv": 16}], path)
+    assert entry in read_table(path)
+    write_table([entry | {"block_kv": 64}], path)
+    assert entry not in read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("8.0", "sm_80"), ("8.6", "sm_89"), ("8.9", "sm_89"), ("9.0", "sm_90")]
+    + [("10.0", "sm_100"), ("10.3", "sm_100"), ("12.0", "sm_89")],
+)
+def test_targets_of_gpus(capability, target):
+    assert target_of(capability) == target
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942", ""])
+def test_gpus_without_a_kernel_are_refused(capability):
+    with pytest.raises(BackendError, match="8.0 or later"):
+        target_of(capability)
+
+
+def test_targets_are_named_for_a_while():
+    before = target_in_use()
+    with compiling_for("sm_80"):
+        assert target_in_use() == "sm_80"
+        small = default_blocks(256, "bfloat16", sparse=True)
+    assert target_in_use() == before
+    with pytest.raises(BackendError, match="Unknown target 'sm_75'"), compiling_for("sm_75"):
+        pass
+    assert small == compiled_kernels.default_prefill("a100", 256, "bfloat16")[:2]
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_the_page_in_docs_is_up_to_date(case):
+    require_gpu_compiler()
+    text = PAGE.read_text()
+    if f"with JAX {jax.__version__}," not in text:
+        pytest.skip("the page was made with another JAX, which compiles differently")
+    report = compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
+    line = f"| {' | '.join(kernel_table.row(case, report))} |"
+    assert line in text.splitlines(), f"run python -m {kernel_table.__name__}"

@@ -1,0 +1,224 @@
+"""The GPU kernel, interpreted, is the dense softmax under the predicate for every schedule."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsjax import BackendError, HeadCategory, Image, Sinks, Template, Text
+from bsjax.masks.categories import TokenInfo, visible
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables, segment_schedule
+from bsjax.pallas.configurations import default_blocks
+from bsjax.pallas.prefill import prefill_attention
+from tests.support.templates import categories, templates
+
+RAGGED = Template.from_segments(
+    [Text(11), Image(45), Text(3), Image(1), Image(20), Text(7), Image(33), Text(1)],
+    Sinks(first=1, offsets=(4,)),
+)
+EVERY_CATEGORY = list(HeadCategory)
+
+interpreted = jax.jit(
+    partial(prefill_attention, interpret=True), static_argnames=("scale", "return_lse")
+)
+
+
+def random_arrays(tokens, q_heads, kv_heads, head_dim, dtype, seed=0):
+    generator = np.random.default_rng(seed)
+    return [
+        jnp.asarray(generator.normal(size=(tokens, heads, head_dim)), dtype)
+        for heads in (q_heads, kv_heads, kv_heads)
+    ]
+
+
+def dense_softmax(q, k, v, schedule, head_category, scale, real_tokens):
+    """float64 NumPy with the whole score matrix, rows in the schedule's order."""
+    q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
+    query = TokenInfo(*(np.asarray(field)[:, None] for field in schedule.info))
+    key = TokenInfo(*(np.asarray(field)[None, :] for field in schedule.info))
+    real = np.arange(schedule.tokens) < real_tokens
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for head, category in enumerate(head_category):
+        seen = visible(
+            query,
+            key,
+            int(schedule.groups[category]),
+            bidirectional_images=schedule.bidirectional_images,
+            window=schedule.window,
+        )
+        seen = seen & real[:, None] & real[None, :]
+        kv_head = head // (q.shape[1] // k.shape[1])
+        scores = np.where(seen, q[:, head] @ k[:, kv_head].T * scale, -np.inf)
+        some = seen.any(axis=1)
+        lse[some, head] = np.logaddexp.reduce(scores[some], axis=1)
+        out[some, head] = np.exp(scores[some] - lse[some, head, None]) @ v[:, kv_head]
+    return out, lse
+
+
+def check(
+    schedule: Schedule,
+    real_tokens: int,
+    head_category,
+    *,
+    kv_heads: int = 1,
+    head_dim: int = 64,
+    dtype="float32",
+    tolerance: float = 3e-6,
+    seed: int = 0,
+):
+    q, k, v = random_arrays(schedule.tokens, len(head_category), kv_heads, head_dim, dtype, seed)
+    scale = head_dim**-0.5
+    out, lse = interpreted(
+        q, k, v, schedule, jnp.asarray(head_category, jnp.int32), scale=scale, return_lse=True
+    )
+    wanted_out, wanted_lse = dense_softmax(q, k, v, schedule, head_category, scale, real_tokens)
+    assert out.dtype == q.dtype and lse.dtype == jnp.float32
+    # In every dtype the scores are exact products summed in float32: so is their log-sum-exp.
+    np.testing.assert_allclose(lse, wanted_lse, atol=3e-6, rtol=3e-6)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), wanted_out, atol=tolerance, rtol=tolerance
+    )
+
+
+def mixed_schedule(template=RAGGED, block_q=32, block_kv=16, **options):
+    return build_schedule(
+        template, category_tables(EVERY_CATEGORY), block_q=block_q, block_kv=block_kv, **options
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_head_dims_in_every_dtype(head_dim, dtype):
+    tolerance = 3e-6 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps)
+    check(
+        mixed_schedule(),
+        RAGGED.tokens,
+        EVERY_CATEGORY,
+        kv_heads=2,
+        head_dim=head_dim,
+        dtype=dtype,
+        tolerance=tolerance,
+    )
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_grouped_queries_with_a_category_each(group):
+    head_category = [(3 * head + head // 4) % 4 for head in range(2 * group)]
+    check(mixed_schedule(), RAGGED.tokens, head_category, kv_heads=2)
+
+
+@pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (16, 128), (64, 32), (64, 64)])
+def test_block_sizes(blocks):
+    schedule = mixed_schedule(block_q=blocks[0], block_kv=blocks[1])
+    check(schedule, RAGGED.tokens, EVERY_CATEGORY)
+
+
+def test_blocks_used_by_default():
+    block_q, block_kv = default_blocks(128, "bfloat16", sparse=True)
+    template = Template.from_segments([Text(150), Image(300), Text(5), Image(200), Text(9)])
+    schedule = mixed_schedule(template, block_q, block_kv, tokens=768)
+    assert schedule.tiles[:, :, 3].any(axis=1).all(), "every category should have full blocks here"
+    check(
+        schedule,
+        template.tokens,
+        EVERY_CATEGORY,
+        head_dim=128,
+        dtype="bfloat16",
+        tolerance=2 * float(jnp.finfo("bfloat16").eps),
+    )
+
+
+@settings(max_examples=20)
+@given(
+    template=templates,
+    head_category=categories,
+    bidirectional_images=st.booleans(),
+    window=st.sampled_from([None, 1, 17]),
+    seed=st.integers(0, 99),
+)
+def test_random_templates_windows_and_bidirectional_images(
+    template, head_category, bidirectional_images, window, seed
+):
+    # One shape for all examples, so that they share their programs.
+    schedule = build_schedule(
+        template,
+        category_tables(head_category),
+        block_q=16,
+        block_kv=16,
+        tokens=288,
+        bidirectional_images=bidirectional_images,
+        window=window,
+    )
+    head_category = (head_category * 4)[:4]
+    check(schedule, template.tokens, head_category, kv_heads=2, seed=seed)
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 64], [1, 100, 37, 2, 5], [16] * 9])
+def test_segments_of_a_vision_tower(lengths):
+    schedule = segment_schedule(lengths, block_q=32, block_kv=32, tokens=sum(lengths) + 7)
+    head_category = [HeadCategory.INTRA_IMAGE] * 2
+    check(schedule, sum(lengths), head_category, kv_heads=2, head_dim=80)
+
+
+def test_fewer_tokens_than_one_block():
+    template = Template.from_segments([Text(2), Image(3)])
+    schedule = mixed_schedule(template, 128, 64)
+    assert schedule.tokens == 5
+    check(schedule, 5, EVERY_CATEGORY)
+
+
+def test_rows_that_see_nothing_and_padding_are_zero():
+    template = Template.from_segments([Text(2), Image(60), Text(1)])
+    schedule = build_schedule(
+        template, category_tables([1]), block_q=32, block_kv=16, window=3, tokens=96
+    )
+    q, k, v = random_arrays(96, 1, 1, 64, "float32")
+    out, lse = prefill_attention(
+        q, k, v, schedule, jnp.array([1]), scale=0.125, return_lse=True, interpret=True
+    )
+    empty = np.isneginf(np.asarray(lse)[:, 0])
+    assert empty[template.tokens :].all() and 50 < empty[: template.tokens].sum() < 63
+    assert (np.asarray(out)[empty] == 0).all() and np.isfinite(out).all()
+
+
+def test_large_scores_do_not_overflow():
+    schedule = mixed_schedule()
+    q, k, v = random_arrays(schedule.tokens, 4, 1, 64, "float32")
+    head_category = jnp.arange(4)
+    out = prefill_attention(1e3 * q, k, v, schedule, head_category, scale=10.0, interpret=True)
+    wanted, _ = dense_softmax(1e3 * q, k, v, schedule, range(4), 10.0, RAGGED.tokens)
+    # Scores of 1e5 are rounded to 1e-2: where two compete closely, weights follow that.
+    assert np.isfinite(out).all()
+    assert np.median(np.abs(np.asarray(out) - wanted)) < 1e-6
+
+
+def test_another_template_of_the_same_shape_compiles_nothing():
+    attend = jax.jit(partial(prefill_attention, scale=0.125, interpret=True))
+    other = Template.from_segments([Text(20), Image(70), Text(11)])
+    q, k, v = random_arrays(128, 4, 2, 64, "float32")
+    for template in (RAGGED, other):
+        attend(q, k, v, mixed_schedule(template, tokens=128), jnp.arange(4))
+    attend(q, k, v, mixed_schedule(tokens=128), jnp.array([3, 3, 0, 0]))
+    assert attend._cache_size() == 1
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    schedule = mixed_schedule()
+    tokens = schedule.tokens
+    q, k, v = random_arrays(tokens, 4, 2, 64, "float32")
+    every = jnp.arange(4)
+    with pytest.raises(BackendError, match="power of two of at least 16, got 24"):
+        prefill_attention(q, k, v, mixed_schedule(block_kv=24), every, scale=1.0)
+    with pytest.raises(BackendError, match="up to 256, got 512"):
+        wide = random_arrays(tokens, 4, 2, 512, "float32")
+        prefill_attention(*wide, schedule, every, scale=1.0)
+    with pytest.raises(BackendError, match="above 0, got -1"):
+        prefill_attention(q, k, v, schedule, every, scale=-1.0)
+    with pytest.raises(BackendError, match="one dtype"):
+        prefill_attention(q, k.astype("bfloat16"), v, schedule, every, scale=1.0)
+    with pytest.raises(BackendError, match="not in float64"):
+        default_blocks(64, "float64", sparse=True)

@@ -1,0 +1,162 @@
+"""A Gemma 3 prompt is what Gemma3Processor makes of the same messages, crops included."""
+
+import copy
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, Gemma3ImageProcessorPil, Gemma3Processor
+
+from bsjax.errors import MessageError
+from bsjax.models.gemma3.vision_plan import to_images
+from bsjax.prompts.prompt import prepare_prompt
+from tests.support.paths import ROOT
+from tests.support.small_models import Shape, small_config
+
+SIDE = 32
+# Written as the published template writes it: text is trimmed, an image is its start alone.
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
+{% for item in message['content'] %}{% if item['type'] == 'image' %}<start_of_image>\
+{% else %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def files():
+    """Tokenizer, image processor, configuration, and transformers' processor of the same."""
+    folder = ROOT / "examples" / "tiny-qwen2.5-vl"
+    names = {
+        "bos_token": "<bos>",
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, extra_special_tokens=names, chat_template=CHAT_TEMPLATE
+    )
+    # Newlines that meet are one token, so that it matters where the processor writes them.
+    tokenizer.add_tokens(["\n\n\n", "\n\n"])
+    image_processor = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    config = small_config(Shape("gemma3"))
+    config.boi_token_index, config.image_token_index, config.eoi_token_index = (
+        tokenizer.convert_tokens_to_ids(names[name])
+        for name in ("boi_token", "image_token", "eoi_token")
+    )
+    processor = Gemma3Processor(
+        image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=16
+    )
+    return tokenizer, image_processor, config, processor
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def conversation(pictures, **options):
+    content = [{"type": "text", "text": "Compare\n"}]
+    for number, item in enumerate(pictures):
+        content += [
+            {"type": "image", "image": item, **options},
+            {"type": "text", "text": f" and this one, {number}:\n\n"},
+        ]
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
+
+
+CROPS = {"do_pan_and_scan": True}
+OTHER_CROPS = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 100,
+    "pan_and_scan_max_num_crops": 2,
+    "pan_and_scan_min_ratio_to_activate": 1.0,
+}
+
+
+# Of four images, one is cut into two crops and one into three; else, all into two.
+@pytest.mark.parametrize(("options", "crops"), [({}, 0), (CROPS, 5), (OTHER_CROPS, 6)])
+@pytest.mark.parametrize("sizes", [[], [(64, 64)], [(700, 300), (32, 40), (280, 900), (500, 500)]])
+def test_equals_transformers(files, sizes, options, crops):
+    tokenizer, image_processor, config, processor = files
+    pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    prompt = prepare_prompt(conversation(pictures, **options), tokenizer, image_processor, config)
+    expected = processor.apply_chat_template(
+        conversation(pictures), add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="np", processor_kwargs=dict(options),
+    )  # fmt: skip
+    np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
+    images = len(prompt.image_tokens)
+    assert prompt.image_tokens == (16,) * images
+    assert images == len(sizes) + (crops if len(sizes) > 1 else 0)
+    if not sizes:
+        assert prompt.pixel_values is None
+        return
+    np.testing.assert_array_equal(prompt.grid_thw, [[1, 8, 8]] * images)
+    np.testing.assert_array_equal(to_images(prompt.pixel_values, config), expected["pixel_values"])
+    is_image = prompt.token_ids == config.image_token_index
+    np.testing.assert_array_equal(expected["token_type_ids"][0] == 1, is_image)
+
+
+def test_image_settings_count_as_much_as_in_transformers(files):
+    tokenizer, _, config, _ = files
+    image_processor = Gemma3ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, do_pan_and_scan=True, pan_and_scan_max_num_crops=2
+    )
+    messages = conversation([picture(300, 900)])
+    theirs = Gemma3Processor(
+        image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_seq_length=16
+    )
+    expected = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+    )
+    prompt = prepare_prompt(messages, tokenizer, image_processor, config)
+    np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
+    assert len(prompt.image_tokens) == len(expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "words"),
+    [
+        ({"max_pixels": 1000}, "?", "Image 1 of 1 .*max_pixels: Gemma 3 scales all images"),
+        ({"do_pan_and_scan": "yes"}, "?", "Image 1 of 1 .*must be true or false, got 'yes'"),
+        ({"pan_and_scan_max_num_crops": 2}, "?", "does nothing without do_pan_and_scan"),
+        ({**CROPS, "pan_and_scan_max_num_crops": 0}, "?", "num_crops must be at least 1, got 0"),
+        ({**CROPS, "pan_and_scan_min_crop_size": "a"}, "?", "crop_size must be a whole number"),
+        ({**CROPS, "pan_and_scan_min_ratio_to_activate": 0.5}, "?", "at least 1; got 0.5"),
+        ({}, "<image_soft_token>", "contains '<image_soft_token>'"),
+        ({}, "<start_of_image>", "1 image, but the prompt has 2 image placeholders"),
+    ],
+)
+def test_prompts_that_are_refused(files, options, text, words):
+    tokenizer, image_processor, config, _ = files
+    content = [
+        {"type": "image", "image": picture(40, 40), **options},
+        {"type": "text", "text": text},
+    ]
+    with pytest.raises(MessageError, match=words):
+        prepare_prompt([{"role": "user", "content": content}], tokenizer, image_processor, config)
+
+
+def test_settings_for_another_tower_are_refused(files):
+    tokenizer, _, config, _ = files
+    image_processor = Gemma3ImageProcessorPil(size={"height": 48, "width": 48})
+    with pytest.raises(MessageError, match="48 x 48 pixels, and its vision tower takes 32 x 32"):
+        prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
+
+
+def test_a_delimiter_that_the_tokenizer_lacks_is_named(files):
+    tokenizer, image_processor, config, _ = files
+    config = copy.deepcopy(config)
+    config.eoi_token_index = 10**6
+    with pytest.raises(MessageError, match="no token 1000000, .* config's eoi_token_index"):
+        prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
+
+
+def test_text_only_models_refuse_images(files):
+    tokenizer, _, _, _ = files
+    config = small_config(Shape("gemma3_text"))
+    with pytest.raises(MessageError, match="1 image, and this model reads text only"):
+        prepare_prompt(conversation([picture(40, 40)]), tokenizer, None, config)
+    assert prepare_prompt(conversation([]), tokenizer, None, config).pixel_values is None

@@ -1,0 +1,181 @@
+"""`bsjax.generate` and `bsjax.forward` with Gemma 3: answers, crops, FLOPs by kind, cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import bsjax
+from bsjax import HeadCategory, Profile, Template
+from bsjax.cli import build_parser, main
+from bsjax.cli.mask import _template
+from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
+from bsjax.models.gemma3.text import _rows_of_ring
+from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.programs import programs_of
+from convert.conversion import convert_checkpoint
+from tests import convert_sources as sources
+from tests.support.small_models import reference_inputs
+
+NEW_TOKENS = 32
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def conversation(**options):
+    pictures = [picture(40, 50), picture(512, 256, seed=1)]
+    parts = [{"type": "image", "image": item, **options} for item in pictures]
+    question = {"type": "text", "text": " word3 word4 word5"}
+    return [{"role": "user", "content": [parts[0], question, parts[1], question]}]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A checkpoint of Hugging Face's, the same converted, with layers of both kinds."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
+    convert_checkpoint(source, folder / "ours", dtype="float32")
+    return source, folder / "ours"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints):
+    return bsjax.load(checkpoints[1], "float32")
+
+
+def prompt_of(model, messages):
+    return prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+
+
+@pytest.mark.parametrize("crops", [False, True])
+def test_answers_are_those_of_transformers(checkpoints, model, crops):
+    messages = conversation(do_pan_and_scan=crops)
+    result = bsjax.generate(model, messages, max_new_tokens=NEW_TOKENS)
+    reference = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        checkpoints[0], dtype=torch.float32
+    )
+    prompt = prompt_of(model, messages)
+    assert result.stats.image_tokens == prompt.image_tokens == (16,) * (4 if crops else 2)
+    inputs = reference_inputs(reference, prompt)
+    with torch.no_grad():
+        expected = reference(**inputs).logits[0].numpy()
+    logits = bsjax.forward(model, messages)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    generated = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    assert list(result.token_ids) == generated[0, len(prompt.token_ids) :].tolist()
+
+
+def test_float16_is_refused(checkpoints):
+    """Published models overflow in it, and would answer with padding."""
+    with pytest.raises(bsjax.CheckpointError, match="do not compute in float16.*bfloat16"):
+        bsjax.load(checkpoints[1], "float16")
+
+
+def test_flops_are_counted_for_each_kind_of_layer(model):
+    messages = conversation()
+    profile = Profile.uniform(HeadCategory.INTRA_IMAGE, model)
+    result = bsjax.generate(model, messages, profile=profile, max_new_tokens=2)
+    prompt = prompt_of(model, messages)
+    template = Template.from_tokens(
+        prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
+    )
+    local, everywhere = result.stats.attention_flops_per_kind
+    assert (local.window, local.layers) == (12, 3)
+    assert (everywhere.window, everywhere.layers) == (None, 1)
+    for kind in (local, everywhere):
+        options = {"bidirectional_images": True, "window": kind.window}
+        per_pair = 4 * 16 * 4 * kind.layers
+        for flops, category in (
+            (kind.dense, HeadCategory.DENSE),
+            (kind.sparse, HeadCategory.INTRA_IMAGE),
+        ):
+            assert flops == per_pair * visible_pairs(template, category.groups, **options)
+    assert result.stats.attention_flops_sparse == local.sparse + everywhere.sparse
+    assert result.stats.attention_flops_dense == local.dense + everywhere.dense
+    # The window leaves local layers less to save.
+    assert everywhere.sparse / everywhere.dense < local.sparse / local.dense < 1
+
+
+def test_schedules_share_one_row_order(model):
+    profile = Profile.uniform(HeadCategory.SINK, model)
+    inputs = prepare_inputs(
+        model.family, model.config, model.dtype, prompt_of(model, conversation()), profile, "xla", 4
+    )
+    local, everywhere = inputs.schedules
+    np.testing.assert_array_equal(local.position, everywhere.position)
+    np.testing.assert_array_equal(local.position[: inputs.tokens], inputs.order)
+    assert not np.array_equal(inputs.order, np.arange(inputs.tokens)), "packed"
+    assert (local.window, everywhere.window) == (12, None)
+
+
+def test_local_layers_keep_their_window_alone(model):
+    bsjax.generate(model, conversation(), max_new_tokens=2)
+    caches = [
+        program.output[0].cache
+        for (function, *_), program in programs_of(model)._programs.items()
+        if function.__name__ == "prefill"
+    ]
+    assert caches
+    for cache in caches:
+        assert cache.of_local.k.shape == (3, 11, 2, 16)
+        assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
+
+
+@pytest.mark.parametrize(("tokens", "ring"), [(0, 4), (3, 4), (4, 4), (9, 4), (9, 1), (9, 0)])
+def test_a_ring_holds_the_last_positions_at_their_remainders(tokens, ring):
+    position = np.full(12, PADDING_POSITION, np.int32)
+    position[:tokens] = np.random.default_rng(tokens).permutation(tokens)
+    rows = np.asarray(jax.jit(_rows_of_ring, static_argnums=1)(jnp.asarray(position), ring))
+    assert rows.shape == (ring,)
+    for kept in range(max(tokens - ring, 0), tokens if ring else 0):
+        assert position[rows[kept % ring]] == kept
+
+
+def test_command_line_adds_crops(checkpoints, tmp_path, capsys):
+    path = tmp_path / "long.png"
+    picture(512, 256).save(path)
+    arguments = ["generate", str(checkpoints[1]), "word1", str(path), "--max-new-tokens", "2"]
+    assert main([*arguments, "--pan-and-scan", "--uniform", "sink"]) == 0
+    figures = capsys.readouterr().err
+    assert "(images: 16, 16, 16)" in figures
+    assert "in 3 layers with a window of 12" in figures and "in 1 global layer)" in figures
+    assert main([*arguments, "--max-pixels", "1000"]) == 2
+    assert "Gemma 3 scales all images to one size" in capsys.readouterr().err
+
+
+def test_mask_of_a_prompt_is_that_of_the_layer_asked_for(checkpoints, tmp_path, capsys):
+    path = tmp_path / "picture.png"
+    picture(40, 40).save(path)
+    arguments = ["mask", str(checkpoints[1]), "word1", str(path), "--category", "dense"]
+    assert main([*arguments, "--output", str(tmp_path / "mask.png")]) == 0
+    assert "1 image, DENSE: 100.0%" in capsys.readouterr().out
+    options = build_parser().parse_args(arguments)
+    template, visibility = _template(options)
+    assert visibility == (True, None) and template.image_tokens == (16,)
+    for layer, window in enumerate((12, 12, None, 12)):
+        options = build_parser().parse_args([*arguments, "--layer", str(layer)])
+        assert _template(options)[1] == (True, window)
+    assert main([*arguments, "--layer", "0", "--output", str(tmp_path / "local.png")]) == 0
+    assert "DENSE: 100.0% of the dense attention in a window of 12" in capsys.readouterr().out
+    assert main([*arguments, "--layer", "4"]) == 2
+    assert "--layer must be from 0 to 3, got 4" in capsys.readouterr().err
+    assert main([*arguments, "--window", "4"]) == 2
+    assert "Choose one with --layer" in capsys.readouterr().err
+
+
+def test_mask_of_segments_with_a_window(tmp_path, capsys):
+    arguments = ["mask", "--segments", "text:4,image:8,text:4", "--output", str(tmp_path / "a.png")]
+    assert main([*arguments, "--category", "dense", "--window", "3"]) == 0
+    assert "in a window of 3" in capsys.readouterr().out
+    options = build_parser().parse_args([*arguments, "--window", "3", "--bidirectional-images"])
+    template, visibility = _template(options)
+    assert template.image_tokens == (8,) and visibility == (True, 3)
+    assert main([*arguments, "--layer", "0"]) == 2
+    assert "belong to a checkpoint's prompt" in capsys.readouterr().err

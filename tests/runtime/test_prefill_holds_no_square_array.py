@@ -1,0 +1,57 @@
+"""Long prompts through published models, compiled for an H200: no array has tokens x tokens.
+
+The compiled programs' own text says how large their arrays are, and their memory analysis what they
+peak at: none has tokens x tokens elements, or the square of a group's patches, and the peak is far
+below what one such array would take.
+"""
+
+import math
+import re
+
+import pytest
+
+from bsjax.runtime.inputs import cache_rows
+from tests.support.published_memory import measured
+from tools.memory_table import NEW_TOKENS
+
+
+def largest_array(compiled) -> int:
+    """Elements of the largest array that the optimized program mentions."""
+    shapes = re.findall(r"\b(?:pred|[sufb]f?\d+)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [("Qwen2-VL-2B", 32_300), ("Qwen2.5-VL-7B", 300_000), ("Gemma-3-4B", 131_000)],
+)
+def test_no_program_holds_a_square_array(model, tokens):
+    found = measured(model, tokens)
+    patches = max(group.padded_patches for group in found.inputs.image_groups)
+    side = {"embed": tokens, "vision": patches, "prefill": tokens, "decode": tokens}
+    programs = {stage.program: stage.name for stage in found.stages}
+    assert set(programs.values()) == set(side)
+    for program, name in programs.items():
+        assert largest_array(program.compiled) < side[name] ** 2 / 2, name
+        if name in ("vision", "prefill"):
+            text = program.compiled.as_text()
+            assert "prefill_attention" in text, f"the GPU kernel is not in {name}"
+        one_head_of_scores = 2 * side[name] ** 2
+        assert program.memory.temporaries < one_head_of_scores, name
+
+
+def test_prefill_returns_the_cache_and_nothing_else():
+    found = measured("Qwen2.5-VL-7B", 300_000)
+    (prefill,) = (stage for stage in found.stages if stage.name == "prefill")
+    assert found.cache <= prefill.program.memory.results < found.cache + 2**20
+
+
+def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
+    found = measured("Gemma-3-4B", 131_000)
+    rows = cache_rows(131_000 + NEW_TOKENS)
+    row = 2 * 4 * 256 * 2
+    assert found.cache == (29 * 1023 + 5 * rows) * row
+    assert found.full_cache == 34 * rows * row
+    (decode,) = (stage for stage in found.stages if stage.name == "decode")
+    assert decode.program.memory.temporaries < 2**23, "a copy of a ring would be 31 MB"
+    assert decode.program.memory.results < 2**10, "the caches are updated in place"
