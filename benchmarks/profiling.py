@@ -23,9 +23,9 @@ from benchmarks.measure import RESULTS, interleaved, median_ratio, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from bsjax import HeadCategory, Sinks
 from bsjax.attention import resolve_backend
-from bsjax.profiling import steps
+from bsjax.profiling import computations
 from bsjax.profiling.groups import group_schedule
-from bsjax.profiling.inputs import (
+from bsjax.profiling.prompt_inputs import (
     Shape,
     category_schedule,
     kind_schedules,
@@ -76,10 +76,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             hidden_states,
             (from_dense, dense.position_ids, dense.schedules, dense.head_category),
         ),
-        HEADS: (steps.measure_heads, (from_packed, packed.position_ids, groups)),
-        OFFSETS: (steps.measure_offsets, (from_packed, packed.position_ids, categories)),
+        HEADS: (computations.measure_heads, (from_packed, packed.position_ids, groups)),
+        OFFSETS: (computations.measure_offsets, (from_packed, packed.position_ids, categories)),
         COMPARED: (
-            steps.states_at,
+            computations.states_at,
             (from_packed, packed.position_ids, categories, sparse, rows),
         ),
     }

@@ -24,9 +24,9 @@ from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side
-from bsjax.profiling import steps as profiling_steps
+from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
-from bsjax.profiling.inputs import Shape, category_schedule, kind_schedules
+from bsjax.profiling.prompt_inputs import Shape, category_schedule, kind_schedules
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.runtime.pipeline import Embedding, Generation, Stage
@@ -198,9 +198,9 @@ def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[S
 
     dense, states = np.zeros((shape.layers, shape.heads), np.int32), np.zeros(9, np.int32)
     return (
-        stage("heads", profiling_steps.measure_heads, group_schedule),
-        stage("sinks", profiling_steps.measure_offsets, category_schedule),
-        stage("comparing", profiling_steps.states_at, category_schedule, dense, states),
+        stage("heads", profiling_computations.measure_heads, group_schedule),
+        stage("sinks", profiling_computations.measure_offsets, category_schedule),
+        stage("comparing", profiling_computations.states_at, category_schedule, dense, states),
     )
 
 

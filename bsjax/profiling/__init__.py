@@ -11,7 +11,7 @@
 `bsjax.profile` does all of it, with a check on held-out samples, and makes a `Profile`.
 
 groups        attention by key group: exact outputs of all categories from one dense pass
-steps         the jitted programs
+computations  the jitted programs
 offsets       sink discovery
 measurements  the pass over the samples, and what it measured
 selection     the one-shot rule, and its budget mode
@@ -28,8 +28,8 @@ from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
 from bsjax.profiling.knapsack import Move
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.offsets import SinkDiscovery
+from bsjax.profiling.ordered_samples import OrderedSamples
 from bsjax.profiling.refinement import Damage, Refinement, refine
-from bsjax.profiling.samples import OrderedSamples
 
 __all__ = [
     "GROUPS",

@@ -21,9 +21,9 @@ from bsjax.profiling.end_to_end import check_end_to_end
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.measurements import Measurements, measure
+from bsjax.profiling.ordered_samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement
-from bsjax.profiling.samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.state import State, settings_of
 from bsjax.samples import Samples
 

@@ -5,8 +5,8 @@ import numpy as np
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.profiles.profile import Profile
 from bsjax.profiling.evaluation import Evaluator
+from bsjax.profiling.ordered_samples import OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.generation import generate
 

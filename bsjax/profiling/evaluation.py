@@ -21,8 +21,10 @@ from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks, Template
-from bsjax.profiling import selection, steps
-from bsjax.profiling.inputs import (
+from bsjax.profiling import computations, selection
+from bsjax.profiling.ordered_samples import Messages, OrderedSamples
+from bsjax.profiling.progress import Progress, no_progress
+from bsjax.profiling.prompt_inputs import (
     Shape,
     category_schedule,
     extended,
@@ -31,8 +33,6 @@ from bsjax.profiling.inputs import (
     prompt_of,
     row_of_token,
 )
-from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Messages, OrderedSamples
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.generation import generate
 from bsjax.runtime.pipeline import Embedding, Stage, check_memory
@@ -178,7 +178,7 @@ class Evaluator:
             sample = self._sample(index)
             sparse = self._states(sample.embeddings, categories, *sample.arguments, sample.rows)
             arguments = (sample.dense, sparse)
-            of_states, agree = programs.get(steps.divergence, arguments)(*arguments)
+            of_states, agree = programs.get(computations.divergence, arguments)(*arguments)
             kl.append(np.asarray(of_states, np.float64)[: sample.states].mean())
             top1.append(np.asarray(agree)[: sample.states].mean())
         return {"kl": np.asarray(kl, np.float64), "top1": np.asarray(top1, np.float64)}
@@ -255,7 +255,7 @@ class Evaluator:
     def _program(self, embeddings: Any, categories: np.ndarray, *arguments: Any) -> Any:
         position_ids, schedules, rows = arguments
         return programs_of(self._model).get(
-            steps.states_at,
+            computations.states_at,
             (embeddings, position_ids, schedules, categories.astype(np.int32), rows),
             static=(self._backend,),
         )

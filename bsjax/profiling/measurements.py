@@ -12,22 +12,22 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
 from bsjax.masks.template import Sinks
-from bsjax.profiling import selection, steps
+from bsjax.profiling import computations, selection
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES, group_schedule
-from bsjax.profiling.inputs import (
+from bsjax.profiling.offsets import SinkDiscovery, by_offset, discover, pairs_by_offset
+from bsjax.profiling.ordered_samples import (
+    Messages,
+    OrderedSamples,
+    check_images,
+    no_several_images,
+)
+from bsjax.profiling.progress import Progress, no_progress
+from bsjax.profiling.prompt_inputs import (
     Shape,
     category_schedule,
     kind_schedules,
     packed_inputs,
     prompt_of,
-)
-from bsjax.profiling.offsets import SinkDiscovery, by_offset, discover, pairs_by_offset
-from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import (
-    Messages,
-    OrderedSamples,
-    check_images,
-    no_several_images,
 )
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.pipeline import Embedding, Stage, check_memory
@@ -177,7 +177,9 @@ def measure(
         sinks = found.sinks
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
-        pass_ = _Pass(model, messages, shape, sinks, backend, steps.measure_heads, group_schedule)
+        pass_ = _Pass(
+            model, messages, shape, sinks, backend, computations.measure_heads, group_schedule
+        )
         mass, error = pass_.run()
         return {
             "mass": np.asarray(mass),
@@ -210,7 +212,13 @@ def _discover(
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
         pass_ = _Pass(
-            model, messages, shape, Sinks(), backend, steps.measure_offsets, category_schedule
+            model,
+            messages,
+            shape,
+            Sinks(),
+            backend,
+            computations.measure_offsets,
+            category_schedule,
         )
         template = pass_.template
         of_rows = np.asarray(pass_.run(), np.float64).sum(axis=0)

@@ -37,8 +37,8 @@ from bsjax.profiling.evaluation import Comparison, Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.knapsack import Move, hull, moves_of, path, taken
 from bsjax.profiling.measurements import Measurements
+from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.samples import Messages, OrderedSamples
 from bsjax.samples import Samples
 
 MAX_EVALUATIONS = 1024

@@ -18,7 +18,7 @@ import convert.streaming
 from bsjax.checkpoint.loading import load
 from bsjax.models.parameters import TRANSFORMS, canonical_key
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 from tests.support.paths import ROOT
 
 NESTED = (("visual.", "model.visual."), ("model.", "model.language_model."))

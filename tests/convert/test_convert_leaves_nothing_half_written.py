@@ -14,7 +14,7 @@ from bsjax.checkpoint.loading import load
 from bsjax.errors import CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 
 # Converts, but stops half way, says so, and waits.
 _STALLED = """

@@ -17,7 +17,7 @@ from bsjax.checkpoint.loading import load
 from bsjax.errors import BsjaxError, CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 
 SHARD = "model-00002-of-00003.safetensors"
 

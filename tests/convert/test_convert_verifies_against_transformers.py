@@ -9,7 +9,7 @@ import convert.verify
 from bsjax.errors import CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])

@@ -13,9 +13,9 @@ import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
 from bsjax.masks.categories import BaseVisibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
-from bsjax.profiling.inputs import Shape
 from bsjax.profiling.knapsack import path, taken
-from bsjax.profiling.samples import OrderedSamples, fingerprint
+from bsjax.profiling.ordered_samples import OrderedSamples, fingerprint
+from bsjax.profiling.prompt_inputs import Shape
 from bsjax.profiling.selection import (
     checked_divergence,
     checked_threshold,

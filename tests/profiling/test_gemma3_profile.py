@@ -15,7 +15,7 @@ from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.pipeline import Embedding
 from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 
 
 def conversation(seed: int) -> list[dict]:

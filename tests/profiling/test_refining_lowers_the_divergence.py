@@ -12,7 +12,7 @@ import bsjax
 from bsjax import HeadCategory, Profile, ProfileError, Sinks
 from bsjax.profiling import Evaluator, Measurements, refine
 from bsjax.profiling.evaluation import Comparison
-from bsjax.profiling.inputs import extended, prompt_of
+from bsjax.profiling.prompt_inputs import extended, prompt_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.pipeline import Scoring
 from bsjax.runtime.programs import programs_of

@@ -11,8 +11,8 @@ from jax.extend.core import jaxprs_in_params
 from bsjax import Image, Sinks, Template, Text
 from bsjax.attention.reference import reference_attention
 from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility
-from bsjax.profiling.inputs import category_schedule
 from bsjax.profiling.offsets import by_offset, discover, other_image_mass, pairs_by_offset
+from bsjax.profiling.prompt_inputs import category_schedule
 from tests.support.templates import templates, visible_matrix
 
 KINDS = [BaseVisibility(), BaseVisibility(True, None), BaseVisibility(True, 9)]

@@ -18,7 +18,7 @@ from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
-from tests import convert_sources as sources
+from tests.support import convert_sources as sources
 from tests.support.small_models import reference_inputs
 
 NEW_TOKENS = 32
