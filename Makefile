@@ -35,6 +35,7 @@ lint: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+	$(VENV)/bin/lint-imports
 
 # A GPU, if JAX finds one: the CPU is no default here.
 bench: export JAX_PLATFORMS =

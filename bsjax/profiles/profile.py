@@ -6,7 +6,6 @@ Reading is strict, because a profile that does not fit its model gives wrong ans
 other sign.
 """
 
-import importlib.resources
 import math
 import os
 from collections.abc import Mapping
@@ -502,15 +501,14 @@ def _looks_like_path(text: str) -> bool:
 
 def shipped_names() -> tuple[str, ...]:
     """Names of the profiles that come with the package."""
-    files = importlib.resources.files("profiles").iterdir()
-    return tuple(sorted(file.name[:-5] for file in files if file.name.endswith(".json")))
+    return tuple(sorted(file.stem for file in _shipped_folder().glob("*.json")))
 
 
 def shipped(name: str) -> Profile:
     """The profile of that name that comes with the package.
 
     Raises:
-      ProfileError: there is none; the message lists those that are.
+      ProfileError: there is no such profile; the message lists those there are.
     """
     names = shipped_names()
     if name not in names:
@@ -518,8 +516,15 @@ def shipped(name: str) -> Profile:
             f"shipped profiles are {', '.join(names)}" if names else "no profile is shipped yet"
         )
         raise ProfileError(f"There is no file and no shipped profile named {name!r}: {listed}.")
-    file = importlib.resources.files("profiles") / f"{name}.json"
-    return Profile.from_json(file.read_text(encoding="utf-8"), f"shipped profile {name}")
+    text = (_shipped_folder() / f"{name}.json").read_text(encoding="utf-8")
+    return Profile.from_json(text, f"shipped profile {name}")
+
+
+def _shipped_folder() -> Path:
+    """`profiles/` of the repository, which a wheel holds as `bsjax/profiles/shipped`."""
+    here = Path(__file__).parent
+    installed = here / "shipped"
+    return installed if installed.is_dir() else here.parents[1] / "profiles"
 
 
 def installed_versions() -> dict[str, str]:

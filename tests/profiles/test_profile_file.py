@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import profiles
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops
@@ -200,7 +199,7 @@ def test_profile_arguments_resolve(tmp_path, monkeypatch):
 def test_shipped_profiles_are_found_by_name(tmp_path, monkeypatch):
     measured().save(tmp_path / "some-model.json")
     (tmp_path / "README.md").write_text("no profile")
-    monkeypatch.setattr(profile_file.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(profile_file, "_shipped_folder", lambda: tmp_path)
     assert profile_file.shipped_names() == ("some-model",)
     assert_equal(Profile.resolve("some-model", model()), measured())
     with pytest.raises(ProfileError, match="shipped profiles are some-model"):
@@ -208,10 +207,9 @@ def test_shipped_profiles_are_found_by_name(tmp_path, monkeypatch):
 
 
 def test_every_shipped_profile_is_valid_and_measured():
-    assert profiles.__doc__
+    assert profile_file.shipped_names()
     for name in profile_file.shipped_names():
-        file = profile_file.importlib.resources.files("profiles") / f"{name}.json"
-        assert Profile.from_json(file.read_text()).from_data
+        assert profile_file.shipped(name).from_data
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):

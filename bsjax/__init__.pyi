@@ -1,0 +1,81 @@
+# Everything public, and where it is defined. `__init__.py` imports each name when it is first used.
+
+from .attention import sparse_attention as sparse_attention
+from .checkpoint.loading import (
+    LoadedModel as LoadedModel,
+)
+from .checkpoint.loading import (
+    load as load,
+)
+from .errors import (
+    BackendError as BackendError,
+)
+from .errors import (
+    BsjaxError as BsjaxError,
+)
+from .errors import (
+    CapacityError as CapacityError,
+)
+from .errors import (
+    CheckpointError as CheckpointError,
+)
+from .errors import (
+    GenerationError as GenerationError,
+)
+from .errors import (
+    MaskError as MaskError,
+)
+from .errors import (
+    MessageError as MessageError,
+)
+from .errors import (
+    ProfileError as ProfileError,
+)
+from .errors import (
+    SampleError as SampleError,
+)
+from .errors import (
+    TemplateError as TemplateError,
+)
+from .masks.block_mask import BlockMask as BlockMask
+from .masks.categories import (
+    HeadCategory as HeadCategory,
+)
+from .masks.categories import (
+    KeyGroup as KeyGroup,
+)
+from .masks.template import (
+    Image as Image,
+)
+from .masks.template import (
+    Sinks as Sinks,
+)
+from .masks.template import (
+    Template as Template,
+)
+from .masks.template import (
+    Text as Text,
+)
+from .profiles.profile import Profile as Profile
+from .profiling.driver import profile as profile
+from .runtime.generation import (
+    forward as forward,
+)
+from .runtime.generation import (
+    generate as generate,
+)
+from .runtime.generation import (
+    stream as stream,
+)
+from .runtime.results import (
+    Result as Result,
+)
+from .runtime.results import (
+    Stats as Stats,
+)
+from .samples import (
+    Samples as Samples,
+)
+from .samples import (
+    read_samples as read_samples,
+)
