@@ -46,7 +46,7 @@ from benchmarks.variants import (
     variants,
     wanted_rows,
 )
-from benchmarks.workloads import MASK_NAMES, SHAPES, HeadMask, Workload
+from benchmarks.workloads import MASK_NAMES, SHAPES, AttentionShape, HeadMask, Workload
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
@@ -234,7 +234,7 @@ def run_workload(
     by_name = {(row.variant.name, row.variant.mask.is_dense): row for row in rows}
     baseline = by_name.get((CUDNN if on_gpu else JAX_XLA, True))
     return {
-        "shape": vars(workload.shape),
+        "shape": _shape_record(workload.shape),
         "tokens": workload.tokens,
         "image_tokens": workload.image_tokens,
         "images": workload.template.num_images,
@@ -276,7 +276,7 @@ def _prepare(
             arrays,
             variant.order,
             rows,
-            bidirectional_images=variant.bidirectional_images,
+            visibility=variant.visibility,
         )
         error = greatest_error(prepared.rows(rows), wanted)
         limit = tolerance(workload.shape.dtype)
@@ -288,6 +288,11 @@ def _prepare(
     except Exception as failure:  # Whatever another library raises is the result of its variant.
         first_line = (str(failure).strip() or "no message").splitlines()[0]
         return Row(variant, f"failed: {type(failure).__name__}: {first_line[:200]}", None), None
+
+
+def _shape_record(shape: AttentionShape) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(shape).items() if name != "visibility"}
+    return fields | vars(shape.visibility)
 
 
 def _mask_record(workload: Workload, mask: HeadMask) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsjax.masks.categories import TokenInfo, visible
 from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.template import Template
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
 #: How far a row of one head may be from the float32 one, ||out - wanted|| / ||wanted||, in units of
 #: the dtype's epsilon. In half precision the output and the weights that multiply the values are
@@ -30,7 +30,7 @@ def tolerance(dtype: jax.typing.DTypeLike) -> float:
     return TOLERANCE_IN_EPSILONS[dtype.name] * float(jnp.finfo(dtype).eps)
 
 
-@partial(jax.jit, static_argnames=("scale", "bidirectional_images", "window"))
+@partial(jax.jit, static_argnames=("visibility", "scale"))
 def dense_rows(
     q: jax.Array,
     k: jax.Array,
@@ -38,10 +38,9 @@ def dense_rows(
     query: TokenInfo,
     key: TokenInfo,
     groups: jax.Array,
+    visibility: Visibility,
     *,
     scale: float,
-    bidirectional_images: bool,
-    window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Dense softmax attention of some query rows over all keys, in float32.
 
@@ -52,9 +51,8 @@ def dense_rows(
       query: what the predicate knows of the query rows, [rows] each.
       key: what it knows of the keys, [tokens] each.
       groups: int32 [q_heads], the key groups that each head keeps.
+      visibility: the model's own.
       scale: factor of the scores.
-      bidirectional_images: whether an image's tokens all see each other.
-      window: how many positions back a query sees, or None.
 
     Returns:
       float32 [rows, q_heads, head_dim] and the log-sum-exp [rows, q_heads]; rows that see nothing
@@ -75,8 +73,7 @@ def dense_rows(
             query,
             key,
             groups[None, :, None],
-            bidirectional_images=bidirectional_images,
-            window=window,
+            visibility,
         )
         seen = seen & (query.position != PADDING_POSITION)
         scores = exact("rgd,kd->rgk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale

@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks.measure import RESULTS, write_result
 from bsjax import BlockMask, HeadCategory, Image, Template, Text
 from bsjax.masks.schedule import build_schedule, category_tables
+from bsjax.masks.visibility import Visibility
 
 LAYERS, HEADS = 28, 28
 WORKLOADS = (  # images, tokens per image, text tokens per image
@@ -62,8 +63,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                     category_tables(categories),
                     block_q=128,
                     block_kv=64,
-                    bidirectional_images=True,
-                    window=window,
+                    visibility=Visibility(bidirectional_images=True, window=window),
                 )
 
         one_layer = milliseconds(lambda t=template: BlockMask(t, categories[0].tolist()), rounds)

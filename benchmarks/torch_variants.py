@@ -109,7 +109,7 @@ def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bo
 
     In prompt order a row's index is its position; only packed rows have to look theirs up.
     """
-    shape, template = workload.shape, workload.template
+    template = workload.template
     order = row_order(workload, packed=packed)
 
     def by_row(values: np.ndarray) -> torch.Tensor:
@@ -123,16 +123,16 @@ def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bo
     groups = [int(category.groups) for category in mask.categories]
     groups_of_head = torch.as_tensor(groups, dtype=torch.int32, device=device)
     uniform = groups[0] if len(set(groups)) == 1 else None
-    window, bidirectional, is_dense = shape.window, shape.bidirectional_images, mask.is_dense
+    visibility, is_dense = workload.shape.visibility, mask.is_dense
 
     def mask_mod(b: Any, h: Any, q_row: torch.Tensor, kv_row: torch.Tensor) -> torch.Tensor:
         q_position = positions[q_row] if packed else q_row
         kv_position = positions[kv_row] if packed else kv_row
         seen = kv_position <= q_position
-        if bidirectional:
+        if visibility.bidirectional_images:
             seen = seen | ((image[q_row] == image[kv_row]) & (image[q_row] >= 0))
-        if window is not None:
-            seen = seen & (kv_position > q_position - window)
+        if visibility.window is not None:
+            seen = seen & (kv_position > q_position - visibility.window)
         if is_dense:
             return seen
         kept = groups_of_head[h] if uniform is None else uniform

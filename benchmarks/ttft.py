@@ -33,8 +33,7 @@ from benchmarks.measure import RESULTS, markdown_table, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
-from bsjax.masks.flops import LayerFlops
-from bsjax.masks.schedule import visible_pairs
+from bsjax.masks.flops import LayerFlops, head_flops
 from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
 
@@ -173,16 +172,10 @@ def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     # Of all layers, whatever their kinds: heads are strewn over all of them.
-    kinds = np.bincount(model.family.layer_kinds(model.config))
-    pairs = {
-        category: sum(
-            int(count) * visible_pairs(template, category.groups, **visibility._asdict())
-            for count, visibility in zip(
-                kinds, model.family.visibilities(model.config), strict=False
-            )
-        )
-        for category in HeadCategory
-    }
+    flops = head_flops(
+        template, model.family.visibilities(model.config), model.family.layer_kinds(model.config), 1
+    )
+    pairs = dict(zip(HeadCategory, flops.sum(axis=0).tolist(), strict=True))
     categories = np.asarray(head_mix(pairs, layers * heads, cut), np.int8)
     return Profile(
         family=model.family.name,
@@ -266,7 +259,11 @@ def _flops_shares(kinds: Sequence[LayerFlops]) -> dict[str, Any]:
     return {
         "attention_flops_over_dense": sparse / dense,
         "attention_flops_over_dense_by_kind": [
-            {"window": kind.window, "layers": kind.layers, "share": kind.sparse / kind.dense}
+            {
+                "window": kind.visibility.window,
+                "layers": kind.layers,
+                "share": kind.sparse / kind.dense,
+            }
             for kind in kinds
             if kind.dense
         ],

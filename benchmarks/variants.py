@@ -20,8 +20,8 @@ from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.attention import block_sizes, ragged_attention, resolve_backend
-from bsjax.masks.categories import TokenInfo
 from bsjax.masks.schedule import build_schedule, category_tables
+from bsjax.masks.visibility import TokenInfo, Visibility
 
 BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
 CUDNN, JAX_XLA, TOKAMAX, SDPA = "cuDNN", "jax.nn, XLA", "tokamax", "torch SDPA"
@@ -56,7 +56,7 @@ class Variant:
 
     name: str
     mask: HeadMask
-    bidirectional_images: bool
+    visibility: Visibility
     order: np.ndarray
     """int32 [tokens], the prompt index of each row that it takes."""
     prepare: Callable[[Arrays], Prepared]
@@ -85,7 +85,7 @@ def wanted_rows(
     order: np.ndarray,
     rows: np.ndarray,
     *,
-    bidirectional_images: bool | None = None,
+    visibility: Visibility | None = None,
 ) -> np.ndarray:
     """What these rows of the output must come to, float32 [rows, q_heads, head_dim].
 
@@ -95,11 +95,9 @@ def wanted_rows(
       arrays: q, k and v, with rows in `order`.
       order: int32 [tokens], the prompt index of each row.
       rows: which rows.
-      bidirectional_images: where an implementation differs from the workload's shape in this.
+      visibility: what the implementation computes; by default that of the workload's shape.
     """
     shape = workload.shape
-    if bidirectional_images is None:
-        bidirectional_images = shape.bidirectional_images
     info = TokenInfo(*(part[order] for part in workload.template.info))
     out, _ = dense_rows(
         arrays.q[rows],
@@ -108,9 +106,8 @@ def wanted_rows(
         TokenInfo(*(part[rows] for part in info)),
         info,
         np.asarray([category.groups for category in mask.categories], np.int32),
+        visibility or shape.visibility,
         scale=shape.head_dim**-0.5,
-        bidirectional_images=bidirectional_images,
-        window=shape.window,
     )
     return np.asarray(out)
 
@@ -145,14 +142,15 @@ def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[
 def _variant(
     workload: Workload, name: str, mask: HeadMask, order: np.ndarray, prepare: Any
 ) -> Variant:
-    return Variant(name, mask, workload.shape.bidirectional_images, order, prepare)
+    return Variant(name, mask, workload.shape.visibility, order, prepare)
 
 
 def _causal(variant: Variant) -> Variant:
     """`variant`, which cannot let an image's tokens see those ahead of them."""
-    if not variant.bidirectional_images:
+    if not variant.visibility.bidirectional_images:
         return variant
-    return replace(variant, bidirectional_images=False, note="causal inside images too")
+    causal = Visibility(window=variant.visibility.window)
+    return replace(variant, visibility=causal, note="causal inside images too")
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,7 @@ def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
         category_tables(mask.categories),
         block_q=blocks[0],
         block_kv=blocks[1],
-        bidirectional_images=shape.bidirectional_images,
-        window=shape.window,
+        visibility=shape.visibility,
     )
 
     def prepare(arrays: Arrays) -> Prepared:
@@ -219,7 +216,7 @@ def _dense_jax(
     implementation: Callable[[int | None], Callable[..., jax.Array]],
 ) -> Variant:
     def prepare(arrays: Arrays) -> Prepared:
-        attend = implementation(workload.shape.window)
+        attend = implementation(workload.shape.visibility.window)
         return _prepared_jax(attend, (arrays.q, arrays.k, arrays.v), workload.dense_flops)
 
     order = np.arange(workload.tokens, dtype=np.int32)
@@ -279,7 +276,7 @@ def _torch_module() -> Any:
 
 def _torch_sdpa(workload: Workload, mask: HeadMask) -> Variant:
     def prepare(arrays: Arrays) -> Prepared:
-        if workload.shape.window is not None:
+        if workload.shape.visibility.window is not None:
             raise NotAvailable("takes no window without a mask of tokens x tokens")
         return _torch_module().prepare_sdpa(arrays)
 

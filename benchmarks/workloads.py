@@ -14,6 +14,7 @@ import numpy as np
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import visible_pairs
 from bsjax.masks.template import Image, Template, Text
+from bsjax.masks.visibility import CAUSAL, Visibility
 
 #: Text tokens before each image, by the image's tokens: what chat templates put there.
 TEXT_TOKENS = {256: 10}
@@ -49,11 +50,13 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     dtype: str = "bfloat16"
-    bidirectional_images: bool = False
-    window: int | None = None
+    visibility: Visibility = CAUSAL
     image_tokens: tuple[int, ...] = (400, 256, 1000, 1800)
     """Tokens per image of the templates it is measured with."""
 
+
+_GEMMA3_GLOBAL = Visibility(bidirectional_images=True)
+_GEMMA3_LOCAL = Visibility(bidirectional_images=True, window=1024)
 
 SHAPES = {
     shape.name: shape
@@ -61,27 +64,25 @@ SHAPES = {
         AttentionShape("qwen2.5-vl-7b", 28, 4, 128),
         # Every image of Gemma 3 has 256 tokens.
         AttentionShape(
-            "gemma-3-4b-global", 8, 4, 256, bidirectional_images=True, image_tokens=(256,)
+            "gemma-3-4b-global", 8, 4, 256, visibility=_GEMMA3_GLOBAL, image_tokens=(256,)
         ),
         AttentionShape(
             "gemma-3-4b-local",
             8,
             4,
             256,
-            bidirectional_images=True,
-            window=1024,
+            visibility=_GEMMA3_LOCAL,
             image_tokens=(256,),
         ),
         AttentionShape(
-            "gemma-3-27b-global", 32, 16, 128, bidirectional_images=True, image_tokens=(256,)
+            "gemma-3-27b-global", 32, 16, 128, visibility=_GEMMA3_GLOBAL, image_tokens=(256,)
         ),
         AttentionShape(
             "gemma-3-27b-local",
             32,
             16,
             128,
-            bidirectional_images=True,
-            window=1024,
+            visibility=_GEMMA3_LOCAL,
             image_tokens=(256,),
         ),
         # For CPUs: the same kinds of masks at a size that takes seconds.
@@ -92,8 +93,7 @@ SHAPES = {
             2,
             64,
             "float32",
-            bidirectional_images=True,
-            window=512,
+            visibility=Visibility(bidirectional_images=True, window=512),
             image_tokens=(256,),
         ),
     )
@@ -140,12 +140,7 @@ class Workload:
     def pairs(self) -> dict[HeadCategory, int]:
         """Visible pairs of a head of each category."""
         return {
-            category: visible_pairs(
-                self.template,
-                category.groups,
-                bidirectional_images=self.shape.bidirectional_images,
-                window=self.shape.window,
-            )
+            category: visible_pairs(self.template, category.groups, self.shape.visibility)
             for category in HeadCategory
         }
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bsjax.masks.schedule import Schedule
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import (
     KernelConfiguration,
     compiling_for,
@@ -42,8 +43,7 @@ def compile_prefill(
     q_heads: int = 28,
     kv_heads: int = 4,
     return_lse: bool = False,
-    bidirectional_images: bool = False,
-    window: int | None = None,
+    visibility: Visibility = CAUSAL,
 ) -> KernelReport:
     """The report on the prefill kernel.
 
@@ -58,8 +58,7 @@ def compile_prefill(
       q_heads: query heads.
       kv_heads: key-value heads.
       return_lse: whether the kernel writes the log-sum-exp.
-      bidirectional_images: as in `BlockMask`.
-      window: as in `BlockMask`.
+      visibility: of the schedule.
     """
     with compiling_for(target_name(gpu)):
         if blocks is None:
@@ -76,8 +75,7 @@ def compile_prefill(
             ranges=jax.ShapeDtypeStruct((4, 4 * tiles, 2), jnp.int32),
             block_q=block_q,
             block_kv=block_kv,
-            bidirectional_images=bidirectional_images,
-            window=window,
+            visibility=visibility,
         )
 
         def attend(q, k, v, schedule, head_category):

@@ -26,9 +26,10 @@ from benchmarks.dense_rows import (
     tolerance,
 )
 from bsjax.attention import block_sizes, decode_attention, ragged_attention
-from bsjax.masks.categories import HeadCategory, TokenInfo
+from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables, segment_schedule
 from bsjax.masks.template import Image, Sinks, Template, Text
+from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 _CATEGORIES = tuple(HeadCategory)
 #: Rows compared of prompts that have more.
@@ -69,7 +70,7 @@ class PrefillCase:
     dtype: str
     group: int = 2
     """Query heads per key head."""
-    base: str = "causal"
+    visibility: str = "causal"
     template: str = "ragged"
     return_lse: bool = True
     kv_heads: int = 2
@@ -88,7 +89,7 @@ class PrefillCase:
             f"head dim {self.head_dim}",
             self.dtype,
             f"{self.group} query heads a key head",
-            self.base,
+            self.visibility,
             *(["with lse"] if self.return_lse else []),
             *([] if self.categories == _CATEGORIES else [self.categories[0].name]),
             *([] if self.blocks is None else [f"blocks {self.blocks}"]),
@@ -100,7 +101,6 @@ class PrefillCase:
         """Compares all rows of a short prompt, text, sink and image rows of a long one."""
         fuzzed = self.template == FUZZED
         template = random_template(self.seed) if fuzzed else TEMPLATES[self.template]
-        base = BASES[self.base]
         q_heads = self.group * self.kv_heads
         categories = [self.categories[head % len(self.categories)] for head in range(q_heads)]
         blocks = self.blocks or block_sizes(
@@ -111,8 +111,8 @@ class PrefillCase:
             category_tables(self.categories),
             block_q=blocks[0],
             block_kv=blocks[1],
+            visibility=VISIBILITIES[self.visibility],
             tokens=FUZZED_TOKENS if fuzzed else template.tokens + self.padding,
-            **base,
         )
         rows = np.arange(schedule.tokens)
         if schedule.tokens > _MOST_ROWS:
@@ -269,9 +269,8 @@ def compare(
         TokenInfo(*(part[rows] for part in info)),
         info,
         schedule.groups[head_category],
+        schedule.visibility,
         scale=scale,
-        bidirectional_images=schedule.bidirectional_images,
-        window=schedule.window,
     )
     comparisons = [
         Comparison("output", greatest_error(out[rows], np.asarray(wanted)), tolerance(dtype)),
@@ -298,11 +297,11 @@ _decode = jax.jit(_decode_attention, static_argnames="scale")
 _attend = jax.jit(_attention, static_argnames=("scale", "return_lse"))
 
 
-BASES: dict[str, dict[str, Any]] = {
-    "causal": {"bidirectional_images": False, "window": None},
-    "bidirectional images": {"bidirectional_images": True, "window": None},
-    "window": {"bidirectional_images": False, "window": 100},
-    "bidirectional images in a window": {"bidirectional_images": True, "window": 33},
+VISIBILITIES = {
+    "causal": CAUSAL,
+    "bidirectional images": Visibility(bidirectional_images=True),
+    "window": Visibility(window=100),
+    "bidirectional images in a window": Visibility(bidirectional_images=True, window=33),
 }
 TEMPLATES = {
     "ragged": Template.from_segments(
@@ -329,7 +328,7 @@ GROUPS = tuple(range(1, 9))
 #: What the covering cases must contain, beside all pairs of head dimension and dtype.
 LEVELS: dict[str, tuple[Any, ...]] = {
     "group": GROUPS,
-    "base": tuple(BASES),
+    "visibility": tuple(VISIBILITIES),
     "template": tuple(name for name in TEMPLATES if name not in (SMALL_TEMPLATE, "8K tokens")),
     "return_lse": (True, False),
 }
@@ -342,13 +341,13 @@ def covering_cases() -> list[PrefillCase]:
     factors from going in step.
     """
     pairs = [(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in DTYPES]
-    bases, templates = LEVELS["base"], LEVELS["template"]
+    visibilities, templates = LEVELS["visibility"], LEVELS["template"]
     return [
         PrefillCase(
             head_dim,
             dtype,
             group=GROUPS[index * 3 % len(GROUPS)],
-            base=bases[index // 3 % len(bases)] if index else bases[0],
+            visibility=visibilities[index // 3 % len(visibilities)] if index else visibilities[0],
             template=templates[index % len(templates)],
             return_lse=index % 2 == 0,
         )
@@ -368,8 +367,8 @@ def prefill_cases() -> list[PrefillCase]:
             PrefillCase(**qwen, template="8K tokens", categories=(category,))
             for category in HeadCategory
         ),
-        PrefillCase(**gemma, template="8K tokens", base="bidirectional images"),
-        PrefillCase(**gemma, template="8K tokens", base="bidirectional images in a window"),
+        PrefillCase(**gemma, template="8K tokens", visibility="bidirectional images"),
+        PrefillCase(**gemma, template="8K tokens", visibility="bidirectional images in a window"),
         PrefillCase(64, "float32", template="8K tokens"),
         PrefillCase(128, "bfloat16", template="fewer tokens than a block", padding=0),
         # Masks built without asking the kernel for its blocks.
@@ -386,7 +385,7 @@ def prefill_cases() -> list[PrefillCase]:
                 template=FUZZED,
                 seed=seed,
                 group=4,
-                base="bidirectional images in a window",
+                visibility="bidirectional images in a window",
             )
             for seed in range(25, 41)
         ),
@@ -429,7 +428,7 @@ def small_cases() -> list[Case]:
             72,
             "bfloat16",
             template=SMALL_TEMPLATE,
-            base="bidirectional images in a window",
+            visibility="bidirectional images in a window",
             group=1,
             blocks=(16, 16),
         ),

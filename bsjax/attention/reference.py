@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.masks.categories import TokenInfo, visible
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.visibility import TokenInfo, visible
 
 
 def reference_attention(
@@ -30,8 +30,7 @@ def reference_attention(
         query,
         key,
         groups,
-        bidirectional_images=schedule.bidirectional_images,
-        window=schedule.window,
+        schedule.visibility,
     )
     seen = seen & (query.position != PADDING_POSITION)
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bsjax.masks.categories import TokenInfo, visible
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.visibility import TokenInfo, visible
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -248,8 +248,7 @@ class _Walk(NamedTuple):
                 TokenInfo(*(part[:, None] for part in query)),
                 TokenInfo(*(part[None, :] for part in key)),
                 schedule.groups[tile.table],
-                bidirectional_images=schedule.bidirectional_images,
-                window=schedule.window,
+                schedule.visibility,
             )
 
         def visit(masked: bool, _: Any, carry: Any) -> Any:

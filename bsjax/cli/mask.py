@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
 from bsjax.errors import TemplateError
-from bsjax.masks.categories import BaseVisibility, HeadCategory
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.visibility import Visibility
 
 if TYPE_CHECKING:
     from bsjax.masks.template import Template
@@ -61,7 +62,12 @@ def _mask(options: argparse.Namespace) -> None:
     from bsjax.masks.block_mask import BlockMask
 
     template, visibility = _template(options)
-    mask = BlockMask(template, [options.category], **visibility._asdict())
+    mask = BlockMask(
+        template,
+        [options.category],
+        bidirectional_images=visibility.bidirectional_images,
+        window=visibility.window,
+    )
     mask.plot(options.output)
     images = mask.template.num_images
     print(
@@ -72,7 +78,7 @@ def _mask(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
+def _template(options: argparse.Namespace) -> "tuple[Template, Visibility]":
     """The prompt's template, and what a layer lets its queries see."""
     from bsjax.masks.template import Template
 
@@ -86,7 +92,7 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
                 "--image, --system, --max-pixels, --pan-and-scan and --layer belong to a "
                 "checkpoint's prompt."
             )
-        visibility = BaseVisibility(options.bidirectional_images, options.window)
+        visibility = Visibility(options.bidirectional_images, options.window)
         return Template.from_segments(_segments(options.segments)), visibility
     if options.window is not None or options.bidirectional_images:
         raise TemplateError(
@@ -110,7 +116,7 @@ def _template(options: argparse.Namespace) -> "tuple[Template, BaseVisibility]":
     return template, _visibility(files.family, files.config, options.layer)
 
 
-def _visibility(family: Any, config: Any, layer: int | None) -> BaseVisibility:
+def _visibility(family: Any, config: Any, layer: int | None) -> Visibility:
     """What a layer lets its queries see; for None, what layers of the model's last kind do."""
     visibilities = family.visibilities(config)
     kinds = family.layer_kinds(config)

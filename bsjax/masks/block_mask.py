@@ -23,9 +23,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bsjax.errors import MaskError
-from bsjax.masks.categories import HeadCategory, TokenInfo, visible
+from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
 from bsjax.masks.template import Template
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +83,7 @@ class BlockMask:
             category_tables(self._categories),
             block_q=block_q,
             block_kv=block_kv,
-            bidirectional_images=bidirectional_images,
-            window=window,
+            visibility=Visibility(bidirectional_images, window),
         )
         self.head_category = np.asarray(self._categories, np.int32)
         self.order = self.schedule.position
@@ -187,8 +187,7 @@ class BlockMask:
                         query,
                         TokenInfo(*(part[None, start:end] for part in schedule.info)),
                         int(schedule.groups[table]),
-                        bidirectional_images=schedule.bidirectional_images,
-                        window=schedule.window,
+                        schedule.visibility,
                     )
                 blocks_left -= -(-(end - start) // schedule.block_kv)
                 index += 1
@@ -218,8 +217,7 @@ class BlockMask:
         return visible_pairs(
             self.template,
             category.groups,
-            bidirectional_images=self.schedule.bidirectional_images,
-            window=self.schedule.window,
+            self.schedule.visibility,
         )
 
     def __repr__(self) -> str:

@@ -1,30 +1,102 @@
-"""Attention FLOPs of a model's layers."""
+"""Attention FLOPs: of one head, of a whole language model, and of its kinds of layers.
 
+Only visible (query, key) pairs count. Each costs four FLOPs for each channel of a head: a
+multiplication and an addition in the scores, and again in the output.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.template import Template
+from bsjax.masks.visibility import Visibility
+
+FLOPS_PER_PAIR = 4
+"""Attention FLOPs of a visible pair for each channel of a head."""
 
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Attention FLOPs of prefill in the layers of one kind.
+    """Attention FLOPs of prefill in all layers of one kind.
 
     Attributes:
-      bidirectional_images: whether an image's tokens all see each other there.
-      window: how many positions back a query sees there, its own included; None for all.
-      layers: how many layers are of the kind.
+      visibility: what these layers let any query see.
+      layers: how many layers are of this kind.
       dense: FLOPs if all their heads were dense.
-      sparse: FLOPs with their heads' categories.
+      sparse: FLOPs with the categories that their heads have.
     """
 
-    bidirectional_images: bool
-    window: int | None
+    visibility: Visibility
     layers: int
     dense: int
     sparse: int
 
     @property
     def name(self) -> str:
-        """Which layers these are, in words."""
+        """Which layers these are, for messages: "5 layers with a window of 1024"."""
         layers = "layer" if self.layers == 1 else "layers"
-        if self.window is None:
+        if self.visibility.window is None:
             return f"{self.layers} global {layers}"
-        return f"{self.layers} {layers} with a window of {self.window}"
+        return f"{self.layers} {layers} with a window of {self.visibility.window}"
+
+
+def head_flops(
+    template: Template,
+    visibilities: Sequence[Visibility],
+    layer_kinds: Int[np.ndarray, "layers"],
+    head_dim: int,
+    categories: Iterable[int] = tuple(HeadCategory),
+) -> Int64[np.ndarray, "layers all_categories"]:
+    """Exact attention FLOPs of one head of every layer, by `HeadCategory`.
+
+    Args:
+      template: the prompt.
+      visibilities: one for each kind of layer.
+      layer_kinds: the kind of each layer, an index into `visibilities`.
+      head_dim: channels of a head.
+      categories: those to count; the others are 0, which saves their time.
+    """
+    # Not at the top of the file: it imports JAX, which reading a profile does not need.
+    from bsjax.masks.schedule import visible_pairs
+
+    flops = np.zeros((len(visibilities), len(HeadCategory)), np.int64)
+    for kind, visibility in enumerate(visibilities):
+        for category in map(HeadCategory, set(categories)):
+            pairs = visible_pairs(template, category.groups, visibility)
+            flops[kind, category] = FLOPS_PER_PAIR * head_dim * pairs
+    return flops[layer_kinds]
+
+
+def total_flops(
+    categories: Int[np.ndarray, "layers heads"], flops: Int64[np.ndarray, "layers all_categories"]
+) -> int:
+    """Attention FLOPs of all heads, given those of one head of each layer and category."""
+    return int(np.take_along_axis(flops, categories.astype(np.int64), axis=1).sum())
+
+
+def flops_per_kind(
+    categories: Int[np.ndarray, "layers heads"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+    visibilities: Sequence[Visibility],
+    layer_kinds: Int[np.ndarray, "layers"],
+) -> tuple[LayerFlops, ...]:
+    """Attention FLOPs of each kind of layer that occurs, dense and with these categories.
+
+    Args:
+      categories: `HeadCategory` of every head.
+      flops: of one head of each layer, as `head_flops` gives them; those of DENSE must be there.
+      visibilities: one for each kind of layer.
+      layer_kinds: the kind of each layer, an index into `visibilities`.
+    """
+    result = []
+    for kind, visibility in enumerate(visibilities):
+        layers = layer_kinds == kind
+        if layers.any():
+            chosen, of_kind = categories[layers], flops[layers]
+            dense = total_flops(np.full_like(chosen, HeadCategory.DENSE), of_kind)
+            sparse = total_flops(chosen, of_kind)
+            result.append(LayerFlops(visibility, int(layers.sum()), dense, sparse))
+    return tuple(result)

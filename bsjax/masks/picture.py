@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from bsjax.errors import MaskError
-from bsjax.masks.categories import HeadCategory, TokenInfo, visible
+from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Template
+from bsjax.masks.visibility import TokenInfo, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +85,7 @@ def _draw(
         query,
         key,
         category.groups,
-        bidirectional_images=mask.schedule.bidirectional_images,
-        window=mask.schedule.window,
+        mask.schedule.visibility,
     )
     kind = np.where(
         key.image < 0, 1, np.where(key.sink, 2, np.where(key.image == query.image, 3, 4))

@@ -30,8 +30,9 @@ from jaxtyping import Int
 
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup, TokenInfo
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.template import Template
+from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 PADDING_POSITION = np.iinfo(np.int32).max
 TILE_WINDOWS = 4
@@ -62,8 +63,7 @@ class Schedule:
         is one entry more than any tile uses, so that looking one ahead stays in bounds.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
-      bidirectional_images: whether an image's tokens all see each other.
-      window: how many positions back a query sees, itself included, or None.
+      visibility: what the model itself lets a query see.
     """
 
     position: Any
@@ -74,8 +74,7 @@ class Schedule:
     ranges: Any
     block_q: int = field(metadata={"static": True})
     block_kv: int = field(metadata={"static": True})
-    bidirectional_images: bool = field(metadata={"static": True})
-    window: int | None = field(metadata={"static": True})
+    visibility: Visibility = field(metadata={"static": True})
 
     @property
     def tokens(self) -> int:
@@ -106,8 +105,7 @@ def build_schedule(
     *,
     block_q: int,
     block_kv: int,
-    bidirectional_images: bool = False,
-    window: int | None = None,
+    visibility: Visibility = CAUSAL,
     tokens: int | None = None,
 ) -> Schedule:
     """Computes tiles and ranges of a template for several sets of key groups.
@@ -117,24 +115,22 @@ def build_schedule(
       tables: the key groups of each table; None leaves a table empty, for sets no head uses.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
-      bidirectional_images: whether an image's tokens all see each other (Gemma 3).
-      window: sliding window in positions, the query's own included.
+      visibility: what the model itself lets a query see.
       tokens: rows to pad to; None pads nothing.
 
     Returns:
       The schedule, in prompt order if every table keeps all groups, else in packed order.
 
     Raises:
-      MaskError: a block size or window below 1, or fewer `tokens` than the template has.
+      MaskError: a block size below 1, or fewer `tokens` than the template has.
     """
-    for name, value in (("block_q", block_q), ("block_kv", block_kv), ("window", window)):
-        if value is not None:
-            whole_number(name, value, least=1, error=MaskError)
+    for name, value in (("block_q", block_q), ("block_kv", block_kv)):
+        whole_number(name, value, least=1, error=MaskError)
     tokens = template.tokens if tokens is None else tokens
     if tokens < template.tokens:
         raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")
 
-    rows = _Rows(template, tables, bidirectional_images, window)
+    rows = _Rows(template, tables, visibility)
     built = [_build_table(rows, groups, block_q, block_kv, tokens) for groups in tables]
     # Room for images down to twice block_q: nearly all templates padded to one length share shapes.
     usual_tiles = bucket(2 * tokens // block_q + 4, smallest=16, steps=1)
@@ -154,8 +150,7 @@ def build_schedule(
         ranges=_stack([ranges for _, ranges in built], max_ranges),
         block_q=block_q,
         block_kv=block_kv,
-        bidirectional_images=bidirectional_images,
-        window=window,
+        visibility=visibility,
     )
 
 
@@ -220,20 +215,14 @@ def segment_schedule(
         category_tables([HeadCategory.INTRA_IMAGE]),
         block_q=block_q,
         block_kv=block_kv,
-        bidirectional_images=True,
+        visibility=Visibility(bidirectional_images=True),
         tokens=tokens,
     )
 
 
-def visible_pairs(
-    template: Template,
-    groups: KeyGroup,
-    *,
-    bidirectional_images: bool = False,
-    window: int | None = None,
-) -> int:
+def visible_pairs(template: Template, groups: KeyGroup, visibility: Visibility = CAUSAL) -> int:
     """How many (query, key) pairs a head that keeps `groups` sees, exactly."""
-    rows = _Rows(template, [groups], bidirectional_images, window)
+    rows = _Rows(template, [groups], visibility)
     every_row = np.arange(rows.tokens)
     ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]
     return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)
@@ -259,8 +248,7 @@ class _Rows:
         self,
         template: Template,
         tables: Sequence[KeyGroup | None],
-        bidirectional_images: bool,
-        window: int | None,
+        visibility: Visibility,
     ) -> None:
         self.tokens = template.tokens
         self.packed = any(groups not in (None, ALL_KEY_GROUPS) for groups in tables)
@@ -288,8 +276,7 @@ class _Rows:
             self.segments.append(_Segment(first_row, last_row, before + first_row, own, other))
             first_row = last_row
 
-        self._bidirectional_images = bidirectional_images
-        self._window = window
+        self._visibility = visibility
         self._image_first = template.image_first
         self._image_end = template.image_first + np.asarray(template.image_tokens, np.int64)
 
@@ -300,10 +287,10 @@ class _Rows:
         position, image = self.order[rows], self.image[rows]
         is_image = image >= 0
         begin = np.zeros_like(position)
-        if self._window is not None:
-            begin = np.maximum(position + 1 - self._window, 0)
+        if self._visibility.window is not None:
+            begin = np.maximum(position + 1 - self._visibility.window, 0)
         end = position + 1
-        if self._bidirectional_images and self._image_end.size:
+        if self._visibility.bidirectional_images and self._image_end.size:
             end = np.where(is_image, self._image_end[image], end)
         low, high = segment.before[begin], segment.before[end]
         own, other = bool(groups & segment.own), bool(groups & segment.other)
@@ -333,13 +320,13 @@ class _Rows:
         if not self.tokens:
             return np.arange(0)
         first = np.concatenate([starts, self.runs])
-        if self._window is not None:
-            if self._window < block_q:
+        if self._visibility.window is not None:
+            if self._visibility.window < block_q:
                 return np.arange(self.tokens)
             # Rows whose window begins where an image, a run of sinks, of other image tokens or of
             # text does. Those of one segment and image stand together in either order.
             begins = np.sort(self.order[np.append(0, self._steps)])
-            far = begins + self._window - 1
+            far = begins + self._visibility.window - 1
             enters = self._row_at[far[far < self.tokens]]
             first = np.concatenate([first, self._steps, enters, enters + 1])
             first = first[first < self.tokens]
@@ -371,8 +358,8 @@ class _Rows:
         borders = [np.asarray([segment.first_row for segment in self.segments])]
         if groups != ALL_KEY_GROUPS:
             borders.append(self.runs[self.runs >= self.segments[-1].first_row])
-        if self.packed and self._window is not None:
-            span = self.order // (TILE_WINDOWS * max(self._window, block_q))
+        if self.packed and self._visibility.window is not None:
+            span = self.order // (TILE_WINDOWS * max(self._visibility.window, block_q))
             borders.append(np.flatnonzero(np.diff(span)) + 1)
         starts = np.unique(np.concatenate(borders))
         starts = starts[starts < self.tokens]

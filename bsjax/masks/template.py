@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 
 from bsjax.checks import whole_number
 from bsjax.errors import TemplateError
-from bsjax.masks.categories import TokenInfo
+from bsjax.masks.visibility import TokenInfo
 
 # Far beyond any model, and far below what a position in 32 bits holds.
 _MOST_TOKENS = 100_000_000

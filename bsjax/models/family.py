@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float32, Int
 from transformers import PretrainedConfig
 
-from bsjax.masks.categories import BaseVisibility
+from bsjax.masks.visibility import Visibility
 from bsjax.models.parameters import ParameterRule
 
 
@@ -101,7 +101,7 @@ class Family:
     positions: Callable[
         [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "axes tokens"], int]
     ]
-    visibilities: Callable[[PretrainedConfig], tuple[BaseVisibility, ...]]
+    visibilities: Callable[[PretrainedConfig], tuple[Visibility, ...]]
     layer_kinds: Callable[[PretrainedConfig], Int[np.ndarray, "layers"]]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     reference_logits: Callable[[np.ndarray, PretrainedConfig], np.ndarray] = same_logits
@@ -118,6 +118,6 @@ def one_kind(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
     return np.zeros(config.get_text_config().num_hidden_layers, np.int32)
 
 
-def causal(config: PretrainedConfig) -> tuple[BaseVisibility, ...]:
+def causal(config: PretrainedConfig) -> tuple[Visibility, ...]:
     """The `visibilities` of a language model whose layers are all causal."""
-    return (BaseVisibility(),)
+    return (Visibility(),)

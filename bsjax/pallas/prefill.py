@@ -35,8 +35,8 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
-from bsjax.masks.categories import KeyVisibility, TokenInfo, key_visibility, sees
 from bsjax.masks.schedule import Schedule
+from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import LOG2_E, scaled_exp2
@@ -102,7 +102,7 @@ def prefill_attention(
         programs_per_tile=programs_per_tile,
         block_kv=configuration.block_kv,
         steps_per_block=schedule.block_kv // configuration.block_kv,
-        window=schedule.window,
+        visibility=schedule.visibility,
         scale=scale,
         interpret=interpret,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
@@ -110,7 +110,7 @@ def prefill_attention(
 
     groups = jnp.asarray(schedule.groups)[:, None]
     info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.info))
-    keys = key_visibility(info, groups, bidirectional_images=schedule.bidirectional_images)
+    keys = key_visibility(info, groups, schedule.visibility)
     # Blocks of keys are read whole, so a prompt shorter than one is padded to it; no other is.
     missing = max(0, configuration.block_kv - tokens)
     k, v = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (k, v))
@@ -161,7 +161,7 @@ class _Settings(NamedTuple):
     block_kv: int
     steps_per_block: int
     """Of the kernel, to walk one of the schedule's blocks."""
-    window: int | None
+    visibility: Visibility
     scale: float
     interpret: bool
     precision: jax.lax.Precision | None
@@ -301,7 +301,7 @@ def _attend_tile(
                 )
             )
             seen = in_block[None, :] & sees(
-                query_position, query_image, key_visibility, window=settings.window
+                query_position, query_image, key_visibility, settings.visibility
             )
             scores = jnp.where(seen, scores_of(queries, keys), -jnp.inf)
             return advance(step, walk), attend(softmax, scores, values)

@@ -11,6 +11,7 @@ from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
+from bsjax.masks.visibility import Visibility
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1
@@ -87,7 +88,13 @@ def parse(text: str) -> dict[str, Any]:
         "sample_fingerprint": document["samples"]["fingerprint"],
         "attention_flops": document["attention_flops"],
         "attention_flops_per_kind": tuple(
-            LayerFlops(**kind) for kind in document["attention_flops_per_kind"]
+            LayerFlops(
+                Visibility(kind["bidirectional_images"], kind["window"]),
+                kind["layers"],
+                kind["dense"],
+                kind["sparse"],
+            )
+            for kind in document["attention_flops_per_kind"]
         ),
         "sink_discovery": document["sink_discovery"],
         "refinement": document["refinement"],

@@ -372,7 +372,15 @@ class Profile:
                 "fingerprint": self.sample_fingerprint,
             },
             "attention_flops": _object_or_null(self.attention_flops),
-            "attention_flops_per_kind": [asdict(kind) for kind in self.attention_flops_per_kind],
+            "attention_flops_per_kind": [
+                {
+                    **asdict(kind.visibility),
+                    "layers": kind.layers,
+                    "dense": kind.dense,
+                    "sparse": kind.sparse,
+                }
+                for kind in self.attention_flops_per_kind
+            ],
             "category_letters": profile_format.LEGEND,
             "categories": [
                 "".join(_LETTER_OF[HeadCategory(value)] for value in row) for row in self.categories

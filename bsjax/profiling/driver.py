@@ -6,13 +6,12 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
-from bsjax.masks.flops import LayerFlops
+from bsjax.masks.flops import flops_per_kind
 from bsjax.masks.template import Sinks
 from bsjax.profiles.profile import Profile, installed_versions
 from bsjax.profiling import refinement as second_stage
@@ -166,7 +165,12 @@ def profile(
             sample_fingerprint=ordered.fingerprint,
             statistics=measurements.statistics(quantile) | _damage_statistics(refinement),
             attention_flops=measurements.attention_flops(categories),
-            attention_flops_per_kind=_flops_per_kind(model, measurements, categories),
+            attention_flops_per_kind=flops_per_kind(
+                categories,
+                measurements.flops,
+                model.family.visibilities(model.config),
+                model.family.layer_kinds(model.config),
+            ),
             sink_discovery=None
             if found is None
             else {"rule": found.rule, "mass_by_offset": list(found.mass_by_offset)},
@@ -189,28 +193,6 @@ def profile(
             end_to_end=end_to_end | {"answer_tokens": answer_tokens, "split_seed": seed},
             held_out_count=len(kept_back.messages),
         )
-
-
-def _flops_per_kind(
-    model: LoadedModel, measurements: Measurements, categories: Int8[np.ndarray, "layers heads"]
-) -> tuple[LayerFlops, ...]:
-    """Attention FLOPs over the samples, for each kind of layers that the model has."""
-    kinds = model.family.layer_kinds(model.config)
-    result = []
-    for kind, visibility in enumerate(model.family.visibilities(model.config)):
-        of_kind = kinds == kind
-        flops, chosen = measurements.flops[of_kind], categories[of_kind]
-        if not of_kind.any():
-            continue
-        result.append(
-            LayerFlops(
-                **visibility._asdict(),
-                layers=int(of_kind.sum()),
-                dense=selection.total_flops(np.zeros_like(chosen), flops),
-                sparse=selection.total_flops(chosen, flops),
-            )
-        )
-    return tuple(result)
 
 
 def _check_arguments(

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
 from bsjax.attention import ragged_attention
-from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory, KeyGroup
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.schedule import Schedule, build_schedule, without_text_queries
 from bsjax.masks.template import Template
+from bsjax.masks.visibility import Visibility
 
 GROUPS = tuple(KeyGroup)
 """The key groups in the order of every array that has an axis of them."""
@@ -29,7 +30,7 @@ SPARSE_CATEGORIES = (
 
 def group_schedule(
     template: Template,
-    visibility: BaseVisibility,
+    visibility: Visibility,
     *,
     block_q: int,
     block_kv: int,
@@ -52,8 +53,7 @@ def group_schedule(
         GROUPS,
         block_q=block_q,
         block_kv=block_kv,
-        bidirectional_images=visibility.bidirectional_images,
-        window=visibility.window,
+        visibility=visibility,
         tokens=tokens,
     )
     return without_text_queries(schedule, range(1, len(GROUPS)))

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Int8, Int64
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
+from bsjax.masks.flops import total_flops
 from bsjax.masks.template import Sinks
 from bsjax.profiling import computations, selection
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES, group_schedule
@@ -129,8 +130,8 @@ class Measurements:
     ) -> dict[str, int | float]:
         """Attention FLOPs over the samples, all layers and heads: dense, sparse, reduction."""
         return {
-            "dense": selection.total_flops(np.zeros_like(categories), self.flops),
-            "sparse": selection.total_flops(categories, self.flops),
+            "dense": total_flops(np.zeros_like(categories), self.flops),
+            "sparse": total_flops(categories, self.flops),
             "reduction": self.reduction(categories),
         }
 

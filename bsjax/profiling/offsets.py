@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, TokenInfo, visible
+from bsjax.masks.categories import ALL_KEY_GROUPS
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
 from bsjax.masks.template import Sinks, Template
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
 SINK_FACTOR = 4.0
 """An offset is a sink when it draws this many times the average of offsets beyond the first."""
@@ -57,8 +58,8 @@ def other_image_mass(
     chunk = max(1, min(_CHUNK_ROWS, tokens // (2 * q_heads)))
     spare = -tokens % chunk
     span = tokens + spare
-    if schedule.window is not None:
-        span = min(span, schedule.window - 1 + chunk)
+    if schedule.visibility.window is not None:
+        span = min(span, schedule.visibility.window - 1 + chunk)
 
     # In prompt order rows are positions; padding has the greatest, and stays at the end.
     order = jnp.argsort(jnp.asarray(schedule.position))
@@ -89,8 +90,7 @@ def other_image_mass(
             query,
             key,
             int(ALL_KEY_GROUPS),
-            bidirectional_images=schedule.bidirectional_images,
-            window=schedule.window,
+            schedule.visibility,
         )
         counted = seen & (query.image >= 0) & (key.image >= 0) & (query.image != key.image)
         scores = jnp.einsum(
@@ -110,7 +110,7 @@ def other_image_mass(
     return jnp.zeros(tokens, jnp.float32).at[order].set(total[:tokens])
 
 
-def pairs_by_offset(template: Template, visibility: BaseVisibility) -> Int[np.ndarray, "offsets"]:
+def pairs_by_offset(template: Template, visibility: Visibility) -> Int[np.ndarray, "offsets"]:
     """How many (query, key) pairs of different images there are for each offset of the key."""
     if not template.num_images:
         return np.zeros(0, np.int64)

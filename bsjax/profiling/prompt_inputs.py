@@ -10,9 +10,11 @@ from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.masks.categories import BaseVisibility, HeadCategory
-from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import head_flops
+from bsjax.masks.schedule import Schedule, build_schedule, category_tables
 from bsjax.masks.template import Sinks, Template
+from bsjax.masks.visibility import Visibility
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt, prepare_prompt
@@ -37,7 +39,7 @@ class Shape:
     layers: int
     heads: int
     head_dim: int
-    visibilities: tuple[BaseVisibility, ...]
+    visibilities: tuple[Visibility, ...]
     kinds: np.ndarray
 
     @classmethod
@@ -54,16 +56,7 @@ class Shape:
 
     def category_flops(self, template: Template) -> Int64[np.ndarray, "layers categories"]:
         """Attention FLOPs of one head of each layer over a prompt, by `HeadCategory`, exactly."""
-        return np.asarray(
-            [
-                [
-                    4 * self.head_dim * visible_pairs(template, c.groups, **visibility._asdict())
-                    for c in HeadCategory
-                ]
-                for visibility in self.visibilities
-            ],
-            np.int64,
-        )[self.kinds]
+        return head_flops(template, self.visibilities, self.kinds, self.head_dim)
 
 
 def prompt_of(model: LoadedModel, messages: Any) -> Prompt:
@@ -110,7 +103,7 @@ def kind_schedules(
 
 
 def category_schedule(
-    template: Template, visibility: BaseVisibility, *, block_q: int, block_kv: int, tokens: int
+    template: Template, visibility: Visibility, *, block_q: int, block_kv: int, tokens: int
 ) -> Schedule:
     """A packed schedule with the tables of all categories: which head uses which is data."""
     return build_schedule(
@@ -118,8 +111,7 @@ def category_schedule(
         category_tables(list(HeadCategory)),
         block_q=block_q,
         block_kv=block_kv,
-        bidirectional_images=visibility.bidirectional_images,
-        window=visibility.window,
+        visibility=visibility,
         tokens=tokens,
     )
 

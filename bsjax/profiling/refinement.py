@@ -32,6 +32,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import total_flops
 from bsjax.profiling import selection
 from bsjax.profiling.evaluation import Comparison, Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
@@ -445,7 +446,7 @@ def _at(
     """The shortest start of the path that saves at least this share."""
     layers, heads = measurements.mass.shape[1:3]
     categories = np.zeros((layers, heads), np.int8)
-    dense = selection.total_flops(categories, measurements.flops)
+    dense = total_flops(categories, measurements.flops)
     saved = 0
     for count, move in enumerate(moves):
         saved += move.saved

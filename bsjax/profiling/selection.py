@@ -13,6 +13,7 @@ from jaxtyping import Float, Int8, Int64
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import total_flops
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
 
 CRITERIA = ("output_error", "mass")
@@ -132,14 +133,6 @@ def within_threshold(
     cost = np.where(allowed, flops[:, None, :], np.iinfo(np.int64).max)
     order = np.asarray(_BY_WIDTH)
     return order[cost[..., order].argmin(axis=2)].astype(np.int8)
-
-
-def total_flops(
-    categories: Int8[np.ndarray, "layers heads"],
-    flops: Int64[np.ndarray, "layers all_categories"],
-) -> int:
-    """Attention FLOPs of all heads."""
-    return int(np.take_along_axis(flops, categories.astype(np.int64), axis=1).sum())
 
 
 def reduction_of(

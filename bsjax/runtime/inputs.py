@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 from bsjax.attention import block_sizes
 from bsjax.errors import CapacityError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.flops import LayerFlops
-from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables, visible_pairs
+from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
+from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables
 from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
@@ -147,6 +147,7 @@ def prepare_inputs(
         backend, head_dim, dtype, sparse=bool((head_category != HeadCategory.DENSE).any())
     )
     rows = bucket(template.tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
+    visibilities = family.visibilities(config)
     # The same tables for all kinds of layers: then all schedules have one row order.
     schedules = tuple(
         build_schedule(
@@ -154,11 +155,18 @@ def prepare_inputs(
             category_tables(head_category),
             block_q=block_q,
             block_kv=block_kv,
-            bidirectional_images=visibility.bidirectional_images,
-            window=visibility.window,
+            visibility=visibility,
             tokens=rows,
         )
-        for visibility in family.visibilities(config)
+        for visibility in visibilities
+    )
+    layer_kinds = family.layer_kinds(config)
+    flops = head_flops(
+        template,
+        visibilities,
+        layer_kinds,
+        head_dim,
+        [HeadCategory.DENSE, *np.unique(head_category).tolist()],
     )
     order = schedules[0].position[: template.tokens]
 
@@ -181,42 +189,9 @@ def prepare_inputs(
         image_groups=_image_groups(
             family, config, dtype, prompt, row_of_token[template.image >= 0], backend
         ),
-        flops_per_kind=_flops_per_kind(family, config, template, head_category),
+        flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
         how_to_shorten=family.prompts.how_to_shorten,
     )
-
-
-def _flops_per_kind(
-    family: Family,
-    config: PretrainedConfig,
-    template: Template,
-    head_category: Int32[np.ndarray, "layers q_heads"],
-) -> tuple[LayerFlops, ...]:
-    """Exact FLOPs of the kinds of layers that there are: four for each visible pair and channel of
-    a head.
-    """
-    flops_per_pair = 4 * family.text_head_dim(config)
-    kinds = family.layer_kinds(config)
-    result = []
-    for kind, visibility in enumerate(family.visibilities(config)):
-        categories = head_category[kinds == kind]
-        if not categories.size:
-            continue
-        heads = np.bincount(categories.ravel(), minlength=len(HeadCategory))
-        pairs = {
-            category: visible_pairs(template, category.groups, **visibility._asdict())
-            for category in HeadCategory
-            if heads[category] or category is HeadCategory.DENSE
-        }
-        result.append(
-            LayerFlops(
-                **visibility._asdict(),
-                layers=len(categories),
-                dense=flops_per_pair * pairs[HeadCategory.DENSE] * categories.size,
-                sparse=flops_per_pair * sum(pairs[c] * int(heads[c]) for c in pairs),
-            )
-        )
-    return tuple(result)
 
 
 def cache_rows(tokens: int) -> int:

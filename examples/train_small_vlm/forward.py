@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PretrainedConfig
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, TokenInfo, visible
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.masks.visibility import CAUSAL, TokenInfo, visible
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .batches import QUESTION_ROWS, Batch
@@ -89,8 +90,7 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
         TokenInfo(*(part[None, :, None] for part in info)),
         TokenInfo(*(part[None, None, :] for part in info)),
         groups[:, None, None],
-        bidirectional_images=False,
-        window=None,
+        CAUSAL,
     )
     # Padding rows see themselves, so that no row sees nothing. Rows of SINK heads need not.
     padding = info.position < 0

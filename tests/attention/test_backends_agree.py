@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import BackendError, BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
-from tests.support.templates import base_visibility, categories, templates, visible_matrix
+from bsjax.masks.visibility import CAUSAL, Visibility
+from tests.support.templates import categories, templates, visibilities, visible_matrix
 
 RAGGED = Template.from_segments(
     [Text(5), Image(37), Text(3), Image(1), Image(20), Text(9), Image(50), Text(1)],
@@ -46,10 +47,12 @@ def dense_softmax(q, k, v, seen, scale):
     return out, lse
 
 
-def check(template, categories, q, k, v, backend, tolerance, base, blocks=(16, 16)):
-    mask = BlockMask(template, categories, *blocks, **base)
+def check(template, categories, q, k, v, backend, tolerance, visibility, blocks=(16, 16)):
+    mask = BlockMask(
+        template, categories, *blocks, visibility.bidirectional_images, visibility.window
+    )
     scale = q.shape[-1] ** -0.5
-    seen = [visible_matrix(template, category.groups, **base) for category in categories]
+    seen = [visible_matrix(template, category.groups, visibility) for category in categories]
     out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
     wanted_out, wanted_lse = dense_softmax(q, k, v, seen, scale)
     assert out.dtype == q.dtype and lse.dtype == jnp.float32
@@ -59,18 +62,14 @@ def check(template, categories, q, k, v, backend, tolerance, base, blocks=(16, 1
     np.testing.assert_allclose(lse, wanted_lse, atol=tolerance, rtol=tolerance)
 
 
-BASES = [
-    {"bidirectional_images": False, "window": None},
-    {"bidirectional_images": True, "window": None},
-    {"bidirectional_images": True, "window": 11},
-]
+VISIBILITIES = [CAUSAL, Visibility(bidirectional_images=True), Visibility(True, window=11)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
-@pytest.mark.parametrize("base", BASES, ids=["causal", "bidirectional", "windowed"])
-def test_mixed_heads_on_a_ragged_template(backend, base):
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
+def test_mixed_heads_on_a_ragged_template(backend, visibility):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 64)
-    check(RAGGED, MIXED, q, k, v, backend, 3e-6, base)
+    check(RAGGED, MIXED, q, k, v, backend, 3e-6, visibility)
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
@@ -79,42 +78,42 @@ def test_grouped_queries(backend, group_size):
     q, k, v = arrays(
         RAGGED.tokens, 8 if group_size != 3 else 6, (8 if group_size != 3 else 6) // group_size, 64
     )
-    check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, backend, 3e-6, BASES[0])
+    check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, backend, 3e-6, CAUSAL)
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
 def test_head_dimensions(backend, head_dim):
     q, k, v = arrays(RAGGED.tokens, 4, 2, head_dim)
-    check(RAGGED, MIXED, q, k, v, backend, 3e-6, BASES[0])
+    check(RAGGED, MIXED, q, k, v, backend, 3e-6, CAUSAL)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_within_its_rounding(backend, dtype):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 64, dtype)
-    check(RAGGED, MIXED, q, k, v, backend, 4 * float(jnp.finfo(dtype).eps), BASES[0])
+    check(RAGGED, MIXED, q, k, v, backend, 4 * float(jnp.finfo(dtype).eps), CAUSAL)
 
 
 @settings(max_examples=25)
 @given(
     template=templates,
     categories=categories,
-    base=base_visibility,
+    visibility=visibilities,
     blocks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     seed=st.integers(0, 99),
 )
-def test_xla_on_random_templates_and_odd_blocks(template, categories, base, blocks, seed):
+def test_xla_on_random_templates_and_odd_blocks(template, categories, visibility, blocks, seed):
     if not template.tokens:
         return
     q, k, v = arrays(template.tokens, len(categories), 1, 8, seed=seed)
-    check(template, categories, q, k, v, "xla", 5e-6, base, blocks)
+    check(template, categories, q, k, v, "xla", 5e-6, visibility, blocks)
 
 
-@pytest.mark.parametrize("base", BASES, ids=["causal", "bidirectional", "windowed"])
-def test_xla_gradients_are_those_of_the_reference(base):
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
+def test_xla_gradients_are_those_of_the_reference(visibility):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 16)
-    mask = BlockMask(RAGGED, MIXED, 16, 8, **base)
+    mask = BlockMask(RAGGED, MIXED, 16, 8, visibility.bidirectional_images, visibility.window)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
 
     def loss(q, k, v, backend):
@@ -151,9 +150,7 @@ def test_rows_that_see_nothing_are_zero_in_every_backend():
     template = Template.from_segments([Text(2), Image(40), Text(1)])
     mask = BlockMask(template, [HeadCategory.SINK], 16, 16, window=3)
     q, k, v = arrays(template.tokens, 1, 1, 64)
-    empty = ~visible_matrix(
-        template, HeadCategory.SINK.groups, bidirectional_images=False, window=3
-    ).any(axis=1)
+    empty = ~visible_matrix(template, HeadCategory.SINK.groups, Visibility(window=3)).any(axis=1)
     assert empty.sum() > 30
     for backend in ("reference", "xla", "pallas"):
         out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
@@ -211,7 +208,7 @@ def test_bad_input_is_refused_with_a_reason():
 def test_categories_by_name():
     names = ["dense", "Intra-Image", " INTRA_IMAGE_SINK", HeadCategory.SINK, 2]
     assert BlockMask(RAGGED, names).categories == (0, 2, 3, 1, 2)
-    with pytest.raises(MaskError, match="'own' is no head category; .*INTRA_IMAGE_SINK"):
+    with pytest.raises(MaskError, match="'own' is not a valid head category; .*INTRA_IMAGE_SINK"):
         BlockMask(RAGGED, ["own"])
 
 

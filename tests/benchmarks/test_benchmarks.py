@@ -35,8 +35,8 @@ from benchmarks.workloads import (
 )
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.attention import ragged_attention
-from bsjax.masks.categories import TokenInfo
 from bsjax.masks.schedule import build_schedule, category_tables
+from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.paths import ROOT
 from tests.support.templates import visible_matrix
@@ -44,7 +44,7 @@ from tools import gpu_cases, gpu_check, tune
 from tools.gpu_targets import compile_for
 
 TINY = AttentionShape("tiny", 4, 2, 16, "float32", image_tokens=(60,))
-WINDOWED = replace(TINY, name="tiny-window", bidirectional_images=True, window=70)
+WINDOWED = replace(TINY, name="tiny-window", visibility=Visibility(True, 70))
 
 
 class TestWorkloads:
@@ -78,9 +78,7 @@ class TestWorkloads:
         workload = Workload(WINDOWED, 200, 60)
         mask = workload.masks(["ideal 1.8x"])[0]
         counted = sum(
-            visible_matrix(
-                workload.template, category.groups, bidirectional_images=True, window=70
-            ).sum()
+            visible_matrix(workload.template, category.groups, Visibility(True, 70)).sum()
             for category in mask.categories
         )
         assert workload.visible_pairs(mask) == counted
@@ -90,25 +88,19 @@ class TestDenseRows:
     TEMPLATE = Template.from_segments([Text(5), Image(40), Text(2), Image(30), Text(9)])
     CATEGORIES = (0, 1, 2, 3)
 
-    def float64(self, q, k, v, base):
+    def float64(self, q, k, v, visibility):
         q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
         out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
         for head, category in enumerate(self.CATEGORIES):
-            seen = visible_matrix(self.TEMPLATE, HeadCategory(category).groups, **base)
+            seen = visible_matrix(self.TEMPLATE, HeadCategory(category).groups, visibility)
             scores = np.where(seen, q[:, head] @ k[:, head // 2].T * 0.25, -np.inf)
             some = seen.any(axis=1)
             lse[some, head] = np.logaddexp.reduce(scores[some], axis=1)
             out[some, head] = np.exp(scores[some] - lse[some, head, None]) @ v[:, head // 2]
         return out, lse
 
-    @pytest.mark.parametrize(
-        "base",
-        [
-            {"bidirectional_images": False, "window": None},
-            {"bidirectional_images": True, "window": 9},
-        ],
-    )
-    def test_are_the_softmax_under_the_predicate(self, base):
+    @pytest.mark.parametrize("visibility", [CAUSAL, Visibility(True, 9)])
+    def test_are_the_softmax_under_the_predicate(self, visibility):
         generator = np.random.default_rng(0)
         q, k, v = (
             generator.standard_normal((self.TEMPLATE.tokens, heads, 16), np.float32)
@@ -118,10 +110,10 @@ class TestDenseRows:
         rows = np.array([0, 3, 5, 6, 44, 47, 60, 85])
         groups = np.asarray([HeadCategory(c).groups for c in self.CATEGORIES], np.int32)
         out, lse = dense_rows(
-            q[rows], k, v, TokenInfo(*(p[rows] for p in info)), info, groups, scale=0.25, **base
+            q[rows], k, v, TokenInfo(*(p[rows] for p in info)), info, groups, visibility, scale=0.25
         )
-        wanted, wanted_lse = self.float64(q, k, v, base)
-        if base["window"]:
+        wanted, wanted_lse = self.float64(q, k, v, visibility)
+        if visibility.window:
             assert np.isneginf(wanted_lse[rows]).any(), "some rows should see nothing"
         assert greatest_error(out, wanted[rows]) < 3e-6
         assert greatest_lse_error(lse, wanted_lse[rows]) < 3e-6
@@ -213,9 +205,7 @@ class TestFlexAttention:
         blocks = torch_variants.build_block_mask(workload, mask, "cpu", packed=True)
         full = 0
         for head, category in enumerate(mask.categories):
-            seen = visible_matrix(
-                workload.template, category.groups, bidirectional_images=False, window=None
-            )
+            seen = visible_matrix(workload.template, category.groups)
             seen = np.pad(seen[np.ix_(order, order)], (0, -900 % 128))
             count = seen.reshape(8, 128, 8, 128).sum(axis=(1, 3))
             for kinds, indices, wanted in (

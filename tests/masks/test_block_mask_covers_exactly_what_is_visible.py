@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
-from bsjax.masks.categories import KeyGroup, TokenInfo, visible
+from bsjax.masks.categories import KeyGroup
 from bsjax.masks.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
-from tests.support.templates import base_visibility, categories, templates, visible_matrix
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from tests.support.templates import categories, templates, visibilities, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
 
@@ -40,8 +41,7 @@ def row_matrix(schedule, table):
         query,
         key,
         int(schedule.groups[table]),
-        bidirectional_images=schedule.bidirectional_images,
-        window=schedule.window,
+        schedule.visibility,
     )
 
 
@@ -54,22 +54,22 @@ def row_matrix(schedule, table):
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
     padding=st.integers(0, 20),
-    base=base_visibility,
+    visibility=visibilities,
 )
-def test_invariants(template, tables, block_q, block_kv, padding, base):
+def test_invariants(template, tables, block_q, block_kv, padding, visibility):
     schedule = build_schedule(
         template,
         tables,
         block_q=block_q,
         block_kv=block_kv,
         tokens=template.tokens + padding,
-        **base,
+        visibility=visibility,
     )
     real = template.tokens
     for table, groups in enumerate(tables):
         seen = row_matrix(schedule, table)
         seen[real:] = False
-        assert visible_pairs(template, groups, **base) == seen.sum()
+        assert visible_pairs(template, groups, visibility) == seen.sum()
         covered = np.zeros(seen.shape, int)
         tiled = np.zeros(schedule.tokens, int)
         work = []
@@ -97,16 +97,18 @@ def test_invariants(template, tables, block_q, block_kv, padding, base):
     categories=categories,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
-    base=base_visibility,
+    visibility=visibilities,
 )
 def test_to_dense_flops_and_density_are_the_predicates(
-    template, categories, block_q, block_kv, base
+    template, categories, block_q, block_kv, visibility
 ):
-    mask = BlockMask(template, categories, block_q, block_kv, **base)
-    dense = visible_matrix(template, HeadCategory.DENSE.groups, **base).sum()
+    mask = BlockMask(
+        template, categories, block_q, block_kv, visibility.bidirectional_images, visibility.window
+    )
+    dense = visible_matrix(template, HeadCategory.DENSE.groups, visibility).sum()
     total = 0
     for head, category in enumerate(categories):
-        seen = visible_matrix(template, category.groups, **base)
+        seen = visible_matrix(template, category.groups, visibility)
         np.testing.assert_array_equal(mask.to_dense(head), seen)
         assert mask.flops_per_head[head] == 4 * seen.sum()
         assert mask.density_per_head[head] == pytest.approx(seen.sum() / max(dense, 1))
@@ -120,13 +122,15 @@ def test_to_dense_flops_and_density_are_the_predicates(
     groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
-    base=base_visibility,
+    visibility=visibilities,
 )
-def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, base):
+def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, visibility):
     def build():
         # A second table keeps the packed order, whatever the first one's groups.
         tables = [groups, HeadCategory.SINK.groups]
-        return build_schedule(template, tables, block_q=block_q, block_kv=block_kv, **base)
+        return build_schedule(
+            template, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
+        )
 
     few = build()
     with mock.patch.object(_Rows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)):
@@ -137,7 +141,7 @@ def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, ba
 
 def test_a_window_needs_few_rows():
     template = Template.from_segments([Text(8), Image(256)] * 50)
-    rows = _Rows(template, [HeadCategory.SINK.groups], True, 1024)
+    rows = _Rows(template, [HeadCategory.SINK.groups], Visibility(True, 1024))
     starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
     assert rows.probes(starts, 128).size < rows.tokens / 10
     assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
@@ -146,7 +150,7 @@ def test_a_window_needs_few_rows():
 def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
     """A tile that does is alone at work when all others are done. Neither do tiles become many."""
     template = Template.from_segments([Text(8), Image(256)] * 400)
-    blocks = {"block_q": 128, "block_kv": 64, "bidirectional_images": True, "window": 1024}
+    blocks = {"block_q": 128, "block_kv": 64, "visibility": Visibility(True, 1024)}
     tables = [category.groups for category in HeadCategory]
     schedule = build_schedule(template, tables, **blocks)
     # Own images over the tile's span and the window before it; a few blocks are cut.
@@ -212,6 +216,7 @@ def test_templates_of_like_size_share_shapes():
         (lambda t: BlockMask(t, [7]), "INTRA_IMAGE"),
         (lambda t: BlockMask(t, [0], block_q=0), "block_q must be at least 1"),
         (lambda t: BlockMask(t, [0], window=0), "window must be at least 1"),
+        (lambda t: Visibility(window=-1), "window must be at least 1, got -1"),
         (lambda t: BlockMask(t, [0]).to_dense(1), "no head 1"),
         (lambda t: BlockMask(t, [0]).plot(head=3), "no head 3"),
         (lambda t: build_schedule(t, [None], block_q=1, block_kv=1, tokens=1), "Cannot pad"),

@@ -5,14 +5,15 @@ from hypothesis import given
 
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.masks.categories import KeyGroup
-from tests.support.templates import base_visibility, templates, visible_matrix
+from bsjax.masks.visibility import Visibility
+from tests.support.templates import templates, visibilities, visible_matrix
 
 
-def sees(template, category, i, j, bidirectional_images, window):
+def sees(template, category, i, j, visibility):
     same_image = template.image[i] == template.image[j] and template.image[i] >= 0
-    if not (j <= i or (bidirectional_images and same_image)):
+    if not (j <= i or (visibility.bidirectional_images and same_image)):
         return False
-    if window is not None and not j > i - window:
+    if visibility.window is not None and not j > i - visibility.window:
         return False
     if template.image[i] < 0 or template.image[j] < 0:
         return True
@@ -25,22 +26,22 @@ def sees(template, category, i, j, bidirectional_images, window):
     return bool(same_image or template.sink[j])
 
 
-@given(template=templates, base=base_visibility)
-def test_every_pair_of_every_category(template, base):
+@given(template=templates, visibility=visibilities)
+def test_every_pair_of_every_category(template, visibility):
     for category in HeadCategory:
-        seen = visible_matrix(template, category.groups, **base)
+        seen = visible_matrix(template, category.groups, visibility)
         for i in range(template.tokens):
             for j in range(template.tokens):
-                assert seen[i, j] == sees(template, category, i, j, **base), (category, i, j)
+                assert seen[i, j] == sees(template, category, i, j, visibility), (category, i, j)
 
 
-@given(template=templates, base=base_visibility)
-def test_groups_are_disjoint_and_together_dense(template, base):
+@given(template=templates, visibility=visibilities)
+def test_groups_are_disjoint_and_together_dense(template, visibility):
     image_rows = template.image >= 0
     together = sum(
-        visible_matrix(template, group, **base)[image_rows].astype(int) for group in KeyGroup
+        visible_matrix(template, group, visibility)[image_rows].astype(int) for group in KeyGroup
     )
-    dense = visible_matrix(template, HeadCategory.DENSE.groups, **base)[image_rows]
+    dense = visible_matrix(template, HeadCategory.DENSE.groups, visibility)[image_rows]
     assert (together == dense).all()
 
 
@@ -48,7 +49,7 @@ def test_groups_are_disjoint_and_together_dense(template, base):
 def test_gemma_sees_ahead_inside_an_image_but_never_behind_the_window(window):
     template = Template.from_segments([Text(2), Image(6), Text(2)])
     seen = visible_matrix(
-        template, HeadCategory.DENSE.groups, bidirectional_images=True, window=window
+        template, HeadCategory.DENSE.groups, Visibility(bidirectional_images=True, window=window)
     )
     assert seen[2, 7] and seen[3, 7]
     assert seen[7, 2] == (window is None)

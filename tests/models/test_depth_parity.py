@@ -45,7 +45,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
     tables = [category.groups for category in HeadCategory]
     schedules = tuple(
         build_schedule(
-            template, tables, block_q=64, block_kv=64, tokens=ROWS, **visibility._asdict()
+            template, tables, block_q=64, block_kv=64, visibility=visibility, tokens=ROWS
         )
         for visibility in FAMILIES[family].visibilities(config)
     )

@@ -14,9 +14,10 @@ import pytest
 import torch
 from flax import nnx
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, visible
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.masks.schedule import bucket, build_schedule
 from bsjax.masks.template import Sinks, Template
+from bsjax.masks.visibility import visible
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import patch_order
 from tests.support.small_models import (
@@ -128,7 +129,7 @@ class Port:
                 every_table if packed else [ALL_KEY_GROUPS],
                 tokens=rows,
                 **BLOCKS,
-                **visibility._asdict(),
+                visibility=visibility,
             )
             for visibility in family.visibilities(config)
         )
@@ -186,7 +187,7 @@ def attending_as(reference: torch.nn.Module, template: Template, categories: np.
     family, info = FAMILIES[config.model_type], template.info
     query = type(info)(*(field[:, None] for field in info))
     masks = {
-        (kind, category): visible(query, info, category.groups, **visibility._asdict())
+        (kind, category): visible(query, info, category.groups, visibility)
         for kind, visibility in enumerate(family.visibilities(config))
         for category in HeadCategory
     }

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from bsjax.errors import BackendError
+from bsjax.masks.visibility import Visibility
 from bsjax.pallas.configurations import (
     TARGETS,
     WIDTHS,
@@ -70,7 +71,7 @@ def test_every_target(case):
 def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtype):
     require_gpu_compiler()
     report = compile_prefill(
-        gpu, head_dim, dtype, return_lse=True, bidirectional_images=True, window=1024
+        gpu, head_dim, dtype, return_lse=True, visibility=Visibility(True, window=1024)
     )
     case = Case(gpu, head_dim, dtype)
     check(report, case, compiled_kernels.default_prefill(gpu, head_dim, dtype))
@@ -127,7 +128,7 @@ def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
     for window in (1024, None):
         report = compile_prefill(
             gpu, head_dim, "bfloat16", tokens=tokens, q_heads=heads[0], kv_heads=heads[1],
-            bidirectional_images=True, window=window,
+            visibility=Visibility(True, window),
         )  # fmt: skip
         chosen = compiled_kernels.default_prefill(gpu, head_dim, "bfloat16")
         check(report, Case(gpu, head_dim, "bfloat16"), chosen)
@@ -136,7 +137,13 @@ def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
 def test_siglip_on_an_a100():
     require_gpu_compiler()
     report = compile_prefill(
-        "a100", 72, "bfloat16", tokens=65_536, q_heads=16, kv_heads=16, bidirectional_images=True
+        "a100",
+        72,
+        "bfloat16",
+        tokens=65_536,
+        q_heads=16,
+        kv_heads=16,
+        visibility=Visibility(bidirectional_images=True),
     )
     chosen = compiled_kernels.default_prefill("a100", 72, "bfloat16")
     check(report, Case("a100", 72, "bfloat16"), chosen)

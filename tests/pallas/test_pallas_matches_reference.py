@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsjax import BackendError, HeadCategory, Image, Sinks, Template, Text
-from bsjax.masks.categories import TokenInfo, visible
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables, segment_schedule
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
 from bsjax.pallas.configurations import default_blocks
 from bsjax.pallas.prefill import prefill_attention
 from tests.support.templates import categories, templates
@@ -47,8 +47,7 @@ def dense_softmax(q, k, v, schedule, head_category, scale, real_tokens):
             query,
             key,
             int(schedule.groups[category]),
-            bidirectional_images=schedule.bidirectional_images,
-            window=schedule.window,
+            schedule.visibility,
         )
         seen = seen & real[:, None] & real[None, :]
         kv_head = head // (q.shape[1] // k.shape[1])
@@ -136,12 +135,11 @@ def test_blocks_used_by_default():
 @given(
     template=templates,
     head_category=categories,
-    bidirectional_images=st.booleans(),
-    window=st.sampled_from([None, 1, 17]),
+    visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
     seed=st.integers(0, 99),
 )
 def test_random_templates_windows_and_bidirectional_images(
-    template, head_category, bidirectional_images, window, seed
+    template, head_category, visibility, seed
 ):
     # One shape for all examples, so that they share their programs.
     schedule = build_schedule(
@@ -150,8 +148,7 @@ def test_random_templates_windows_and_bidirectional_images(
         block_q=16,
         block_kv=16,
         tokens=288,
-        bidirectional_images=bidirectional_images,
-        window=window,
+        visibility=visibility,
     )
     head_category = (head_category * 4)[:4]
     check(schedule, template.tokens, head_category, kv_heads=2, seed=seed)
@@ -174,7 +171,12 @@ def test_fewer_tokens_than_one_block():
 def test_rows_that_see_nothing_and_padding_are_zero():
     template = Template.from_segments([Text(2), Image(60), Text(1)])
     schedule = build_schedule(
-        template, category_tables([1]), block_q=32, block_kv=16, window=3, tokens=96
+        template,
+        category_tables([1]),
+        block_q=32,
+        block_kv=16,
+        visibility=Visibility(window=3),
+        tokens=96,
     )
     q, k, v = random_arrays(96, 1, 1, 64, "float32")
     out, lse = prefill_attention(

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +14,7 @@ from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
+from bsjax.masks.visibility import Visibility
 from bsjax.profiles import profile as profile_file
 from bsjax.profiles.profile import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
 
@@ -41,9 +41,16 @@ def statistics(names=MEASURED_STATISTICS, seed=3):
 
 
 KINDS = (
-    LayerFlops(True, 512, 2, 10**16, 9 * 10**15),
-    LayerFlops(True, None, 1, 9 * 10**16, 51 * 10**15),
+    LayerFlops(Visibility(True, 512), 2, 10**16, 9 * 10**15),
+    LayerFlops(Visibility(True), 1, 9 * 10**16, 51 * 10**15),
 )
+KIND_RECORD = {
+    "bidirectional_images": True,
+    "window": 512,
+    "layers": 2,
+    "dense": 10**16,
+    "sparse": 9 * 10**15,
+}
 
 
 def measured(**changes) -> Profile:
@@ -295,10 +302,10 @@ SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
         ("attention_flops_per_kind", [{"window": 3}], "lacks `bidirectional_images`, `layers`"),
         (
             "attention_flops_per_kind",
-            [asdict(KINDS[0]) | {"window": 0}],
+            [KIND_RECORD | {"window": 0}],
             "per_kind.window` must be a whole number from 1",
         ),
-        ("attention_flops_per_kind", [asdict(KINDS[0])], "adds up to .* in 2 layers"),
+        ("attention_flops_per_kind", [KIND_RECORD], "adds up to .* in 2 layers"),
         ("sink_discovery", {"rule": "guessed"}, "`sink_discovery` lacks `mass_by_offset`"),
         ("sink_discovery", {"rule": "guessed", "mass_by_offset": "much"}, "list of numbers"),
         ("sink_discovery", [], "`sink_discovery` must be an object"),

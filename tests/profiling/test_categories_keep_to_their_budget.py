@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
-from bsjax.masks.categories import BaseVisibility
+from bsjax.masks.visibility import Visibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
 from bsjax.profiling.knapsack import path, taken
 from bsjax.profiling.ordered_samples import OrderedSamples, fingerprint
@@ -146,12 +146,12 @@ def test_the_budget_is_met_by_the_least_threshold(seed, target, criterion):
 
 def test_flops_are_counted_by_kind_of_layer():
     template = Template.from_segments([Text(3), Image(9), Text(2), Image(7), Image(5), Text(4)])
-    kinds = (BaseVisibility(True, 6), BaseVisibility(True, None))
+    kinds = (Visibility(True, 6), Visibility(True, None))
     shape = Shape(3, 2, 16, kinds, np.asarray([0, 1, 0], np.int32))
     flops = shape.category_flops(template)
     for layer, kind in enumerate((0, 1, 0)):
         for category in HeadCategory:
-            seen = visible_matrix(template, category.groups, **kinds[kind]._asdict())
+            seen = visible_matrix(template, category.groups, kinds[kind])
             assert flops[layer, category] == 4 * 16 * seen.sum()
     assert flops[0, 0] < flops[1, 0]
     categories = np.asarray([[1, 0], [2, 3], [0, 0]], np.int8)

@@ -7,7 +7,7 @@ from PIL import Image
 
 import bsjax
 from bsjax import HeadCategory, Profile, Sinks
-from bsjax.masks.categories import visible
+from bsjax.masks.visibility import visible
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
 from bsjax.prompts.prompt import prepare_prompt
@@ -45,7 +45,7 @@ def test_a_profile_of_random_weights(model, tmp_path, capsys):
     assert profile.end_to_end is not None
     assert profile.end_to_end["attention_flops_reduction"] > 0.1
     kinds = profile.attention_flops_per_kind
-    assert [(kind.window, kind.layers) for kind in kinds] == [(12, 3), (None, 1)]
+    assert [(kind.visibility.window, kind.layers) for kind in kinds] == [(12, 3), (None, 1)]
     assert kinds[0].sparse / kinds[0].dense > kinds[1].sparse / kinds[1].dense, "windows hide much"
     path = tmp_path / "profile.json"
     profile.save(path)
@@ -78,7 +78,7 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
     scale = model.module.attention_scale
 
     def seen(kind, groups):
-        return visible(query, info, groups, **visibilities[kind]._asdict())
+        return visible(query, info, groups, visibilities[kind])
 
     def attend_with(kind):
         mask = seen(kind, HeadCategory.DENSE.groups)

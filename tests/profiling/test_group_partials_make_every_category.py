@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from bsjax.attention import ragged_attention
 from bsjax.attention.reference import reference_attention
 from bsjax.errors import MaskError
-from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility, HeadCategory
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.masks.schedule import build_schedule, without_text_queries
 from bsjax.masks.template import Image, Sinks, Template, Text
+from bsjax.masks.visibility import Visibility
 from bsjax.profiling.groups import (
     GROUPS,
     SPARSE_CATEGORIES,
@@ -61,7 +62,7 @@ def schedules(template, visibility):
         block_q=16,
         block_kv=16,
         tokens=ROWS,
-        **visibility._asdict(),
+        visibility=visibility,
     )
     return groups, categories
 
@@ -69,7 +70,7 @@ def schedules(template, visibility):
 @settings(max_examples=25)
 @given(
     templates.templates,
-    st.sampled_from([BaseVisibility(), BaseVisibility(True, None), BaseVisibility(True, 9)]),
+    st.sampled_from([Visibility(), Visibility(True, None), Visibility(True, 9)]),
     st.integers(0, 9),
 )
 def test_every_category_comes_out_of_one_pass(template, visibility, seed):
@@ -93,7 +94,7 @@ PROMPT = Template.from_segments(
 @pytest.mark.parametrize("backend", ["xla", "reference", "pallas"])
 def test_statistics_are_those_of_the_attention_matrix(backend):
     q, k, v = arrays()
-    visibility = BaseVisibility()
+    visibility = Visibility()
     groups, categories = schedules(PROMPT, visibility)
     _, _, statistics = partials_of(q, k, v, groups, backend)
 
@@ -106,7 +107,7 @@ def test_statistics_are_those_of_the_attention_matrix(backend):
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     for index, group in enumerate(GROUPS):
-        seen = templates.visible_matrix(PROMPT, group, bidirectional_images=False, window=None)
+        seen = templates.visible_matrix(PROMPT, group)
         seen = seen[order][:, order] & (image >= 0)[:, None]
         mass = np.where(seen, weights, 0).sum(axis=(1, 2)) / (image >= 0).sum()
         np.testing.assert_allclose(statistics.mass[:, index], mass, atol=5e-6)
@@ -123,7 +124,7 @@ def test_statistics_are_those_of_the_attention_matrix(backend):
 
 
 def test_text_rows_are_visited_once():
-    groups, _ = schedules(PROMPT, BaseVisibility())
+    groups, _ = schedules(PROMPT, Visibility())
     text_rows = np.flatnonzero(PROMPT.image < 0).size
     with_blocks = groups.tiles[..., 3:].sum(axis=2) > 0
     of_text = groups.tiles[..., 0] < text_rows
@@ -142,7 +143,7 @@ def test_text_rows_are_visited_once():
 def test_together_the_groups_cost_one_dense_attention():
     """Visited blocks, against those of image-aligned dense tiles."""
     template = Template.from_segments([Text(8), *([Text(4), Image(400)] * 12), Text(20)])
-    groups = group_schedule(template, BaseVisibility(), block_q=64, block_kv=32)
+    groups = group_schedule(template, Visibility(), block_q=64, block_kv=32)
     dense = build_schedule(
         template, [ALL_KEY_GROUPS, HeadCategory.SINK.groups], block_q=64, block_kv=32
     )
@@ -158,7 +159,7 @@ def test_prompt_order_is_refused():
 
 def test_dense_rows_of_text_are_dense():
     q, k, v = arrays()
-    groups, categories = schedules(PROMPT, BaseVisibility())
+    groups, categories = schedules(PROMPT, Visibility())
     partials, _, _ = partials_of(q, k, v, groups, "reference")
     dense = ragged_attention(
         q, k, v, categories, jnp.zeros(Q_HEADS, jnp.int32), scale=SCALE, backend="xla"

@@ -10,17 +10,18 @@ from jax.extend.core import jaxprs_in_params
 
 from bsjax import Image, Sinks, Template, Text
 from bsjax.attention.reference import reference_attention
-from bsjax.masks.categories import ALL_KEY_GROUPS, BaseVisibility
+from bsjax.masks.categories import ALL_KEY_GROUPS
+from bsjax.masks.visibility import Visibility
 from bsjax.profiling.offsets import by_offset, discover, other_image_mass, pairs_by_offset
 from bsjax.profiling.prompt_inputs import category_schedule
 from tests.support.templates import templates, visible_matrix
 
-KINDS = [BaseVisibility(), BaseVisibility(True, None), BaseVisibility(True, 9)]
+KINDS = [Visibility(), Visibility(True, None), Visibility(True, 9)]
 ROWS = 224
 
 
 def other_images(template, visibility):
-    seen = visible_matrix(template, ALL_KEY_GROUPS, **visibility._asdict())
+    seen = visible_matrix(template, ALL_KEY_GROUPS, visibility)
     image = template.image
     return seen & (image[:, None] >= 0) & (image >= 0) & (image[:, None] != image)
 
@@ -59,7 +60,7 @@ def test_mass_is_the_sum_of_columns(template, visibility, seed):
     q_tokens, k_tokens = (np.empty((tokens, *array.shape[1:])) for array in (q, k))
     q_tokens[order], k_tokens[order] = q[:tokens], k[:tokens]
     scores = np.einsum("qhd,khd->hqk", q_tokens, k_tokens.repeat(2, axis=1)) * 0.4
-    seen = visible_matrix(template, ALL_KEY_GROUPS, **visibility._asdict())
+    seen = visible_matrix(template, ALL_KEY_GROUPS, visibility)
     weights = np.where(seen, np.exp(scores), 0)
     weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
     expected = np.where(other_images(template, visibility), weights, 0).sum(axis=(0, 1))
@@ -75,7 +76,7 @@ def test_no_array_is_square_or_worse(window, keys):
     images = [Text(30), *[Image(1000)] * 32, Text(8)]
     template = Template.from_segments(images)
     schedule = category_schedule(
-        template, BaseVisibility(window=window), block_q=128, block_kv=64, tokens=tokens
+        template, Visibility(window=window), block_q=128, block_kv=64, tokens=tokens
     )
     lse = jax.ShapeDtypeStruct((tokens, 28), jnp.float32)
     q, k = (jax.ShapeDtypeStruct((tokens, heads, 128), jnp.bfloat16) for heads in (28, 4))

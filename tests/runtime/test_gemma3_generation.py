@@ -13,6 +13,7 @@ from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
 from bsjax.cli.mask import _template
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
+from bsjax.masks.visibility import Visibility
 from bsjax.models.gemma3.text import _rows_of_ring
 from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
@@ -87,16 +88,16 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
         prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
     )
     local, everywhere = result.stats.attention_flops_per_kind
-    assert (local.window, local.layers) == (12, 3)
-    assert (everywhere.window, everywhere.layers) == (None, 1)
+    assert (local.visibility.window, local.layers) == (12, 3)
+    assert (everywhere.visibility.window, everywhere.layers) == (None, 1)
     for kind in (local, everywhere):
-        options = {"bidirectional_images": True, "window": kind.window}
+        assert kind.visibility.bidirectional_images
         per_pair = 4 * 16 * 4 * kind.layers
         for flops, category in (
             (kind.dense, HeadCategory.DENSE),
             (kind.sparse, HeadCategory.INTRA_IMAGE),
         ):
-            assert flops == per_pair * visible_pairs(template, category.groups, **options)
+            assert flops == per_pair * visible_pairs(template, category.groups, kind.visibility)
     assert result.stats.attention_flops_sparse == local.sparse + everywhere.sparse
     assert result.stats.attention_flops_dense == local.dense + everywhere.dense
     # The window leaves local layers less to save.
@@ -112,7 +113,7 @@ def test_schedules_share_one_row_order(model):
     np.testing.assert_array_equal(local.position, everywhere.position)
     np.testing.assert_array_equal(local.position[: inputs.tokens], inputs.order)
     assert not np.array_equal(inputs.order, np.arange(inputs.tokens)), "packed"
-    assert (local.window, everywhere.window) == (12, None)
+    assert (local.visibility.window, everywhere.visibility.window) == (12, None)
 
 
 def test_local_layers_keep_their_window_alone(model):
@@ -158,10 +159,10 @@ def test_mask_of_a_prompt_is_that_of_the_layer_asked_for(checkpoints, tmp_path, 
     assert "1 image, DENSE: 100.0%" in capsys.readouterr().out
     options = build_parser().parse_args(arguments)
     template, visibility = _template(options)
-    assert visibility == (True, None) and template.image_tokens == (16,)
+    assert visibility == Visibility(True, None) and template.image_tokens == (16,)
     for layer, window in enumerate((12, 12, None, 12)):
         options = build_parser().parse_args([*arguments, "--layer", str(layer)])
-        assert _template(options)[1] == (True, window)
+        assert _template(options)[1] == Visibility(True, window)
     assert main([*arguments, "--layer", "0", "--output", str(tmp_path / "local.png")]) == 0
     assert "DENSE: 100.0% of the dense attention in a window of 12" in capsys.readouterr().out
     assert main([*arguments, "--layer", "4"]) == 2
@@ -176,6 +177,6 @@ def test_mask_of_segments_with_a_window(tmp_path, capsys):
     assert "in a window of 3" in capsys.readouterr().out
     options = build_parser().parse_args([*arguments, "--window", "3", "--bidirectional-images"])
     template, visibility = _template(options)
-    assert template.image_tokens == (8,) and visibility == (True, 3)
+    assert template.image_tokens == (8,) and visibility == Visibility(True, 3)
     assert main([*arguments, "--layer", "0"]) == 2
     assert "belong to a checkpoint's prompt" in capsys.readouterr().err

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.errors import CheckpointError
-from bsjax.masks.categories import BaseVisibility
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.visibility import Visibility
 from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
 from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
 from bsjax.models.layers import (
@@ -37,12 +37,12 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 """What configs call the kinds of layers, in the order of `visibilities`: local, global."""
 
 
-def visibilities(config: PretrainedConfig) -> tuple[BaseVisibility, BaseVisibility]:
+def visibilities(config: PretrainedConfig) -> tuple[Visibility, Visibility]:
     """What local and global layers let a query see: images see themselves whole in both."""
     window = config.get_text_config().sliding_window
     return (
-        BaseVisibility(bidirectional_images=True, window=window),
-        BaseVisibility(bidirectional_images=True),
+        Visibility(bidirectional_images=True, window=window),
+        Visibility(bidirectional_images=True),
     )
 
 

@@ -1,0 +1,113 @@
+"""Which keys a query sees: the one predicate that NumPy, XLA and every kernel evaluate.
+
+Two things decide together. The model's own `Visibility`, of a kind of layer: causal, whole images
+at once where images are bidirectional, within a sliding window where there is one. And the
+`KeyGroup`s that a head keeps for its image queries; text queries keep all groups in every head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bsjax.checks import whole_number
+from bsjax.errors import MaskError
+from bsjax.masks.categories import KeyGroup
+
+# Greater than the position of any query, padding rows excepted.
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What the layers of one kind let any query see, before head categories: causal by default.
+
+    Attributes:
+      bidirectional_images: whether all tokens of an image see each other (Gemma 3).
+      window: how many positions back a query sees, its own included; None for all.
+
+    Raises:
+      MaskError: `window` is not a whole number of at least 1.
+    """
+
+    bidirectional_images: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            window = whole_number("window", self.window, least=1, error=MaskError)
+            object.__setattr__(self, "window", window)
+
+
+CAUSAL = Visibility()
+"""A query sees every key up to its own position."""
+
+
+class TokenInfo(NamedTuple):
+    """What the predicate needs to know about tokens: NumPy or JAX arrays of one shape.
+
+    Attributes:
+      position: int32, index in prompt order.
+      image: int32, image number; -1 for text.
+      sink: bool, whether the token is a sink, which later images may look at.
+    """
+
+    position: Any
+    image: Any
+    sink: Any
+
+
+class KeyVisibility(NamedTuple):
+    """From which position on a head sees each key: NumPy or JAX arrays that broadcast.
+
+    Attributes:
+      position: int32, index in prompt order; text queries see the key from there on.
+      image: int32, image number; -1 for text.
+      own_from: int32, from where on queries of the key's own image see it.
+      other_from: int32, from where on all other image queries see it.
+    """
+
+    position: Any
+    image: Any
+    own_from: Any
+    other_from: Any
+
+
+def visible(query: TokenInfo, key: TokenInfo, groups: Any, visibility: Visibility) -> Any:
+    """Whether `query` sees `key` in a head that keeps `groups`.
+
+    Args:
+      query: its fields must broadcast against those of `key`.
+      key: of the same kind of arrays as `query`.
+      groups: a `KeyGroup`, or an integer (array) with the same bits.
+      visibility: the model's own.
+
+    Returns:
+      A boolean array of the shape that the arguments broadcast to.
+    """
+    return sees(query.position, query.image, key_visibility(key, groups, visibility), visibility)
+
+
+def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVisibility:
+    """The half of the predicate that looks at keys alone, so that kernels compute it only once."""
+    where = key.image.__array_namespace__().where
+
+    def keeps(group: KeyGroup) -> Any:
+        return (groups & group.value) != 0
+
+    own = where(key.sink, keeps(KeyGroup.OWN_SINK), keeps(KeyGroup.OWN))
+    other = where(key.sink, keeps(KeyGroup.OTHER_SINK), keeps(KeyGroup.OTHER))
+    other = where(key.image < 0, keeps(KeyGroup.TEXT), other)
+    own_from = key.position * 0 if visibility.bidirectional_images else key.position
+    return KeyVisibility(
+        key.position, key.image, where(own, own_from, _NEVER), where(other, key.position, _NEVER)
+    )
+
+
+def sees(query_position: Any, query_image: Any, key: KeyVisibility, visibility: Visibility) -> Any:
+    """The half of the predicate that looks at pairs: two choices and one comparison for each."""
+    where = key.image.__array_namespace__().where
+    seen_from = where(key.image == query_image, key.own_from, key.other_from)
+    seen_from = where(query_image < 0, key.position, seen_from)
+    seen = seen_from <= query_position
+    if visibility.window is not None:
+        seen = seen & (key.position > query_position - visibility.window)
+    return seen
