@@ -32,10 +32,10 @@ from bsjax.profiling.prompt_inputs import (
     packed_inputs,
     prompt_of,
 )
+from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.pipeline import Embedding
 from bsjax.runtime.programs import programs_of
-from bsjax.runtime.steps import hidden_states
+from bsjax.runtime.scoring import hidden_states
 
 DENSE = "dense prefill"
 HEADS = "statistics of all heads"

@@ -28,8 +28,10 @@ from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.prompt_inputs import Shape, category_schedule, kind_schedules
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.answering import Answering
+from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import ModelInputs, cache_rows, prepare_inputs
-from bsjax.runtime.pipeline import Embedding, Generation, Stage
+from bsjax.runtime.memory import Stage
 from bsjax.runtime.programs import Programs, size_in_bytes
 from bsjax.runtime.sampling import Sampling
 from tools.gpu_targets import TARGETS, compile_for
@@ -162,7 +164,7 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
         "pallas",
         NEW_TOKENS,
     )
-    run = Generation(
+    run = Answering(
         programs,
         inputs,
         new_tokens=NEW_TOKENS,

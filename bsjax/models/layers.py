@@ -1,4 +1,4 @@
-"""What several model families share: stacked layers, gated MLPs, rotary embeddings."""
+"""What model families share: the attention of layers, stacked layers, gated MLPs, rotation."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -9,21 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
+from bsjax.masks.schedule import Schedule
+from bsjax.models.cache import Cache
 
 Attend = Callable[[Array, Array, Array], Array]
 """Attention over one layer: q [rows, q_heads, head_dim], k and v [rows, kv_heads, head_dim] to
 [rows, q_heads, head_dim]. What a row may see is bound into it."""
 
 KeepingAttend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""As `Attend`, with what the caller wants to keep of a layer beside the output: its keys and values
-for a cache, statistics of its scores, or nothing."""
+"""As `Attend`, but also returns what to keep of the layer: keys and values for a cache, statistics
+of the scores, or None."""
 
 LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-"""As `KeepingAttend`, for all layers of one kind: the last argument is the layer's own slice of
-what travels with the layers."""
+"""As `KeepingAttend`, for all layers of one kind. The last argument is the layer's slice of the
+arrays that are scanned over together with the layers."""
 
 CHUNK_ROWS = 8192
 """Rows that `by_rows` hands to a function at a time: plenty for the matrix products of a GPU."""
@@ -62,6 +65,56 @@ def activation(name: str) -> Callable[[Array], Array]:
 def _in_float32(function: Callable[[Array], Array], x: Array) -> Array:
     """`function` without rounding to `x`'s dtype on the way."""
     return function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def prefill_attend(
+    schedule: Schedule,
+    kept_rows: Callable[[Float[Array, "rows kv_heads head_dim"]], Array],
+    *,
+    scale: float,
+    backend: str,
+) -> LayerAttend:
+    """Attention of prefill. Head categories are scanned over, one slice per layer.
+
+    Args:
+      schedule: what each row sees, by head category.
+      kept_rows: selects the rows of a layer's keys, and of its values, that go into the cache. It
+        is applied layer by layer, so that only the cache exists at the end.
+      scale: factor of the scores.
+      backend: attention backend.
+    """
+
+    def attend(q: Array, k: Array, v: Array, categories: Array) -> tuple[Array, Any]:
+        attended = ragged_attention(q, k, v, schedule, categories, scale=scale, backend=backend)
+        return attended, (kept_rows(k), kept_rows(v))
+
+    return attend
+
+
+def decode_attend(
+    cache: Cache, tokens: Int[Array, ""], *, scale: float, backend: str
+) -> LayerAttend:
+    """Attention of one token to the cache and to itself. Layer indices are scanned over.
+
+    The cache itself is not: its slices would be copies.
+
+    Args:
+      cache: of the layers that this is for.
+      tokens: how many of its rows are valid, from the first on.
+      scale: factor of the scores.
+      backend: attention backend.
+    """
+    lengths = jnp.reshape(tokens, 1)
+    cached_k, cached_v = cache.k[:, None], cache.v[:, None]
+
+    def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
+        # Without `return_lse` the output comes alone.
+        attended: Any = decode_attention(
+            q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
+        )
+        return attended, (k, v)
+
+    return attend
 
 
 def stack_layers(

@@ -39,7 +39,7 @@ def measure_heads(
     def attend_with(schedule: Schedule) -> LayerAttend:
         def attend(q: Array, k: Array, v: Array, scanned: Any) -> tuple[Array, HeadStatistics]:
             partials = group_partials(
-                q, k, v, schedule, scale=module.attention_scale, backend=backend
+                q, k, v, schedule, scale=module.language_model.scale, backend=backend
             )
             dense, lse = dense_output(partials)
             is_image = jnp.asarray(schedule.image) >= 0
@@ -69,7 +69,7 @@ def measure_offsets(
 
     def attend_with(schedule: Schedule) -> LayerAttend:
         def attend(q: Array, k: Array, v: Array, scanned: Any) -> tuple[Array, Array]:
-            scale = module.attention_scale
+            scale = module.language_model.scale
             dense = jnp.full(q.shape[1], HeadCategory.DENSE, jnp.int32)
             out, lse = ragged_attention(
                 q, k, v, schedule, dense, scale=scale, backend=backend, return_lse=True
@@ -104,7 +104,7 @@ def states_at(
 
     def attend_with(schedule: Schedule) -> LayerAttend:
         def attend(q: Array, k: Array, v: Array, categories: Array) -> tuple[Array, None]:
-            scale = module.attention_scale
+            scale = module.language_model.scale
             return ragged_attention(
                 q, k, v, schedule, categories, scale=scale, backend=backend
             ), None
@@ -146,4 +146,4 @@ def _run(
     scanned: Any,
 ) -> tuple[Array, Any]:
     attends = tuple(attend_with(schedule) for schedule in schedules)
-    return module.run_layers(embeddings, position_ids, attends, scanned)
+    return module.language_model.run_layers(embeddings, position_ids, attends, scanned)

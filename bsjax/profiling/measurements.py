@@ -31,8 +31,9 @@ from bsjax.profiling.prompt_inputs import (
     prompt_of,
 )
 from bsjax.profiling.state import NO_STATE, State
-from bsjax.runtime.pipeline import Embedding, Stage, check_memory
-from bsjax.runtime.programs import bytes_available, programs_of
+from bsjax.runtime.embedding import Embedding
+from bsjax.runtime.memory import Stage, bytes_available, check_memory
+from bsjax.runtime.programs import programs_of
 from bsjax.samples import Samples
 
 

@@ -21,12 +21,18 @@ from bsjax.checks import whole_number
 from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import prepare_prompt
-from bsjax.runtime import steps
+from bsjax.runtime.answering import DECODE_CHUNK, Answering
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
-from bsjax.runtime.pipeline import Generation, Scoring, check_host_memory, check_memory
-from bsjax.runtime.programs import bytes_available, host_bytes_available, programs_of
+from bsjax.runtime.memory import (
+    bytes_available,
+    check_host_memory,
+    check_memory,
+    host_bytes_available,
+)
+from bsjax.runtime.programs import programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats
 from bsjax.runtime.sampling import Sampling
+from bsjax.runtime.scoring import Scoring
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
@@ -207,7 +213,7 @@ def _generate(
     compiled_before = programs.compile_seconds
     inputs = _inputs(model, messages, request.profile, request.backend, request.max_new_tokens)
     end_tokens = _end_tokens(model)
-    run = Generation(
+    run = Answering(
         programs,
         inputs,
         new_tokens=request.max_new_tokens,
@@ -236,7 +242,7 @@ def _generate(
         if last:
             break
         left = request.max_new_tokens - len(token_ids)
-        limit = 1 if one_by_one else min(steps.DECODE_CHUNK, left)
+        limit = 1 if one_by_one else min(DECODE_CHUNK, left)
         start = time.perf_counter()
         new_ids, state = run.decode(state, limit)
         decode_seconds += time.perf_counter() - start

@@ -18,7 +18,9 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.steps import PADDING_ROW
+
+PADDING_ROW = np.iinfo(np.int32).max
+"""The row of image tokens made of padding: out of bounds, so that their features are dropped."""
 
 _SMALLEST_TOKENS = 64
 GROUP_PATCHES = 65536
@@ -47,7 +49,7 @@ class ImageGroup:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What `steps.encode_images` takes beside embeddings; shapes in place of pixel values."""
+        """The arguments of `encode_images` after the embeddings; of pixel values only the shape."""
         shape = (self.padded_patches, self.patches.shape[1])
         return jax.ShapeDtypeStruct(shape, np.float32), self.plan, self.image_rows
 
@@ -217,7 +219,7 @@ def _image_groups(
     first_token = np.append(0, np.cumsum(prompt.image_tokens))
     patches_per_token = int(first_patch[-1] // first_token[-1])
     groups = []
-    for first, end in _group_borders(patches.tolist(), GROUP_PATCHES):
+    for first, end in group_borders(patches.tolist(), GROUP_PATCHES):
         count = int(first_patch[end] - first_patch[first])
         padded_tokens = bucket(count // patches_per_token, smallest=_SMALLEST_TOKENS, steps=_STEPS)
         padded = padded_tokens * patches_per_token
@@ -232,7 +234,7 @@ def _image_groups(
     return tuple(groups)
 
 
-def _group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
+def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
     """First and end of runs of images with at most `limit` patches, or of one larger image."""
     borders = []
     first = total = 0

@@ -156,23 +156,5 @@ def size_in_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def bytes_available() -> int | None:
-    """Free memory of the default device, in bytes; None where it cannot be told."""
-    device = jax.devices()[0]
-    statistics = device.memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return host_bytes_available() if device.platform == "cpu" else None
-
-
-def host_bytes_available() -> int | None:
-    """Free memory of the host, in bytes; None where it cannot be told."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-        return 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -47,7 +47,8 @@ def hidden_states(
     """
     prompts, rows = batch.token_ids.shape
     shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
-    embeddings = module.embed(jnp.asarray(batch.token_ids).reshape(-1)).reshape(prompts, rows, -1)
+    token_ids = jnp.asarray(batch.token_ids).reshape(-1)
+    embeddings = module.language_model.embed(token_ids).reshape(prompts, rows, -1)
     image_rows = jnp.asarray(batch.image_rows).reshape(prompts, -1)
     embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
         features.reshape(*image_rows.shape, -1), mode="drop"
@@ -57,7 +58,7 @@ def hidden_states(
     def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
         def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
             seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
-            return _prompt_attention(q, k, v, seen, info.position, module.attention_scale)
+            return _prompt_attention(q, k, v, seen, info.position, module.language_model.scale)
 
         by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
         return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
@@ -65,7 +66,7 @@ def hidden_states(
     # Rows of all prompts go through as one: gradients of matrices are one product each.
     position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
     embeddings = embeddings.reshape(prompts * rows, -1)
-    hidden, kept = module.run_layers(embeddings, position_ids, (attend,), groups)
+    hidden, kept = module.language_model.run_layers(embeddings, position_ids, (attend,), groups)
     q, k, v = (array.reshape(-1, prompts, rows, *array.shape[2:]) for array in kept)
     return hidden.reshape(prompts, rows, -1), (q, k, v)
 

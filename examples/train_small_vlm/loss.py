@@ -112,7 +112,7 @@ def loss_and_correct(
     for name, (layer, head), rows, targets in _pointings(batch, groups):
         kv_head = head * k.shape[3] // q.shape[3]
         scores = _scores_of_rows(
-            q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.attention_scale
+            q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.language_model.scale
         )
         equally = targets / jnp.maximum(targets.sum(axis=-1, keepdims=True), 1)
         taught = targets.any(axis=-1)

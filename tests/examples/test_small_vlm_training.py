@@ -16,8 +16,8 @@ from bsjax.models import FAMILIES
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.pipeline import Scoring
 from bsjax.runtime.programs import Programs
+from bsjax.runtime.scoring import Scoring
 from examples.train_small_vlm import forward, loss, scenes, training
 from examples.train_small_vlm.batches import Encoder
 from examples.train_small_vlm.export import export
@@ -341,11 +341,11 @@ def test_a_run_starts_with_layers_that_add_nothing(module, config):
     graph, parameters = nnx.split(module)
     quiet = nnx.merge(graph, training.quiet_start(parameters, config.text_config.hidden_size))
     ids, position_ids = jnp.arange(12), jnp.tile(jnp.arange(12), (3, 1))
-    embeddings = quiet.embed(ids)
-    hidden, _ = quiet.run_layers(
+    embeddings = quiet.language_model.embed(ids)
+    hidden, _ = quiet.language_model.run_layers(
         embeddings, position_ids, (lambda q, k, v, scanned: (q, None),), jnp.zeros((5, 1))
     )
-    normed = module.language_model.norm(module.embed(ids))
+    normed = module.language_model.norm(module.language_model.embed(ids))
     np.testing.assert_allclose(quiet.logits(hidden), module.logits(normed), rtol=1e-3, atol=1e-3)
 
 

@@ -6,6 +6,7 @@ The reference is torch on the CPU; models are random. Families differ only in th
 import contextlib
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,13 @@ class Port:
         @cache
         def jitted(method: str, **options):
             def call(state, *arguments):
-                return getattr(nnx.merge(graph, state), method)(*arguments, **options)
+                return attrgetter(method)(nnx.merge(graph, state))(*arguments, **options)
 
             return partial(jax.jit(call), self.state)
 
         self.jitted = jitted
         self.encode = jitted("encode_images")
-        self.embed = jitted("embed")
+        self.embed = jitted("language_model.embed")
         self.logits_of = jitted("logits")
         self.decode = jitted("decode_step")
 
@@ -153,7 +154,7 @@ class Port:
         if features is not None:
             image_rows = np.argsort(order)[prompt.token_ids == IMAGE]
             embeddings = embeddings.at[image_rows].set(features[: image_rows.size])
-        run = self.jitted("prefill", cache_length=rows + NEW_TOKENS, backend="xla")
+        run = self.jitted("language_model.prefill", cache_length=rows + NEW_TOKENS, backend="xla")
         hidden, cache = run(embeddings, in_rows(position_ids, 0), schedules, categories)
         logits = np.empty((tokens, text.vocab_size), np.float32)
         logits[order] = self.logits_of(hidden)[:tokens]
@@ -349,9 +350,9 @@ def test_layers_run_with_any_attention_keep_in_layer_order():
         return attend
 
     module = nnx.merge(*models.port.split)
-    embeddings = module.embed(jnp.asarray(prompt.token_ids))
+    embeddings = module.language_model.embed(jnp.asarray(prompt.token_ids))
     positions = jnp.arange(len(prompt.token_ids))[None]
-    _, (number, kind, k) = module.run_layers(
+    _, (number, kind, k) = module.language_model.run_layers(
         embeddings, positions, [attend_with(0), attend_with(1)], jnp.arange(4) * 10
     )
     assert number.tolist() == [0, 10, 20, 30] and kind.tolist() == [0, 0, 1, 0]

@@ -11,8 +11,8 @@ from bsjax.masks.visibility import visible
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
 from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.pipeline import Embedding
 from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
@@ -75,7 +75,7 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
     info, tokens = inputs.template.info, inputs.tokens
     query = type(info)(*(field[:, None] for field in info))
     visibilities = model.family.visibilities(model.config)
-    scale = model.module.attention_scale
+    scale = model.module.language_model.scale
 
     def seen(kind, groups):
         return visible(query, info, groups, visibilities[kind])
@@ -95,7 +95,7 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
         weights = jnp.exp(jnp.where(mask, scores, -jnp.inf))
         return weights / weights.sum(axis=-1, keepdims=True)
 
-    _, (scores, values) = model.module.run_layers(
+    _, (scores, values) = model.module.language_model.run_layers(
         embeddings[:tokens],
         jnp.asarray(inputs.position_ids[:, :tokens]),
         [attend_with(0), attend_with(1)],

@@ -14,8 +14,8 @@ from bsjax.profiling import Evaluator, Measurements, refine
 from bsjax.profiling.evaluation import Comparison
 from bsjax.profiling.prompt_inputs import extended, prompt_of
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.pipeline import Scoring
 from bsjax.runtime.programs import programs_of
+from bsjax.runtime.scoring import Scoring
 
 LAYERS, HEADS = 3, 4
 

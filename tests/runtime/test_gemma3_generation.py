@@ -14,10 +14,12 @@ from bsjax.cli import build_parser, main
 from bsjax.cli.mask import _template
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.masks.visibility import Visibility
-from bsjax.models.gemma3.text import _rows_of_ring
+from bsjax.models.gemma3.text import rows_of_ring
 from bsjax.prompts.prompt import prepare_prompt
+from bsjax.runtime.answering import Answering
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
+from bsjax.runtime.sampling import Sampling
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.small_models import reference_inputs
@@ -117,23 +119,26 @@ def test_schedules_share_one_row_order(model):
 
 
 def test_local_layers_keep_their_window_alone(model):
-    bsjax.generate(model, conversation(), max_new_tokens=2)
-    caches = [
-        program.output[0].cache
-        for (function, *_), program in programs_of(model)._programs.items()
-        if function.__name__ == "prefill"
-    ]
-    assert caches
-    for cache in caches:
-        assert cache.of_local.k.shape == (3, 11, 2, 16)
-        assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
+    inputs = prepare_inputs(
+        model.family, model.config, model.dtype, prompt_of(model, conversation()), None, "xla", 2
+    )
+    cache = Answering(
+        programs_of(model),
+        inputs,
+        new_tokens=2,
+        end_tokens=np.full(8, -1, np.int32),
+        sampling=Sampling.checked(0.0, None, None, 0),
+        backend="xla",
+    ).cache
+    assert cache.of_local.k.shape == (3, 11, 2, 16)
+    assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
 
 
 @pytest.mark.parametrize(("tokens", "ring"), [(0, 4), (3, 4), (4, 4), (9, 4), (9, 1), (9, 0)])
 def test_a_ring_holds_the_last_positions_at_their_remainders(tokens, ring):
     position = np.full(12, PADDING_POSITION, np.int32)
     position[:tokens] = np.random.default_rng(tokens).permutation(tokens)
-    rows = np.asarray(jax.jit(_rows_of_ring, static_argnums=1)(jnp.asarray(position), ring))
+    rows = np.asarray(jax.jit(rows_of_ring, static_argnums=1)(jnp.asarray(position), ring))
     assert rows.shape == (ring,)
     for kept in range(max(tokens - ring, 0), tokens if ring else 0):
         assert position[rows[kept % ring]] == kept

@@ -15,10 +15,13 @@ import bsjax
 from bsjax import CapacityError
 from bsjax.models import layers
 from bsjax.prompts.prompt import prepare_prompt
-from bsjax.runtime.inputs import _group_borders, prepare_inputs
-from bsjax.runtime.pipeline import Embedding, Generation, Scoring, Stage, check_memory
+from bsjax.runtime.answering import Answering
+from bsjax.runtime.embedding import Embedding
+from bsjax.runtime.inputs import group_borders, prepare_inputs
+from bsjax.runtime.memory import Stage, check_memory
 from bsjax.runtime.programs import Memory, programs_of, size_in_bytes
 from bsjax.runtime.sampling import Sampling
+from bsjax.runtime.scoring import LOGIT_ROWS, Scoring
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.published_memory import measured
 from tools import memory_table
@@ -39,8 +42,8 @@ def inputs_of(model, messages, new_tokens=8):
     return prepare_inputs(model.family, model.config, model.dtype, prompt, None, "xla", new_tokens)
 
 
-def generation_of(model, messages, new_tokens=8):
-    return Generation(
+def answering_of(model, messages, new_tokens=8):
+    return Answering(
         programs_of(model),
         inputs_of(model, messages, new_tokens),
         new_tokens=new_tokens,
@@ -55,14 +58,14 @@ def logits(tiny_model):
     """Of one group of images, with no chunk of rows smaller than the prompt."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1
-    assert inputs.rows < min(layers.CHUNK_ROWS, bsjax.runtime.steps.LOGIT_ROWS)
+    assert inputs.rows < min(layers.CHUNK_ROWS, LOGIT_ROWS)
     return bsjax.forward(tiny_model, conversation())
 
 
 @pytest.fixture(scope="module")
 def generation(tiny_model):
     """Of the same prompt."""
-    return generation_of(tiny_model, conversation())
+    return answering_of(tiny_model, conversation())
 
 
 def assert_float32_close(ours, expected):
@@ -92,7 +95,7 @@ def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
     messages = conversation([], "Which one of the words of this question is the longest one? " * 3)
     expected = bsjax.forward(tiny_model, messages)
     monkeypatch.setattr(layers, "CHUNK_ROWS", 24)
-    monkeypatch.setattr(bsjax.runtime.steps, "LOGIT_ROWS", 30)
+    monkeypatch.setattr("bsjax.runtime.scoring.LOGIT_ROWS", 30)
     # The same model without the programs compiled so far.
     model = dataclasses.replace(tiny_model)
     scoring = Scoring(programs_of(model), inputs_of(model, messages, 0), "xla")
@@ -105,7 +108,7 @@ def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 60))
 def test_groups_are_runs_of_images_within_the_limit(patches, limit):
-    borders = _group_borders(patches, limit)
+    borders = group_borders(patches, limit)
     assert [first for first, _ in borders] == [0, *(end for _, end in borders[:-1])]
     assert borders[-1][1] == len(patches)
     for first, end in borders:
@@ -160,10 +163,10 @@ def test_stages_count_what_stands_on_the_device(generation):
 
 def test_the_next_groups_pixels_count(tiny_model, monkeypatch):
     monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
-    run = generation_of(tiny_model, conversation())
+    run = answering_of(tiny_model, conversation())
     vision = [stage for stage in run.stages if stage.name == "vision"]
     pixels = [group.pixel_values().nbytes for group in run.embedding.inputs.image_groups]
-    assert [stage.beside for stage in vision] == [*pixels[1:], 0]
+    assert [stage.other_bytes for stage in vision] == [*pixels[1:], 0]
 
 
 def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, generation, monkeypatch):
@@ -181,7 +184,7 @@ def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, generation
 def test_a_refusal_says_what_is_wanted_where(tiny_model):
     gib = 2**30
     stages = [
-        Stage("vision", SimpleNamespace(memory=Memory(gib, gib, gib)), beside=gib // 4),
+        Stage("vision", SimpleNamespace(memory=Memory(gib, gib, gib)), other_bytes=gib // 4),
         Stage("prefill", SimpleNamespace(memory=Memory(gib, 2 * gib, gib // 2))),
         Stage("decode", SimpleNamespace(memory=Memory(3 * gib, 0, 0))),
     ]

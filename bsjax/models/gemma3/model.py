@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from bsjax.models.gemma3.text import Gemma3TextModel
 from bsjax.models.gemma3.vision import Gemma3MultiModalProjector, SiglipVisionModel, vision_tower
@@ -36,8 +37,8 @@ class Gemma3ForCausalLM(ImageTextModel):
         """
         return cls(**text_parts(config, dtype, nnx.Rngs(0)))
 
+    @override
     def logits(self, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocabulary"]:
-        """See `ImageTextModel.logits`."""
         logits, cap = super().logits(hidden), self.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -69,6 +70,7 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
             **text_parts(config, dtype, rngs),
         )
 
+    @override
     def encode_images(
         self,
         pixel_values: Float[Array, "patches pixels"],
@@ -76,7 +78,6 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
         *,
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
-        """See `ImageTextModel.encode_images`: a row per block of patches that is pooled."""
         return self.multi_modal_projector(self.vision_tower(pixel_values, plan, backend=backend))
 
 

@@ -15,19 +15,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from bsjax.errors import CheckpointError
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
 from bsjax.masks.visibility import Visibility
-from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
+from bsjax.models.cache import Cache, fit_rows
 from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
+from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
     LayerAttend,
     by_rows,
+    decode_attend,
     dot_general,
     frequencies,
+    prefill_attend,
     rotate,
     scan_layers_of_kinds,
     stack_layers,
@@ -229,7 +233,7 @@ class DecoderLayer(nnx.Module):
         return hidden + by_rows(feed_forward, hidden), kept
 
 
-class Gemma3TextModel(nnx.Module):
+class Gemma3TextModel(LanguageModel):
     """Scaled embeddings, stacked decoder layers and the final norm (transformers: Gemma3TextModel).
 
     Raises:
@@ -253,11 +257,13 @@ class Gemma3TextModel(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
+    @override
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
-        """See `ImageTextModel.embed`. The scale is rounded to the parameters' dtype, as theirs."""
+        # The scale is rounded to the parameters' dtype, as in transformers.
         embedded = self.embed_tokens(token_ids)
         return embedded * jnp.asarray(self.embed_scale, embedded.dtype)
 
+    @override
     def prefill(
         self,
         embeddings: Float[Array, "tokens hidden"],
@@ -266,13 +272,12 @@ class Gemma3TextModel(nnx.Module):
         head_category: Int[Array, "layers q_heads"],
         *,
         cache_length: int,
-        backend: str,
+        backend: str = "auto",
     ) -> tuple[Float[Array, "tokens hidden"], Caches]:
-        """All rows through all layers; see `ImageTextModel.prefill`."""
         local_schedule, global_schedule = schedules
         ring = min(max(self.window - 1, 1), cache_length)
-        row_of_slot = _rows_of_ring(jnp.asarray(local_schedule.position), ring)
-        attend = partial(filling_attend, scale=self.scale, backend=backend)
+        row_of_slot = rows_of_ring(jnp.asarray(local_schedule.position), ring)
+        attend = partial(prefill_attend, scale=self.scale, backend=backend)
         attends = (
             attend(local_schedule, lambda x: x[row_of_slot]),
             attend(global_schedule, partial(fit_rows, rows=cache_length)),
@@ -280,6 +285,7 @@ class Gemma3TextModel(nnx.Module):
         hidden, kept = self._run_kinds(embeddings, position_ids[0], attends, head_category)
         return self.norm(hidden), Caches(*(of and Cache(*of) for of in kept))
 
+    @override
     def run_layers(
         self,
         embeddings: Float[Array, "tokens hidden"],
@@ -287,7 +293,6 @@ class Gemma3TextModel(nnx.Module):
         attends: Sequence[LayerAttend],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """All rows through all layers; see `ImageTextModel.run_layers`."""
         hidden, kept = self._run_kinds(embeddings, position_ids[0], attends, scanned)
         layers = np.argsort(np.argsort(self.kinds, kind="stable"))
         return self.norm(hidden), jax.tree.map(
@@ -295,6 +300,7 @@ class Gemma3TextModel(nnx.Module):
             *(kept[kind] for kind in sorted(set(self.kinds))),
         )
 
+    @override
     def decode_step(
         self,
         embedding: Float[Array, "1 hidden"],
@@ -302,13 +308,12 @@ class Gemma3TextModel(nnx.Module):
         cache: Caches,
         cache_index: Int[Array, ""],
         *,
-        backend: str,
+        backend: str = "auto",
     ) -> tuple[Float[Array, "1 hidden"], Caches]:
-        """One token through all layers; see `ImageTextModel.decode_step`."""
         # The window counts the token itself, which stands beside the ring.
         tokens = (jnp.minimum(cache_index, self.window - 1), cache_index)
         attends = [
-            of_kind and reading_attend(of_kind, count, scale=self.scale, backend=backend)
+            of_kind and decode_attend(of_kind, count, scale=self.scale, backend=backend)
             for of_kind, count in zip(cache, tokens, strict=True)
         ]
         hidden, kept = self._run_kinds(
@@ -354,7 +359,7 @@ class Gemma3TextModel(nnx.Module):
         return scan_layers_of_kinds(self.layers, self.kinds, steps, hidden, scanned)
 
 
-def _rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
+def rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
     """The row that each slot of a ring takes: of the last positions, each at its remainder.
 
     Prefill's rows stand in any order, which is why the last ones are not the last positions.

@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from bsjax.models.image_text_model import ImageTextModel, output_projection
 from bsjax.models.parameters import ties_embeddings
@@ -41,6 +42,7 @@ class Qwen2VLForConditionalGeneration(ImageTextModel):
             tower(config.vision_config, dtype, rngs), Qwen2VLTextModel(text, dtype, rngs), lm_head
         )
 
+    @override
     def encode_images(
         self,
         pixel_values: Float[Array, "patches pixels"],
@@ -48,5 +50,4 @@ class Qwen2VLForConditionalGeneration(ImageTextModel):
         *,
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
-        """See `ImageTextModel.encode_images`: a row per `spatial_merge_size ** 2` patches."""
         return self.visual(pixel_values, plan, backend=backend)

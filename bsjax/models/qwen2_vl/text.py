@@ -10,18 +10,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
+from typing_extensions import override
 
 from bsjax.errors import CheckpointError
 from bsjax.masks.schedule import Schedule
-from bsjax.models.cache import Cache, filling_attend, fit_rows, reading_attend
+from bsjax.models.cache import Cache, fit_rows
 from bsjax.models.config_checks import check_attention_heads
+from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
     LayerAttend,
     by_rows,
+    decode_attend,
     dot_general,
     frequencies,
+    prefill_attend,
     rotate,
     scan_layers,
     stack_layers,
@@ -136,7 +140,7 @@ class DecoderLayer(nnx.Module):
         return hidden, kept
 
 
-class Qwen2VLTextModel(nnx.Module):
+class Qwen2VLTextModel(LanguageModel):
     """Embeddings, stacked decoder layers and the final norm (transformers: Qwen2VLTextModel).
 
     Raises:
@@ -169,10 +173,11 @@ class Qwen2VLTextModel(nnx.Module):
             config.hidden_size, epsilon=config.rms_norm_eps, param_dtype=dtype, rngs=rngs
         )
 
+    @override
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
-        """See `ImageTextModel.embed`."""
         return self.embed_tokens(token_ids)
 
+    @override
     def prefill(
         self,
         embeddings: Float[Array, "tokens hidden"],
@@ -181,19 +186,16 @@ class Qwen2VLTextModel(nnx.Module):
         head_category: Int[Array, "layers q_heads"],
         *,
         cache_length: int,
-        backend: str,
+        backend: str = "auto",
     ) -> tuple[Float[Array, "tokens hidden"], Cache]:
-        """All rows through all layers; see `ImageTextModel.prefill`.
-
-        The cache holds row r of the prompt at index r.
-        """
         (schedule,) = schedules
-        attend = filling_attend(
+        attend = prefill_attend(
             schedule, partial(fit_rows, rows=cache_length), scale=self.scale, backend=backend
         )
         hidden, (k, v) = self.run_layers(embeddings, position_ids, (attend,), head_category)
         return hidden, Cache(k, v)
 
+    @override
     def run_layers(
         self,
         embeddings: Float[Array, "tokens hidden"],
@@ -201,7 +203,6 @@ class Qwen2VLTextModel(nnx.Module):
         attends: Sequence[LayerAttend],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """All rows through all layers; see `ImageTextModel.run_layers`."""
         (attend,) = attends
         cos, sin = self.rotary_emb(position_ids)
 
@@ -211,6 +212,7 @@ class Qwen2VLTextModel(nnx.Module):
         hidden, kept = scan_layers(self.layers, step, embeddings, scanned)
         return self.norm(hidden), kept
 
+    @override
     def decode_step(
         self,
         embedding: Float[Array, "1 hidden"],
@@ -218,10 +220,9 @@ class Qwen2VLTextModel(nnx.Module):
         cache: Cache,
         cache_index: Int[Array, ""],
         *,
-        backend: str,
+        backend: str = "auto",
     ) -> tuple[Float[Array, "1 hidden"], Cache]:
-        """One token through all layers; see `ImageTextModel.decode_step`."""
-        attend = reading_attend(cache, cache_index, scale=self.scale, backend=backend)
+        attend = decode_attend(cache, cache_index, scale=self.scale, backend=backend)
         layers = jnp.arange(cache.k.shape[0])
         hidden, (k, v) = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
         return hidden, cache.written(k, v, cache_index)

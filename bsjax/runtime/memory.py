@@ -1,0 +1,91 @@
+"""The device memory of each stage of a run, and the check that a prompt fits before it runs.
+
+All programs of a run are compiled before the first of them starts, so what the device holds at each
+stage is known by then: the stage's arguments, its temporaries and its results.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from bsjax.errors import CapacityError
+from bsjax.runtime.inputs import ModelInputs, describe_images
+from bsjax.runtime.programs import Program
+
+
+class Stage(NamedTuple):
+    """A program as one step of a run."""
+
+    name: str
+    program: Program
+    other_bytes: int = 0
+    """Bytes on the device while the program runs, other than weights and its own memory."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes on the device during this stage, weights excluded."""
+        return self.program.memory.total + self.other_bytes
+
+
+def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | None) -> None:
+    """Refuses a prompt that does not fit, before any of its programs runs.
+
+    Args:
+      inputs: the prompt's.
+      stages: all stages of the run.
+      available: free bytes of the device, weights already loaded; None where that is unknown.
+
+    Raises:
+      CapacityError: the message says how much memory is needed, at which stage, how much is
+        available, and how to need less.
+    """
+    worst = max(stages, key=lambda stage: stage.peak)
+    if available is not None and worst.peak > available:
+        raise CapacityError(
+            f"The prompt of {inputs.tokens} tokens ({describe_images(inputs.template)}) needs "
+            f"{_gib(worst.peak)} of device memory in addition to the weights (the peak is in "
+            f"{worst.name}), but only {_gib(available)} are available. {inputs.how_to_shorten}"
+        )
+
+
+def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -> None:
+    """Refuses a prompt whose logits do not fit the host's memory.
+
+    Args:
+      inputs: the prompt's.
+      needed: bytes.
+      available: free bytes of the host; None where that is unknown.
+
+    Raises:
+      CapacityError: as `check_memory`.
+    """
+    if available is not None and needed > available:
+        raise CapacityError(
+            f"The logits of {inputs.tokens} tokens ({describe_images(inputs.template)}) need "
+            f"{_gib(needed)} of the host's memory, but only {_gib(available)} are available. "
+            f"{inputs.how_to_shorten}"
+        )
+
+
+def bytes_available() -> int | None:
+    """Free memory of the default device, in bytes; None where it is unknown."""
+    device = jax.devices()[0]
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return host_bytes_available() if device.platform == "cpu" else None
+
+
+def host_bytes_available() -> int | None:
+    """Free memory of the host, in bytes; None where it is unknown."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        return 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
