@@ -30,7 +30,6 @@ from bsjax.profiling.prompt_inputs import (
     category_schedule,
     kind_schedules,
     packed_inputs,
-    prompt_of,
 )
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import prepare_inputs
@@ -57,9 +56,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = model_config(arguments.size)
     model = loaded_model(config, random_module(config, dtype), dtype)
     programs, shape = programs_of(model), Shape.of(model.family, model.config)
-    prompt = prompt_of(model, conversation(arguments.images, tuple(arguments.image_size)))
+    prompt = model.prompt(conversation(arguments.images, tuple(arguments.image_size)))
 
-    dense = prepare_inputs(model.family, config, model.dtype, prompt, None, backend, 0)
+    dense = prepare_inputs(model.architecture, prompt, None, backend=backend)
     packed = packed_inputs(model, prompt, Sinks(), backend)
     groups, categories = (
         kind_schedules(shape, packed, model.dtype, backend, build)

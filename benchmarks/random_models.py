@@ -19,7 +19,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from bsjax.checkpoint.loading import LoadedModel, read_prompt_files
+from bsjax.checkpoint.loading import LoadedModel, read_processor
 from bsjax.models import FAMILIES
 from tools.published_models import PUBLISHED_MODELS
 
@@ -146,7 +146,7 @@ SIZES: dict[str, Callable[[], PretrainedConfig]] = {
 
 def model_config(size: str) -> PretrainedConfig:
     """The configuration of a size, with the special tokens of the small checkpoint."""
-    config, special = SIZES[size](), read_prompt_files(_TINY).config
+    config, special = SIZES[size](), read_processor(_TINY).config
     text = config.get_text_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, getattr(special.text_config, name))
@@ -196,8 +196,8 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) ->
 
 def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> LoadedModel:
     """A model ready to answer, as `bsjax.load` gives."""
-    files = read_prompt_files(_TINY)
-    tokenizer, image_processor = files.tokenizer, files.image_processor
+    processor = read_processor(_TINY)
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
     if config.model_type == "gemma3":
         # Gemma 3's templates write where an image starts, and no more of it.
         template = tokenizer.chat_template

@@ -34,7 +34,6 @@ from benchmarks.random_models import SIZES, loaded_model, model_config, random_m
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
 from bsjax.masks.flops import LayerFlops, head_flops
-from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.inputs import prepare_inputs
 
 PARTS = ("host", "vision", "prefill", "total")
@@ -101,10 +100,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         module = random_module(config, options.dtype)
     model = loaded_model(config, module, options.dtype)
     messages = _messages(options.images, tuple(options.image_size))
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, config)
+    prompt = model.prompt(messages)
     template = Template.from_tokens(
         prompt.token_ids,
-        model.family.prompts.image_token_id(config),
+        model.family.image_token_id(config),
         image_tokens=prompt.image_tokens,
     )
 
@@ -117,9 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, profile in profiles.items()
     }
     flops = {
-        name: prepare_inputs(
-            model.family, config, model.dtype, prompt, profile, "xla", 0
-        ).flops_per_kind
+        name: prepare_inputs(model.architecture, prompt, profile, backend="xla").flops_per_kind
         for name, profile in profiles.items()
     }
     if reference is not None:
@@ -222,7 +219,7 @@ def _transformers_call(
     def call() -> tuple[Seconds, int]:
         spans.clear()
         start = time.perf_counter()
-        prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+        prompt = model.prompt(messages)
         inputs = {
             name: torch.from_numpy(array)
             for name, array in model.family.reference_inputs(prompt, model.config).items()

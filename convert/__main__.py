@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit status: 0 done, 2 bad input or a failed verification (a message on stderr
-        says which), 130 interrupted.
+      The exit status: 0 done, 2 bad input or a failed verification (a message on stderr
+      says which), 130 interrupted.
     """
     options = build_parser().parse_args(arguments)
     from bsjax.errors import BsjaxError

@@ -24,6 +24,7 @@ from bsjax.checkpoint.loading import (
     resolve_dtype,
 )
 from bsjax.errors import CheckpointError
+from bsjax.models import Architecture
 from bsjax.models.parameters import tied_keys
 from convert.plan import PlannedParameter, make_plan
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
@@ -53,16 +54,16 @@ class Conversion:
     """What a conversion did.
 
     Attributes:
-        destination: the folder written.
-        family: the model's family.
-        reads_images: whether it has a vision tower.
-        dtype: what the weights are stored in.
-        parameters: number of weights.
-        arrays: number of arrays they are stored in.
-        nbytes: size of the weights as stored.
-        seconds: time it took, without verification.
-        fingerprint: SHA-256 of the source weights.
-        verification: the result of the comparison with transformers, if it was asked for.
+      destination: the folder written.
+      family: the model's family.
+      reads_images: whether it has a vision tower.
+      dtype: what the weights are stored in.
+      parameters: number of weights.
+      arrays: number of arrays they are stored in.
+      nbytes: size of the weights as stored.
+      seconds: time it took, without verification.
+      fingerprint: SHA-256 of the source weights.
+      verification: the result of the comparison with transformers, if it was asked for.
     """
 
     destination: Path
@@ -92,18 +93,18 @@ def convert_checkpoint(
     everything in it is on the disk, and not before.
 
     Args:
-        source: a local folder or a hub id.
-        destination: the folder to write. It must not exist, or be empty.
-        dtype: "float32", "bfloat16" or "float16"; by default the one that most of the source is in.
-        revision: the hub's branch, tag or commit.
-        check: compare the converted model with transformers before it is published. Needs torch,
-            and memory for the model in float32.
-        progress: called with (bytes read, bytes to read) as the conversion goes on.
+      source: a local folder or a hub id.
+      destination: the folder to write. It must not exist, or be empty.
+      dtype: "float32", "bfloat16" or "float16"; by default the one that most of the source is in.
+      revision: the hub's branch, tag or commit.
+      check: compare the converted model with transformers before it is published. Needs torch,
+        and memory for the model in float32.
+      progress: called with (bytes read, bytes to read) as the conversion goes on.
 
     Raises:
-        CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
-            holds NaN; `dtype` is none that the family computes in; the destination exists or does
-            not fit on the disk; or verification failed.
+      CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
+        holds NaN; `dtype` is none that the family computes in; the destination exists or does
+        not fit on the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(destination).expanduser()
@@ -113,7 +114,7 @@ def convert_checkpoint(
     stored = None if dtype is None else resolve_dtype(dtype)
     opened = open_source(source, revision)
     family = family_of(opened.config["model_type"], opened.folder)
-    copied = _files_to_copy(opened.folder, reads_images=family.vision_plan is not None)
+    copied = _files_to_copy(opened.folder, reads_images=family.reads_images)
     if stored is None:
         stored = _usual_dtype(opened.tensors)
     elif stored.name not in family.dtypes:
@@ -123,7 +124,7 @@ def convert_checkpoint(
         )
 
     config = read_config(opened.folder)
-    module = abstract_module(family, config, stored)
+    module = abstract_module(Architecture(family, config, stored))
     shapes = parameter_shapes(module)
     plan = make_plan(
         family.parameter_table(config),
@@ -149,7 +150,7 @@ def convert_checkpoint(
     return Conversion(
         destination=target,
         family=family.name,
-        reads_images=family.vision_plan is not None,
+        reads_images=family.reads_images,
         dtype=stored.name,
         parameters=manifest["parameters"]["count"],
         arrays=len(plan),

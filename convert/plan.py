@@ -23,10 +23,10 @@ class PlannedParameter:
     """One parameter of the model and the tensors it is made of.
 
     Attributes:
-        rule: the table's line.
-        shape: the parameter's shape, with the leading layer axis if it is stacked.
-        dtype: the dtype it is stored in.
-        tensors: its source tensors, one per layer, or just one if it is not stacked.
+      rule: the table's line.
+      shape: the parameter's shape, with the leading layer axis if it is stacked.
+      dtype: the dtype it is stored in.
+      tensors: its source tensors, one per layer, or just one if it is not stacked.
     """
 
     rule: ParameterRule
@@ -50,15 +50,15 @@ def make_plan(
     """Finds the tensors of every parameter, and a parameter for every tensor.
 
     Args:
-        table: the family's rules.
-        shapes: the shape of every parameter of the model, by path.
-        tensors: the checkpoint's tensors, by their keys as they stand in the files.
-        dtype: the dtype to store.
-        tied: canonical keys that may be there as copies of others, and those others.
+      table: the family's rules.
+      shapes: the shape of every parameter of the model, by path.
+      tensors: the checkpoint's tensors, by their keys as they stand in the files.
+      dtype: the dtype to store.
+      tied: canonical keys that may be there as copies of others, and those others.
 
     Raises:
-        CheckpointError: keys are missing, unknown or ambiguous, a tensor has another shape than the
-            model needs, holds no floating point numbers, or should be a copy of another and is not.
+      CheckpointError: keys are missing, unknown or ambiguous, a tensor has another shape than the
+        model needs, holds no floating point numbers, or should be a copy of another and is not.
     """
     _check_table(table, shapes)
     by_key = _by_canonical_key(tensors)

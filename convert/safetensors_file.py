@@ -47,12 +47,12 @@ class TensorEntry:
     """Where one tensor lies.
 
     Attributes:
-        key: its name in the file.
-        file: the safetensors file.
-        dtype: safetensors' name of the dtype, such as "BF16".
-        shape: its shape.
-        start: byte offset of its first element from the start of the file.
-        size: its length in bytes.
+      key: its name in the file.
+      file: the safetensors file.
+      dtype: safetensors' name of the dtype, such as "BF16".
+      shape: its shape.
+      start: byte offset of its first element from the start of the file.
+      size: its length in bytes.
     """
 
     key: str
@@ -67,10 +67,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """Reads and checks the header of `file`.
 
     Returns:
-        The tensors by name. Their byte ranges lie inside the file and fit their shapes.
+      The tensors by name. Their byte ranges lie inside the file and fit their shapes.
 
     Raises:
-        CheckpointError: the file is missing, cut short, or no safetensors file.
+      CheckpointError: the file is missing, cut short, or no safetensors file.
     """
     try:
         length = file.stat().st_size
@@ -157,10 +157,10 @@ class TensorReader:
         """Reads a tensor, or the range `rows` of its first axis (both ends given, step 1).
 
         Returns:
-            A new array of the tensor's own dtype.
+          A new array of the tensor's own dtype.
 
         Raises:
-            CheckpointError: the file changed since its header was read, or cannot be read.
+          CheckpointError: the file changed since its header was read, or cannot be read.
         """
         start, shape = entry.start, entry.shape
         if rows is not None:

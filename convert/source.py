@@ -22,11 +22,11 @@ class Source:
     """A Hugging Face checkpoint on this machine.
 
     Attributes:
-        folder: where its files are.
-        name: what the user called it: a path or a hub id.
-        revision: the hub's commit, None for a local folder.
-        config: config.json as it is.
-        tensors: every tensor of every shard, by its key as it stands in the file.
+      folder: where its files are.
+      name: what the user called it: a path or a hub id.
+      revision: the hub's commit, None for a local folder.
+      config: config.json as it is.
+      tensors: every tensor of every shard, by its key as it stands in the file.
     """
 
     folder: Path
@@ -40,12 +40,12 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
     """Locates (fetching it if it is a hub id) and indexes a Hugging Face checkpoint.
 
     Args:
-        source: a local folder or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
-        revision: the hub's branch, tag or commit. Only for a hub id.
+      source: a local folder or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+      revision: the hub's branch, tag or commit. Only for a hub id.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it cannot be fetched, a file is missing or
-            damaged, or it is pickled.
+      CheckpointError: there is no such checkpoint, it cannot be fetched, a file is missing or
+        damaged, or it is pickled.
     """
     local = Path(source).expanduser()
     if local.is_dir():
@@ -113,7 +113,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds something else.
+      CheckpointError: the file is missing, unreadable, or holds something else.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

@@ -103,13 +103,13 @@ def pieces(
     """Yields a parameter as (where it goes, contiguous array of the stored dtype).
 
     Args:
-        parameter: what to read.
-        reader: reads the tensors.
-        fingerprint: takes in every byte read.
-        progress: called with the number of source bytes after each read.
+      parameter: what to read.
+      reader: reads the tensors.
+      fingerprint: takes in every byte read.
+      progress: called with the number of source bytes after each read.
 
     Raises:
-        CheckpointError: a tensor cannot be read, or holds NaN or infinity, or does once it is cast.
+      CheckpointError: a tensor cannot be read, or holds NaN or infinity, or does once it is cast.
     """
     rule, dtype = parameter.rule, parameter.dtype
     transform = TRANSFORMS[rule.transform]

@@ -12,9 +12,8 @@ import jax
 import PIL.Image
 from flax import nnx
 
-from bsjax.checkpoint.loading import read_generation_config, read_prompt_files
+from bsjax.checkpoint.loading import read_generation_config, read_processor
 from bsjax.errors import BsjaxError, CheckpointError
-from bsjax.prompts.prompt import prepare_prompt
 
 _IMAGE = {"type": "image", "image": PIL.Image.new("RGB", (96, 64))}
 _QUESTION = {"type": "text", "text": "What is this?"}
@@ -27,30 +26,24 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
     For a model that reads text only, a prompt without one.
 
     Args:
-        folder: a Hugging Face checkpoint.
-        module: its model, without weights: shapes are all it takes.
+      folder: a Hugging Face checkpoint.
+      module: its model, without weights: shapes are all it takes.
 
     Raises:
-        CheckpointError: a file is damaged, or the files do not fit each other.
+      CheckpointError: a file is damaged, or the files do not fit each other.
     """
-    files = read_prompt_files(folder)
+    processor = read_processor(folder)
+    family, config = processor.family, processor.config
     read_generation_config(folder)
-    reads_images = files.family.vision_plan is not None
-    content = [_IMAGE, _QUESTION] if reads_images else [_QUESTION]
-    messages = [{"role": "user", "content": content}]
+    content = [_IMAGE, _QUESTION] if family.reads_images else [_QUESTION]
     try:
-        prompt = prepare_prompt(messages, files.tokenizer, files.image_processor, files.config)
-        files.family.positions(
-            prompt.token_ids,
-            files.family.prompts.image_token_id(files.config),
-            prompt.grid_thw,
-            files.config,
-        )
-        if files.family.vision_plan is None or prompt.pixel_values is None:
+        prompt = processor.prompt([{"role": "user", "content": content}])
+        family.positions(prompt.token_ids, prompt.grid_thw, config)
+        if prompt.pixel_values is None:
             return
-        plan = files.family.vision_plan(
+        plan = family.vision_plan(
             prompt.grid_thw,
-            files.config,
+            config,
             patches=len(prompt.pixel_values),
             block_q=_BLOCK,
             block_kv=_BLOCK,
@@ -60,7 +53,7 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
         raise CheckpointError(
             f"the files of {folder} do not fit each other; a trial prompt failed: {error}"
         ) from error
-    hidden = files.config.get_text_config().hidden_size
+    hidden = config.get_text_config().hidden_size
     if features != (prompt.image_tokens[0], hidden):
         raise CheckpointError(
             f"the files of {folder} do not fit each other: an image of {prompt.image_tokens[0]} "

@@ -32,9 +32,9 @@ class Verification:
     """How far a converted model is from transformers.
 
     Attributes:
-        difference: greatest difference between two logits, over the greatest logit.
-        tolerance: what it may be.
-        tokens: tokens of the prompt, at each of which all logits were compared.
+      difference: greatest difference between two logits, over the greatest logit.
+      tolerance: what it may be.
+      tokens: tokens of the prompt, at each of which all logits were compared.
     """
 
     difference: float
@@ -55,18 +55,17 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     """Compares the two checkpoints' logits.
 
     Args:
-        source: the Hugging Face folder.
-        converted: the converted folder.
-        rounded_to: the dtype its weights had to be rounded to, None if they are stored exactly.
+      source: the Hugging Face folder.
+      converted: the converted folder.
+      rounded_to: the dtype its weights had to be rounded to, None if they are stored exactly.
 
     Raises:
-        CheckpointError: they are further apart than the tolerance.
+      CheckpointError: they are further apart than the tolerance.
     """
     # Imported here: the rest of the package is for reading and writing files, and starts fast.
     from PIL import Image
 
     from bsjax.checkpoint.loading import read_folder
-    from bsjax.prompts.prompt import prepare_prompt
     from bsjax.runtime.generation import forward
 
     require_torch()
@@ -76,7 +75,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
         pixels = np.random.default_rng(0).integers(0, 256, (*_IMAGE_SIZE[::-1], 3), dtype=np.uint8)
         content.insert(0, {"type": "image", "image": Image.fromarray(pixels)})
     messages = [{"role": "user", "content": content}]
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+    prompt = model.prompt(messages)
     actual = np.asarray(forward(model, messages))
     del model
     gc.collect()

@@ -41,11 +41,11 @@ class StreamedParameter:
     """A leaf of the saved tree whose contents do not exist yet.
 
     Attributes:
-        shape: the parameter's shape.
-        dtype: the parameter's dtype.
-        chunks: the shape of the chunks it is stored in.
-        pieces: starts reading; yields index and contents of one piece after the other, each made of
-            whole chunks.
+      shape: the parameter's shape.
+      dtype: the parameter's dtype.
+      chunks: the shape of the chunks it is stored in.
+      pieces: starts reading; yields index and contents of one piece after the other, each made of
+        whole chunks.
     """
 
     shape: tuple[int, ...]
@@ -110,11 +110,11 @@ def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedPar
     """Writes an Orbax checkpoint of nested dictionaries.
 
     Args:
-        folder: where it goes; must not exist.
-        parameters: the leaves by path.
+      folder: where it goes; must not exist.
+      parameters: the leaves by path.
 
     Raises:
-        CheckpointError: whatever reading the parameters raises.
+      CheckpointError: whatever reading the parameters raises.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedParameter, StreamedParameterHandler()),
@@ -132,7 +132,7 @@ def check_destination(destination: Path) -> None:
     """Refuses a destination that exists, unless it is an empty folder.
 
     Raises:
-        CheckpointError: there is something there, or its parent is not a folder.
+      CheckpointError: there is something there, or its parent is not a folder.
     """
     try:
         destination.lstat()
@@ -157,7 +157,7 @@ def check_disk_space(destination: Path, needed: int) -> None:
     """Refuses to start what cannot end.
 
     Raises:
-        CheckpointError: the file system of `destination` has less than `needed` bytes free.
+      CheckpointError: the file system of `destination` has less than `needed` bytes free.
     """
     existing = next(folder for folder in destination.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -182,7 +182,7 @@ def publish(destination: Path) -> Iterator[Path]:
     says what it is and that `bsjax.load` refuses.
 
     Raises:
-        CheckpointError: the disk is full or not writable, or someone else created `destination`.
+      CheckpointError: the disk is full or not writable, or someone else created `destination`.
     """
     parent = destination.absolute().parent
     temporary = parent / f"{destination.name}{UNFINISHED}{os.getpid()}"

@@ -19,7 +19,6 @@ from rich.text import Text
 import bsjax
 from bsjax.profiles.picture import plot_profile
 from bsjax.profiles.report import print_profile
-from bsjax.prompts.prompt import prepare_prompt
 
 from .arguments import whole
 from .shipped import CHECKPOINT, PROFILE, converted
@@ -174,9 +173,7 @@ def template_of(
     model: bsjax.LoadedModel, profile: bsjax.Profile, scene: Scene, question: Question
 ) -> bsjax.Template:
     """The template of a prompt, with the profile's sinks."""
-    prompt = prepare_prompt(
-        messages(scene, question), model.tokenizer, model.image_processor, model.config
-    )
+    prompt = model.prompt(messages(scene, question))
     return bsjax.Template.from_tokens(
         prompt.token_ids,
         model.config.image_token_id,

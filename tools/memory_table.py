@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
-from bsjax.models import FAMILIES
+from bsjax.models import FAMILIES, Architecture
 from bsjax.models.gemma3.vision_plan import grid_side
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -151,18 +151,17 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
     text = config.get_text_config()
-    module = abstract_module(family, config, DTYPE)
+    architecture = Architecture(family, config, DTYPE)
+    module = abstract_module(architecture)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)
     mixed = np.arange(np.prod(shape), dtype=np.int8) % len(HeadCategory)
     inputs = prepare_inputs(
-        family,
-        config,
-        DTYPE,
+        architecture,
         image_prompt(config, tokens),
         Profile(family=family.name, categories=mixed.reshape(shape)),
-        "pallas",
-        NEW_TOKENS,
+        backend="pallas",
+        new_tokens=NEW_TOKENS,
     )
     run = Answering(
         programs,
@@ -181,16 +180,15 @@ def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[S
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
     shape = Shape.of(family, config)
-    programs = Programs(abstract_module(family, config, DTYPE), partial(_compile, target))
+    architecture = Architecture(family, config, DTYPE)
+    programs = Programs(abstract_module(architecture), partial(_compile, target))
     packed = Profile.uniform(
         HeadCategory.INTRA_IMAGE_SINK,
         family=family.name,
         layers=shape.layers,
         heads=shape.heads,
     )
-    inputs = prepare_inputs(
-        family, config, DTYPE, image_prompt(config, tokens), packed, "pallas", 0
-    )
+    inputs = prepare_inputs(architecture, image_prompt(config, tokens), packed, backend="pallas")
     embedding = Embedding(programs, inputs, "pallas")
 
     def stage(name: str, step: Any, build: Any, *beside: Any) -> Stage:

@@ -7,10 +7,10 @@ A converted checkpoint is a folder:
     config.json, generation_config.json, tokenizer and image processor files: Hugging Face's own
 """
 
-import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,71 +26,66 @@ from transformers import (
 
 from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.errors import CheckpointError
-from bsjax.models import FAMILIES, Family
+from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
+from bsjax.prompts.prompt import Processor
 
-#: Raised whenever a checkpoint written before could not be read any more.
 FORMAT_VERSION = 1
+"""Increased whenever older converted checkpoints can no longer be read."""
 
-#: The file that makes a folder a converted checkpoint, and the folder of its weights.
 MANIFEST = "bsjax.json"
+"""The file that makes a folder a converted checkpoint."""
+
 PARAMETERS = "parameters"
+"""The folder of the weights."""
 
-#: Part of the name of a folder whose conversion has not ended.
 UNFINISHED = ".converting-"
+"""Part of the name of a folder whose conversion has not finished."""
 
-#: Dtypes that weights can be stored and computed in.
 DTYPES = ("float32", "bfloat16", "float16")
+"""What weights can be stored and computed in."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedModel:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedModel(Processor):
     """A model ready to run, with everything that turns messages into its input.
 
     Attributes:
-        module: the Flax module with its weights, on the default device.
-        config: the Hugging Face configuration.
-        family: the family that built `module`.
-        tokenizer: the tokenizer, which holds the chat template.
-        image_processor: the image processor, PIL version; None for a model that reads text only.
-        generation_config: end-of-sequence tokens and sampling defaults.
-        dtype: what the weights are in memory.
-        path: the folder loaded.
-        fingerprint: SHA-256 of the weights the checkpoint was converted from, as 64 hexadecimal
-            digits; the same for every dtype that it is converted to.
+      module: the Flax module with its weights, on the default device.
+      config: the Hugging Face configuration.
+      family: the family that built `module`.
+      tokenizer: the tokenizer, which holds the chat template.
+      image_processor: the image processor, PIL version; None for a model that reads text only.
+      generation_config: end-of-sequence tokens and sampling defaults.
+      dtype: dtype of the weights in memory.
+      path: the folder loaded.
+      fingerprint: SHA-256 of the weights that the checkpoint was converted from, as 64 hexadecimal
+        digits; the same for every dtype that it is converted to.
     """
 
-    module: nnx.Module
-    config: PretrainedConfig
-    family: Family
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: Any
+    module: ImageTextModel
     generation_config: GenerationConfig
     dtype: np.dtype
     path: Path
     fingerprint: str
 
-
-class PromptFiles(NamedTuple):
-    """What turns messages into a prompt, without weights."""
-
-    config: PretrainedConfig
-    family: Family
-    tokenizer: PreTrainedTokenizerBase
-    image_processor: Any
+    @property
+    def architecture(self) -> Architecture:
+        """The model without its weights."""
+        return Architecture(self.family, self.config, self.dtype)
 
 
 def load(path: str | Path, dtype: Any = None) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
 
     Args:
-        path: a folder written by `python -m convert`.
-        dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
-            it while they are read. By default float32 on CPU, whose matrix products are faster in
-            it, and bfloat16 elsewhere.
+      path: a folder written by `python -m convert`.
+      dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
+        it while they are read. By default float32 on CPU, whose matrix products are faster in
+        it, and bfloat16 elsewhere.
 
     Raises:
-        CheckpointError: the folder is missing, not converted, not converted to the end, of a newer
-            format or another family, or damaged; or `dtype` is none of the three.
+      CheckpointError: the folder is missing, not converted, not converted to the end, of a newer
+        format or another family, or damaged; or `dtype` is none of the three.
     """
     folder = Path(path).expanduser()
     _refuse_unconverted(folder, path)
@@ -101,11 +96,12 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     """As `load`, for a folder by any name: a conversion is verified before it gets its own.
 
     Raises:
-        CheckpointError: as `load`.
+      CheckpointError: as `load`.
     """
     target = resolve_dtype(dtype)
     manifest = _read_manifest(folder)
-    config, family, tokenizer, image_processor = read_prompt_files(folder)
+    processor = read_processor(folder)
+    family = processor.family
     if manifest["family"] != family.name:
         raise CheckpointError(
             f"{folder} was converted as {manifest['family']}, and its config.json is of "
@@ -117,11 +113,11 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
             f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
         )
     return LoadedModel(
-        module=_restore(folder / PARAMETERS, family, config, target),
-        config=config,
+        module=_restore(folder / PARAMETERS, Architecture(family, processor.config, target)),
+        config=processor.config,
         family=family,
-        tokenizer=tokenizer,
-        image_processor=image_processor,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
         generation_config=read_generation_config(folder),
         dtype=target,
         path=folder,
@@ -129,18 +125,18 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     )
 
 
-def read_prompt_files(folder: Path) -> PromptFiles:
-    """Reads what prompts need of a checkpoint, converted or not.
+def read_processor(folder: Path) -> Processor:
+    """Reads what makes prompts for a checkpoint, converted or not.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the family is not supported.
+      CheckpointError: a file is missing or damaged, or the family is not supported.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json.")
     config = read_config(folder)
     family = family_of(config.model_type, folder)
-    image_processor = family.prompts.image_processor
-    return PromptFiles(
+    image_processor = family.image_processor
+    return Processor(
         config,
         family,
         _tokenizer(folder),
@@ -154,7 +150,7 @@ def resolve_dtype(dtype: Any) -> np.dtype:
     """The dtype that the argument `dtype` of `load` means.
 
     Raises:
-        CheckpointError: it is none of `DTYPES`.
+      CheckpointError: it is none of `DTYPES`.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -171,7 +167,7 @@ def family_of(model_type: Any, folder: Path) -> Family:
     """The family of a `model_type`.
 
     Raises:
-        CheckpointError: it is not supported.
+      CheckpointError: it is not supported.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
@@ -185,7 +181,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Reads config.json, never running code from it.
 
     Raises:
-        CheckpointError: it is missing or does not describe a model.
+      CheckpointError: it is missing or does not describe a model.
     """
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -194,12 +190,13 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
 
 
-def abstract_module(family: Family, config: PretrainedConfig, dtype: Any) -> nnx.Module:
-    """The model with shapes for weights: costs no memory.
+def abstract_module(architecture: Architecture) -> ImageTextModel:
+    """The model with shapes in place of weights, which takes no memory.
 
     Raises:
-        CheckpointError: the configuration's numbers do not make a model.
+      CheckpointError: the configuration's numbers do not make a model.
     """
+    family, config, dtype = architecture
     try:
         return nnx.eval_shape(lambda: family.build(config, dtype))
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -262,8 +259,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _restore(folder: Path, family: Family, config: PretrainedConfig, dtype: np.dtype) -> nnx.Module:
-    module = abstract_module(family, config, dtype)
+def _restore(folder: Path, architecture: Architecture) -> ImageTextModel:
+    module = abstract_module(architecture)
     graph, state = nnx.split(module)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     arrays = restore_parameters(folder, parameter_shapes(module), here)
@@ -299,7 +296,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     """Reads generation_config.json, or makes it from config.json where there is none.
 
     Raises:
-        CheckpointError: it is damaged, or its end-of-sequence tokens are no token ids.
+      CheckpointError: it is damaged, or its end-of-sequence tokens are no token ids.
     """
     config = _any_generation_config(folder)
     ids = config.eos_token_id

@@ -45,8 +45,8 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         """Reads the parameters, each cast to the dtype its `RestoreArgs` ask for.
 
         Raises:
-            CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
-                against its checksum.
+          CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
+            against its checksum.
         """
         if args is None:
             raise ValueError("a dtype is needed for each parameter")
@@ -87,12 +87,12 @@ def restore_parameters(
     """Reads exactly the wanted parameters.
 
     Args:
-        folder: the Orbax checkpoint, a tree of nested dictionaries.
-        wanted: shape and dtype of every parameter, by its path.
-        sharding: where they go.
+      folder: the Orbax checkpoint, a tree of nested dictionaries.
+      wanted: shape and dtype of every parameter, by its path.
+      sharding: where they go.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
+      CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
     """
     _check_names(folder, {".".join(path) for path in wanted})
     registry = ocp.type_handlers.create_type_handler_registry(

@@ -101,19 +101,16 @@ def _template(options: argparse.Namespace) -> "tuple[Template, Visibility]":
         )
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
-    from bsjax.checkpoint.loading import read_prompt_files
-    from bsjax.prompts.prompt import prepare_prompt
+    from bsjax.checkpoint.loading import read_processor
 
-    files = read_prompt_files(Path(options.checkpoint).expanduser())
-    prompt = prepare_prompt(
-        messages_of(options), files.tokenizer, files.image_processor, files.config
-    )
+    processor = read_processor(Path(options.checkpoint).expanduser())
+    prompt = processor.prompt(messages_of(options))
     template = Template.from_tokens(
         prompt.token_ids,
-        files.family.prompts.image_token_id(files.config),
+        processor.family.image_token_id(processor.config),
         image_tokens=prompt.image_tokens,
     )
-    return template, _visibility(files.family, files.config, options.layer)
+    return template, _visibility(processor.family, processor.config, options.layer)
 
 
 def _visibility(family: Any, config: Any, layer: int | None) -> Visibility:

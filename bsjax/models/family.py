@@ -1,123 +1,198 @@
-"""What the rest of bsjax needs to know of a model family, and nothing more."""
+"""The interface of a model family: everything that the rest of bsjax knows of one."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from flax import nnx
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int, Int32
 from transformers import PretrainedConfig
 
+from bsjax.errors import MessageError
 from bsjax.masks.visibility import Visibility
+from bsjax.models.image_text_model import ImageTextModel
 from bsjax.models.parameters import ParameterRule
 
 
 class ProcessedImage(NamedTuple):
-    """One image of the messages as a vision tower takes it; with its crops, several images."""
+    """One image of the messages, cut into patches. With crops it becomes several images."""
 
     pixel_values: Float32[np.ndarray, "patches patch_values"]
     """Patches of all its images, one image after the other."""
     grid_thw: Int[np.ndarray, "images 3"]
-    """Frames, rows and columns of patches of each."""
+    """Frames, rows and columns of patches of each image."""
     image_tokens: Int[np.ndarray, "images"]
-    """Tokens of each."""
+    """Tokens of each image."""
 
 
-@dataclass(frozen=True)
-class PromptRules:
-    """How a family's prompts are made from messages, beyond chat template and tokenizer.
+class Family(ABC):
+    """One architecture: how to build it, fill it with weights, and prepare its inputs on the host.
 
-    Attributes:
-      image_token_id: `image_token_id(config)` is the id that stands for each token of an image.
-      placeholder_id: `placeholder_id(config)` is the id of what the chat template writes once for
-        each image of the messages.
-      process_image: `process_image(image, options, image_processor, config)` cuts one image into
-        patches. `options` are those that stood beside the image in its message. Raises
-        `MessageError` for one that the family does not know.
-      expand: `expand(text, images, tokenizer, config)` writes a rendered chat template out, so that
-        one image token stands for each image; `images` says how many each placeholder stands for.
-      image_processor: class of the image processor, one that needs neither torch nor torchvision
-        (AutoProcessor would, for videos). None for models that read text only.
-      image_options: what may stand beside an image in its message, for `process_image` to check.
-      how_to_shorten: a sentence for messages about prompts that are too long.
-    """
-
-    image_token_id: Callable[[PretrainedConfig], int]
-    placeholder_id: Callable[[PretrainedConfig], int]
-    process_image: Callable[[Any, Mapping[str, Any], Any, PretrainedConfig], ProcessedImage]
-    expand: Callable[[str, Sequence[int], Any, PretrainedConfig], str]
-    image_processor: type | None
-    image_options: tuple[str, ...]
-    how_to_shorten: str
-
-
-def same_logits(logits: np.ndarray, config: PretrainedConfig) -> np.ndarray:
-    """The `reference_logits` of a family whose logits are those of transformers."""
-    return logits
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture: how to build it, fill it, and prepare its inputs on the host.
+    `config` is always the Hugging Face configuration of the whole model. The defaults are those of
+    a model that reads text only and whose layers are all causal.
 
     Attributes:
-      name: the Hugging Face config's `model_type`.
-      build: `build(config, dtype)` creates the model with random parameters. It works under
-        `nnx.eval_shape`, which creates none. Raises `CheckpointError` for a config that asks for
-        something that the port does not compute.
-      parameter_table: `parameter_table(config)` lists where each parameter comes from.
-      vision_plan: `vision_plan(grid_thw, config, patches=, block_q=, block_kv=)` computes what the
-        vision tower needs to know of the images, as a pytree of NumPy arrays padded to `patches`
-        rows. Raises `TemplateError` for a grid that the tower cannot merge, `CapacityError` when
-        `patches` is too small. None for models that read text only.
-      text_head_dim: `text_head_dim(config)` is the head dimension of the language model.
-      vision_head_dim: `vision_head_dim(config)` is the head dimension of the vision tower: what its
-        attention's block sizes depend on. None where there is no tower.
-      prompts: what its prompts need beyond chat template and tokenizer.
-      reference_inputs: `reference_inputs(prompt, config)` is what transformers' own model takes for
-        a `Prompt`: NumPy arrays by argument name, in a batch of one.
-      reference_logits: `reference_logits(logits, config)` is what our logits are to be compared
-        with, from those of transformers' own model.
-      positions: `positions(token_ids, image_token_id, grid_thw, config)` computes the position ids
-        int32 [axes, tokens] of a prompt, in prompt order, and the position of the first token after
-        it; a token after the prompt has the same position on all axes. Raises `TemplateError` where
-        grids and placeholders do not agree.
-      visibilities: `visibilities(config)` lists the base visibility of each kind of layer that the
-        language model has.
-      layer_kinds: `layer_kinds(config)` says of each layer which of those kinds it is, int32
-        [layers].
+      name: the `model_type` of its Hugging Face configurations.
       dtypes: what its models can compute in.
+      image_processor: class of the image processor, one that needs neither torch nor torchvision
+        (AutoProcessor would, for videos). None for a family that reads text only.
+      image_options: keys that an image part of a message may have for `process_image`.
+      how_to_shorten: advice for error messages about prompts that are too long.
     """
 
-    name: str
-    build: Callable[[PretrainedConfig, Any], nnx.Module]
-    parameter_table: Callable[[PretrainedConfig], list[ParameterRule]]
-    vision_plan: Callable[..., Any] | None
-    text_head_dim: Callable[[PretrainedConfig], int]
-    vision_head_dim: Callable[[PretrainedConfig], int] | None
-    prompts: PromptRules
-    reference_inputs: Callable[[Any, PretrainedConfig], dict[str, np.ndarray]]
-    positions: Callable[
-        [np.ndarray, int, np.ndarray, PretrainedConfig], tuple[Int[np.ndarray, "axes tokens"], int]
-    ]
-    visibilities: Callable[[PretrainedConfig], tuple[Visibility, ...]]
-    layer_kinds: Callable[[PretrainedConfig], Int[np.ndarray, "layers"]]
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    reference_logits: Callable[[np.ndarray, PretrainedConfig], np.ndarray] = same_logits
+    name: ClassVar[str]
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    image_processor: ClassVar[Any] = None
+    image_options: ClassVar[tuple[str, ...]] = ()
+    how_to_shorten: ClassVar[str] = "Shorten the messages or ask for fewer tokens."
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether its models have a vision tower."""
+        return self.image_processor is not None
+
+    @abstractmethod
+    def build(self, config: PretrainedConfig, dtype: Any) -> ImageTextModel:
+        """Creates the model with random parameters; under `nnx.eval_shape`, with shapes only.
+
+        Raises:
+          CheckpointError: the config asks for something that the port does not compute.
+        """
+
+    @abstractmethod
+    def parameter_table(self, config: PretrainedConfig) -> list[ParameterRule]:
+        """Where each parameter comes from."""
+
+    # What the language model sees, and where.
+
+    @abstractmethod
+    def text_head_dim(self, config: PretrainedConfig) -> int:
+        """The head dimension of the language model."""
+
+    def visibilities(self, config: PretrainedConfig) -> tuple[Visibility, ...]:
+        """The base visibility of each kind of layer in the language model."""
+        return (Visibility(),)
+
+    def layer_kinds(self, config: PretrainedConfig) -> Int32[np.ndarray, "layers"]:
+        """The kind of each layer, an index into `visibilities`."""
+        return np.zeros(config.get_text_config().num_hidden_layers, np.int32)
+
+    def positions(
+        self,
+        token_ids: Int[np.ndarray, "tokens"],
+        grid_thw: Int[np.ndarray, "images 3"],
+        config: PretrainedConfig,
+    ) -> tuple[Int32[np.ndarray, "axes tokens"], int]:
+        """Position ids of a prompt. By default tokens are counted, from 0 on, on one axis.
+
+        Args:
+          token_ids: the prompt, with `image_token_id` once per image token.
+          grid_thw: frames, rows and columns of patches of each image, in prompt order.
+          config: of the whole model.
+
+        Returns:
+          The positions, in prompt order, and the position of the first token after the prompt; such
+          a token has the same position on all axes.
+
+        Raises:
+          TemplateError: grids and image tokens do not match.
+        """
+        return np.arange(len(token_ids), dtype=np.int32)[None], len(token_ids)
+
+    # How messages become a prompt.
+
+    def image_token_id(self, config: PretrainedConfig) -> int:
+        """The id that every token of an image has in a prompt. By default -1: there is none."""
+        return -1
+
+    def placeholder_id(self, config: PretrainedConfig) -> int:
+        """The id that the chat template writes once for each image of the messages."""
+        return self.image_token_id(config)
+
+    def process_image(
+        self,
+        image: Any,
+        options: Mapping[str, Any],
+        image_processor: Any,
+        config: PretrainedConfig,
+    ) -> ProcessedImage:
+        """Cuts one image into patches.
+
+        Args:
+          image: a PIL image or an array, as transformers' image processors take them.
+          options: the image part's options; see `image_options`.
+          image_processor: the checkpoint's.
+          config: of the whole model.
+
+        Raises:
+          MessageError: an option that the family does not have, or an invalid value of one.
+        """
+        raise MessageError("this model reads text only.")
+
+    def expand(
+        self, text: str, images: Sequence[int], tokenizer: Any, config: PretrainedConfig
+    ) -> str:
+        """Replaces each placeholder in a rendered chat template, so that every image has one token.
+
+        Args:
+          text: the rendered template.
+          images: how many images each placeholder stands for: more than one with crops.
+          tokenizer: the checkpoint's.
+          config: of the whole model.
+
+        Raises:
+          MessageError: the tokenizer does not have the tokens that this needs.
+        """
+        return text
+
+    # How images become the vision tower's inputs.
+
+    def vision_head_dim(self, config: PretrainedConfig) -> int:
+        """The head dimension of the vision tower, which its block sizes depend on."""
+        raise NotImplementedError
+
+    def vision_plan(
+        self,
+        grid_thw: Int[np.ndarray, "images 3"],
+        config: PretrainedConfig,
+        *,
+        patches: int,
+        block_q: int,
+        block_kv: int,
+    ) -> Any:
+        """What the vision tower needs to know of some images: a pytree of NumPy arrays.
+
+        Args:
+          grid_thw: frames, rows and columns of patches of each image.
+          config: of the whole model.
+          patches: rows to pad to, a multiple of the patches of an image token.
+          block_q: query rows of an attention tile, at most.
+          block_kv: keys of an attention block, at most.
+
+        Raises:
+          TemplateError: a grid that the tower cannot merge.
+          CapacityError: `patches` is too small or not a valid multiple.
+        """
+        raise NotImplementedError
+
+    # How the port is compared with transformers.
+
+    def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
+        """The arguments of transformers' model for a `Prompt`, by name: arrays, a batch of one."""
+        token_ids = np.asarray(prompt.token_ids, np.int64)[None]
+        return {"input_ids": token_ids, "attention_mask": np.ones_like(token_ids)}
+
+    def reference_logits(
+        self, logits: Float[np.ndarray, "*rows vocabulary"], config: PretrainedConfig
+    ) -> Float[np.ndarray, "*rows vocabulary"]:
+        """What ours should equal, given the logits of transformers' model."""
+        return logits
 
 
-def reference_text_inputs(prompt: Any) -> dict[str, np.ndarray]:
-    """The `reference_inputs` of a prompt's token ids, which all families share."""
-    token_ids = np.asarray(prompt.token_ids, np.int64)[None]
-    return {"input_ids": token_ids, "attention_mask": np.ones_like(token_ids)}
+class Architecture(NamedTuple):
+    """A model without its weights."""
 
-
-def one_kind(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
-    """The `layer_kinds` of a language model whose layers are all of one kind."""
-    return np.zeros(config.get_text_config().num_hidden_layers, np.int32)
-
-
-def causal(config: PretrainedConfig) -> tuple[Visibility, ...]:
-    """The `visibilities` of a language model whose layers are all causal."""
-    return (Visibility(),)
+    family: Family
+    config: PretrainedConfig
+    dtype: Any
+    """What it computes in."""

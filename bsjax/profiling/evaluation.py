@@ -30,7 +30,6 @@ from bsjax.profiling.prompt_inputs import (
     extended,
     kind_schedules,
     packed_inputs,
-    prompt_of,
     row_of_token,
 )
 from bsjax.profiling.state import NO_STATE, State
@@ -191,10 +190,10 @@ class Evaluator:
             self._model, messages, max_new_tokens=self.answer_tokens, backend=self._backend
         )
         assert not isinstance(answer, list)
-        prompt = prompt_of(self._model, messages)
+        prompt = self._model.prompt(messages)
         template = Template.from_tokens(
             prompt.token_ids,
-            self._model.family.prompts.image_token_id(self._model.config),
+            self._model.family.image_token_id(self._model.config),
             self.sinks,
             prompt.image_tokens,
         )
@@ -216,17 +215,17 @@ class Evaluator:
 
     def _before_images(self, answer: list[int]) -> list[int]:
         """The answer up to the first token that would make a prompt of it with another image."""
-        config, prompts = self._model.config, self._model.family.prompts
+        config, family = self._model.config, self._model.family
         standing_for_images = {
-            prompts.image_token_id(config),
-            prompts.placeholder_id(config),
+            family.image_token_id(config),
+            family.placeholder_id(config),
             getattr(config, "video_token_id", None),
         }
         return list(itertools.takewhile(lambda token: token not in standing_for_images, answer))
 
     def _prepare(self, index: int, answer: list[int]) -> _Sample:
         model, backend = self._model, self._backend
-        prompt = prompt_of(model, self._samples.messages[index])
+        prompt = model.prompt(self._samples.messages[index])
         inputs = packed_inputs(model, extended(prompt, answer), self.sinks, backend)
         embedding = Embedding(programs_of(model), inputs, backend)
         schedules = kind_schedules(self._shape, inputs, model.dtype, backend, category_schedule)

@@ -28,7 +28,6 @@ from bsjax.profiling.prompt_inputs import (
     category_schedule,
     kind_schedules,
     packed_inputs,
-    prompt_of,
 )
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.embedding import Embedding
@@ -250,7 +249,7 @@ class _Pass:
         build: Callable[..., Any],
     ) -> None:
         programs = programs_of(model)
-        prompt = prompt_of(model, messages)
+        prompt = model.prompt(messages)
         inputs = packed_inputs(model, prompt, sinks, backend)
         self.template = inputs.template
         self._embedding = Embedding(programs, inputs, backend)

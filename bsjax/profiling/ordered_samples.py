@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bsjax.errors import ProfileError
-from bsjax.prompts.prompt import IMAGE_FILE_KEYS, image_file, image_sources
+from bsjax.prompts.images import IMAGE_FILE_KEYS, image_file
+from bsjax.prompts.messages import read_messages
 from bsjax.samples import Samples
 
 Messages = Sequence[Mapping[str, Any]]
@@ -111,7 +112,7 @@ def check_images(samples: OrderedSamples, *, several: bool) -> None:
     """
     most = 0
     for messages in samples.messages:
-        count = len(image_sources(messages))
+        count = len(read_messages(messages)[1])
         if not count:
             raise ProfileError(
                 "A sample has no image, and says nothing about what image tokens look at. Leave "

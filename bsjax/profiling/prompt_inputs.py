@@ -17,7 +17,7 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models import Family
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt, prepare_prompt
+from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 
 BuildSchedule = Callable[..., Schedule]
@@ -59,15 +59,6 @@ class Shape:
         return head_flops(template, self.visibilities, self.kinds, self.head_dim)
 
 
-def prompt_of(model: LoadedModel, messages: Any) -> Prompt:
-    """The prompt of a conversation, images processed.
-
-    Raises:
-      MessageError: see `prepare_prompt`.
-    """
-    return prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-
-
 def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
     """The prompt with text tokens after its end."""
     more = np.asarray(token_ids, prompt.token_ids.dtype)
@@ -82,7 +73,7 @@ def packed_inputs(model: LoadedModel, prompt: Prompt, sinks: Sinks, backend: str
     """
     # Any sparse category: profiling brings schedules of its own, and takes the order from here.
     packed = Profile.uniform(HeadCategory.INTRA_IMAGE_SINK, model, sinks=sinks)
-    return prepare_inputs(model.family, model.config, model.dtype, prompt, packed, backend, 0)
+    return prepare_inputs(model.architecture, prompt, packed, backend=backend)
 
 
 def kind_schedules(

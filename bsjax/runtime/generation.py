@@ -20,7 +20,6 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.answering import DECODE_CHUNK, Answering
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import (
@@ -271,9 +270,12 @@ def _inputs(
     model: LoadedModel, messages: Messages, profile: ProfileLike, backend: str, new_tokens: int
 ) -> ModelInputs:
     resolved = Profile.resolve(profile, model)
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
     return prepare_inputs(
-        model.family, model.config, model.dtype, prompt, resolved, backend, new_tokens
+        model.architecture,
+        model.prompt(messages),
+        resolved,
+        backend=backend,
+        new_tokens=new_tokens,
     )
 
 

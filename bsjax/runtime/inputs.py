@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float32, Int32
-from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
 from bsjax.errors import CapacityError
@@ -15,7 +14,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
 from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables
 from bsjax.masks.template import Sinks, Template
-from bsjax.models import Family
+from bsjax.models import Architecture
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 
@@ -97,20 +96,17 @@ class ModelInputs:
 
 
 def prepare_inputs(
-    family: Family,
-    config: PretrainedConfig,
-    dtype: Any,
+    architecture: Architecture,
     prompt: Prompt,
     profile: Profile | None,
+    *,
     backend: str,
-    new_tokens: int,
+    new_tokens: int = 0,
 ) -> ModelInputs:
     """Computes template, schedules, positions and vision plans of a prompt on the host.
 
     Args:
-      family: of the model that runs it.
-      config: of the whole model.
-      dtype: that it computes in.
+      architecture: of the model that runs it.
       prompt: token ids and pixel values.
       profile: head categories and sinks; None is dense.
       backend: of the attention, already resolved.
@@ -120,23 +116,21 @@ def prepare_inputs(
       CapacityError: prompt and new tokens need more positions than the model has.
       TemplateError: placeholders and images do not agree.
     """
+    family, config, dtype = architecture
     text_config = config.get_text_config()
-    image_token_id = family.prompts.image_token_id(config)
     template = Template.from_tokens(
         prompt.token_ids,
-        image_token_id,
+        family.image_token_id(config),
         Sinks() if profile is None else profile.sinks,
         prompt.image_tokens,
     )
-    position_ids, next_position = family.positions(
-        prompt.token_ids, image_token_id, prompt.grid_thw, config
-    )
+    position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
     limit = text_config.max_position_embeddings
     if next_position + new_tokens > limit:
         raise CapacityError(
             f"The prompt takes {next_position} positions ({template.tokens} tokens, "
             f"{describe_images(template)}) and {new_tokens} new tokens follow, but the model has "
-            f"{limit}. {family.prompts.how_to_shorten}"
+            f"{limit}. {family.how_to_shorten}"
         )
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
@@ -189,10 +183,10 @@ def prepare_inputs(
         position_ids=by_row(position_ids, 0),
         last_row=row_of_token[-1],
         image_groups=_image_groups(
-            family, config, dtype, prompt, row_of_token[template.image >= 0], backend
+            architecture, prompt, row_of_token[template.image >= 0], backend
         ),
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
-        how_to_shorten=family.prompts.how_to_shorten,
+        how_to_shorten=family.how_to_shorten,
     )
 
 
@@ -202,9 +196,7 @@ def cache_rows(tokens: int) -> int:
 
 
 def _image_groups(
-    family: Family,
-    config: PretrainedConfig,
-    dtype: Any,
+    architecture: Architecture,
     prompt: Prompt,
     rows: Int32[np.ndarray, "image_tokens"],
     backend: str,
@@ -212,7 +204,7 @@ def _image_groups(
     """The groups that the images of a prompt go through the vision tower in."""
     if prompt.pixel_values is None:
         return ()
-    assert family.vision_plan is not None and family.vision_head_dim is not None
+    family, config, dtype = architecture
     block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
     patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
     first_patch = np.append(0, np.cumsum(patches))

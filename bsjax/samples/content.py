@@ -8,7 +8,8 @@ import numpy as np
 import PIL.Image
 
 from bsjax.errors import MessageError, SampleError
-from bsjax.prompts.prompt import image_file, image_sources
+from bsjax.prompts.images import image_file
+from bsjax.prompts.messages import read_messages
 
 PLACEHOLDER = "<image>"
 
@@ -68,11 +69,11 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
       SampleError: messages of another form, or an image that cannot be opened.
     """
     try:
-        sources = image_sources(messages)
+        _, images = read_messages(messages)
     except MessageError as error:
         raise SampleError(f"{where}: {error}") from error
-    for key, source in sources:
-        path = image_file(key, source)
+    for image in images:
+        path = image_file(image.key, image.source)
         if path is None or path in known:
             continue
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bsjax.errors import SampleError
-from bsjax.prompts.prompt import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
+from bsjax.prompts.images import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
 from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, share_in_words
 
 _FORM = (

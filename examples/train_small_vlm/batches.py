@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, UInt8
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bsjax.models.qwen2_5_vl import QWEN2_5_VL
+from bsjax.models import FAMILIES
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .files import MERGE_SIZE, PATCH_SIZE
@@ -112,6 +112,7 @@ class Encoder:
         image_std: list[float],
     ) -> None:
         self.config = config
+        self._family = FAMILIES[config.model_type]
         self._tokenizer = tokenizer
         self._mean = np.asarray(image_mean, np.float32)
         self._std = np.asarray(image_std, np.float32)
@@ -121,7 +122,7 @@ class Encoder:
     def plans(self) -> VisionPlan:
         """The vision tower's plan of each of `sizes`, stacked; rows padded to the largest one's."""
         plans = [
-            QWEN2_5_VL.vision_plan(
+            self._family.vision_plan(
                 np.asarray([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
                 self.config,
                 patches=_MOST_PATCHES,
@@ -205,9 +206,7 @@ class Encoder:
         if length > shared:
             return None
         prefix = np.concatenate(parts)
-        positions, next_position = QWEN2_5_VL.positions(
-            prefix, self.config.image_token_id, np.asarray(grids), self.config
-        )
+        positions, next_position = self._family.positions(prefix, np.asarray(grids), self.config)
 
         token_ids = np.zeros(rows, np.int32)
         position_ids = np.zeros((3, rows), np.int32)

@@ -9,7 +9,6 @@ import torch
 import transformers
 
 import bsjax
-from bsjax.prompts.prompt import prepare_prompt
 from convert.__main__ import main as convert
 from examples import demo, evaluate
 from examples.train_small_vlm.conversations import PROFILED_IMAGES, messages
@@ -43,7 +42,7 @@ def test_answers_as_in_transformers(model):
     for images in (1, 5, 12):
         scene = draw_scene(random, images, test=True)
         question = messages(scene, ask(random, scene))
-        prompt = prepare_prompt(question, model.tokenizer, model.image_processor, model.config)
+        prompt = model.prompt(question)
         inputs = reference_inputs(theirs, prompt)
         with torch.no_grad():
             expected = theirs(**inputs).logits[0].numpy()

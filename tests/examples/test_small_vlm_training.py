@@ -12,9 +12,9 @@ from flax import nnx
 from PIL import Image
 
 from bsjax.masks.categories import HeadCategory
-from bsjax.models import FAMILIES
+from bsjax.models import FAMILIES, Architecture
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import prepare_prompt
+from bsjax.prompts.prompt import Processor
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import Programs
 from bsjax.runtime.scoring import Scoring
@@ -158,11 +158,11 @@ def test_training_computes_what_inference_computes(
 
     profile = Profile(family="qwen2_5_vl", categories=categories)
     for question, expected in zip(questions, logits, strict=True):
-        prompt = prepare_prompt(
-            conversation(scene, question), tokenizer, make_image_processor(), config
-        )
         family = FAMILIES["qwen2_5_vl"]
-        inputs = prepare_inputs(family, config, np.float32, prompt, profile, "xla", 0)
+        processor = Processor(config, family, tokenizer, make_image_processor())
+        prompt = processor.prompt(conversation(scene, question))
+        architecture = Architecture(family, config, np.float32)
+        inputs = prepare_inputs(architecture, prompt, profile, backend="xla")
         alone = Scoring(programs, inputs, "xla").run()[-1]
         np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -366,9 +366,9 @@ def test_the_exported_checkpoint_is_what_transformers_reads(module, config, enco
     scene = draw_scene(random, 3, test=False)
     question = ask(random, scene)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    prompt = prepare_prompt(
-        conversation(scene, question), tokenizer, make_image_processor(), config
-    )
+    family = FAMILIES["qwen2_5_vl"]
+    processor = Processor(config, family, tokenizer, make_image_processor())
+    prompt = processor.prompt(conversation(scene, question))
     with torch.no_grad():
         expected = (
             reference(
@@ -382,6 +382,7 @@ def test_the_exported_checkpoint_is_what_transformers_reads(module, config, enco
             .logits[0]
             .numpy()
         )
-    inputs = prepare_inputs(FAMILIES["qwen2_5_vl"], config, np.float32, prompt, None, "xla", 0)
+    architecture = Architecture(family, config, np.float32)
+    inputs = prepare_inputs(architecture, prompt, None, backend="xla")
     ours = Scoring(Programs(rounded), inputs, "xla").run()
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())

@@ -9,7 +9,6 @@ from sklearn.datasets import load_sample_images
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import bsjax
-from bsjax.prompts.prompt import prepare_prompt
 from convert.__main__ import main as convert
 from examples import make_tiny_checkpoint
 
@@ -32,7 +31,7 @@ def messages() -> list[dict]:
 
 def test_answers_as_in_transformers(model, messages):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
+    prompt = model.prompt(messages)
     token_ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
     inputs = {
         "input_ids": token_ids,

@@ -141,9 +141,7 @@ class Port:
         if categories is None:
             categories = np.zeros((text.num_hidden_layers, text.num_attention_heads), np.int32)
 
-        position_ids, next_position = family.positions(
-            prompt.token_ids, IMAGE, prompt.grid_thw, config
-        )
+        position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
 
         def in_rows(array, fill):
             padding = [(0, 0)] * (array.ndim - 1) + [(0, rows - tokens)]
@@ -284,7 +282,7 @@ def test_adjacent_images(family):
     config = models.reference.config
     prompt = random_prompt(config, [(3, 4), (3, 4), (5, 2)], adjacent=True)
     logits, _, _ = models.port.prefill(prompt)
-    position_ids, _ = FAMILIES[family].positions(prompt.token_ids, IMAGE, prompt.grid_thw, config)
+    position_ids, _ = FAMILIES[family].positions(prompt.token_ids, prompt.grid_thw, config)
     options = (
         {} if len(position_ids) == 1 else {"position_ids": torch.tensor(position_ids)[:, None]}
     )

@@ -33,9 +33,7 @@ sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=6)
 def test_positions(family, sizes, seed):
     config = CONFIGS[family]
     prompt = random_prompt(config, sizes, seed=seed)
-    ours, next_position = FAMILIES[family].positions(
-        prompt.token_ids, IMAGE, prompt.grid_thw, config
-    )
+    ours, next_position = FAMILIES[family].positions(prompt.token_ids, prompt.grid_thw, config)
     ids = torch.tensor(prompt.token_ids, dtype=torch.long)[None]
     expected, delta = REFERENCES[family].model.get_rope_index(
         ids, mm_token_type_ids=(ids == IMAGE).int(), image_grid_thw=torch.tensor(prompt.grid_thw)
@@ -50,14 +48,14 @@ def test_positions(family, sizes, seed):
 def test_adjacent_images_are_told_apart_by_their_grids(family, sizes):
     config, positions = CONFIGS[family], FAMILIES[family].positions
     adjacent = random_prompt(config, sizes, adjacent=True)
-    ours, next_position = positions(adjacent.token_ids, IMAGE, adjacent.grid_thw, config)
+    ours, next_position = positions(adjacent.token_ids, adjacent.grid_thw, config)
 
     # With one text token before each image but the first, everything from there on is one later.
     pieces = np.cumsum(adjacent.image_tokens)[:-1]
     first = int(np.argmax(adjacent.token_ids == IMAGE))
     between = first + pieces
     apart = np.insert(adjacent.token_ids, between, 1)
-    expected, next_apart = positions(apart, IMAGE, adjacent.grid_thw, config)
+    expected, next_apart = positions(apart, adjacent.grid_thw, config)
     expected = np.delete(expected, between + np.arange(len(between)), axis=1)
     later = np.searchsorted(between, np.arange(len(adjacent.token_ids)), side="right")
     np.testing.assert_array_equal(ours, expected - later)
@@ -69,11 +67,11 @@ def test_prompts_that_are_refused(family):
     config, positions = CONFIGS[family], FAMILIES[family].positions
     grid = np.asarray([[1, 4, 4]])
     with pytest.raises(TemplateError, match="2 video tokens"):
-        positions(np.asarray([1, VIDEO, VIDEO, 2]), IMAGE, np.zeros((0, 3), np.int64), config)
+        positions(np.asarray([1, VIDEO, VIDEO, 2]), np.zeros((0, 3), np.int64), config)
     with pytest.raises(TemplateError, match="holds 3 image tokens"):
-        positions(np.asarray([1, IMAGE, IMAGE, IMAGE]), IMAGE, grid, config)
+        positions(np.asarray([1, IMAGE, IMAGE, IMAGE]), grid, config)
     with pytest.raises(TemplateError, match="Image 0 should take 4 tokens from token 0"):
-        positions(np.asarray([IMAGE, IMAGE, 1, IMAGE, IMAGE]), IMAGE, grid, config)
+        positions(np.asarray([IMAGE, IMAGE, 1, IMAGE, IMAGE]), grid, config)
 
 
 @for_families
@@ -126,7 +124,7 @@ def test_rows_of_the_vision_tower(family, sizes, frames):
 def test_positions_of_gemma3_count_tokens(images, seed):
     config = small_config(Shape("gemma3"))
     prompt = random_prompt(config, [(1, 1)] * images, seed=seed)
-    ours, following = FAMILIES["gemma3"].positions(prompt.token_ids, IMAGE, prompt.grid_thw, config)
+    ours, following = FAMILIES["gemma3"].positions(prompt.token_ids, prompt.grid_thw, config)
     np.testing.assert_array_equal(ours, [np.arange(len(prompt.token_ids))])
     assert following == len(prompt.token_ids)
 
@@ -136,9 +134,9 @@ def test_prompts_and_grids_of_gemma3_that_are_refused():
     positions, plan = FAMILIES["gemma3"].positions, FAMILIES["gemma3"].vision_plan
     grid = np.asarray([[1, 8, 8]])
     with pytest.raises(TemplateError, match="holds 3 image tokens"):
-        positions(np.asarray([1, *[IMAGE] * 3]), IMAGE, grid, config)
+        positions(np.asarray([1, *[IMAGE] * 3]), grid, config)
     with pytest.raises(TemplateError, match="Image 0 should take 16 tokens from token 0"):
-        positions(np.asarray([*[IMAGE] * 8, 1, *[IMAGE] * 8]), IMAGE, grid, config)
+        positions(np.asarray([*[IMAGE] * 8, 1, *[IMAGE] * 8]), grid, config)
     blocks = {"block_q": 16, "block_kv": 16}
     with pytest.raises(TemplateError, match="Image 1 has the patch grid"):
         plan(np.asarray([[1, 8, 8], [1, 8, 4]]), config, patches=256, **blocks)

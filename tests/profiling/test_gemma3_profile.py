@@ -10,7 +10,6 @@ from bsjax import HeadCategory, Profile, Sinks
 from bsjax.masks.visibility import visible
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
-from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
@@ -69,8 +68,8 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
     """In every layer: windows, images that see themselves, and key groups, in float64."""
     messages = conversation(0)
     measured = measure(model, [messages], sinks=Sinks())
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-    inputs = prepare_inputs(model.family, model.config, model.dtype, prompt, None, "xla", 0)
+    prompt = model.prompt(messages)
+    inputs = prepare_inputs(model.architecture, prompt, None, backend="xla")
     embeddings, _ = Embedding(programs_of(model), inputs, "xla").run()
     info, tokens = inputs.template.info, inputs.tokens
     query = type(info)(*(field[:, None] for field in info))

@@ -194,7 +194,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def test_answers_are_taught_up_to_an_image_token(tiny_model, monkeypatch):
     """What comes after it would be a prompt with another image, which there is not."""
-    image_token = tiny_model.family.prompts.image_token_id(tiny_model.config)
+    image_token = tiny_model.family.image_token_id(tiny_model.config)
     categories = np.ones((tiny_model.config.text_config.num_hidden_layers, 4), np.int8)
     compared = []
     for answer in ([5, image_token, 6], [5]):
@@ -292,7 +292,7 @@ def test_what_cannot_be_profiled_is_refused(tiny_model, samples, arguments, word
 @pytest.mark.parametrize("seed", range(4))
 def test_samples_without_images_are_refused_before_anything_runs(tiny_model, monkeypatch, seed):
     """Those held out too: one of the seeds holds it out."""
-    monkeypatch.setattr("bsjax.profiling.measurements.prompt_of", None)
+    monkeypatch.setattr("bsjax.checkpoint.loading.LoadedModel.prompt", None)
     text = [{"role": "user", "content": "No image here"}]
     with pytest.raises(ProfileError, match="has no image.*No image here"):
         bsjax.profile(tiny_model, [*SAMPLES, text], seed=seed, progress=False)

@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Gemma3ImageProcessorPil, Gemma3Processor
 
 from bsjax.errors import MessageError
+from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import to_images
-from bsjax.prompts.prompt import prepare_prompt
+from bsjax.prompts.prompt import Processor, Prompt
 from tests.support.paths import ROOT
 from tests.support.small_models import Shape, small_config
 
@@ -66,6 +67,11 @@ def conversation(pictures, **options):
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
 
 
+def prepare(messages, config, tokenizer, image_processor) -> Prompt:
+    family = FAMILIES[config.model_type]
+    return Processor(config, family, tokenizer, image_processor).prompt(messages)
+
+
 CROPS = {"do_pan_and_scan": True}
 OTHER_CROPS = {
     "do_pan_and_scan": True,
@@ -81,7 +87,7 @@ OTHER_CROPS = {
 def test_equals_transformers(files, sizes, options, crops):
     tokenizer, image_processor, config, processor = files
     pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
-    prompt = prepare_prompt(conversation(pictures, **options), tokenizer, image_processor, config)
+    prompt = prepare(conversation(pictures, **options), config, tokenizer, image_processor)
     expected = processor.apply_chat_template(
         conversation(pictures), add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="np", processor_kwargs=dict(options),
@@ -111,7 +117,7 @@ def test_image_settings_count_as_much_as_in_transformers(files):
     expected = theirs.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
     )
-    prompt = prepare_prompt(messages, tokenizer, image_processor, config)
+    prompt = prepare(messages, config, tokenizer, image_processor)
     np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
     assert len(prompt.image_tokens) == len(expected["pixel_values"])
 
@@ -121,7 +127,7 @@ def test_image_settings_count_as_much_as_in_transformers(files):
     [
         ({"max_pixels": 1000}, "?", "Image 1 of 1 .*max_pixels: Gemma 3 scales all images"),
         ({"do_pan_and_scan": "yes"}, "?", "Image 1 of 1 .*must be true or false, got 'yes'"),
-        ({"pan_and_scan_max_num_crops": 2}, "?", "does nothing without do_pan_and_scan"),
+        ({"pan_and_scan_max_num_crops": 2}, "?", "has no effect without do_pan_and_scan"),
         ({**CROPS, "pan_and_scan_max_num_crops": 0}, "?", "num_crops must be at least 1, got 0"),
         ({**CROPS, "pan_and_scan_min_crop_size": "a"}, "?", "crop_size must be a whole number"),
         ({**CROPS, "pan_and_scan_min_ratio_to_activate": 0.5}, "?", "at least 1; got 0.5"),
@@ -136,14 +142,14 @@ def test_prompts_that_are_refused(files, options, text, words):
         {"type": "text", "text": text},
     ]
     with pytest.raises(MessageError, match=words):
-        prepare_prompt([{"role": "user", "content": content}], tokenizer, image_processor, config)
+        prepare([{"role": "user", "content": content}], config, tokenizer, image_processor)
 
 
 def test_settings_for_another_tower_are_refused(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(size={"height": 48, "width": 48})
-    with pytest.raises(MessageError, match="48 x 48 pixels, and its vision tower takes 32 x 32"):
-        prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
+    with pytest.raises(MessageError, match="48 x 48 pixels, but its vision tower takes 32 x 32"):
+        prepare(conversation([picture(40, 40)]), config, tokenizer, image_processor)
 
 
 def test_a_delimiter_that_the_tokenizer_lacks_is_named(files):
@@ -151,12 +157,12 @@ def test_a_delimiter_that_the_tokenizer_lacks_is_named(files):
     config = copy.deepcopy(config)
     config.eoi_token_index = 10**6
     with pytest.raises(MessageError, match="no token 1000000, .* config's eoi_token_index"):
-        prepare_prompt(conversation([picture(40, 40)]), tokenizer, image_processor, config)
+        prepare(conversation([picture(40, 40)]), config, tokenizer, image_processor)
 
 
 def test_text_only_models_refuse_images(files):
     tokenizer, _, _, _ = files
     config = small_config(Shape("gemma3_text"))
-    with pytest.raises(MessageError, match="1 image, and this model reads text only"):
-        prepare_prompt(conversation([picture(40, 40)]), tokenizer, None, config)
-    assert prepare_prompt(conversation([]), tokenizer, None, config).pixel_values is None
+    with pytest.raises(MessageError, match="1 image, but this model reads text only"):
+        prepare(conversation([picture(40, 40)]), config, tokenizer, None)
+    assert prepare(conversation([]), config, tokenizer, None).pixel_values is None

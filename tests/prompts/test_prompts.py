@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bsjax.errors import MessageError
-from bsjax.prompts.prompt import Prompt, prepare_prompt
+from bsjax.models import FAMILIES
+from bsjax.prompts.prompt import Processor, Prompt
 from tests.support.paths import ROOT
 
 CHECKPOINT = ROOT / "examples" / "tiny-qwen2.5-vl"
@@ -19,8 +20,8 @@ IMAGE_PROCESSOR = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
 CONFIG = AutoConfig.from_pretrained(CHECKPOINT)
 
 
-def prepare(messages) -> Prompt:
-    return prepare_prompt(messages, TOKENIZER, IMAGE_PROCESSOR, CONFIG)
+def prepare(messages, tokenizer=TOKENIZER) -> Prompt:
+    return Processor(CONFIG, FAMILIES["qwen2_5_vl"], tokenizer, IMAGE_PROCESSOR).prompt(messages)
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -222,17 +223,17 @@ def test_images_that_the_template_leaves_out_are_refused():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     with pytest.raises(MessageError, match="1 image, but the prompt has 0 image placeholders"):
-        prepare_prompt(user("a", image(picture(56, 56))), tokenizer, IMAGE_PROCESSOR, CONFIG)
+        prepare(user("a", image(picture(56, 56))), tokenizer)
 
 
 def test_what_the_template_says_is_passed_on():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(MessageError, match="roles must alternate"):
-        prepare_prompt(user("a"), tokenizer, IMAGE_PROCESSOR, CONFIG)
+        prepare(user("a"), tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(MessageError, match="no chat template"):
-        prepare_prompt(user("a"), tokenizer, IMAGE_PROCESSOR, CONFIG)
+        prepare(user("a"), tokenizer)
 
 
 def test_unreadable_images_are_named(tmp_path):
@@ -247,7 +248,7 @@ def test_unreadable_images_are_named(tmp_path):
     refused(user(good, image("missing.png"), good), where, "missing.png", "no such file")
     refused(user(good, image(tmp_path), good), where, "no such file")
     refused(user(good, {"type": "image", "url": "missing.png"}, good), where, "neither a URL")
-    refused(user(good, image(17), good), where, "int is no image")
+    refused(user(good, image(17), good), where, "int is not an image")
     refused(user(good, image("!" * 5000), good), where, "...")
     refused(user(good, image(picture(2000, 5)), good), where, "aspect ratio")
 

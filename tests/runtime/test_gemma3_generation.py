@@ -15,7 +15,6 @@ from bsjax.cli.mask import _template
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.masks.visibility import Visibility
 from bsjax.models.gemma3.text import rows_of_ring
-from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.answering import Answering
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
@@ -53,10 +52,6 @@ def model(checkpoints):
     return bsjax.load(checkpoints[1], "float32")
 
 
-def prompt_of(model, messages):
-    return prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-
-
 @pytest.mark.parametrize("crops", [False, True])
 def test_answers_are_those_of_transformers(checkpoints, model, crops):
     messages = conversation(do_pan_and_scan=crops)
@@ -64,7 +59,7 @@ def test_answers_are_those_of_transformers(checkpoints, model, crops):
     reference = transformers.Gemma3ForConditionalGeneration.from_pretrained(
         checkpoints[0], dtype=torch.float32
     )
-    prompt = prompt_of(model, messages)
+    prompt = model.prompt(messages)
     assert result.stats.image_tokens == prompt.image_tokens == (16,) * (4 if crops else 2)
     inputs = reference_inputs(reference, prompt)
     with torch.no_grad():
@@ -85,7 +80,7 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
     messages = conversation()
     profile = Profile.uniform(HeadCategory.INTRA_IMAGE, model)
     result = bsjax.generate(model, messages, profile=profile, max_new_tokens=2)
-    prompt = prompt_of(model, messages)
+    prompt = model.prompt(messages)
     template = Template.from_tokens(
         prompt.token_ids, model.config.image_token_id, image_tokens=prompt.image_tokens
     )
@@ -109,7 +104,7 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
 def test_schedules_share_one_row_order(model):
     profile = Profile.uniform(HeadCategory.SINK, model)
     inputs = prepare_inputs(
-        model.family, model.config, model.dtype, prompt_of(model, conversation()), profile, "xla", 4
+        model.architecture, model.prompt(conversation()), profile, backend="xla", new_tokens=4
     )
     local, everywhere = inputs.schedules
     np.testing.assert_array_equal(local.position, everywhere.position)
@@ -120,7 +115,7 @@ def test_schedules_share_one_row_order(model):
 
 def test_local_layers_keep_their_window_alone(model):
     inputs = prepare_inputs(
-        model.family, model.config, model.dtype, prompt_of(model, conversation()), None, "xla", 2
+        model.architecture, model.prompt(conversation()), None, backend="xla", new_tokens=2
     )
     cache = Answering(
         programs_of(model),

@@ -47,15 +47,8 @@ def torch_answers(tiny_source, tiny_model, photographs):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from bsjax.prompts.prompt import prepare_prompt
-
     def answer(images, new_tokens):
-        prompt = prepare_prompt(
-            conversation(images),
-            tiny_model.tokenizer,
-            tiny_model.image_processor,
-            tiny_model.config,
-        )
+        prompt = tiny_model.prompt(conversation(images))
         token_ids = torch.tensor(prompt.token_ids[None].astype(np.int64))
         arguments = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
         if images:

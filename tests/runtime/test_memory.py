@@ -14,7 +14,6 @@ from PIL import Image
 import bsjax
 from bsjax import CapacityError
 from bsjax.models import layers
-from bsjax.prompts.prompt import prepare_prompt
 from bsjax.runtime.answering import Answering
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import group_borders, prepare_inputs
@@ -38,8 +37,9 @@ def conversation(order=(0, 1, 2, 3, 4), question="Which picture is brighter?"):
 
 
 def inputs_of(model, messages, new_tokens=8):
-    prompt = prepare_prompt(messages, model.tokenizer, model.image_processor, model.config)
-    return prepare_inputs(model.family, model.config, model.dtype, prompt, None, "xla", new_tokens)
+    return prepare_inputs(
+        model.architecture, model.prompt(messages), None, backend="xla", new_tokens=new_tokens
+    )
 
 
 def answering_of(model, messages, new_tokens=8):

@@ -369,15 +369,14 @@ def test_several_sources_are_taken_together(photographs, tmp_path):
 
 
 def test_a_prompt_can_be_made_of_every_kind(photographs, tmp_path, tiny_source):
-    from bsjax.checkpoint.loading import read_prompt_files
-    from bsjax.prompts.prompt import prepare_prompt
+    from bsjax.checkpoint.loading import read_processor
 
-    files = read_prompt_files(tiny_source)
+    processor = read_processor(tiny_source)
     picture(0).save(tmp_path / "a.png")
     path = lines_file(tmp_path, [user("Is", image("a.png"), "dark?")])
     sources = [path, photographs, f"benchmark:muirbench@{muirbench(tmp_path)}"]
     for sample in read_samples(sources, limit=2).messages:
-        prompt = prepare_prompt(sample, files.tokenizer, files.image_processor, files.config)
+        prompt = processor.prompt(sample)
         images = sum(part["type"] == "image" for part in sample[0]["content"])
         assert len(prompt.image_tokens) == images >= 1
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from transformers import PretrainedConfig
@@ -79,17 +78,6 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
         return self.multi_modal_projector(self.vision_tower(pixel_values, plan, backend=backend))
-
-
-def reference_logits(
-    logits: Float[np.ndarray, "*rows vocabulary"], config: PretrainedConfig
-) -> Float[np.ndarray, "*rows vocabulary"]:
-    """Logits of transformers' Gemma3ForConditionalGeneration with the soft cap of the config.
-
-    It leaves the cap out, which no published config has; Gemma3ForCausalLM computes it.
-    """
-    cap = config.text_config.final_logit_softcapping
-    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def text_parts(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:

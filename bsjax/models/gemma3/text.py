@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from bsjax.errors import CheckpointError
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
-from bsjax.masks.visibility import Visibility
 from bsjax.models.cache import Cache, fit_rows
 from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
 from bsjax.models.language_model import LanguageModel
@@ -38,20 +37,11 @@ from bsjax.models.layers import (
 )
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
-"""What configs call the kinds of layers, in the order of `visibilities`: local, global."""
-
-
-def visibilities(config: PretrainedConfig) -> tuple[Visibility, Visibility]:
-    """What local and global layers let a query see: images see themselves whole in both."""
-    window = config.get_text_config().sliding_window
-    return (
-        Visibility(bidirectional_images=True, window=window),
-        Visibility(bidirectional_images=True),
-    )
+"""The configs' names of the kinds of layers: local, global."""
 
 
 def layer_kinds(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
-    """0 for local layers, 1 for global ones: indices into `visibilities`."""
+    """0 for local layers, 1 for global ones: indices into `LAYER_TYPES`."""
     return np.asarray([LAYER_TYPES.index(of) for of in _layer_types(config)], np.int32)
 
 

@@ -1,0 +1,236 @@
+"""The families of Gemma 3: models that read images, and the 1B, which reads text only."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Int32
+from transformers import Gemma3ImageProcessorPil, PretrainedConfig
+from typing_extensions import override
+
+from bsjax.checks import whole_number
+from bsjax.errors import MessageError
+from bsjax.masks.visibility import Visibility
+from bsjax.models.family import Family, ProcessedImage
+from bsjax.models.gemma3.model import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+from bsjax.models.gemma3.parameters import language_rules, parameter_table
+from bsjax.models.gemma3.text import layer_kinds
+from bsjax.models.gemma3.vision_plan import (
+    VisionPlan,
+    grid_side,
+    to_images,
+    to_patches,
+    vision_plan,
+)
+from bsjax.models.image_rows import image_starts
+from bsjax.models.parameters import ParameterRule
+
+# Gemma3Processor's settings when an image part has no options. They take precedence over the
+# checkpoint's image settings (preprocessor_config.json).
+_CROPS = {
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
+_IMAGE_SETTINGS = {"do_convert_rgb": True, "do_pan_and_scan": False, **_CROPS}
+
+
+class Gemma3TextFamily(Family):
+    """Layers with a sliding window and layers without."""
+
+    name = "gemma3_text"
+    # The residual stream of the published models exceeds float16's range.
+    dtypes = ("float32", "bfloat16")
+
+    @override
+    def build(self, config: PretrainedConfig, dtype: Any) -> Gemma3ForCausalLM:
+        return Gemma3ForCausalLM.from_config(config, dtype)
+
+    @override
+    def parameter_table(self, config: PretrainedConfig) -> list[ParameterRule]:
+        return language_rules(config)
+
+    @override
+    def text_head_dim(self, config: PretrainedConfig) -> int:
+        return config.get_text_config().head_dim
+
+    @override
+    def visibilities(self, config: PretrainedConfig) -> tuple[Visibility, Visibility]:
+        """Of local and of global layers; in both, tokens of an image see each other."""
+        window = config.get_text_config().sliding_window
+        return (
+            Visibility(bidirectional_images=True, window=window),
+            Visibility(bidirectional_images=True),
+        )
+
+    @override
+    def layer_kinds(self, config: PretrainedConfig) -> Int32[np.ndarray, "layers"]:
+        return layer_kinds(config)
+
+
+class Gemma3Family(Gemma3TextFamily):
+    """Adds a vision tower, whose images all have one size."""
+
+    name = "gemma3"
+    image_processor = Gemma3ImageProcessorPil
+    image_options = ("do_pan_and_scan", *_CROPS)
+    how_to_shorten = (
+        "Pass fewer images, none with do_pan_and_scan (crops are images too), or ask for fewer "
+        "tokens."
+    )
+
+    @override
+    def build(self, config: PretrainedConfig, dtype: Any) -> Gemma3ForConditionalGeneration:
+        return Gemma3ForConditionalGeneration.from_config(config, dtype)
+
+    @override
+    def parameter_table(self, config: PretrainedConfig) -> list[ParameterRule]:
+        return parameter_table(config)
+
+    @override
+    def positions(
+        self,
+        token_ids: Int[np.ndarray, "tokens"],
+        grid_thw: Int[np.ndarray, "images 3"],
+        config: PretrainedConfig,
+    ) -> tuple[Int32[np.ndarray, "1 tokens"], int]:
+        lengths = np.full(len(grid_thw), config.mm_tokens_per_image)
+        image_starts(token_ids, self.image_token_id(config), lengths)
+        return super().positions(token_ids, grid_thw, config)
+
+    @override
+    def image_token_id(self, config: PretrainedConfig) -> int:
+        return config.image_token_index
+
+    @override
+    def placeholder_id(self, config: PretrainedConfig) -> int:
+        return config.boi_token_index
+
+    @override
+    def process_image(
+        self,
+        image: Any,
+        options: Mapping[str, Any],
+        image_processor: Any,
+        config: PretrainedConfig,
+    ) -> ProcessedImage:
+        """Scales one image to the model's size and cuts it into patches, followed by its crops.
+
+        Crops are made if the option `do_pan_and_scan` is true and the image is long enough
+        (Gemma3ImageProcessorPil.pan_and_scan): the ratio of its sides is at least
+        `pan_and_scan_min_ratio_to_activate`, and crops would be at least
+        `pan_and_scan_min_crop_size` pixels wide and high. There are at most
+        `pan_and_scan_max_num_crops`.
+
+        Raises:
+          MessageError: another option, or an invalid value of one.
+        """
+        unknown = [name for name in options if name not in self.image_options]
+        if unknown:
+            raise MessageError(
+                f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan "
+                "adds crops of long ones."
+            )
+        _check_crops(options)
+        settings = _IMAGE_SETTINGS | dict(options)
+        # Processors in transformers refuse an int here.
+        ratio = "pan_and_scan_min_ratio_to_activate"
+        settings[ratio] = float(settings[ratio])
+        features = image_processor(images=[image], return_tensors="np", **settings)
+        pixel_values = np.asarray(features["pixel_values"], np.float32)
+        images, _, height, width = pixel_values.shape
+        size = config.vision_config.patch_size
+        wanted = grid_side(config) * size
+        if (height, width) != (wanted, wanted):
+            raise MessageError(
+                f"the checkpoint's image settings scale images to {height} x {width} pixels, but "
+                f"its vision tower takes {wanted} x {wanted}."
+            )
+        return ProcessedImage(
+            to_patches(pixel_values, config),
+            np.tile(np.asarray([1, height // size, width // size], np.int64), (images, 1)),
+            np.full(images, config.mm_tokens_per_image, np.int64),
+        )
+
+    @override
+    def expand(
+        self, text: str, images: Sequence[int], tokenizer: Any, config: PretrainedConfig
+    ) -> str:
+        """Adds each image's delimiters, and the words that introduce crops.
+
+        As Gemma3Processor does (`full_image_sequence`, `replace_image_token`), but with one token
+        per image.
+        """
+        names = ("boi_token_index", "image_token_index", "eoi_token_index")
+        tokens = tokenizer.convert_ids_to_tokens([getattr(config, name) for name in names])
+        for name, known in zip(names, tokens, strict=True):
+            if known is None:
+                raise MessageError(
+                    f"The checkpoint's tokenizer has no token {getattr(config, name)}, which is "
+                    f"the config's {name}: config.json and the tokenizer's files do not match."
+                )
+        start, token, end = tokens
+        whole = f"\n\n{start}{token}{end}\n\n"
+        first, *others = text.split(start)
+        pieces = [first]
+        for count, following in zip(images, others, strict=True):
+            if count > 1:
+                pieces.append(
+                    f"Here is the original image {whole} and here are some crops to help you see "
+                    f"better {' '.join([whole] * (count - 1))}"
+                )
+            else:
+                pieces.append(whole)
+            pieces.append(following)
+        return "".join(pieces)
+
+    @override
+    def vision_head_dim(self, config: PretrainedConfig) -> int:
+        return config.vision_config.hidden_size // config.vision_config.num_attention_heads
+
+    @override
+    def vision_plan(
+        self,
+        grid_thw: Int[np.ndarray, "images 3"],
+        config: PretrainedConfig,
+        *,
+        patches: int,
+        block_q: int,
+        block_kv: int,
+    ) -> VisionPlan:
+        return vision_plan(grid_thw, config, patches=patches, block_q=block_q, block_kv=block_kv)
+
+    @override
+    def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
+        inputs = super().reference_inputs(prompt, config)
+        if prompt.pixel_values is not None:
+            is_image = inputs["input_ids"] == config.image_token_index
+            inputs |= {
+                "pixel_values": to_images(prompt.pixel_values, config),
+                "token_type_ids": is_image.astype(np.int64),
+            }
+        return inputs
+
+    @override
+    def reference_logits(
+        self, logits: Float[np.ndarray, "*rows vocabulary"], config: PretrainedConfig
+    ) -> Float[np.ndarray, "*rows vocabulary"]:
+        """Applies the config's soft cap, which Gemma3ForConditionalGeneration ignores."""
+        cap = config.text_config.final_logit_softcapping
+        return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def _check_crops(options: Mapping[str, Any]) -> None:
+    """Refuses crop options with invalid values, or without `do_pan_and_scan`."""
+    wanted = options.get("do_pan_and_scan", False)
+    if not isinstance(wanted, bool):
+        raise MessageError(f"do_pan_and_scan must be true or false, got {wanted!r}.")
+    for name in [name for name in _CROPS if name in options]:
+        value = options[name]
+        if "do_pan_and_scan" not in options:
+            raise MessageError(f"{name} has no effect without do_pan_and_scan in the same part.")
+        if name == "pan_and_scan_min_ratio_to_activate":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+                raise MessageError(f"{name} is long side over short side, at least 1; got {value}.")
+        else:
+            whole_number(name, value, least=1, error=MessageError)
