@@ -1,5 +1,6 @@
-"""Checks of arguments that several modules make."""
+"""Checks of numbers in arguments and configurations."""
 
+import math
 import operator
 from typing import Any
 
@@ -9,8 +10,11 @@ from bsjax.errors import BsjaxError
 def whole_number(name: str, value: Any, *, least: int, error: type[BsjaxError]) -> int:
     """`value` as an int.
 
-    Raises:
-      error: it is not a whole number (NumPy's are), or below `least`; the message names `name`.
+    Args:
+      name: what the value is, for the error message.
+      value: an int, or a NumPy integer.
+      least: the least valid value.
+      error: raised if it is not a whole number or below `least`.
     """
     try:
         number = operator.index(value)
@@ -19,3 +23,17 @@ def whole_number(name: str, value: Any, *, least: int, error: type[BsjaxError]) 
     if number < least:
         raise error(f"{name} must be at least {least}, got {number}.")
     return number
+
+
+def positive_number(name: str, value: Any, *, error: type[BsjaxError]) -> float:
+    """`value` as a float.
+
+    Args:
+      name: what the value is, for the error message.
+      value: an int or a float.
+      error: raised if it is not a finite number above 0.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise error(f"{name} must be a number above 0, got {value!r}.")
+    return float(value)

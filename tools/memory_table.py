@@ -28,12 +28,11 @@ from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.prompt_inputs import Shape, category_schedule, kind_schedules
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.answering import Answering
+from bsjax.runtime.answering import Answering, AnswerSettings
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import ModelInputs, cache_rows, prepare_inputs
 from bsjax.runtime.memory import Stage
 from bsjax.runtime.programs import Programs, size_in_bytes
-from bsjax.runtime.sampling import Sampling
 from tools.gpu_targets import TARGETS, compile_for
 from tools.published_models import PUBLISHED_MODELS
 
@@ -163,14 +162,7 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
         backend="pallas",
         new_tokens=NEW_TOKENS,
     )
-    run = Answering(
-        programs,
-        inputs,
-        new_tokens=NEW_TOKENS,
-        end_tokens=np.full(8, -1, np.int32),
-        sampling=Sampling.checked(0.0, None, None, 0),
-        backend="pallas",
-    )
+    run = Answering(programs, inputs, AnswerSettings(NEW_TOKENS, "pallas"))
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(run.cache)
     return Measurement(target, model, inputs, weights, cache, tuple(run.stages))
 

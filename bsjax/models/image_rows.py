@@ -1,4 +1,4 @@
-"""Where the images of a prompt stand, in its tokens and in the rows of a vision tower."""
+"""Checks where the images of a prompt are: in its tokens, and in the rows of a vision tower."""
 
 import numpy as np
 from jaxtyping import Int
@@ -14,20 +14,20 @@ def image_starts(
     """The position of each image's first token.
 
     Args:
-      token_ids: the prompt, in which `image_token_id` stands once per image token.
-      image_token_id: the placeholder's id.
+      token_ids: the prompt, with `image_token_id` once per image token.
+      image_token_id: the family's.
       image_tokens: how many tokens each image has, in prompt order, all at least 1.
 
     Raises:
-      TemplateError: placeholders and images do not agree, or an image is interrupted by text.
+      TemplateError: the number of image tokens is wrong, or text interrupts an image.
     """
     placeholder = np.flatnonzero(np.asarray(token_ids) == image_token_id)
     needed = int(image_tokens.sum())
     if placeholder.size != needed:
         raise TemplateError(
-            f"The prompt holds {placeholder.size} image tokens (id {image_token_id}), but the "
-            f"grids of its {image_tokens.size} images make {image_tokens.tolist()[:20]}, {needed} "
-            "in all."
+            f"The prompt holds {placeholder.size} image tokens (id {image_token_id}), but its "
+            f"{image_tokens.size} images have {needed} according to their grids: "
+            f"{image_tokens.tolist()[:20]}."
         )
     last = np.cumsum(image_tokens) - 1
     starts = placeholder[last - image_tokens + 1]
@@ -36,16 +36,21 @@ def image_starts(
         number = interrupted[0]
         raise TemplateError(
             f"Image {number} should take {image_tokens[number]} tokens from token {starts[number]} "
-            "on, but other tokens stand among them: the grids do not belong to this prompt."
+            "on, but there are other tokens among them: the grids do not belong to this prompt."
         )
     return starts
 
 
 def check_patch_rows(patches: int, needed: int, multiple: int) -> None:
-    """Refuses a plan of `patches` rows for `needed` patches, or one with part of an image token.
+    """Refuses a plan whose rows do not hold all patches, or hold a part of an image token.
+
+    Args:
+      patches: rows of the plan.
+      needed: patches of the images.
+      multiple: patches of an image token.
 
     Raises:
-      CapacityError: `patches` is below `needed`, or no multiple of `multiple`.
+      CapacityError: `patches` is below `needed`, or not a multiple of `multiple`.
     """
     if patches < needed or patches % multiple:
         raise CapacityError(

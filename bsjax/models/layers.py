@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,14 @@ LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 """As `KeepingAttend`, for all layers of one kind. The last argument is the layer's slice of the
 arrays that are scanned over together with the layers."""
 
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+LayerStep = Callable[[Layer, Array, Any], tuple[Array, Any]]
+"""Runs one layer: `step(layer, hidden, scanned_of_layer)` returns the next hidden state and the
+layer's output."""
+
 CHUNK_ROWS = 8192
-"""Rows that `by_rows` hands to a function at a time: plenty for the matrix products of a GPU."""
+"""Rows that `by_rows` passes to a function at a time; enough to keep a GPU's matrix units busy."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -39,20 +45,20 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# Rows of a matrix whose products one reduction on a GPU adds up: few enough that the matrices of
-# published sizes occupy all multiprocessors, many enough that the sums are small beside the matrix.
+# Rows of a matrix that are summed by one reduction on a GPU. Few enough that matrices of published
+# sizes occupy all multiprocessors; many enough that the partial sums are small next to the matrix.
 _ROWS_PER_SUM = 128
 
 
 @cache
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function that a Hugging Face config calls `name`.
+    """The activation function with this name in Hugging Face configs.
 
-    It computes in float32 and returns its argument's dtype. One name is always one object, which
-    keeps modules built alike equal, and what is compiled for one usable for the other.
+    It computes in float32 and returns its argument's dtype. The same name always returns the same
+    object, so that equally built modules compare equal and share compiled programs.
 
     Raises:
-      CheckpointError: no supported model uses such an activation.
+      CheckpointError: the activation is not supported.
     """
     if name not in _ACTIVATIONS:
         raise CheckpointError(
@@ -63,7 +69,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def _in_float32(function: Callable[[Array], Array], x: Array) -> Array:
-    """`function` without rounding to `x`'s dtype on the way."""
+    """`function(x)` computed in float32 and rounded to `x`'s dtype at the end."""
     return function(x.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -117,55 +123,62 @@ def decode_attend(
     return attend
 
 
-def stack_layers(
-    create: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs
-) -> nnx.Module:
+def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
     """A module whose parameters are those of `layers` modules, stacked on a leading axis."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
-    def create_all(rngs: nnx.Rngs) -> nnx.Module:
+    def create_all(rngs: nnx.Rngs) -> Layer:
         return create(rngs)
 
     return create_all(rngs)
 
 
-def scan_layers(stacked, step, hidden, scanned=None):
-    """Runs stacked layers one after the other: compiled once, whatever their number.
+def scan_layers(
+    stacked: Layer,
+    step: LayerStep[Layer],
+    hidden: Float[Array, "*rows width"],
+    scanned: Any = None,
+) -> tuple[Float[Array, "*rows width"], Any]:
+    """Runs stacked layers one after the other. They are compiled once, whatever their number.
 
     Args:
       stacked: a module made by `stack_layers`.
-      step: called as `step(layer, hidden, scanned_of_layer)`; returns the next hidden state and the
-        layer's output.
-      hidden: what the first layer starts from.
-      scanned: pytree of arrays with a leading layer axis, one slice of which goes to each layer.
+      step: runs one layer.
+      hidden: the first layer's input.
+      scanned: pytree of arrays with a leading layer axis; `step` is given a layer's slice.
 
     Returns:
       The last hidden state, and the layers' outputs stacked on a leading axis.
     """
     graph, parameters = nnx.split(stacked)
 
-    def body(hidden, slices):
+    def body(hidden: Array, slices: tuple[Any, Any]) -> tuple[Array, Any]:
         parameters_of_layer, scanned_of_layer = slices
         return step(nnx.merge(graph, parameters_of_layer), hidden, scanned_of_layer)
 
     return jax.lax.scan(body, hidden, (parameters, scanned))
 
 
-def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
-    """As `scan_layers`, for layers of several kinds that take turns: compiled once a turn.
+def scan_layers_of_kinds(
+    stacked: Layer,
+    kinds: Sequence[int],
+    steps: Sequence[LayerStep[Layer]],
+    hidden: Float[Array, "*rows width"],
+    scanned: Any = None,
+) -> tuple[Float[Array, "*rows width"], tuple[Any, ...]]:
+    """As `scan_layers`, for layers of several kinds in alternation.
 
-    Kinds repeat with a period, such as five local layers and a global one. The program holds one
-    period, its runs of equal layers as loops, and what is left of a period after the last whole
-    one: it does not grow with the number of periods.
+    Kinds repeat with a period, such as five local layers and a global one. The program contains one
+    period, in which a run of layers of one kind is a loop, and the layers after the last whole
+    period. Its size does not grow with the number of periods.
 
     Args:
       stacked: a module made by `stack_layers`.
-      kinds: the kind of each layer, numbers from 0.
-      steps: one function for each kind, called as `step` is in `scan_layers`. What they return
-        beside the hidden state may differ between kinds.
-      hidden: what the first layer starts from.
-      scanned: pytree of arrays with a leading layer axis, one slice of which goes to each layer.
+      kinds: the kind of each layer, counted from 0.
+      steps: one function for each kind. Their outputs may differ in structure and shape.
+      hidden: the first layer's input.
+      scanned: pytree of arrays with a leading layer axis; steps are given a layer's slice.
 
     Returns:
       The last hidden state and, for each kind, the outputs of its layers stacked on a leading axis;
@@ -173,7 +186,7 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
     """
     graph, parameters = nnx.split(stacked)
 
-    def one_layer(kind, layer, hidden):
+    def one_layer(kind: int, layer: Any, hidden: Array) -> tuple[Array, Any]:
         # Indexed in place: cutting the whole periods out of the stack would copy the weights.
         parameters_of_layer, scanned_of_layer = jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False),
@@ -181,7 +194,8 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
         )
         return steps[kind](nnx.merge(graph, parameters_of_layer), hidden, scanned_of_layer)
 
-    def run(kind, first, count, hidden):
+    def run(kind: int, first: Any, count: int, hidden: Array) -> tuple[Array, Any]:
+        """Runs `count` layers of one kind from layer `first` on."""
         if count == 1:
             hidden, output = one_layer(kind, first, hidden)
             return hidden, jax.tree.map(lambda array: array[None], output)
@@ -189,8 +203,11 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
             lambda hidden, layer: one_layer(kind, layer, hidden), hidden, first + jnp.arange(count)
         )
 
-    def turns(kinds, first, hidden):
-        outputs = {}
+    def run_in_turn(
+        kinds: Sequence[int], first: Any, hidden: Array
+    ) -> tuple[Array, dict[int, Any]]:
+        """Runs consecutive layers of these kinds, the first of which is layer `first`."""
+        outputs: dict[int, list[Any]] = {}
         for kind, members in itertools.groupby(kinds):
             count = len(list(members))
             hidden, output = run(kind, first, count, hidden)
@@ -201,14 +218,14 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
     period = period_of(kinds)
     periods = len(kinds) // period
     hidden, outputs = jax.lax.scan(
-        lambda hidden, first: turns(kinds[:period], first, hidden),
+        lambda hidden, first: run_in_turn(kinds[:period], first, hidden),
         hidden,
         period * jnp.arange(periods),
     )
     outputs = jax.tree.map(
         lambda array: array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]), outputs
     )
-    hidden, rest = turns(kinds[periods * period :], periods * period, hidden)
+    hidden, rest = run_in_turn(kinds[periods * period :], periods * period, hidden)
     return hidden, tuple(
         _concatenated([part[kind] for part in (outputs, rest) if kind in part])
         for kind in range(len(steps))
@@ -216,7 +233,7 @@ def scan_layers_of_kinds(stacked, kinds, steps, hidden, scanned=None):
 
 
 def period_of(kinds: Sequence[int]) -> int:
-    """The least number of layers after which kinds repeat."""
+    """The smallest number of layers after which the kinds repeat."""
     return next(
         period
         for period in range(1, len(kinds) + 1)
@@ -225,7 +242,7 @@ def period_of(kinds: Sequence[int]) -> int:
 
 
 def _concatenated(parts: Sequence[Any]) -> Any:
-    """Pytrees of one structure joined along their leading axes; None for none."""
+    """Pytrees of one structure, concatenated along their leading axes; None for an empty list."""
     if len(parts) < 2:
         return parts[0] if parts else None
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
@@ -240,9 +257,9 @@ def dot_general(
 ) -> Array:
     """`jax.lax.dot_general` for `nnx.Linear`, which reads the weights once when there is one row.
 
-    XLA for GPUs copies a layer's weights out of their stack before a matrix product, or writes out
-    the products before it adds them up: three times the traffic, in decoding, which is bound by it.
-    Reductions it fuses with the slice.
+    Decoding is bound by memory traffic. For a matrix product, XLA for GPUs copies a layer's weights
+    out of their stack or writes all products to memory before it sums them, which triples the
+    traffic. A reduction is fused with the slice of the stack instead.
     """
     product = partial(
         jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
@@ -257,7 +274,8 @@ def one_row_product(
 ) -> Float[Array, "1 outputs"]:
     """`row @ matrix` as float32 sums of products, in `row`'s dtype; `width` a multiple of 128.
 
-    In two stages, because one would not fill a GPU; the barrier keeps them apart.
+    The sum has two stages, because a single one does not occupy a whole GPU. The barrier keeps XLA
+    from merging them.
     """
     parts = (matrix.shape[0] // _ROWS_PER_SUM, _ROWS_PER_SUM)
     products = row.reshape(*parts, 1).astype(jnp.float32) * matrix.reshape(*parts, -1)
@@ -268,11 +286,11 @@ def one_row_product(
 def by_rows(
     function: Callable[[Array], Array], x: Float[Array, "rows width"]
 ) -> Float[Array, "rows out"]:
-    """`function(x)`, for a function that looks at each row by itself, in bounded memory.
+    """`function(x)` in bounded memory, for a function that treats each row independently.
 
-    Up to `CHUNK_ROWS` rows that is one call. Beyond, whole chunks run one after the other and what
-    is left of the rows after them, so that what `function` makes on the way is never larger than a
-    chunk's: the inner width of an MLP is five times a model's, and a prompt has 300K rows.
+    Up to `CHUNK_ROWS` rows it is one call. For more, whole chunks run one after the other, followed
+    by the remaining rows, so that temporaries are never larger than a chunk's: the inner width of
+    an MLP is five times the model's, and a prompt can have 300K rows.
     """
     rows = x.shape[0]
     if rows <= CHUNK_ROWS:
@@ -286,7 +304,7 @@ def by_rows(
 
 
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:
-    """The angles per position of a rotary embedding: `theta ** -(i / count)`, float32."""
+    """Angles per position of a rotary embedding: `theta ** -(i / count)`, float32."""
     exponent = np.arange(count, dtype=np.float32) / np.float32(count)
     return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
 
@@ -298,8 +316,8 @@ def rotate(
 ) -> Float[Array, "rows heads head_dim"]:
     """Rotary embedding of pairs (i, i + head_dim / 2), in float32; the result has `x`'s dtype.
 
-    Computes `apply_rotary_pos_emb` of transformers' Qwen2-VL and Gemma 3, and the former's
-    `apply_rotary_pos_emb_vision`; their cosines and sines repeat in the two halves of a head.
+    Equals `apply_rotary_pos_emb` of transformers' Qwen2-VL and Gemma 3, and Qwen2-VL's
+    `apply_rotary_pos_emb_vision`, whose cosines and sines repeat in the two halves of a head.
     """
     cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

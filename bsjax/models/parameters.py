@@ -1,7 +1,7 @@
 """How Hugging Face parameters map to ours: one rule per parameter, one dictionary of transforms.
 
-The tables themselves stand in each family's `parameters.py`. Source names are those of the nested
-layout that transformers 5 saves; `canonical_key` maps the older layouts of the hub to it.
+The tables are in each family's `parameters.py`. Source names are those of the nested layout that
+transformers 5 saves; `canonical_key` maps the hub's older layouts to it.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +32,7 @@ class ParameterRule:
 
     Attributes:
       target: path in the module's state, e.g. `("language_model", "norm", "scale")`.
-      source: the canonical Hugging Face key, with `{layer}` in it for a stacked parameter.
+      source: the canonical Hugging Face key, containing `{layer}` for a stacked parameter.
       layers: how many source tensors are stacked on a leading axis, or None for a single one.
       transform: a key of `TRANSFORMS`, applied to each source tensor.
     """
@@ -63,7 +63,7 @@ def _flatten_patch(tensor: np.ndarray) -> np.ndarray:
 
 
 TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    # As it is: norms, biases, embeddings.
+    # Unchanged: norms, biases, embeddings.
     "copy": _copy,
     # A linear layer's [out, in] to our [in, out].
     "transpose": _transpose,
@@ -73,12 +73,12 @@ TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def canonical_key(key: str) -> str:
-    """The key that a parameter has in the nested layout, whichever layout `key` is of.
+    """The key of a parameter in the nested layout, given its key in any layout.
 
-    The hub knows `visual.*` beside `model.layers.*`, `language_model.model.*` beside
-    `language_model.lm_head.*`, and `model.visual.*` beside `model.language_model.*`; Gemma 3's
-    `vision_tower.vision_model.*` and `multi_modal_projector.*`, with `model.` before them or not,
-    and without `vision_model.`. Keys of none of these come back unchanged.
+    Layouts on the hub: `visual.*` with `model.layers.*`; `language_model.model.*` with
+    `language_model.lm_head.*`; `model.visual.*` with `model.language_model.*`; and Gemma 3's
+    `vision_tower.*` and `multi_modal_projector.*`, with or without `model.` in front and
+    `vision_model.` inside. Other keys are returned unchanged.
     """
     for prefix, canonical in _PREFIXES:
         if key.startswith(prefix):
@@ -89,14 +89,14 @@ def canonical_key(key: str) -> str:
 def ties_embeddings(config: PretrainedConfig) -> bool:
     """Whether the output projection is the embedding table.
 
-    The top level of the config says it. Some files say it in `text_config`: transformers' classes
-    of the families that have such files (Qwen's) bring it up when they read them.
+    Read from the top level of the config. Some files of Qwen's have it in `text_config`;
+    transformers moves it to the top level when it reads them.
     """
     return bool(config.tie_word_embeddings)
 
 
 def tied_keys(config: PretrainedConfig) -> dict[str, str]:
-    """Canonical keys that a checkpoint may hold as copies of others, and those others."""
+    """Canonical keys whose tensors may be copies of others in a checkpoint, and those others."""
     if not ties_embeddings(config):
         return {}
     return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -105,7 +105,7 @@ def tied_keys(config: PretrainedConfig) -> dict[str, str]:
 def linear_rules(
     target: tuple[str, ...], source: str, *, bias: bool, layers: int | None = None
 ) -> list[ParameterRule]:
-    """The rules of a linear layer: its kernel, and its bias if it has one."""
+    """The rules of a linear layer: its kernel, and its bias if there is one."""
     rules = [ParameterRule((*target, "kernel"), f"{source}.weight", layers, "transpose")]
     if bias:
         rules.append(ParameterRule((*target, "bias"), f"{source}.bias", layers, "copy"))
@@ -115,7 +115,7 @@ def linear_rules(
 def norm_rules(
     targets: Iterable[str], prefix: tuple[str, ...], source: str, *, bias: bool, layers: int | None
 ) -> list[ParameterRule]:
-    """The rules of norms named alike on both sides: their scales, and biases if they have them."""
+    """The rules of norms with the same names on both sides: scales, and biases if there are any."""
     rules = []
     for name in targets:
         rules.append(

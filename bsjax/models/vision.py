@@ -1,4 +1,4 @@
-"""What several vision towers share: attention within segments, MLPs of two layers."""
+"""What vision towers share: attention within segments, two-layer MLPs."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from bsjax.models.layers import Attend, activation
 
 
 class VisionMLP(nnx.Module):
-    """Two linear layers and an activation between them (transformers: VisionMlp, SiglipMLP)."""
+    """Two linear layers with an activation between them (transformers: VisionMlp, SiglipMLP)."""
 
     def __init__(self, width: int, inner: int, act: str, dtype: Any, rngs: nnx.Rngs) -> None:
         self.fc1 = nnx.Linear(width, inner, param_dtype=dtype, rngs=rngs)
@@ -26,10 +26,10 @@ class VisionMLP(nnx.Module):
 
 
 def segment_attention(schedule: Schedule, heads: int, backend: str) -> Attend:
-    """Attention in which a row sees all of its own segment."""
+    """Attention in which each row sees exactly its own segment."""
     categories = jnp.full(heads, HeadCategory.INTRA_IMAGE, jnp.int32)
 
-    def attend(q, k, v):
+    def attend(q: Array, k: Array, v: Array) -> Array:
         return ragged_attention(
             q, k, v, schedule, categories, scale=q.shape[-1] ** -0.5, backend=backend
         )

@@ -189,7 +189,6 @@ class Evaluator:
         answer = generate(
             self._model, messages, max_new_tokens=self.answer_tokens, backend=self._backend
         )
-        assert not isinstance(answer, list)
         prompt = self._model.prompt(messages)
         template = Template.from_tokens(
             prompt.token_ids,

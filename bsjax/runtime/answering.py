@@ -7,6 +7,7 @@ and updated in place by each call of decode.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,32 @@ from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import ModelInputs, cache_rows
 from bsjax.runtime.memory import Stage
 from bsjax.runtime.programs import Programs
-from bsjax.runtime.sampling import Sampling, sample
+from bsjax.runtime.sampling import GREEDY, Sampling, sample
+
+MAX_END_TOKENS = 8
+"""How many end-of-sequence tokens `decode` has room for. Published models have at most two."""
 
 DECODE_CHUNK = 64
 """The most tokens that one call of `decode` generates."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerSettings:
+    """How a prompt is to be answered.
+
+    Attributes:
+      new_tokens: the most tokens to generate.
+      sampling: how tokens are chosen.
+      end_tokens: ids of end-of-sequence tokens, padded with -1.
+      backend: attention backend, already resolved.
+    """
+
+    new_tokens: int
+    backend: str
+    sampling: Sampling = GREEDY
+    end_tokens: Int32[np.ndarray, "end_tokens"] = field(
+        default_factory=lambda: np.full(MAX_END_TOKENS, -1, np.int32)
+    )
 
 
 class DecodeState(NamedTuple):
@@ -134,31 +157,28 @@ class Answering:
         self,
         programs: Programs,
         inputs: ModelInputs,
-        *,
-        new_tokens: int,
-        end_tokens: Int32[np.ndarray, "end_tokens"],
-        sampling: Sampling,
-        backend: str,
+        settings: AnswerSettings,
     ) -> None:
+        backend = settings.backend
         self.embedding = Embedding(programs, inputs, backend)
         self._prefill_arguments = (
             inputs.position_ids,
             inputs.schedules,
             inputs.head_category,
             inputs.last_row,
-            sampling,
+            settings.sampling,
         )
         self._prefill = programs.get(
             prefill,
             (self.embedding.output, *self._prefill_arguments),
-            static=(cache_rows(inputs.tokens + new_tokens), backend),
+            static=(cache_rows(inputs.tokens + settings.new_tokens), backend),
             donate=(0,),
         )
         self._decode_arguments = (
             np.int32(inputs.tokens),
             np.int32(inputs.next_position),
-            end_tokens,
-            sampling,
+            settings.end_tokens,
+            settings.sampling,
         )
         state, _ = self._prefill.output
         self.cache = state.cache

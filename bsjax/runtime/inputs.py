@@ -1,4 +1,4 @@
-"""From a prompt to the arrays that the programs take: packed, padded to buckets, checked to fit."""
+"""Turns a prompt into the arrays that programs take: packed, and padded to buckets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ PADDING_ROW = np.iinfo(np.int32).max
 
 _SMALLEST_TOKENS = 64
 GROUP_PATCHES = 65536
-"""Patches that go through the vision tower together: its memory does not grow with the images."""
-# Eight sizes between powers of two: at most 12.5 % of padding.
-_STEPS = 8
+"""The most patches that go through the vision tower together; bounds the tower's memory."""
+# Eight sizes between powers of two: at most 12.5% of padding.
+_BUCKETS = 8
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class ImageGroup:
     """Consecutive images of a prompt that go through the vision tower together."""
 
     patches: Float32[np.ndarray, "patches pixels"]
-    """Of these images: a part of the prompt's, not a copy."""
+    """Of these images; a view of the prompt's patches."""
     plan: Any
-    """From the family's `vision_plan`: for these images, padded to a bucket."""
+    """From the family's `vision_plan`, for these images and padded to a bucket."""
     image_rows: Int32[np.ndarray, "merged"]
-    """The row of each image token, then `PADDING_ROW`s."""
+    """The row of each image token, padded with `PADDING_ROW`."""
     padded_patches: int
 
     def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
-        """The padded patches: made when they are needed, as those of all groups are gigabytes."""
+        """The padded patches. Made on demand: for all groups together they take gigabytes."""
         padded = np.zeros((self.padded_patches, self.patches.shape[1]), np.float32)
         padded[: len(self.patches)] = self.patches
         return padded
@@ -55,9 +55,9 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One prompt as the programs take it: NumPy arrays, rows in the schedules' order.
+    """One prompt as programs take it: NumPy arrays with rows in the schedules' order.
 
-    `tokens` rows are real, the others padding at the end.
+    The first `tokens` rows are the prompt's, the others are padding.
     """
 
     template: Template
@@ -65,9 +65,9 @@ class ModelInputs:
     next_position: int
     """Position of the first token after the prompt."""
     schedules: tuple[Schedule, ...]
-    """One for each of the family's `visibilities`, all in one row order."""
+    """One for each of the family's `visibilities`, all with the same row order."""
     order: Int32[np.ndarray, "tokens"]
-    """The prompt index of every row that is not padding."""
+    """The prompt index of every row before the padding."""
     head_category: Int32[np.ndarray, "layers q_heads"]
     token_ids: Int32[np.ndarray, "rows"]
     position_ids: Int32[np.ndarray, "axes rows"]
@@ -75,13 +75,13 @@ class ModelInputs:
     """The row of the prompt's last token."""
     image_groups: tuple[ImageGroup, ...]
     flops_per_kind: tuple[LayerFlops, ...]
-    """Of the language model's layers, by kind."""
+    """Attention FLOPs of the language model, by kind of layer."""
     how_to_shorten: str
-    """A sentence for messages about prompts that are too long."""
+    """Advice for error messages about prompts that are too long."""
 
     @property
     def rows(self) -> int:
-        """Rows of the programs, padding included."""
+        """Number of rows, padding included."""
         return self.token_ids.shape[0]
 
     @property
@@ -103,18 +103,18 @@ def prepare_inputs(
     backend: str,
     new_tokens: int = 0,
 ) -> ModelInputs:
-    """Computes template, schedules, positions and vision plans of a prompt on the host.
+    """Computes a prompt's template, schedules, positions and vision plans, on the host.
 
     Args:
       architecture: of the model that runs it.
       prompt: token ids and pixel values.
       profile: head categories and sinks; None is dense.
-      backend: of the attention, already resolved.
-      new_tokens: how many tokens will follow the prompt.
+      backend: attention backend, already resolved.
+      new_tokens: how many tokens may follow the prompt.
 
     Raises:
       CapacityError: prompt and new tokens need more positions than the model has.
-      TemplateError: placeholders and images do not agree.
+      TemplateError: image tokens and images do not match.
     """
     family, config, dtype = architecture
     text_config = config.get_text_config()
@@ -129,8 +129,8 @@ def prepare_inputs(
     if next_position + new_tokens > limit:
         raise CapacityError(
             f"The prompt takes {next_position} positions ({template.tokens} tokens, "
-            f"{describe_images(template)}) and {new_tokens} new tokens follow, but the model has "
-            f"{limit}. {family.how_to_shorten}"
+            f"{describe_images(template)}) and up to {new_tokens} new tokens follow, but the model "
+            f"has {limit}. {family.how_to_shorten}"
         )
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
@@ -142,9 +142,9 @@ def prepare_inputs(
     block_q, block_kv = block_sizes(
         backend, head_dim, dtype, sparse=bool((head_category != HeadCategory.DENSE).any())
     )
-    rows = bucket(template.tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
+    rows = bucket(template.tokens, smallest=_SMALLEST_TOKENS, steps=_BUCKETS)
     visibilities = family.visibilities(config)
-    # The same tables for all kinds of layers: then all schedules have one row order.
+    # With the same tables for all kinds of layers, all schedules have the same row order.
     schedules = tuple(
         build_schedule(
             template,
@@ -192,7 +192,7 @@ def prepare_inputs(
 
 def cache_rows(tokens: int) -> int:
     """Rows of a cache that holds `tokens` tokens, prompt and answer."""
-    return bucket(tokens, smallest=_SMALLEST_TOKENS, steps=_STEPS)
+    return bucket(tokens, smallest=_SMALLEST_TOKENS, steps=_BUCKETS)
 
 
 def _image_groups(
@@ -201,7 +201,7 @@ def _image_groups(
     rows: Int32[np.ndarray, "image_tokens"],
     backend: str,
 ) -> tuple[ImageGroup, ...]:
-    """The groups that the images of a prompt go through the vision tower in."""
+    """Divides the images of a prompt into groups for the vision tower."""
     if prompt.pixel_values is None:
         return ()
     family, config, dtype = architecture
@@ -213,7 +213,9 @@ def _image_groups(
     groups = []
     for first, end in group_borders(patches.tolist(), GROUP_PATCHES):
         count = int(first_patch[end] - first_patch[first])
-        padded_tokens = bucket(count // patches_per_token, smallest=_SMALLEST_TOKENS, steps=_STEPS)
+        padded_tokens = bucket(
+            count // patches_per_token, smallest=_SMALLEST_TOKENS, steps=_BUCKETS
+        )
         padded = padded_tokens * patches_per_token
         image_rows = np.full(padded_tokens, PADDING_ROW, np.int32)
         tokens = slice(first_token[first], first_token[end])
@@ -227,7 +229,12 @@ def _image_groups(
 
 
 def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """First and end of runs of images with at most `limit` patches, or of one larger image."""
+    """First and end index of each group: as many images as fit into `limit` patches, at least one.
+
+    Args:
+      patches: of each image.
+      limit: patches of a group.
+    """
     borders = []
     first = total = 0
     for number, size in enumerate(patches):
@@ -239,7 +246,7 @@ def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def describe_images(template: Template) -> str:
-    """How many images a prompt has and how many tokens each takes, for messages."""
+    """How many images a prompt has, and the tokens of each, for error messages."""
     sizes = template.image_tokens
     if not sizes:
         return "no images"

@@ -1,7 +1,7 @@
 """The jitted programs of one loaded model: compiled ahead of their first run, and counted.
 
-A program is compiled once per combination of bucketed shapes and kept with the model. Compiling
-ahead of the run tells what a prompt will take in memory before anything is run.
+A program is compiled once per combination of bucketed shapes and kept with the model. As programs
+are compiled before they run, the memory that a prompt needs is known before it runs.
 """
 
 import math
@@ -18,7 +18,7 @@ from flax import nnx
 from bsjax.checkpoint.loading import LoadedModel
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
-"""Compiles a jitted function for arguments of given shapes: for this machine's device, or another's
+"""Compiles a jitted function for arguments of given shapes, for this machine's device or another
 (`tools.gpu_targets`)."""
 
 
@@ -26,9 +26,9 @@ class Program:
     """A compiled program of one model.
 
     Attributes:
-      compiled: what JAX compiled.
-      output: shapes and dtypes of what it returns, for programs that take it.
-      memory: what it takes of the device.
+      compiled: JAX's compiled program.
+      output: shapes and dtypes of its results.
+      memory: of the device.
     """
 
     def __init__(self, parameters: Any, compiled: Any, arguments: tuple[Any, ...]) -> None:
@@ -43,19 +43,24 @@ class Program:
 
 
 class Memory(NamedTuple):
-    """Bytes that a program takes of the device while it runs, the model's parameters left out."""
+    """Bytes on the device while a program runs, without the model's parameters."""
 
     arguments: int
     temporaries: int
-    """What exists only while it runs."""
+    """What exists only while the program runs."""
     results: int
-    """What it returns, except where that overwrites a donated argument."""
+    """What the program returns, except in the buffers of donated arguments."""
 
     @classmethod
     def of(cls, compiled: Any, arguments: tuple[Any, ...]) -> "Memory":
-        """The memory of a compiled program with these arguments beside the parameters."""
+        """The memory of a compiled program.
+
+        Args:
+          compiled: from JAX.
+          arguments: those after the parameters.
+        """
         analysis = compiled.memory_analysis()
-        if analysis is None:  # Some backends do not tell.
+        if analysis is None:  # Some backends do not support it.
             return cls(size_in_bytes(arguments), 0, size_in_bytes(compiled.out_info))
         return cls(
             arguments=size_in_bytes(arguments),
@@ -65,7 +70,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it: the most that this program and what it is given take at a time."""
+        """The most that the program needs at a time, arguments included."""
         return sum(self)
 
 
@@ -73,18 +78,19 @@ class Programs:
     """All programs compiled for one model so far.
 
     Attributes:
-      graph: the module without its parameters, to be merged inside a program.
-      parameters: the module's parameters, arguments of every program.
-      compilations: how many programs have been compiled (or read from the persistent cache).
-      compile_seconds: how long that took, altogether.
+      graph: the module without its parameters.
+      parameters: the module's parameters, the first argument of every program.
+      compilations: how many programs have been compiled, or read from the persistent cache.
+      compile_seconds: the time that this took.
     """
 
     def __init__(self, module: nnx.Module, compile: Compile | None = None) -> None:
-        """The programs of `module`, which may be an abstract one if none of them is to run.
+        """No program is compiled yet.
 
         Args:
-          module: the model.
-          compile: what compiles; by default for this machine's device, with JAX's persistent cache.
+          module: the model; may be abstract (shapes in place of weights) if no program is to run.
+          compile: compiles the programs; by default for this machine's device, with JAX's
+            persistent cache.
         """
         if compile is None:
             use_persistent_cache()
@@ -105,10 +111,10 @@ class Programs:
         """The program of `function(module, *arguments, *static)` for arguments of these shapes.
 
         Args:
-          function: module-level, so that it names the program.
-          arguments: arrays, or `jax.ShapeDtypeStruct`s of them, in pytrees.
-          static: hashable arguments that are compiled in.
-          donate: which of `arguments` the program may overwrite.
+          function: a function at module level; programs are told apart by it.
+          arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+          static: hashable arguments, compiled into the program.
+          donate: indices of the arguments whose buffers the program may overwrite.
         """
         shapes = jax.tree.map(_shape, (self.parameters, *arguments))
         leaves, structure = jax.tree.flatten(shapes[1:])
@@ -137,14 +143,14 @@ _programs: "weakref.WeakKeyDictionary[LoadedModel, Programs]" = weakref.WeakKeyD
 
 
 def programs_of(model: LoadedModel) -> Programs:
-    """The programs of a model, kept for as long as the model is."""
+    """The programs of a model, kept as long as the model exists."""
     if model not in _programs:
         _programs[model] = Programs(model.module)
     return _programs[model]
 
 
 def use_persistent_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told of another."""
+    """Keeps compiled programs in the user's cache folder, unless JAX has another one configured."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -152,7 +158,7 @@ def use_persistent_cache() -> None:
 
 
 def size_in_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or shapes of arrays, of a pytree."""
+    """Bytes of all arrays in a pytree, or of arrays of its shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

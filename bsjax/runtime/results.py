@@ -1,4 +1,4 @@
-"""What a generation gives back: the answer, its text as it grows, and what it took."""
+"""The results of a generation: the answer, its statistics, and its text while it grows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,19 +8,19 @@ from bsjax.masks.flops import LayerFlops
 
 @dataclass(frozen=True)
 class Stats:
-    """What a generation took.
+    """Sizes, FLOPs and times of a generation.
 
     Attributes:
       prompt_tokens: tokens of the prompt, image tokens included.
       image_tokens: tokens of each image.
       attention_flops_dense: FLOPs of the language model's attention in prefill, all heads dense.
       attention_flops_sparse: the same with the profile's categories.
-      vision_seconds: image processing on the host excluded.
+      vision_seconds: the vision tower, without image processing on the host.
       prefill_seconds: embedding, prefill and the first token.
       decode_seconds: all tokens after the first.
-      compile_seconds: programs that this call compiled, or read from the persistent cache.
+      compile_seconds: compiling programs, or reading them from the persistent cache.
       backend: the attention backend.
-      attention_flops_per_kind: the FLOPs apart for each kind of layers: with a window, without.
+      attention_flops_per_kind: the FLOPs of each kind of layer, such as with and without a window.
     """
 
     prompt_tokens: int
@@ -40,10 +40,10 @@ class Result:
     """An answer.
 
     Attributes:
-      text: the answer, special tokens left out.
-      token_ids: the tokens generated, the end-of-sequence token included if one was.
+      text: the answer, without special tokens.
+      token_ids: the generated tokens, including the end-of-sequence token if there is one.
       prompt_tokens: tokens of the prompt.
-      finish_reason: `stop` at an end-of-sequence token, `length` at `max_new_tokens`.
+      finish_reason: `stop` (an end-of-sequence token) or `length` (`max_new_tokens`).
       stats: sizes, FLOPs and seconds.
     """
 
@@ -55,17 +55,17 @@ class Result:
 
 
 class IncrementalText:
-    """Text of a growing list of tokens, handed out piece by piece, whole characters only."""
+    """The text of a growing list of tokens, in pieces of whole characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # Tokens handed out last, which what follows may read differently after, and those since.
+        # The last piece's tokens, because text can depend on the tokens before it; and those since.
         self._context: list[int] = []
         self._pending: list[int] = []
         self.whole = ""
 
     def add(self, token_id: int, *, last: bool) -> str:
-        """The text that this token completes; empty while a character's bytes are still missing."""
+        """The text that this token completes; empty while bytes of a character are missing."""
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or drawn under temperature, top-k and top-p."""
+"""Chooses the next token: the likeliest, or drawn with temperature, top-k and top-p."""
 
 from typing import Any, NamedTuple
 
@@ -12,22 +12,22 @@ from bsjax.errors import GenerationError
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen. A program takes these as data: changing them compiles nothing."""
+    """How tokens are chosen. Programs take it as data, so that changing it compiles nothing."""
 
     temperature: Any
-    """float32: 0 chooses the likeliest token."""
+    """float32; 0 chooses the likeliest token."""
     top_k: Any
-    """int32: only the k likeliest tokens are drawn; 0 for all."""
+    """int32; draws only from the k likeliest tokens, 0 from all."""
     top_p: Any
-    """float32: only the likeliest tokens that reach this probability are drawn; 1 for all."""
+    """float32; draws only from the likeliest tokens that together reach this probability."""
     seed: Any
-    """uint32."""
+    """uint32; of the draws."""
 
     @classmethod
     def checked(
         cls, temperature: float, top_k: int | None, top_p: float | None, seed: int
     ) -> "Sampling":
-        """Sampling from a user's arguments.
+        """Checks a user's arguments; see `bsjax.generate`.
 
         Raises:
           GenerationError: one of them is out of range.
@@ -52,18 +52,22 @@ class Sampling(NamedTuple):
         )
 
 
+GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)
+"""Always chooses the likeliest token."""
+
+
 def sample(
     logits: Float[Array, "vocabulary"], sampling: Sampling, step: Int[Array, ""]
 ) -> Int[Array, ""]:
     """The next token, int32.
 
-    Drawing depends on the seed and the step alone. Filters apply as in transformers' logits
-    warpers: temperature, then top-k, then top-p over what is left.
+    Draws depend only on the seed and the step. Filters are applied as in transformers: temperature,
+    then top-k, then top-p over the remaining tokens.
 
     Args:
       logits: float32.
       sampling: how to choose.
-      step: how many tokens were chosen before.
+      step: how many tokens have been chosen before.
     """
 
     def greedy() -> Array:
@@ -72,13 +76,13 @@ def sample(
     def drawn() -> Array:
         order = jnp.argsort(-logits, stable=True)
         descending = logits[order] / jnp.maximum(sampling.temperature, 1e-6)
-        # Ties with the k-th likeliest token stay, as in transformers.
+        # Ties with the k-th likeliest token are kept, as in transformers.
         rank = jnp.clip(sampling.top_k - 1, 0, logits.shape[0] - 1)
         kept = (sampling.top_k == 0) | (descending >= descending[rank])
         descending = jnp.where(kept, descending, -jnp.inf)
         probability = jax.nn.softmax(descending)
         reached_before = jnp.cumsum(probability) - probability
-        # The likeliest token stays whatever top_p is.
+        # The likeliest token is always kept.
         kept = (reached_before < sampling.top_p) | (jnp.arange(logits.shape[0]) == 0)
         key = jax.random.fold_in(jax.random.key(sampling.seed), step)
         return order[jax.random.categorical(key, jnp.where(kept, descending, -jnp.inf))].astype(

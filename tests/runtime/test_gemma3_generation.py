@@ -15,10 +15,9 @@ from bsjax.cli.mask import _template
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.masks.visibility import Visibility
 from bsjax.models.gemma3.text import rows_of_ring
-from bsjax.runtime.answering import Answering
+from bsjax.runtime.answering import Answering, AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
-from bsjax.runtime.sampling import Sampling
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.small_models import reference_inputs
@@ -117,14 +116,7 @@ def test_local_layers_keep_their_window_alone(model):
     inputs = prepare_inputs(
         model.architecture, model.prompt(conversation()), None, backend="xla", new_tokens=2
     )
-    cache = Answering(
-        programs_of(model),
-        inputs,
-        new_tokens=2,
-        end_tokens=np.full(8, -1, np.int32),
-        sampling=Sampling.checked(0.0, None, None, 0),
-        backend="xla",
-    ).cache
+    cache = Answering(programs_of(model), inputs, AnswerSettings(2, "xla")).cache
     assert cache.of_local.k.shape == (3, 11, 2, 16)
     assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
 

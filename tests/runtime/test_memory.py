@@ -14,12 +14,11 @@ from PIL import Image
 import bsjax
 from bsjax import CapacityError
 from bsjax.models import layers
-from bsjax.runtime.answering import Answering
+from bsjax.runtime.answering import Answering, AnswerSettings
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.inputs import group_borders, prepare_inputs
 from bsjax.runtime.memory import Stage, check_memory
 from bsjax.runtime.programs import Memory, programs_of, size_in_bytes
-from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import LOGIT_ROWS, Scoring
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.published_memory import measured
@@ -43,14 +42,8 @@ def inputs_of(model, messages, new_tokens=8):
 
 
 def answering_of(model, messages, new_tokens=8):
-    return Answering(
-        programs_of(model),
-        inputs_of(model, messages, new_tokens),
-        new_tokens=new_tokens,
-        end_tokens=np.full(8, -1, np.int32),
-        sampling=Sampling.checked(0.0, None, None, 0),
-        backend="xla",
-    )
+    inputs = inputs_of(model, messages, new_tokens)
+    return Answering(programs_of(model), inputs, AnswerSettings(new_tokens, "xla"))
 
 
 @pytest.fixture(scope="module")

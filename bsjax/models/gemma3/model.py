@@ -16,7 +16,7 @@ from bsjax.models.parameters import ties_embeddings
 
 
 class Gemma3ForCausalLM(ImageTextModel):
-    """Language model and output projection, with a soft cap of the logits if the config has one."""
+    """Language model and output projection. Caps the logits if the config says so."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Gemma3ForCausalLM(ImageTextModel):
 class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     """Vision tower, projector, language model and output projection.
 
-    transformers leaves a soft cap of the logits out of this class, and computes it in
-    Gemma3ForCausalLM; no published config has one. Here the config is followed in both.
+    Applies the config's soft cap of the logits, as transformers' Gemma3ForCausalLM does. Its
+    Gemma3ForConditionalGeneration ignores the cap; no published config has one.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
 
 
 def text_parts(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:
-    """What `Gemma3ForCausalLM` is made from."""
+    """The arguments of `Gemma3ForCausalLM`."""
     text = config.get_text_config()
     return {
         "language_model": Gemma3TextModel(text, dtype, rngs),

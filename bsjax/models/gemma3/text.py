@@ -1,7 +1,7 @@
 """The language model of Gemma 3 (transformers: Gemma3TextModel).
 
-Layers are of two kinds, local ones (a sliding window) and global ones, each with its own base
-visibility, rotary embedding and cache.
+There are two kinds of layers: local ones (with a sliding window) and global ones. Each kind has its
+own base visibility, rotary embedding and cache.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,17 @@ from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 from typing_extensions import override
 
+from bsjax.checks import positive_number
 from bsjax.errors import CheckpointError
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
 from bsjax.models.cache import Cache, fit_rows
-from bsjax.models.config_checks import check_attention_heads, check_positive, positive_number
+from bsjax.models.config_checks import check_attention_heads, check_positive
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
     LayerAttend,
+    LayerStep,
     by_rows,
     decode_attend,
     dot_general,
@@ -60,16 +62,16 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuses a text config that asks for something that the port does not compute.
 
     Raises:
-      CheckpointError: says what.
+      CheckpointError: names the field.
     """
     if config.attn_logit_softcapping is not None:
         raise CheckpointError(
-            f"The config asks for attn_logit_softcapping {config.attn_logit_softcapping}, which no "
-            "published Gemma 3 model has and bsjax does not compute."
+            f"The config asks for attn_logit_softcapping {config.attn_logit_softcapping}, which "
+            "bsjax does not support; no published Gemma 3 model has it."
         )
     if config.use_bidirectional_attention:
         raise CheckpointError(
-            "The config asks for use_bidirectional_attention: an encoder, which answers nothing."
+            "The config asks for use_bidirectional_attention, but an encoder cannot generate text."
         )
     check_attention_heads(config)
     check_positive(config, "sliding_window", "head_dim", "query_pre_attn_scalar")
@@ -80,11 +82,13 @@ def check_config(config: PretrainedConfig) -> None:
 
 
 class Caches(NamedTuple):
-    """Keys and values of the tokens seen so far: one cache for the layers of each kind.
+    """Keys and values of the tokens so far: one cache for the layers of each kind.
 
-    Local layers keep what their window reaches, in a ring: the key of position p is at row
-    p modulo the number of rows. Global layers keep prefill's rows in their order, then decoded
-    ones. None where no layer is of the kind.
+    Attributes:
+      of_local: a ring of the rows within the window. Position p is at row p modulo the number of
+        rows. None if there is no local layer.
+      of_global: prefill's rows in their order, then decoded tokens. None if there is no global
+        layer.
     """
 
     of_local: Cache | None
@@ -97,8 +101,8 @@ class RotaryEmbedding:
 
     Attributes:
       theta: base of the frequencies.
-      factor: what positions are divided by.
-      head_dim: elements of a head.
+      factor: positions are divided by it.
+      head_dim: channels of a head.
     """
 
     theta: float
@@ -110,8 +114,8 @@ class RotaryEmbedding:
         """The embedding that a text config asks for in layers of this type.
 
         Raises:
-          CheckpointError: it asks for a type other than `default` and `linear`, or has no base or
-            factor above 0.
+          CheckpointError: its type is neither `default` nor `linear`, or its base or factor is not
+            above 0.
         """
         parameters = config.rope_parameters[layer_type]
         rope_type = parameters.get("rope_type", "default")
@@ -120,12 +124,13 @@ class RotaryEmbedding:
                 f"The config asks for rope_type {rope_type!r} in {layer_type} layers; 'default' "
                 "and 'linear' are supported."
             )
-        what = f"The config's {{}} of the rotary embedding in {layer_type} layers"
-        factor = 1.0
-        if rope_type == "linear":
-            factor = positive_number(what.format("factor"), parameters.get("factor"))
-        theta = positive_number(what.format("rope_theta"), parameters.get("rope_theta"))
-        return cls(float(theta), float(factor), config.head_dim)
+
+        def parameter(name: str) -> float:
+            what = f"The config's {name} of the rotary embedding in {layer_type} layers"
+            return positive_number(what, parameters.get(name), error=CheckpointError)
+
+        factor = parameter("factor") if rope_type == "linear" else 1.0
+        return cls(parameter("rope_theta"), factor, config.head_dim)
 
     def __call__(
         self, positions: Int[Array, "tokens"]
@@ -137,9 +142,9 @@ class RotaryEmbedding:
 
 
 class RMSNorm(nnx.Module):
-    """Norm whose scales count from one (transformers: Gemma3RMSNorm).
+    """RMS norm that multiplies by 1 + scale (transformers: Gemma3RMSNorm).
 
-    They are kept as they are stored: one more than a bfloat16 number is often none.
+    The 1 is added in float32: 1 + scale is often not representable in bfloat16.
     """
 
     def __init__(self, width: int, epsilon: float, dtype: Any) -> None:
@@ -147,14 +152,14 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
-        """The normalised rows, computed in float32, in `x`'s dtype."""
+        """The normalised rows, computed in float32 and returned in `x`'s dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention, queries and keys normalised (transformers: Gemma3Attention)."""
+    """Grouped-query self-attention with normalised queries and keys (Gemma3Attention)."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         self.q_heads = config.num_attention_heads
@@ -178,7 +183,7 @@ class Attention(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output, and what `attend` keeps; it is given rotated queries and keys."""
+        """The attention output and what `attend` keeps. `attend` gets rotated queries and keys."""
         tokens = hidden.shape[0]
         q = self.q_norm(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim))
         k = self.k_norm(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim))
@@ -188,7 +193,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each between two norms, added to its input (Gemma3DecoderLayer)."""
+    """Attention and MLP, each between two norms and with a residual (Gemma3DecoderLayer)."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, dtype)
@@ -213,7 +218,7 @@ class DecoderLayer(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The next hidden state, and what `attend` keeps."""
+        """The next hidden state and what `attend` keeps."""
         attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         hidden = hidden + self.post_attention_layernorm(attended)
 
@@ -300,7 +305,7 @@ class Gemma3TextModel(LanguageModel):
         *,
         backend: str = "auto",
     ) -> tuple[Float[Array, "1 hidden"], Caches]:
-        # The window counts the token itself, which stands beside the ring.
+        # The window includes the token itself, which is not in the ring yet.
         tokens = (jnp.minimum(cache_index, self.window - 1), cache_index)
         attends = [
             of_kind and decode_attend(of_kind, count, scale=self.scale, backend=backend)
@@ -319,7 +324,7 @@ class Gemma3TextModel(LanguageModel):
         return self.norm(hidden), Caches(of_local, of_global)
 
     def _index_in_kind(self) -> Int[np.ndarray, "layers"]:
-        """The place of each layer among those of its kind."""
+        """The index of each layer among the layers of its kind."""
         kinds = np.asarray(self.kinds)
         return np.asarray(
             [np.count_nonzero(kinds[:layer] == kind) for layer, kind in enumerate(kinds)], np.int32
@@ -332,27 +337,28 @@ class Gemma3TextModel(LanguageModel):
         attends: Sequence[LayerAttend | None],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], tuple[Any, ...]]:
-        """All layers; what each kind of them keeps, stacked; None for a kind that none is of."""
+        """Runs all layers. Also returns what each kind keeps, stacked; None for an absent kind."""
 
-        def step_of(rotary_emb, attend):
+        # The attention of an absent kind may be None: no layer calls it.
+        def step_with(rotary_emb: RotaryEmbedding, attend: Any) -> LayerStep:
             cos, sin = rotary_emb(positions)
 
-            def step(layer, hidden, scanned_of_layer):
-                return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, scanned_of_layer))
+            def step(layer: DecoderLayer, hidden: Array, of_layer: Any) -> tuple[Array, Any]:
+                return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, of_layer))
 
             return step
 
         steps = [
-            step_of(rotary_emb, attend)
+            step_with(rotary_emb, attend)
             for rotary_emb, attend in zip(self.rotary_embs, attends, strict=True)
         ]
         return scan_layers_of_kinds(self.layers, self.kinds, steps, hidden, scanned)
 
 
 def rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
-    """The row that each slot of a ring takes: of the last positions, each at its remainder.
+    """The row that goes into each slot of a ring: of the last `ring` positions, p is in p % ring.
 
-    Prefill's rows stand in any order, which is why the last ones are not the last positions.
+    Prefill's rows are in packed order, so that the last rows are not the last positions.
     """
     real = position != PADDING_POSITION
     kept = real & (position >= jnp.sum(real) - ring)

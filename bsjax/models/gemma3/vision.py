@@ -16,7 +16,7 @@ from bsjax.models.vision import VisionMLP, segment_attention
 
 
 class SiglipVisionEmbeddings(nnx.Module):
-    """Linear projection of flat patches, and learned positions (SiglipVisionEmbeddings)."""
+    """Linear projection of flat patches plus learned positions (SiglipVisionEmbeddings)."""
 
     def __init__(self, config: PretrainedConfig, patches: int, dtype: Any, rngs: nnx.Rngs) -> None:
         pixels = config.num_channels * config.patch_size**2
@@ -54,7 +54,7 @@ class SiglipAttention(nnx.Module):
 
 
 class SiglipEncoderLayer(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input (SiglipEncoderLayer)."""
+    """Attention and MLP, each after a norm and with a residual (SiglipEncoderLayer)."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         width = config.hidden_size
@@ -73,10 +73,10 @@ class SiglipEncoderLayer(nnx.Module):
 
 
 class SiglipVisionModel(nnx.Module):
-    """Patch embedding, stacked layers that attend within each image, a norm (SiglipVisionModel).
+    """Patch embedding, stacked layers that attend within images, final norm (SiglipVisionModel).
 
     Raises:
-      CheckpointError: the config asks for a pooling head, or its sizes do not fit each other.
+      CheckpointError: the config asks for a pooling head, or its sizes do not match.
     """
 
     def __init__(self, config: PretrainedConfig, patches: int, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -99,10 +99,10 @@ class SiglipVisionModel(nnx.Module):
     def __call__(
         self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "patches width"]:
-        """Hidden states of every patch, after the last norm."""
+        """Hidden states of every patch, after the final norm."""
         attend = segment_attention(plan.schedule, self.heads, backend)
 
-        def step(layer, hidden, _):
+        def step(layer: SiglipEncoderLayer, hidden: Array, _: None) -> tuple[Array, None]:
             return layer(hidden, attend), None
 
         hidden, _ = scan_layers(self.layers, step, self.embeddings(pixel_values, plan.position))
@@ -110,7 +110,7 @@ class SiglipVisionModel(nnx.Module):
 
 
 class Gemma3MultiModalProjector(nnx.Module):
-    """Blocks of patches become image tokens of the language model's width."""
+    """Pools blocks of patches into image tokens of the language model's width."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         vision = config.vision_config
@@ -125,14 +125,14 @@ class Gemma3MultiModalProjector(nnx.Module):
         )
 
     def __call__(self, hidden: Float[Array, "patches width"]) -> Float[Array, "merged hidden"]:
-        """The mean of every block, normalised and projected."""
+        """The mean of each block, normalised and projected."""
         blocks = hidden.reshape(-1, self.patches_per_token, hidden.shape[-1])
         pooled = jnp.mean(blocks, axis=1, dtype=jnp.float32).astype(hidden.dtype)
         return self.mm_input_projection(self.mm_soft_emb_norm(pooled))
 
 
 def layer_norm(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """The tower's norm."""
+    """A layer norm as the tower has them."""
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
@@ -143,5 +143,5 @@ def layer_norm(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.Laye
 
 
 def vision_tower(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> SiglipVisionModel:
-    """The tower of a whole model's config."""
+    """The tower that a whole model's config asks for."""
     return SiglipVisionModel(config.vision_config, grid_side(config) ** 2, dtype, rngs)

@@ -1,8 +1,8 @@
 """What the SigLIP tower needs to know of a prompt's images, computed on the host in NumPy.
 
-All images have one square grid of patches. Square blocks of patches are pooled into image tokens;
-patches stand block by block, so that pooling is a mean over rows that stand side by side. Attention
-does not care about their order: each patch brings its position along.
+All images have the same square grid of patches, and square blocks of patches are pooled into image
+tokens. Patches are ordered block by block, so that pooling is a mean over consecutive rows. The
+order does not matter to attention, because each patch has an explicit position.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class VisionPlan:
     """Positions and schedule of the patches of all images, padded to a bucket. A pytree.
 
     Attributes:
-      position: int32 [patches], which row of the position embedding each patch takes.
+      position: int32 [patches], each patch's row of the position embedding.
       schedule: each image is a segment.
     """
 
@@ -38,22 +38,22 @@ def grid_side(config: PretrainedConfig) -> int:
 
 
 def pooled_side(config: PretrainedConfig) -> int:
-    """Patches along a side of the block that becomes one image token (Gemma3MultiModalProjector).
+    """Patches along a side of the blocks that are pooled (Gemma3MultiModalProjector).
 
     Raises:
-      CheckpointError: the config's numbers make no such blocks.
+      CheckpointError: the config's images cannot be divided into such blocks.
     """
     side, tokens = grid_side(config), round(config.mm_tokens_per_image**0.5)
     if tokens < 1 or tokens**2 != config.mm_tokens_per_image or side % tokens:
         raise CheckpointError(
             f"The config asks for {config.mm_tokens_per_image} tokens per image (mm_tokens_per_"
-            f"image) of {side} x {side} patches, which cannot be cut into as many squares."
+            f"image) of {side} x {side} patches, which cannot be divided into that many squares."
         )
     return side // tokens
 
 
 def patch_order(config: PretrainedConfig) -> Int[np.ndarray, "patches"]:
-    """The index, row by row in the image, of each patch of an image, block by block."""
+    """The index in row-major order of each patch of an image, block by block."""
     side, block = grid_side(config), pooled_side(config)
     index = np.arange(side**2, dtype=np.int32).reshape(side // block, block, side // block, block)
     return index.transpose(0, 2, 1, 3).reshape(-1)
@@ -73,7 +73,7 @@ def to_patches(
 def to_images(
     patches: Float32[np.ndarray, "patches patch_values"], config: PretrainedConfig
 ) -> Float32[np.ndarray, "images channels height width"]:
-    """The images that `to_patches` has cut."""
+    """The inverse of `to_patches`."""
     side, size = grid_side(config), config.vision_config.patch_size
     channels = patches.shape[1] // size**2
     flat = np.asarray(patches).reshape(-1, side**2, patches.shape[1])
@@ -90,18 +90,19 @@ def vision_plan(
     block_q: int,
     block_kv: int,
 ) -> VisionPlan:
-    """The plan of a tower in which every patch sees all of its image.
+    """The plan of a tower in which every patch sees its whole image; see `Family.vision_plan`.
 
     Args:
-      grid_thw: frames, rows and columns of patches of each image: 1 and the config's side.
+      grid_thw: frames, rows and columns of patches of each image: 1, and the config's side
+        twice.
       config: of the whole model.
       patches: rows to pad to, a multiple of the patches of an image token.
-      block_q: query rows of an attention tile, at most.
+      block_q: most query rows of an attention tile.
       block_kv: keys of an attention block.
 
     Raises:
       TemplateError: a grid is not the config's.
-      CapacityError: `patches` is too small, or no multiple of an image token's.
+      CapacityError: `patches` is too small or not a valid multiple.
     """
     side, merged = grid_side(config), pooled_side(config) ** 2
     grids = np.asarray(grid_thw, np.int64).reshape(-1, 3)

@@ -25,7 +25,7 @@ _rms_norm = partial(nnx.RMSNorm, epsilon=EPSILON)
 
 
 class Qwen2_5VisionTransformer(nnx.Module):
-    """Blocks with RMS norms and gated MLPs, which attend within windows, and some within images."""
+    """Blocks with RMS norms and gated MLPs. Most attend within windows, some within images."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         width, heads = config.hidden_size, config.num_heads
@@ -61,7 +61,7 @@ class Qwen2_5VisionTransformer(nnx.Module):
     def __call__(
         self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "merged hidden"]:
-        """See `Qwen2VLForConditionalGeneration.encode_images`."""
+        """Features of image tokens; see `ImageTextModel.encode_images`."""
         assert plan.window_schedule is not None, "the plan must come from this family's vision_plan"
         attend_image = segment_attention(plan.schedule, self.heads, backend)
         attend_window = segment_attention(plan.window_schedule, self.heads, backend)
@@ -73,15 +73,19 @@ class Qwen2_5VisionTransformer(nnx.Module):
         plan: VisionPlan,
         attends: Sequence[Attend],
     ) -> Float[Array, "merged hidden"]:
-        """The same with any attention within images, `attends[0]`, and within windows,
-        `attends[1]`; schedules are not looked at.
+        """As calling the tower, but with the caller's attention; the plan's schedules are not used.
+
+        Args:
+          pixel_values: as for `ImageTextModel.encode_images`.
+          plan: from this family's `vision_plan`.
+          attends: attention within images, attention within windows.
         """
         attend_image, attend_window = attends
         cos, sin = self.rotary_pos_emb(plan.positions)
 
-        def step(block, hidden, sees_image):
-            # The choice is data, so that one compiled block serves both kinds.
-            def attend(q, k, v):
+        def step(block: VisionBlock, hidden: Array, sees_image: Array) -> tuple[Array, None]:
+            # The choice is data, so that both kinds of blocks share one compiled block.
+            def attend(q: Array, k: Array, v: Array) -> Array:
                 return jax.lax.cond(sees_image, attend_image, attend_window, q, k, v)
 
             return block(hidden, cos, sin, attend), None

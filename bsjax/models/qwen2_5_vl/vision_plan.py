@@ -25,19 +25,19 @@ def vision_plan(
 ) -> VisionPlan:
     """The plan of a tower that runs patches window by window.
 
-    Windows never span images, so images stay contiguous in window order. Attention within windows
-    uses blocks no larger than a window, whose patches would leave the rest of them empty.
+    Windows never span images, so that images stay contiguous in window order. Attention within
+    windows uses blocks no larger than a window: the rest of a larger block would be empty.
 
     Args:
       grid_thw: frames, rows and columns of patches of each image.
       config: of the whole model.
       patches: rows to pad to, a multiple of `spatial_merge_size ** 2`.
-      block_q: query rows of an attention tile, at most.
-      block_kv: keys of an attention block, at most.
+      block_q: most query rows of an attention tile.
+      block_kv: most keys of an attention block.
 
     Raises:
       TemplateError: a grid's sides are not multiples of `spatial_merge_size`, or not positive.
-      CapacityError: `patches` is too small, or no multiple of `spatial_merge_size ** 2`.
+      CapacityError: `patches` is too small, or not a multiple of `spatial_merge_size ** 2`.
     """
     vision = config.vision_config
     merge = vision.spatial_merge_size
@@ -74,7 +74,7 @@ def window_order(
 
     Args:
       merged_grids: frames, rows and columns of each image, in merged patches.
-      side: rows and columns of a window, in merged patches. Those at an image's right and lower
+      side: rows and columns of a window, in merged patches. Windows at an image's right and lower
         edge may be smaller.
     """
     windows: list[np.ndarray] = []

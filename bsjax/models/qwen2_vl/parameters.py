@@ -1,4 +1,4 @@
-"""Where Qwen2-VL's parameters come from; the language model's are Qwen2.5-VL's as well."""
+"""Where Qwen2-VL's parameters come from. Qwen2.5-VL shares the language model's rules."""
 
 from transformers import PretrainedConfig
 
@@ -18,7 +18,7 @@ def parameter_table(config: PretrainedConfig) -> list[ParameterRule]:
 
 
 def tower_rules(depth: int, *, norm_bias: bool) -> list[ParameterRule]:
-    """The rules of a vision tower, its blocks' MLPs left out."""
+    """The rules of a vision tower, except for the MLPs of its blocks."""
     visual, blocks = ("visual",), ("visual", "blocks")
     source = "model.visual.blocks.{layer}"
     merger, merger_source = ("visual", "merger"), "model.visual.merger"

@@ -33,18 +33,18 @@ from bsjax.models.layers import (
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """The head dimension of a text config: these families have no field of their own for it."""
+    """The head dimension of a text config, which has no field for it in these families."""
     return config.hidden_size // config.num_attention_heads
 
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """M-RoPE (transformers: Qwen2VLRotaryEmbedding): each frequency follows one of three positions.
+    """M-RoPE (transformers: Qwen2VLRotaryEmbedding): each frequency uses one of three positions.
 
     Attributes:
       theta: base of the frequencies.
-      sections: how many frequencies follow the temporal position, the row and the column; longer
-        lists start over.
+      sections: how many frequencies use the temporal, row and column positions; longer lists start
+        over.
     """
 
     theta: float
@@ -55,7 +55,7 @@ class RotaryEmbedding:
         """The embedding that a text config asks for.
 
         Raises:
-          CheckpointError: it asks for another type, or its sections do not fit the head dimension.
+          CheckpointError: it asks for another type, or its sections do not add up.
         """
         parameters = config.rope_parameters
         if parameters.get("rope_type", "default") != "default":
@@ -102,7 +102,7 @@ class Attention(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output, and what `attend` keeps; it is given rotated queries and keys."""
+        """The attention output and what `attend` keeps. `attend` gets rotated queries and keys."""
         tokens = hidden.shape[0]
         q = rotate(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim), cos, sin)
         k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input (Qwen2VLDecoderLayer)."""
+    """Attention and MLP, each after a norm and with a residual (Qwen2VLDecoderLayer)."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         hidden, epsilon = config.hidden_size, config.rms_norm_eps
@@ -131,7 +131,7 @@ class DecoderLayer(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The next hidden state, and what `attend` keeps."""
+        """The next hidden state and what `attend` keeps."""
         attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         hidden = hidden + attended
         hidden = hidden + by_rows(
@@ -151,9 +151,8 @@ class Qwen2VLTextModel(LanguageModel):
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         if "sliding_attention" in (config.layer_types or ()):
             raise CheckpointError(
-                "The config asks for sliding-window layers (use_sliding_window), which the "
-                "published Qwen2-VL and Qwen2.5-VL models do not use and bsjax does not compute "
-                "for them."
+                "The config asks for sliding-window layers (use_sliding_window), which bsjax does "
+                "not support in this family; no published Qwen2-VL or Qwen2.5-VL model has them."
             )
         check_attention_heads(config)
         if config.hidden_size % config.num_attention_heads:
@@ -206,8 +205,8 @@ class Qwen2VLTextModel(LanguageModel):
         (attend,) = attends
         cos, sin = self.rotary_emb(position_ids)
 
-        def step(layer, hidden, scanned_of_layer):
-            return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, scanned_of_layer))
+        def step(layer: DecoderLayer, hidden: Array, of_layer: Any) -> tuple[Array, Any]:
+            return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, of_layer))
 
         hidden, kept = scan_layers(self.layers, step, embeddings, scanned)
         return self.norm(hidden), kept

@@ -15,17 +15,17 @@ from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 from bsjax.models.vision import VisionMLP, segment_attention
 
 EPSILON = 1e-6
-"""Of all norms of the towers; their configs do not say it."""
+"""Of all norms in the towers; their configs have no field for it."""
 
 Norm = Callable[..., nnx.Module]
-"""Creates a norm from its width, with `param_dtype` and `rngs`."""
+"""Creates a norm from its width, `param_dtype` and `rngs`."""
 
 layer_norm = partial(nnx.LayerNorm, epsilon=EPSILON, use_fast_variance=False)
 
 
 @dataclass(frozen=True)
 class VisionRotaryEmbedding:
-    """Row and column positions each turn half of the frequencies (Qwen2VLVisionRotaryEmbedding).
+    """Half of the frequencies use the row, half the column (Qwen2VLVisionRotaryEmbedding).
 
     Attributes:
       theta: base of the frequencies.
@@ -38,7 +38,7 @@ class VisionRotaryEmbedding:
     def __call__(
         self, positions: Int[Array, "patches 2"]
     ) -> tuple[Float[Array, "patches half"], Float[Array, "patches half"]]:
-        """Cosines and sines, float32: those of the row, then those of the column."""
+        """Cosines and sines, float32: first the row's, then the column's."""
         frequency = frequencies(self.theta, self.head_dim // 4)
         angle = positions[:, :, None].astype(jnp.float32) * frequency
         angle = angle.reshape(positions.shape[0], -1)
@@ -68,7 +68,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """Attention and MLP, each after a norm and added to its input (Qwen2VLVisionBlock)."""
+    """Attention and MLP, each after a norm and with a residual (Qwen2VLVisionBlock)."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """A convolution whose stride is its kernel: a linear layer on flat patches (PatchEmbed)."""
+    """Linear projection of flat patches: a convolution with stride equal to its kernel."""
 
     def __init__(self, config: PretrainedConfig, width: int, dtype: Any, rngs: nnx.Rngs) -> None:
         pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -112,7 +112,7 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Patches that stand side by side become one image token (transformers: PatchMerger)."""
+    """Merges consecutive patches into one image token (transformers: PatchMerger)."""
 
     def __init__(
         self, width: int, hidden: int, merge: int, *, norm: Norm, dtype: Any, rngs: nnx.Rngs
@@ -158,11 +158,11 @@ class Qwen2VisionTransformer(nnx.Module):
     def __call__(
         self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "merged hidden"]:
-        """See `Qwen2VLForConditionalGeneration.encode_images`."""
+        """Features of image tokens; see `ImageTextModel.encode_images`."""
         attend = segment_attention(plan.schedule, self.heads, backend)
         cos, sin = self.rotary_pos_emb(plan.positions)
 
-        def step(block, hidden, _):
+        def step(block: VisionBlock, hidden: Array, _: None) -> tuple[Array, None]:
             return block(hidden, cos, sin, attend), None
 
         hidden, _ = scan_layers(self.blocks, step, self.patch_embed(pixel_values))

@@ -18,15 +18,16 @@ from bsjax.models.image_rows import check_patch_rows
 class VisionPlan:
     """Positions and schedules of the patches of all images, padded to a bucket. A pytree.
 
-    Rows are patches in the order in which the tower runs them: the image processor's, or window by
-    window (Qwen2.5-VL).
+    Rows are patches in the tower's order: the image processor's (Qwen2-VL), or window by window
+    (Qwen2.5-VL).
 
     Attributes:
       positions: int32 [patches, 2], row and column of each patch in its image.
       schedule: each frame of each image is a segment.
       window_schedule: each window is a segment; None for a tower without windows.
-      order: int32 [patches], the patch that each row holds; None where that is the row itself.
-      merged_row: int32 [patches / merge ** 2], the merged row of each image token; None likewise.
+      order: int32 [patches], the patch in each row; None for the image processor's order.
+      merged_row: int32 [patches / merge ** 2], the merged row of each image token; None for the
+        image processor's order.
     """
 
     positions: Any
@@ -50,12 +51,12 @@ def vision_plan(
       grid_thw: frames, rows and columns of patches of each image.
       config: of the whole model.
       patches: rows to pad to, a multiple of `spatial_merge_size ** 2`.
-      block_q: query rows of an attention tile, at most.
+      block_q: most query rows of an attention tile.
       block_kv: keys of an attention block.
 
     Raises:
       TemplateError: a grid's sides are not multiples of `spatial_merge_size`, or not positive.
-      CapacityError: `patches` is too small, or no multiple of `spatial_merge_size ** 2`.
+      CapacityError: `patches` is too small, or not a multiple of `spatial_merge_size ** 2`.
     """
     merge = config.vision_config.spatial_merge_size
     grids = checked_grids(grid_thw, merge, patches)
@@ -68,15 +69,20 @@ def vision_plan(
 
 
 def checked_grids(grid_thw: np.ndarray, merge: int, patches: int) -> Int[np.ndarray, "images 3"]:
-    """The grids as int64, if they can be merged and fit `patches` rows; see `vision_plan`."""
+    """The grids as int64; refuses those that cannot be merged or do not fit into `patches` rows.
+
+    Raises:
+      TemplateError: as `vision_plan`.
+      CapacityError: as `vision_plan`.
+    """
     grids = np.asarray(grid_thw, np.int64).reshape(-1, 3)
     bad = (grids < 1).any(axis=1) | (grids[:, 1:] % merge).any(axis=1)
     if bad.any():
         number = int(np.flatnonzero(bad)[0])
         raise TemplateError(
             f"Image {number} has the patch grid {grids[number].tolist()} (frames, rows, columns); "
-            f"rows and columns must be positive multiples of {merge}, as the image processor "
-            "makes them."
+            f"rows and columns must be positive multiples of {merge}, as they are in the image "
+            "processor's output."
         )
     check_patch_rows(patches, int(grids.prod(axis=1).sum()), merge**2)
     return grids
@@ -92,7 +98,7 @@ def patch_positions(
 ) -> Int[np.ndarray, "patches 2"]:
     """Row and column of every patch, in the image processor's order; zeros for padding.
 
-    The processor puts the patches that are merged into one token side by side (transformers:
+    In that order, the patches that are merged into one token are consecutive (transformers:
     get_vision_position_ids).
     """
     positions = np.zeros((patches, 2), np.int32)
