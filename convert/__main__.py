@@ -10,7 +10,7 @@ from pathlib import Path
 
 _DESCRIPTION = """\
 Turn a Hugging Face checkpoint (Qwen2-VL, Qwen2.5-VL, Gemma 3) into one that bsjax.load reads: the
-weights as an Orbax checkpoint, with configuration, tokenizer and image processor files beside them.
+weights as an Orbax checkpoint, plus configuration, tokenizer and image processor files.
 Weights stream from the safetensors files to the disk: converting needs little memory and no GPU.
 """
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="what to store the weights in (default: what most of the source is in)",
+        help="dtype to store the weights in (default: that of most source weights)",
     )
     parser.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)"
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      The exit status: 0 done, 2 bad input or a failed verification (a message on stderr
-      says which), 130 interrupted.
+      The exit status: 0 for success, 2 for bad input or a failed verification (explained on
+      stderr), 130 if interrupted.
     """
     options = build_parser().parse_args(arguments)
     from bsjax.errors import BsjaxError
@@ -87,7 +87,7 @@ def _convert(options: argparse.Namespace) -> int:
     from convert.conversion import convert_checkpoint
     from convert.writing import leftovers
 
-    # Orbax remarks that there was nothing to merge.
+    # Orbax logs that there was nothing to merge.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not options.quiet:
         for folder in leftovers(options.destination):
@@ -126,7 +126,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _progress_bar(quiet: bool) -> Iterator:
-    """A bar on stderr, if that is a terminal."""
+    """A progress bar on stderr, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint: the whole job in order, from first check to final rename."""
+"""Converts a Hugging Face checkpoint, from the first check to the final rename."""
 
 import dataclasses
 import functools
@@ -51,17 +51,17 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
       destination: the folder written.
       family: the model's family.
       reads_images: whether it has a vision tower.
-      dtype: what the weights are stored in.
+      dtype: dtype of the stored weights.
       parameters: number of weights.
       arrays: number of arrays they are stored in.
       nbytes: size of the weights as stored.
-      seconds: time it took, without verification.
+      seconds: duration, without verification.
       fingerprint: SHA-256 of the source weights.
       verification: the result of the comparison with transformers, if it was asked for.
     """
@@ -89,13 +89,13 @@ def convert_checkpoint(
 ) -> Conversion:
     """Converts a Hugging Face checkpoint into one that `bsjax.load` reads.
 
-    Memory stays near the largest tensor, whatever the size of the model. `destination` appears when
-    everything in it is on the disk, and not before.
+    Needs memory for about the largest tensor, whatever the size of the model. `destination` appears
+    only when everything in it is on the disk.
 
     Args:
       source: a local folder or a hub id.
       destination: the folder to write. It must not exist, or be empty.
-      dtype: "float32", "bfloat16" or "float16"; by default the one that most of the source is in.
+      dtype: "float32", "bfloat16" or "float16"; by default that of most source weights.
       revision: the hub's branch, tag or commit.
       check: compare the converted model with transformers before it is published. Needs torch,
         and memory for the model in float32.
@@ -103,8 +103,8 @@ def convert_checkpoint(
 
     Raises:
       CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
-        holds NaN; `dtype` is none that the family computes in; the destination exists or does
-        not fit on the disk; or verification failed.
+        holds NaN; the family does not compute in `dtype`; the destination exists or does not fit
+        on the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(destination).expanduser()
@@ -120,7 +120,7 @@ def convert_checkpoint(
     elif stored.name not in family.dtypes:
         raise CheckpointError(
             f"Models of the family {family.name} do not compute in {stored.name}: weights would be "
-            f"rounded to it, and once more. Convert with dtype {' or '.join(family.dtypes)}."
+            f"rounded twice. Convert with dtype {' or '.join(family.dtypes)}."
         )
 
     config = read_config(opened.folder)
@@ -193,7 +193,7 @@ def _write(
 
 
 def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
-    """The files beside the weights; those which loading needs must be among them."""
+    """The files to copy; refuses a folder without the files that loading needs."""
     lacking = [
         " or ".join(names)
         for names in (_TOKENIZER, *([_IMAGE_SETTINGS] if reads_images else []))
@@ -202,7 +202,7 @@ def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
     if lacking:
         raise CheckpointError(
             f"{folder} holds no {', and no '.join(lacking)}: without these a converted checkpoint "
-            "could not turn messages into prompts. Copy them from the model it was made from."
+            "could not turn messages into prompts. Copy them from the original model."
         )
     files = {file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()}
     files -= {file for pattern in _NOT_COPIED for file in folder.glob(pattern)}
@@ -210,7 +210,7 @@ def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
 
 
 def _usual_dtype(tensors: dict[str, TensorEntry]) -> np.dtype:
-    """The dtype that most of the weights are in."""
+    """The dtype of most of the weights."""
     sizes: Counter[str] = Counter()
     for entry in tensors.values():
         if entry.dtype in FLOAT_DTYPES:
@@ -218,13 +218,13 @@ def _usual_dtype(tensors: dict[str, TensorEntry]) -> np.dtype:
     if not sizes:
         raise CheckpointError(
             f"the checkpoint holds no tensor in {', '.join(FLOAT_DTYPES)}: it is quantised or "
-            "empty. Convert the one it was made from."
+            "empty. Convert the original checkpoint."
         )
     return FLOAT_DTYPES[sizes.most_common(1)[0][0]]
 
 
 def _rounds(plan: list[PlannedParameter]) -> str | None:
-    """The stored dtype if some weight had to be rounded to it, None if all are stored exactly."""
+    """The stored dtype if some weights are rounded to it; None if all are stored exactly."""
     for parameter in plan:
         for entry in parameter.tensors:
             source = FLOAT_DTYPES[entry.dtype]

@@ -1,4 +1,4 @@
-"""Matches a checkpoint's tensors with a model's parameters before a byte of them is read."""
+"""Matches a checkpoint's tensors with a model's parameters, before any weights are read."""
 
 import dataclasses
 import math
@@ -13,20 +13,19 @@ from convert.source import named
 # Rows of tied tensors that are compared at a time: tens of megabytes.
 _ROWS_COMPARED = 4096
 
-# The shape a tensor must have for its transform to give the wanted one, where that is simple to
-# say.
+# The shape that a tensor must have, given its parameter's, where that depends on the axes only.
 _SOURCE_SHAPES = {"copy": lambda shape: shape, "transpose": lambda shape: shape[::-1]}
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedParameter:
-    """One parameter of the model and the tensors it is made of.
+    """One parameter of the model and the tensors it is made from.
 
     Attributes:
-      rule: the table's line.
+      rule: of the parameter table.
       shape: the parameter's shape, with the leading layer axis if it is stacked.
       dtype: the dtype it is stored in.
-      tensors: its source tensors, one per layer, or just one if it is not stacked.
+      tensors: its source tensors: one per layer, or a single one if it is not stacked.
     """
 
     rule: ParameterRule
@@ -52,13 +51,13 @@ def make_plan(
     Args:
       table: the family's rules.
       shapes: the shape of every parameter of the model, by path.
-      tensors: the checkpoint's tensors, by their keys as they stand in the files.
+      tensors: the checkpoint's tensors, by their keys in the files.
       dtype: the dtype to store.
-      tied: canonical keys that may be there as copies of others, and those others.
+      tied: canonical keys whose tensors may be copies of others, and those others.
 
     Raises:
-      CheckpointError: keys are missing, unknown or ambiguous, a tensor has another shape than the
-        model needs, holds no floating point numbers, or should be a copy of another and is not.
+      CheckpointError: keys are missing, unknown or ambiguous; a tensor does not have the shape that
+        the model needs or floating point numbers; or one that should be a copy is not.
     """
     _check_table(table, shapes)
     by_key = _by_canonical_key(tensors)
@@ -67,10 +66,10 @@ def make_plan(
     unknown = sorted(by_key.keys() - wanted - tied.keys(), key=_natural)
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} tensors the model needs: {named(missing)}")
+        problems.append(f"lacks {len(missing)} tensors that the model needs: {named(missing)}")
     if unknown:
         found = [by_key[key].key for key in unknown]
-        problems.append(f"holds {len(found)} tensors the model has no place for: {named(found)}")
+        problems.append(f"holds {len(found)} tensors that the model does not have: {named(found)}")
     if problems:
         raise CheckpointError(
             f"the checkpoint {'; and it '.join(problems)}. Either it is not what its config.json "
@@ -92,7 +91,7 @@ def make_plan(
     if quantised:
         raise CheckpointError(
             f"{len(quantised)} tensors are not {', '.join(FLOAT_DTYPES)}: {named(quantised)}. "
-            "Quantised checkpoints are not supported: convert the one they were made from."
+            "Quantised checkpoints are not supported: convert the original one."
         )
     for parameter in plan:
         _check_shapes(parameter)
@@ -103,7 +102,7 @@ def make_plan(
 
 
 def _check_copy(copy: TensorEntry, original: TensorEntry) -> None:
-    """Refuses a tied tensor with contents of its own: left out, it would change the model."""
+    """Refuses a tied tensor that differs from its original: dropping it would change the model."""
     same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
     if same:
         with TensorReader() as one, TensorReader() as other:
@@ -114,9 +113,9 @@ def _check_copy(copy: TensorEntry, original: TensorEntry) -> None:
                     break
     if not same:
         raise CheckpointError(
-            f"tensor {copy.key} in {copy.file.name} differs from {original.key}, and config.json "
-            "says that they are one (tie_word_embeddings). If the model has an output embedding of "
-            'its own, set "tie_word_embeddings": false in config.json.'
+            f"tensor {copy.key} in {copy.file.name} differs from {original.key}, but config.json "
+            "says that they are the same (tie_word_embeddings). If the model has a separate output "
+            'embedding, set "tie_word_embeddings": false in config.json.'
         )
 
 
@@ -146,7 +145,7 @@ def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]
 
 
 def _natural(key: str) -> list[tuple[bool, int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """A sort key by which layer 2 comes before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
 
 
@@ -154,7 +153,7 @@ def _check_shapes(parameter: PlannedParameter) -> None:
     transform = TRANSFORMS[parameter.rule.transform]
     expected = parameter.shape if parameter.rule.layers is None else parameter.shape[1:]
     for entry in parameter.tensors:
-        # One element seen through zero strides: has a shape and no size.
+        # One element with zero strides: it has a shape but takes no memory.
         stand_in = np.broadcast_to(np.zeros((), np.int8), entry.shape)
         try:
             becomes = transform(stand_in).shape

@@ -1,9 +1,8 @@
 """Reads safetensors files piece by piece, without mapping them into memory.
 
-The `safetensors` package maps a whole file and copies each tensor out of the map. Mapped pages
-count towards a process's resident memory, so a converter built on it looks (and, under a memory
-limit, is) as large as the checkpoint. Here a tensor's bytes are read straight into the array that
-will hold them, any range of rows at a time.
+The `safetensors` package maps a whole file into memory and copies tensors out of it. Mapped pages
+count towards a process's resident memory, so that a converter would need as much memory as the
+checkpoint has. Here bytes are read directly into the final array, any range of rows at a time.
 
 The format is https://github.com/huggingface/safetensors#format: eight bytes with the header's
 length, a JSON header with each tensor's dtype, shape and byte range, then the tensors' bytes,
@@ -23,13 +22,13 @@ import numpy as np
 
 from bsjax.errors import CheckpointError
 
-#: The dtypes a converted parameter may come from. Everything else in safetensors (integers, float8)
-#: belongs to a quantised checkpoint, whose tensors do not mean what their names say.
 FLOAT_DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+"""Dtypes of source tensors. Others (integers, float8) belong to quantised checkpoints, whose
+tensors are not the weights that their names say."""
 
 # The format's own limit, so that a damaged length cannot make us allocate gigabytes.
 _LONGEST_HEADER = 100_000_000
@@ -44,7 +43,7 @@ _BITS = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """Where a tensor is stored.
 
     Attributes:
       key: its name in the file.
@@ -67,10 +66,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     """Reads and checks the header of `file`.
 
     Returns:
-      The tensors by name. Their byte ranges lie inside the file and fit their shapes.
+      The tensors by name. Their byte ranges are inside the file and match their shapes.
 
     Raises:
-      CheckpointError: the file is missing, cut short, or no safetensors file.
+      CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     try:
         length = file.stat().st_size
@@ -80,15 +79,15 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             if len(prefix) < 8 or header_length > min(_LONGEST_HEADER, length - 8):
                 raise CheckpointError(
                     f"{file} is {length} bytes long, too short for its own header: it is truncated "
-                    "or no safetensors file. Download it again."
+                    "or not a safetensors file. Download it again."
                 )
             header = json.loads(stream.read(header_length))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(
-            f"{file} has no readable safetensors header ({error}): it is damaged or no safetensors "
-            "file. Download it again."
+            f"{file} has no readable safetensors header ({error}): it is damaged or not a "
+            "safetensors file. Download it again."
         ) from error
 
     if not isinstance(header, dict):
@@ -102,14 +101,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if end > length:
         cut = [entry.key for entry in entries.values() if entry.start + entry.size > length]
         raise CheckpointError(
-            f"{file} is truncated: its header promises {end} bytes, the file has {length}, so "
-            f"{len(cut)} tensors are cut off, {cut[0]} among them. Download it again."
+            f"{file} is truncated: its header describes {end} bytes, but the file has {length}. "
+            f"{len(cut)} tensors are cut off, such as {cut[0]}. Download it again."
         )
     return entries
 
 
 def _entry(key: str, value: object, file: Path, data_start: int) -> TensorEntry:
-    """Checks one tensor's line of the header."""
+    """Checks one tensor's entry in the header."""
     try:
         if not isinstance(value, dict):
             raise TypeError("not an object")
@@ -130,7 +129,7 @@ def _entry(key: str, value: object, file: Path, data_start: int) -> TensorEntry:
 
 
 class TensorReader:
-    """Reads tensors, or ranges of their rows, keeping open only the file read last."""
+    """Reads tensors, or ranges of their rows. Keeps the last file open."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -167,7 +166,7 @@ class TensorReader:
             start += rows.start * (entry.size // shape[0])
             shape = (rows.stop - rows.start, *shape[1:])
         array = np.empty(shape, FLOAT_DTYPES[entry.dtype])
-        # A view of bytes: bfloat16 has no buffer protocol of its own.
+        # A view of bytes, because bfloat16 does not support the buffer protocol.
         target = array.reshape(-1).view(np.uint8).data
         try:
             if self._path != entry.file:

@@ -1,4 +1,4 @@
-"""Finds what there is to convert: a local Hugging Face folder, or a hub id that it fetches."""
+"""Locates a Hugging Face checkpoint: a local folder, or a hub id to download."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ from typing import Any
 from bsjax.errors import CheckpointError
 from convert.safetensors_file import TensorEntry, read_header
 
-#: Files a hub checkpoint is fetched by. Pickled weights are not among them.
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*"]
+"""Files that are downloaded from the hub. Pickled weights are not among them."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -23,10 +23,10 @@ class Source:
 
     Attributes:
       folder: where its files are.
-      name: what the user called it: a path or a hub id.
+      name: the path or hub id that the user gave.
       revision: the hub's commit, None for a local folder.
-      config: config.json as it is.
-      tensors: every tensor of every shard, by its key as it stands in the file.
+      config: the contents of config.json.
+      tensors: every tensor of every shard, by its key in the file.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class Source:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> Source:
-    """Locates (fetching it if it is a hub id) and indexes a Hugging Face checkpoint.
+    """Locates a Hugging Face checkpoint, downloads it if need be, and indexes its tensors.
 
     Args:
       source: a local folder or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
@@ -56,7 +56,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         raise CheckpointError(f"{local} is a file. Give the folder that holds config.json.")
     else:
         folder = _fetch(str(source), revision)
-        # Snapshots lie in folders named after their commit.
+        # Snapshots are in folders named after their commit.
         commit = folder.name
     config = _read_config(folder)
     return Source(folder, str(source), commit, config, _index(folder))
@@ -79,7 +79,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{missing}wants you to accept the licence of {name} first: open "
+            f"{missing}requires you to accept the licence of {name} first: open "
             f"https://huggingface.co/{name} and then log in with `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
@@ -95,7 +95,7 @@ def _fetch(name: str, revision: str | None) -> Path:
             "internet, or download the checkpoint elsewhere and give its folder."
         ) from error
     except Exception as error:
-        # The client lets errors of its HTTP library through, which differs between its versions.
+        # The client also raises errors of its HTTP library, which differs between versions.
         raise CheckpointError(f"{missing}did not deliver {name}: {error}") from error
 
 
@@ -105,7 +105,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is a converted checkpoint already: bsjax.load reads it.")
     config = read_json(file)
     if "model_type" not in config:
-        raise CheckpointError(f"{file} names no model_type: it is no transformers checkpoint's.")
+        raise CheckpointError(f"{file} has no model_type: it is not a transformers checkpoint's.")
     return config
 
 
@@ -113,7 +113,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      CheckpointError: the file is missing, unreadable, or holds something else.
+      CheckpointError: the file is missing, unreadable, or not a JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object.")
+        raise CheckpointError(f"{file} does not hold a JSON object.")
     return value
 
 
@@ -135,7 +135,7 @@ def _index(folder: Path) -> dict[str, TensorEntry]:
         return _sharded(folder, index)
     for file in (single, index):
         if file.is_symlink():
-            raise CheckpointError(f"{file} is a link to {file.readlink()}, which is not there.")
+            raise CheckpointError(f"{file} is a link to {file.readlink()}, which does not exist.")
 
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     if weights:
@@ -173,18 +173,18 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
         twice = sorted(entries.keys() & tensors.keys())
         if twice:
             raise CheckpointError(
-                f"{named(twice)} stands in both {tensors[twice[0]].file.name} and {shard}."
+                f"{named(twice)} is in both {tensors[twice[0]].file.name} and {shard}."
             )
         tensors |= entries
     absent = sorted(key for key in weight_map if key not in tensors)
     if absent:
         raise CheckpointError(
-            f"{index} promises tensors that their shards do not hold: {named(absent)}."
+            f"{index} lists tensors that their shards do not hold: {named(absent)}."
         )
     return tensors
 
 
 def named(names: list[str], limit: int = 20) -> str:
-    """Lists names for a message: at most `limit` of them, and how many more there are."""
+    """A list of names for a message: at most `limit` of them, and how many more there are."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,8 +1,7 @@
-"""Reads a planned parameter piece by piece: cast, transformed, checked and hashed on the way.
+"""Reads a parameter piece by piece: checks, hashes, casts and transforms it.
 
-A piece is the unit of memory: a whole parameter if that is small, one layer of a stacked parameter,
-or a block of rows of a large one. Two pieces are in memory at a time, one being read, one being
-written.
+A piece is a whole parameter if that is small, one layer of a stacked parameter, or a block of rows
+of a large one. Two pieces are in memory at a time: one being read, one being written.
 """
 
 import hashlib
@@ -17,16 +16,16 @@ from bsjax.models.parameters import TRANSFORMS
 from convert.plan import PlannedParameter
 from convert.safetensors_file import TensorEntry, TensorReader
 
-#: Parameters up to this size are one piece, and larger ones are cut into pieces around it.
 PIECE_BYTES = 64 * 2**20
+"""Parameters up to this size are one piece; larger ones are cut into pieces of about this size."""
 
-# Values are checked in blocks that stay in the processor's cache: this runs at memory speed.
+# Values are checked in blocks that fit the processor's cache, which runs at memory speed.
 _CHECKED_AT_ONCE = 2**18
 
-# Transforms which work row by row, and the axis of their result that the rows end up on.
+# Transforms that work row by row, and the axis of the rows in their result.
 _ROW_AXIS = {"copy": 0, "transpose": -1}
 
-# Bits of the exponent: all set means infinity or not a number.
+# Bits of the exponent: if all are set, the value is infinite or NaN.
 _EXPONENT = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00),
              "bfloat16": (np.uint16, 0x7F80)}  # fmt: skip
 
@@ -34,16 +33,16 @@ Index = tuple[Any, ...]
 
 
 class Fingerprint:
-    """SHA-256 over a checkpoint's weights as they stand in the source files.
+    """SHA-256 of a checkpoint's weights in the source files.
 
     It covers each tensor's canonical key, dtype, shape and bytes, in the order of the family's
-    table. So it stays the same however the checkpoint is sharded, whichever of the two key layouts
-    it has, and whatever dtype it is converted to.
+    table. It does not depend on how the checkpoint is sharded, on the layout of its keys, or on the
+    dtype that it is converted to.
     """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        # Hashing takes as long as all else that is done to a block, and needs no lock of Python's.
+        # Hashing takes as long as everything else done to a block, and releases Python's lock.
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -52,7 +51,7 @@ class Fingerprint:
         self._submit(f"{canonical_key} {entry.dtype} {list(entry.shape)}\n".encode())
 
     def update(self, block: np.ndarray) -> None:
-        """Adds the next bytes of the tensor begun last, which must not be changed afterwards."""
+        """Adds the next bytes of the current tensor. `block` must not be changed afterwards."""
         self._submit(block.reshape(-1).view(np.uint8).data)
 
     def hexdigest(self) -> str:
@@ -61,7 +60,7 @@ class Fingerprint:
         return self._hash.hexdigest()
 
     def _submit(self, content: bytes | memoryview) -> None:
-        # One block waits at most, or they would pile up in memory.
+        # At most one block waits, so that blocks do not pile up in memory.
         self._wait()
         self._pending = self._thread.submit(self._hash.update, content)
 
@@ -71,10 +70,10 @@ class Fingerprint:
 
 
 def chunk_shape(parameter: PlannedParameter) -> tuple[int, ...]:
-    """The shape of the chunks a parameter is stored in: whole pieces, and no more than they need.
+    """The shape of a parameter's chunks, the units in which storage reads and writes.
 
-    A chunk is what storage reads and writes at once. Chunks must not straddle pieces, or writing a
-    piece would have to read back what the piece before it wrote.
+    Each piece consists of whole chunks: otherwise, writing a piece would read back a part of the
+    piece before it.
     """
     if parameter.nbytes <= PIECE_BYTES:
         return parameter.shape
@@ -100,16 +99,16 @@ def pieces(
     fingerprint: Fingerprint,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[Index, np.ndarray]]:
-    """Yields a parameter as (where it goes, contiguous array of the stored dtype).
+    """Yields (index into the parameter, contiguous array of the stored dtype) for each piece.
 
     Args:
       parameter: what to read.
       reader: reads the tensors.
-      fingerprint: takes in every byte read.
+      fingerprint: updated with every byte read.
       progress: called with the number of source bytes after each read.
 
     Raises:
-      CheckpointError: a tensor cannot be read, or holds NaN or infinity, or does once it is cast.
+      CheckpointError: a tensor cannot be read, or holds NaN or infinity before or after the cast.
     """
     rule, dtype = parameter.rule, parameter.dtype
     transform = TRANSFORMS[rule.transform]
@@ -156,7 +155,7 @@ def check_finite(array: np.ndarray, entry: TensorEntry, why: str = "") -> None:
             bad = np.flatnonzero(block == exponent)[0] + start
             raise CheckpointError(
                 f"tensor {entry.key} in {entry.file.name} holds {array.reshape(-1)[bad]}{why}: "
-                "a model with such a weight answers nothing but NaN. "
+                "a model with such a weight computes only NaN. "
                 + ("Convert to bfloat16 or float32." if why else "Download the file again.")
             )
 
@@ -170,7 +169,7 @@ def cast(array: np.ndarray, dtype: np.dtype, entry: TensorEntry) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """Copies a transposed matrix in strips of rows, several times as fast as NumPy's own copy."""
+    """Copies a transposed matrix in strips, several times as fast as NumPy's own copy."""
     if array.flags.c_contiguous:
         return array
     if array.ndim != 2:

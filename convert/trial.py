@@ -1,8 +1,7 @@
-"""A trial before the weights are touched: one small prompt, all the way but the arithmetic.
+"""A trial before weights are read: prepares a small prompt and traces the vision tower on it.
 
-Files that do not fit each other (an image processor for other patches, a tokenizer that does not
-know the image token, heads that do not divide a width) should be found before gigabytes are
-written, and not by whoever asks the first question.
+It finds files that do not match (an image processor for patches of another size, a tokenizer
+without the image token, heads that do not divide a width) before gigabytes are written.
 """
 
 from pathlib import Path
@@ -21,16 +20,16 @@ _BLOCK = 16
 
 
 def try_prompt(folder: Path, module: nnx.Module) -> None:
-    """Prepares a prompt of one image with the files of `folder` and traces the tower on it.
+    """Prepares a prompt with the files of `folder` and traces the vision tower on it.
 
-    For a model that reads text only, a prompt without one.
+    The prompt has one image, or none for a model that reads text only.
 
     Args:
       folder: a Hugging Face checkpoint.
-      module: its model, without weights: shapes are all it takes.
+      module: its model, with shapes in place of weights.
 
     Raises:
-      CheckpointError: a file is damaged, or the files do not fit each other.
+      CheckpointError: a file is damaged, or the files do not match.
     """
     processor = read_processor(folder)
     family, config = processor.family, processor.config
@@ -51,12 +50,12 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
         features = _feature_shape(module, prompt.pixel_values, plan)
     except (BsjaxError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"the files of {folder} do not fit each other; a trial prompt failed: {error}"
+            f"the files of {folder} do not match; a trial prompt failed: {error}"
         ) from error
     hidden = config.get_text_config().hidden_size
     if features != (prompt.image_tokens[0], hidden):
         raise CheckpointError(
-            f"the files of {folder} do not fit each other: an image of {prompt.image_tokens[0]} "
+            f"the files of {folder} do not match: an image of {prompt.image_tokens[0]} "
             f"tokens in a model of width {hidden} gets features of shape {features}."
         )
 

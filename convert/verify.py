@@ -1,8 +1,7 @@
-"""Compares a converted checkpoint with transformers on a prompt, with an image if it can be.
+"""Compares a converted checkpoint with transformers on a prompt, with an image if it reads images.
 
-The prompt is short, but longer than the windows that layers have. Both run in float32, so that
-nothing but a rounding of the stored weights can tell them apart. The two models are in memory one
-after the other.
+The prompt is short, but longer than any window of the layers. Both models run in float32, so that
+they can differ only by the rounding of stored weights. They are in memory one after the other.
 """
 
 import dataclasses
@@ -19,9 +18,9 @@ from bsjax.errors import CheckpointError
 if TYPE_CHECKING:
     from bsjax.checkpoint.loading import LoadedModel
 
-#: Greatest difference between the logits, as a fraction of the greatest logit: rounding of float32
-#: arithmetic where the weights are stored exactly, else of the weights to the dtype stored.
 TOLERANCES = {None: 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""The greatest difference allowed between logits, as a fraction of the greatest logit, by the dtype
+that weights were rounded to. None if they are stored exactly: float32 arithmetic still rounds."""
 
 _IMAGE_SIZE = (112, 84)
 _QUESTION = "What is in this picture?"
@@ -32,9 +31,9 @@ class Verification:
     """How far a converted model is from transformers.
 
     Attributes:
-      difference: greatest difference between two logits, over the greatest logit.
-      tolerance: what it may be.
-      tokens: tokens of the prompt, at each of which all logits were compared.
+      difference: the greatest difference between logits, as a fraction of the greatest logit.
+      tolerance: the greatest difference allowed.
+      tokens: tokens of the prompt. All logits of each were compared.
     """
 
     difference: float
@@ -57,12 +56,12 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     Args:
       source: the Hugging Face folder.
       converted: the converted folder.
-      rounded_to: the dtype its weights had to be rounded to, None if they are stored exactly.
+      rounded_to: the dtype that its weights were rounded to; None if they are stored exactly.
 
     Raises:
-      CheckpointError: they are further apart than the tolerance.
+      CheckpointError: the difference exceeds the tolerance.
     """
-    # Imported here: the rest of the package is for reading and writing files, and starts fast.
+    # Imported here, so that a conversion without verification starts fast.
     from PIL import Image
 
     from bsjax.checkpoint.loading import read_folder
@@ -86,8 +85,8 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     tolerance = TOLERANCES[rounded_to]
     if not difference <= tolerance:
         raise CheckpointError(
-            f"verification failed: logits differ from transformers' by {difference:.2e} of their "
-            f"scale, and {tolerance:.0e} is allowed"
+            f"verification failed: logits differ from transformers' by {difference:.2e} of the "
+            f"greatest logit, but {tolerance:.0e} is allowed"
             + (f" for weights rounded to {rounded_to}" if rounded_to else "")
             + ". The conversion was discarded."
         )
@@ -95,7 +94,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
 
 
 def _question(model: "LoadedModel") -> str:
-    """Text of more tokens than any window of the model's layers."""
+    """Text with more tokens than any window of the model's layers."""
     windows = [of.window or 0 for of in model.family.visibilities(model.config)]
     tokens = len(model.tokenizer(_QUESTION, add_special_tokens=False)["input_ids"])
     return " ".join([_QUESTION] * (1 + max(windows) // tokens))

@@ -1,14 +1,14 @@
-"""Writes parameters as an Orbax checkpoint while they are read, and publishes the result whole.
+"""Writes parameters to an Orbax checkpoint while they are read, and publishes it when complete.
 
-Orbax saves a tree of arrays, all of which are in memory. It also lets a program say how a type of
-leaf is saved, and that is what is used here: the leaves are `StreamedParameter`s, which know their
-shape and can produce their contents one piece after the other, and their handler writes them as the
-Zarr arrays that Orbax writes for a NumPy array. The result is an ordinary Orbax checkpoint:
+Orbax saves trees of arrays that are all in memory, but a program can register how a type of leaf is
+saved. Here the leaves are `StreamedParameter`s, which know their shape and produce their contents
+piece by piece. Their handler writes the Zarr arrays that Orbax writes for NumPy arrays, so that the
+result is an ordinary Orbax checkpoint:
 
     tree = orbax.checkpoint.PyTreeCheckpointer().restore(folder / "parameters")
 
-returns the nested dictionary of NumPy arrays, with no code of ours involved. Every chunk carries a
-CRC-32C checksum, verified by whoever reads it.
+returns a nested dictionary of NumPy arrays without any code of bsjax. Every chunk has a CRC-32C
+checksum, which is verified when the chunk is read.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ from bsjax.checkpoint.loading import UNFINISHED
 from bsjax.checkpoint.restoring import nested
 from bsjax.errors import CheckpointError
 
-# What the file system needs on top of the files' lengths, generously.
+# What the file system may need in addition to the lengths of the files.
 _SPARE_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedParameter:
-    """A leaf of the saved tree whose contents do not exist yet.
+    """A leaf of the saved tree, whose contents are produced while it is written.
 
     Attributes:
       shape: the parameter's shape.
       dtype: the parameter's dtype.
       chunks: the shape of the chunks it is stored in.
-      pieces: starts reading; yields index and contents of one piece after the other, each made of
-        whole chunks.
+      pieces: starts reading; yields index and contents of each piece. Pieces consist of whole
+        chunks.
     """
 
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class StreamedParameterHandler(ocp.type_handlers.NumpyHandler):
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Any]:
-        """Writes all parameters, one after the other. Nothing is left to be awaited."""
+        """Writes all parameters, one after the other, before it returns."""
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
             _write(value, Path(info.path))
@@ -89,19 +89,19 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
                 ],
             },
             "create": True,
-            # A chunk of zeros is written too, so that a chunk which is not there is always damage.
+            # Chunks of zeros are written too, so that a missing chunk always means damage.
             "store_data_equal_to_fill_value": True,
         }
     ).result()
     pending = None
     try:
         for index, piece in parameter.pieces():
-            # This piece was read while the one before was written: two at a time, no more.
+            # This piece was read while the previous one was written: two at a time, not more.
             if pending is not None:
                 pending.result()
             pending = store[index].write(piece, can_reference_source_data_indefinitely=True)
     finally:
-        # When reading failed or was interrupted, too: clean-up must not race with a write.
+        # Also after an error or an interrupt: clean-up must not race with a write.
         if pending is not None:
             pending.result()
 
@@ -110,7 +110,7 @@ def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedPar
     """Writes an Orbax checkpoint of nested dictionaries.
 
     Args:
-      folder: where it goes; must not exist.
+      folder: to write; must not exist.
       parameters: the leaves by path.
 
     Raises:
@@ -118,7 +118,7 @@ def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedPar
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedParameter, StreamedParameterHandler()),
-        # Nothing is of this type; Orbax warns of a registry without it.
+        # Not used; Orbax warns about a registry without it.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -154,7 +154,7 @@ def check_destination(destination: Path) -> None:
 
 
 def check_disk_space(destination: Path, needed: int) -> None:
-    """Refuses to start what cannot end.
+    """Refuses a conversion that does not fit on the disk.
 
     Raises:
       CheckpointError: the file system of `destination` has less than `needed` bytes free.
@@ -163,8 +163,8 @@ def check_disk_space(destination: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
-            f"{destination} needs {needed / 1e9:.2f} GB, and {existing} has {free / 1e9:.2f} GB "
-            "free. Make room or choose a destination on another disk."
+            f"{destination} needs {needed / 1e9:.2f} GB, but {existing} has only "
+            f"{free / 1e9:.2f} GB free. Make room or choose a destination on another disk."
         )
 
 
@@ -175,11 +175,11 @@ def leftovers(destination: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def publish(destination: Path) -> Iterator[Path]:
-    """Gives a temporary folder next to `destination`, which takes its place if the block ends well.
+    """Yields a temporary folder that is renamed to `destination` if the block succeeds.
 
-    Everything is on the disk before the name appears. If the block raises (Ctrl-C and SIGTERM
-    included) the temporary folder is removed; if the process is killed it stays, under a name that
-    says what it is and that `bsjax.load` refuses.
+    Everything is on the disk before it is renamed. If the block raises (also on Ctrl-C or SIGTERM),
+    the temporary folder is removed. If the process is killed, it stays, under a name that shows
+    what it is and that `bsjax.load` refuses.
 
     Raises:
       CheckpointError: the disk is full or not writable, or someone else created `destination`.
@@ -220,7 +220,7 @@ def _explain(error: BaseException, destination: Path) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Has the operating system write every file and folder under `folder` to the disk."""
+    """Flushes every file and folder under `folder` to the disk."""
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             _flush_entry(Path(parent, name))
@@ -236,18 +236,18 @@ def _flush_entry(path: Path) -> None:
 
 
 class _Stop:
-    """The signal that asked a conversion to stop, if one did.
+    """The signal that asked a conversion to stop, if any.
 
-    Handlers raise, as Python's own do; but an exception raised while a callback of a library or of
-    the garbage collector runs is printed and dropped. So the signal is kept, and asked for as the
-    conversion goes on, and before it is published.
+    The handler raises, as Python's own do. But an exception raised while a callback of a library or
+    of the garbage collector runs is printed and dropped, so the signal is also remembered, and
+    checked during the conversion and before the result is published.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        # Once is enough: clean-up, which the first one set off, is not to be interrupted.
+        # Only the first signal raises: it starts the clean-up, which must not be interrupted.
         if self.number is None:
             self.number = number
             self.check()
@@ -263,7 +263,7 @@ _stop = _Stop()
 
 
 def check_stopped() -> None:
-    """Raises what SIGINT or SIGTERM raises if one of them came while a conversion was running."""
+    """Raises the exception of SIGINT or SIGTERM if one of them arrived during the conversion."""
     _stop.check()
 
 
@@ -272,10 +272,10 @@ def _stopped_by_signals() -> Iterator[None]:
     """Turns SIGINT and SIGTERM into exceptions inside the block, so that clean-up runs."""
     _stop.number = None
     before = {}
-    # Elsewhere than in the main thread signals never arrive.
+    # Signals arrive in the main thread only.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            # A process that was told to ignore them (nohup, a background job) goes on doing so.
+            # A process that ignores them (nohup, a background job) continues to do so.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, _stop.handle)
     try:

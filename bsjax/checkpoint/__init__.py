@@ -1,5 +1,5 @@
-"""Loading what `python -m convert` wrote.
+"""Loads checkpoints that `python -m convert` has written.
 
-loading     `load`: a converted checkpoint's folder to a `LoadedModel`
-restoring   the weights, one parameter at a time, into arrays on a device
+loading     `load`: from the folder of a converted checkpoint to a `LoadedModel`
+restoring   reads the weights, one parameter at a time, into arrays on a device
 """

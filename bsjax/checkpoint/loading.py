@@ -1,6 +1,6 @@
-"""Loads what `python -m convert` has written: weights, configuration, tokenizer, image processor.
+"""Loads converted checkpoints: weights, configuration, tokenizer and image processor.
 
-A converted checkpoint is a folder:
+`python -m convert` writes a folder:
 
     parameters/        the weights, an Orbax checkpoint of nested dictionaries of arrays
     bsjax.json         what this is: format version, family, dtype, fingerprint, where it came from
@@ -80,12 +80,12 @@ def load(path: str | Path, dtype: Any = None) -> LoadedModel:
     Args:
       path: a folder written by `python -m convert`.
       dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
-        it while they are read. By default float32 on CPU, whose matrix products are faster in
-        it, and bfloat16 elsewhere.
+        it while they are read. By default float32 on a CPU, whose matrix products are fastest in
+        float32, and bfloat16 elsewhere.
 
     Raises:
-      CheckpointError: the folder is missing, not converted, not converted to the end, of a newer
-        format or another family, or damaged; or `dtype` is none of the three.
+      CheckpointError: the folder is missing, not converted, only partly converted, of a newer
+        format, of an unsupported family or damaged; or `dtype` is not one of the three.
     """
     folder = Path(path).expanduser()
     _refuse_unconverted(folder, path)
@@ -93,7 +93,7 @@ def load(path: str | Path, dtype: Any = None) -> LoadedModel:
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
-    """As `load`, for a folder by any name: a conversion is verified before it gets its own.
+    """As `load`, for a folder with any name: a conversion is verified before it is renamed.
 
     Raises:
       CheckpointError: as `load`.
@@ -104,12 +104,12 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     family = processor.family
     if manifest["family"] != family.name:
         raise CheckpointError(
-            f"{folder} was converted as {manifest['family']}, and its config.json is of "
+            f"{folder} was converted as {manifest['family']}, but its config.json is of "
             f"{family.name}: one of the two files is another checkpoint's. Convert it again."
         )
     if target.name not in family.dtypes:
         raise CheckpointError(
-            f"{family.name} models do not compute in {target.name}: their activations leave its "
+            f"{family.name} models do not compute in {target.name}: their activations exceed its "
             f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
         )
     return LoadedModel(
@@ -132,7 +132,7 @@ def read_processor(folder: Path) -> Processor:
       CheckpointError: a file is missing or damaged, or the family is not supported.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it holds no config.json.")
+        raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json.")
     config = read_config(folder)
     family = family_of(config.model_type, folder)
     image_processor = family.image_processor
@@ -147,10 +147,10 @@ def read_processor(folder: Path) -> Processor:
 
 
 def resolve_dtype(dtype: Any) -> np.dtype:
-    """The dtype that the argument `dtype` of `load` means.
+    """Resolves the argument `dtype` of `load`.
 
     Raises:
-      CheckpointError: it is none of `DTYPES`.
+      CheckpointError: it is not one of `DTYPES`.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -159,7 +159,7 @@ def resolve_dtype(dtype: Any) -> np.dtype:
     except TypeError:
         resolved = None
     if resolved is None or resolved.name not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     return resolved
 
 
@@ -178,7 +178,7 @@ def family_of(model_type: Any, folder: Path) -> Family:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Reads config.json, never running code from it.
+    """Reads config.json. Never runs code that it refers to.
 
     Raises:
       CheckpointError: it is missing or does not describe a model.
@@ -186,7 +186,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        # transformers checks fields with whatever exception the field's own code raises.
+        # Each field's own check in transformers raises an exception of its own kind.
         raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
 
 
@@ -194,7 +194,7 @@ def abstract_module(architecture: Architecture) -> ImageTextModel:
     """The model with shapes in place of weights, which takes no memory.
 
     Raises:
-      CheckpointError: the configuration's numbers do not make a model.
+      CheckpointError: the configuration does not describe a model.
     """
     family, config, dtype = architecture
     try:
@@ -214,8 +214,8 @@ def parameter_shapes(module: nnx.Module) -> dict[tuple[str, ...], jax.ShapeDtype
 def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
     if UNFINISHED in folder.absolute().name:
         raise CheckpointError(
-            f"{folder} is what an interrupted conversion left (or one that still runs). Delete "
-            "it and convert again."
+            f"{folder} is an unfinished conversion: interrupted, or still running. Delete it and "
+            "convert again."
         )
     if (folder / MANIFEST).is_file():
         return
@@ -227,9 +227,9 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
         )
     if (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} is a Hugging Face checkpoint and not converted yet: {convert}"
+            f"{folder} is a Hugging Face checkpoint that is not converted yet: {convert}"
         )
-    raise CheckpointError(f"{folder} holds no {MANIFEST}: it is no converted checkpoint.")
+    raise CheckpointError(f"{folder} holds no {MANIFEST}: it is not a converted checkpoint.")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {version}, and this bsjax reads {FORMAT_VERSION}. "
+            f"{folder} has format version {version}, but this bsjax reads {FORMAT_VERSION}. "
             "Convert the checkpoint again, or use the bsjax that wrote it."
         )
     absent = [key for key in ("family", "dtype", "fingerprint") if key not in manifest]
@@ -281,8 +281,8 @@ def _component(folder: Path, what: str, kind: Any) -> Any:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = _component(folder, "tokenizer", AutoTokenizer)
-    # Hugging Face's processors prefer this file to the tokenizer's own template, which in older
-    # checkpoints may know nothing of images.
+    # Hugging Face's processors prefer this file to the tokenizer's own template, which does not
+    # support images in some older checkpoints.
     file = folder / "chat_template.json"
     if file.is_file():
         try:
@@ -293,10 +293,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """Reads generation_config.json, or makes it from config.json where there is none.
+    """Reads generation_config.json; if there is none, derives it from config.json.
 
     Raises:
-      CheckpointError: it is damaged, or its end-of-sequence tokens are no token ids.
+      CheckpointError: it is damaged, or its end-of-sequence tokens are not token ids.
     """
     config = _any_generation_config(folder)
     ids = config.eos_token_id

@@ -1,9 +1,9 @@
 """Reads the weights of a converted checkpoint, one parameter at a time, into arrays on a device.
 
-Orbax restores all arrays of a tree at once, holding what is still encoded, decoded and on its way
-to the device of many of them: nearly twice the model. The handler here, which Orbax is told to use
-instead of its own, reads one parameter, casts it chunk by chunk, hands it to the device, and only
-then begins the next. On CPU the array read into is the array of the model: nothing is copied.
+Orbax restores all arrays of a tree concurrently and holds many of them in encoded and decoded form
+at the same time: nearly twice the size of the model. The handler here replaces Orbax's own. It
+reads one parameter, casts it chunk by chunk and moves it to the device before it starts the next.
+On a CPU, the model uses the array that was read, without a copy.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ import tensorstore
 
 from bsjax.errors import CheckpointError
 
-# JAX takes over memory that is aligned like its own, and copies other memory.
+# JAX uses memory with this alignment in place, and copies other memory.
 _ALIGNMENT = 64
 
-# Chunks read and decoded at once. More are no faster, and each is in memory twice.
+# Chunks read and decoded at once. More are not faster, and each is in memory twice.
 _CHUNKS_AT_ONCE = 4
 
 _AGAIN = "Convert the checkpoint again."
 
 
 class OneAtATime(ocp.type_handlers.NumpyHandler):
-    """Restores Orbax's NumPy arrays as JAX arrays of one sharding, one after the other."""
+    """Restores Orbax's NumPy arrays as JAX arrays with one sharding, one after the other."""
 
     def __init__(self, sharding: jax.sharding.Sharding) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         infos: Sequence[ocp.type_handlers.ParamInfo],
         args: Sequence[ocp.RestoreArgs] | None = None,
     ) -> Sequence[Any]:
-        """Reads the parameters, each cast to the dtype its `RestoreArgs` ask for.
+        """Reads the parameters, each cast to the dtype in its `RestoreArgs`.
 
         Raises:
           CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
@@ -58,7 +58,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            # All chunks were written, those of zeros too: one that is missing is damage.
+            # All chunks were written, even those of zeros: a missing one means damage.
             "fill_missing_data_reads": False,
         }
         try:
@@ -70,7 +70,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
                 f"parameter {info.name} in {info.parent_dir} is missing or damaged. {_AGAIN} "
                 f"({error})"
             ) from error
-        # Finite where it was stored, and float16 alone has less range than the others.
+        # The stored values are finite; of the three dtypes only float16 has a smaller range.
         if dtype == np.float16 and not np.isfinite(array).all():
             raise CheckpointError(
                 f"parameter {info.name} in {info.parent_dir} holds weights too large for float16. "
@@ -89,7 +89,7 @@ def restore_parameters(
     Args:
       folder: the Orbax checkpoint, a tree of nested dictionaries.
       wanted: shape and dtype of every parameter, by its path.
-      sharding: where they go.
+      sharding: of the arrays.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
@@ -97,7 +97,7 @@ def restore_parameters(
     _check_names(folder, {".".join(path) for path in wanted})
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, OneAtATime(sharding)),
-        # Nothing is of this type; Orbax warns of a registry without it.
+        # Not used; Orbax warns about a registry without it.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -115,7 +115,7 @@ def restore_parameters(
         for path, leaf in wanted.items():
             if shapes.get(path) != tuple(leaf.shape):
                 raise CheckpointError(
-                    f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, and the "
+                    f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, but the "
                     f"model of config.json needs {tuple(leaf.shape)}. {_AGAIN}"
                 )
         arguments = {
@@ -129,7 +129,7 @@ def restore_parameters(
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at an address that JAX can take over."""
+    """An uninitialised array with JAX's alignment."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -137,14 +137,14 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_names(folder: Path, wanted: set[str]) -> None:
-    """Compares names before Orbax does, which names none of those that are missing."""
+    """Compares names before Orbax does, whose error does not say which are missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing. {_AGAIN}")
     # Orbax stores each array in a folder of its own, described by its zarr.json.
     stored = {file.parent.name for file in folder.glob("*/zarr.json")}
     for names, what in (
         (wanted - stored, "lacks"),
-        (stored - wanted, "holds, but the model of config.json has no place for,"),
+        (stored - wanted, "holds, but the model of config.json does not have,"),
     ):
         if names:
             listed = sorted(names)

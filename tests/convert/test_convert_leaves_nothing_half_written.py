@@ -71,7 +71,7 @@ def test_kill_leaves_a_folder_that_says_what_it_is(source, tmp_path, capsys):
     assert code == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("ours.converting-")
-    with pytest.raises(CheckpointError, match="interrupted conversion"):
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
         load(left)
 
     # The next run says so, is not disturbed by it, and does not touch it.

@@ -77,7 +77,7 @@ def test_header_that_contradicts_itself(source, refused):
     assert SHARD in message and "damaged header" in message
 
 
-def test_index_that_promises_too_much(source, refused):
+def test_index_that_lists_too_much(source, refused):
     index = json.loads((source / sources.INDEX).read_text())
     index["weight_map"]["model.extra.weight"] = SHARD
     (source / sources.INDEX).write_text(json.dumps(index))
@@ -211,12 +211,12 @@ def test_config_of_another_family(source, refused):
 
 def test_config_of_the_sister_family(source, refused):
     sources.edit_json(source / "config.json", model_type="qwen2_5_vl")
-    assert "tensors the model" in refused()
+    assert "tensors that the model" in refused()
 
 
 @pytest.mark.parametrize(
     "content, part",
-    [(None, "holds no config.json"), ("{", "cannot read"), ("[]", "no JSON object"),
+    [(None, "holds no config.json"), ("{", "cannot read"), ("[]", "not hold a JSON object"),
      ("{}", "no model_type")],
 )  # fmt: skip
 def test_damaged_config(source, refused, content, part):
@@ -464,11 +464,11 @@ def test_tied_embedding_with_contents_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     "file, change, words",
     [
-        ("config.json", {"vision_config": {"num_heads": 3}}, "do not fit each other"),
-        ("config.json", {"image_token_id": 7}, "do not fit each other"),
+        ("config.json", {"vision_config": {"num_heads": 3}}, "do not match"),
+        ("config.json", {"image_token_id": 7}, "do not match"),
         ("config.json", {"model_type": ["qwen2_vl"]}, "qwen2_vl"),
-        ("preprocessor_config.json", {"patch_size": 8}, "do not fit each other"),
-        ("preprocessor_config.json", {"merge_size": 1}, "do not fit each other"),
+        ("preprocessor_config.json", {"patch_size": 8}, "do not match"),
+        ("preprocessor_config.json", {"merge_size": 1}, "do not match"),
         ("generation_config.json", {"eos_token_id": "x"}, "end-of-sequence token 'x'"),
     ],
 )
