@@ -61,7 +61,7 @@ def add_to(commands: Any) -> None:
 def _mask(options: argparse.Namespace) -> None:
     from bsjax.masks.block_mask import BlockMask
 
-    template, visibility = _template(options)
+    template, visibility = template_and_visibility(options)
     mask = BlockMask(
         template,
         [options.category],
@@ -78,7 +78,7 @@ def _mask(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-def _template(options: argparse.Namespace) -> "tuple[Template, Visibility]":
+def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Visibility]":
     """The prompt's template, and what a layer lets its queries see."""
     from bsjax.masks.template import Template
 

@@ -34,7 +34,7 @@ GEMMA_NESTED = (
 
 
 def expected_parameters(source, model):
-    """What the model's parameters must be, in float32, from the source's tensors by torch."""
+    """The expected parameters, in float32, computed by torch from the source's tensors."""
     tensors = {canonical_key(key): value for key, value in sources.read_weights(source).items()}
     for rule in model.family.parameter_table(model.config):
         arrays = [
@@ -135,7 +135,7 @@ def test_tied_checkpoint_may_repeat_its_embedding(tmp_path):
 def test_large_parameters_are_cut_into_pieces(tmp_path, monkeypatch):
     source = sources.write_source(tmp_path / "hf", inner=104)
     whole = convert_checkpoint(source, tmp_path / "whole")
-    # Smaller than every matrix: layers, rows and columns are written one after the other, and the
+    # Smaller than every matrix, so that layers, rows and columns are written piece by piece; the
     # last block of rows is shorter than the others.
     monkeypatch.setattr(convert.streaming, "PIECE_BYTES", 3000)
     cut = convert_checkpoint(source, tmp_path / "cut")
@@ -163,7 +163,7 @@ def test_plain_orbax_reads_the_weights(tmp_path):
     assert count == len(flat)
 
 
-def test_fingerprint_tells_weights_apart(tmp_path):
+def test_fingerprint_distinguishes_weights(tmp_path):
     source = sources.write_source(tmp_path / "hf")
     before = convert_checkpoint(source, tmp_path / "before")
     wide = convert_checkpoint(source, tmp_path / "wide", dtype="float32")
@@ -214,7 +214,7 @@ def test_image_settings_of_newer_checkpoints(tmp_path):
 
 def test_command_line_needs_no_torch(tmp_path):
     source = sources.write_source(tmp_path / "hf")
-    # What is None in sys.modules cannot be imported.
+    # A module that is None in sys.modules cannot be imported.
     program = (
         "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'torchvision')); "
         "runpy.run_module('convert', run_name='__main__')"

@@ -16,7 +16,7 @@ from convert.__main__ import main
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 
-# Converts, but stops half way, says so, and waits.
+# Converts half of a checkpoint, prints a line and waits.
 _STALLED = """
 import sys, time
 sys.modules["torch"] = None  # it takes seconds to import
@@ -25,7 +25,7 @@ import convert.conversion
 def stall(done, total):
     if done > total / 2:
         print("half", flush=True)
-        # In short naps: a signal that another thread receives would not end a long one.
+        # In short naps: a signal received by another thread would not end a long one.
         for _ in range(600):
             time.sleep(0.1)
 
@@ -74,7 +74,7 @@ def test_kill_leaves_a_folder_that_says_what_it_is(source, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="unfinished conversion"):
         load(left)
 
-    # The next run says so, is not disturbed by it, and does not touch it.
+    # The next run reports the folder, succeeds, and leaves it as it is.
     assert main([str(source), str(tmp_path / "ours")]) == 0
     assert left.name in capsys.readouterr().err
     assert load(tmp_path / "ours").family.name == "qwen2_vl"
@@ -148,7 +148,7 @@ def test_destination_keeps_ordinary_permissions(source, tmp_path):
     "number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_signals_that_a_callback_swallows_are_remembered(source, tmp_path, number, error):
-    # Python prints and drops what is raised inside callbacks of its garbage collector.
+    # Python prints and drops exceptions raised in callbacks of its garbage collector.
     def swallow(done, total):
         if done == total:
             with contextlib.suppress(BaseException):

@@ -36,7 +36,7 @@ def source(original, tmp_path):
 
 @pytest.fixture
 def refused(source, tmp_path):
-    """Converts `source`, checks that nothing was written, and gives the error's message."""
+    """Converts `source`, checks that nothing is written, and returns the error message."""
 
     def convert(*, origin=source, **options):
         with pytest.raises(CheckpointError) as caught:
@@ -61,7 +61,7 @@ def test_truncated_shard(source, refused, kept):
     assert SHARD in message and "truncated" in message
 
 
-def test_shard_that_is_no_safetensors_file(source, refused):
+def test_shard_that_is_not_a_safetensors_file(source, refused):
     (source / SHARD).write_bytes(b"<!DOCTYPE html>" * 1000)
     assert SHARD in refused()
     (source / SHARD).write_bytes((20).to_bytes(8, "little") + b"not a header at all, but text")
@@ -255,7 +255,7 @@ def test_source_that_is_converted_already(source, tmp_path, refused):
     assert "converted checkpoint already" in refused(origin=tmp_path / "first")
 
 
-def test_source_that_is_not_there(tmp_path, refused, source):
+def test_source_that_does_not_exist(tmp_path, refused, source):
     assert "no folder" in refused(origin=tmp_path / "nowhere")
     assert "is a file" in refused(origin=source / "config.json")
     assert "for hub ids only" in refused(revision="main")
@@ -358,7 +358,7 @@ def test_help_has_an_example(capsys):
 
 
 class TestLoading:
-    """What `load` says of folders which are not what `convert` wrote."""
+    """`load` explains what is wrong with folders that `convert` has not written."""
 
     @pytest.fixture
     def converted(self, source, tmp_path):
@@ -442,7 +442,7 @@ class TestLoading:
         assert "'int8'" in self.message(converted, dtype="int8")
 
 
-def test_tied_embedding_with_contents_of_its_own(tmp_path):
+def test_tied_embedding_that_differs(tmp_path):
     folder = sources.write_source(tmp_path / "tied", tied=True)
     embedding = "model.embed_tokens.weight"
 
@@ -472,7 +472,7 @@ def test_tied_embedding_with_contents_of_its_own(tmp_path):
         ("generation_config.json", {"eos_token_id": "x"}, "end-of-sequence token 'x'"),
     ],
 )
-def test_files_that_do_not_fit_each_other(source, refused, file, change, words):
+def test_files_that_do_not_match(source, refused, file, change, words):
     settings = json.loads((source / file).read_text())
     for key, value in change.items():
         if isinstance(value, dict):
@@ -492,6 +492,6 @@ def test_files_that_do_not_fit_each_other(source, refused, file, change, words):
         "generation_config.json",
     ],
 )
-def test_damaged_files_beside_the_weights(source, refused, file):
+def test_damaged_files_other_than_weights(source, refused, file):
     (source / file).write_text("{")
     assert str(source) in refused()

@@ -1,4 +1,4 @@
-"""`--verify` passes what is right, and discards what is wrong."""
+"""`--verify` accepts correct conversions and discards wrong ones."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.support import convert_sources as sources
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_right_conversions_pass(tmp_path, family, tied):
+def test_correct_conversions_pass(tmp_path, family, tied):
     # Gemma 3's third layer is the first global one; local ones see 12 positions.
     source = sources.write_source(tmp_path / "hf", family, tied=tied, layers=3)
     result = convert_checkpoint(source, tmp_path / "ours", check=True)
@@ -25,8 +25,8 @@ def test_right_conversions_pass(tmp_path, family, tied):
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma3_text"])
-def test_a_soft_cap_is_no_difference(tmp_path, family):
-    """transformers leaves it out in the class that reads images."""
+def test_a_soft_cap_makes_no_difference(tmp_path, family):
+    """transformers ignores the cap in the class that reads images."""
     source = sources.write_source(tmp_path / "hf", family, softcap=1.0)
     result = convert_checkpoint(source, tmp_path / "ours", check=True)
     assert result.verification is not None and result.verification.difference < 1e-4
@@ -48,7 +48,7 @@ def test_wrong_conversions_are_discarded(tmp_path, monkeypatch, capsys):
     real = convert.streaming.TRANSFORMS["transpose"]
 
     def wrong(tensor):
-        # Square projections lose their transposition, and keep their shape.
+        # Square projections are not transposed, which keeps their shape.
         return tensor if tensor.shape == (64, 64) else real(tensor)
 
     monkeypatch.setitem(convert.streaming.TRANSFORMS, "transpose", wrong)

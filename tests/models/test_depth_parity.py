@@ -18,7 +18,7 @@ PATCHES = 1024
 
 
 def equations(jaxpr):
-    """Every equation, those of nested programs included."""
+    """All equations, including those of nested programs."""
     for equation in jaxpr.eqns:
         yield equation
         for nested in jax.tree.leaves(
@@ -81,7 +81,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_programs_do_not_grow_with_depth(family):
-    """Gemma 3's layers take turns in threes here: both depths leave a rest of two."""
+    """Gemma 3's kinds of layers have a period of three here; both depths leave two layers over."""
     shallow, deep = programs(family, 5), programs(family, 11)
     for name in shallow:
         assert [equation.primitive for equation in shallow[name]] == [

@@ -103,7 +103,7 @@ class Port:
         self.decode = jitted("decode_step")
 
     def image_features(self, prompt: RandomPrompt):
-        """Features of the real rows only, of a run whose padding rows hold large noise."""
+        """Features of the rows before padding; the padding rows of the input hold large noise."""
         if not len(prompt.grid_thw):
             return None
         rows = bucket(len(prompt.pixel_values) + 1, smallest=64)
@@ -159,7 +159,7 @@ class Port:
         return logits, cache, next_position
 
     def greedy(self, prompt: RandomPrompt, *, packed: bool = False) -> tuple[list[int], np.ndarray]:
-        """The tokens, and the logits [new tokens, vocabulary] they were taken from."""
+        """The tokens, and the logits [new tokens, vocabulary] that they were chosen from."""
         logits, cache, next_position = self.prefill(prompt, packed=packed)
         of_steps = [logits[-1]]
         for step in range(NEW_TOKENS - 1):
@@ -181,7 +181,7 @@ def reference_logits(reference: torch.nn.Module, prompt: RandomPrompt, **options
 
 @contextlib.contextmanager
 def attending_as(reference: torch.nn.Module, template: Template, categories: np.ndarray):
-    """Every layer of `reference` attends under the predicate's masks, by kind and head category."""
+    """Makes every layer of `reference` use the predicate's masks, by kind and head category."""
     config = reference.config
     family, info = FAMILIES[config.model_type], template.info
     query = type(info)(*(field[:, None] for field in info))
@@ -336,7 +336,7 @@ def test_tower_before_its_projector():
 
 
 def test_layers_run_with_any_attention_keep_in_layer_order():
-    """Kinds of layers that take turns, and what they keep, come back as if there were one kind."""
+    """With alternating kinds of layers, what they keep is returned in the order of the layers."""
     models, prompt = case_of("gemma3", "seven images, four layers")
     config = models.reference.config
     assert FAMILIES["gemma3"].layer_kinds(config).tolist() == [0, 0, 1, 0]
@@ -359,7 +359,7 @@ def test_layers_run_with_any_attention_keep_in_layer_order():
 
 @pytest.mark.parametrize("window", [24, 4096])
 def test_windows_longer_than_an_image_and_than_the_prompt(window):
-    """Windows whose edges cut images that would fit, and a ring that the cache's length limits."""
+    """Windows whose edges cut through images, and a ring that is limited by the cache's length."""
     shape, images = CASES["seven images, four layers"]
     models = pair(replace(shape.with_family("gemma3"), window=window))
     prompt = random_prompt(models.reference.config, list(images))
@@ -381,7 +381,7 @@ def test_layers_that_are_all_global():
 
 
 def test_soft_cap_of_a_model_that_reads_images():
-    """transformers' Gemma3ForConditionalGeneration leaves it out, Gemma3ForCausalLM does not."""
+    """transformers' Gemma3ForConditionalGeneration ignores it; Gemma3ForCausalLM does not."""
     shape, images = CASES["one image"]
     models = pair(replace(shape.with_family("gemma3"), softcap=3.0))
     prompt = random_prompt(models.reference.config, list(images))
@@ -393,7 +393,7 @@ def test_soft_cap_of_a_model_that_reads_images():
 
 
 def test_text_only_model_with_a_soft_cap():
-    """Prompts several windows long, and no tower; the class of transformers that caps logits."""
+    """Prompts of several windows, no tower, and the class of transformers that caps logits."""
     reference = random_reference(small_config(Shape("gemma3_text", layers=4, softcap=3.0)))
     port = Port(reference)
     token_ids = np.random.default_rng(0).integers(1, VOCABULARY, 40).astype(np.int32)
@@ -421,7 +421,7 @@ def test_published_widths(family):
 
 
 @for_families
-def test_bfloat16_errs_no_more_than_in_transformers(family):
+def test_bfloat16_error_is_at_most_that_of_transformers(family):
     """Root mean square errors of both against torch in float32 with the same, bfloat16, parameters.
 
     The tenth more that is allowed is for biases: here XLA rounds a product before it adds the bias.

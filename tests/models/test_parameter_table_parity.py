@@ -1,4 +1,4 @@
-"""Parameter tables name what transformers saves, in every layout that the hub has."""
+"""Parameter tables cover what transformers saves, in every layout on the hub."""
 
 import jax.numpy as jnp
 import pytest
@@ -56,7 +56,7 @@ def test_every_key_of_every_layout_is_read(family, layout, tied):
 @pytest.mark.parametrize("top", [False, True])
 @pytest.mark.parametrize("text", [False, True])
 def test_embeddings_are_tied_as_in_transformers(family, top, text):
-    """Wherever config.json says it: Qwen's configs believe the text model's, Gemma 3's do not."""
+    """Wherever config.json says so: for Qwen, unlike Gemma 3, also in text_config."""
     contents = small_config(Shape(family)).to_dict()
     contents["tie_word_embeddings"] = top
     contents["text_config"]["tie_word_embeddings"] = text
@@ -70,7 +70,7 @@ def test_embeddings_are_tied_as_in_transformers(family, top, text):
 
 @for_families
 def test_building_creates_nothing_under_eval_shape(family):
-    """At the size of a real model, whose parameters this machine could not hold."""
+    """Tested at the size of a real model, whose parameters would not fit in memory."""
     shape = Shape(
         family, layers=80, q_heads=64, kv_heads=8, head_dim=128, inner=29568, vocabulary=152064
     )

@@ -1,4 +1,4 @@
-"""Positions, patch order and window order computed on the host are those of transformers."""
+"""Positions, patch order and window order equal those of transformers."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_adjacent_images_are_told_apart_by_their_grids(family, sizes):
     adjacent = random_prompt(config, sizes, adjacent=True)
     ours, next_position = positions(adjacent.token_ids, adjacent.grid_thw, config)
 
-    # With one text token before each image but the first, everything from there on is one later.
+    # A text token before each image but the first moves everything after it by one.
     pieces = np.cumsum(adjacent.image_tokens)[:-1]
     first = int(np.argmax(adjacent.token_ids == IMAGE))
     between = first + pieces
@@ -147,7 +147,7 @@ def test_prompts_and_grids_of_gemma3_that_are_refused():
 
 @given(images=st.integers(1, 3), side=st.sampled_from([4, 8]), seed=st.integers(0, 9))
 def test_patches_of_gemma3_are_the_image(images, side, seed):
-    """Blocks that are pooled stand together, and every pixel is where its position says."""
+    """Pooled blocks are contiguous, and every pixel is where its position says."""
     config = small_config(Shape("gemma3", image_side=side))
     pixels = np.random.default_rng(seed).random((images, 3, 4 * side, 4 * side), np.float32)
     patches = to_patches(pixels, config)

@@ -1,4 +1,4 @@
-"""A Gemma 3 prompt is what Gemma3Processor makes of the same messages, crops included."""
+"""A Gemma 3 prompt equals that of Gemma3Processor for the same messages, crops included."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from tests.support.small_models import Shape, small_config
 
 SIDE = 32
-# Written as the published template writes it: text is trimmed, an image is its start alone.
+# As the published template does: text is trimmed, and only the start of an image is written.
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
@@ -38,7 +38,7 @@ def files():
     tokenizer = AutoTokenizer.from_pretrained(
         folder, extra_special_tokens=names, chat_template=CHAT_TEMPLATE
     )
-    # Newlines that meet are one token, so that it matters where the processor writes them.
+    # Adjacent newlines become one token, so that it matters where the processor writes them.
     tokenizer.add_tokens(["\n\n\n", "\n\n"])
     image_processor = Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
     config = small_config(Shape("gemma3"))
@@ -105,7 +105,7 @@ def test_equals_transformers(files, sizes, options, crops):
     np.testing.assert_array_equal(expected["token_type_ids"][0] == 1, is_image)
 
 
-def test_image_settings_count_as_much_as_in_transformers(files):
+def test_image_settings_have_the_precedence_of_transformers(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, do_pan_and_scan=True, pan_and_scan_max_num_crops=2
@@ -145,14 +145,14 @@ def test_prompts_that_are_refused(files, options, text, words):
         prepare([{"role": "user", "content": content}], config, tokenizer, image_processor)
 
 
-def test_settings_for_another_tower_are_refused(files):
+def test_image_settings_of_another_tower_are_refused(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(size={"height": 48, "width": 48})
     with pytest.raises(MessageError, match="48 x 48 pixels, but its vision tower takes 32 x 32"):
         prepare(conversation([picture(40, 40)]), config, tokenizer, image_processor)
 
 
-def test_a_delimiter_that_the_tokenizer_lacks_is_named(files):
+def test_a_delimiter_missing_in_the_tokenizer_is_named(files):
     tokenizer, image_processor, config, _ = files
     config = copy.deepcopy(config)
     config.eoi_token_index = 10**6

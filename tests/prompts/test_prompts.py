@@ -1,4 +1,4 @@
-"""A prompt is what transformers makes of the same messages, and bad messages are named as such."""
+"""A prompt equals that of transformers for the same messages; invalid messages are explained."""
 
 import base64
 import io
@@ -140,7 +140,7 @@ def test_every_way_to_name_an_image_gives_the_same_pixels(tmp_path):
         np.testing.assert_array_equal(prompt.pixel_values, expected.pixel_values, err_msg=str(part))
 
 
-def test_greyscale_array_is_the_greyscale_image():
+def test_greyscale_array_equals_the_greyscale_image():
     original = picture(84, 56, "L")
     np.testing.assert_array_equal(
         prepare(user(image(np.array(original)))).pixel_values,
@@ -148,7 +148,7 @@ def test_greyscale_array_is_the_greyscale_image():
     )
 
 
-def test_files_are_turned_upright_and_pil_images_are_not(tmp_path):
+def test_exif_rotates_files_and_not_pil_images(tmp_path):
     sideways = picture(112, 56)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -158,7 +158,7 @@ def test_files_are_turned_upright_and_pil_images_are_not(tmp_path):
     assert prepare(user(image(Image.open(path)))).grid_thw.tolist() == [[1, 4, 8]]
 
 
-def test_pixel_bounds_act_on_their_image_alone():
+def test_pixel_bounds_apply_only_to_their_image():
     large = picture(640, 480)
     small = picture(60, 60)
     prompt = prepare(
@@ -183,7 +183,7 @@ def refused(messages, *words):
         assert word in str(caught.value)
 
 
-def test_messages_of_another_form_are_refused():
+def test_messages_of_an_invalid_form_are_refused():
     refused([], "empty")
     refused("Hello", "list", "str")
     refused({"role": "user", "content": "Hello"}, "list", "dict")
@@ -226,7 +226,7 @@ def test_images_that_the_template_leaves_out_are_refused():
         prepare(user("a", image(picture(56, 56))), tokenizer)
 
 
-def test_what_the_template_says_is_passed_on():
+def test_errors_of_the_template_are_passed_on():
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(MessageError, match="roles must alternate"):
@@ -266,11 +266,11 @@ def test_unreadable_images_are_named(tmp_path):
         (np.full((56, 56, 3), 0.5), "multiply by 255"),
     ],
 )
-def test_arrays_that_are_no_images_are_refused(array, word):
+def test_arrays_that_are_not_images_are_refused(array, word):
     refused(user(image(array)), "Image 1 of 1", word)
 
 
-def test_long_sources_are_cut_in_messages():
+def test_long_sources_are_shortened_in_messages():
     with pytest.raises(MessageError) as caught:
         prepare(user(image("A" * 100_000)))
     assert len(str(caught.value)) < 1000

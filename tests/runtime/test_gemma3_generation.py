@@ -11,7 +11,7 @@ from PIL import Image
 import bsjax
 from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
-from bsjax.cli.mask import _template
+from bsjax.cli.mask import template_and_visibility
 from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
 from bsjax.masks.visibility import Visibility
 from bsjax.models.gemma3.text import rows_of_ring
@@ -39,7 +39,7 @@ def conversation(**options):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A checkpoint of Hugging Face's, the same converted, with layers of both kinds."""
+    """A Hugging Face checkpoint with layers of both kinds, and the same checkpoint converted."""
     folder = tmp_path_factory.mktemp("gemma3")
     source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
     convert_checkpoint(source, folder / "ours", dtype="float32")
@@ -70,7 +70,7 @@ def test_answers_are_those_of_transformers(checkpoints, model, crops):
 
 
 def test_float16_is_refused(checkpoints):
-    """Published models overflow in it, and would answer with padding."""
+    """Published models overflow in float16 and would generate padding only."""
     with pytest.raises(bsjax.CheckpointError, match="do not compute in float16.*bfloat16"):
         bsjax.load(checkpoints[1], "float16")
 
@@ -96,7 +96,7 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
             assert flops == per_pair * visible_pairs(template, category.groups, kind.visibility)
     assert result.stats.attention_flops_sparse == local.sparse + everywhere.sparse
     assert result.stats.attention_flops_dense == local.dense + everywhere.dense
-    # The window leaves local layers less to save.
+    # Because of their window, local layers save a smaller share.
     assert everywhere.sparse / everywhere.dense < local.sparse / local.dense < 1
 
 
@@ -112,7 +112,7 @@ def test_schedules_share_one_row_order(model):
     assert (local.visibility.window, everywhere.visibility.window) == (12, None)
 
 
-def test_local_layers_keep_their_window_alone(model):
+def test_local_layers_cache_only_their_window(model):
     inputs = prepare_inputs(
         model.architecture, model.prompt(conversation()), None, backend="xla", new_tokens=2
     )
@@ -143,18 +143,18 @@ def test_command_line_adds_crops(checkpoints, tmp_path, capsys):
     assert "Gemma 3 scales all images to one size" in capsys.readouterr().err
 
 
-def test_mask_of_a_prompt_is_that_of_the_layer_asked_for(checkpoints, tmp_path, capsys):
+def test_mask_of_a_prompt_is_that_of_the_requested_layer(checkpoints, tmp_path, capsys):
     path = tmp_path / "picture.png"
     picture(40, 40).save(path)
     arguments = ["mask", str(checkpoints[1]), "word1", str(path), "--category", "dense"]
     assert main([*arguments, "--output", str(tmp_path / "mask.png")]) == 0
     assert "1 image, DENSE: 100.0%" in capsys.readouterr().out
     options = build_parser().parse_args(arguments)
-    template, visibility = _template(options)
+    template, visibility = template_and_visibility(options)
     assert visibility == Visibility(True, None) and template.image_tokens == (16,)
     for layer, window in enumerate((12, 12, None, 12)):
         options = build_parser().parse_args([*arguments, "--layer", str(layer)])
-        assert _template(options)[1] == Visibility(True, window)
+        assert template_and_visibility(options)[1] == Visibility(True, window)
     assert main([*arguments, "--layer", "0", "--output", str(tmp_path / "local.png")]) == 0
     assert "DENSE: 100.0% of the dense attention in a window of 12" in capsys.readouterr().out
     assert main([*arguments, "--layer", "4"]) == 2
@@ -168,7 +168,7 @@ def test_mask_of_segments_with_a_window(tmp_path, capsys):
     assert main([*arguments, "--category", "dense", "--window", "3"]) == 0
     assert "in a window of 3" in capsys.readouterr().out
     options = build_parser().parse_args([*arguments, "--window", "3", "--bidirectional-images"])
-    template, visibility = _template(options)
+    template, visibility = template_and_visibility(options)
     assert template.image_tokens == (8,) and visibility == Visibility(True, 3)
     assert main([*arguments, "--layer", "0"]) == 2
     assert "belong to a checkpoint's prompt" in capsys.readouterr().err

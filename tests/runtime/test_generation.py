@@ -1,4 +1,4 @@
-"""`forward`, `generate` and `stream` do what transformers does, and what they say."""
+"""`forward`, `generate` and `stream` equal transformers and keep their documented promises."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def torch_answers(tiny_source, tiny_model, photographs):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_logits_and_greedy_tokens_are_transformers(tiny_model, photographs, torch_answers, count):
+def test_logits_and_greedy_tokens_equal_transformers(tiny_model, photographs, torch_answers, count):
     images = photographs[:count]
     wanted_logits, wanted_tokens = torch_answers(images, 32)
     logits = bsjax.forward(tiny_model, conversation(images))
@@ -85,7 +85,7 @@ def test_logits_and_greedy_tokens_are_transformers(tiny_model, photographs, torc
 
 
 @pytest.mark.parametrize("category", HeadCategory)
-def test_sparse_prefill_is_the_masked_reference(tiny_model, photographs, category):
+def test_sparse_prefill_equals_the_masked_reference(tiny_model, photographs, category):
     profile = Profile.uniform(category, tiny_model)
     sparse, reference = (
         bsjax.forward(tiny_model, conversation(photographs), profile=profile, backend=backend)
@@ -112,7 +112,7 @@ def test_mixed_heads_with_learned_sinks(tiny_model, photographs):
     np.testing.assert_allclose(sparse, reference, atol=1e-4 * np.abs(reference).max())
 
 
-def test_a_batch_is_its_single_runs(tiny_model, photographs):
+def test_a_batch_equals_single_runs(tiny_model, photographs):
     conversations = [
         conversation(photographs[:2]),
         conversation([], "Hello"),
@@ -126,7 +126,7 @@ def test_a_batch_is_its_single_runs(tiny_model, photographs):
     np.testing.assert_array_equal(logits[1], bsjax.forward(tiny_model, conversations[1]))
 
 
-def test_streams_are_the_whole_answer(tiny_model, photographs):
+def test_streamed_pieces_add_up_to_the_answer(tiny_model, photographs):
     messages = conversation(photographs[:2])
     options = {"max_new_tokens": 24, "temperature": 1.5, "seed": 2}
     whole = bsjax.generate(tiny_model, messages, **options)
@@ -143,7 +143,7 @@ def test_streams_are_the_whole_answer(tiny_model, photographs):
     assert "".join(bsjax.stream(tiny_model, messages, **options)) == whole.text
 
 
-def test_pieces_hold_whole_characters_only(tiny_model):
+def test_pieces_hold_only_whole_characters(tiny_model):
     from bsjax.runtime.results import IncrementalText
 
     text = "Où? 日本語 🙂 end"
@@ -162,7 +162,7 @@ def test_an_answer_ends_at_the_generation_configs_end_token(tiny_model, photogra
     messages = conversation(photographs[:1])
     free = bsjax.generate(tiny_model, messages, max_new_tokens=40)
     assert free.finish_reason == "length" and len(free.token_ids) == 40
-    # The first token that was not there before it is made the end.
+    # The first token that did not occur before becomes the end-of-sequence token.
     position = next(i for i in range(1, 40) if free.token_ids[i] not in free.token_ids[:i])
     config = type(tiny_model.generation_config)(eos_token_id=[free.token_ids[position], 3])
     ended = bsjax.generate(
@@ -172,7 +172,7 @@ def test_an_answer_ends_at_the_generation_configs_end_token(tiny_model, photogra
     assert ended.token_ids == free.token_ids[: position + 1]
 
 
-def test_drawing_depends_on_the_seed_alone(tiny_model, photographs):
+def test_drawing_depends_only_on_the_seed(tiny_model, photographs):
     messages = conversation(photographs[:1])
 
     def draw(**options):
@@ -256,7 +256,7 @@ def test_arguments_out_of_range_are_refused(tiny_model, options, error, words):
         bsjax.generate(tiny_model, conversation([], "Hi"), **options)
 
 
-def test_empty_and_mixed_up_messages_are_refused(tiny_model):
+def test_empty_and_malformed_messages_are_refused(tiny_model):
     with pytest.raises(MessageError, match="empty"):
         bsjax.generate(tiny_model, [])
     with pytest.raises(MessageError, match="empty"):
@@ -269,7 +269,7 @@ def test_empty_and_mixed_up_messages_are_refused(tiny_model):
         bsjax.generate(tiny_model, conversation([], "Hi"), profile=profile)
 
 
-def test_a_chat_template_file_comes_before_the_tokenizers_own(tiny_checkpoint, tmp_path):
+def test_a_chat_template_file_takes_precedence_over_the_tokenizers(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "older")
     template = tiny_checkpoint / "chat_template.jinja"
     (folder / "chat_template.json").write_text(

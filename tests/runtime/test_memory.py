@@ -1,4 +1,4 @@
-"""Memory is bounded, known before anything runs, and what bounds it changes no result."""
+"""Memory is bounded and known before anything runs; bounding it does not change results."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def answering_of(model, messages, new_tokens=8):
 
 @pytest.fixture(scope="module")
 def logits(tiny_model):
-    """Of one group of images, with no chunk of rows smaller than the prompt."""
+    """Of a prompt with one group of images, which fits into one chunk of rows."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1
     assert inputs.rows < min(layers.CHUNK_ROWS, LOGIT_ROWS)
@@ -56,7 +56,7 @@ def logits(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def generation(tiny_model):
+def answering(tiny_model):
     """Of the same prompt."""
     return answering_of(tiny_model, conversation())
 
@@ -79,7 +79,7 @@ def test_rows_in_chunks_are_the_rows(monkeypatch, rows):
     np.testing.assert_allclose(
         layers.by_rows(function, jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5
     )
-    # Whole chunks are one loop, however many there are; a rest is computed once.
+    # All whole chunks are one loop; the remaining rows are computed once.
     products = str(jax.make_jaxpr(lambda x: layers.by_rows(function, x))(x)).count("dot_general")
     assert products == (2 if rows > 64 and rows % 64 else 1)
 
@@ -89,7 +89,7 @@ def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
     expected = bsjax.forward(tiny_model, messages)
     monkeypatch.setattr(layers, "CHUNK_ROWS", 24)
     monkeypatch.setattr("bsjax.runtime.scoring.LOGIT_ROWS", 30)
-    # The same model without the programs compiled so far.
+    # The same model, but without compiled programs.
     model = dataclasses.replace(tiny_model)
     scoring = Scoring(programs_of(model), inputs_of(model, messages, 0), "xla")
     program = scoring.stages[-1].program
@@ -117,11 +117,11 @@ def test_groups_of_images_change_no_logits(tiny_model, logits, monkeypatch, limi
     assert len(inputs_of(tiny_model, conversation()).image_groups) == groups
     compilations = programs_of(tiny_model).compilations
     assert_float32_close(bsjax.forward(tiny_model, conversation()), logits)
-    # Groups of one bucket share a program, here that of all images together.
+    # Groups of the same padded size share a program, here that of all images together.
     assert programs_of(tiny_model).compilations == compilations
 
 
-def test_vision_takes_no_more_for_more_images(tiny_model, monkeypatch):
+def test_vision_memory_does_not_grow_with_images(tiny_model, monkeypatch):
     monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
     few, many = (
         Embedding(programs_of(tiny_model), inputs_of(tiny_model, conversation(order)), "xla")
@@ -136,14 +136,14 @@ def test_vision_takes_no_more_for_more_images(tiny_model, monkeypatch):
     assert beyond_embeddings(many) == pytest.approx(beyond_embeddings(few), rel=0.01)
 
 
-def test_stages_count_what_stands_on_the_device(generation):
-    stages = {stage.name: stage for stage in generation.stages}
+def test_stages_count_everything_on_the_device(answering):
+    stages = {stage.name: stage for stage in answering.stages}
     assert list(stages) == ["embed", "vision", "prefill", "decode"]
-    embeddings, cache = size_in_bytes(generation.embedding.output), size_in_bytes(generation.cache)
-    (group,) = generation.embedding.inputs.image_groups
+    embeddings, cache = size_in_bytes(answering.embedding.output), size_in_bytes(answering.cache)
+    (group,) = answering.embedding.inputs.image_groups
     memory = {name: stage.program.memory for name, stage in stages.items()}
     assert memory["embed"].results == embeddings
-    # Updated in place, the embeddings are an argument and no result; so is the cache in decode.
+    # Embeddings are updated in place, so that they count as argument only; in decode, the cache.
     assert memory["vision"].arguments >= embeddings + group.pixel_values().nbytes
     assert memory["vision"].results < 2**10
     assert memory["prefill"].arguments >= embeddings
@@ -154,7 +154,7 @@ def test_stages_count_what_stands_on_the_device(generation):
         assert stage.peak == sum(memory[name]), name
 
 
-def test_the_next_groups_pixels_count(tiny_model, monkeypatch):
+def test_the_next_groups_pixels_are_counted(tiny_model, monkeypatch):
     monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
     run = answering_of(tiny_model, conversation())
     vision = [stage for stage in run.stages if stage.name == "vision"]
@@ -162,9 +162,9 @@ def test_the_next_groups_pixels_count(tiny_model, monkeypatch):
     assert [stage.other_bytes for stage in vision] == [*pixels[1:], 0]
 
 
-def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, generation, monkeypatch):
+def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, answering, monkeypatch):
     messages = conversation()
-    peak = max(stage.peak for stage in generation.stages)
+    peak = max(stage.peak for stage in answering.stages)
     monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak)
     assert len(bsjax.generate(tiny_model, messages, max_new_tokens=8).token_ids) == 8
     monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak - 1)
@@ -174,7 +174,7 @@ def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, generation
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 
-def test_a_refusal_says_what_is_wanted_where(tiny_model):
+def test_a_refusal_says_how_much_is_needed_where(tiny_model):
     gib = 2**30
     stages = [
         Stage("vision", SimpleNamespace(memory=Memory(gib, gib, gib)), other_bytes=gib // 4),
@@ -193,7 +193,7 @@ def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkey
     messages = conversation()
     scoring = Scoring(programs_of(tiny_model), inputs_of(tiny_model, messages, 0), "xla")
     assert scoring.result_bytes == logits.nbytes
-    # On a CPU, what the programs take is the host's as well.
+    # On a CPU, programs use the host's memory as well.
     wanted = logits.nbytes + max(stage.peak for stage in scoring.stages)
     monkeypatch.setattr("bsjax.runtime.generation.host_bytes_available", lambda: wanted)
     bsjax.forward(tiny_model, messages)
@@ -218,7 +218,7 @@ def test_131k_tokens_of_gemma3_4b_reach_the_goal():
     assert found.missed_goal is None
 
 
-def test_profiling_32k_tokens_of_the_7b_takes_little_beside_the_weights():
+def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights():
     """Any GPU that can answer such a prompt can profile on it: no stage keeps a square array."""
     require_gpu_compiler()
     stages = memory_table.measure_profiling("Qwen2.5-VL-7B", 32_768)

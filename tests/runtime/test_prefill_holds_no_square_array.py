@@ -1,8 +1,8 @@
 """Long prompts through published models, compiled for an H200: no array has tokens x tokens.
 
-The compiled programs' own text says how large their arrays are, and their memory analysis what they
-peak at: none has tokens x tokens elements, or the square of a group's patches, and the peak is far
-below what one such array would take.
+Array sizes are read from the text of the compiled programs, peaks from their memory analysis. No
+array has tokens x tokens elements, or the square of a group's patches, and the peaks are far below
+the size of such an array.
 """
 
 import math

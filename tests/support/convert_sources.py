@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
     "{% if item['type'] == 'image' %}<start><image><end>{% else %}{{ item['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
-# Gemma 3's templates write where an image starts; what follows is written when it is processed.
+# Gemma 3's templates write only the start of an image; processing adds the rest.
 GEMMA_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("<start><image><end>", "<start>")
 
 
@@ -78,7 +78,7 @@ def _write_tokenizer(folder: Path, chat_template: str) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a source, by their keys as they stand in the files."""
+    """All tensors of a source, by their keys in the files."""
     return {
         key: tensor
         for file in sorted(folder.glob("*.safetensors"))
@@ -89,7 +89,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def change_weights(
     folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, shards: int = 1
 ) -> Path:
-    """Rewrites a source's tensors after `change` has edited the dictionary of them."""
+    """Rewrites a source's tensors after `change` has edited their dictionary."""
     tensors = read_weights(folder)
     change(tensors)
     for file in [*folder.glob("*.safetensors"), folder / INDEX]:

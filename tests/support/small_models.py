@@ -1,4 +1,4 @@
-"""Random models of transformers, small unless told otherwise, and our ports filled from them.
+"""Random models of transformers, small by default, and our ports with the same parameters.
 
 The ports are filled through their families' parameter tables, so that whatever uses these models
 tests the tables as well.
@@ -42,24 +42,24 @@ class Shape:
     full_attention_blocks: tuple[int, ...] = (1,)
     """Of Qwen2.5-VL's tower."""
     hidden: int | None = None
-    """Width of Gemma 3's language model, three quarters of its heads' if None."""
+    """Width of Gemma 3's language model; by default three quarters of its heads' width."""
     window: int = 12
     """Of Gemma 3's local layers: less than an image."""
     pattern: int = 3
-    """Of Gemma 3: every so many layers the last one is global."""
+    """Of Gemma 3: every `pattern`-th layer is global."""
     image_side: int = 8
     """Patches along a side of Gemma 3's images."""
     pooled: int = 2
-    """Patches along a side of what becomes one of Gemma 3's image tokens."""
+    """Patches along a side of the blocks that become Gemma 3's image tokens."""
     softcap: float | None = None
-    """Gemma 3's, of the logits."""
+    """Of Gemma 3's logits."""
 
     def with_family(self, family: str) -> "Shape":
         return replace(self, family=family)
 
 
 def small_config(shape: Shape) -> transformers.PretrainedConfig:
-    """A config as the hub has them."""
+    """A config as on the hub."""
     if shape.family == "gemma3_text":
         return _gemma3_config(shape).text_config
     return _gemma3_config(shape) if shape.family == "gemma3" else _qwen_config(shape)
@@ -74,7 +74,7 @@ def _gemma3_config(shape: Shape) -> transformers.PretrainedConfig:
             "num_attention_heads": shape.q_heads,
             "num_key_value_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
-            # Not the head dimension: the published 27B's is not either.
+            # Different from the head dimension, as in the published 27B.
             "query_pre_attn_scalar": shape.head_dim + 8,
             "vocab_size": shape.vocabulary,
             "sliding_window": shape.window,
@@ -157,9 +157,9 @@ def _qwen_config(shape: Shape) -> transformers.PretrainedConfig:
 
 
 def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> torch.nn.Module:
-    """A model of transformers in float32, none of whose parameters is near its usual start.
+    """A model of transformers in float32 with random values for all parameters.
 
-    Biases are not zero and norms are not one, so that one that is left out shows.
+    Biases are not 0 and norms are not 1, so that a test notices a missing one.
     """
     classes = {
         "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
@@ -199,9 +199,9 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _reset_buffers(model: torch.nn.Module) -> None:
-    """Rotary frequencies are in no state dict: `to_empty` forgets them and a cast rounds them.
+    """Restores buffers outside the state dict, which `to_empty` loses and a cast rounds.
 
-    So are Gemma 3's embedding scale and its tower's position numbers.
+    They are rotary frequencies, Gemma 3's embedding scale and its tower's position numbers.
     """
     for module in model.modules():
         if hasattr(module, "scalar_embed_scale"):
@@ -220,7 +220,7 @@ def _reset_buffers(model: torch.nn.Module) -> None:
 
 
 def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
-    """Our port with the parameters of `reference`; all of them used, all of ours set."""
+    """Our port with the parameters of `reference`. Checks that all are used and all of ours set."""
     config = reference.config
     family = FAMILIES[config.model_type]
     source = {
