@@ -1,5 +1,6 @@
 # make demo   questions about twelve images to the small trained model in examples/, dense and sparse
 # make test   the test suite          make lint   ruff and pyright
+# make test-fast  without the slow tests: two minutes, for every change (TEST_OPTIONS="-k masks")
 # make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
 # Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
@@ -23,13 +24,19 @@ TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench train profile evaluate gpu-check clean
+.PHONY: demo test test-fast lint bench train profile evaluate gpu-check clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV_PYTHON) -m examples.demo
 
+# Workers take tests from each other when they run out of their own.
+WORKERS ?= 2
+PYTEST := $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 test: $(VENV)/.installed-test
-	$(VENV_PYTHON) -m pytest
+	$(PYTEST) $(TEST_OPTIONS)
+
+test-fast: $(VENV)/.installed-test
+	$(PYTEST) -m "not slow" $(TEST_OPTIONS)
 
 lint: $(VENV)/.installed-test
 	$(VENV_PYTHON) -m ruff check .

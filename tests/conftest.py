@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
+import beartype  # noqa: F401
 import pytest
 from hypothesis import settings
 
@@ -12,6 +14,19 @@ from tests.support.paths import ROOT
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What a test says of compilation must not depend on what ran before, nor fill the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Each pytest-xdist worker has a core of its own: more threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before bsjax: jaxtyping's import hook compiles the source of what bsjax is the first to import.
+import flax.nnx  # noqa: E402, F401
+import orbax.checkpoint  # noqa: E402, F401
+
+from tests.support.parity import torch  # noqa: E402
+
+if torch is not None:
+    import transformers.modeling_utils
+    import transformers.processing_utils  # noqa: F401
 
 # Shells start background jobs with interrupts ignored, and children inherit that. Tests send some.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -20,6 +35,32 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Compilation and shared machines make single examples slow now and then; that is no failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)
 settings.load_profile("bsjax")
+
+NO_TORCH = "torch is not installed"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CI") and sys.version_info[:2] == (3, 11) and torch is None:
+        raise pytest.UsageError(f"{NO_TORCH}: CI runs the parity tests on Python 3.11")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch is None:
+        for item in items:
+            if item.get_closest_marker("parity"):
+                item.add_marker(pytest.mark.skip(reason=NO_TORCH))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [
+        report
+        for report in terminalreporter.getreports("skipped")
+        if NO_TORCH in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} parity tests skipped: {NO_TORCH} (pip install '.[parity]')"
+        )
 
 
 @pytest.fixture(scope="session")

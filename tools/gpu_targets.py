@@ -11,7 +11,6 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,13 +237,7 @@ def compile_for(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments
     )
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with (
-        _abstract_device(TARGETS[target]),
-        _no_compilation_cache(),
-        warnings.catch_warnings(),
-    ):
-        # Newer JAX deprecates its Triton lowering; what runs on GPUs today still needs it.
-        warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+    with _abstract_device(TARGETS[target]), _no_compilation_cache():
         lowered = jitted.trace(*shapes).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options=compiler_options)
 

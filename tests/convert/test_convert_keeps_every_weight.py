@@ -11,7 +11,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import torch
 from flax import nnx
 
 import convert.streaming
@@ -20,6 +19,8 @@ from bsjax.models.parameters import TRANSFORMS, canonical_key
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.parity
 
 NESTED = (("visual.", "model.visual."), ("model.", "model.language_model."))
 WRAPPED = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
@@ -103,7 +104,7 @@ def test_shards_as_transformers_writes_them(tmp_path):
     assert not list((tmp_path / "ours").glob("*.index.json"))
 
 
-@pytest.mark.parametrize("source_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("source_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtypes(tmp_path, source_dtype, dtype):
     source = sources.write_source(tmp_path / "hf", dtype=source_dtype)
@@ -114,7 +115,7 @@ def test_dtypes(tmp_path, source_dtype, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", jnp.bfloat16, np.float32])
 def test_weights_are_cast_while_loading(tmp_path, dtype):
-    source = sources.write_source(tmp_path / "hf", dtype=torch.float32)
+    source = sources.write_source(tmp_path / "hf", dtype="float32")
     convert_checkpoint(source, tmp_path / "ours")
     model = load(tmp_path / "ours", dtype)
     assert model.dtype == jnp.dtype(dtype)

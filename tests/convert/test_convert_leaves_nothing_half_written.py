@@ -16,6 +16,8 @@ from convert.__main__ import main
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 
+pytestmark = pytest.mark.parity
+
 # Converts half of a checkpoint, prints a line and waits.
 _STALLED = """
 import sys, time

@@ -7,8 +7,6 @@ import types
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
 import convert.source
 import convert.verify
@@ -18,6 +16,9 @@ from bsjax.errors import BsjaxError, CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
+from tests.support.parity import torch
+
+pytestmark = pytest.mark.parity
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -158,6 +159,8 @@ def test_same_tensor_under_two_names(source, refused):
 
 
 def test_same_key_in_two_shards(source, refused):
+    import safetensors.torch
+
     tensors = safetensors.torch.load_file(source / SHARD)
     tensors |= safetensors.torch.load_file(source / "model-00001-of-00003.safetensors")
     safetensors.torch.save_file(tensors, source / SHARD)
@@ -165,11 +168,11 @@ def test_same_key_in_two_shards(source, refused):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_that_are_not_finite(source, refused, value, dtype):
     def change(tensors):
         for key in tensors:
-            tensors[key] = tensors[key].to(dtype)
+            tensors[key] = tensors[key].to(getattr(torch, dtype))
         tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
 
     sources.change_weights(source, change, shards=3)

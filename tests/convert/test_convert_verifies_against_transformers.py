@@ -11,6 +11,8 @@ from convert.__main__ import main
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -34,9 +36,7 @@ def test_a_soft_cap_makes_no_difference(tmp_path, family):
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 5e-2), ("float16", 1e-2)])
 def test_rounding_is_allowed_for(tmp_path, dtype, tolerance):
-    import torch
-
-    source = sources.write_source(tmp_path / "hf", dtype=torch.float32)
+    source = sources.write_source(tmp_path / "hf", dtype="float32")
     result = convert_checkpoint(source, tmp_path / "ours", dtype=dtype, check=True)
     assert result.verification is not None
     assert result.verification.tolerance == tolerance

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 
 import bsjax
@@ -16,6 +15,7 @@ from examples.train_small_vlm.files import make_config, make_image_processor, ma
 from examples.train_small_vlm.held_out import HeldOut
 from examples.train_small_vlm.questions import ask
 from examples.train_small_vlm.scenes import draw_scene
+from tests.support.parity import torch
 from tests.support.small_models import reference_inputs
 
 CHECKPOINT = demo.CHECKPOINT
@@ -34,6 +34,7 @@ def profile(model):
     return bsjax.Profile.resolve(demo.PROFILE, model)
 
 
+@pytest.mark.parity
 def test_answers_as_in_transformers(model):
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         CHECKPOINT, dtype=torch.float32

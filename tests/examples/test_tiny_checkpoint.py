@@ -4,22 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
+import transformers
 from sklearn.datasets import load_sample_images
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import bsjax
-from convert.__main__ import main as convert
-from examples import make_tiny_checkpoint
-
-CHECKPOINT = make_tiny_checkpoint.FOLDER
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> bsjax.LoadedModel:
-    folder = tmp_path_factory.mktemp("converted") / "tiny"
-    assert convert([str(CHECKPOINT), str(folder), "--quiet"]) == 0
-    return bsjax.load(folder)
+from tests.support.parity import torch
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +18,12 @@ def messages() -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
 
 
-def test_answers_as_in_transformers(model, messages):
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+@pytest.mark.parity
+def test_answers_as_in_transformers(tiny_source, tiny_model, messages):
+    model = tiny_model
+    theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tiny_source, dtype=torch.float32
+    )
     prompt = model.prompt(messages)
     token_ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
     inputs = {
@@ -50,12 +43,15 @@ def test_answers_as_in_transformers(model, messages):
     assert result.text, "the demo would have nothing to show"
 
 
-def test_the_script_makes_the_same_files(tmp_path):
+@pytest.mark.parity
+def test_the_script_makes_the_same_files(tiny_source, tmp_path):
+    from examples import make_tiny_checkpoint
+
     make_tiny_checkpoint.main(tmp_path)
-    committed = sorted(file.name for file in CHECKPOINT.iterdir())
+    committed = sorted(file.name for file in tiny_source.iterdir())
     assert committed == sorted(file.name for file in tmp_path.iterdir())
     for name in committed:
-        ours, again = (CHECKPOINT / name).read_bytes(), (tmp_path / name).read_bytes()
+        ours, again = (tiny_source / name).read_bytes(), (tmp_path / name).read_bytes()
         if name.endswith("config.json"):
             ours, again = (json.loads(text) for text in (ours, again))
             for document in (ours, again):
@@ -63,5 +59,5 @@ def test_the_script_makes_the_same_files(tmp_path):
         assert ours == again, name
 
 
-def test_is_small():
-    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 5e6
+def test_is_small(tiny_source):
+    assert sum(file.stat().st_size for file in tiny_source.iterdir()) < 5e6

@@ -3,6 +3,8 @@
 The reference is torch on the CPU; models are random. Families differ only in the table of cases.
 """
 
+from __future__ import annotations
+
 import contextlib
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
@@ -21,6 +22,7 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import visible
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import patch_order
+from tests.support.parity import torch
 from tests.support.small_models import (
     IMAGE,
     VOCABULARY,
@@ -34,6 +36,8 @@ from tests.support.small_models import (
     reference_inputs,
     small_config,
 )
+
+pytestmark = pytest.mark.parity
 
 FAMILY_NAMES = ("qwen2_vl", "qwen2_5_vl", "gemma3")
 TOLERANCE = 1e-4
@@ -174,9 +178,10 @@ class Port:
         return stacked.argmax(axis=1).tolist(), stacked
 
 
-@torch.no_grad()
 def reference_logits(reference: torch.nn.Module, prompt: RandomPrompt, **options) -> np.ndarray:
-    return reference(**(reference_inputs(reference, prompt) | options)).logits[0].float().numpy()
+    with torch.no_grad():
+        outputs = reference(**(reference_inputs(reference, prompt) | options))
+    return outputs.logits[0].float().numpy()
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ LAYOUTS = {
 for_families = pytest.mark.parametrize("family", FAMILY_NAMES)
 
 
+@pytest.mark.parity
 @for_families
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [False, True])
@@ -52,6 +53,7 @@ def test_every_key_of_every_layout_is_read(family, layout, tied):
     assert {canonical_key(key) for key in renamed} - tied_keys(config).keys() == set(sources)
 
 
+@pytest.mark.parity
 @for_families
 @pytest.mark.parametrize("top", [False, True])
 @pytest.mark.parametrize("text", [False, True])

@@ -1,15 +1,16 @@
 """Positions, patch order and window order equal those of transformers."""
 
+from functools import cache
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from bsjax.errors import CapacityError, TemplateError
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import to_images, to_patches
+from tests.support.parity import torch
 from tests.support.small_models import (
     IMAGE,
     VIDEO,
@@ -21,12 +22,17 @@ from tests.support.small_models import (
 
 FAMILY_NAMES = ("qwen2_vl", "qwen2_5_vl")
 CONFIGS = {family: small_config(Shape(family, layers=1, vision_depth=1)) for family in FAMILY_NAMES}
-REFERENCES = {family: random_reference(config) for family, config in CONFIGS.items()}
 
 for_families = pytest.mark.parametrize("family", FAMILY_NAMES)
 sizes = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=6)
 
 
+@cache
+def reference(family: str):
+    return random_reference(CONFIGS[family])
+
+
+@pytest.mark.parity
 @for_families
 @settings(deadline=None, max_examples=50)
 @given(sizes=sizes, seed=st.integers(0, 1000))
@@ -35,7 +41,7 @@ def test_positions(family, sizes, seed):
     prompt = random_prompt(config, sizes, seed=seed)
     ours, next_position = FAMILIES[family].positions(prompt.token_ids, prompt.grid_thw, config)
     ids = torch.tensor(prompt.token_ids, dtype=torch.long)[None]
-    expected, delta = REFERENCES[family].model.get_rope_index(
+    expected, delta = reference(family).model.get_rope_index(
         ids, mm_token_type_ids=(ids == IMAGE).int(), image_grid_thw=torch.tensor(prompt.grid_thw)
     )
     np.testing.assert_array_equal(ours, expected[:, 0])
@@ -85,10 +91,13 @@ def test_grids_that_are_refused(family):
             plan(np.asarray([[1, 4, 4]]), config, patches=patches, **blocks)
 
 
+@pytest.mark.parity
 @for_families
 @settings(deadline=None, max_examples=50)
 @given(sizes=sizes.filter(len), frames=st.integers(1, 2))
 def test_rows_of_the_vision_tower(family, sizes, frames):
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
     config = CONFIGS[family]
     vision = config.vision_config
     grid = np.asarray([(frames, 2 * rows, 2 * columns) for rows, columns in sizes])

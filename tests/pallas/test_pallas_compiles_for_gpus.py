@@ -1,6 +1,8 @@
 """The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -18,6 +20,7 @@ from bsjax.pallas.configurations import (
     target_of,
 )
 from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.paths import ROOT
 from tools import compiled_kernels, gpu_targets, kernel_table
 from tools.configuration_table import TABLE, read_table, write_table
 from tools.gpu_targets import KernelReport
@@ -236,6 +239,26 @@ def test_targets_are_named_for_a_while():
     with pytest.raises(BackendError, match="Unknown target 'sm_75'"), compiling_for("sm_75"):
         pass
     assert small == compiled_kernels.default_prefill("a100", 256, "bfloat16")[:2]
+
+
+def test_no_deprecation_warning_reaches_users():
+    """A kernel is lowered where this warning is an error, unless bsjax ignores it."""
+    require_gpu_compiler()
+    code = """if True:
+        import jax.numpy as jnp
+        import bsjax
+        from tools.gpu_targets import compile_for
+        template = bsjax.Template.from_segments([bsjax.Text(50), bsjax.Image(200)])
+        mask = bsjax.BlockMask(template, ["dense", "sink"])
+        q = jnp.zeros((template.tokens, 2, 64), jnp.bfloat16)
+        attend = lambda q, mask: bsjax.sparse_attention(q, q, q, mask, backend="pallas")
+        assert "attention" in compile_for(attend, (q, mask)).as_text()
+    """
+    warning = "error:The Pallas Triton backend is deprecated:DeprecationWarning"
+    process = subprocess.run(
+        [sys.executable, "-W", warning, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("case", matrix(), ids=str)

@@ -16,6 +16,8 @@ from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 
+pytestmark = pytest.mark.parity
+
 
 def conversation(seed: int) -> list[dict]:
     random = np.random.default_rng(seed)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from PIL import Image
 
@@ -20,7 +19,10 @@ from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
+from tests.support.parity import torch
 from tests.support.small_models import reference_inputs
+
+pytestmark = pytest.mark.parity
 
 NEW_TOKENS = 32
 

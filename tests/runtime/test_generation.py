@@ -73,6 +73,7 @@ def torch_answers(tiny_source, tiny_model, photographs):
     return answer
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_logits_and_greedy_tokens_equal_transformers(tiny_model, photographs, torch_answers, count):
     images = photographs[:count]

@@ -1,15 +1,16 @@
 """Small Hugging Face checkpoints to convert, and ways to damage them."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
+from tests.support.parity import torch
 from tests.support.small_models import IMAGE, IMAGE_END, IMAGE_START, Shape, small_config
 
 WEIGHTS = "model.safetensors"
@@ -29,7 +30,7 @@ def write_source(
     family: str = "qwen2_vl",
     *,
     tied: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bfloat16",
     shard_size: str = "1GB",
     seed: int = 0,
     inner: int = 96,
@@ -46,7 +47,7 @@ def write_source(
         if reads_images
         else transformers.AutoModelForCausalLM
     )
-    model = create.from_config(config, dtype=dtype)
+    model = create.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -79,6 +80,8 @@ def _write_tokenizer(folder: Path, chat_template: str) -> None:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a source, by their keys in the files."""
+    from safetensors.torch import load_file
+
     return {
         key: tensor
         for file in sorted(folder.glob("*.safetensors"))
@@ -90,6 +93,8 @@ def change_weights(
     folder: Path, change: Callable[[dict[str, torch.Tensor]], None], *, shards: int = 1
 ) -> Path:
     """Rewrites a source's tensors after `change` has edited their dictionary."""
+    from safetensors.torch import save_file
+
     tensors = read_weights(folder)
     change(tensors)
     for file in [*folder.glob("*.safetensors"), folder / INDEX]:

@@ -4,18 +4,20 @@ The ports are filled through their families' parameter tables, so that whatever 
 tests the tables as well.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 import transformers
 from flax import nnx
 
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import grid_side, pooled_side
 from bsjax.models.parameters import TRANSFORMS, canonical_key, tied_keys
+from tests.support.parity import torch
 
 TEXT_TOKENS = 250
 VIDEO, IMAGE, IMAGE_START, IMAGE_END = range(TEXT_TOKENS, TEXT_TOKENS + 4)
@@ -54,7 +56,7 @@ class Shape:
     softcap: float | None = None
     """Of Gemma 3's logits."""
 
-    def with_family(self, family: str) -> "Shape":
+    def with_family(self, family: str) -> Shape:
         return replace(self, family=family)
 
 
@@ -250,16 +252,16 @@ def reference_inputs(reference: torch.nn.Module, prompt: Any) -> dict[str, torch
     return {name: torch.tensor(array) for name, array in inputs.items()}
 
 
-@torch.no_grad()
 def reference_features(reference: torch.nn.Module, prompt: Any) -> np.ndarray:
     """Features of every image token of a prompt, float32 [image tokens, hidden]."""
     inputs = reference_inputs(reference, prompt)
     pixels = inputs["pixel_values"].to(reference.dtype)
-    if reference.config.model_type == "gemma3":
-        features = reference.get_image_features(pixels, return_dict=True).pooler_output
-        return features.flatten(0, 1).float().numpy()
-    grid = inputs["image_grid_thw"]
-    return reference.model.visual(pixels, grid_thw=grid).pooler_output.float().numpy()
+    with torch.no_grad():
+        if reference.config.model_type == "gemma3":
+            features = reference.get_image_features(pixels, return_dict=True).pooler_output
+            return features.flatten(0, 1).float().numpy()
+        grid = inputs["image_grid_thw"]
+        return reference.model.visual(pixels, grid_thw=grid).pooler_output.float().numpy()
 
 
 @dataclass(frozen=True)
