@@ -177,7 +177,7 @@ def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile
     return Profile(
         family=model.family.name,
         categories=categories.reshape(layers, heads),
-        sample_source=f"none: a benchmark's mix for a cut of {cut:.0%} of the attention FLOPs",
+        source=f"none: a benchmark's mix for a cut of {cut:.0%} of the attention FLOPs",
     )
 
 

@@ -37,3 +37,17 @@ def positive_number(name: str, value: Any, *, error: type[BsjaxError]) -> float:
     if not is_number or not 0 < value < math.inf:
         raise error(f"{name} must be a number above 0, got {value!r}.")
     return float(value)
+
+
+def as_number(value: Any) -> int | float:
+    """Converts to a Python int or float; anything that is not a number gives NaN.
+
+    Text and booleans are not numbers, and neither are integers too large for a float.
+    """
+    if isinstance(value, str | bytes | bool):
+        return math.nan
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+    return value if type(value) is int else number

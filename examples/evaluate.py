@@ -41,7 +41,7 @@ import bsjax
 from bsjax.attention import resolve_backend
 from bsjax.masks.categories import HeadCategory
 from bsjax.profiling import Evaluator, Measurements, measure, refine
-from bsjax.profiling.state import NO_STATE, State, settings_of
+from bsjax.profiling.state import NO_STATE, State, conditions_of
 
 from .arguments import whole
 from .evaluation_report import plot, report
@@ -262,8 +262,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     profile = bsjax.Profile.resolve(options.profile, model)
     assert profile is not None
     hybrid = None if options.hybrid is None else Hybrid.of(options.hybrid)
-    settings = settings_of(model, resolve_backend("auto"))
-    state = State(options.resume, {**settings, "examples": _sources()})
+    conditions = conditions_of(model, resolve_backend("auto"))
+    state = State(options.resume, {**conditions, "examples": _sources()})
 
     def calibrated(images: Sequence[int]) -> tuple[Measurements, Evaluator]:
         drawn = draw_conversations(options.calibration, images, seed=options.seed + 1)
@@ -288,6 +288,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         saved = measurements.reduction(hybrid.categories)
         conditions += refined_conditions("at the hybrid's FLOPs", measurements, evaluator, [saved])
 
+    evidence = profile.evidence
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -300,9 +301,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_fingerprint": model.fingerprint,
         "profile": {
             "name": profile_name,
-            "samples": profile.sample_count,
-            "source": profile.sample_source,
-            "fingerprint": profile.sample_fingerprint,
+            "samples": evidence.sample_count if evidence else 0,
+            "source": profile.source,
+            "fingerprint": evidence.sample_fingerprint if evidence else None,
         },
         "calibration_prompts": options.calibration,
         "refining": {"rounds": REFINING_ROUNDS, "margin": REFINING_MARGIN},

@@ -1,4 +1,4 @@
-"""`bsjax profile`: measures a checkpoint's heads on samples; shows and compares profiles."""
+"""`bsjax profile`: measures a checkpoint's heads on samples, shows profiles and compares them."""
 
 import argparse
 import os
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import add_image_settings
 from bsjax.errors import ProfileError
+from bsjax.profiles.criteria import MEASURED_CRITERIA
+from bsjax.profiling.settings import Settings, Threshold
 
 if TYPE_CHECKING:
     from bsjax.masks.template import Sinks
@@ -15,8 +17,21 @@ if TYPE_CHECKING:
 
 _COMMANDS = ("run", "show", "diff")
 
+_SETTINGS = (
+    "threshold",
+    "criterion",
+    "quantile",
+    "target_reduction",
+    "refine",
+    "max_kl",
+    "max_evaluations",
+    "held_out",
+    "answer_tokens",
+    "seed",
+)
+
 _EPILOG = """\
-`run` may be left out. Each has its own --help. Examples:
+`run` can be omitted. Each command has its own --help. Examples:
   bsjax profile checkpoints/qwen2-vl-2b samples.jsonl --output profile.json
   bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench benchmark:blink --limit 64 \\
       --target-reduction 0.4 --refine --resume profile.state --output profile.json
@@ -26,8 +41,8 @@ _EPILOG = """\
 
 _RUN_EPILOG = """\
 A SOURCE of samples is one of
-  FILE.jsonl             one sample a line: a list of chat messages, or {"messages": [...]}
-  FOLDER                 of images: prompts of several of them, drawn by --seed, and a question
+  FILE.jsonl             one sample per line: a list of chat messages, or {"messages": [...]}
+  FOLDER                 of images: prompts with several of them, drawn by --seed, and a question
   benchmark:muirbench    MuirBench, MMIU or BLINK from the Hugging Face Hub (pip install datasets);
   benchmark:mmiu         benchmark:blink/Jigsaw is one task of BLINK, benchmark:mmiu@FOLDER reads a
   benchmark:blink        copy of the hub's repository
@@ -35,24 +50,15 @@ A SOURCE of samples is one of
 
 
 def with_run(arguments: list[str]) -> list[str]:
-    """The arguments, with the `run` that `bsjax profile CHECKPOINT ...` leaves out."""
-    following = arguments[1:2]
-    if (
-        arguments[:1] == ["profile"]
-        and following
-        and following[0]
-        not in (
-            *_COMMANDS,
-            "-h",
-            "--help",
-        )
-    ):
-        return ["profile", "run", *arguments[1:]]
+    """The arguments, with the `run` that `bsjax profile CHECKPOINT ...` omits."""
+    match arguments:
+        case ["profile", following, *_] if following not in (*_COMMANDS, "-h", "--help"):
+            return ["profile", "run", *arguments[1:]]
     return arguments
 
 
 def add_to(commands: Any) -> None:
-    """Adds the subcommand and those below it."""
+    """Adds the subcommand and its own subcommands."""
     parser = commands.add_parser(
         "profile",
         help="find each head's category on samples; show and compare profiles",
@@ -88,99 +94,109 @@ def _add_run(commands: Any) -> None:
         "--limit", type=int, metavar="N", help="at most N samples of each source, drawn by --seed"
     )
     samples.add_argument(
-        "--seed", type=int, default=0, help="of every draw, and of the held-out split; default: 0"
+        "--seed",
+        type=int,
+        default=Settings.seed,
+        help="seed of all draws and of the held-out split; default: %(default)s",
     )
     samples.add_argument(
         "--question",
         action="append",
         metavar="TEXT",
-        help="what to ask about a folder's images; of several, one is drawn for each prompt",
+        help="question about a folder's images; if repeated, one is drawn for each prompt",
     )
     samples.add_argument(
         "--images-per-prompt",
         type=_range,
         default=(2, 12),
         metavar="LEAST-MOST",
-        help="of a folder of images; default: 2-12",
+        help="images of a prompt, for a folder of images; default: 2-12",
     )
     add_image_settings(samples)
     samples.add_argument(
         "--held-out",
         type=float,
-        default=0.25,
+        default=Settings.held_out,
         metavar="SHARE",
-        help="of the samples, kept for the check from end to end; default: 0.25",
+        help="share of the samples kept for the check from end to end; default: %(default)s",
     )
     choice = parser.add_argument_group("choice of categories")
     choice.add_argument(
         "--criterion",
-        choices=("output_error", "mass"),
-        default="output_error",
-        help="bound the relative error of a head's output (default), or the attention it drops",
+        choices=MEASURED_CRITERIA,
+        default=Settings.criterion,
+        help="what to bound: the relative error of a head's output, or the attention mass that it "
+        "drops; default: %(default)s",
     )
     choice.add_argument(
-        "--threshold", type=float, default=0.05, help="the most of it per head; default: 0.05"
+        "--threshold",
+        type=float,
+        default=Threshold.value,
+        help="the bound for each head; default: %(default)s",
     )
     choice.add_argument(
         "--quantile",
         type=float,
-        default=0.9,
+        default=Settings.quantile,
         metavar="SHARE",
-        help="of the samples that must stay below the threshold; default: 0.9",
+        help="share of the samples that must be within the threshold; default: %(default)s",
     )
     choice.add_argument(
         "--target-reduction",
         type=float,
         metavar="SHARE",
-        help="of attention FLOPs to save; finds the threshold (0.4: save 40%%)",
+        help="share of attention FLOPs to save; finds the threshold (0.4: save 40%%)",
     )
     choice.add_argument(
         "--refine",
         action="store_true",
-        help="then move heads by their measured effect from end to end, until the budget is met",
+        help="then change heads by their measured effect from end to end, until the budget is met",
     )
     choice.add_argument(
-        "--max-kl", type=float, metavar="NATS", help="with --refine: the budget is this divergence"
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="with --refine: save as much as possible within this KL divergence",
     )
     choice.add_argument(
         "--max-evaluations",
         type=int,
-        default=1024,
+        default=Settings.max_evaluations,
         metavar="N",
-        help="with --refine: compare at most N assignments of categories, each a prefill of every "
-        "sample; default: 1024",
+        help="with --refine: compare at most N assignments of categories, each with one prefill of "
+        "every sample; default: %(default)s",
     )
     choice.add_argument(
         "--sinks-first",
         type=int,
         metavar="N",
-        help="the first N tokens of each image are sinks; without it and --sink-offset, sinks are "
-        "looked for",
+        help="the first N tokens of each image are sinks; without this and --sink-offset, sinks "
+        "are found in the samples",
     )
     choice.add_argument(
         "--sink-offset",
         type=int,
         action="append",
         metavar="K",
-        help="the token K after the first of each image is a sink as well; can be repeated",
+        help="the token K after the first of each image is also a sink; can be repeated",
     )
     running = parser.add_argument_group("running")
     running.add_argument(
         "--answer-tokens",
         type=int,
-        default=8,
+        default=Settings.answer_tokens,
         metavar="N",
-        help="tokens of the answers that are compared, dense against sparse; default: 8",
+        help="tokens of an answer that are compared, dense against sparse; default: %(default)s",
     )
     running.add_argument(
         "--resume",
         metavar="FILE",
         type=Path,
-        help="keep what was measured in FILE; the same command goes on from there",
+        help="keep what was measured in FILE; the same command continues from there",
     )
     running.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
     running.add_argument(
-        "--backend", default="auto", help="of the attention: auto, pallas, xla, reference"
+        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
     )
     running.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     parser.set_defaults(run=_run)
@@ -191,7 +207,7 @@ def _add_show(commands: Any) -> None:
         "show",
         help="print a profile, and draw it",
         description="Prints a profile: each head's category (one letter per head, one line per "
-        "layer), what was measured, and how far the sparse answers are from the dense ones.",
+        "layer), the attention FLOPs saved, and how close sparse answers are to dense ones.",
         allow_abbrev=False,
     )
     parser.add_argument("profile", metavar="PROFILE", help="a file, or a shipped profile's name")
@@ -201,6 +217,12 @@ def _add_show(commands: Any) -> None:
         type=Path,
         help="draw categories, attention per key group and errors (PNG, PDF or SVG)",
     )
+    parser.add_argument(
+        "--details",
+        action="store_true",
+        help="also print statistics of all heads, the figures of refinement and how sinks were "
+        "found",
+    )
     parser.set_defaults(run=_show)
 
 
@@ -208,9 +230,9 @@ def _add_diff(commands: Any) -> None:
     parser = commands.add_parser(
         "diff",
         help="compare two profiles of one model",
-        description="Says which heads have other categories in B than in A, and how FLOPs and "
-        "measurements differ. Exit status: 0 when categories and sinks are the same, 1 when they "
-        "differ, 2 when the profiles cannot be compared.",
+        description="Lists the heads whose categories differ between A and B, and how FLOPs and "
+        "measurements differ. Exit status: 0 if categories and sinks are the same, 1 if they "
+        "differ, 2 if the profiles cannot be compared.",
         allow_abbrev=False,
     )
     parser.add_argument("first", metavar="A", help="a profile's file, or a shipped profile's name")
@@ -223,6 +245,8 @@ def _run(options: argparse.Namespace) -> None:
     from bsjax.samples import QUESTIONS
 
     sinks = _sinks(options)
+    chosen = {name: getattr(options, name) for name in _SETTINGS}
+    Settings.of(**chosen)  # Refuses values before samples and model are read.
     _check_writable(options.output)
     samples = bsjax.read_samples(
         options.sources,
@@ -238,17 +262,8 @@ def _run(options: argparse.Namespace) -> None:
         profile = bsjax.profile(
             model,
             samples.messages,
-            threshold=options.threshold,
-            criterion=options.criterion,
-            quantile=options.quantile,
-            target_reduction=options.target_reduction,
-            refine=options.refine,
-            max_kl=options.max_kl,
-            max_evaluations=options.max_evaluations,
+            **chosen,
             sinks=sinks,
-            held_out=options.held_out,
-            answer_tokens=options.answer_tokens,
-            seed=options.seed,
             source=samples.description,
             resume=options.resume,
             progress=False if options.quiet else None,
@@ -274,7 +289,7 @@ def _show(options: argparse.Namespace) -> None:
         from bsjax.profiles.picture import plot_profile
 
         plot_profile(profile, options.output)
-    print_profile(profile, options.profile)
+    print_profile(profile, options.profile, details=options.details)
     if options.output is not None:
         print(options.output)
 
@@ -306,7 +321,7 @@ def _sinks(options: argparse.Namespace) -> "Sinks | None":
 
 
 def _check_writable(path: Path) -> None:
-    """Refuses a place that cannot be written to now rather than after hours of measuring."""
+    """Refuses a path that cannot be written to before hours of measuring, not after."""
     folder = path.absolute().parent
     if os.path.isdir(path):
         raise ProfileError(f"--output {path} is a folder: name a file in it.")
@@ -321,4 +336,4 @@ def _range(text: str) -> tuple[int, int]:
     try:
         return int(least), int(most if dash else least)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range such as 2-12") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 2-12") from None

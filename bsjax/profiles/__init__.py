@@ -1,8 +1,10 @@
 """Profiles: the file, and what people look at.
 
 profile      `Profile`, and the profiles that come with the package
-format       version 1 of the JSON file: strict reading, writing for people to read
-report       tables
+evidence     what a profile's categories were chosen from
+criteria     how categories can be chosen
+format       version 1 of the JSON file
+report       tables for a terminal
 picture      drawings
-difference   two profiles compared
+difference   comparing two profiles
 """

@@ -1,5 +1,6 @@
-"""What differs between two profiles of one model."""
+"""How two profiles of the same model differ."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ class StatisticChange(NamedTuple):
 
     name: str
     first_mean: float
-    """Over all heads, in the first profile."""
+    """Mean over all heads in the first profile."""
     second_mean: float
+    """Mean over all heads in the second profile."""
     largest: float
-    """The largest change of a head, with its sign: second less first."""
+    """The largest change of a head, second minus first, with its sign."""
     layer: int
-    """Of that head."""
+    """The layer of that head."""
     head: int
 
 
@@ -32,18 +34,19 @@ class Difference:
     first: Profile
     second: Profile
     changed: Bool[np.ndarray, "layers heads"]
-    """Heads that have another category."""
+    """Whether a head has another category in the second profile."""
     confusion: Int[np.ndarray, "categories categories"]
-    """Heads by their category in the first profile (row) and in the second (column)."""
+    """Number of heads by category in the first profile (row) and in the second (column)."""
     statistics: tuple[StatisticChange, ...]
-    """Of what both measured."""
+    """Changes of the statistics that both profiles have."""
     only_first: tuple[str, ...]
     """Statistics that only the first profile has."""
     only_second: tuple[str, ...]
+    """Statistics that only the second profile has."""
 
     @property
     def same(self) -> bool:
-        """Whether a model runs alike with both: equal categories, equal sinks."""
+        """Whether the model computes the same with both: categories and sinks are equal."""
         return not self.changed.any() and self.first.sinks == self.second.sinks
 
 
@@ -51,7 +54,7 @@ def compare(first: Profile, second: Profile) -> Difference:
     """Compares two profiles.
 
     Raises:
-      ProfileError: they are for models of another family, or with other layers or heads.
+      ProfileError: their families, numbers of layers or numbers of heads differ.
     """
     shapes = [
         f"{profile.family} with {profile.layers} layers of {profile.heads} heads"
@@ -64,21 +67,24 @@ def compare(first: Profile, second: Profile) -> Difference:
         )
     count = len(HeadCategory)
     pairs = first.categories.astype(np.int64) * count + second.categories
-    names = [name for name in first.statistics if name in second.statistics]
+    ours, theirs = _statistics_of(first), _statistics_of(second)
+    names = [name for name in ours if name in theirs]
     return Difference(
         first,
         second,
         changed=first.categories != second.categories,
         confusion=np.bincount(pairs.ravel(), minlength=count**2).reshape(count, count),
-        statistics=tuple(_statistic_change(name, first, second) for name in names),
-        only_first=tuple(name for name in first.statistics if name not in names),
-        only_second=tuple(name for name in second.statistics if name not in names),
+        statistics=tuple(_statistic_change(name, ours[name], theirs[name]) for name in names),
+        only_first=tuple(name for name in ours if name not in names),
+        only_second=tuple(name for name in theirs if name not in names),
     )
 
 
-def _statistic_change(name: str, first: Profile, second: Profile) -> StatisticChange:
-    ours = np.asarray(first.statistics[name], np.float64)
-    theirs = np.asarray(second.statistics[name], np.float64)
+def _statistics_of(profile: Profile) -> Mapping[str, np.ndarray]:
+    return {} if profile.evidence is None else profile.evidence.statistics
+
+
+def _statistic_change(name: str, ours: np.ndarray, theirs: np.ndarray) -> StatisticChange:
     change = theirs - ours
     layer, head = np.unravel_index(int(np.abs(change).argmax()), change.shape)
     return StatisticChange(

@@ -1,17 +1,27 @@
-"""Version 1 of the profile file: strict reading to plain values, writing for people to read."""
+"""Version 1 of the profile file: strict reading, and writing for people to read.
+
+The file has one row of letters per layer, one letter per head, and the evidence. Reading is strict
+because a profile that does not fit its model gives wrong answers without any other sign.
+"""
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bsjax.checks import as_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
 from bsjax.masks.visibility import Visibility
+from bsjax.profiles.criteria import CRITERIA, HAND_SET_CRITERIA
+from bsjax.profiles.evidence import AttentionFlops, Evidence, SinkDiscovery
+
+if TYPE_CHECKING:
+    from bsjax.profiles.profile import Profile
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1
@@ -22,17 +32,93 @@ LETTERS = {
     "I": HeadCategory.INTRA_IMAGE,
     "B": HeadCategory.INTRA_IMAGE_SINK,
 }
-UNMEASURED_CRITERIA = ("uniform", "by_hand")
-LEGEND = {letter: category.name for letter, category in LETTERS.items()}
+LETTER_OF = {category: letter for letter, category in LETTERS.items()}
+
+_Check = Callable[[str, Any], None]
+"""Checks the value of a field of this name."""
+
+_LEGEND = {letter: category.name for letter, category in LETTERS.items()}
+
+_NO_EVIDENCE: dict[str, Any] = {
+    "thresholds": {},
+    "samples": {"count": 0, "held_out": 0, "fingerprint": None},
+    "attention_flops": None,
+    "attention_flops_per_kind": [],
+    "sink_discovery": None,
+    "statistics": {},
+    "refinement": None,
+    "end_to_end": None,
+}
+
+# Stated and computed reduction may differ by rounding.
+_REDUCTION_TOLERANCE = 1e-9
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Reads a profile file's text to the arguments of `Profile`.
+    """Reads the text of a profile file; returns the arguments of `Profile`.
 
     Raises:
-      ProfileError: it is not JSON, or a field is missing, unknown, or not what it must be; the
-        message names the field.
+      ProfileError: it is not JSON, or a field is missing, unknown or invalid; the message names
+        the field.
     """
+    document = _read_document(text)
+    criterion, from_data = document["criterion"], document["from_data"]
+    if criterion not in CRITERIA:
+        raise ProfileError(f"`criterion` must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if from_data == (criterion in HAND_SET_CRITERIA):
+        raise ProfileError(
+            f"`from_data` is {json.dumps(from_data)} and `criterion` is {criterion!r}: exactly the "
+            f"criteria {' and '.join(map(repr, HAND_SET_CRITERIA))} do not come from data."
+        )
+    layers, heads = document["layers"], document["heads"]
+    categories = _read_categories(document["categories"], layers, heads)
+    if criterion == "uniform" and np.any(categories != categories[0, 0]):
+        raise ProfileError(
+            "The criterion 'uniform' is for the same category in all heads; use 'by_hand' for "
+            "other categories that do not come from data."
+        )
+    if not from_data:
+        _refuse_evidence(document)
+    return {
+        "family": document["family"],
+        "categories": categories,
+        "sinks": Sinks(document["sinks"]["first"], tuple(document["sinks"]["offsets"])),
+        "fingerprint": document["checkpoint_fingerprint"],
+        "evidence": _read_evidence(document) if from_data else None,
+        "source": document["samples"]["source"],
+        "versions": document["versions"],
+    }
+
+
+def write(profile: "Profile") -> str:
+    """The text of a profile's file."""
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "family": profile.family,
+        "checkpoint_fingerprint": profile.fingerprint,
+        "layers": profile.layers,
+        "heads": profile.heads,
+        "sinks": {"first": profile.sinks.first, "offsets": list(profile.sinks.offsets)},
+        "from_data": profile.from_data,
+        "criterion": profile.criterion,
+        "category_letters": _LEGEND,
+        "categories": [
+            "".join(LETTER_OF[HeadCategory(value)] for value in row) for row in profile.categories
+        ],
+        "versions": dict(profile.versions),
+        **(_NO_EVIDENCE if profile.evidence is None else _evidence_fields(profile.evidence)),
+    }
+    fields["samples"] = _in_order(fields["samples"] | {"source": profile.source}, _SAMPLE_FIELDS)
+    return _render(_in_order(fields, _FIELDS)) + "\n"
+
+
+def _in_order(fields: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in known}
+
+
+def _read_document(text: str) -> dict[str, Any]:
+    """The JSON object of the file, all of its fields there and of the right JSON type."""
     try:
         document = json.loads(
             text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
@@ -49,45 +135,64 @@ def parse(text: str) -> dict[str, Any]:
             f"{FORMAT_VERSION}. Use the version of bsjax that wrote the file, or make the profile "
             "again."
         )
-    _check_fields("the profile", document, _FIELDS)
-    for name, check in _FIELDS.items():
-        check(name, document[name])
-    _check_fields("`sinks`", document["sinks"], ("first", "offsets"))
-    _check_fields("`samples`", document["samples"], _SAMPLE_FIELDS)
-    _count("sinks.first", document["sinks"]["first"])
-    _counts("sinks.offsets", document["sinks"]["offsets"])
-    for name, check in _SAMPLE_FIELDS.items():
-        check(f"samples.{name}", document["samples"][name])
+    _check_fields("", document, _FIELDS)
+    _check_fields("sinks", document["sinks"], _SINK_FIELDS)
+    _check_fields("samples", document["samples"], _SAMPLE_FIELDS)
     if document["sink_discovery"] is not None:
-        _check_fields("`sink_discovery`", document["sink_discovery"], _DISCOVERY_FIELDS)
-        for name, check in _DISCOVERY_FIELDS.items():
-            check(f"sink_discovery.{name}", document["sink_discovery"][name])
+        _check_fields("sink_discovery", document["sink_discovery"], _DISCOVERY_FIELDS)
     for kind in document["attention_flops_per_kind"]:
-        _check_fields("`attention_flops_per_kind`", kind, _KIND_FIELDS)
-        for name, check in _KIND_FIELDS.items():
-            check(f"attention_flops_per_kind.{name}", kind[name])
-    if document["category_letters"] != LEGEND:
-        raise ProfileError(f"`category_letters` must be {json.dumps(LEGEND)}.")
-    if document["from_data"] == (document["criterion"] in UNMEASURED_CRITERIA):
+        _check_fields("attention_flops_per_kind", kind, _KIND_FIELDS)
+    if document["category_letters"] != _LEGEND:
+        raise ProfileError(f"`category_letters` must be {json.dumps(_LEGEND)}.")
+    return document
+
+
+def _refuse_evidence(document: Mapping[str, Any]) -> None:
+    """Refuses measurements in a file that says that its categories do not come from data."""
+    samples = document["samples"]
+    present = [f"samples.{name}" for name in _NO_EVIDENCE["samples"] if samples[name]]
+    present += [name for name in _NO_EVIDENCE if name != "samples" and document[name]]
+    if present:
         raise ProfileError(
-            f"`from_data` is {json.dumps(document['from_data'])} and `criterion` is "
-            f"{document['criterion']!r}: exactly the criteria "
-            f"{' and '.join(map(repr, UNMEASURED_CRITERIA))} do not come from data."
+            f"The criterion {document['criterion']!r} says that this profile does not come from "
+            f"data, but it has {', '.join(f'`{name}`' for name in present)}: only `bsjax.profile` "
+            "makes measured profiles."
         )
-    layers, heads = document["layers"], document["heads"]
-    return {
-        "family": document["family"],
-        "categories": _read_categories(document["categories"], layers, heads),
-        "sinks": Sinks(document["sinks"]["first"], tuple(document["sinks"]["offsets"])),
-        "fingerprint": document["checkpoint_fingerprint"],
-        "criterion": document["criterion"],
-        "thresholds": document["thresholds"],
-        "sample_count": document["samples"]["count"],
-        "held_out_count": document["samples"]["held_out"],
-        "sample_source": document["samples"]["source"],
-        "sample_fingerprint": document["samples"]["fingerprint"],
-        "attention_flops": document["attention_flops"],
-        "attention_flops_per_kind": tuple(
+
+
+def _read_evidence(document: Mapping[str, Any]) -> Evidence:
+    samples, flops = document["samples"], document["attention_flops"]
+    for name, value in (
+        ("checkpoint_fingerprint", document["checkpoint_fingerprint"]),
+        ("samples.fingerprint", samples["fingerprint"]),
+        ("attention_flops", flops),
+    ):
+        if value is None:
+            raise ProfileError(
+                f"The criterion {document['criterion']!r} says that this profile was measured, but "
+                f"it has no `{name}`."
+            )
+    if set(flops) != {"dense", "sparse", "reduction"}:
+        raise ProfileError("`attention_flops` must have dense, sparse and reduction.")
+    attention_flops = AttentionFlops(flops["dense"], flops["sparse"])
+    if abs(attention_flops.reduction - flops["reduction"]) > _REDUCTION_TOLERANCE:
+        raise ProfileError(
+            f"`attention_flops`: {flops['sparse']} of {flops['dense']} FLOPs is not a reduction by "
+            f"{flops['reduction']}."
+        )
+    discovery = document["sink_discovery"]
+    return Evidence(
+        criterion=document["criterion"],
+        thresholds=document["thresholds"],
+        sample_count=samples["count"],
+        held_out_count=samples["held_out"],
+        sample_fingerprint=samples["fingerprint"],
+        statistics={
+            name: _read_table(f"statistics.{name}", rows, document["layers"], document["heads"])
+            for name, rows in document["statistics"].items()
+        },
+        attention_flops=attention_flops,
+        attention_flops_per_kind=tuple(
             LayerFlops(
                 Visibility(kind["bidirectional_images"], kind["window"]),
                 kind["layers"],
@@ -96,25 +201,55 @@ def parse(text: str) -> dict[str, Any]:
             )
             for kind in document["attention_flops_per_kind"]
         ),
-        "sink_discovery": document["sink_discovery"],
-        "refinement": document["refinement"],
-        "statistics": {
-            name: _read_table(f"statistics.{name}", rows, layers, heads)
-            for name, rows in document["statistics"].items()
+        sink_discovery=None
+        if discovery is None
+        else SinkDiscovery(discovery["rule"], tuple(discovery["mass_by_offset"])),
+        refinement=document["refinement"],
+        end_to_end=document["end_to_end"],
+    )
+
+
+def _evidence_fields(evidence: Evidence) -> dict[str, Any]:
+    flops, discovery = evidence.attention_flops, evidence.sink_discovery
+    return {
+        "thresholds": evidence.thresholds,
+        "samples": {
+            "count": evidence.sample_count,
+            "held_out": evidence.held_out_count,
+            "fingerprint": evidence.sample_fingerprint,
         },
-        "end_to_end": document["end_to_end"],
-        "versions": document["versions"],
+        "attention_flops": {
+            "dense": flops.dense,
+            "sparse": flops.sparse,
+            "reduction": flops.reduction,
+        },
+        "attention_flops_per_kind": [
+            {
+                "bidirectional_images": kind.visibility.bidirectional_images,
+                "window": kind.visibility.window,
+                "layers": kind.layers,
+                "dense": kind.dense,
+                "sparse": kind.sparse,
+            }
+            for kind in evidence.attention_flops_per_kind
+        ],
+        "sink_discovery": None
+        if discovery is None
+        else {"rule": discovery.rule, "mass_by_offset": list(discovery.mass_by_offset)},
+        "statistics": {name: values.tolist() for name, values in evidence.statistics.items()},
+        "refinement": evidence.refinement,
+        "end_to_end": evidence.end_to_end,
     }
 
 
-def render(value: Any, indent: str = "") -> str:
+def _render(value: Any, indent: str = "") -> str:
     """JSON text: objects and lists of lists or texts on several lines, lists of numbers on one."""
     deeper = indent + "  "
     if isinstance(value, Mapping) and value:
-        entries = [f"{json.dumps(key)}: {render(item, deeper)}" for key, item in value.items()]
+        entries = [f"{json.dumps(key)}: {_render(item, deeper)}" for key, item in value.items()]
         opening, closing = "{", "}"
     elif isinstance(value, list) and value and isinstance(value[0], list | str):
-        entries = [render(item, deeper) for item in value]
+        entries = [_render(item, deeper) for item in value]
         opening, closing = "[", "]"
     else:
         return json.dumps(dict(value) if isinstance(value, Mapping) else value, allow_nan=False)
@@ -134,7 +269,7 @@ def _read_categories(rows: list[str], layers: int, heads: int) -> np.ndarray:
         if unknown:
             raise ProfileError(
                 f"`categories[{layer}]` has the letter {unknown[0]!r}: the letters are "
-                f"{', '.join(f'{letter} ({name})' for letter, name in LEGEND.items())}."
+                f"{', '.join(f'{letter} ({name})' for letter, name in _LEGEND.items())}."
             )
     return np.array([[LETTERS[letter] for letter in row] for row in rows], np.int8)
 
@@ -149,16 +284,20 @@ def _read_table(name: str, rows: Any, layers: int, heads: int) -> np.ndarray:
     return np.array(rows, np.float64)
 
 
-def _check_fields(name: str, value: Mapping[str, Any], known: Any) -> None:
+def _check_fields(name: str, value: Mapping[str, Any], known: Mapping[str, _Check]) -> None:
+    """Checks that an object has exactly the known fields, each of its own type."""
+    shown = f"`{name}`" if name else "The profile"
     missing = [field for field in known if field not in value]
     unknown = [field for field in value if field not in known]
     if missing:
-        raise ProfileError(f"{name} lacks {', '.join(f'`{field}`' for field in missing)}.")
+        raise ProfileError(f"{shown} lacks {', '.join(f'`{field}`' for field in missing)}.")
     if unknown:
         raise ProfileError(
-            f"{name} has {', '.join(f'`{field}`' for field in unknown)}, which format version "
+            f"{shown} has {', '.join(f'`{field}`' for field in unknown)}, which format version "
             f"{FORMAT_VERSION} does not know. Its fields are {', '.join(known)}."
         )
+    for field, check in known.items():
+        check(f"{name}.{field}" if name else field, value[field])
 
 
 def _text(name: str, value: Any) -> None:
@@ -166,54 +305,16 @@ def _text(name: str, value: Any) -> None:
         raise ProfileError(f"`{name}` must be text, got {value!r}.")
 
 
-def _text_or_null(name: str, value: Any) -> None:
-    if value is not None:
-        _text(name, value)
-
-
 def _boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ProfileError(f"`{name}` must be true or false, got {value!r}.")
 
 
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ProfileError(f"`{name}` must be a whole number from 0, got {value!r}.")
-
-
-def _positive_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ProfileError(f"`{name}` must be a whole number from 1, got {value!r}.")
-
-
-def _positive_count_or_null(name: str, value: Any) -> None:
-    if value is not None:
-        _positive_count(name, value)
-
-
-def _counts(name: str, value: Any) -> None:
-    if not isinstance(value, list):
-        raise ProfileError(f"`{name}` must be a list of whole numbers, got {value!r}.")
-    for item in value:
-        _count(name, item)
-
-
 def _number(name: str, value: Any) -> None:
-    try:
-        finite = isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # An int that no float comes near.
-        finite = False
-    if isinstance(value, bool) or not finite:
+    if not math.isfinite(as_number(value)):
         shown = repr(value)
         shown = shown if len(shown) <= 40 else shown[:40] + "..."
         raise ProfileError(f"`{name}` must hold finite numbers, got {shown}.")
-
-
-def _numbers(name: str, value: Any) -> None:
-    if not isinstance(value, list):
-        raise ProfileError(f"`{name}` must be a list of numbers, got {value!r}.")
-    for item in value:
-        _number(name, item)
 
 
 def _object(name: str, value: Any) -> None:
@@ -221,81 +322,88 @@ def _object(name: str, value: Any) -> None:
         raise ProfileError(f"`{name}` must be an object, got {value!r}.")
 
 
-def _list_of_objects(name: str, value: Any) -> None:
-    if not isinstance(value, list):
-        raise ProfileError(f"`{name}` must be a list of objects, got {value!r}.")
-    for item in value:
-        _object(name, item)
-
-
-def _object_or_null(name: str, value: Any) -> None:
-    if value is not None:
-        _object(name, value)
-
-
 def _rows_of_letters(name: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(row, str) for row in value):
         raise ProfileError(f"`{name}` must be a list of rows of letters, one row per layer.")
 
 
-def _numbers_by_name(name: str, value: Any) -> None:
-    _object(name, value)
-    for key, item in value.items():
-        _number(f"{name}.{key}", item)
+def _whole_number_from(least: int) -> _Check:
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ProfileError(f"`{name}` must be a whole number from {least}, got {value!r}.")
+
+    return check
 
 
-def _numbers_by_name_or_null(name: str, value: Any) -> None:
-    if value is not None:
-        _numbers_by_name(name, value)
+def _or_null(check: _Check) -> _Check:
+    return lambda name, value: None if value is None else check(name, value)
 
 
-def _texts_by_name(name: str, value: Any) -> None:
-    _object(name, value)
-    for key, item in value.items():
-        _text(f"{name}.{key}", item)
+def _list_of(what: str, check: _Check) -> _Check:
+    def check_list(name: str, value: Any) -> None:
+        if not isinstance(value, list):
+            raise ProfileError(f"`{name}` must be a list of {what}, got {value!r}.")
+        for item in value:
+            check(name, item)
+
+    return check_list
 
 
-_FIELDS: dict[str, Callable[[str, Any], None]] = {
+def _by_name(check: _Check) -> _Check:
+    def check_object(name: str, value: Any) -> None:
+        _object(name, value)
+        for key, item in value.items():
+            check(f"{name}.{key}", item)
+
+    return check_object
+
+
+_FIELDS: dict[str, _Check] = {
     "format": _text,
-    "format_version": _positive_count,
+    "format_version": _whole_number_from(1),
     "family": _text,
-    "checkpoint_fingerprint": _text_or_null,
-    "layers": _positive_count,
-    "heads": _positive_count,
+    "checkpoint_fingerprint": _or_null(_text),
+    "layers": _whole_number_from(1),
+    "heads": _whole_number_from(1),
     "sinks": _object,
     "from_data": _boolean,
     "criterion": _text,
-    "thresholds": _numbers_by_name,
+    "thresholds": _by_name(_number),
     "samples": _object,
-    "attention_flops": _numbers_by_name_or_null,
-    "attention_flops_per_kind": _list_of_objects,
+    "attention_flops": _or_null(_by_name(_number)),
+    "attention_flops_per_kind": _list_of("objects", _object),
     "category_letters": _object,
     "categories": _rows_of_letters,
-    "sink_discovery": _object_or_null,
+    "sink_discovery": _or_null(_object),
     "statistics": _object,
-    "refinement": _numbers_by_name_or_null,
-    "end_to_end": _numbers_by_name_or_null,
-    "versions": _texts_by_name,
+    "refinement": _or_null(_by_name(_number)),
+    "end_to_end": _or_null(_by_name(_number)),
+    "versions": _by_name(_text),
 }
 
-_SAMPLE_FIELDS: dict[str, Callable[[str, Any], None]] = {
-    "count": _count,
-    "held_out": _count,
+_SINK_FIELDS: dict[str, _Check] = {
+    "first": _whole_number_from(0),
+    "offsets": _list_of("whole numbers", _whole_number_from(0)),
+}
+
+_SAMPLE_FIELDS: dict[str, _Check] = {
+    "count": _whole_number_from(0),
+    "held_out": _whole_number_from(0),
     "source": _text,
-    "fingerprint": _text_or_null,
+    "fingerprint": _or_null(_text),
 }
 
-_KIND_FIELDS: dict[str, Callable[[str, Any], None]] = {
+_KIND_FIELDS: dict[str, _Check] = {
     "bidirectional_images": _boolean,
-    "window": _positive_count_or_null,
-    "layers": _positive_count,
-    "dense": _count,
-    "sparse": _count,
+    "window": _or_null(_whole_number_from(1)),
+    "layers": _whole_number_from(1),
+    "dense": _whole_number_from(0),
+    "sparse": _whole_number_from(0),
 }
 
-_DISCOVERY_FIELDS: dict[str, Callable[[str, Any], None]] = {
+_DISCOVERY_FIELDS: dict[str, _Check] = {
     "rule": _text,
-    "mass_by_offset": _numbers,
+    "mass_by_offset": _list_of("numbers", _number),
 }
 
 

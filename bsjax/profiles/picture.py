@@ -1,9 +1,9 @@
-"""Pictures of profiles: each head's category, where its attention goes, and what errors it makes.
+"""Pictures of profiles: each head's category, where its attention goes, and its errors.
 
-The upper half is in the model's order: the map of categories, layers down and heads across, and
-beside it, line by line, where the attention of each layer's image queries goes. The lower half is
-in order of rank: all heads by the attention they pay to other images, with their categories below,
-and how many heads stay within an error in each category.
+The upper half is in the model's order: the map of categories, one row per layer and one column per
+head, and to its right where the attention of each layer's image queries goes. The lower half ranks
+heads: all heads by how much they attend to other images, with their categories below, and the share
+of heads within an error for each category.
 """
 
 import os
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.profiles.evidence import Evidence
 from bsjax.profiles.format import LETTERS
 from bsjax.profiles.profile import Profile
 
@@ -32,7 +33,7 @@ CATEGORY_COLORS = {
 }
 _ON_DARK = (HeadCategory.DENSE, HeadCategory.SINK)
 
-# From what every category keeps to what only dense attention sees.
+# From the keys that every category sees to those that only dense attention sees.
 _GROUPS = {
     KeyGroup.TEXT: ("text", "#4c6a92"),
     KeyGroup.OWN: ("own image", "#edae49"),
@@ -40,8 +41,7 @@ _GROUPS = {
     KeyGroup.OTHER_SINK: ("other images' sinks", "#d1495b"),
     KeyGroup.OTHER: ("other images", "#66a182"),
 }
-_SPARSE = (HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK)
-# Colours of the map that are too light for lines on white.
+# Some colours of the map are too light for lines on white.
 _LINE_COLORS = CATEGORY_COLORS | {HeadCategory.INTRA_IMAGE: "#c79a1e"}
 
 _MOST_MAP_INCHES = (11.0, 12.0)
@@ -50,7 +50,7 @@ _CELL_INCHES = 0.26
 _LETTER_CELL_INCHES = 0.11
 _DPI = 140
 _MOST_BARS = 150
-# A curve whose peak is higher than this many times its middle is drawn on a logarithmic scale.
+# A curve whose peak is more than this many times its median is drawn on a logarithmic scale.
 _FLAT = 20
 
 
@@ -58,8 +58,8 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
     """Draws a profile.
 
     Args:
-      profile: what to draw. Of one without statistics there is the map of categories alone.
-      path: where to write the picture (PNG, PDF or SVG by its ending); None writes nothing.
+      profile: the profile. Without evidence only the map of categories is drawn.
+      path: file to write, PNG, PDF or SVG by its ending; None writes nothing.
 
     Returns:
       The matplotlib figure.
@@ -73,15 +73,15 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
         raise ProfileError(
             "Drawing a profile needs matplotlib: pip install matplotlib (or bsjax[demo])."
         ) from error
-    mass, errors = _mass(profile), _errors(profile)
-    sinks = _sink_curve(profile)
+    mass = None if profile.evidence is None else _mass(profile.evidence)
     lower: list[Callable[[Axes], None]] = []
-    if mass is not None:
-        lower.append(lambda axes: _draw_ranked(axes, mass, profile))
-    if errors:
-        lower.append(lambda axes: _draw_errors(axes, errors, profile))
-    if sinks is not None:
-        lower.append(lambda axes: _draw_sinks(axes, sinks, profile))
+    if profile.evidence is not None:
+        evidence = profile.evidence
+        lower.append(lambda axes: _draw_ranked(axes, _mass(evidence), profile))
+        lower.append(lambda axes: _draw_errors(axes, evidence))
+        if evidence.sink_discovery is not None and evidence.sink_discovery.mass_by_offset:
+            curve = np.asarray(evidence.sink_discovery.mass_by_offset, np.float64)
+            lower.append(lambda axes: _draw_sinks(axes, curve, profile))
 
     map_width, map_height = (
         min(max(count * _CELL_INCHES, least), most)
@@ -105,7 +105,7 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
             2, 1, squeeze=False, height_ratios=(map_height + 1.1, lower_height)
         )
         upper, below = halves[:, 0]
-        cells = below.subplots(1, len(lower), width_ratios=_lower_widths(len(lower), mass))
+        cells = below.subplots(1, len(lower), width_ratios=[1.6, 1, 1][: len(lower)])
         for axes, draw in zip(np.atleast_1d(cells), lower, strict=True):
             draw(axes)
     if mass is None:
@@ -121,11 +121,11 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
 
 
 def _write(figure: "Figure", path: Path) -> None:
-    """Writes the picture, whole or not at all."""
+    """Writes the picture. An interrupted write leaves any earlier file as it was."""
     if not path.suffix:
         raise ProfileError(
-            f"The profile's picture cannot be written to {path}: its name must end with what it is "
-            "to be, such as .png, .pdf or .svg."
+            f"The profile's picture cannot be written to {path}: end its name with the format, "
+            "such as .png, .pdf or .svg."
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -139,7 +139,7 @@ def _write(figure: "Figure", path: Path) -> None:
 
 
 def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
-    """The category of every head, with its letter where there is room for one."""
+    """The category of every head, with its letter if cells are large enough."""
     axes.imshow(
         profile.categories,
         cmap=_category_colormap(),
@@ -160,7 +160,7 @@ def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     if cell_inches >= _LETTER_CELL_INCHES:
-        # As markers: thousands of texts take half a minute to draw.
+        # Markers, because thousands of texts take half a minute to draw.
         size = min(6.0, 30 * cell_inches)
         for letter, category in LETTERS.items():
             layer, head = np.nonzero(profile.categories == category)
@@ -190,7 +190,7 @@ def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
 
 
 def _draw_layers(axes: "Axes", mass: Float[np.ndarray, "layers heads groups"]) -> None:
-    """Where each layer's attention goes, mean over its heads, in the map's rows."""
+    """Where each layer's attention goes, mean over its heads; rows align with the map."""
     of_layers = mass.mean(axis=1)
     rows = np.arange(of_layers.shape[0])
     left = np.zeros(rows.size)
@@ -215,10 +215,10 @@ def _draw_layers(axes: "Axes", mass: Float[np.ndarray, "layers heads groups"]) -
 def _draw_ranked(
     axes: "Axes", mass: Float[np.ndarray, "layers heads groups"], profile: Profile
 ) -> None:
-    """All heads in order of what they look at in other images, and their categories below."""
+    """All heads, ordered by their attention to other images, with their categories below."""
     flat = mass.reshape(-1, mass.shape[-1])
     order = np.lexsort((flat[:, 0], flat[:, -1], flat[:, -2:].sum(axis=1)))
-    # Neighbours are averaged where there are more heads than can be told apart.
+    # Neighbours are averaged if there are more heads than bars that can be distinguished.
     edges = np.unique(np.linspace(0, order.size, min(order.size, _MOST_BARS) + 1).astype(int))
     means = np.add.reduceat(flat[order], edges[:-1]) / np.diff(edges)[:, None]
     bottom = np.zeros(edges.size - 1)
@@ -245,16 +245,23 @@ def _draw_ranked(
     _without_frame(axes)
 
 
-def _draw_errors(
-    axes: "Axes", errors: dict[HeadCategory, Float[np.ndarray, "layers heads"]], profile: Profile
-) -> None:
-    """How many heads stay within an error, for each category they could have."""
+def _draw_errors(axes: "Axes", evidence: Evidence) -> None:
+    """The share of heads within an error, for each sparse category."""
     from matplotlib.ticker import NullFormatter
 
+    errors = {
+        category: evidence.statistics[f"error_{category.name}"]
+        for category in (
+            HeadCategory.SINK,
+            HeadCategory.INTRA_IMAGE,
+            HeadCategory.INTRA_IMAGE_SINK,
+        )
+    }
     smallest = min(float(values[values > 0].min(initial=1.0)) for values in errors.values())
     start = max(smallest, 1e-5)
     largest = max(float(values.max(initial=start)) for values in errors.values())
-    share = np.arange(1, profile.categories.size + 1) / profile.categories.size
+    heads = errors[HeadCategory.SINK].size
+    share = np.arange(1, heads + 1) / heads
     for category, values in errors.items():
         axes.step(
             np.append(np.sort(np.maximum(values, start), axis=None), max(largest, 2 * start)),
@@ -264,8 +271,8 @@ def _draw_errors(
             linewidth=1.8,
             label=category.name,
         )
-    threshold = profile.thresholds.get("threshold")
-    if profile.criterion == "output_error" and threshold is not None and threshold >= start:
+    threshold = evidence.thresholds.get("threshold")
+    if evidence.criterion == "output_error" and threshold is not None and threshold >= start:
         axes.axvline(threshold, color="#333333", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             f"threshold {threshold:.3g}",
@@ -287,7 +294,7 @@ def _draw_errors(
 
 
 def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Profile) -> None:
-    """What each place of an image draws from other images' queries; the chosen sinks marked."""
+    """Attention that each offset of an image gets from other images; chosen sinks are marked."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     offsets = np.arange(curve.size)
@@ -314,43 +321,20 @@ def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Prof
 
 
 def _title(profile: Profile) -> str:
-    parts = [f"{profile.family}, {profile.layers} layers of {profile.heads} heads"]
-    if profile.from_data:
-        refined = "" if profile.refinement is None else ", refined end to end"
-        parts.append(f"{profile.criterion}{refined} on {profile.sample_count} samples")
-    else:
-        parts.append("not from data")
-    if profile.attention_flops is not None:
-        parts.append(f"{profile.attention_flops['reduction']:.1%} fewer attention FLOPs")
-    return "; ".join(parts)
+    model = f"{profile.family}, {profile.layers} layers of {profile.heads} heads"
+    evidence = profile.evidence
+    if evidence is None:
+        return f"{model}; not from data"
+    refined = "" if evidence.refinement is None else ", refined end to end"
+    return (
+        f"{model}; {evidence.criterion}{refined} on {evidence.sample_count} samples; "
+        f"{evidence.attention_flops.reduction:.1%} fewer attention FLOPs"
+    )
 
 
-def _mass(profile: Profile) -> Float[np.ndarray, "layers heads groups"] | None:
-    """Attention mass per key group in the order of `_GROUPS`; None where it was not measured."""
-    names = [f"mass_{group.name}" for group in _GROUPS]
-    if not all(name in profile.statistics for name in names):
-        return None
-    return np.stack([np.asarray(profile.statistics[name]) for name in names], axis=-1)
-
-
-def _errors(profile: Profile) -> dict[HeadCategory, Float[np.ndarray, "layers heads"]]:
-    return {
-        category: np.asarray(profile.statistics[f"error_{category.name}"])
-        for category in _SPARSE
-        if f"error_{category.name}" in profile.statistics
-    }
-
-
-def _sink_curve(profile: Profile) -> Float[np.ndarray, "offsets"] | None:
-    if profile.sink_discovery is None:
-        return None
-    curve = np.asarray(profile.sink_discovery["mass_by_offset"], np.float64)
-    return curve if curve.size else None
-
-
-def _lower_widths(count: int, mass: object) -> list[float]:
-    """The ranked heads want most of the width."""
-    return [1.6 if index == 0 and mass is not None else 1.0 for index in range(count)]
+def _mass(evidence: Evidence) -> Float[np.ndarray, "layers heads groups"]:
+    """Attention mass per key group in the order of `_GROUPS`."""
+    return np.stack([evidence.statistics[f"mass_{group.name}"] for group in _GROUPS], axis=-1)
 
 
 def _category_colormap() -> "ListedColormap":

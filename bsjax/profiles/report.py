@@ -1,6 +1,6 @@
-"""Profiles in words and tables, for a terminal."""
+"""Profiles as text and tables, for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from rich import box
@@ -10,12 +10,15 @@ from rich.text import Text
 
 from bsjax.masks.categories import HeadCategory
 from bsjax.profiles.difference import Difference
-from bsjax.profiles.format import LETTERS
+from bsjax.profiles.evidence import Evidence
+from bsjax.profiles.format import LETTER_OF, LETTERS
 from bsjax.profiles.profile import Profile
 
 _STRONGEST_OFFSETS = 6
 
-LETTER_OF = {category: letter for letter, category in LETTERS.items()}
+# Settings of the held-out comparison, not results.
+_HELD_OUT_SETTINGS = ("answer tokens", "split seed")
+
 _STYLES = {
     HeadCategory.DENSE: "bold blue",
     HeadCategory.SINK: "bold red",
@@ -25,33 +28,38 @@ _STYLES = {
 
 
 def print_summary(profile: Profile) -> None:
-    """Prints what a profile comes to: heads per category, FLOPs, the check from end to end."""
+    """Prints the number of heads per category, the FLOPs saved and the held-out comparison."""
     console = _console()
     console.print(_counts(profile))
-    console.print(_figures_table(profile))
+    if profile.evidence is not None:
+        console.print(_figures_table(_headline(profile.evidence)))
 
 
-def print_profile(profile: Profile, name: str) -> None:
-    """Prints everything that a profile says, one line of letters per layer.
+def print_profile(profile: Profile, name: str, *, details: bool = False) -> None:
+    """Prints a profile: what it is for, each head's category, what it saves and how close it is.
 
     Args:
       profile: the profile.
-      name: what it is called in the heading.
+      name: what the heading calls it.
+      details: also print per-head statistics, all figures of refinement and how sinks were found.
     """
     console = _console()
     console.print(Text(str(name), "bold"), soft_wrap=True)
-    for label, text in _settings(profile).items():
+    for label, text in _description(profile).items():
         console.print(Text(f"{label}: {text}"), soft_wrap=True)
     console.print()
     for line in _map_lines(profile):
         console.print(line, soft_wrap=True)
     console.print()
     console.print(_counts(profile))
-    if profile.statistics:
-        console.print(_statistics(profile))
-    if _figures(profile):
-        console.print(_figures_table(profile))
-    for line in _sink_lines(profile):
+    if profile.evidence is None:
+        return
+    if not details:
+        console.print(_figures_table(_headline(profile.evidence)))
+        return
+    console.print(_figures_table(_figures(profile.evidence)))
+    console.print(_statistics(profile, profile.evidence))
+    for line in _sink_lines(profile.evidence):
         console.print(line, soft_wrap=True)
 
 
@@ -59,13 +67,13 @@ def print_difference(difference: Difference, first: str, second: str) -> None:
     """Prints how two profiles differ.
 
     Args:
-      difference: of the two.
-      first: what the first one is called.
-      second: what the second one is called.
+      difference: from `compare`.
+      first: what to call the first profile.
+      second: what to call the second profile.
     """
     console = _console()
     console.print(Text(f"A  {first}\nB  {second}"), soft_wrap=True)
-    ours, theirs = _settings(difference.first), _settings(difference.second)
+    ours, theirs = _description(difference.first), _description(difference.second)
     for label in ours:
         if ours[label] != theirs[label]:
             console.print(Text(f"{label}: {ours[label]}  ->  {theirs[label]}"), soft_wrap=True)
@@ -84,33 +92,38 @@ def print_difference(difference: Difference, first: str, second: str) -> None:
     for side, names in (("A", difference.only_first), ("B", difference.only_second)):
         if names:
             console.print(f"Only {side} has {', '.join(names)}.", soft_wrap=True)
-    if _figures(difference.first) or _figures(difference.second):
-        console.print(_figures_change(difference))
+    figures = [
+        {} if profile.evidence is None else _figures(profile.evidence)
+        for profile in (difference.first, difference.second)
+    ]
+    if any(figures):
+        console.print(_figures_change(*figures))
 
 
 def _console() -> Console:
     return Console(highlight=False)
 
 
-def _settings(profile: Profile) -> dict[str, str]:
+def _description(profile: Profile) -> dict[str, str]:
     """What the profile is for and how it was made, by name."""
-    thresholds = ", ".join(f"{name} {value:g}" for name, value in profile.thresholds.items())
-    offsets = ", ".join(map(str, profile.sinks.offsets))
-    first = profile.sinks.first
+    criterion, samples = profile.criterion, profile.source or "none"
+    if profile.evidence is not None:
+        evidence = profile.evidence
+        thresholds = ", ".join(f"{name} {value:g}" for name, value in evidence.thresholds.items())
+        refined = "" if evidence.refinement is None else "refined end to end, from "
+        criterion = f"{refined}{criterion}" + (f" ({thresholds})" if thresholds else "")
+        samples = (
+            f"{evidence.sample_count}, and {evidence.held_out_count} held out: "
+            f"{profile.source or 'unknown source'}"
+        )
+    first, offsets = profile.sinks.first, ", ".join(map(str, profile.sinks.offsets))
     return {
         "model": f"{profile.family}, {profile.layers} layers of {profile.heads} heads",
         "checkpoint": profile.fingerprint or "any of that shape",
-        "criterion": "refined end to end, from " * (profile.refinement is not None)
-        + profile.criterion
-        + (f" ({thresholds})" if thresholds else ""),
-        "samples": (
-            f"{profile.sample_count}, and {profile.held_out_count} held out: "
-            f"{profile.sample_source or 'source not told'}"
-            if profile.from_data
-            else profile.sample_source or "none"
-        ),
-        "sinks": f"the first {first} tokens of each image" * (first > 1)
-        + "the first token of each image" * (first == 1)
+        "criterion": criterion,
+        "samples": samples,
+        "sinks": ("the first token" if first == 1 else f"the first {first} tokens")
+        + " of each image"
         + (f", and offsets {offsets}" if offsets else ""),
         "made with": ", ".join(f"{name} {value}" for name, value in profile.versions.items())
         or "unknown",
@@ -118,7 +131,7 @@ def _settings(profile: Profile) -> dict[str, str]:
 
 
 def _map_lines(profile: Profile) -> Iterable[Text]:
-    """One line of letters per layer, in groups of eight heads, with each category's count."""
+    """One line of letters per layer, in groups of eight heads, and the count of each category."""
     width = len(str(profile.layers - 1))
     ruler = "".join(
         f"{head:<9}" if profile.heads - head > 2 or head == 0 else ""
@@ -149,7 +162,7 @@ def _counts(profile: Profile) -> Table:
     return table
 
 
-def _statistics(profile: Profile) -> Table:
+def _statistics(profile: Profile, evidence: Evidence) -> Table:
     """Each statistic over all heads, and its mean over the heads of each category."""
     table = _plain_table("statistics")
     present = [category for category in LETTERS.values() if (profile.categories == category).any()]
@@ -157,56 +170,68 @@ def _statistics(profile: Profile) -> Table:
         table.add_column(column, justify="right")
     for category in present:
         table.add_column(f"mean {LETTER_OF[category]}", justify="right", no_wrap=True)
-    for name, values in profile.statistics.items():
-        values = np.asarray(values, np.float64)
+    for name, values in evidence.statistics.items():
         overall = (np.median(values), values.mean(), values.max())
         by_category = (values[profile.categories == category].mean() for category in present)
         table.add_row(name, *(_fixed(value) for value in (*overall, *by_category)))
     return table
 
 
-def _sink_lines(profile: Profile) -> Iterable[Text]:
-    """How sinks were found, and the places of an image that draw most."""
-    discovery = profile.sink_discovery
+def _sink_lines(evidence: Evidence) -> Iterable[Text]:
+    """How sinks were found, and the offsets that get most attention."""
+    discovery = evidence.sink_discovery
     if discovery is None:
         return
-    curve = np.asarray(discovery["mass_by_offset"], np.float64)
+    curve = np.asarray(discovery.mass_by_offset, np.float64)
     strongest = np.argsort(-curve, kind="stable")[:_STRONGEST_OFFSETS].tolist()
     listed = ", ".join(f"{offset} ({_short(float(curve[offset]))})" for offset in strongest)
-    yield Text(f"sinks were looked for: {discovery['rule']}")
-    yield Text(f"tokens of an image that draw most from other images' queries: {listed}")
+    yield Text(f"how sinks were found: {discovery.rule}")
+    yield Text(f"offsets of an image that other images attend to most: {listed}")
 
 
-def _figures(profile: Profile) -> dict[str, int | float]:
-    """Single numbers, by name: FLOPs, refinement, the check from end to end."""
-    figures = {}
+def _headline(evidence: Evidence) -> dict[str, int | float]:
+    """The figures to read first: what is saved, and how close the sparse model is."""
+    return {
+        name: value
+        for name, value in _figures(evidence).items()
+        if name.startswith(("attention FLOPs: reduction", "held out"))
+        and not name.endswith(_HELD_OUT_SETTINGS)
+    }
+
+
+def _figures(evidence: Evidence) -> dict[str, int | float]:
+    """Single numbers, by name: FLOPs, refinement, comparison on held-out samples."""
+    flops = evidence.attention_flops
+    figures = {
+        "attention FLOPs: dense": flops.dense,
+        "attention FLOPs: sparse": flops.sparse,
+        "attention FLOPs: reduction": flops.reduction,
+    }
+    if len(evidence.attention_flops_per_kind) > 1:
+        for kind in evidence.attention_flops_per_kind:
+            figures[f"attention FLOPs: reduction in {kind.name}"] = 1 - kind.sparse / kind.dense
     for title, numbers in (
-        ("attention FLOPs", profile.attention_flops),
-        ("refinement", profile.refinement),
-        ("held out", profile.end_to_end),
+        ("refinement", evidence.refinement),
+        ("held out", evidence.end_to_end),
     ):
         for name, value in (numbers or {}).items():
             figures[f"{title}: {name.replace('_', ' ')}"] = value
-    if len(profile.attention_flops_per_kind) > 1:
-        for kind in profile.attention_flops_per_kind:
-            figures[f"attention FLOPs: reduction in {kind.name}"] = 1 - kind.sparse / kind.dense
     return figures
 
 
-def _figures_table(profile: Profile) -> Table:
+def _figures_table(figures: Mapping[str, int | float]) -> Table:
     table = _plain_table("")
     table.show_header = False
     table.add_column("", justify="right")
-    for name, value in _figures(profile).items():
+    for name, value in figures.items():
         table.add_row(name, _short(value))
     return table
 
 
-def _figures_change(difference: Difference) -> Table:
+def _figures_change(first: Mapping[str, int | float], second: Mapping[str, int | float]) -> Table:
     table = _plain_table("")
     for column in ("A", "B", "change"):
         table.add_column(column, justify="right")
-    first, second = _figures(difference.first), _figures(difference.second)
     for name in [*first, *(name for name in second if name not in first)]:
         ours, theirs = first.get(name), second.get(name)
         change = f"{theirs - ours:+.3g}" if ours is not None and theirs is not None else ""
@@ -233,7 +258,7 @@ def _confusion(difference: Difference) -> Table:
 
 
 def _changed_heads(difference: Difference) -> Iterable[Text]:
-    """One line per layer with changes: which heads, from what to what."""
+    """One line per layer that has changes: heads with their old and new category."""
     width = len(str(difference.first.layers - 1))
     for layer, row in enumerate(difference.changed):
         heads = np.flatnonzero(row).tolist()
@@ -263,7 +288,7 @@ def _statistic_changes(difference: Difference) -> Table:
 
 
 def _plain_table(title: str) -> Table:
-    """A table without lines between columns: narrow, its first column whole."""
+    """A narrow table: no lines between columns, and a first column that does not wrap."""
     table = Table(
         title=title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -272,11 +297,11 @@ def _plain_table(title: str) -> Table:
 
 
 def _short(value: int | float) -> str:
-    """A number in few digits, whole ones whole."""
+    """A number in four digits; a whole number in full."""
     whole = float(value).is_integer() and 1 <= abs(value) < 1e6
     return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def _fixed(value: int | float) -> str:
-    """A number in a column of its like: three decimals, or its size where those would be zeros."""
+    """A number with three decimals, or its order of magnitude if those would be zeros."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.0e}"

@@ -1,4 +1,4 @@
-"""Categories found from data: what BlindSight measures once, and a second stage end to end.
+"""Categories from data: what BlindSight measures, and refinement end to end.
 
     from bsjax.profiling import Evaluator, measure, refine
 
@@ -8,41 +8,27 @@
     refinement = refine(model, measurements, evaluator, target_reduction=0.4)
     evaluator.compare(categories).kl, evaluator.compare(refinement.categories).kl
 
-`bsjax.profile` does all of it, with a check on held-out samples, and makes a `Profile`.
+`bsjax.profile` does all of this, checks the result on held-out samples, and makes a `Profile`.
 
-groups        attention by key group: exact outputs of all categories from one dense pass
-computations  the jitted programs
-offsets       sink discovery
-measurements  the pass over the samples, and what it measured
-selection     the one-shot rule, and its budget mode
-evaluation    next-token distributions, sparse against dense
-knapsack      heads in the order of damage per FLOP saved
-refinement    the second stage
-end_to_end    the check on held-out samples
-driver        `profile`
+settings         how categories are chosen and checked
+ordered_samples  samples in the order of their fingerprints, and the held-out share
+prompt_inputs    prompts in packed order, and schedules
+groups           attention by key group: exact outputs of all categories from one dense pass
+computations     what is computed on the device
+offsets          sink discovery
+measurements     the pass over the samples, and its measurements
+selection        the one-shot rule, and its budget mode
+evaluation       next-token distributions, sparse against dense
+knapsack         heads in the order of damage per FLOP saved
+refinement       the second stage
+end_to_end       the check on held-out samples
+state            what a run has measured, in a file
+progress         the progress bar
+driver           `profile`
+
+A name is imported when it is first used; `__init__.pyi` says where each is defined.
 """
 
-from bsjax.profiling.driver import profile
-from bsjax.profiling.evaluation import Comparison, Evaluator
-from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
-from bsjax.profiling.knapsack import Move
-from bsjax.profiling.measurements import Measurements, measure
-from bsjax.profiling.offsets import SinkDiscovery
-from bsjax.profiling.ordered_samples import OrderedSamples
-from bsjax.profiling.refinement import Damage, Refinement, refine
+import lazy_loader
 
-__all__ = [
-    "GROUPS",
-    "SPARSE_CATEGORIES",
-    "Comparison",
-    "Damage",
-    "Evaluator",
-    "Measurements",
-    "Move",
-    "Refinement",
-    "OrderedSamples",
-    "SinkDiscovery",
-    "measure",
-    "profile",
-    "refine",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

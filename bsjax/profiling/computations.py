@@ -1,7 +1,8 @@
-"""The programs of a profiling run: functions of a module and arrays.
+"""What profiling computes on the device: functions of a module and arrays, jitted by their callers.
 
-All run the model's layers through its `run_layers`, one attention function per kind of layer. None
-keeps anything of a layer that has both tokens and heads, or tokens and channels.
+All of them run the model's layers through `run_layers`, with one attention function per kind of
+layer. None of them keeps an array per layer that has both a tokens axis and a heads or channels
+axis.
 """
 
 from collections.abc import Callable
@@ -26,14 +27,14 @@ def measure_heads(
     schedules: tuple[Schedule, ...],
     backend: str,
 ) -> HeadStatistics:
-    """Statistics of every head of the dense model over one prompt, layers on the leading axis.
+    """Statistics of every head of the dense model over one prompt; the leading axis is layers.
 
     Args:
       module: the model.
-      embeddings: of all rows, in packed order.
-      position_ids: of each row.
+      embeddings: embeddings of all rows, in packed order.
+      position_ids: position ids of each row.
       schedules: from `group_schedule`, one for each kind of layer.
-      backend: of the attention.
+      backend: backend of the attention.
     """
 
     def attend_with(schedule: Schedule) -> LayerAttend:
@@ -57,14 +58,14 @@ def measure_offsets(
     schedules: tuple[Schedule, ...],
     backend: str,
 ) -> Float32[Array, "layers rows"]:
-    """Attention that the image queries of other images pay to each row, summed over heads.
+    """Attention that each row gets from image queries of other images, summed over heads.
 
     Args:
       module: the model.
-      embeddings: of all rows, in packed order.
-      position_ids: of each row.
+      embeddings: embeddings of all rows, in packed order.
+      position_ids: position ids of each row.
       schedules: from `category_schedule`, one for each kind of layer.
-      backend: of the attention.
+      backend: backend of the attention.
     """
 
     def attend_with(schedule: Schedule) -> LayerAttend:
@@ -90,16 +91,16 @@ def states_at(
     rows: Int[Array, "states"],
     backend: str,
 ) -> Float[Array, "states hidden"]:
-    """Final hidden states of some rows. Categories are data: all share one program.
+    """Final hidden states of some rows. Categories are data, so all choices share one program.
 
     Args:
       module: the model.
-      embeddings: of all rows, in packed order; not donated, to be used again.
-      position_ids: of each row.
+      embeddings: embeddings of all rows, in packed order; not donated, so that they can be reused.
+      position_ids: position ids of each row.
       schedules: from `category_schedule`, one for each kind of layer.
-      head_category: of every query head of every layer.
-      rows: which rows.
-      backend: of the attention.
+      head_category: category of every query head of every layer.
+      rows: indices of the rows.
+      backend: backend of the attention.
     """
 
     def attend_with(schedule: Schedule) -> LayerAttend:
@@ -120,15 +121,20 @@ def divergence(
     dense: Float[Array, "states hidden"],
     sparse: Float[Array, "states hidden"],
 ) -> tuple[Float32[Array, "states"], Bool[Array, "states"]]:
-    """How far next-token distributions are apart.
+    """How far the next-token distributions of two models are apart.
+
+    Args:
+      module: the model.
+      dense: final hidden states of the dense model.
+      sparse: final hidden states of the sparse model.
 
     Returns:
-      KL(dense || sparse) in nats, and whether the likeliest tokens agree, for each state.
+      For each state, KL(dense || sparse) in nats and whether the likeliest tokens agree.
     """
     log_p = jax.nn.log_softmax(module.logits(dense))
     log_q = jax.nn.log_softmax(module.logits(sparse))
-    # Sum of p (q/p - 1 - log(q/p)): the same number, but of terms that are never negative, so that
-    # small divergences do not drown in the rounding of sums that cancel.
+    # KL as the sum of p (q/p - 1 - log(q/p)): no term is negative, so a small divergence is not
+    # lost to cancellation.
     p, log_ratio = jnp.exp(log_p), log_q - log_p
     small = jnp.abs(log_ratio) < 0.5
     near = p * (jnp.expm1(jnp.where(small, log_ratio, 0.0)) - log_ratio)

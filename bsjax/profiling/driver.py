@@ -3,18 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.flops import flops_per_kind
 from bsjax.masks.template import Sinks
+from bsjax.profiles.evidence import Evidence
 from bsjax.profiles.profile import Profile, installed_versions
-from bsjax.profiling import refinement as second_stage
 from bsjax.profiling import selection
 from bsjax.profiling.end_to_end import check_end_to_end
 from bsjax.profiling.evaluation import Evaluator
@@ -22,8 +22,9 @@ from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.progress import Progress, reporting
-from bsjax.profiling.refinement import Refinement
-from bsjax.profiling.state import State, settings_of
+from bsjax.profiling.refinement import Refinement, refined
+from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
+from bsjax.profiling.state import State, conditions_of
 from bsjax.samples import Samples
 
 
@@ -31,215 +32,226 @@ def profile(
     model: LoadedModel,
     samples: Sequence[Messages] | Samples,
     *,
-    threshold: float = 0.05,
-    criterion: str = "output_error",
-    quantile: float = 0.9,
+    threshold: float = Threshold.value,
+    criterion: str = Settings.criterion,
+    quantile: float = Settings.quantile,
     target_reduction: float | None = None,
-    refine: bool = False,
+    refine: bool = Settings.refine,
     max_kl: float | None = None,
-    max_evaluations: int = second_stage.MAX_EVALUATIONS,
+    max_evaluations: int = Settings.max_evaluations,
     sinks: Sinks | None = None,
-    held_out: float = 0.25,
-    answer_tokens: int = 8,
-    seed: int = 0,
+    held_out: float = Settings.held_out,
+    answer_tokens: int = Settings.answer_tokens,
+    seed: int = Settings.seed,
     source: str = "",
     resume: str | PathLike[str] | None = None,
     progress: Progress | bool | None = None,
     backend: str = "auto",
 ) -> Profile:
-    """Chooses a category for every head of a model from data (BlindSight, and beyond it `refine`).
+    """Chooses a category for every head of a model from data, as BlindSight does, or refined.
 
-    The dense model runs once over each sample; from exact outputs of all categories follow the
-    attention mass of each key group and the relative error of each category, per head, over image
-    queries. A head takes the category with the fewest FLOPs whose error stays within the threshold
-    in the given quantile of the samples. The choice is checked on samples held out. The same
-    samples in another order give the same profile.
+    The dense model runs once over each sample. The exact outputs of all categories give, for every
+    head, the attention mass of each key group and the relative error of each category over image
+    queries. A head takes the category with the fewest FLOPs whose error is within the threshold in
+    the given quantile of the samples. The choice is checked on held-out samples. The order of the
+    samples does not change the profile.
 
     Args:
       model: from `bsjax.load`.
-      samples: conversations (Hugging Face chat messages), or what `bsjax.read_samples` returns:
-        prompts like those to come, with several images each. One image is the least; such samples
-        count in FLOPs and in the check, not in the quantile. Of equal samples one is kept.
-      threshold: most relative error of a head's output (from 0; errors above 1 exist), or most
-        attention mass dropped (0 to 1).
-      criterion: `output_error` (||o_c - o|| / ||o||) or `mass`: which of the two.
-      quantile: share of the samples with several images that must stay within the threshold.
-      target_reduction: instead of `threshold`: the share of attention FLOPs, over all layers, heads
-        and samples, to save at least. The least threshold that does is found.
+      samples: conversations (Hugging Face chat messages), or what `bsjax.read_samples` returns.
+        Use prompts like those to come, with several images each. Samples with one image count for
+        FLOPs and for the check, but not for the quantile. Duplicates are dropped.
+      threshold: largest relative error of a head's output (from 0; errors above 1 exist), or
+        largest attention mass dropped (0 to 1).
+      criterion: what the threshold bounds: `output_error` (||o_c - o|| / ||o||) or `mass`.
+      quantile: share of the samples with several images that must be within the threshold.
+      target_reduction: in place of `threshold`, the share of attention FLOPs to save at least, over
+        all layers, heads and samples. The smallest threshold that saves it is found.
       refine: correct the choice by its measured effect on the model's answers, at
-        `target_reduction`, within `max_kl`, or, with neither, at the reduction that `threshold`
-        reaches. Takes many prefills per sample, see `bsjax.profiling.refine`.
-      max_kl: with `refine`: save as much as possible with KL(dense || sparse) of next-token
-        distributions at most this, in nats.
-      max_evaluations: with `refine`: how many arrays of categories to compare at most, one prefill
-        of every sample each.
+        `target_reduction`, or within `max_kl`, or with neither at the reduction that `threshold`
+        reaches. Takes many prefills per sample; see `bsjax.profiling.refine`.
+      max_kl: with `refine`, save as much as possible while KL(dense || sparse) of next-token
+        distributions is at most this, in nats.
+      max_evaluations: with `refine`, how many arrays of categories to compare at most. Each takes
+        one prefill of every sample.
       sinks: which tokens of an image are sinks; None finds them in data, in one more pass.
       held_out: share of the samples that is kept for the check, in [0, 1). With 0 nothing is
-        checked, and the profile has no `end_to_end`.
-      answer_tokens: tokens of the dense model's answer along which distributions are compared.
+        checked, and the evidence has no `end_to_end`.
+      answer_tokens: largest number of tokens of the dense model's answer along which distributions
+        are compared.
       seed: draws the held-out samples.
-      source: where the samples come from, in words, for the file; without it, what
-        `bsjax.read_samples` says.
-      resume: a state file. Everything measured is kept in it at once; a run that was interrupted,
-        or one with other thresholds, budgets or samples, takes from it what it can use. It stays
-        when the run is complete.
-      progress: None shows a bar where stderr is a terminal, False nothing; or a function called as
-        `progress(stage, done, total)`.
-      backend: of the attention, see `sparse_attention`.
+      source: where the samples come from, in words, for the file. Empty means the description that
+        `bsjax.read_samples` gives.
+      resume: a state file that keeps everything measured. A run that was interrupted, or one with
+        other thresholds, budgets or samples, reuses what it can. The file stays when the run is
+        complete.
+      progress: None shows a progress bar if stderr is a terminal, False shows nothing; or a
+        function called as `progress(stage, done, total)`.
+      backend: backend of the attention, see `sparse_attention`.
+
+    Returns:
+      A profile with its evidence.
 
     Raises:
-      ProfileError: an argument out of range, a sample without an image, no sample with several,
-        a reduction that cannot be reached, or a state file of another model, dtype, backend or of
-        other versions.
-      BsjaxError: as `generate`, for samples that are no prompts or do not fit.
+      ProfileError: an argument out of range, a sample without an image, no sample with several, a
+        reduction that cannot be reached, or a state file made with another model, dtype, backend or
+        versions.
+      BsjaxError: as for `generate`, for samples that are not valid prompts or do not fit.
     """
-    backend = resolve_backend(backend)
-    _check_arguments(threshold, criterion, quantile, target_reduction, refine, max_kl)
-    whole_number("answer_tokens", answer_tokens, least=1, error=ProfileError)
-    whole_number(
-        "max_evaluations", max_evaluations, least=second_stage.LEAST_EVALUATIONS, error=ProfileError
+    settings = Settings.of(
+        threshold=threshold,
+        target_reduction=target_reduction,
+        max_kl=max_kl,
+        criterion=criterion,
+        quantile=quantile,
+        refine=refine,
+        max_evaluations=max_evaluations,
+        answer_tokens=answer_tokens,
+        held_out=held_out,
+        seed=seed,
     )
-    whole_number("seed", seed, least=0, error=ProfileError)
+    return profile_with(
+        settings,
+        model,
+        samples,
+        sinks=sinks,
+        source=source,
+        resume=resume,
+        progress=progress,
+        backend=backend,
+    )
+
+
+def profile_with(
+    settings: Settings,
+    model: LoadedModel,
+    samples: Sequence[Messages] | Samples,
+    *,
+    sinks: Sinks | None = None,
+    source: str = "",
+    resume: str | PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+    backend: str = "auto",
+) -> Profile:
+    """`profile` with its settings in one object, which has those of correction in context too."""
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
     if not isinstance(source, str):
         raise ProfileError(f"source must be text, got {source!r}.")
     if isinstance(samples, Samples):
         source = source or samples.description
+    backend = resolve_backend(backend)
     ordered = OrderedSamples.of(samples)
-    chosen_with, kept_back = ordered.split(held_out, seed)
+    chosen_with, held_out = ordered.split(settings.held_out, settings.seed)
     check_images(chosen_with, several=True)
-    check_images(kept_back, several=False)
-    state = State(resume, settings_of(model, backend))
+    check_images(held_out, several=False)
+    state = State(resume, conditions_of(model, backend))
     with reporting(progress) as report:
         measurements = measure(
             model, chosen_with, sinks=sinks, backend=backend, progress=report, state=state
         )
-        thresholds: dict[str, float] = {"quantile": quantile}
-        refinement = None
-        if refine:
-            if target_reduction is None and max_kl is None:
-                categories = measurements.one_shot(
-                    threshold, criterion=criterion, quantile=quantile
-                )
-                thresholds["threshold"] = threshold
-                target_reduction = measurements.reduction(categories)
-                if target_reduction == 0:
-                    raise ProfileError(
-                        f"At threshold={threshold:g} no head saves anything, so there is nothing "
-                        "to refine. Raise it, or give a target_reduction or a max_kl."
-                    )
-            refinement = _refined(
-                model,
-                measurements,
-                chosen_with,
-                report,
-                state,
-                backend=backend,
-                answer_tokens=answer_tokens,
-                target_reduction=target_reduction,
-                max_kl=max_kl,
-                max_evaluations=max_evaluations,
-                criterion=criterion,
-                quantile=quantile,
-            )
-            categories = refinement.categories
-        else:
-            if target_reduction is not None:
-                thresholds["target_reduction"] = target_reduction
-                threshold = measurements.threshold_for(
-                    target_reduction, criterion=criterion, quantile=quantile
-                )
-            thresholds["threshold"] = threshold
-            categories = measurements.one_shot(threshold, criterion=criterion, quantile=quantile)
-        found = measurements.sink_discovery
-        unchecked = Profile(
+        choice = _choose(settings, model, chosen_with, measurements, backend, report, state)
+        chosen = Profile(
             family=model.family.name,
-            categories=categories,
+            categories=choice.categories,
             sinks=measurements.sinks,
             fingerprint=model.fingerprint,
-            criterion=criterion,
-            thresholds=thresholds,
-            sample_count=len(chosen_with.messages),
-            sample_source=source,
-            sample_fingerprint=ordered.fingerprint,
-            statistics=measurements.statistics(quantile) | _damage_statistics(refinement),
-            attention_flops=measurements.attention_flops(categories),
-            attention_flops_per_kind=flops_per_kind(
-                categories,
-                measurements.flops,
-                model.family.visibilities(model.config),
-                model.family.layer_kinds(model.config),
-            ),
-            sink_discovery=None
-            if found is None
-            else {"rule": found.rule, "mass_by_offset": list(found.mass_by_offset)},
-            refinement=None if refinement is None else refinement.numbers,
+            source=source,
             versions=installed_versions() | {"dtype": str(model.dtype), "backend": backend},
         )
-        if not kept_back:
-            return unchecked
-        end_to_end = check_end_to_end(
-            model,
-            unchecked,
-            kept_back,
-            answer_tokens=answer_tokens,
-            backend=backend,
-            progress=report,
-            state=state,
-        )
-        return dataclasses.replace(
-            unchecked,
-            end_to_end=end_to_end | {"answer_tokens": answer_tokens, "split_seed": seed},
-            held_out_count=len(kept_back.messages),
-        )
+        end_to_end = None
+        if held_out:
+            end_to_end = check_end_to_end(
+                model,
+                chosen,
+                held_out,
+                answer_tokens=settings.answer_tokens,
+                backend=backend,
+                progress=report,
+                state=state,
+            ) | {"answer_tokens": settings.answer_tokens, "split_seed": settings.seed}
+    evidence = Evidence(
+        criterion=settings.criterion,
+        thresholds=choice.thresholds,
+        sample_count=len(chosen_with.messages),
+        held_out_count=len(held_out.messages),
+        sample_fingerprint=ordered.fingerprint,
+        statistics=measurements.statistics(settings.quantile) | _damage_of(choice.refinement),
+        attention_flops=measurements.attention_flops(choice.categories),
+        attention_flops_per_kind=flops_per_kind(
+            choice.categories,
+            measurements.flops,
+            model.family.visibilities(model.config),
+            model.family.layer_kinds(model.config),
+        ),
+        sink_discovery=measurements.sink_discovery,
+        refinement=None if choice.refinement is None else choice.refinement.numbers,
+        end_to_end=end_to_end,
+    )
+    return dataclasses.replace(chosen, evidence=evidence)
 
 
-def _check_arguments(
-    threshold: Any,
-    criterion: Any,
-    quantile: Any,
-    target_reduction: Any,
-    refine: Any,
-    max_kl: Any,
-) -> None:
-    """Refuses before anything runs what would be refused hours later."""
-    selection.checked_threshold(threshold, criterion)
-    selection.share("quantile", quantile, zero=True)
-    if target_reduction is not None:
-        selection.share("target_reduction", target_reduction)
-    if max_kl is not None:
-        selection.checked_divergence("max_kl", max_kl)
-    if max_kl is not None and not refine:
-        raise ProfileError("max_kl is a budget of refining: pass refine=True with it.")
-    if max_kl is not None and target_reduction is not None:
-        raise ProfileError("Give target_reduction or max_kl, not both.")
+class _Choice(NamedTuple):
+    categories: Int8[np.ndarray, "layers heads"]
+    thresholds: dict[str, float]
+    """The numbers that the one-shot rule was used with, by name."""
+    refinement: Refinement | None
 
 
-def _refined(
+def _choose(
+    settings: Settings,
     model: LoadedModel,
-    measurements: Measurements,
     samples: OrderedSamples,
+    measurements: Measurements,
+    backend: str,
     report: Progress,
     state: State,
-    *,
-    backend: str,
-    answer_tokens: int,
-    **options: Any,
-) -> Refinement:
+) -> _Choice:
+    """Categories by the one-shot rule, and refined if the settings say so."""
+    thresholds = {"quantile": settings.quantile}
+    if not settings.refine:
+        assert not isinstance(settings.budget, Divergence)
+        damage = measurements.damage(settings.criterion, settings.quantile)
+        categories, threshold = selection.one_shot(damage, measurements.flops, settings.budget)
+        if isinstance(settings.budget, Reduction):
+            thresholds["target_reduction"] = settings.budget.share
+        return _Choice(categories, thresholds | {"threshold": threshold}, None)
+    if isinstance(settings.budget, Threshold):
+        thresholds["threshold"] = settings.budget.value
+        settings = dataclasses.replace(settings, budget=_reduction_at(settings, measurements))
     evaluator = Evaluator(
         model,
         samples,
-        answer_tokens=answer_tokens,
+        answer_tokens=settings.answer_tokens,
         sinks=measurements.sinks,
         backend=backend,
         state=state,
         progress=report,
     )
-    return second_stage.refine(model, measurements, evaluator, progress=report, **options)
+    refinement = refined(settings, measurements, evaluator, report)
+    return _Choice(refinement.categories, thresholds, refinement)
 
 
-def _damage_statistics(refinement: Refinement | None) -> dict[str, np.ndarray]:
+def _reduction_at(settings: Settings, measurements: Measurements) -> Reduction:
+    """The reduction that the one-shot rule reaches at the threshold of the settings.
+
+    Raises:
+      ProfileError: it is 0.
+    """
+    assert isinstance(settings.budget, Threshold)
+    damage = measurements.damage(settings.criterion, settings.quantile)
+    categories, threshold = selection.one_shot(damage, measurements.flops, settings.budget)
+    reduction = measurements.reduction(categories)
+    if reduction == 0:
+        raise ProfileError(
+            f"At threshold={threshold:g} no head saves anything, so there is nothing to refine. "
+            "Raise it, or give a target_reduction or a max_kl."
+        )
+    return Reduction(reduction)
+
+
+def _damage_of(refinement: Refinement | None) -> dict[str, np.ndarray]:
+    """The statistics that refinement adds, by name."""
     if refinement is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""The check on held-out samples: what a profile changes in what the model says."""
+"""The check on held-out samples: how a profile changes the model's answers."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.profiles.profile import Profile
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.ordered_samples import OrderedSamples
-from bsjax.profiling.progress import Progress, no_progress
-from bsjax.profiling.state import NO_STATE, State
+from bsjax.profiling.progress import Progress
+from bsjax.profiling.state import State
 from bsjax.runtime.generation import generate
 
 
@@ -16,26 +16,26 @@ def check_end_to_end(
     profile: Profile,
     samples: OrderedSamples,
     *,
-    answer_tokens: int = 8,
-    backend: str = "auto",
-    progress: Progress = no_progress,
-    state: State = NO_STATE,
+    answer_tokens: int,
+    backend: str,
+    progress: Progress,
+    state: State,
 ) -> dict[str, float]:
-    """Compares a profile with dense attention on samples it has not seen.
+    """Compares a profile with dense attention on samples that it was not chosen with.
 
     Args:
       model: from `bsjax.load`.
-      profile: to check.
-      samples: held out.
-      answer_tokens: tokens of the answers at most.
-      backend: of the attention.
-      progress: told of every sample.
-      state: keeps what was compared, and recalls it.
+      profile: the profile to check.
+      samples: held-out samples.
+      answer_tokens: largest number of tokens of an answer.
+      backend: backend of the attention.
+      progress: called after every sample.
+      state: keeps and recalls what was compared.
 
     Returns:
-      `kl_divergence` (dense to sparse, in nats) and `top_1_agreement` of next-token distributions
-      along the dense answer; `answer_agreement`, the share of samples whose greedy answers are the
-      same, token by token; and `attention_flops_reduction` over these samples.
+      `kl_divergence` (KL(dense || sparse) in nats) and `top_1_agreement` of next-token
+      distributions along the dense answer; `answer_agreement`, the share of samples whose greedy
+      answers have the same tokens; and `attention_flops_reduction` over these samples.
     """
     evaluator = Evaluator(
         model,

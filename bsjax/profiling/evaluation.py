@@ -1,8 +1,8 @@
 """How far a sparse model's next-token distributions are from the dense model's, end to end.
 
-One evaluation of an array of categories costs one prefill per sample and nothing else: categories
-are data of one compiled program, and the embeddings of a sample, vision tower included, are made
-once and kept on the host.
+Evaluating an array of categories costs one prefill per sample: categories are data of one compiled
+program, and the embeddings of a sample, vision tower included, are computed once and kept on the
+host.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from bsjax.profiling.prompt_inputs import (
     packed_inputs,
     row_of_token,
 )
+from bsjax.profiling.settings import Settings
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.generation import generate
@@ -44,10 +45,10 @@ class Comparison(NamedTuple):
     """Next-token distributions of a sparse model against the dense model's.
 
     Attributes:
-      kl: KL(dense || sparse) in nats, mean over a sample's positions, then over samples.
-      top1: share of positions whose likeliest tokens agree, averaged alike.
-      kl_by_sample: the mean over each sample's positions.
-      top1_by_sample: alike.
+      kl: KL(dense || sparse) in nats, averaged over a sample's positions, then over samples.
+      top1: share of positions whose likeliest tokens agree, averaged in the same way.
+      kl_by_sample: mean KL over each sample's positions.
+      top1_by_sample: share of each sample's positions whose likeliest tokens agree.
     """
 
     kl: float
@@ -57,30 +58,31 @@ class Comparison(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """A prompt with the dense answer after it, ready to run."""
+    """A prompt followed by the dense answer, ready to run."""
 
     embeddings: np.ndarray
     arguments: tuple[Any, ...]
     rows: np.ndarray
-    """Of the states to compare; the last one again where the answer ended early."""
+    """Rows of the states to compare. If the answer ended early, the last one is repeated."""
     states: int
-    """How many of them count."""
+    """How many of these rows count."""
     dense: jax.Array
+    """States of the dense model in these rows."""
 
 
 class Evaluator:
     """Compares categories with dense attention over samples.
 
-    Distributions are those after the last token of the prompt and after each token of the dense
-    model's greedy answer, which both models are given (teacher forcing); the answer stops at an
-    end-of-sequence token, or before a token that stands for an image. Samples are taken in the
-    order of their fingerprints. What was compared once is remembered.
+    Distributions are compared after the last token of the prompt and after each token of the dense
+    model's greedy answer, which both models are given (teacher forcing). The answer stops at an
+    end-of-sequence token, or before a token that represents an image. Samples are in the order of
+    their fingerprints. Results are remembered: comparing the same categories again costs nothing.
 
     The host keeps the embeddings of all samples (rows x hidden values each).
 
     Attributes:
-      fingerprints: of the samples.
-      sinks: which tokens are sinks.
+      fingerprints: fingerprints of the samples.
+      sinks: which tokens of an image are sinks.
       flops: int64 [layers, 4], attention FLOPs of one head of each layer, by `HeadCategory`, summed
         over the samples' prompts.
       dense_answers: greedy token ids of the dense model for each sample.
@@ -92,28 +94,28 @@ class Evaluator:
         model: LoadedModel,
         samples: Sequence[Messages] | Samples | OrderedSamples,
         *,
-        answer_tokens: int = 8,
+        answer_tokens: int = Settings.answer_tokens,
         sinks: Sinks | None = None,
         backend: str = "auto",
         state: State = NO_STATE,
         progress: Progress = no_progress,
         stage: str = "reading samples",
     ) -> None:
-        """Reads the samples' prompts.
+        """Generates the dense model's answers to the samples.
 
         Args:
           model: from `bsjax.load`.
           samples: conversations.
-          answer_tokens: tokens of the dense answer at most, at least 1.
-          sinks: which tokens are sinks; the first of every image when None.
-          backend: of the attention, see `sparse_attention`.
-          state: keeps what was compared, and recalls it.
-          progress: told of every sample read.
-          stage: what that is called.
+          answer_tokens: largest number of tokens of the dense answer, at least 1.
+          sinks: which tokens of an image are sinks; None means the first.
+          backend: backend of the attention, see `sparse_attention`.
+          state: keeps and recalls what was compared.
+          progress: called after every sample, as `progress(stage, done, total)`.
+          stage: name of this stage.
 
         Raises:
           ProfileError: no samples, or `answer_tokens` below 1.
-          BsjaxError: as `generate`, for prompts that are none or do not fit.
+          BsjaxError: as for `generate`, for prompts that are not valid or do not fit.
         """
         samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
         self.answer_tokens = whole_number(
@@ -151,10 +153,10 @@ class Evaluator:
         return selection.reduction_of(categories, self.flops)
 
     def compare(self, categories: Int8[np.ndarray, "layers heads"]) -> Comparison:
-        """Distributions of the model with these categories, against the dense model's.
+        """Compares next-token distributions with these categories to the dense model's.
 
         Raises:
-          ProfileError: other than one category per layer and head.
+          ProfileError: not exactly one category per layer and head.
         """
         categories = np.ascontiguousarray(categories, np.int8)
         wanted = (self._shape.layers, self._shape.heads)
@@ -203,24 +205,24 @@ class Evaluator:
         }
 
     def _sample(self, index: int) -> _Sample:
-        """Embeddings and dense states of a sample, made when they are first needed."""
+        """Embeddings and dense states of a sample, computed when first needed."""
         if index not in self._prepared:
             record = self._records[index]
             answer = record["answer"].tolist()
-            # An answer that ended has its end-of-sequence token, which nothing follows.
+            # A finished answer ends with an end-of-sequence token, which nothing follows.
             answer = answer[:-1] if record["stopped"] else answer
             self._prepared[index] = self._prepare(index, self._before_images(answer))
         return self._prepared[index]
 
     def _before_images(self, answer: list[int]) -> list[int]:
-        """The answer up to the first token that would make a prompt of it with another image."""
+        """The answer up to the first token that would add an image to the prompt."""
         config, family = self._model.config, self._model.family
-        standing_for_images = {
+        image_tokens = {
             family.image_token_id(config),
             family.placeholder_id(config),
             getattr(config, "video_token_id", None),
         }
-        return list(itertools.takewhile(lambda token: token not in standing_for_images, answer))
+        return list(itertools.takewhile(lambda token: token not in image_tokens, answer))
 
     def _prepare(self, index: int, answer: list[int]) -> _Sample:
         model, backend = self._model, self._backend

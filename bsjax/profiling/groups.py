@@ -1,8 +1,8 @@
-"""Attention by key group: what every head category, and dense attention, would have computed.
+"""Attention by key group: the exact output of every head category from one dense pass.
 
-The five key groups are disjoint, so attention over each of them alone, with its log-sum-exp, tells
-the output of every union of them: outputs are averaged by the exponentials of their log-sum-exps.
-That is five attention calls for the FLOPs of one dense call, and exact: no category is modelled.
+The five key groups are disjoint, so attention over each group alone, with its log-sum-exp, gives
+the output of every union of groups: outputs are averaged with the exponentials of their
+log-sum-exps as weights. This takes five attention calls, with the FLOPs of one dense call.
 """
 
 from typing import Any, NamedTuple
@@ -36,17 +36,17 @@ def group_schedule(
     block_kv: int,
     tokens: int | None = None,
 ) -> Schedule:
-    """A packed schedule with one table per key group, text rows only in the first.
+    """A packed schedule with one table per key group; only the first table has text rows.
 
     Args:
       template: the prompt.
-      visibility: of the kind of layer.
-      block_q: query rows of a tile, at most.
+      visibility: visibility of the kind of layer.
+      block_q: largest number of query rows of a tile.
       block_kv: keys of a block.
-      tokens: rows to pad to; None pads nothing.
+      tokens: rows to pad to; None does not pad.
 
     Raises:
-      MaskError: as `build_schedule`.
+      MaskError: as for `build_schedule`.
     """
     schedule = build_schedule(
         template,
@@ -60,11 +60,11 @@ def group_schedule(
 
 
 class GroupPartials(NamedTuple):
-    """Attention over each key group alone. Text rows are dense in the first, and absent after it.
+    """Attention over each key group alone. Text rows are dense in the first group and empty after.
 
     Attributes:
-      out: output of each group, in the order of `GROUPS`; zeros where a row sees nothing of it.
-      lse: float32 log-sum-exps of the scaled scores; -inf where a row sees nothing.
+      out: output of each group, in the order of `GROUPS`; zeros if a row sees no key of the group.
+      lse: float32 log-sum-exps of the scaled scores; -inf if a row sees no key of the group.
     """
 
     out: Float[Array, "groups tokens q_heads head_dim"]
@@ -73,15 +73,15 @@ class GroupPartials(NamedTuple):
     def combined(
         self, groups: KeyGroup
     ) -> tuple[Float32[Array, "tokens q_heads head_dim"], Float32[Array, "tokens q_heads"]]:
-        """What attention over `groups` gives: output and log-sum-exp, both float32.
+        """Output and log-sum-exp of attention over `groups`, both float32.
 
-        `groups` must contain TEXT, as every category does, or text rows come out empty.
+        `groups` must contain TEXT, as every category does; otherwise text rows come out empty.
         """
         kept = [index for index, group in enumerate(GROUPS) if group & groups]
         lse = self.lse[jnp.asarray(kept)]
         greatest = lse.max(axis=0)
         seen = ~jnp.isneginf(greatest)
-        # A row that sees nothing keeps -inf; subtracting it would give NaN.
+        # The greatest of a row that sees nothing is -inf; subtracting it would give NaN.
         shift = jnp.where(seen, greatest, 0.0)
         weights = jnp.exp(lse - shift)
         total = jnp.where(seen, weights.sum(axis=0), 1.0)
@@ -104,15 +104,15 @@ def group_partials(
     """Attention over each key group alone.
 
     Args:
-      q: queries, rows in the schedule's order.
+      q: queries, with rows in the schedule's order.
       k: keys.
       v: values.
       schedule: from `group_schedule`.
       scale: factor of the scores.
-      backend: of the attention.
+      backend: backend of the attention.
 
     Raises:
-      BsjaxError: as `ragged_attention`.
+      BsjaxError: as for `ragged_attention`.
     """
 
     def over_table(table: Array) -> Any:
@@ -121,18 +121,18 @@ def group_partials(
             q, k, v, schedule, categories, scale=scale, backend=backend, return_lse=True
         )
 
-    # One loop over the tables compiles attention once, not five times.
+    # A loop over the tables compiles attention once instead of five times.
     out, lse = jax.lax.map(over_table, jnp.arange(len(GROUPS)))
-    # The reference looks at no tiles, and computes text rows in every table.
+    # The reference backend ignores tiles and computes text rows in every table.
     repeated = (jnp.arange(len(GROUPS)) > 0)[:, None] & (schedule.image < 0)
     return GroupPartials(out, jnp.where(repeated[..., None], -jnp.inf, lse))
 
 
 class HeadStatistics(NamedTuple):
-    """What a layer's heads do over the image queries of one prompt.
+    """Statistics of a layer's heads over the image queries of one prompt.
 
     Attributes:
-      mass: attention that goes to each key group, mean over image queries; sums to 1.
+      mass: attention mass of each key group, mean over image queries; sums to 1.
       error: ||o_c - o|| / ||o|| of each of `SPARSE_CATEGORIES`, Frobenius norms over image queries.
     """
 
@@ -149,10 +149,10 @@ def head_statistics(
     """Attention mass and relative errors of every head.
 
     Args:
-      partials: of one layer.
-      dense: what they combine to over all groups.
-      dense_lse: its log-sum-exp.
-      is_image: which rows are image queries: neither text nor padding.
+      partials: partials of one layer.
+      dense: their combined output over all groups.
+      dense_lse: log-sum-exp of the combined output.
+      is_image: whether a row is an image query, neither text nor padding.
     """
     rows = is_image[:, None]
     share = jnp.exp(partials.lse - jnp.where(rows, dense_lse, 0.0))

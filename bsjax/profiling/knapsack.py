@@ -1,10 +1,11 @@
-"""Which heads to make sparse first, and to what: the multiple-choice knapsack's greedy path.
+"""Which heads to make sparse first: the greedy path of the multiple-choice knapsack problem.
 
-Every head has a few options, each saving FLOPs and doing damage. On the lower convex hull of a
-head's options the damage per FLOP saved rises from one option to the next; taking the hulls' steps
-of all heads in the order of that ratio gives nested sets of choices from dense to sparsest, each of
-which does the least total damage for what it saves (of all mixtures of options). It takes damages
-of heads to add up, which is what correcting in context is for.
+Every head has a few options, each with the FLOPs that it saves and the damage that it does. On the
+lower convex hull of a head's options, damage per FLOP saved rises from one option to the next.
+Taking the steps along the hulls of all heads in the order of that ratio gives nested choices from
+dense to sparsest. Each of them does the least total damage for what it saves, compared with all
+mixtures of options. This assumes that the damages of heads add up; correction in context accounts
+for where they do not.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from bsjax.profiling.groups import SPARSE_CATEGORIES
 
 
 class Option(NamedTuple):
-    """A category of one head: attention FLOPs it saves, and the damage it does (in nats)."""
+    """A category of one head, the attention FLOPs that it saves and its damage in nats."""
 
     category: HeadCategory
     saved: int
@@ -28,12 +29,12 @@ class Move(NamedTuple):
     """A step of one head from one option to a sparser one.
 
     Attributes:
-      layer: of the head.
-      head: of the layer.
-      before: its category before.
-      after: its category after.
-      saved: attention FLOPs that it saves more than before.
-      damage: how much more damage it does.
+      layer: index of the layer.
+      head: index of the head in the layer.
+      before: the head's category before the move.
+      after: the head's category after the move.
+      saved: attention FLOPs saved by the move.
+      damage: damage added by the move, in nats.
     """
 
     layer: int
@@ -55,8 +56,8 @@ def hull(
     """A head's options on the lower convex hull, dense first.
 
     Args:
-      damage: of each of `SPARSE_CATEGORIES`.
-      flops: of the head, by `HeadCategory`.
+      damage: damage of each of `SPARSE_CATEGORIES`.
+      flops: attention FLOPs of the head, by `HeadCategory`.
     """
     dense = int(flops[HeadCategory.DENSE])
     options = [
@@ -74,7 +75,7 @@ def hull(
 
 
 def moves_of(layer: int, head: int, options: list[Option]) -> list[Move]:
-    """The steps along a head's hull."""
+    """The moves along a head's hull."""
     return [
         Move(
             layer,
@@ -92,7 +93,7 @@ def path(
     damage: Float64[np.ndarray, "layers heads categories"],
     flops: Int64[np.ndarray, "layers all_categories"],
 ) -> tuple[Move, ...]:
-    """The moves from all heads dense to the sparsest, least damage per FLOP first."""
+    """The moves from all heads dense to all heads sparsest, least damage per FLOP first."""
     moves = [
         move
         for layer, of_layer in enumerate(damage)
@@ -105,7 +106,7 @@ def path(
 def taken(
     moves: tuple[Move, ...] | list[Move], categories: Int8[np.ndarray, "layers heads"]
 ) -> Int8[np.ndarray, "layers heads"]:
-    """The categories after some moves, from `categories` on."""
+    """`categories` after some moves."""
     result = categories.copy()
     for move in moves:
         result[move.layer, move.head] = move.after

@@ -1,4 +1,4 @@
-"""What the pass measured, sample by sample, and the categories that follow from it."""
+"""The pass over the samples, its measurements, and the categories that follow from them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, Int64
+from jaxtyping import Bool, Float32, Float64, Int8, Int64
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
 from bsjax.masks.flops import total_flops
 from bsjax.masks.template import Sinks
+from bsjax.profiles.evidence import AttentionFlops, SinkDiscovery
 from bsjax.profiling import computations, selection
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES, group_schedule
-from bsjax.profiling.offsets import SinkDiscovery, by_offset, discover, pairs_by_offset
+from bsjax.profiling.offsets import by_offset, discover, pairs_by_offset
 from bsjax.profiling.ordered_samples import (
     Messages,
     OrderedSamples,
@@ -29,6 +30,7 @@ from bsjax.profiling.prompt_inputs import (
     kind_schedules,
     packed_inputs,
 )
+from bsjax.profiling.settings import Reduction, Settings, Threshold
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.memory import Stage, bytes_available, check_memory
@@ -40,20 +42,20 @@ from bsjax.samples import Samples
 class Measurements:
     """Statistics of every head, for every sample, in the order of the samples' fingerprints.
 
-    Quantiles and means are over the samples with at least two images: with one there are no other
-    images to look at, and what a category leaves out of them is 0 whatever the head does. FLOPs are
-    those of all samples.
+    Quantiles and means are over the samples with at least two images: with a single image there is
+    nothing to leave out of other images, so its errors would be 0 for any head. FLOPs are those of
+    all samples.
 
     Attributes:
-      sinks: what was taken for sinks.
+      sinks: which tokens of an image were taken as sinks.
       mass: attention mass of each key group (in `KeyGroup` order), mean over a sample's image
         queries.
       error: ||o_c - o|| / ||o|| over a sample's image queries, for SINK, INTRA_IMAGE and
         INTRA_IMAGE_SINK.
       flops: attention FLOPs of one head of each layer, by `HeadCategory`, summed over samples.
-      fingerprints: of the samples.
-      images: how many images each sample has.
-      sink_discovery: how sinks were found; None where they were given.
+      fingerprints: fingerprints of the samples.
+      images: number of images of each sample.
+      sink_discovery: how sinks were found; None if they were given.
     """
 
     sinks: Sinks
@@ -66,45 +68,56 @@ class Measurements:
 
     @property
     def several_images(self) -> Bool[np.ndarray, "samples"]:
-        """Which samples have at least two images, and count in statistics.
+        """Which samples have at least two images, and therefore count for statistics.
 
         Raises:
-          ProfileError: none has.
+          ProfileError: no sample has.
         """
         several = self.images >= 2
         if not several.any():
             raise no_several_images()
         return several
 
-    def damage(self, criterion: str = "output_error", quantile: float = 0.9) -> np.ndarray:
-        """What a criterion looks at: float64 [layers, heads, 3], in the quantile over samples.
+    def damage(
+        self, criterion: str = Settings.criterion, quantile: float = Settings.quantile
+    ) -> Float64[np.ndarray, "layers heads categories"]:
+        """What a criterion looks at, in a quantile over the samples with several images.
+
+        Args:
+          criterion: `output_error` or `mass`, the attention mass that a category drops.
+          quantile: the share of the samples that has at most this damage.
 
         Raises:
           ProfileError: an unknown criterion, a quantile out of range, or no sample of two images.
         """
-        if selection.checked_criterion(criterion) == "mass":
-            dropped = selection.missing_mass(self.mass[self.several_images])
-            return selection.in_quantile(dropped, quantile)
-        return selection.in_quantile(self.error[self.several_images].astype(np.float64), quantile)
+        settings = Settings(criterion=criterion, quantile=quantile)
+        several = self.several_images
+        if settings.criterion == "mass":
+            return selection.in_quantile(selection.missing_mass(self.mass[several]), quantile)
+        return selection.in_quantile(self.error[several].astype(np.float64), quantile)
 
     def threshold_for(
-        self, target_reduction: float, *, criterion: str = "output_error", quantile: float = 0.9
+        self,
+        target_reduction: float,
+        *,
+        criterion: str = Settings.criterion,
+        quantile: float = Settings.quantile,
     ) -> float:
-        """The least threshold at which the one-shot rule saves at least this share of FLOPs.
+        """The smallest threshold at which the one-shot rule saves at least this share of FLOPs.
 
         Raises:
-          ProfileError: no threshold does; the message says what can be reached.
+          ProfileError: no threshold does; the message says how much can be saved.
         """
-        damage = self.damage(criterion, quantile)
-        return selection.threshold_for(damage, self.flops, target_reduction)
+        budget = Reduction(target_reduction)
+        return selection.threshold_for(self.damage(criterion, quantile), self.flops, budget)
 
     def one_shot(
         self,
         threshold: float | None = None,
         *,
         target_reduction: float | None = None,
-        criterion: str = "output_error",
-        quantile: float = 0.9,
+        criterion: str = Settings.criterion,
+        quantile: float = Settings.quantile,
     ) -> Int8[np.ndarray, "layers heads"]:
         """Categories by the one-shot rule, at a threshold or at the one that reaches a reduction.
 
@@ -112,31 +125,29 @@ class Measurements:
           ProfileError: not exactly one of the two, a value out of range, or a reduction that no
             threshold reaches.
         """
-        if (threshold is None) == (target_reduction is None):
-            raise ProfileError("Give a threshold or a target_reduction, one of them.")
-        damage = self.damage(criterion, quantile)
-        if target_reduction is not None:
-            least = selection.threshold_for(damage, self.flops, target_reduction)
+        if target_reduction is None and threshold is not None:
+            budget = Threshold(threshold)
+        elif target_reduction is not None and threshold is None:
+            budget = Reduction(target_reduction)
         else:
-            least = selection.checked_threshold(threshold, criterion)
-        return selection.within_threshold(damage, self.flops, least)
+            raise ProfileError("Give a threshold or a target_reduction, one of them.")
+        Settings(budget, criterion)
+        damage = self.damage(criterion, quantile)
+        return selection.one_shot(damage, self.flops, budget)[0]
 
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of dense attention FLOPs, over the samples, that the categories save."""
         return selection.reduction_of(categories, self.flops)
 
-    def attention_flops(
-        self, categories: Int8[np.ndarray, "layers heads"]
-    ) -> dict[str, int | float]:
-        """Attention FLOPs over the samples, all layers and heads: dense, sparse, reduction."""
-        return {
-            "dense": total_flops(np.zeros_like(categories), self.flops),
-            "sparse": total_flops(categories, self.flops),
-            "reduction": self.reduction(categories),
-        }
+    def attention_flops(self, categories: Int8[np.ndarray, "layers heads"]) -> AttentionFlops:
+        """Attention FLOPs over the samples, all layers and heads."""
+        return AttentionFlops(
+            dense=total_flops(np.zeros_like(categories), self.flops),
+            sparse=total_flops(categories, self.flops),
+        )
 
-    def statistics(self, quantile: float = 0.9) -> dict[str, np.ndarray]:
-        """Per-head statistics as a profile's file has them, float64 [layers, heads] each."""
+    def statistics(self, quantile: float = Settings.quantile) -> dict[str, np.ndarray]:
+        """Statistics of every head, by name: float64 [layers, heads] each, as in a profile."""
         mean = self.mass[self.several_images].astype(np.float64).mean(axis=0)
         error = self.damage("output_error", quantile)
         return {f"mass_{group.name}": mean[..., index] for index, group in enumerate(GROUPS)} | {
@@ -158,24 +169,23 @@ def measure(
 
     Args:
       model: from `bsjax.load`.
-      samples: conversations, each with at least one image, and one at least with several.
-      sinks: which tokens are sinks; None finds them in a pass before.
-      backend: of the attention, see `sparse_attention`.
-      progress: told of every sample.
-      state: keeps what was measured, and recalls it.
+      samples: conversations, each with at least one image, and at least one with several.
+      sinks: which tokens of an image are sinks; None finds them in an additional pass.
+      backend: backend of the attention, see `sparse_attention`.
+      progress: called after every sample, as `progress(stage, done, total)`.
+      state: keeps and recalls what was measured.
 
     Raises:
-      ProfileError: no samples, one without an image, or none with two images.
-      BsjaxError: as `generate`, for prompts that are none or do not fit.
+      ProfileError: no samples, a sample without an image, or no sample with two.
+      BsjaxError: as for `generate`, for prompts that are not valid or do not fit.
     """
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
     check_images(samples, several=True)
     backend = resolve_backend(backend)
     shape = Shape.of(model.family, model.config)
-    found = None
+    discovery = None
     if sinks is None:
-        found = _discover(model, samples, shape, backend, progress, state)
-        sinks = found.sinks
+        sinks, discovery = _discover(model, samples, shape, backend, progress, state)
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
         pass_ = _Pass(
@@ -197,7 +207,7 @@ def measure(
         flops=np.sum([record["flops"] for record in records], axis=0),
         fingerprints=samples.fingerprints,
         images=np.stack([record["images"] for record in records]),
-        sink_discovery=found,
+        sink_discovery=discovery,
     )
 
 
@@ -208,8 +218,8 @@ def _discover(
     backend: str,
     progress: Progress,
     state: State,
-) -> SinkDiscovery:
-    """Finds sinks in a pass of its own: the groups of the other pass depend on them."""
+) -> tuple[Sinks, SinkDiscovery]:
+    """Finds sinks in a pass of their own: the key groups of the other pass depend on them."""
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
         pass_ = _Pass(
@@ -236,7 +246,7 @@ def _discover(
 
 
 class _Pass:
-    """One sample through the layers, once."""
+    """One pass of a sample through the layers."""
 
     def __init__(
         self,
@@ -274,7 +284,7 @@ def _of_all(
     progress: Progress,
     state: State,
 ) -> list[dict[str, np.ndarray]]:
-    """One record per sample, from the state where it has it."""
+    """One record per sample, recalled from the state or measured."""
     records = []
     progress(stage, 0, len(samples.messages))
     for messages, digest in zip(samples.messages, samples.fingerprints, strict=True):

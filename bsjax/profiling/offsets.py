@@ -1,11 +1,11 @@
-"""Sink discovery: which tokens of an image other images look at, by their place in the image.
+"""Sink discovery: which tokens of an image other images attend to, by offset in the image.
 
-A sink has to be known from the template alone, so what is looked for is an offset from an image's
-first token. For every offset this measures the attention that one query of another image pays, on
-average, to one key at that offset, over all layers, heads and samples.
+A sink must be known from the template alone, so sinks are offsets from an image's first token. For
+every offset this measures the attention that one query of another image pays to one key at that
+offset, averaged over all layers, heads and samples.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,17 @@ from bsjax.masks.categories import ALL_KEY_GROUPS
 from bsjax.masks.schedule import PADDING_POSITION, Schedule
 from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from bsjax.profiles.evidence import SinkDiscovery
 
 SINK_FACTOR = 4.0
-"""An offset is a sink when it draws this many times the average of offsets beyond the first."""
+"""An offset is a sink if it gets this many times the average of the offsets beyond the first."""
 
 MOST_OFFSETS = 4
-"""Offsets taken at most: every one of them is visible to all later images, in many heads."""
+"""The most offsets chosen: each of them is visible to all later images, in many heads."""
 
 LEAST_SUPPORT = 0.5
-"""Share of the first offset's (query, key) pairs that an offset needs: few images are that long."""
+"""Share of the first offset's (query, key) pairs that an offset needs: few images reach the last
+offsets."""
 
 _CHUNK_ROWS = 64
 _CURVE_DIGITS = 5
@@ -40,17 +42,17 @@ def other_image_mass(
 ) -> Float32[Array, "rows"]:
     """Dense attention that each key gets from image queries of other images, summed over heads.
 
-    Columns of the attention matrix are summed a few query rows at a time, in prompt order and with
-    matrix products alone: one product of queries and keys per layer, half the FLOPs of attention
-    without a mask; in a layer with a window, of those keys that the window may reach. The gradient
-    of attention with respect to v would give the same sums, but walks the schedule tile by tile in
-    plain JAX, which is slow on a GPU.
+    The columns of the attention matrix are summed a few query rows at a time, in prompt order, with
+    matrix products only: one product of queries and keys per layer, which is half the FLOPs of
+    attention without a mask. In a layer with a window, the keys are those that the window can
+    reach. The gradient of attention with respect to v would give the same sums, but it visits the
+    schedule tile by tile in plain JAX, which is slow on a GPU.
 
     Args:
       q: queries in the schedule's order.
       k: keys in the same order.
       lse: log-sum-exp of the scores that each query sees, from `ragged_attention`.
-      schedule: positions, images and the base visibility.
+      schedule: gives positions, images and visibility.
       scale: factor of the scores.
     """
     tokens, q_heads, _ = q.shape
@@ -61,7 +63,7 @@ def other_image_mass(
     if schedule.visibility.window is not None:
         span = min(span, schedule.visibility.window - 1 + chunk)
 
-    # In prompt order rows are positions; padding has the greatest, and stays at the end.
+    # In prompt order a row's index is its position; padding has the greatest, so it stays last.
     order = jnp.argsort(jnp.asarray(schedule.position))
 
     def in_prompt_order(array: Any, padding: int) -> Array:
@@ -130,39 +132,26 @@ def pairs_by_offset(template: Template, visibility: Visibility) -> Int[np.ndarra
 def by_offset(
     template: Template, mass_of_token: Float64[np.ndarray, "tokens"]
 ) -> Float64[np.ndarray, "offsets"]:
-    """Sums what each token got by its offset in its image; `mass_of_token` in prompt order."""
+    """Sums the mass of image tokens by their offset; `mass_of_token` is in prompt order."""
     positions = np.flatnonzero(template.image >= 0)
     offset = positions - np.asarray(template.image_first)[template.image[positions]]
     return np.bincount(offset, weights=mass_of_token[positions])
 
 
-class SinkDiscovery(NamedTuple):
-    """What the offsets of images draw from other images, and which are taken for sinks.
-
-    Attributes:
-      sinks: the first token of every image, and the offsets found.
-      mass_by_offset: attention that one image query of another image pays to one key at each offset
-        from the first token of an image, mean over pairs, layers, heads and samples; 0 where no
-        pair has such an offset.
-      rule: how the offsets were chosen, in words.
-    """
-
-    sinks: Sinks
-    mass_by_offset: tuple[float, ...]
-    rule: str
-
-
 def discover(
     mass: list[Float64[np.ndarray, "_offsets"]], pairs: list[Float64[np.ndarray, "_offsets"]]
-) -> SinkDiscovery:
-    """Chooses sinks from what was measured over samples.
+) -> tuple[Sinks, SinkDiscovery]:
+    """Chooses sinks from measurements over samples.
 
-    The rule: of the offsets beyond the first token that at least half of the pairs have, at most
-    the `MOST_OFFSETS` strongest that draw `SINK_FACTOR` times the average of all of them.
+    The rule: of the offsets beyond the first token that at least `LEAST_SUPPORT` of the pairs have,
+    those that get `SINK_FACTOR` times the average of all, at most the `MOST_OFFSETS` strongest.
 
     Args:
-      mass: of each sample, attention by offset, summed over pairs, layers and heads.
-      pairs: of each sample, how many were summed.
+      mass: for each sample, attention by offset, summed over pairs, layers and heads.
+      pairs: for each sample, the number of pairs summed.
+
+    Returns:
+      The first token of every image and the offsets found; and how they were found.
     """
     longest = max(map(len, mass))
 
@@ -178,10 +167,10 @@ def discover(
     strong[:1] = False
     found = np.flatnonzero(strong)
     strongest = found[np.argsort(-curve[found], kind="stable")][:MOST_OFFSETS]
-    return SinkDiscovery(
-        Sinks(1, tuple(sorted(strongest.tolist()))),
-        tuple(float(f"{value:.{_CURVE_DIGITS}g}") for value in curve),
-        f"the first token, and at most {MOST_OFFSETS} offsets that draw at least {SINK_FACTOR:g} "
-        f"times the average of offsets beyond it, {average:.{_CURVE_DIGITS}g}, of those that at "
-        f"least {LEAST_SUPPORT:.0%} of the (query, key) pairs have",
+    discovery = SinkDiscovery(
+        rule=f"the first token, and at most {MOST_OFFSETS} offsets that draw at least "
+        f"{SINK_FACTOR:g} times the average of offsets beyond it, {average:.{_CURVE_DIGITS}g}, of "
+        f"those that at least {LEAST_SUPPORT:.0%} of the (query, key) pairs have",
+        mass_by_offset=tuple(float(f"{value:.{_CURVE_DIGITS}g}") for value in curve),
     )
+    return Sinks(1, tuple(sorted(strongest.tolist()))), discovery

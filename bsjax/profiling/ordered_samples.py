@@ -1,12 +1,11 @@
-"""Samples: their fingerprints, an order that is their own, and the share held out.
+"""Samples in the order of their fingerprints, and the share of them that is held out.
 
-Everything downstream sees the samples in the order of their fingerprints. Which of them are held
-out, and every sum over them, is then the same in whatever order they were given.
+Because the order does not depend on how the samples were given, neither does the choice of held-out
+samples, nor any sum over samples.
 """
 
 import hashlib
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
@@ -23,11 +22,11 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class OrderedSamples(NamedTuple):
-    """Conversations in the order of their fingerprints, each of them once.
+    """Distinct conversations in the order of their fingerprints.
 
     Attributes:
       messages: one conversation per sample.
-      fingerprints: of each, 64 hexadecimal digits.
+      fingerprints: fingerprint of each sample, 64 hexadecimal digits.
     """
 
     messages: tuple[Messages, ...]
@@ -35,26 +34,26 @@ class OrderedSamples(NamedTuple):
 
     @classmethod
     def of(cls, samples: Any) -> "OrderedSamples":
-        """The samples in their own order, from `bsjax.Samples` or a list of conversations.
+        """Orders `bsjax.Samples` or a list of conversations.
 
-        Of samples with the same content one is kept: one of two could not be held out from what the
-        other was chosen with.
+        Duplicates are dropped: otherwise a held-out sample could be one that the categories were
+        chosen with.
 
         Raises:
-          ProfileError: there are none, or they are not a sequence of conversations.
+          ProfileError: there are no samples, or they are not a sequence of conversations.
         """
         if isinstance(samples, Samples):
             samples = samples.messages
         if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Sequence):
             raise ProfileError(
-                "Samples are a list of conversations, each a list of chat messages, got "
+                "Samples must be a list of conversations, each a list of chat messages, got "
                 f"{type(samples).__name__}."
             )
         if not samples:
             raise ProfileError("There are no samples to profile with.")
         if isinstance(samples[0], Mapping):
             raise ProfileError(
-                "Samples are a list of conversations, each a list of chat messages; this is a "
+                "Samples must be a list of conversations, each a list of chat messages, got a "
                 "single conversation. Put it into a list."
             )
         by_fingerprint = {fingerprint(messages): messages for messages in samples}
@@ -63,23 +62,20 @@ class OrderedSamples(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of all samples together."""
+        """Fingerprint of all samples together."""
         return hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()
 
     def __bool__(self) -> bool:
         return bool(self.messages)
 
     def split(self, held_out: float, seed: int) -> "tuple[OrderedSamples, OrderedSamples]":
-        """The samples to choose categories with, and those held out to check the choice.
+        """Splits into samples to choose categories with, and samples to check the choice on.
 
-        The held-out share is rounded; it is at least one sample, and leaves at least one, when it
-        is above 0 and there are two samples or more.
-
-        Raises:
-          ProfileError: the share is not in [0, 1).
+        Args:
+          held_out: share of the samples to hold out, in [0, 1). It is rounded to whole samples; a
+            share above 0 holds out at least one of two samples or more, and never all.
+          seed: draws the held-out samples.
         """
-        if not isinstance(held_out, numbers.Real) or not 0 <= held_out < 1:
-            raise ProfileError(f"held_out is a share of the samples in [0, 1), got {held_out!r}.")
         count = len(self.messages)
         held = math.floor(count * held_out + 0.5)
         if held_out > 0:
@@ -100,25 +96,25 @@ class OrderedSamples(NamedTuple):
 
 
 def check_images(samples: OrderedSamples, *, several: bool) -> None:
-    """Refuses samples that would be refused in the middle of a run. Reads no image.
+    """Refuses samples before a run that would fail in the middle of it. Does not read images.
 
     Args:
-      samples: to look at.
+      samples: samples to check.
       several: whether at least one sample must have several images.
 
     Raises:
-      ProfileError: a sample has no image, or, with `several`, none has two.
-      MessageError: messages of another form than `bsjax.generate` takes.
+      ProfileError: a sample has no image, or, with `several`, no sample has two.
+      MessageError: messages that `bsjax.generate` would refuse.
     """
     most = 0
     for messages in samples.messages:
         count = len(read_messages(messages)[1])
         if not count:
             raise ProfileError(
-                "A sample has no image, and says nothing about what image tokens look at. Leave "
-                f"such samples out: {str(messages)[:200]}"
+                "A sample has no image, so it says nothing about what image tokens attend to. "
+                f"Leave such samples out: {str(messages)[:200]}"
             )
-        # How many images crops make of one depends on its size, which is not read here.
+        # The number of crops of an image depends on its size, which is not read here.
         if _asks_for_crops(messages):
             count = max(count, 2)
         most = max(most, count)
@@ -136,17 +132,17 @@ def _asks_for_crops(messages: Messages) -> bool:
 
 
 def no_several_images() -> ProfileError:
-    """The error of samples that have one image each."""
+    """The error for samples that have one image each."""
     return ProfileError(
-        "No sample has two images or more, and one image alone says nothing about attention "
-        "between images: add prompts of several."
+        "No sample has two images or more, and a single image says nothing about attention between "
+        "images: add prompts with several images."
     )
 
 
 def fingerprint(messages: Any) -> str:
-    """SHA-256 of a conversation: texts, roles, and images by their content where it is at hand.
+    """SHA-256 of a conversation: roles, texts and images.
 
-    Images count by the bytes of their file, or by their pixels; those at a URL by the URL.
+    An image counts by the bytes of its file or by its pixels; an image at a URL by the URL.
     """
     digest = hashlib.sha256()
     _add(digest, messages)
@@ -154,12 +150,12 @@ def fingerprint(messages: Any) -> str:
 
 
 def _add(digest: Any, value: Any, image_key: str | None = None) -> None:
-    """Adds a value with its kind and length, so that no two values look alike.
+    """Adds a value with its kind and length, so that different values cannot give the same bytes.
 
     Args:
-      digest: to add to.
+      digest: hash to update.
       value: any part of a conversation.
-      image_key: what an image part has the value under; None elsewhere, where texts name no file.
+      image_key: key of the value in an image part; None elsewhere, where text is not a file name.
     """
 
     def entry(kind: str, content: bytes) -> None:
@@ -180,7 +176,7 @@ def _add(digest: Any, value: Any, image_key: str | None = None) -> None:
         content = None if image_key is None else _file_content(image_key, value)
         entry("text" if content is None else "file", content or str(value).encode())
     elif hasattr(value, "getexif") and value.mode in ("P", "PA"):
-        # Their values are places in a palette, which is no part of the array.
+        # Values are indices into a palette, and the array does not contain the palette.
         _add(digest, value.convert("RGBA"))
     elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
         array = np.asarray(value)
@@ -191,9 +187,9 @@ def _add(digest: Any, value: Any, image_key: str | None = None) -> None:
 
 
 def _file_content(key: str, value: Any) -> bytes | None:
-    """The bytes of the file that an image is read from; None where there is none."""
+    """The bytes of the file that an image is read from; None if it is not a file."""
     path = image_file(key, value)
     try:
         return path.read_bytes() if path is not None and path.is_file() else None
-    except (OSError, ValueError):  # Texts and base64 data are no paths.
+    except (OSError, ValueError):  # Texts and base64 data are not paths.
         return None

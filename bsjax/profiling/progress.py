@@ -1,4 +1,4 @@
-"""Telling how far a profiling run is."""
+"""Progress of a profiling run."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,19 +8,20 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 Progress = Callable[[str, int, int], None]
-"""Called as `progress(stage, done, total)`, with `done` 0 when a stage begins."""
+"""Called as `progress(stage, done, total)`; `done` is 0 when a stage begins."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
-    """Tells nobody."""
+    """Shows nothing."""
 
 
 @contextmanager
 def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
-    """What `progress=` means: None is a bar where stderr is a terminal, False nothing.
+    """The function that a `progress=` argument means.
 
     Args:
-      progress: None, a boolean, or what is to be called.
+      progress: None for a bar if stderr is a terminal, True for a bar, False for nothing, or the
+        function itself.
     """
     if callable(progress):
         yield progress

@@ -1,4 +1,4 @@
-"""What every program of a profiling run takes: prompts in packed order, schedules by layer kind."""
+"""Inputs of the profiling programs: prompts in packed order, and one schedule per kind of layer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,9 +30,9 @@ class Shape:
 
     Attributes:
       layers: number of layers.
-      heads: number of query heads of each.
+      heads: number of query heads of each layer.
       head_dim: channels of a head.
-      visibilities: base visibility of each kind of layer.
+      visibilities: visibility of each kind of layer.
       kinds: int32 [layers], the kind of each layer.
     """
 
@@ -55,12 +55,12 @@ class Shape:
         )
 
     def category_flops(self, template: Template) -> Int64[np.ndarray, "layers categories"]:
-        """Attention FLOPs of one head of each layer over a prompt, by `HeadCategory`, exactly."""
+        """Exact attention FLOPs of one head of each layer over a prompt, by `HeadCategory`."""
         return head_flops(template, self.visibilities, self.kinds, self.head_dim)
 
 
 def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
-    """The prompt with text tokens after its end."""
+    """The prompt with text tokens appended."""
     more = np.asarray(token_ids, prompt.token_ids.dtype)
     return replace(prompt, token_ids=np.concatenate([prompt.token_ids, more]))
 
@@ -71,7 +71,7 @@ def packed_inputs(model: LoadedModel, prompt: Prompt, sinks: Sinks, backend: str
     Raises:
       CapacityError: the prompt needs more positions than the model has.
     """
-    # Any sparse category: profiling brings schedules of its own, and takes the order from here.
+    # Any sparse category gives packed order. Profiling builds its own schedules.
     packed = Profile.uniform(HeadCategory.INTRA_IMAGE_SINK, model, sinks=sinks)
     return prepare_inputs(model.architecture, prompt, packed, backend=backend)
 
@@ -96,7 +96,7 @@ def kind_schedules(
 def category_schedule(
     template: Template, visibility: Visibility, *, block_q: int, block_kv: int, tokens: int
 ) -> Schedule:
-    """A packed schedule with the tables of all categories: which head uses which is data."""
+    """A packed schedule with the tables of all categories, so that a head's category is data."""
     return build_schedule(
         template,
         category_tables(list(HeadCategory)),
@@ -108,5 +108,5 @@ def category_schedule(
 
 
 def row_of_token(inputs: ModelInputs) -> Int[np.ndarray, "tokens"]:
-    """The row that each token of the prompt stands in."""
+    """The row of each token of the prompt."""
     return np.argsort(inputs.template.packed_order)

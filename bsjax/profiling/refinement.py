@@ -1,35 +1,34 @@
-"""The second stage: categories corrected by what they do to the model's answers, end to end.
+"""The second stage: categories corrected by their effect on the model's answers, end to end.
 
-The one-shot rule looks at each head's own output. What an error there does to the answer differs
-from head to head and from layer to layer, and errors compound. So:
+The one-shot rule looks at each head's own output. How much an error there changes the answer
+differs between heads and layers, and errors compound. Refinement therefore takes four steps:
 
-1. The *damage* of moving one head to a category, all others dense, is measured: KL(dense ||
-   sparse) of next-token distributions. Where `max_evaluations` does not allow all of them, those
-   near the one-shot threshold are measured, and the others estimated as a multiple of the squared
-   one-shot error: KL grows with the square of a small perturbation.
-2. Heads' moves in the order of damage per FLOP saved make a nested path of categories from dense to
-   the sparsest (`bsjax.profiling.knapsack`).
-3. The path is followed to the wanted FLOPs, or, by bisection with measured KL, as far as it stays
-   within the wanted KL.
-4. Damages do not add up exactly. So heads at the margin are measured once more, in context: moves
-   back towards dense and further to sparse, one at a time. The moves back that help most per FLOP
-   are exchanged for the moves on that hurt least, as long as the measured KL falls and the FLOPs
-   budget is kept. Moves on that lower the KL are taken in any case.
+1. It measures the *damage* of moving one head to a category with all others dense: KL(dense ||
+   sparse) of next-token distributions. If `max_evaluations` does not allow all of these, it
+   measures those near the one-shot threshold and estimates the others as a multiple of the squared
+   one-shot error, since KL grows with the square of a small perturbation.
+2. It orders the moves of all heads by damage per FLOP saved. They form a nested path of categories
+   from dense to the sparsest (`bsjax.profiling.knapsack`).
+3. It follows the path to the wanted FLOPs, or, by bisection with measured KL, as far as the KL
+   stays within the wanted one.
+4. Damages do not add up exactly, so it measures heads at the margin again, in context: moves back
+   towards dense and moves on to sparser categories, one at a time. It exchanges the moves back that
+   help most per FLOP for the moves on that hurt least, as long as the measured KL falls and the
+   FLOPs budget is kept. It always takes moves on that lower the KL.
 
-What it costs: at most `max_evaluations` arrays of categories, a prefill of every sample each. Three
-per head in step 1 (fewer where a category saves nothing), about ten in step 3, and in step 4 twice
-`margin` and a few more for each of the `rounds`.
+The cost is at most `max_evaluations` arrays of categories, with one prefill of every sample each:
+three per head in step 1 (fewer where a category saves nothing), about ten in step 3, and in step 4
+twice `margin` and a few more for each of the `rounds`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int8
 
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import total_flops
@@ -40,14 +39,10 @@ from bsjax.profiling.knapsack import Move, hull, moves_of, path, taken
 from bsjax.profiling.measurements import Measurements
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
+from bsjax.profiling.settings import Divergence, Reduction, Settings
 from bsjax.samples import Samples
 
-MAX_EVALUATIONS = 1024
-LEAST_EVALUATIONS = 2
-ROUNDS = 4
-MARGIN = 24
-
-# What correction in context may take of the evaluations when not all damages can be measured.
+# The share of the evaluations kept for correction in context if not all damages can be measured.
 _SHARE_OF_CORRECTION = 0.25
 
 
@@ -56,7 +51,7 @@ class Damage(NamedTuple):
 
     Attributes:
       kl: in nats; 0 where a category saves nothing.
-      measured: where it was measured; estimated from the one-shot error elsewhere.
+      measured: whether it was measured; if not, it is estimated from the one-shot error.
     """
 
     kl: Float64[np.ndarray, "layers heads categories"]
@@ -65,16 +60,16 @@ class Damage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """Categories corrected end to end, and the whole path they were found on.
+    """Categories corrected end to end, and the whole path that they were found on.
 
     Attributes:
       categories: the result.
-      reduction: the share of attention FLOPs that it saves over the calibration samples.
-      kl: its KL(dense || sparse) over them, in nats.
-      top1: its top-1 agreement over them.
-      damage: of every head.
+      reduction: the share of attention FLOPs that it saves over the samples.
+      kl: its KL(dense || sparse) over the samples, in nats.
+      top1: its top-1 agreement over the samples.
+      damage: damage of every head.
       path: moves from dense to the sparsest, least damage per FLOP first.
-      numbers: what was measured on the way, by name, as a profile's file has it.
+      numbers: what was measured on the way, by name, as in the `refinement` of a profile.
     """
 
     categories: Int8[np.ndarray, "layers heads"]
@@ -89,13 +84,13 @@ class Refinement:
     def at(self, reduction: float) -> Int8[np.ndarray, "layers heads"]:
         """The categories of the path that save at least this share of attention FLOPs.
 
-        These follow from damages alone and were not corrected in context: `refine` with the same
-        evaluator and another budget does that.
+        They follow from damages alone, without correction in context. To correct them as well, call
+        `refine` with the same evaluator and another budget.
 
         Raises:
           ProfileError: the path does not reach it; the message says how far it goes.
         """
-        return _at(self.path, self._measurements, selection.share("reduction", reduction))
+        return _at(self.path, self._measurements, Reduction(reduction))
 
 
 def refine(
@@ -105,57 +100,58 @@ def refine(
     *,
     target_reduction: float | None = None,
     max_kl: float | None = None,
-    criterion: str = "output_error",
-    quantile: float = 0.9,
-    answer_tokens: int = 8,
-    max_evaluations: int = MAX_EVALUATIONS,
-    rounds: int = ROUNDS,
-    margin: int = MARGIN,
+    criterion: str = Settings.criterion,
+    quantile: float = Settings.quantile,
+    answer_tokens: int = Settings.answer_tokens,
+    max_evaluations: int = Settings.max_evaluations,
+    rounds: int = Settings.rounds,
+    margin: int = Settings.margin,
     backend: str = "auto",
     progress: Progress = no_progress,
 ) -> Refinement:
     """Chooses categories by their measured effect on the model's answers.
 
     Args:
-      model: from `bsjax.load`; not used, and may be None, when an evaluator is given.
-      measurements: of the model, from `measure`.
-      samples: conversations to measure on, those of `measurements` as a rule; or an `Evaluator`
-        made with the measurements' sinks, which remembers what it has compared: refining to
-        several budgets then measures damages once.
-      target_reduction: save at least this share of attention FLOPs (of the measurements' samples).
+      model: from `bsjax.load`; not used, and may be None, if an evaluator is given.
+      measurements: measurements of the model, from `measure`.
+      samples: conversations to measure on, usually those of `measurements`; or an `Evaluator` made
+        with the sinks of the measurements. An evaluator remembers what it has compared, so that
+        refining to several budgets measures damages once.
+      target_reduction: save at least this share of attention FLOPs over the measurements' samples.
       max_kl: or save as much as possible with a KL(dense || sparse) of at most this many nats.
-      criterion: of the one-shot rule, which says what to measure when not all can be, and whose
-        categories the result is never worse than, on these samples, for the same
-        `target_reduction`.
-      quantile: of the one-shot rule.
-      answer_tokens: as for `Evaluator`; not used when one is given.
-      max_evaluations: how many arrays of categories to compare at most, at least 2; each takes one
+      criterion: criterion of the one-shot rule. It says which damages to measure if not all can
+        be. For the same `target_reduction` the result is never worse on these samples than the
+        one-shot rule's categories.
+      quantile: quantile of the one-shot rule.
+      answer_tokens: as for `Evaluator`; not used if one is given.
+      max_evaluations: how many arrays of categories to compare at most, at least 2. Each takes one
         prefill per sample, unless the evaluator remembers it.
-      rounds: of correction in context.
-      margin: heads measured in each direction in a round.
-      backend: of the attention; not used when an evaluator is given.
-      progress: told of every evaluation.
+      rounds: how many rounds of correction in context to do at most.
+      margin: how many heads to measure in each direction in a round.
+      backend: backend of the attention; not used if an evaluator is given.
+      progress: called after every evaluation, as `progress(stage, done, total)`.
 
     Raises:
       ProfileError: not exactly one of the two budgets, a value out of range, an evaluator with
-        other sinks than the measurements', or a reduction that cannot be reached.
+        other sinks than the measurements, or a reduction that cannot be reached.
     """
     if (target_reduction is None) == (max_kl is None):
         raise ProfileError("Refining needs a target_reduction or a max_kl, one of them.")
-    if max_kl is not None:
-        max_kl = selection.checked_divergence("max_kl", max_kl)
-    for name, value in (("rounds", rounds), ("margin", margin)):
-        whole_number(name, value, least=0, error=ProfileError)
-    whole_number("max_evaluations", max_evaluations, least=LEAST_EVALUATIONS, error=ProfileError)
+    settings = Settings.of(
+        target_reduction=target_reduction,
+        max_kl=max_kl,
+        refine=True,
+        criterion=criterion,
+        quantile=quantile,
+        answer_tokens=answer_tokens,
+        max_evaluations=max_evaluations,
+        rounds=rounds,
+        margin=margin,
+    )
     if isinstance(samples, Evaluator):
         evaluator = samples
-        if evaluator.sinks != measurements.sinks:
-            raise ProfileError(
-                f"The evaluator's sinks are {evaluator.sinks}, the measurements' are "
-                f"{measurements.sinks}: make it with sinks=measurements.sinks."
-            )
     elif model is None:
-        raise ProfileError("Refining on samples needs the model; with an Evaluator it has one.")
+        raise ProfileError("model is None: refining on samples needs a model or an Evaluator.")
     else:
         evaluator = Evaluator(
             model,
@@ -165,105 +161,132 @@ def refine(
             backend=backend,
             progress=progress,
         )
-    return _Refiner(
-        measurements, evaluator, criterion, quantile, max_evaluations, rounds, margin, progress
-    ).run(target_reduction, max_kl)
+    return refined(settings, measurements, evaluator, progress)
 
 
-@dataclass
+def refined(
+    settings: Settings, measurements: Measurements, evaluator: Evaluator, progress: Progress
+) -> Refinement:
+    """`refine` with its settings in one object. The budget must not be a threshold.
+
+    Raises:
+      ProfileError: see `refine`.
+    """
+    if evaluator.sinks != measurements.sinks:
+        raise ProfileError(
+            f"The evaluator's sinks are {evaluator.sinks}, but those of the measurements are "
+            f"{measurements.sinks}: make it with sinks=measurements.sinks."
+        )
+    refiner = _Refiner(settings, measurements, evaluator, progress)
+    if isinstance(settings.budget, Divergence):
+        return refiner.within_divergence(settings.budget)
+    assert isinstance(settings.budget, Reduction)
+    return refiner.at_reduction(settings.budget)
+
+
 class _Refiner:
     """One call of `refine`."""
 
-    measurements: Measurements
-    evaluator: Evaluator
-    criterion: str
-    quantile: float
-    max_evaluations: int
-    rounds: int
-    margin: int
-    progress: Progress
-    asked: set[bytes] = field(default_factory=set)
-    """Categories compared so far, whether the evaluator remembered them or not: what is chosen must
-    not depend on that."""
+    def __init__(
+        self,
+        settings: Settings,
+        measurements: Measurements,
+        evaluator: Evaluator,
+        progress: Progress,
+    ) -> None:
+        self._settings = settings
+        self._measurements = measurements
+        self._evaluator = evaluator
+        self._progress = progress
+        self._one_shot_damage = measurements.damage(settings.criterion, settings.quantile)
+        # Categories compared so far, whether the evaluator remembered them or not: the choice must
+        # not depend on what it remembers.
+        self._asked: set[bytes] = set()
 
-    def left(self) -> int:
-        """How many more arrays of categories may be compared."""
-        return self.max_evaluations - len(self.asked)
+    def at_reduction(self, budget: Reduction) -> Refinement:
+        """Categories that save at least the share of FLOPs that is wanted."""
+        one_shot, threshold = selection.one_shot(
+            self._one_shot_damage, self._measurements.flops, budget
+        )
+        damage = self._damages(threshold, afterwards=2)
+        moves = path(damage.kl, self._measurements.flops)
+        categories = _at(moves, self._measurements, budget)
+        kl_path, kl_one_shot = self._kl(categories), self._kl(one_shot)
+        if kl_one_shot < kl_path:
+            categories = one_shot
+        categories, rounds = self._corrected(categories, damage, budget.share, kept=0)
+        numbers = {
+            "target_reduction": budget.share,
+            "kl_path": kl_path,
+            "kl_one_shot": kl_one_shot,
+        }
+        return self._result(categories, damage, moves, rounds, numbers)
 
-    def run(self, target_reduction: float | None, max_kl: float | None) -> Refinement:
-        numbers: dict[str, int | float] = {}
-        if target_reduction is not None:
-            selection.share("target_reduction", target_reduction)
-            one_shot_threshold = self.measurements.threshold_for(
-                target_reduction, criterion=self.criterion, quantile=self.quantile
-            )
-            one_shot = self.measurements.one_shot(
-                one_shot_threshold, criterion=self.criterion, quantile=self.quantile
-            )
-        else:
-            one_shot = None
-            one_shot_threshold = float(
-                np.median(self.measurements.damage(self.criterion, self.quantile))
-            )
+    def within_divergence(self, budget: Divergence) -> Refinement:
+        """Categories that save as much as possible within a divergence."""
         # Bisection halves a path of at most three moves per head.
-        bisection = int(self.measurements.error[0].size).bit_length() + 1
-        afterwards = 2 if max_kl is None else bisection
-        damage = self._damages(one_shot_threshold, afterwards)
-        moves = path(damage.kl, self.measurements.flops)
+        bisection = int(self._measurements.error[0].size).bit_length() + 1
+        damage = self._damages(float(np.median(self._one_shot_damage)), afterwards=bisection)
+        moves = path(damage.kl, self._measurements.flops)
+        dense = np.zeros(damage.kl.shape[:2], np.int8)
+        categories = self._farthest(moves, dense, budget.nats)
+        reached = self._measurements.reduction(categories)
+        numbers = {
+            "max_kl": budget.nats,
+            "kl_path": self._kl(categories),
+            "reduction_path": reached,
+        }
+        categories, rounds = self._corrected(categories, damage, reached, kept=bisection)
+        # Correction has lowered the KL, which leaves room for more moves.
+        saved = self._saved(categories)
+        left = tuple(
+            move
+            for move in moves
+            if self._saved_by(move.layer, move.after) > saved[move.layer, move.head]
+        )
+        categories = self._farthest(left, categories, budget.nats)
+        return self._result(categories, damage, moves, rounds, numbers)
 
-        if one_shot is not None:
-            assert target_reduction is not None
-            numbers["target_reduction"] = target_reduction
-            categories = _at(moves, self.measurements, target_reduction)
-            numbers["kl_path"] = self._kl(categories)
-            numbers["kl_one_shot"] = self._kl(one_shot)
-            if numbers["kl_one_shot"] < numbers["kl_path"]:
-                categories = one_shot
-        else:
-            assert max_kl is not None
-            numbers["max_kl"] = max_kl
-            dense = np.zeros(damage.kl.shape[:2], np.int8)
-            categories = self._farthest(moves, dense, max_kl)
-            target_reduction = self.measurements.reduction(categories)
-            numbers["kl_path"] = self._kl(categories)
-            numbers["reduction_path"] = target_reduction
-
-        kept = 0 if max_kl is None else bisection
-        categories, rounds = self._corrected(categories, damage, target_reduction, kept)
-        if max_kl is not None:
-            # What correcting has gained buys more moves.
-            saved = self._saved(categories)
-            left = tuple(
-                move
-                for move in moves
-                if self._saved_by(move.layer, move.after) > saved[move.layer, move.head]
-            )
-            categories = self._farthest(left, categories, max_kl)
+    def _result(
+        self,
+        categories: Int8[np.ndarray, "layers heads"],
+        damage: Damage,
+        moves: tuple[Move, ...],
+        rounds: int,
+        numbers: Mapping[str, int | float],
+    ) -> Refinement:
         final = self._compare(categories)
-        reduction = self.measurements.reduction(categories)
-        numbers |= {
+        reduction = self._measurements.reduction(categories)
+        numbers = {
+            **numbers,
             "reduction": reduction,
             "kl": final.kl,
             "top_1_agreement": final.top1,
             "correction_rounds": rounds,
-            "evaluations": len(self.asked),
-            "max_evaluations": self.max_evaluations,
-            "samples": len(self.evaluator.fingerprints),
-            "answer_tokens": self.evaluator.answer_tokens,
+            "evaluations": len(self._asked),
+            "max_evaluations": self._settings.max_evaluations,
+            "samples": len(self._evaluator.fingerprints),
+            "answer_tokens": self._evaluator.answer_tokens,
             "damages_measured": int(damage.measured.sum()),
             "damages_estimated": int(((damage.kl > 0) & ~damage.measured).sum()),
         }
         return Refinement(
-            categories, reduction, final.kl, final.top1, damage, moves, numbers, self.measurements
+            categories, reduction, final.kl, final.top1, damage, moves, numbers, self._measurements
         )
+
+    def _left(self) -> int:
+        """How many more arrays of categories may be compared."""
+        return self._settings.max_evaluations - len(self._asked)
 
     def _damages(self, threshold: float, afterwards: int) -> Damage:
         """Damages of all moves of single heads that save FLOPs.
 
-        At least `afterwards` evaluations are left when there are as many.
+        Args:
+          threshold: of the one-shot rule; damages near it are measured first.
+          afterwards: evaluations to leave, if there are that many.
         """
-        one_shot = self.measurements.damage(self.criterion, self.quantile)
-        flops = self.measurements.flops
+        one_shot = self._one_shot_damage
+        flops = self._measurements.flops
         layers, heads, _ = one_shot.shape
         candidates = [
             (layer, head, index)
@@ -272,10 +295,12 @@ class _Refiner:
             for index, category in enumerate(SPARSE_CATEGORIES)
             if flops[layer, category] < flops[layer, HeadCategory.DENSE]
         ]
-        allowed = max(0, self.max_evaluations - afterwards)
+        allowed = max(0, self._settings.max_evaluations - afterwards)
         if len(candidates) > allowed:
-            allowed = min(allowed, round(self.max_evaluations * (1 - _SHARE_OF_CORRECTION)))
-        # Far from the threshold a head is sparse, or dense, whatever its damage is exactly.
+            allowed = min(
+                allowed, round(self._settings.max_evaluations * (1 - _SHARE_OF_CORRECTION))
+            )
+        # Far from the threshold a head is sparse, or dense, whatever its exact damage.
         tiny = np.finfo(np.float64).tiny
         nearest = sorted(
             candidates,
@@ -285,15 +310,15 @@ class _Refiner:
         kl = np.zeros(one_shot.shape)
         measured = np.zeros(one_shot.shape, bool)
         stage = "measuring damage"
-        self.progress(stage, 0, len(nearest))
+        self._progress(stage, 0, len(nearest))
         for done, place in enumerate(sorted(nearest)):
             layer, head, index = place
             categories = np.zeros((layers, heads), np.int8)
             categories[layer, head] = SPARSE_CATEGORIES[index]
             kl[place] = self._kl(categories)
             measured[place] = True
-            self.progress(stage, done + 1, len(nearest))
-        error = self.measurements.error[self.measurements.several_images]
+            self._progress(stage, done + 1, len(nearest))
+        error = self._measurements.error[self._measurements.several_images]
         proxy = (error.astype(np.float64) ** 2).mean(axis=0)
         known = measured & (proxy > 0)
         factor = np.median(kl[known] / proxy[known]) if known.any() else 1.0
@@ -304,13 +329,13 @@ class _Refiner:
     def _farthest(
         self, moves: tuple[Move, ...], start: Int8[np.ndarray, "layers heads"], max_kl: float
     ) -> Int8[np.ndarray, "layers heads"]:
-        """The most of the moves, from the first on, whose measured KL is within `max_kl`.
+        """Categories after as many moves, in order, as keep the measured KL within `max_kl`.
 
-        By bisection: KL grows along the moves, up to small dents. One evaluation is left, for
-        `start`.
+        Found by bisection, since KL grows along the moves, except for small dips. One evaluation is
+        left, for `start`.
         """
         within, beyond = 0, len(moves) + 1
-        while beyond - within > 1 and self.left() > 1:
+        while beyond - within > 1 and self._left() > 1:
             middle = (within + beyond) // 2
             if self._kl(taken(moves[:middle], start)) <= max_kl:
                 within = middle
@@ -321,39 +346,45 @@ class _Refiner:
     def _corrected(
         self, categories: np.ndarray, damage: Damage, target: float, kept: int
     ) -> tuple[Int8[np.ndarray, "layers heads"], int]:
-        """Exchanges moves at the margin while the measured KL falls; and how many rounds it took.
+        """Exchanges moves at the margin while the measured KL falls.
 
-        Every round keeps at least `target`. At least `kept` evaluations are left when there are as
-        many.
+        Args:
+          categories: to start from.
+          damage: damage of every head.
+          target: share of attention FLOPs to keep saving.
+          kept: evaluations to leave, if there are that many.
+
+        Returns:
+          The corrected categories, and the number of rounds done.
         """
         slopes: dict[Move, float] = {}
-        for done in range(self.rounds):
+        for done in range(self._settings.rounds):
             back, on = self._neighbours(categories, damage.kl)
             back.sort(key=lambda move: (-slopes.get(move, move.slope), move[:2]))
             on.sort(key=lambda move: (slopes.get(move, move.slope), move[:2]))
-            # A round needs both directions, and one exchange to try.
-            margin = min(self.margin, (self.left() - kept - 1) // 2)
+            # A round measures both directions and tries at least one exchange.
+            margin = min(self._settings.margin, (self._left() - kept - 1) // 2)
             if margin < 1:
                 return categories, done
             back, on = back[:margin], on[:margin]
             kl = self._kl(categories)
             stage = f"correcting, round {done + 1}"
-            self.progress(stage, 0, len(back) + len(on))
+            self._progress(stage, 0, len(back) + len(on))
             for number, move in enumerate(back):
                 gain = kl - self._kl(_undone(move, categories))
                 slopes[move] = gain / move.saved
-                self.progress(stage, number + 1, len(back) + len(on))
+                self._progress(stage, number + 1, len(back) + len(on))
             for number, move in enumerate(on):
                 cost = self._kl(taken([move], categories)) - kl
                 slopes[move] = cost / move.saved
-                self.progress(stage, len(back) + number + 1, len(back) + len(on))
+                self._progress(stage, len(back) + number + 1, len(back) + len(on))
             back.sort(key=lambda move: (-slopes[move], move[:2]))
             on.sort(key=lambda move: (slopes[move], move[:2]))
             better = self._exchanged(categories, back, on, slopes, kl, target, kept)
             if better is None:
                 return categories, done
             categories = better
-        return categories, self.rounds
+        return categories, self._settings.rounds
 
     def _exchanged(
         self,
@@ -367,8 +398,8 @@ class _Refiner:
     ) -> np.ndarray | None:
         """The categories after the first exchange, largest first, that lowers the measured KL.
 
-        Moves on that lower it by themselves save FLOPs for nothing: they are part of every
-        exchange, and one without any moves back.
+        Moves on that lower the KL by themselves cost nothing: they are part of every exchange, and
+        form one without moves back. None if no exchange lowers the KL.
         """
         count = len(back)
         while True:
@@ -378,29 +409,29 @@ class _Refiner:
                 exchanged = _undone(move, exchanged)
                 undone.add(move[:2])
             for move in on:
-                if slopes[move] >= 0 and self.measurements.reduction(exchanged) >= target:
+                if slopes[move] >= 0 and self._measurements.reduction(exchanged) >= target:
                     break
                 if move[:2] not in undone:
                     exchanged = taken([move], exchanged)
-            reached = self.measurements.reduction(exchanged) >= target
-            affordable = self.left() > kept or exchanged.tobytes() in self.asked
+            reached = self._measurements.reduction(exchanged) >= target
+            affordable = self._left() > kept or exchanged.tobytes() in self._asked
             if reached and affordable and self._kl(exchanged) < kl:
                 return exchanged
             if not count:
                 break
             count //= 2
-        # Together they may do harm that the best of them alone, measured already, does not.
+        # Together they may do harm that the best one alone, already measured, does not.
         return taken(on[:1], categories) if on and slopes[on[0]] < 0 else None
 
     def _neighbours(
         self, categories: np.ndarray, damage: np.ndarray
     ) -> tuple[list[Move], list[Move]]:
-        """Each head's move that led here along its hull, and the one that leads on."""
+        """For each head, the move along its hull that led here, and the one that leads on."""
         back, on = [], []
         for (layer, head), category in np.ndenumerate(categories):
-            options = hull(damage[layer, head], self.measurements.flops[layer])
+            options = hull(damage[layer, head], self._measurements.flops[layer])
             saved = self._saved_by(layer, int(category))
-            # Categories of the one-shot rule need not lie on the hull.
+            # A category of the one-shot rule may lie off the hull.
             below = [option for option in options if option.saved < saved]
             above = [option for option in options if option.saved > saved]
             index = HeadCategory(category)
@@ -413,7 +444,7 @@ class _Refiner:
         return back, on
 
     def _saved_by(self, layer: int, category: int) -> int:
-        flops = self.measurements.flops[layer]
+        flops = self._measurements.flops[layer]
         return int(flops[HeadCategory.DENSE] - flops[category])
 
     def _saved(self, categories: np.ndarray) -> np.ndarray:
@@ -426,30 +457,30 @@ class _Refiner:
         )
 
     def _compare(self, categories: np.ndarray) -> Comparison:
-        self.asked.add(np.ascontiguousarray(categories, np.int8).tobytes())
-        return self.evaluator.compare(categories)
+        self._asked.add(np.ascontiguousarray(categories, np.int8).tobytes())
+        return self._evaluator.compare(categories)
 
     def _kl(self, categories: np.ndarray) -> float:
         return self._compare(categories).kl
 
 
 def _undone(move: Move, categories: np.ndarray) -> np.ndarray:
-    """The categories with a move taken back."""
+    """The categories with a move undone."""
     result = categories.copy()
     result[move.layer, move.head] = move.before
     return result
 
 
 def _at(
-    moves: tuple[Move, ...], measurements: Measurements, reduction: float
+    moves: tuple[Move, ...], measurements: Measurements, budget: Reduction
 ) -> Int8[np.ndarray, "layers heads"]:
-    """The shortest start of the path that saves at least this share."""
+    """Categories after the fewest moves from the start of the path that save the wanted share."""
     layers, heads = measurements.mass.shape[1:3]
     categories = np.zeros((layers, heads), np.int8)
     dense = total_flops(categories, measurements.flops)
     saved = 0
     for count, move in enumerate(moves):
         saved += move.saved
-        if saved / dense >= reduction:
+        if saved / dense >= budget.share:
             return taken(moves[: count + 1], categories)
-    raise selection.out_of_reach(reduction, saved / dense)
+    raise selection.out_of_reach(budget, saved / dense)

@@ -1,12 +1,9 @@
 """One category per head from per-head damage: the one-shot rule of BlindSight, and its budget mode.
 
 A head takes the category with the fewest FLOPs whose damage stays within the threshold in the given
-quantile of the samples. FLOPs depend on the kind of layer: where a window hides most of the keys
-anyway, little is saved.
+quantile of the samples. FLOPs depend on the kind of layer: in a layer whose window hides most of
+the keys anyway, little is saved.
 """
-
-import math
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int8, Int64
@@ -15,9 +12,7 @@ from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import total_flops
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
-
-CRITERIA = ("output_error", "mass")
-"""What the threshold bounds: the relative error of the head's output, or the attention it drops."""
+from bsjax.profiling.settings import Reduction, Threshold
 
 # Between categories of equal FLOPs, those that see more come first.
 _BY_WIDTH = (
@@ -26,72 +21,6 @@ _BY_WIDTH = (
     HeadCategory.INTRA_IMAGE,
     HeadCategory.SINK,
 )
-
-
-def share(name: str, value: Any, *, zero: bool = False) -> float:
-    """`value` as a share in (0, 1), or in [0, 1] with `zero`.
-
-    Raises:
-      ProfileError: it is not; the message names `name`.
-    """
-    number = _as_float(value)
-    if not (0 <= number <= 1 if zero else 0 < number < 1):
-        raise ProfileError(
-            f"{name} must be {'a share from 0 to 1' if zero else 'a share between 0 and 1'}, got "
-            f"{value!r}."
-        )
-    return number
-
-
-def checked_threshold(value: Any, criterion: str) -> float:
-    """`value` as a threshold of a criterion.
-
-    A share of attention is at most 1. Relative errors have no bound: an output that is left out may
-    point against what is kept.
-
-    Raises:
-      ProfileError: an unknown criterion; no share from 0 to 1 for `mass`, no finite number from 0
-        for `output_error`.
-    """
-    if checked_criterion(criterion) == "mass":
-        return share("threshold", value, zero=True)
-    number = _as_float(value)
-    if not 0 <= number < math.inf:
-        raise ProfileError(f"threshold must be a number from 0, got {value!r}.")
-    return number
-
-
-def checked_criterion(criterion: Any) -> str:
-    """A name in `CRITERIA`.
-
-    Raises:
-      ProfileError: it is not.
-    """
-    if criterion not in CRITERIA:
-        raise ProfileError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
-    return criterion
-
-
-def checked_divergence(name: str, value: Any) -> float:
-    """`value` as a divergence to keep within, in nats.
-
-    Raises:
-      ProfileError: it is no finite number above 0; the message names `name`.
-    """
-    number = _as_float(value)
-    if not 0 < number < math.inf:
-        raise ProfileError(f"{name} must be a number of nats above 0, got {value!r}.")
-    return number
-
-
-def _as_float(value: Any) -> float:
-    """A number of any library as Python's; NaN for what is none, texts of digits too."""
-    if isinstance(value, str | bytes | bool):
-        return math.nan
-    try:
-        return float(value)
-    except (OverflowError, TypeError, ValueError):
-        return math.nan
 
 
 def missing_mass(
@@ -108,12 +37,7 @@ def missing_mass(
 def in_quantile(
     values: Float[np.ndarray, "samples *rest"], quantile: float
 ) -> Float[np.ndarray, "*rest"]:
-    """The least value that this share of the samples does not exceed: always one of the samples'.
-
-    Raises:
-      ProfileError: the quantile is not in [0, 1].
-    """
-    quantile = share("quantile", quantile, zero=True)
+    """The smallest sample's value that at least this share of the samples does not exceed."""
     return np.quantile(values, quantile, axis=0, method="inverted_cdf")
 
 
@@ -122,12 +46,12 @@ def within_threshold(
     flops: Int64[np.ndarray, "layers all_categories"],
     threshold: float,
 ) -> Int8[np.ndarray, "layers heads"]:
-    """The category with the fewest FLOPs of each head whose damage is at most `threshold`.
+    """For each head, the category with the fewest FLOPs whose damage is at most `threshold`.
 
     Args:
-      damage: of each of `SPARSE_CATEGORIES`; dense does none.
+      damage: damage of each of `SPARSE_CATEGORIES`; dense attention does none.
       flops: attention FLOPs of a head of each layer, by `HeadCategory`.
-      threshold: the most damage.
+      threshold: the largest damage allowed.
     """
     allowed = np.concatenate([np.ones((*damage.shape[:2], 1), bool), damage <= threshold], axis=2)
     cost = np.where(allowed, flops[:, None, :], np.iinfo(np.int64).max)
@@ -144,18 +68,33 @@ def reduction_of(
     return (dense - total_flops(categories, flops)) / dense
 
 
+def one_shot(
+    damage: Float[np.ndarray, "layers heads categories"],
+    flops: Int64[np.ndarray, "layers all_categories"],
+    budget: Threshold | Reduction,
+) -> tuple[Int8[np.ndarray, "layers heads"], float]:
+    """The categories of the one-shot rule within a budget, and the threshold that gives them.
+
+    Raises:
+      ProfileError: see `threshold_for`.
+    """
+    if isinstance(budget, Reduction):
+        threshold = threshold_for(damage, flops, budget)
+    else:
+        threshold = budget.value
+    return within_threshold(damage, flops, threshold), threshold
+
+
 def threshold_for(
     damage: Float[np.ndarray, "layers heads categories"],
     flops: Int64[np.ndarray, "layers all_categories"],
-    target_reduction: float,
+    budget: Reduction,
 ) -> float:
-    """The least threshold whose categories save at least this share of attention FLOPs.
+    """The smallest threshold whose categories save at least the share of FLOPs that is wanted.
 
     Raises:
-      ProfileError: the target is no share, or no threshold reaches it; the message says how much
-        can be reached.
+      ProfileError: no threshold saves that much; the message says how much can be saved.
     """
-    target = share("target_reduction", target_reduction)
     # What is allowed changes at these values alone, and only ever grows.
     thresholds = np.unique(damage)
 
@@ -163,21 +102,26 @@ def threshold_for(
         return reduction_of(within_threshold(damage, flops, thresholds[index]), flops)
 
     first, last = 0, thresholds.size - 1
-    if reached(last) < target:
-        raise out_of_reach(target, reached(last))
+    if reached(last) < budget.share:
+        raise out_of_reach(budget, reached(last))
     while first < last:
         middle = (first + last) // 2
-        if reached(middle) >= target:
+        if reached(middle) >= budget.share:
             last = middle
         else:
             first = middle + 1
     return float(thresholds[first])
 
 
-def out_of_reach(target: float, most: float) -> ProfileError:
-    """The error of a budget that no categories reach."""
+def out_of_reach(budget: Reduction, most: float) -> ProfileError:
+    """The error for a reduction that no categories reach.
+
+    Args:
+      budget: the reduction asked for.
+      most: the largest share that can be saved.
+    """
     return ProfileError(
-        f"target_reduction={target:g} cannot be reached on these samples: with every head in its "
-        f"cheapest category attention FLOPs fall by {most:.1%}. Ask for less, or profile with "
+        f"target_reduction={budget.share:g} cannot be reached on these samples: with every head in "
+        f"its cheapest category attention FLOPs fall by {most:.1%}. Ask for less, or profile with "
         "prompts of more images."
     )

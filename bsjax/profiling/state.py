@@ -1,10 +1,10 @@
-"""What a profiling run has measured so far, in a file: a run that is interrupted goes on from it.
+"""State files: what a profiling run has measured, so that an interrupted run can go on from it.
 
-The file is an SQLite database of named arrays. Settings say what all of them depend on; everything
-else that a record depends on, its sample above all, is in its name. Every record is written in a
-transaction of its own, so that the file is whole whenever the process ends. A run that finds a
-record takes it instead of measuring: an interrupted run repeats its decisions, and comes to the
-same profile.
+The file is an SQLite database of named arrays. Its conditions are what all records depend on;
+anything else that a record depends on, such as its sample, is part of the record's name. Every
+record is written in its own transaction, so the file is complete whenever the process ends. A run
+that finds a record uses it instead of measuring again, so a resumed run makes the same decisions
+and arrives at the same profile.
 """
 
 import hashlib
@@ -26,36 +26,38 @@ from bsjax.profiles.profile import installed_versions
 
 _FORMAT = "bsjax profiling state 2"
 
-# Marks the databases that are ours: "bsjx".
+# Marks databases of this module: "bsjx".
 _APPLICATION_ID = 0x62736A78
+
 Record = dict[str, np.ndarray]
 
 
 class State:
-    """A file of records, or nothing at all: without a path everything is computed.
+    """A file of records. Without a path nothing is kept, and everything is computed.
 
-    The file stays when the run is complete. A later run takes what it can use from it: samples,
-    thresholds and budgets may differ.
+    The file stays when the run is complete, and a later run with other samples, thresholds or
+    budgets reuses what it can.
     """
 
     def __init__(
-        self, path: str | PathLike[str] | None = None, settings: Mapping[str, str] | None = None
+        self, path: str | PathLike[str] | None = None, conditions: Mapping[str, str] | None = None
     ) -> None:
-        """Opens or makes the file.
+        """Opens or creates the file.
 
         Args:
-          path: of the file; None keeps nothing.
-          settings: what the records depend on, by name. A file made with others is refused.
+          path: path of the file; None keeps nothing.
+          conditions: what all records depend on, by name.
 
         Raises:
-          ProfileError: the file cannot be used, is no such file, or was made with other settings.
+          ProfileError: the file cannot be used, is not a state file, or was made under other
+            conditions.
         """
         if not isinstance(path, str | PathLike | None):
-            raise ProfileError(f"A state file is named by a path, got {path!r}.")
+            raise ProfileError(f"resume must be the path of a state file, got {path!r}.")
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
-        wanted = {"format": _FORMAT, **(settings or {})}
+        wanted = {"format": _FORMAT, **(conditions or {})}
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")
             (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -63,8 +65,8 @@ class State:
             if application != _APPLICATION_ID:
                 if application or objects:
                     raise ProfileError(
-                        f"{self._path} is a database of another program, not a state file: it "
-                        "cannot be used. Give `resume` another path."
+                        f"{self._path} cannot be used: it is a database of another program, not a "
+                        "state file. Give `resume` another path."
                     )
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value)")
@@ -76,13 +78,13 @@ class State:
         for name, value in wanted.items():
             if present.get(name) != value:
                 raise ProfileError(
-                    f"The state file {self._path} was made with {name} = {present.get(name)}, and "
-                    f"this run has {value}: it cannot go on from it. Delete the file, or give "
-                    "`resume` another path."
+                    f"The state file {self._path} was made with {name} = {present.get(name)}, but "
+                    f"this run has {value}, so it cannot continue from it. Delete the file, or "
+                    "give `resume` another path."
                 )
 
     def recall(self, name: str, compute: Callable[[], Record]) -> Record:
-        """The record of that name; computed and kept where there is none.
+        """The record of that name. If there is none, it is computed and kept.
 
         Raises:
           ProfileError: the file cannot be read or written.
@@ -102,20 +104,20 @@ class State:
 
     @contextmanager
     def _open(self) -> Any:
-        """A connection with a transaction that is committed at the end, or rolled back."""
+        """A connection with a transaction, committed at the end or rolled back on an error."""
         assert self._path is not None
         try:
             with closing(sqlite3.connect(self._path)) as connection, connection:
                 yield connection
         except sqlite3.Error as error:
             raise ProfileError(
-                f"The state file {self._path} cannot be used: {error}. If it is not a file that an "
-                "earlier run made, give `resume` another path."
+                f"The state file {self._path} cannot be used: {error}. If no earlier run made "
+                "this file, give `resume` another path."
             ) from error
 
 
-def settings_of(model: LoadedModel, backend: str) -> dict[str, str]:
-    """What all that is measured depends on beside samples: weights, prompt making, arithmetic."""
+def conditions_of(model: LoadedModel, backend: str) -> dict[str, str]:
+    """What all records depend on: weights, how prompts are made, dtype, backend and versions."""
     prompts = hashlib.sha256()
     for part in (
         model.config.to_json_string(),
@@ -135,7 +137,7 @@ def settings_of(model: LoadedModel, backend: str) -> dict[str, str]:
 
 
 NO_STATE = State()
-"""Keeps nothing."""
+"""A state that keeps nothing."""
 
 
 def _packed(record: Record) -> bytes:

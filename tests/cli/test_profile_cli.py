@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.masks.template import Sinks
 from bsjax.profiles.difference import compare
+from bsjax.profiles.evidence import AttentionFlops, Evidence, SinkDiscovery
 from bsjax.profiles.picture import plot_profile
 from bsjax.profiles.profile import Profile
 from tests.support.paths import ROOT
@@ -24,10 +26,15 @@ LAYERS, HEADS = 3, 10
 
 
 def measured(
-    layers: int = LAYERS, heads: int = HEADS, *, seed: int = 0, threshold: float = 0.2, **changes
+    layers: int = LAYERS,
+    heads: int = HEADS,
+    *,
+    threshold: float = 0.2,
+    evidence: dict[str, Any] | None = None,
+    **changes,
 ) -> Profile:
     """A profile as the profiler makes them, of random measurements."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     mass = generator.dirichlet([3, 1, 3, 0.5, 0.5], (layers, heads))
     statistics = {f"mass_{group.name}": mass[..., i] for i, group in enumerate(KeyGroup)}
     categories = np.zeros((layers, heads), np.int8)
@@ -39,26 +46,27 @@ def measured(
         error = generator.random((layers, heads)) ** 2
         statistics[f"error_{category.name}"] = error
         categories[error <= threshold] = category
-    dense, sparse = 4e9, 3e9
+    measurements = {
+        "criterion": "output_error",
+        "thresholds": {"threshold": threshold, "quantile": 0.9},
+        "sample_count": 6,
+        "held_out_count": 2,
+        "sample_fingerprint": "cd" * 32,
+        "statistics": statistics,
+        "attention_flops": AttentionFlops(4 * 10**9, 3 * 10**9),
+        "sink_discovery": SinkDiscovery(
+            "four times the average", (0.5, *[0.01] * 6, 0.25, *[0.0] * 20)
+        ),
+        "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.75},
+    }
     return Profile(
         **{
             "family": "qwen2_5_vl",
             "categories": categories,
             "sinks": Sinks(1, (7,)),
             "fingerprint": "ab" * 32,
-            "criterion": "output_error",
-            "thresholds": {"threshold": threshold, "quantile": 0.9},
-            "sample_count": 6,
-            "held_out_count": 2,
-            "sample_source": "a folder of [bold]photographs[/bold]",
-            "sample_fingerprint": "cd" * 32,
-            "statistics": statistics,
-            "attention_flops": {"dense": dense, "sparse": sparse, "reduction": 1 - sparse / dense},
-            "sink_discovery": {
-                "rule": "four times the average",
-                "mass_by_offset": [0.5, *[0.01] * 6, 0.25, *[0.0] * 20],
-            },
-            "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.75},
+            "evidence": Evidence(**measurements | (evidence or {})),
+            "source": "a folder of [bold]photographs[/bold]",
             "versions": {"bsjax": "0.1.0"},
         }
         | changes
@@ -83,7 +91,7 @@ def saved(tmp_path) -> Path:
 
 def test_show_prints_the_map_and_the_measurements(capsys, saved):
     profile = measured()
-    status, out, err = run(capsys, "profile", "show", saved)
+    status, out, err = run(capsys, "profile", "show", saved, "--details")
     assert status == 0, err
     rows = json.loads(saved.read_text())["categories"]
     for layer, row in enumerate(rows):
@@ -94,7 +102,7 @@ def test_show_prints_the_map_and_the_measurements(capsys, saved):
         heads = int((profile.categories == category).sum())
         (line,) = [one for one in out.splitlines() if f"│ {category.name} " in one]
         assert f" {heads} │" in line and f"{heads / profile.categories.size:.1%}" in line
-    values = np.asarray(profile.statistics["mass_OTHER"])
+    values = profile.evidence.statistics["mass_OTHER"]
     (line,) = [one.split() for one in out.splitlines() if one.startswith(" mass_OTHER ")]
     numbers = [np.median(values), values.mean(), values.max()]
     numbers += [values[profile.categories == c].mean() for c in (0, 1, 2, 3)]
@@ -113,10 +121,29 @@ def test_show_prints_the_map_and_the_measurements(capsys, saved):
         assert words in out
 
 
+def test_show_without_details_prints_results_and_no_internals(capsys, tmp_path):
+    path = tmp_path / "profile.json"
+    figures = {"answer_tokens": 8, "split_seed": 0}
+    end_to_end = measured().evidence.end_to_end | figures
+    measured(evidence={"end_to_end": end_to_end}).save(path)
+    status, out, _ = run(capsys, "profile", "show", path)
+    assert status == 0
+    for words in (
+        "attention FLOPs: reduction",
+        "held out: kl divergence",
+        "held out: top 1 agreement",
+        "6, and 2 held out",
+        "INTRA_IMAGE_SINK",
+    ):
+        assert words in out
+    for words in ("mass_", "error_", "four times the average", "answer tokens", "split seed"):
+        assert words not in out
+
+
 def test_show_keeps_to_the_width_of_a_terminal_but_for_what_cannot_break(capsys, tmp_path):
     path = tmp_path / "wide.json"
-    measured(40, 64, sample_source="a folder").save(path)
-    status, out, _ = run(capsys, "profile", "show", path)
+    measured(40, 64, source="a folder").save(path)
+    status, out, _ = run(capsys, "profile", "show", path, "--details")
     assert status == 0
     lines = out.splitlines()
     assert sum(line.startswith("layer ") for line in lines) == 41
@@ -125,7 +152,7 @@ def test_show_keeps_to_the_width_of_a_terminal_but_for_what_cannot_break(capsys,
     # The ruler's numbers stand above the heads they name.
     assert ruler.index("48") == row.index(json.loads(path.read_text())["categories"][0][48:56])
     tables = [
-        line for line in lines if not line.startswith(("layer", "checkpoint", "tokens", str(path)))
+        line for line in lines if not line.startswith(("layer", "checkpoint", "offsets", str(path)))
     ]
     assert max(map(len, tables)) <= 80
 
@@ -146,7 +173,7 @@ def test_a_shipped_profile_is_shown_by_its_name(capsys, tmp_path, monkeypatch):
     from bsjax.profiles import profile as profile_file
 
     measured().save(tmp_path / "some-model.json")
-    monkeypatch.setattr(profile_file.importlib.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(profile_file, "_shipped_folder", lambda: tmp_path)
     monkeypatch.chdir("/")
     status, out, _ = run(capsys, "profile", "show", "some-model")
     assert status == 0 and "3 layers of 10 heads" in out
@@ -184,29 +211,29 @@ def test_pictures_stack_all_attention(tmp_path):
     bars = axes["attention of image queries, mean over heads"].containers
     ends = [patch.get_x() + patch.get_width() for patch in bars[-1].patches]
     np.testing.assert_allclose(ends, 1)
-    mass = measured().statistics["mass_TEXT"].mean(axis=1)
+    mass = measured().evidence.statistics["mass_TEXT"].mean(axis=1)
     np.testing.assert_allclose([patch.get_width() for patch in bars[0].patches], mass)
     errors = axes["relative error of a head's output"]
     lines = {line.get_label(): line for line in errors.lines}
     within = lines["SINK"].get_ydata()[
         np.searchsorted(lines["SINK"].get_xdata(), 0.2, side="right") - 1
     ]
-    assert within == np.mean(measured().statistics["error_SINK"] <= 0.2)
+    assert within == np.mean(measured().evidence.statistics["error_SINK"] <= 0.2)
     sinks = axes["token of an image, counted from its first"].lines[1]
     assert sinks.get_xdata().tolist() == [0, 7]
 
 
 def test_pictures_of_little_data():
-    given = measured(sink_discovery=None)
+    given = measured(evidence={"sink_discovery": None})
     assert len(plot_profile(given).get_axes()) == 4
     assert len(plot_profile(measured()).get_axes()) == 5
     uniform = Profile.uniform("DENSE", family="gemma3", layers=2, heads=2)
     assert len(plot_profile(uniform).get_axes()) == 1
     # Errors and curves of zero are nothing to take a logarithm of.
-    zero = {name: np.zeros_like(v) for name, v in given.statistics.items() if "error" in name}
-    statistics = dict(given.statistics) | zero
-    curve = {"rule": "none", "mass_by_offset": [0.0]}
-    assert len(plot_profile(measured(statistics=statistics, sink_discovery=curve)).get_axes()) == 5
+    found = given.evidence.statistics
+    zero = {name: np.zeros_like(v) for name, v in found.items() if "error" in name}
+    flat = {"statistics": found | zero, "sink_discovery": SinkDiscovery("none", (0.0,))}
+    assert len(plot_profile(measured(evidence=flat)).get_axes()) == 5
 
 
 # --- diff
@@ -222,7 +249,10 @@ def test_diff_of_equal_profiles(capsys, saved, tmp_path):
 
 
 def test_diff_lists_heads_and_counts_categories(capsys, saved, tmp_path):
-    first, second = measured(), measured(threshold=0.1, end_to_end={"kl_divergence": 2e-4})
+    first, second = (
+        measured(),
+        measured(threshold=0.1, evidence={"end_to_end": {"kl_divergence": 2e-4}}),
+    )
     other = tmp_path / "other.json"
     second.save(other)
     status, out, _ = run(capsys, "profile", "diff", saved, other)
@@ -253,22 +283,22 @@ def test_diff_lists_heads_and_counts_categories(capsys, saved, tmp_path):
 
 def test_diff_of_statistics_names_the_head_that_changed_most(saved, tmp_path, capsys):
     first = measured()
-    statistics = {name: np.array(values) for name, values in first.statistics.items()}
+    statistics = {name: np.array(values) for name, values in first.evidence.statistics.items()}
     statistics["error_SINK"][2, 4] += 3.0
-    (change,) = [
-        one
-        for one in compare(first, dataclasses.replace(
-            first, statistics=statistics, categories=np.zeros((LAYERS, HEADS), np.int8)
-        )).statistics
-        if one.name == "error_SINK"
-    ]  # fmt: skip
+    second = dataclasses.replace(
+        first,
+        evidence=dataclasses.replace(first.evidence, statistics=statistics),
+        categories=np.zeros((LAYERS, HEADS), np.int8),
+    )
+    changes = compare(first, second).statistics
+    (change,) = [one for one in changes if one.name == "error_SINK"]
     assert (change.layer, change.head) == (2, 4)
     assert change.largest == pytest.approx(3.0)
     assert change.second_mean - change.first_mean == pytest.approx(3.0 / 30)
     uniform = Profile.uniform("SINK", family="qwen2_5_vl", layers=LAYERS, heads=HEADS)
     difference = compare(first, uniform)
     assert difference.statistics == ()
-    assert set(difference.only_first) == set(first.statistics)
+    assert set(difference.only_first) == set(first.evidence.statistics)
     path = tmp_path / "uniform.json"
     uniform.save(path)
     assert run(capsys, "profile", "diff", path, saved)[0] == 1
@@ -331,7 +361,7 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
         "--images-per-prompt", "2-3", "--question", "One?", "--question", "Two?",
         "--max-pixels", 4000, "--pan-and-scan", "--held-out", 0.5, "--criterion", "mass",
         "--threshold", 0.1, "--quantile", 0.75, "--target-reduction", 0.4, "--refine",
-        "--max-kl", 0.01, "--max-evaluations", 50,
+        "--max-evaluations", 50,
         "--sinks-first", 2, "--sink-offset", 9, "--sink-offset", 4, "--answer-tokens", 4,
         "--resume", state, "--dtype", "float32", "--backend", "xla",
     )  # fmt: skip
@@ -354,7 +384,7 @@ def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
         "quantile": 0.75,
         "target_reduction": 0.4,
         "refine": True,
-        "max_kl": 0.01,
+        "max_kl": None,
         "max_evaluations": 50,
         "sinks": Sinks(2, (9, 4)),
         "held_out": 0.5,
@@ -399,11 +429,12 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
     )  # fmt: skip
     assert status == 0, err
     profile = Profile.load(output)
-    assert profile.sample_count == 2 and profile.end_to_end is None
-    assert profile.attention_flops and profile.attention_flops["reduction"] >= 0.02
+    evidence = profile.evidence
+    assert evidence.sample_count == 2 and evidence.end_to_end is None
+    assert evidence.attention_flops.reduction >= 0.02
     (line,) = [one.split() for one in out.splitlines() if "reduction" in one]
-    assert line[-1] == f"{profile.attention_flops['reduction']:.4g}"
-    assert "2 prompts of 2 of the 4 images in the folder photographs" in profile.sample_source
+    assert line[-1] == f"{evidence.attention_flops.reduction:.4g}"
+    assert "2 prompts of 2 of the 4 images in the folder photographs" in profile.source
     picture = tmp_path / "out.png"
     assert run(capsys, "profile", "show", output, "--output", picture)[0] == 0
     assert picture.stat().st_size > 10_000
@@ -424,6 +455,10 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
         ("folder", ["--images-per-prompt", "9-3"], "below the least"),
         ("folder", [], "has 0 images"),
         ("folder", ["--sinks-first", "0"], "`first` must be at least 1"),
+        ("folder", ["--threshold", "-1"], "threshold must be a number from 0"),
+        ("folder", ["--held-out", "1"], "held_out"),
+        ("folder", ["--max-kl", "0.1"], "refine=True"),
+        ("folder", ["--refine", "--max-kl", "0.1", "--target-reduction", "0.4"], "not both"),
         ("folder", ["--output", "no folder/out.json"], "there is no folder"),
         ("folder", ["--output", "folder"], "is a folder"),
         ("folder", ["--output", "empty.jsonl/out.json"], "there is no folder"),

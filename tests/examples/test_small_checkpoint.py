@@ -107,8 +107,8 @@ def test_it_answers_all_kinds_of_questions_dense_and_sparse(model, profile):
 
 def test_its_profile_was_measured_on_it(model, profile):
     assert profile.from_data and profile.fingerprint == model.fingerprint
-    assert profile.refinement is not None and profile.end_to_end is not None
-    assert profile.attention_flops["reduction"] >= 0.41
+    assert profile.evidence.refinement is not None and profile.evidence.end_to_end is not None
+    assert profile.evidence.attention_flops.reduction >= 0.41
 
 
 def test_evaluation_takes_the_shipped_files_unless_told_otherwise():

@@ -16,7 +16,15 @@ from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
 from bsjax.masks.visibility import Visibility
 from bsjax.profiles import profile as profile_file
-from bsjax.profiles.profile import DAMAGE_STATISTICS, MEASURED_STATISTICS, Profile
+from bsjax.profiles.evidence import (
+    DAMAGE_STATISTICS,
+    MEASURED_STATISTICS,
+    AttentionFlops,
+    Evidence,
+    SinkDiscovery,
+)
+from bsjax.profiles.profile import Profile
+from tests.support.paths import ROOT
 
 LAYERS, HEADS = 3, 4
 
@@ -53,6 +61,22 @@ KIND_RECORD = {
 }
 
 
+def evidence(**changes) -> Evidence:
+    arguments = {
+        "criterion": "output_error",
+        "thresholds": {"threshold": 0.3, "quantile": 0.9},
+        "sample_count": 64,
+        "held_out_count": 21,
+        "sample_fingerprint": "def",
+        "statistics": statistics(),
+        "attention_flops": AttentionFlops(10**17, 6 * 10**16),
+        "attention_flops_per_kind": KINDS,
+        "sink_discovery": SinkDiscovery("four times the average", (0.5, 0.1, 1e-6)),
+        "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
+    }
+    return Evidence(**(arguments | changes))
+
+
 def measured(**changes) -> Profile:
     found = statistics()
     errors = np.stack([found[f"error_{name}"] for name in ("SINK", "INTRA_IMAGE")])
@@ -63,17 +87,8 @@ def measured(**changes) -> Profile:
         "categories": categories.astype(np.int8),
         "sinks": Sinks(2, (5, 9)),
         "fingerprint": "abc",
-        "criterion": "output_error",
-        "thresholds": {"threshold": 0.3, "quantile": 0.9},
-        "sample_count": 64,
-        "held_out_count": 21,
-        "sample_source": 'a folder of "photographs" – ünïcode',
-        "sample_fingerprint": "def",
-        "statistics": found,
-        "attention_flops": {"dense": 10**17, "sparse": 6 * 10**16, "reduction": 0.4},
-        "attention_flops_per_kind": KINDS,
-        "sink_discovery": {"rule": "four times the average", "mass_by_offset": [0.5, 0.1, 1e-6]},
-        "end_to_end": {"kl_divergence": 1.5e-4, "top_1_agreement": 0.99},
+        "evidence": evidence(),
+        "source": 'a folder of "photographs" – ünïcode',
         "versions": {"bsjax": "0.1.0"},
     }
     return Profile(**(arguments | changes))
@@ -82,21 +97,31 @@ def measured(**changes) -> Profile:
 def refined() -> Profile:
     return measured(
         categories=np.full((LAYERS, HEADS), 3, np.int8),
-        thresholds={"quantile": 0.9},
-        statistics=statistics(MEASURED_STATISTICS + DAMAGE_STATISTICS),
-        refinement={"target_reduction": 0.4, "kl": 1e-3},
+        evidence=evidence(
+            thresholds={"quantile": 0.9},
+            statistics=statistics(MEASURED_STATISTICS + DAMAGE_STATISTICS),
+            refinement={"target_reduction": 0.4, "kl": 1e-3},
+        ),
     )
 
 
 def assert_equal(left: Profile, right: Profile):
     np.testing.assert_array_equal(left.categories, right.categories)
     assert left.categories.dtype == right.categories.dtype == np.int8
-    assert left.statistics.keys() == right.statistics.keys()
-    for name in left.statistics:
-        np.testing.assert_array_equal(left.statistics[name], right.statistics[name])
     for field in dataclasses.fields(Profile):
-        if field.name not in ("categories", "statistics"):
+        if field.name not in ("categories", "evidence"):
             assert getattr(left, field.name) == getattr(right, field.name), field.name
+    assert left.from_data == right.from_data
+    if left.evidence is None or right.evidence is None:
+        return
+    assert left.evidence.statistics.keys() == right.evidence.statistics.keys()
+    for name in left.evidence.statistics:
+        np.testing.assert_array_equal(
+            left.evidence.statistics[name], right.evidence.statistics[name]
+        )
+    for field in dataclasses.fields(Evidence):
+        if field.name != "statistics":
+            assert getattr(left.evidence, field.name) == getattr(right.evidence, field.name)
 
 
 def test_a_profile_survives_its_file(tmp_path):
@@ -106,7 +131,7 @@ def test_a_profile_survives_its_file(tmp_path):
     assert_equal(Profile.load(str(path)), measured())
     refined().save(path)
     assert_equal(Profile.load(path), refined())
-    alone = measured(end_to_end=None, held_out_count=0, sink_discovery=None)
+    alone = measured(evidence=evidence(end_to_end=None, held_out_count=0, sink_discovery=None))
     assert_equal(Profile.from_json(alone.to_json()), alone)
 
 
@@ -126,7 +151,7 @@ def test_the_file_is_for_people(tmp_path):
     assert '"categories": [\n    "DSIB",\n    "BBID"\n  ],' in text
     assert '"B": "INTRA_IMAGE_SINK"' in text
     rows = [line.strip() for line in measured().to_json().splitlines()]
-    row = json.dumps(measured().statistics["error_SINK"][1].tolist())
+    row = json.dumps(evidence().statistics["error_SINK"][1].tolist())
     assert f"{row}," in rows
 
 
@@ -213,10 +238,12 @@ def test_shipped_profiles_are_found_by_name(tmp_path, monkeypatch):
         Profile.resolve("other-model", model())
 
 
-def test_every_shipped_profile_is_valid_and_measured():
+def test_every_shipped_profile_is_measured_and_saves_to_the_same_bytes():
     assert profile_file.shipped_names()
     for name in profile_file.shipped_names():
-        assert profile_file.shipped(name).from_data
+        profile = profile_file.shipped(name)
+        assert profile.from_data
+        assert profile.to_json() == (ROOT / "profiles" / f"{name}.json").read_text("utf-8")
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -268,6 +295,7 @@ SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
         ("family", "", "`family`"),
         ("checkpoint_fingerprint", 3, "`checkpoint_fingerprint` must be text"),
         ("checkpoint_fingerprint", "", "`fingerprint`"),
+        ("checkpoint_fingerprint", None, "no `checkpoint_fingerprint`"),
         ("layers", 2, "`categories` has 3 rows, but `layers` is 2"),
         ("layers", "3", "`layers` must be a whole number"),
         ("heads", 5, "has 4 letters, but `heads` is 5"),
@@ -280,23 +308,32 @@ SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
         ("sinks", None, "`sinks` must be an object"),
         ("from_data", False, "`from_data` is false"),
         ("from_data", "yes", "`from_data` must be true or false"),
+        ("criterion", "uniform", "`from_data` is true and `criterion` is 'uniform'"),
         ("criterion", "guess", "`criterion` must be one of output_error, mass, uniform, by_hand"),
         ("thresholds", {"threshold": "small"}, "`thresholds.threshold`"),
         ("thresholds", {"quantile": 0.9}, "lack `threshold`"),
         ("thresholds", {"threshold": 0.1}, "above the threshold of 0.1: these categories do not"),
         ("categories", ["BBBB"] * 3, "above the threshold of 0.3: these categories do not"),
         ("thresholds", [], "`thresholds` must be an object"),
-        ("samples", SAMPLES | {"count": 0}, "0 samples"),
+        ("samples", SAMPLES | {"count": 0}, "`sample_count` must be at least 1, got 0"),
         ("samples", SAMPLES | {"count": 1.5}, "`samples.count`"),
         ("samples", SAMPLES | {"held_out": -1}, "`samples.held_out`"),
         ("samples", SAMPLES | {"held_out": 0}, "0 held-out samples contradict"),
-        ("samples", SAMPLES | {"fingerprint": None}, "no `sample_fingerprint`"),
+        ("samples", SAMPLES | {"fingerprint": None}, "no `samples.fingerprint`"),
         ("samples", SAMPLES | {"fingerprint": 3}, "`samples.fingerprint` must be text"),
         ("samples", {"count": 1}, "`samples` lacks `held_out`, `source`"),
         ("attention_flops", None, "no `attention_flops`"),
         ("attention_flops", {"dense": 2, "sparse": 1}, "dense, sparse and reduction"),
-        ("attention_flops", {"dense": 2, "sparse": 1, "reduction": 0.6}, "no reduction by 0.6"),
-        ("attention_flops", {"dense": 2, "sparse": 3, "reduction": -0.5}, "no reduction by"),
+        (
+            "attention_flops",
+            {"dense": 2, "sparse": 1, "reduction": 0.6},
+            "is not a reduction by 0.6",
+        ),
+        (
+            "attention_flops",
+            {"dense": 2, "sparse": 3, "reduction": -0.5},
+            "`sparse` must be .* got 3 of 2",
+        ),
         ("attention_flops_per_kind", {}, "list of objects"),
         ("attention_flops_per_kind", [3], "must be an object"),
         ("attention_flops_per_kind", [{"window": 3}], "lacks `bidirectional_images`, `layers`"),
@@ -342,56 +379,80 @@ def test_no_field_may_be_missing():
 
 
 def test_values_that_no_file_could_hold_are_refused():
-    good = np.zeros((2, 2), np.int8)
     for arguments, word in (
         ({"categories": np.full((2, 2), 4, np.int8)}, "0 to 3"),
         ({"categories": np.zeros((0, 2), np.int8)}, "one row per layer"),
-        ({"categories": good, "statistics": {"mass": np.zeros((2, 3))}}, "mass"),
     ):
         with pytest.raises(ProfileError, match=word):
             Profile(family="qwen2_vl", **arguments)
 
 
-@pytest.mark.parametrize(
-    "looks",
-    [
-        {"sample_count": 3},
-        {"held_out_count": 3},
-        {"sample_fingerprint": "abc"},
-        {"thresholds": {"threshold": 0.1}},
-        {"statistics": {"mass_TEXT": np.ones((LAYERS, HEADS))}},
-        {"attention_flops": {"dense": 2, "sparse": 1, "reduction": 0.5}},
-        {"attention_flops_per_kind": KINDS},
-        {"sink_discovery": {"rule": "", "mass_by_offset": []}},
-        {"refinement": {"kl": 0.0}},
-        {"end_to_end": {"kl_divergence": 0.0}},
-    ],
-    ids=lambda looks: next(iter(looks)),
-)
-def test_categories_set_by_hand_cannot_look_measured(looks):
-    arguments = {"family": "qwen2_vl", "categories": measured().categories}
-    assert not Profile(**arguments).from_data
-    with pytest.raises(
-        ProfileError, match=f"does not come from data, but it has `{next(iter(looks))}`"
+MEASUREMENTS = {
+    "samples.count": 3,
+    "samples.held_out": 3,
+    "samples.fingerprint": "abc",
+    "thresholds": {"threshold": 0.1},
+    "statistics": {"mass_TEXT": np.ones((LAYERS, HEADS)).tolist()},
+    "attention_flops": {"dense": 2, "sparse": 1, "reduction": 0.5},
+    "attention_flops_per_kind": [KIND_RECORD],
+    "sink_discovery": {"rule": "", "mass_by_offset": []},
+    "refinement": {"kl": 0.0},
+    "end_to_end": {"kl_divergence": 0.0},
+}
+
+
+@pytest.mark.parametrize("field", MEASUREMENTS)
+def test_a_file_without_data_cannot_look_measured(field):
+    by_hand = Profile(family="qwen2_vl", categories=measured().categories)
+    assert not by_hand.from_data
+    document = json.loads(by_hand.to_json())
+    assert document["from_data"] is False
+    parent, _, name = field.rpartition(".")
+    (document[parent] if parent else document)[name] = MEASUREMENTS[field]
+    with pytest.raises(ProfileError, match=f"does not come from data, but it has `{field}`"):
+        Profile.from_json(json.dumps(document))
+
+
+def test_evidence_that_contradicts_itself_is_refused():
+    ones = np.ones((LAYERS, HEADS))
+    for changes, words in (
+        ({"criterion": "by_hand"}, "`criterion` of evidence must be one of output_error, mass"),
+        ({"end_to_end": None}, "21 held-out samples contradict"),
+        ({"held_out_count": 0}, "0 held-out samples contradict"),
+        ({"sample_count": 0}, "`sample_count` must be at least 1"),
+        ({"statistics": statistics() | {"mass_OTHER": ones}}, "must add up to 1"),
+        ({"statistics": statistics() | {"error_SINK": -ones}}, "below 0"),
+        ({"statistics": statistics() | {"error_SINK": np.inf * ones}}, "not finite"),
+        ({"statistics": statistics() | {"error_SINK": ones[:1]}}, r"has the shape \(1, 4\)"),
+        ({"statistics": statistics() | {"mass": ones}}, "unknown: mass"),
+        ({"thresholds": {"threshold": float("nan")}}, "`thresholds.threshold` must be a finite"),
     ):
-        Profile(**arguments, **looks)
+        with pytest.raises(ProfileError, match=words):
+            evidence(**changes)
+    for flops in ((2, 3), (2, 0)):
+        with pytest.raises(ProfileError, match="`sparse` must be above 0 and at most `dense`"):
+            AttentionFlops(*flops)
 
 
-def test_a_measured_profile_needs_what_was_measured():
-    for lacking in ("fingerprint", "sample_fingerprint", "attention_flops"):
-        with pytest.raises(ProfileError, match=f"no `{lacking}`"):
-            measured(**{lacking: None})
-    with pytest.raises(ProfileError, match="21 held-out samples contradict"):
-        measured(end_to_end=None)
-    with pytest.raises(ProfileError, match="0 samples"):
-        measured(sample_count=0)
-    with pytest.raises(ProfileError, match="must add up to 1"):
-        measured(statistics=statistics() | {"mass_OTHER": np.ones((LAYERS, HEADS))})
-    with pytest.raises(ProfileError, match="below 0"):
-        measured(statistics=statistics() | {"error_SINK": -np.ones((LAYERS, HEADS))})
+def test_evidence_for_other_categories_is_refused():
+    with pytest.raises(ProfileError, match=r"one number per layer and head, \(2, 4\), got"):
+        measured(categories=measured().categories[:2])
+    with pytest.raises(ProfileError, match="above the threshold of 0.3"):
+        measured(categories=np.full((LAYERS, HEADS), 3, np.int8))
+    with pytest.raises(ProfileError, match="needs the `fingerprint` of its checkpoint"):
+        measured(fingerprint=None)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    found = evidence(thresholds={"threshold": np.float64(0.5), "quantile": 1})
+    assert found.thresholds == {"threshold": 0.5, "quantile": 1}
+    assert [type(value) for value in found.thresholds.values()] == [float, int]
 
 
 def test_uniform_means_one_category():
+    mixed = Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8))
+    assert mixed.criterion == "by_hand"
+    assert Profile.uniform("SINK", model()).criterion == "uniform"
+    document = json.loads(mixed.to_json()) | {"criterion": "uniform"}
     with pytest.raises(ProfileError, match="'by_hand'"):
-        Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8), criterion="uniform")
-    assert Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8)).criterion == "by_hand"
+        Profile.from_json(json.dumps(document))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,17 +12,14 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
+from bsjax.masks.flops import total_flops
 from bsjax.masks.visibility import Visibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
 from bsjax.profiling.knapsack import path, taken
 from bsjax.profiling.ordered_samples import OrderedSamples, fingerprint
 from bsjax.profiling.prompt_inputs import Shape
-from bsjax.profiling.selection import (
-    checked_divergence,
-    checked_threshold,
-    missing_mass,
-    total_flops,
-)
+from bsjax.profiling.selection import missing_mass
+from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from tests.support.templates import visible_matrix
 
 LAYERS, HEADS, COUNT = 3, 4, 5
@@ -116,15 +114,27 @@ def test_samples_of_one_image_say_nothing_of_other_images(criterion):
         ("mass", "0.1"),
     ],
 )
-def test_thresholds_that_are_none_are_refused(criterion, threshold):
+def test_thresholds_out_of_range_are_refused(annotations_unchecked, criterion, threshold):
     with pytest.raises(ProfileError, match="threshold must be"):
-        checked_threshold(threshold, criterion)
+        Settings(Threshold(threshold), criterion=criterion)
 
 
 @pytest.mark.parametrize("value", ["0.1", None, 0.0, -1, float("nan"), float("inf"), 10**400])
-def test_divergences_that_are_none_are_refused(value):
+def test_divergences_out_of_range_are_refused(annotations_unchecked, value):
     with pytest.raises(ProfileError, match="max_kl must be a number of nats above 0"):
-        checked_divergence("max_kl", value)
+        Divergence(value)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, 0.0, 1, -1, True, float("nan"), float("inf")])
+def test_reductions_out_of_range_are_refused(annotations_unchecked, value):
+    with pytest.raises(ProfileError, match="target_reduction must be a share between 0 and 1"):
+        Reduction(value)
+
+
+@pytest.fixture
+def annotations_unchecked(monkeypatch):
+    """As in a user's program: the test suite checks annotations before bsjax sees a value."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @given(seeds, st.floats(0.01, 0.99), st.sampled_from(["output_error", "mass"]))

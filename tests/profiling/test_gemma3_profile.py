@@ -43,14 +43,14 @@ def test_a_profile_of_random_weights(model, tmp_path, capsys):
     samples = [conversation(seed) for seed in range(3)]
     profile = bsjax.profile(model, samples, target_reduction=0.25, answer_tokens=2, source="random")
     assert profile.categories.shape == (4, 4)
-    assert profile.end_to_end is not None
-    assert profile.end_to_end["attention_flops_reduction"] > 0.1
-    kinds = profile.attention_flops_per_kind
+    assert profile.evidence.end_to_end is not None
+    assert profile.evidence.end_to_end["attention_flops_reduction"] > 0.1
+    kinds = profile.evidence.attention_flops_per_kind
     assert [(kind.visibility.window, kind.layers) for kind in kinds] == [(12, 3), (None, 1)]
     assert kinds[0].sparse / kinds[0].dense > kinds[1].sparse / kinds[1].dense, "windows hide much"
     path = tmp_path / "profile.json"
     profile.save(path)
-    assert Profile.load(path).attention_flops_per_kind == kinds
+    assert Profile.load(path).evidence.attention_flops_per_kind == kinds
     print_profile(profile, "it")
     assert "attention FLOPs: reduction in 3 layers with a window of 12" in capsys.readouterr().out
     result = bsjax.generate(model, samples[0], profile=Profile.load(path), max_new_tokens=2)

@@ -14,8 +14,10 @@ from PIL import Image
 
 import bsjax
 from bsjax import ProfileError, Sinks
-from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements, refinement
-from bsjax.profiling.state import State, settings_of
+from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements
+from bsjax.profiling.driver import profile_with
+from bsjax.profiling.settings import Reduction, Settings
+from bsjax.profiling.state import State, conditions_of
 from bsjax.runtime.programs import programs_of
 
 TARGET = {"target_reduction": 0.1, "answer_tokens": 2, "progress": False}
@@ -39,13 +41,14 @@ def profile(tiny_model):
 
 
 def test_what_was_measured_is_in_the_profile(tiny_model, profile, tmp_path):
-    assert profile.from_data and profile.criterion == "output_error"
+    evidence = profile.evidence
+    assert profile.from_data and evidence.criterion == "output_error"
     assert profile.fingerprint == tiny_model.fingerprint
-    assert (profile.sample_count, profile.held_out_count) == (2, 1)
-    assert profile.sample_source == "noise"
-    assert profile.attention_flops["reduction"] >= 0.1
+    assert (evidence.sample_count, evidence.held_out_count) == (2, 1)
+    assert profile.source == "noise"
+    assert evidence.attention_flops.reduction >= 0.1
     assert np.unique(profile.categories).size > 1
-    assert set(profile.end_to_end) == {
+    assert set(evidence.end_to_end) == {
         "kl_divergence",
         "top_1_agreement",
         "answer_agreement",
@@ -53,10 +56,10 @@ def test_what_was_measured_is_in_the_profile(tiny_model, profile, tmp_path):
         "answer_tokens",
         "split_seed",
     }
-    assert profile.end_to_end["answer_tokens"] == 2
+    assert evidence.end_to_end["answer_tokens"] == 2
     assert profile.versions.keys() >= {"bsjax", "jax", "dtype", "backend"}
-    assert profile.end_to_end["kl_divergence"] > 0
-    curve = profile.sink_discovery["mass_by_offset"]
+    assert evidence.end_to_end["kl_divergence"] > 0
+    curve = evidence.sink_discovery.mass_by_offset
     assert len(curve) == 6 and all(0 < value < 1 for value in curve)
     profile.save(tmp_path / "profile.json")
     loaded = bsjax.Profile.load(tmp_path / "profile.json")
@@ -71,13 +74,15 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
     assert programs_of(tiny_model).compilations == compilations
 
 
-def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
-    # All of its stages, in few evaluations.
-    few = partial(refinement.refine, margin=3, rounds=2)
-    monkeypatch.setattr(refinement, "refine", few)
-    settings = TARGET | {"refine": True, "max_evaluations": 24}
-    expected = bsjax.profile(tiny_model, SAMPLES, **settings)
-    assert expected.refinement["kl"] <= expected.refinement["kl_one_shot"]
+def test_an_interrupted_run_goes_on(tiny_model, tmp_path):
+    # All stages of a run, in few evaluations.
+    settings = Settings(
+        Reduction(0.1), refine=True, max_evaluations=24, rounds=2, margin=3, answer_tokens=2
+    )
+    run = partial(profile_with, settings, tiny_model)
+    expected = run(SAMPLES, progress=False)
+    refinement = expected.evidence.refinement
+    assert refinement["kl"] <= refinement["kl_one_shot"]
 
     path = tmp_path / "state"
     records = [0]
@@ -95,12 +100,12 @@ def test_an_interrupted_run_goes_on(tiny_model, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            bsjax.profile(tiny_model, SAMPLES, **settings | {"progress": interrupt}, resume=path)
+            run(SAMPLES, progress=interrupt, resume=path)
         with closing(sqlite3.connect(path)) as connection:
             records += connection.execute("SELECT count(*) FROM records").fetchone()
         assert records[-1] > records[-2], stop_at
 
-    resumed = bsjax.profile(tiny_model, SAMPLES[::-1], **settings, resume=path)
+    resumed = run(SAMPLES[::-1], progress=False, resume=path)
     assert resumed.to_json() == expected.to_json()
 
 
@@ -232,16 +237,21 @@ def test_backends_agree_on_a_refined_profile(tiny_model):
     )
     np.testing.assert_array_equal(xla.categories, reference.categories)
     assert np.unique(xla.categories).size > 1
-    assert xla.refinement["kl"] == pytest.approx(reference.refinement["kl"], rel=1e-2)
-    assert xla.refinement["answer_tokens"] == 2 and xla.refinement["max_evaluations"] == 16
+    assert xla.evidence.refinement["kl"] == pytest.approx(
+        reference.evidence.refinement["kl"], rel=1e-2
+    )
+    assert (
+        xla.evidence.refinement["answer_tokens"] == 2
+        and xla.evidence.refinement["max_evaluations"] == 16
+    )
     assert xla.versions["backend"] == "xla" and reference.versions["backend"] == "reference"
 
 
 def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
     """Other image settings and another chat template are other inputs to the same weights."""
     path = tmp_path / "state"
-    State(path, settings_of(tiny_model, "xla"))
-    State(path, settings_of(tiny_model, "xla"))
+    State(path, conditions_of(tiny_model, "xla"))
+    State(path, conditions_of(tiny_model, "xla"))
     image_processor = copy.deepcopy(tiny_model.image_processor)
     image_processor.size = image_processor.size | {"shortest_edge": 28 * 28}
     tokenizer = copy.deepcopy(tiny_model.tokenizer)
@@ -249,9 +259,9 @@ def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
     for changed in ({"image_processor": image_processor}, {"tokenizer": tokenizer}):
         other = dataclasses.replace(tiny_model, **changed)
         with pytest.raises(ProfileError, match="made with config, tokenizer and image settings"):
-            State(path, settings_of(other, "xla"))
+            State(path, conditions_of(other, "xla"))
     with pytest.raises(ProfileError, match="made with backend = xla"):
-        State(path, settings_of(tiny_model, "reference"))
+        State(path, conditions_of(tiny_model, "reference"))
 
 
 def test_a_source_that_is_no_text_is_refused_before_anything_is_measured(tiny_model, monkeypatch):
@@ -303,9 +313,9 @@ def test_samples_without_images_are_refused_before_anything_runs(tiny_model, mon
 def test_what_read_samples_returns_can_be_profiled(tiny_model):
     samples = bsjax.Samples(SAMPLES[:1], "noise in memory")
     arguments = {"threshold": 0.5, "sinks": Sinks(), "held_out": 0.0, "progress": False}
-    assert bsjax.profile(tiny_model, samples, **arguments).sample_source == "noise in memory"
+    assert bsjax.profile(tiny_model, samples, **arguments).source == "noise in memory"
     named = bsjax.profile(tiny_model, samples, **arguments, source="mine")
-    assert named.sample_source == "mine" and named.sample_count == 1
+    assert named.source == "mine" and named.evidence.sample_count == 1
 
 
 def test_all_samples_may_be_used_and_sinks_given(tiny_model):
@@ -318,7 +328,8 @@ def test_all_samples_may_be_used_and_sinks_given(tiny_model):
         held_out=0.0,
         progress=False,
     )
-    assert (profile.sample_count, profile.held_out_count) == (3, 0)
-    assert profile.end_to_end is None and profile.sink_discovery is None
+    evidence = profile.evidence
+    assert (evidence.sample_count, evidence.held_out_count) == (3, 0)
+    assert evidence.end_to_end is None and evidence.sink_discovery is None
     assert profile.sinks == Sinks(1, (2,))
-    assert profile.thresholds == {"quantile": 0.9, "threshold": 0.5}
+    assert evidence.thresholds == {"quantile": 0.9, "threshold": 0.5}

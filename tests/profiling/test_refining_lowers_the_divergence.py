@@ -185,7 +185,7 @@ def test_categories_that_save_nothing_are_not_tried():
         ({"max_kl": 0.1, "max_evaluations": 1}, "max_evaluations"),
     ],
 )
-def test_budgets_that_are_none_are_refused(arguments, words):
+def test_invalid_budgets_are_refused(arguments, words):
     found, evaluator = case(0)
     with pytest.raises(ProfileError, match=words):
         refine(None, found, evaluator, **arguments)

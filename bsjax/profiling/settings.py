@@ -1,0 +1,153 @@
+"""How categories are chosen and checked: one checked object for the API and the command line.
+
+Importing this module imports neither NumPy nor JAX, so that `bsjax profile --help` is quick.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bsjax.checks import as_number, whole_number
+from bsjax.errors import ProfileError
+from bsjax.profiles.criteria import MEASURED_CRITERIA
+
+LEAST_EVALUATIONS = 2
+"""Refinement compares at least dense categories and its result."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A budget per head: its damage, in terms of the criterion, is at most `value`.
+
+    Raises:
+      ProfileError: the value is not a finite number from 0.
+    """
+
+    value: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= as_number(self.value) < math.inf:
+            raise ProfileError(f"threshold must be a number from 0, got {self.value!r}.")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A budget for the model: at least this share of its attention FLOPs is saved.
+
+    Raises:
+      ProfileError: the share is not between 0 and 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < as_number(self.share) < 1:
+            raise ProfileError(
+                f"target_reduction must be a share between 0 and 1, got {self.share!r}."
+            )
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A budget for the model: KL(dense || sparse) of next-token distributions is at most `nats`.
+
+    Raises:
+      ProfileError: not a finite number above 0.
+    """
+
+    nats: float
+
+    def __post_init__(self) -> None:
+        if not 0 < as_number(self.nats) < math.inf:
+            raise ProfileError(f"max_kl must be a number of nats above 0, got {self.nats!r}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How categories are chosen from measurements, and checked on held-out samples.
+
+    The arguments of `bsjax.profile` with the same names say what each is for.
+
+    Attributes:
+      budget: what limits the choice.
+      criterion: one of `MEASURED_CRITERIA`.
+      quantile: share of the samples whose damage counts, in [0, 1].
+      refine: whether the choice of the one-shot rule is refined.
+      max_evaluations: how many arrays of categories refinement compares at most.
+      rounds: how many rounds of correction in context refinement does at most.
+      margin: how many heads a round measures in each direction.
+      answer_tokens: tokens of an answer that are compared at most.
+      held_out: share of the samples kept for the check, in [0, 1).
+      seed: draws the held-out samples.
+
+    Raises:
+      ProfileError: a value is out of range, or a divergence without refinement.
+    """
+
+    budget: Threshold | Reduction | Divergence = Threshold()
+    criterion: str = "output_error"
+    quantile: float = 0.9
+    refine: bool = False
+    max_evaluations: int = 1024
+    rounds: int = 4
+    margin: int = 24
+    answer_tokens: int = 8
+    held_out: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in MEASURED_CRITERIA:
+            raise ProfileError(
+                f"criterion must be one of {', '.join(MEASURED_CRITERIA)}, got {self.criterion!r}."
+            )
+        # A share of attention is at most 1. Relative errors have no bound: an output that is left
+        # out may point against what is kept.
+        if isinstance(self.budget, Threshold) and self.criterion == "mass":
+            if self.budget.value > 1:
+                raise ProfileError(
+                    "threshold must be a share from 0 to 1 for the criterion 'mass', got "
+                    f"{self.budget.value!r}."
+                )
+        if isinstance(self.budget, Divergence) and not self.refine:
+            raise ProfileError("max_kl is a budget of refining: pass refine=True with it.")
+        if not 0 <= as_number(self.quantile) <= 1:
+            raise ProfileError(f"quantile must be a share from 0 to 1, got {self.quantile!r}.")
+        if not 0 <= as_number(self.held_out) < 1:
+            raise ProfileError(f"held_out must be a share in [0, 1), got {self.held_out!r}.")
+        for name, least in (
+            ("max_evaluations", LEAST_EVALUATIONS),
+            ("rounds", 0),
+            ("margin", 0),
+            ("answer_tokens", 1),
+            ("seed", 0),
+        ):
+            whole_number(name, getattr(self, name), least=least, error=ProfileError)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        threshold: float = Threshold.value,
+        target_reduction: float | None = None,
+        max_kl: float | None = None,
+        **others: Any,
+    ) -> "Settings":
+        """The settings that arguments of `bsjax.profile` mean.
+
+        Args:
+          threshold: the budget if neither of the others is given.
+          target_reduction: a budget in place of the threshold.
+          max_kl: a budget in place of the threshold, for refinement.
+          **others: attributes other than the budget, by name.
+
+        Raises:
+          ProfileError: both `target_reduction` and `max_kl`, or a value out of range.
+        """
+        if target_reduction is not None and max_kl is not None:
+            raise ProfileError("Give target_reduction or max_kl, not both.")
+        settings = cls(Threshold(threshold), **others)
+        if target_reduction is not None:
+            return replace(settings, budget=Reduction(target_reduction))
+        if max_kl is not None:
+            return replace(settings, budget=Divergence(max_kl))
+        return settings
