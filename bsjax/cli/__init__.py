@@ -1,4 +1,4 @@
-"""The console script `bsjax`: `generate` answers, `mask` draws a mask, `profile` measures heads."""
+"""The console script `bsjax`, with the commands `generate`, `mask` and `profile`."""
 
 import argparse
 import io
@@ -22,7 +22,7 @@ Checkpoints are folders written by `python -m convert`.
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="bsjax",
         description="Block-sparse prefill for vision-language models.",
@@ -40,15 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      The exit status: 0 done, 1 two profiles differ, 2 bad input (one line on stderr says what),
-      130 interrupted.
+      The exit status: 0 for success, 1 if two profiles differ, 2 for bad input (with one line on
+      stderr that says what is wrong), 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(profile.with_run(given))
-    # transformers is used for tokenizers and images: torch need not be there.
+    # transformers is used for tokenizers and images only, which needs no torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Answers hold characters that not every terminal's encoding has.
+        # Answers may have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     try:
         return options.run(options) or 0

@@ -9,17 +9,21 @@ CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The images of a question, and how they are read."""
+    """Adds the images of a question, and how they are read."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="IMAGE", help="one more, after those"
+        "--image",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="another image, after IMAGE ...",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_settings(parser)
 
 
 def add_image_settings(parser: Any) -> None:
-    """How images are read; `parser` is a parser or a group of its arguments."""
+    """Adds how images are read; `parser` is a parser or a group of arguments."""
     parser.add_argument(
         "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
     )
@@ -29,7 +33,7 @@ def add_image_settings(parser: Any) -> None:
 
 
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The conversation that `add_images` and a question describe."""
+    """The conversation that the arguments of `add_images` and a question describe."""
     content: list[dict[str, Any]] = [
         {
             "type": "image",
@@ -51,4 +55,4 @@ def category(text: str) -> HeadCategory:
     try:
         return HeadCategory.parse(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {CATEGORY_NAMES}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {CATEGORY_NAMES}") from None

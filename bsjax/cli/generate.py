@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+from bsjax.cli.cuda_noise import import_jax
 
 if TYPE_CHECKING:
     from bsjax.runtime.results import Result
@@ -17,7 +18,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="answer a question about images",
-        description="Answers a question about images: the answer to stdout, figures to stderr.",
+        description="Answers a question about images: answer to stdout, figures to stderr.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
@@ -25,7 +26,9 @@ def add_to(commands: Any) -> None:
     add_images(parser)
     profiles = parser.add_mutually_exclusive_group()
     profiles.add_argument(
-        "--profile", metavar="FILE", help="a profile's file, or a shipped one's name; else dense"
+        "--profile",
+        metavar="FILE",
+        help="a profile file, or the name of a shipped profile; default: dense attention",
     )
     profiles.add_argument(
         "--uniform",
@@ -34,25 +37,29 @@ def add_to(commands: Any) -> None:
         help=f"for experiments: the same category in all heads ({CATEGORY_NAMES})",
     )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    output.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     output.add_argument("--json", action="store_true", help="print answer and figures as JSON")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
+        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of probability P"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw from the likeliest tokens of total probability P",
     )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
     parser.add_argument(
-        "--backend", default="auto", help="of the attention: auto, pallas, xla, reference"
+        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
     )
     parser.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> None:
+    import_jax(devices=True)
     import bsjax
 
     model = bsjax.load(options.checkpoint, dtype=options.dtype)

@@ -1,10 +1,11 @@
-"""`bsjax mask`: draws what the queries of a prompt see."""
+"""`bsjax mask`: draws which keys the queries of a prompt see."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import TemplateError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.visibility import Visibility
@@ -18,8 +19,8 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "mask",
         help="draw a prompt's mask to a picture",
-        description="Draws what the queries of a prompt see, in prompt order and in packed order. "
-        "Reads a checkpoint's tokenizer and image settings, not its weights.",
+        description="Draws which keys the queries of a prompt see, in prompt order and in packed "
+        "order. Reads a checkpoint's tokenizer and image settings, but not its weights.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?")
@@ -34,19 +35,19 @@ def add_to(commands: Any) -> None:
         "--layer",
         type=int,
         metavar="N",
-        help="with a checkpoint: whose mask to draw, counted from 0. It matters for Gemma 3, most "
-        "of whose layers have a window; default: one without",
+        help="with a checkpoint: layer whose mask to draw, from 0. Matters for Gemma 3, where most "
+        "layers have a window; default: a layer without one",
     )
     parser.add_argument(
         "--window",
         type=int,
         metavar="N",
-        help="with --segments: a query sees this many positions back, its own included",
+        help="with --segments: a query sees this many positions, up to and including its own",
     )
     parser.add_argument(
         "--bidirectional-images",
         action="store_true",
-        help="with --segments: the tokens of an image all see each other, as Gemma 3's do",
+        help="with --segments: all tokens of an image see each other, as in Gemma 3",
     )
     parser.add_argument(
         "--category",
@@ -59,6 +60,7 @@ def add_to(commands: Any) -> None:
 
 
 def _mask(options: argparse.Namespace) -> None:
+    import_jax()
     from bsjax.masks.block_mask import BlockMask
 
     template, visibility = template_and_visibility(options)
@@ -79,7 +81,7 @@ def _mask(options: argparse.Namespace) -> None:
 
 
 def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Visibility]":
-    """The prompt's template, and what a layer lets its queries see."""
+    """The prompt's template, and the visibility of the layer."""
     from bsjax.masks.template import Template
 
     if options.segments is not None:
@@ -89,15 +91,15 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
         given = any(value not in (None, False, []) for value in of_checkpoints)
         if given or options.layer is not None:
             raise TemplateError(
-                "--image, --system, --max-pixels, --pan-and-scan and --layer belong to a "
-                "checkpoint's prompt."
+                "--image, --system, --max-pixels, --pan-and-scan and --layer need a checkpoint, "
+                "not --segments."
             )
         visibility = Visibility(options.bidirectional_images, options.window)
         return Template.from_segments(_segments(options.segments)), visibility
     if options.window is not None or options.bidirectional_images:
         raise TemplateError(
-            "--window and --bidirectional-images belong to --segments: a checkpoint says itself "
-            "what its layers see. Choose one with --layer."
+            "--window and --bidirectional-images need --segments: a checkpoint defines what its "
+            "layers see. Choose a layer with --layer."
         )
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
@@ -114,7 +116,7 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
 
 
 def _visibility(family: Any, config: Any, layer: int | None) -> Visibility:
-    """What a layer lets its queries see; for None, what layers of the model's last kind do."""
+    """The visibility of a layer; for None, that of the model's last kind of layer."""
     visibilities = family.visibilities(config)
     kinds = family.layer_kinds(config)
     if layer is None:
@@ -133,7 +135,7 @@ def _segments(text: str) -> list[Any]:
         kind, _, tokens = part.strip().partition(":")
         if kind not in kinds or not tokens.isdecimal():
             raise TemplateError(
-                f"--segments: {part.strip()!r} is neither text:N nor image:N. "
+                f"--segments: {part.strip()!r} is not text:N or image:N. "
                 "Example: text:12,image:256,text:5"
             )
         segments.append(kinds[kind](int(tokens)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import add_image_settings
+from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 from bsjax.profiling.settings import Settings, Threshold
@@ -241,6 +242,7 @@ def _add_diff(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import_jax(devices=True)
     import bsjax
     from bsjax.samples import QUESTIONS
 

@@ -248,6 +248,37 @@ def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
     assert b"prompt tokens" in completed.stderr
 
 
+def test_a_command_that_succeeds_writes_nothing_to_stderr(tmp_path):
+    """Not even where JAX has its CUDA plugin, but there is no CUDA driver."""
+    arguments = ["mask", "--segments", "text:3,image:9", "--output", str(tmp_path / "mask.png")]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bsjax", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
+    (tmp_path / "jax_cuda12_plugin.py").touch()
+    (tmp_path / "jax.py").write_text(
+        "import os\n"
+        "os.write(2, b'I0000 cudart_stub.cc:31] Could not find cuda drivers\\n')\n"
+        "os.write(2, b'a real error\\n')\n"
+    )
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from bsjax.cli import cuda_noise\n"
+        "cuda_noise._has_driver = lambda: False\n"
+        "cuda_noise.import_jax()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "a real error\n")
+
+
 def test_help_waits_for_nothing_heavy():
     program = (
         "import sys, bsjax.cli\n"
