@@ -1,16 +1,18 @@
-# make demo   questions about twelve images to the small trained model in examples/, dense and sparse
-# make test   the test suite          make lint   ruff and pyright
-# make test-fast  without the slow tests: two minutes, for every change (TEST_OPTIONS="-k masks")
+# make demo   asks the small trained model in examples/ about images, and times long prompts
+# make test   the test suite          make lint   ruff, pyright, order of the packages
+# make test-fast  the suite without its slow tests: two minutes (TEST_OPTIONS="-k masks")
 # make bench  the attention benchmark, e.g. make bench BENCH_OPTIONS="--tokens 75K --time-limit 540"
 #
-# Each makes what it needs in .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+# Each installs what it needs into .venv first. PYTHON chooses the interpreter:
+# make demo PYTHON=python3.12
 #
-# make train     trains a small model from scratch, or goes on with it: an hour (TRAIN_OPTIONS)
-# make profile   finds the categories of the heads of the one in examples/, or of yours (TRAINED)
-# make evaluate  its accuracy, dense and sparse, on prompts held out: docs/evaluation.md
+# make train        trains a small model from scratch, or continues: an hour (TRAIN_OPTIONS)
+# make profile      finds the head categories of the model in examples/, or of yours (TRAINED)
+# make evaluate     its accuracy on held-out prompts, dense and sparse: docs/evaluation.md
+# make wheel-check  builds the wheel, installs it into a new environment and tries it there
 #
-# make gpu-check   the GPU kernels on the GPU at hand: right, and how fast. Makes nothing: PYTHON is
-#                  any interpreter with a CUDA JAX and NumPy.
+# make gpu-check   checks and times the GPU kernels on this machine's GPU. Installs nothing: PYTHON
+#                  is any interpreter with a CUDA JAX and NumPy.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,15 +21,19 @@ VENV_PYTHON := $(VENV)/bin/python
 # On the CPU unless told otherwise. On a GPU: .venv/bin/pip install -e ".[cuda12]", then
 # make demo JAX_PLATFORMS=cuda
 JAX_PLATFORMS ?= cpu
-# transformers is used for tokenizers and images only, and need not mention that torch is missing.
+# transformers is used for tokenizers and images only: no advice that torch is missing.
 TRANSFORMERS_NO_ADVISORY_WARNINGS ?= 1
 export JAX_PLATFORMS TRANSFORMERS_NO_ADVISORY_WARNINGS
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast lint bench train profile evaluate gpu-check clean
+.PHONY: demo test test-fast lint bench train profile evaluate gpu-check wheel-check clean
 
+# Where JAX's CUDA plugin is installed, it writes about missing drivers to stderr before any setting can
+# stop it. Everything else on stderr is shown when the demo has ended.
 demo: $(VENV)/.installed-demo
-	$(VENV_PYTHON) -m examples.demo
+	@mkdir -p build
+	$(VENV_PYTHON) -m examples.demo 2> build/demo.stderr; status=$$?; \
+	  grep -v -e cudart_stub -e absl::InitializeLog build/demo.stderr >&2; exit $$status
 
 # Workers take tests from each other when they run out of their own.
 WORKERS ?= 2
@@ -81,6 +87,14 @@ evaluate: $(VENV)/.installed-train $(PROFILED)/.converted
 gpu-check: export JAX_PLATFORMS =
 gpu-check:
 	$(PYTHON) -m tools.gpu_check $(GPU_CHECK_OPTIONS)
+
+# -I: neither the repository nor the script's folder is on the path.
+wheel-check: $(VENV)/.created
+	rm -rf build/wheel && mkdir -p build/wheel/empty
+	$(VENV_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(VENV_PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
+	cd build/wheel/empty && ../venv/bin/python -I $(CURDIR)/tools/wheel_check.py
 
 clean:
 	rm -rf $(VENV) build

@@ -1,10 +1,12 @@
-"""Asks the small trained model beside this file about images it has not seen, dense and sparse.
+"""Asks a small trained model about images it has not seen, then times it on long prompts.
 
     python -m examples.demo [--checkpoint FOLDER] [--profile FILE] [--output FOLDER]
 
-Converts examples/small-qwen2.5-vl, draws twelve images with digits that it has not been trained on,
-asks about them, and prints what it answers dense and with its measured profile, what each took, and
-the profile. Other checkpoints of `make train`, and their profiles, can be given instead.
+1. Converts examples/small-qwen2.5-vl, draws twelve images with digits that were held out from its
+   training, and asks about them, dense and with the profile that was measured on the model.
+2. Times attention and prefill of longer and longer prompts, dense and sparse, on this machine.
+
+Pictures go to the output folder. Another checkpoint of `make train` and its profile can be given.
 """
 
 import argparse
@@ -18,9 +20,9 @@ from rich.text import Text
 
 import bsjax
 from bsjax.profiles.picture import plot_profile
-from bsjax.profiles.report import print_profile
 
 from .arguments import whole
+from .long_prompts import plot_timings, table_of_timings, time_prompts
 from .shipped import CHECKPOINT, PROFILE, converted
 from .train_small_vlm.conversations import messages
 from .train_small_vlm.questions import TASKS, Question, ask
@@ -62,19 +64,17 @@ def ask_all(
     model: bsjax.LoadedModel, profile: bsjax.Profile, scene: Scene, questions: list[Question]
 ) -> dict[str, list[bsjax.Result]]:
     """The answers to all questions, dense and with the profile."""
-    answers = {}
-    for name, used in {"dense": None, "sparse": profile}.items():
-        # Once to compile; what is measured is what every further prompt of like size takes.
-        bsjax.generate(model, messages(scene, questions[0]), profile=used, max_new_tokens=4)
-        answers[name] = [
+    return {
+        name: [
             bsjax.generate(model, messages(scene, question), profile=used, max_new_tokens=4)
             for question in questions
         ]
-    return answers
+        for name, used in {"dense": None, "sparse": profile}.items()
+    }
 
 
 def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Result]]) -> Table:
-    """Questions, right answers and given ones."""
+    """Every question with its right answer and the answers given, wrong ones in red."""
     table = Table(title="answers", title_justify="left")
     for name in ("question", "right", *answers):
         table.add_column(name)
@@ -85,30 +85,6 @@ def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Re
             for text in given
         ]
         table.add_row(question.text, question.answer.strip(), *shown)
-    return table
-
-
-def table_of_costs(answers: dict[str, list[bsjax.Result]]) -> Table:
-    """What the answers took: one column for each run, medians over the questions."""
-    table = Table(title="prefill and answer, median of the questions", title_justify="left")
-    table.add_column("")
-    for name in answers:
-        table.add_column(name, justify="right")
-    stats = {name: [result.stats for result in results] for name, results in answers.items()}
-
-    def row(title: str, value, form: str) -> None:
-        table.add_row(
-            title, *(form.format(np.median([value(one) for one in of])) for of in stats.values())
-        )
-
-    row("attention FLOPs of prefill", lambda one: one.attention_flops_sparse, "{:,.0f}")
-    row(
-        "saved",
-        lambda one: 100 * (1 - one.attention_flops_sparse / one.attention_flops_dense),
-        "{:.1f} %",
-    )
-    for name in ("vision", "prefill", "decode"):
-        row(f"{name}, seconds", lambda one, name=name: getattr(one, f"{name}_seconds"), "{:.3f}")
     return table
 
 
@@ -135,10 +111,10 @@ def main() -> None:
     random = np.random.default_rng(options.seed)
     scene, questions = scene_and_questions(random)
     answers = ask_all(model, profile, scene, questions)
-    stats = answers["dense"][0].stats
+    stats = answers["sparse"][0].stats
     console.print(
-        f"{len(scene.pictures)} images of {', '.join(map(str, stats.image_tokens))} tokens; "
-        f"{stats.prompt_tokens} tokens in all. The digits were held out from training.\n"
+        f"{len(scene.pictures)} images, {stats.prompt_tokens} tokens. The digits were held out from "
+        "training.\n"
     )
     console.print(table_of_answers(questions, answers))
     for name, results in answers.items():
@@ -147,13 +123,17 @@ def main() -> None:
             for result, question in zip(results, questions, strict=True)
         )
         console.print(f"{name}: {right} of {len(questions)} right")
-    console.print()
-    console.print(table_of_costs(answers))
+    saved = 1 - stats.attention_flops_sparse / stats.attention_flops_dense
+    console.print(f"The profile saves {saved:.0%} of the attention FLOPs of these prompts.\n")
+
+    console.print("Timing longer prompts, about a minute ...")
+    timings = list(time_prompts(model, profile))
+    console.print(table_of_timings(timings))
     console.print(
-        "A prompt this short spends little of its time in attention: what sparsity saves shows in "
-        "FLOPs here, and in seconds on long prompts.\n"
+        "Each pair is dense -> sparse, with sparse / dense beside it; FLOPs are attention FLOPs, "
+        "sparse / dense. Medians of three rounds, compiled before. The model was trained on up to "
+        "twelve images: on these prompts only the time counts, not the answer.\n"
     )
-    print_profile(profile, options.profile)
 
     options.output.mkdir(parents=True, exist_ok=True)
     template = template_of(model, profile, scene, questions[0])
@@ -161,6 +141,7 @@ def main() -> None:
     mask.plot(options.output / "mask.png")
     plot_profile(profile, options.output / "profile.png")
     pictures = {
+        "Time against length": plot_timings(timings, options.output / "time.png"),
         "The images": contact_sheet(scene, options.output / "images.png"),
         "The profile": options.output / "profile.png",
         "One head's mask": options.output / "mask.png",

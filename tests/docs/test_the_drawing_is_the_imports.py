@@ -1,0 +1,87 @@
+"""The drawing of the packages in docs/architecture.md is what the imports are."""
+
+import ast
+import re
+import tomllib
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "bsjax"
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def drawn_layers() -> list[list[str]]:
+    """The packages of each line of the drawing, from top to bottom."""
+    section = PAGE.read_text(encoding="utf-8").split("\n## Packages\n")[1]
+    (drawing,) = re.findall(r"```\n(.*?)```", section, re.DOTALL)
+    return [re.split(r" {2,}", line)[0].split(", ") for line in drawing.splitlines()]
+
+
+def imports_between_packages() -> set[tuple[str, str, str]]:
+    """(importing package, imported package, file) of every import inside bsjax."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        inner = path.relative_to(PACKAGE)
+        if len(inner.parts) == 1 and inner.stem in ("__init__", "__main__"):
+            continue  # They name what is public, and start the console script.
+        importer = inner.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import, which this test does not read"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "bsjax" and len(parts) > 1 and parts[1] != importer:
+                    found.add((importer, parts[1], str(inner)))
+    return found
+
+
+def test_every_package_and_module_of_bsjax_is_drawn_once():
+    drawn = [name for layer in drawn_layers() for name in layer]
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(drawn) == sorted(modules | packages)
+
+
+def test_every_import_points_down():
+    rank = {name: number for number, layer in enumerate(drawn_layers()) for name in layer}
+    edges = imports_between_packages()
+    assert len({edge[:2] for edge in edges}) > 20, "the imports were not found"
+    # `from bsjax import name` imports a package lazily, by its public name: none is drawn.
+    wrong = [edge for edge in edges if edge[1] in rank and rank[edge[0]] >= rank[edge[1]]]
+    assert not wrong
+
+
+def test_every_imported_name_of_bsjax_is_a_drawn_package():
+    drawn = {name for layer in drawn_layers() for name in layer}
+    assert {edge[1] for edge in imports_between_packages()} <= drawn | {"__version__"}
+
+
+@pytest.fixture(scope="module")
+def contract() -> list[str]:
+    """The layers that import-linter checks, from top to bottom."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = [
+        contract["layers"]
+        for contract in settings["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    ]
+    return layers
+
+
+def test_make_lint_checks_the_same_layers(contract):
+    checked = [re.findall(r"bsjax\.(\w+)", layer) for layer in contract]
+    assert [layer for layer in checked if layer != ["__main__"]] == drawn_layers()
+
+
+def test_every_file_that_the_page_names_exists():
+    named = re.findall(r"`(bsjax/[\w/]+(?:\.py|/))`", PAGE.read_text(encoding="utf-8"))
+    assert len(named) > 10
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
