@@ -113,8 +113,8 @@ def main() -> None:
     answers = ask_all(model, profile, scene, questions)
     stats = answers["sparse"][0].stats
     console.print(
-        f"{len(scene.pictures)} images, {stats.prompt_tokens} tokens. The digits were held out from "
-        "training.\n"
+        f"{len(scene.pictures)} images, {stats.prompt_tokens} tokens. "
+        "The digits were held out from training.\n"
     )
     console.print(table_of_answers(questions, answers))
     for name, results in answers.items():

@@ -7,14 +7,14 @@ On prompts held out from training and profiling, with as many images as were pro
 
 - categories at several FLOPs budgets, chosen by the one-shot rule (per-head threshold, by output
   error and by attention mass) and by refinement end to end;
-- the one-shot rule told that nothing reads image rows of the last layer;
-- refinement on prompts of two and three images, for what it says about prompts of more;
+- the one-shot rule, told that nothing reads image rows of the last layer;
+- refinement on prompts of two and three images, to see how far it carries to more images;
 - a profile of the model, as `make profile` writes it;
-- controls, which must lose if this measures anything: the profile's categories dealt to other
-  heads, of the model or of the same layer (the same FLOPs), and one category for all heads;
-- with `--hybrid`, a model trained with sparse layers, beside the dense-trained one at its FLOPs.
+- controls, which must lose accuracy if this measures anything: the profile's categories dealt to
+  other heads, of the model or of the same layer (the same FLOPs), and one category for all heads;
+- with `--hybrid`, a model trained with sparse layers, and the dense-trained one at equal FLOPs.
 
-With `--resume` all that is measured is kept, and a run that was interrupted goes on.
+`--resume` keeps everything measured, so that an interrupted run can be continued.
 
 Writes docs/evaluation.md, docs/evaluation.png and benchmarks/results/evaluation.json.
 """
@@ -67,12 +67,12 @@ Right = Bool[np.ndarray, "scenes questions"]
 
 @dataclass(frozen=True)
 class Condition:
-    """Head categories to be evaluated.
+    """Head categories to evaluate.
 
     Attributes:
-      kind: what they are an instance of; lines of the plot, sections of the tables.
-      name: what tells them from others of the kind.
-      categories: of every head.
+      kind: how they were chosen; a line of the plot, a section of the tables.
+      name: distinguishes conditions of one kind.
+      categories: the category of every head.
     """
 
     kind: str
@@ -81,10 +81,10 @@ class Condition:
 
 
 def one_shot_conditions(measurements: Measurements) -> Iterator[Condition]:
-    """The one-shot rule at all budgets it reaches.
+    """The one-shot rule at all budgets it reaches, by both criteria.
 
-    By both criteria as it is, and by output error with the last layer's errors left out: they are
-    of image rows, and what is computed for those in the last layer is read by nothing.
+    Once more by output error with the last layer's errors left out: errors are measured on image
+    rows, and nothing reads those of the last layer.
     """
     error = measurements.error.copy()
     error[:, -1] = 0
@@ -108,7 +108,7 @@ def refined_conditions(
     evaluator: Evaluator,
     budgets: Sequence[float] = BUDGETS,
 ) -> Iterator[Condition]:
-    """Refinement to all budgets it reaches, on the evaluator's prompts."""
+    """Refinement at all budgets it reaches, on the evaluator's prompts."""
     for budget in budgets:
         try:
             refined = refine(
@@ -177,7 +177,7 @@ def evaluate(
 
 
 def answered(prompts: HeldOut, categories: Categories, state: State) -> Right:
-    """Which prompts are answered right: recalled, or found out."""
+    """Which prompts are answered right, from the state if they are in it."""
     name = hashlib.sha256(f"{prompts.name} {categories.tolist()}".encode()).hexdigest()
     return state.recall(f"right {name}", lambda: {"right": prompts.right(categories)})["right"]
 
@@ -187,9 +187,10 @@ def accuracies(
 ) -> dict[str, Any]:
     """Accuracy of all prompts and of each task asked, its change, with 95 % confidence intervals.
 
-    Questions about one scene are not independent, so scenes are what is drawn again (bootstrap),
-    and the change is taken prompt by prompt. Where all scenes are alike that tells nothing: there
-    the interval holds the rates of another outcome that so many scenes without one allow.
+    Questions about one scene are not independent, so the bootstrap resamples scenes, and the change
+    is computed prompt by prompt. If all scenes have the same outcome, resampling has no spread; the
+    interval then holds the rates of another outcome that are compatible with not having seen one in
+    so many scenes.
     """
     random = np.random.default_rng([seed, 9])
     scenes = len(right)
@@ -219,15 +220,18 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped one's name")
+    parser.add_argument("--profile", default=PROFILE, help="a file, or the name of a shipped one")
     parser.add_argument(
-        "--scenes", type=whole(1), default=300, help="of each set; six prompts a scene"
+        "--scenes",
+        type=whole(1),
+        default=300,
+        help="number of scenes in each set; six prompts per scene",
     )
     parser.add_argument(
-        "--calibration", type=whole(1), default=64, help="prompts to choose heads with"
+        "--calibration", type=whole(1), default=64, help="number of prompts to choose categories on"
     )
     parser.add_argument("--hybrid", type=Path, help="folder of a training run with sparse layers")
-    parser.add_argument("--resume", type=Path, help="a file that keeps all that is measured")
+    parser.add_argument("--resume", type=Path, help="a file that keeps everything measured")
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seed", type=whole(0), default=0)
@@ -249,7 +253,7 @@ def main() -> None:
 
 
 def _sources() -> str:
-    """What the code that draws, asks and answers is."""
+    """A hash of the code that draws, asks and answers."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parent / "train_small_vlm").glob("*.py")):
         digest.update(path.read_bytes())
@@ -257,7 +261,7 @@ def _sources() -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Chooses categories, evaluates them, and returns all that was measured."""
+    """Chooses categories, evaluates them, and returns everything measured."""
     model = converted(options.checkpoint)
     profile = bsjax.Profile.resolve(options.profile, model)
     assert profile is not None
@@ -338,7 +342,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Hybrid:
-    """A model some of whose layers were INTRA_IMAGE_SINK from the first training step on."""
+    """A model with layers that were INTRA_IMAGE_SINK from the first training step on."""
 
     model: bsjax.LoadedModel
     categories: Categories
@@ -347,12 +351,14 @@ class Hybrid:
 
     @classmethod
     def of(cls, run: Path) -> "Hybrid":
-        """The result of a training run, which knows its own sparse layers."""
+        """Reads the result of a training run; its settings say which layers are sparse."""
         try:
             settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
             layers = tuple(settings["sparse_layers"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise SystemExit(f"error: {run} has no settings.json of a training run.") from None
+            raise SystemExit(
+                f"error: {run} does not have the settings.json of a training run."
+            ) from None
         if not layers:
             raise SystemExit(f"error: {run} was trained without sparse layers.")
         model = converted(run / "checkpoint")
@@ -369,7 +375,7 @@ class Hybrid:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the results say of it."""
+        """Its description in the results."""
         return {
             "sparse_layers": list(self.sparse_layers),
             "checkpoint_fingerprint": self.model.fingerprint,

@@ -1,4 +1,4 @@
-"""The page and the picture that `examples.evaluate` makes from its results."""
+"""The page and the picture of `examples.evaluate`, from its results."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,16 +40,16 @@ def report(results: dict[str, Any], picture: str) -> str:
         parts.append(_table(one_set["rows"]))
         parts.append(_controls(one_set["rows"]))
         parts.append(
-            "Accuracy by task, in %; first how often the commonest answer of a task is right:\n"
+            "Accuracy by task, in %; the first line is how often the most common answer is right:\n"
         )
         parts.append(_task_table(one_set))
-        parts.append("Change from dense by task, in points:\n")
+        parts.append("Change relative to dense by task, in points:\n")
         parts.append(_change_table(one_set["rows"]))
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     command = "python -m examples.evaluate" + ("" if hybrid is None else " --hybrid RUN")
     parts.append(
         f"Made on {results['date']} by `{command}` on {results['machine']} ({results['device']}); "
-        f"{versions}. Which prompts are answered right is in "
+        f"{versions}. The answer to every prompt, right or wrong, is in "
         "`benchmarks/results/evaluation.json`.\n"
     )
     return "\n".join(parts)
@@ -64,56 +64,64 @@ _INTRODUCTION = """\
 # Accuracy of the small trained model, dense and sparse
 
 The Qwen2.5-VL that `examples/train_small_vlm` trains answers questions about scenes with
-handwritten digits that neither training nor profiling has seen. An answer counts when all of it is
-right. *FLOPs saved* are attention FLOPs of prefill, over all layers and heads and these prompts,
-text queries included; beside it, how much of that is saved in the last layer. *Change* is from
-dense, prompt by prompt. Intervals are of 95 %, from drawing scenes again (questions about one scene
-are not independent).
+handwritten digits that neither training nor profiling has seen. An answer is right if all of its
+tokens are. *FLOPs saved* counts attention FLOPs of prefill, over all layers, heads and prompts,
+text queries included; the next column is the part saved in the last layer. *Change* is relative to
+dense, prompt by prompt. Intervals are 95 % bootstrap intervals over scenes (questions about one
+scene are not independent).
 
 - **dense**: every head sees everything.
 - **profile**: `{profile[name]}`, chosen on {profile[samples]} other prompts ({profile[source]}).
-- **one-shot**: every head takes the cheapest category within one threshold for all, on the error of
-  its output or on the attention mass dropped; the threshold is the least that saves the FLOPs.
-- **one-shot, last layer free**: the same by output error, but told that nothing reads the image
-  tokens of the last layer, so that its heads may be SINK at once.
-- **refined**: heads chosen by measured damage to the answer per FLOP, and corrected in context.
-  All of these are made from {calibration_prompts} prompts of 4 to 8 images with training digits.
-- **refined on 2 and 3 images**: the same, from as many prompts of two and three images. All prompts
-  here have more; the FLOPs budget is that of the prompts it was refined on.
-- **dealt at random**: the profile's categories, dealt to other heads: the same FLOPs.
-- **dealt within layers**: dealt to other heads of the same layer alone.
-- **one for all heads**: the same category everywhere.
+- **one-shot**: every head takes the cheapest category within one threshold, on the error of its
+  output or on the attention mass dropped. The threshold is the smallest that saves the FLOPs.
+- **one-shot, last layer free**: the same, by output error, but told that nothing reads the image
+  tokens of the last layer, so that its heads can be SINK.
+- **refined**: heads chosen by measured damage to the answer per FLOP saved, then corrected in
+  context. One-shot and refined conditions use {calibration_prompts} prompts of 4 to 8 images with
+  training digits.
+- **refined on 2 and 3 images**: the same, on as many prompts of two and three images. All prompts
+  here have more images; the FLOPs budget refers to the prompts it was refined on.
+- **dealt at random**: a control. The profile's categories, assigned to other heads at random; the
+  FLOPs are the same.
+- **dealt within layers**: a control. Categories are exchanged between heads of the same layer only.
+- **one for all heads**: a control. The same category for every head.
 """
 
 _HYBRID = """\
-- **hybrid**: another model of the same recipe, whose layers {layers} (the first is 0) are
-  INTRA_IMAGE_SINK from the first training step on; beside it the dense-trained model refined to its
-  FLOPs (**at the hybrid's FLOPs**). Its change is from the dense-trained model too.
+- **hybrid**: another model, trained in the same way except that its layers {layers} (the first is
+  0) are INTRA_IMAGE_SINK from the first training step on. Its change is relative to the
+  dense-trained model too. **at the hybrid's FLOPs** is the dense-trained model refined to the same
+  FLOPs.
 """
 
 _NOTES = """\
-What to know when reading this:
+Notes:
 
-- Nothing reads the image tokens of the last layer: its heads can be SINK without any effect on the
-  answer, in every model. In a model of {layers} layers that is much of what is saved, in one of 28
-  little. Measured damage finds it, the one-shot rule does not unless told, and heads that are dealt
-  at random lose it: compare with *last layer free* and *dealt within layers*.
-- A scene that cannot be asked about a task (no image is the only one of its kind, say) is asked for
-  the content of an image instead, so tasks have different numbers of prompts, and more images make
-  finding and repeats rarer. Beyond eight images a repeat is never of a colour: there are eight.
-- Only finding repeats needs image tokens that look at other images. Where the dense model is bad at
-  it there is little to lose, and what loses nothing shows little: the controls tell.
-- Scenes whose images are all large are drawn again, as in training, which had up to twelve images.
-- The model was taught where a few heads should look (`examples/train_small_vlm/README.md`): at
-  images' last tokens. Sinks are their first ones, and draw little of its attention.
+- Nothing reads the image tokens of the last layer, so its heads can be SINK without any effect on
+  the answer, in every model. In a model of {layers} layers that is a large part of the savings, in
+  one of 28 layers a small one. Measured damage finds it, the one-shot rule does not unless it is
+  told, and categories dealt at random lose it: compare *last layer free* and *dealt within layers*.
+- If a task has no question about a scene (for instance because no image is the only one of its
+  kind), the content of an image is asked for instead. So tasks have different numbers of prompts,
+  and find and repeat become rarer with more images. Beyond eight images, repeats never concern
+  colours, as there are only eight.
+- Only repeat needs image tokens that look at other images. Where the dense model is bad at it,
+  there is little to lose, and a condition that loses nothing proves little. The controls show
+  whether that is so.
+- Scenes with too many large images are drawn again, as in training, which had up to twelve images.
+- The model was taught where a few heads should look (`examples/train_small_vlm/README.md`): at the
+  last tokens of images. Sinks are the first tokens, and get little of this model's attention.
 """
 
 
 def _controls(rows: Sequence[Row]) -> str:
-    """How many of the controls lose for certain: what the accuracy of these prompts can tell."""
+    """How many controls lose accuracy significantly: whether these prompts can show a loss."""
     controls = [row for row in rows if row["kind"] in CONTROLS]
     lose = sum(row["change"][2] < 0 for row in controls)
-    return f"Controls that lose, all of their interval below zero: {lose} of {len(controls)}.\n"
+    return (
+        "Controls that lose accuracy, with their whole interval below zero: "
+        f"{lose} of {len(controls)}.\n"
+    )
 
 
 def _table(rows: Iterable[Row]) -> str:
@@ -140,7 +148,7 @@ def _task_table(one_set: dict[str, Any]) -> str:
         f"| categories | | {' | '.join(TASKS)} |",
         f"|---|---|{'---|' * len(TASKS)}",
         f"| prompts | | {' | '.join(map(str, counts))} |",
-        f"| commonest answer | | {' | '.join(chance)} |",
+        f"| most common answer | | {' | '.join(chance)} |",
     ]
     lines += [_task_line(row, "accuracy", ".1f") for row in rows]
     return "\n".join(lines) + "\n"
@@ -211,7 +219,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("attention FLOPs of prefill saved, %")
         panel.grid(alpha=0.3)
-    # All panels have the same conditions.
+    # All panels show the same conditions.
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     panels[0].set_ylabel("right answers: change from dense, points")
     figure.savefig(path, dpi=150)

@@ -69,12 +69,7 @@ def time_prompts(
             images=len(stats[0].image_tokens),
             flops=(stats[1].attention_flops_dense, stats[1].attention_flops_sparse),
             attention=_medians(_attention_calls(model, profile, messages)),
-            prefill=_medians(
-                [
-                    lambda used=used: _generated(model, messages, used).prefill_seconds
-                    for used in (None, profile)
-                ]
-            ),
+            prefill=_medians(_prefill_calls(model, profile, messages)),
         )
 
 
@@ -85,6 +80,16 @@ def _generated(
     result = bsjax.generate(model, messages, profile=profile, max_new_tokens=1)
     assert isinstance(result, bsjax.Result)
     return result.stats
+
+
+def _prefill_calls(
+    model: bsjax.LoadedModel, profile: bsjax.Profile, messages: Any
+) -> list[Callable[[], float]]:
+    """Calls that time the prefill of a prompt, dense and sparse."""
+    return [
+        lambda: _generated(model, messages, None).prefill_seconds,
+        lambda: _generated(model, messages, profile).prefill_seconds,
+    ]
 
 
 def _attention_calls(

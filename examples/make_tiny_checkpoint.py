@@ -126,7 +126,7 @@ def fill_with_random_numbers(model: torch.nn.Module, first_special_token: int) -
             else:
                 values = values / np.sqrt(values[0].size)
             if name.endswith("embed_tokens.weight"):
-                # The table is the output layer too: noise shall not end an answer at once.
+                # The table is also the output layer: noise must not end an answer at once.
                 values[first_special_token:] *= 0.25
             parameter.copy_(torch.from_numpy(values))
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a small Qwen2.5-VL checkpoint: tokenizer, special tokens."""
+"""The files of a small Qwen2.5-VL checkpoint other than weights: tokenizer and configuration."""
 
 import json
 from collections.abc import Iterable

@@ -13,9 +13,9 @@ PROFILE = "small-qwen2.5-vl"
 
 
 def converted(source: Path) -> bsjax.LoadedModel:
-    """A checkpoint of `train_small_vlm`, converted and loaded; nothing of that stays on the disk.
+    """Converts and loads a checkpoint of `train_small_vlm`; leaves nothing on the disk.
 
-    Ends the program where that cannot be done, or where it is another checkpoint.
+    Ends the program if it cannot be converted, or is not a checkpoint of `train_small_vlm`.
 
     Raises:
       BsjaxError: as `bsjax.load`.
@@ -26,5 +26,5 @@ def converted(source: Path) -> bsjax.LoadedModel:
             raise SystemExit(1)
         model = bsjax.load(destination)
     if model.tokenizer.get_vocab() != make_tokenizer().get_vocab():
-        raise SystemExit(f"error: {source} is no checkpoint that examples.train_small_vlm writes.")
+        raise SystemExit(f"error: {source} is not a checkpoint of examples.train_small_vlm.")
     return model

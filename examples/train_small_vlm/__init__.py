@@ -5,13 +5,13 @@
 scenes      several images with digits and shapes in colours, of random number and size
 questions   what can be asked about a scene, and the right answers
 files       the model's configuration, tokenizer, chat template and image settings
-batches     scenes and questions as arrays; all questions about a scene share its images
+batches     scenes and questions as arrays; questions about one scene share its images
 forward     a batch through bsjax's modules
-loss        answers, and what is taught on the way to them
+loss        answers, and the intermediate steps that are taught
 training    optimizer, stages, checkpoints
 curve       the learning curve of a run
 export      the trained weights as a Hugging Face checkpoint
 
 conversations   scenes and questions as chat messages, and as files to profile on
-held_out        prompts held out from training, and which are answered right
+held_out        held-out prompts, and which of them are answered right
 """

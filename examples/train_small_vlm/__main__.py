@@ -1,9 +1,9 @@
-"""Trains the small Qwen2.5-VL and writes it as a Hugging Face checkpoint; goes on where it stopped.
+"""Trains the small Qwen2.5-VL, or continues, and writes it as a Hugging Face checkpoint.
 
     python -m examples.train_small_vlm FOLDER [--sparse-layers 0,1,3] [--steps N] [--seed N]
 
-With `--export STEP` nothing is trained: what a run had come to after that step is written, for
-steps whose checkpoints were kept (every thousandth and the last ones).
+`--export STEP` trains nothing and writes the model as it was after that step. Checkpoints are kept
+of every thousandth step and of the last ones.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         with checkpoints_of(options.folder / "model") as manager:
             kept = manager.all_steps()
             if options.export not in kept:
-                raise SystemExit(f"error: checkpoints were kept of the steps {sorted(kept)}.")
+                raise SystemExit(f"error: there are checkpoints of the steps {sorted(kept)} only.")
             restore(stage, manager, options.export)
         result = options.folder / f"checkpoint-{options.export}"
     else:
@@ -77,15 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.train_small_vlm", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("folder", type=Path, help="checkpoints, log, curve and result go there")
+    parser.add_argument("folder", type=Path, help="of the checkpoints, log, curve and result")
     parser.add_argument(
         "--tower-steps",
         type=whole(1),
         default=defaults.tower_steps,
-        help="of the vision tower alone",
+        help="steps that train the vision tower alone",
     )
     parser.add_argument(
-        "--steps", type=whole(1), default=defaults.steps, help="of the whole model, after that"
+        "--steps",
+        type=whole(1),
+        default=defaults.steps,
+        help="steps that train the whole model, after that",
     )
     parser.add_argument("--seed", type=whole(0), default=defaults.seed)
     parser.add_argument(
@@ -96,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="layers that are INTRA_IMAGE_SINK from the start, such as 0,1,3",
     )
     parser.add_argument(
-        "--export", type=int, metavar="STEP", help="write what the run had come to after a step"
+        "--export", type=int, metavar="STEP", help="write the model as it was after a step"
     )
     return parser
 
@@ -105,7 +108,9 @@ def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,1,3") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of layers such as 0,1,3"
+        ) from None
 
 
 if __name__ == "__main__":

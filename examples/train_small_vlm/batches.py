@@ -1,7 +1,7 @@
 r"""Scenes and questions as arrays.
 
-All questions about a scene share its images: they stand one after the other behind them, start at
-the same position and do not see each other, so that each is computed as if it stood there alone.
+All questions about a scene share its images. They follow the images one after the other, start at
+the same position and do not see each other, so each is computed as if it were the only one.
 
     <|im_start|>user\n<|vision_start|>aaaa<|vision_end|> A<...>bb<...> B ... \n    once
     What is in image A?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>            each question
@@ -36,7 +36,7 @@ from .scenes import (
 QUESTION_ROWS = 16
 """Room for a question and its answer."""
 ANSWER_TOKENS = 3
-"""Most tokens of an answer, its end included."""
+"""Largest number of tokens of an answer, its end included."""
 _MOST_PATCHES = (max(SIDES) // PATCH_SIZE) ** 2
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
@@ -44,13 +44,13 @@ _UNIT = PATCH_SIZE * MERGE_SIZE
 class Batch(NamedTuple):
     """Prompts of equally many images and questions, padded to the same shapes.
 
-    The rows of the questions stand last, `QUESTION_ROWS` for each.
+    The questions have the last rows, `QUESTION_ROWS` each.
     """
 
     token_ids: Int32[np.ndarray, "prompts rows"]
     position_ids: Int32[np.ndarray, "prompts 3 rows"]
     order: Int32[np.ndarray, "prompts rows"]
-    """Where the row stands in its own prompt: what causality goes by. -1 for padding."""
+    """Position of the row in its own prompt, for causality; -1 for padding."""
     image: Int32[np.ndarray, "prompts rows"]
     """Image number; -1 for text and padding."""
     sink: Bool[np.ndarray, "prompts rows"]
@@ -70,11 +70,11 @@ class Batch(NamedTuple):
     word_rows: Int32[np.ndarray, "prompts questions"]
     """The row of the last word of each question."""
     meant: Bool[np.ndarray, "prompts questions images"]
-    """Which images that word stands for (`Question.images`)."""
+    """Which images that word refers to (`Question.images`)."""
     compared_rows: Int32[np.ndarray, "prompts questions"]
-    """The row of the letter before it, where two images are compared; else that of the word."""
+    """If two images are compared, the row of the first letter; else that of the word."""
     compared: Bool[np.ndarray, "prompts questions images"]
-    """Which image that letter stands for; none where none are compared."""
+    """Which image that letter refers to; none if nothing is compared."""
     last_rows: Int32[np.ndarray, "prompts images"]
     """The last row of each image."""
     captions: Int32[np.ndarray, "prompts images features"]
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
     features: Int32[np.ndarray, "prompts images features"]
     """The same as indices in `CONTENTS` and `COLOURS`."""
     alike: Int32[np.ndarray, "prompts images features"]
-    """How many images before have the same."""
+    """How many earlier images have the same."""
     labels: Int32[np.ndarray, "prompts images"]
     """Index in `LABELS` of each image's letter."""
 
@@ -149,7 +149,7 @@ class Encoder:
         while len(encoded) < prompts:
             scene = draw_scene(random, images, test=test)
             if not test and random.random() < 0.5:
-                # All letters are to be known before there are so many images.
+                # The model must know all letters before prompts have that many images.
                 first = random.integers(len(LABELS) - images + 1)
                 scene = replace(scene, first_label=int(first))
             chosen = random.integers(len(tasks), size=questions)
@@ -162,7 +162,7 @@ class Encoder:
 
     @staticmethod
     def shared_rows(images: int) -> int:
-        """Rows for images of a little more than the average size."""
+        """Rows for images slightly larger than the average."""
         tokens = (np.mean(SIDES) / _UNIT) ** 2
         return 16 * -(-int(4 + images * (3 + 1.12 * tokens)) // 16)
 
@@ -239,7 +239,7 @@ class Encoder:
             order[here] = length + np.arange(len(ids))
             answers[number, : len(answer)] = answer
             answer_rows[number, : len(answer)] = start + len(asked) - 1 + np.arange(len(answer))
-            # The word stands before the question mark.
+            # The word precedes the question mark.
             mark = next(i for i in range(len(asked))[::-1] if asked[i] == self._ids("?")[0])
             word_rows[number] = start + mark - 1
             meant[number, list(question.images)] = True
@@ -288,9 +288,9 @@ class Encoder:
     def patches(
         self, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> Float32[np.ndarray, "patches values"]:
-        """What the image processor makes of an image of one of the sizes, padded.
+        """The image processor's result for an image of one of the sizes, padded.
 
-        Patches that are merged stand side by side; each holds its pixels twice, as two frames.
+        Patches that are merged are adjacent; each holds its pixels twice, as two frames.
         """
         height, width, channels = pixels.shape
         scaled = (pixels.astype(np.float32) / 255 - self._mean) / self._std

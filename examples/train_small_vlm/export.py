@@ -1,4 +1,4 @@
-"""Writes trained parameters as a Hugging Face checkpoint, with all that stands beside them."""
+"""Writes trained parameters as a complete Hugging Face checkpoint."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from .files import make_image_processor, make_tokenizer
 
 
 def export(parameters: Any, config: PretrainedConfig, folder: Path) -> None:
-    """Writes the checkpoint, in bfloat16, whole or not at all; replaces one that is there.
+    """Writes the checkpoint in bfloat16, completely or not at all; replaces an existing one.
 
     Args:
       parameters: state of the module, as `nnx.split` gives it.
@@ -45,7 +45,7 @@ def export(parameters: Any, config: PretrainedConfig, folder: Path) -> None:
 
 
 def huggingface_tensors(parameters: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
-    """Tensors by their Hugging Face names, bfloat16: the family's parameter table, backwards."""
+    """bfloat16 tensors by their Hugging Face names: the family's parameter table, inverted."""
     ours = {
         tuple(map(str, path)): np.asarray(variable[...])
         for path, variable in nnx.to_flat_state(parameters)

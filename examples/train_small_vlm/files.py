@@ -1,4 +1,4 @@
-"""What stands beside the weights: configuration, tokenizer, chat template, image settings."""
+"""Everything but the weights: configuration, tokenizer, chat template, image settings."""
 
 from transformers import Qwen2_5_VLConfig, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -9,8 +9,7 @@ from .scenes import COLOURS, CONTENTS, LABELS, SIDES
 
 PATCH_SIZE = 4
 MERGE_SIZE = 1
-# Qwen's conversation format; after each image stands its letter, which is the token that it is in
-# "image C" as well.
+# Qwen's conversation format. Each image is followed by its letter, the same token as in "image C".
 CHAT_TEMPLATE = """\
 {%- set images = namespace(count=0, last=false) -%}
 {%- for message in messages -%}
@@ -41,7 +40,7 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of Qwen's kind, in which the words of all questions are tokens."""
+    """A byte-level BPE tokenizer like Qwen's, in which each word of a question is a token."""
     return train_tokenizer(_corpus(), vocabulary_size=4096, chat_template=CHAT_TEMPLATE)
 
 
@@ -95,7 +94,7 @@ def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """Leaves images of the sizes of scenes as they are, and scales others to about that size."""
+    """Leaves the images of scenes as they are, and scales others to about that size."""
     return Qwen2VLImageProcessorPil(
         size={"shortest_edge": min(SIDES) ** 2, "longest_edge": max(SIDES) ** 2},
         patch_size=PATCH_SIZE,

@@ -1,8 +1,8 @@
 """A batch of prompts through bsjax's own modules.
 
-Attention is dense here: prompts are short, a batch of them goes through at once, and what a row of
-the images' part sees is the package's own predicate as a matrix. Layers and heads that are to be
-sparse see what their key groups let them see; rows of questions are text and see all before them.
+Attention is computed densely, as prompts are short and a batch of them runs at once. What a row of
+the shared part sees is bsjax's own predicate, expanded to a matrix: sparse layers and heads see
+what their key groups allow. Rows of questions are text and see everything before them.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ def hidden_states(
 ) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
     """Hidden states of all rows; queries, keys and values of all layers.
 
-    `groups` are the key groups that heads keep, or all heads of a layer. The arrays beside the
-    hidden states have the shape [layers, prompts, rows, heads, head_dim].
+    `groups` are the key groups that each head, or all heads of a layer, keep. Queries, keys and
+    values have the shape [layers, prompts, rows, heads, head_dim].
     """
     prompts, rows = batch.token_ids.shape
     shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
@@ -63,7 +63,7 @@ def hidden_states(
         by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
         return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
 
-    # Rows of all prompts go through as one: gradients of matrices are one product each.
+    # All prompts run as one sequence of rows: the gradient of each matrix is then one product.
     position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
     embeddings = embeddings.reshape(prompts * rows, -1)
     hidden, kept = module.language_model.run_layers(embeddings, position_ids, (attend,), groups)
@@ -86,14 +86,14 @@ def run_tower(
 
 
 def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "heads_or_1 rows rows"]:
-    """Which of the rows that all questions share each of them sees."""
+    """Which of the rows shared by all questions each of these rows sees."""
     allowed = visible(
         TokenInfo(*(part[None, :, None] for part in info)),
         TokenInfo(*(part[None, None, :] for part in info)),
         groups[:, None, None],
         CAUSAL,
     )
-    # Padding rows see themselves, so that no row sees nothing. Rows of SINK heads need not.
+    # Padding rows see themselves, so that every row sees something. Rows of SINK heads need not.
     padding = info.position < 0
     return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
 
@@ -101,7 +101,7 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
 def _prompt_attention(
     q: Array, k: Array, v: Array, seen: Array, order: Array, scale: float
 ) -> Array:
-    """Attention of a prompt whose questions see what they share and themselves, not each other."""
+    """Attention of a prompt; a question sees the shared rows and itself, but no other question."""
     shared = seen.shape[-1]
     rows, heads, channels = q.shape
     before = _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
@@ -111,7 +111,7 @@ def _prompt_attention(
 
     order_asked = of_questions(order)
     asked_q = of_questions(q).reshape(-1, QUESTION_ROWS, k.shape[1], heads // k.shape[1], channels)
-    # Rows after the end of an answer are no keys.
+    # Rows after the end of an answer are not keys.
     own_seen = (order_asked[:, None, :] <= order_asked[:, :, None]) & (order_asked >= 0)[:, None]
     scores = jnp.concatenate(
         [
@@ -164,7 +164,9 @@ def groups_of_layers(
     layers = config.get_text_config().num_hidden_layers
     for layer in sparse_layers:
         if not 0 <= layer < layers:
-            raise ValueError(f"There is no layer {layer}: the model has layers 0 to {layers - 1}.")
+            raise ValueError(
+                f"Layer {layer} does not exist: the model has layers 0 to {layers - 1}."
+            )
     sparse = np.isin(np.arange(layers), sparse_layers)[:, None]
     kept = HeadCategory.INTRA_IMAGE_SINK.groups
     return np.where(sparse, kept.value, ALL_KEY_GROUPS.value).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Held-out prompts, and which of them the model answers right under any head categories."""
+"""Held-out prompts, and which of them the model answers right with given head categories."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -34,17 +34,17 @@ class _Group(NamedTuple):
 class HeldOut:
     """Scenes with test digits, and a question of every task that can be asked about each.
 
-    A scene that cannot be asked about a task is asked for the content of another image (`ask`).
+    If a task has no question about a scene, the content of an image is asked for instead (`ask`).
 
-    A question and its scene are one prompt: questions do not see each other. What is computed for a
-    prompt is what `bsjax.generate` computes, with the whole score matrix instead of blocks.
+    A question and its scene are one prompt: questions do not see each other. The result is that of
+    `bsjax.generate`, computed with the whole score matrix instead of blocks.
 
     Attributes:
-      name: what the model and the prompts are, so that no others have it.
+      name: identifies the model and the prompts.
       tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
-      pairs: pairs that one head sees in every prompt, by `HeadCategory`, int64 [scenes, questions,
+      pairs: visible pairs of one head in every prompt, by `HeadCategory`, int64 [scenes, questions,
         categories].
-      encoder: what made the batches.
+      encoder: made the batches.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class HeldOut:
 
         Args:
           model: a converted checkpoint of the training, from `bsjax.load`.
-          scenes: how many; the number of images goes round through `images`.
-          images: numbers of images.
+          scenes: number of scenes; they take the numbers of images in turn.
+          images: numbers of images per scene.
           sinks: which tokens of an image are sinks.
-          seed: what everything is drawn with.
+          seed: of everything that is drawn.
         """
         self.name = f"{model.fingerprint}: {scenes} scenes of {images} images, {sinks}, seed {seed}"
         processor = model.image_processor
@@ -98,14 +98,14 @@ class HeldOut:
     def right(
         self, categories: Int8[np.ndarray, "layers heads"]
     ) -> Bool[np.ndarray, "scenes questions"]:
-        """Which prompts are answered right, token by token the likeliest, with these categories."""
+        """Which prompts are answered right, greedily, with these categories."""
         bits = np.asarray([category.groups.value for category in HeadCategory], np.int32)
         answers = partial(self._answer, self._parameters)
         groups = jnp.asarray(bits[categories])
         return np.concatenate([np.asarray(answers(group, groups)) for group in self._groups])
 
     def commonest(self) -> dict[str, float]:
-        """For each task asked, how often the answer is right that is right most often: chance."""
+        """For each task, the share of prompts whose right answer is the most common one: chance."""
         answers = np.concatenate([group.batch.answers for group in self._groups])
         result = {}
         for index in np.unique(self.tasks):

@@ -1,7 +1,7 @@
-"""What training minimises: answers, and what answers are made of.
+"""The training loss: answers, and the steps that lead to them.
 
-Captions, readings and pointings teach what stands between a question about several images and its
-answer; none of them is part of the model.
+Captions, readings and pointings teach the intermediate steps between a question about several
+images and its answer. They are used in training only and are not part of the model.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .questions import BY_LETTER, FEATURES, TASKS
 from .scenes import COLOURS, CONTENTS, LABELS
 
 CAPTION_WEIGHT = 0.3
-"""Of what is said of each image, beside the answers (`Batch.captions`)."""
+"""Weight of the captions of the images (`Batch.captions`) relative to the answers."""
 READING_WEIGHTS = {
     "content known": 0.125,
     "colour known": 0.125,
@@ -39,18 +39,18 @@ READING_WEIGHTS = {
     "colour alike": 0.125,
     "answer known": 0.5,
 }
-"""Of what can be read from the values of layers: each image's features, at its last row and at its
-letter, and the letter; how many images before are alike; at the last word of a question, what is
-asked, the features of the image whose letter it is, the letter that was looked for, the number that
-was counted; later whether the images compared are alike, and the answer. Finding, counting and
-comparing are made of these.
+"""Weights of the readings: what linear readers recover from the values of layers.
+
+At the last row of an image and at its letter: its features, its letter, and how many earlier images
+are alike. At the last word of a question: what is asked, the features of the image with that
+letter, the letter that was looked for, the number that was counted; in later layers whether the
+compared images are alike, and the answer. Finding, counting and comparing consist of these steps.
 """
 READ_LAYER = 2
-"""From whose values all is read but what a head that is taught to look there takes: where later
-rows, and later layers, can make something of it."""
+"""The layer from whose values most readings are taken, early enough for later rows and layers to
+use them. What a head is taught to look at is read from that head's own layer."""
 POINTING_WEIGHT = 0.3
-"""Of where rows look with a few heads, equally at all rows they should look at (see
-`_pointings`)."""
+"""Weight of the pointings: a few heads should attend equally to given rows (see `_pointings`)."""
 WORD_HEAD, COUNT_HEAD, FIND_HEAD, REPEAT_HEAD, ANSWER_HEAD = (1, 0), (1, 1), (1, 5), (2, 3), (3, 0)
 ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
 COMPARE_HEADS = {"content": (2, 4), "colour": (2, 5)}
@@ -66,7 +66,7 @@ class _Pointing(NamedTuple):
     rows: Int[Array, "prompts pointing"]
     """The rows that look."""
     targets: Bool[Array, "prompts pointing rows"]
-    """The rows they look at; none for those that are not taught."""
+    """The rows they should look at; none for rows that are not taught."""
 
 
 def loss_and_correct(
@@ -76,18 +76,18 @@ def loss_and_correct(
     plans: VisionPlan,
     groups: Int[np.ndarray, "layers heads_or_1"],
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-    """What training minimises, and what is logged of it.
+    """The training loss, and what is logged about it.
 
     Args:
       module: the model.
       readers: from `new_readers`.
       batch: prompts of equally many images and questions.
       plans: the vision tower's plan of each image size, stacked (`Encoder.plans`).
-      groups: key groups that heads keep, or all heads of a layer (`groups_of_layers`).
+      groups: key groups that each head, or all heads of a layer, keep (`groups_of_layers`).
 
     Returns:
-      The loss, a scalar; which answers are right when taken greedily, [prompts, questions], and by
-      name the shares of readings that are right and of attention that is where it should be.
+      The loss, a scalar; which answers are right when decoded greedily, [prompts, questions]; and,
+      by name, the share of readings that are right and of attention that is on target.
     """
     features = image_features(module, batch, plans)
     hidden, (q, k, v) = hidden_states(module, batch, features, groups)
@@ -95,7 +95,7 @@ def loss_and_correct(
     wanted = batch.answers >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))
     right = right_answers(logits, batch)
-    # Ends of answers are learned at once and need no weight of their own.
+    # Ends of answers are learned quickly and need little weight.
     is_end = jnp.cumsum(wanted[..., ::-1], axis=-1)[..., ::-1] == 1
     weight = jnp.where(wanted, jnp.where(is_end, 0.1, 1.0), 0.0)
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -126,14 +126,16 @@ def loss_and_correct(
 def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> Iterator[_Pointing]:
     """What a few heads are taught to look at.
 
-    - A letter in a question looks at that of its image.
-    - What a question looks for, or counts, looks at the letters of the images that show it; a
-      second head does so with one more row, the first one, so that the mass there tells how many
-      they are. That row is also where heads look that have nothing to look at.
-    - The last row of an image looks at those of earlier images that are alike, and the first row.
-    - Later, the last word looks at the letter it is compared with if the two are alike; asked what
-      comes twice, it looks at the last row of the image that repeats an earlier one.
-    - The row that the answer follows looks at the last word.
+    - A letter in a question looks at the letter of its image.
+    - The word for what is looked for, or counted, looks at the letters of the images that show it.
+      A second head also looks at the first row of the prompt, so that the attention mass there says
+      how many images there are. Heads with nothing to look at look at that row, too.
+    - The last row of an image looks at the last rows of earlier images that are alike, and at the
+      first row.
+    - In later layers, the last word looks at the letter it is compared with if the two images are
+      alike. Asked what comes twice, it looks at the last row of the image that repeats an earlier
+      one.
+    - The row before the answer looks at the last word.
     """
     rows = batch.token_ids.shape[1]
     first = jnp.arange(rows) == 0
@@ -156,7 +158,7 @@ def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> It
     by_feature = _of_tasks(batch, "find", "count")[..., None]
     yield _Pointing("finds", FIND_HEAD, batch.word_rows, or_first(of_words) & by_feature)
     yield _Pointing("counts", COUNT_HEAD, batch.word_rows, (of_words | first) & by_feature)
-    # Which images are alike is known to later layers only.
+    # Only later layers know which images are alike.
     repeat = _of_tasks(batch, "repeat")[..., None]
     is_last = jnp.cumsum(meant, axis=-1) == meant.sum(axis=-1, keepdims=True)
     of_last = of_images(meant & is_last, batch.last_rows)
@@ -172,7 +174,7 @@ def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> It
         yield _Pointing(f"{name} compares", COMPARE_HEADS[name], batch.word_rows, targets)
         layer, _ = ALIKE_HEADS[name]
         if (groups[layer] != ALL_KEY_GROUPS.value).any():
-            # A sparse layer's images cannot look at others.
+            # In a sparse layer, images cannot look at other images.
             continue
         earlier = of_images(jnp.tril(alike, -1), batch.last_rows)
         yield _Pointing(f"{name} looks", ALIKE_HEADS[name], batch.last_rows, earlier | first)
@@ -185,9 +187,9 @@ def _scores_of_rows(
     batch: Batch,
     scale: float,
 ) -> Float[Array, "prompts pointing rows"]:
-    """Scaled scores of some rows for all they see with one head, if it is dense."""
+    """Scaled scores of some rows for everything they see with one dense head."""
     total, questions = batch.token_ids.shape[1], batch.tasks.shape[1]
-    # Which question a row is of; -1 before them.
+    # The question that a row belongs to; -1 for shared rows.
     question = (jnp.arange(total) - (total - questions * QUESTION_ROWS)) // QUESTION_ROWS
     question = jnp.maximum(question, -1)
     order = jnp.asarray(batch.order)
@@ -210,8 +212,8 @@ def _readings(
         values = values.reshape(*values.shape[:2], -1)
         return jnp.take_along_axis(values, rows[..., None], axis=1)
 
-    # The letter stands behind the image's end. The values are those that a head taught to look
-    # there takes.
+    # The letter follows the image's end. The values are those that a head taught to look there
+    # takes.
     last_and_letter = jnp.concatenate([batch.last_rows, batch.last_rows + 2], axis=1)
     of_word, of_find, of_answer = (
         v[layer, :, :, head * v.shape[3] // heads]
@@ -250,17 +252,17 @@ def _readings(
 def _of_image(
     which: Bool[Array, "prompts asked images"], values: Int[Array, "prompts images"]
 ) -> Int[Array, "prompts asked"]:
-    """The value of the one image that is meant; nothing to go by where none or several are."""
+    """The value of the image that is meant, if it is exactly one."""
     return jnp.einsum("pni,pi->pn", which * 1, values)
 
 
 def _of_tasks(batch: Batch, *names: str) -> Bool[Array, "prompts questions"]:
-    """Which questions are of some tasks."""
+    """Which questions belong to some tasks."""
     return jnp.isin(batch.tasks, jnp.asarray([list(TASKS).index(name) for name in names]))
 
 
 def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
-    """The matrices that read values, at the start; no part of the model."""
+    """Initial matrices of the readers, which are not part of the model."""
     text = config.get_text_config()
     head_dim = text.hidden_size // text.num_attention_heads
     width = text.num_key_value_heads * head_dim
@@ -286,6 +288,6 @@ def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
 def right_answers(
     logits: Float[Array, "prompts questions answer_tokens vocabulary"], batch: Batch
 ) -> Bool[Array, "prompts questions"]:
-    """Which answers come out right when every token is the likeliest one."""
+    """Which answers are right when decoded greedily."""
     right = jnp.argmax(logits, axis=-1) == batch.answers
     return (right | (batch.answers < 0)).all(axis=-1)

@@ -33,16 +33,16 @@ class Question(NamedTuple):
     text: str
     answer: str
     images: tuple[int, ...]
-    """The images that the last word of the question stands for; none if there is no such image."""
+    """The images that the last word of the question refers to; none if there is no such image."""
     compared: int | None = None
-    """The image that these are compared with."""
+    """The image that they are compared with."""
 
 
 def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Question:
     """A random question about a scene, of a random task unless one is given.
 
-    Scenes of which a task can ask nothing (no image is the only one of its kind, say) get a
-    question of another task.
+    If the task has no question about the scene (for instance because no image is the only one of
+    its kind), the question is about the content of an image.
     """
     tasks = list(TASKS) if task is None else [task]
     for name in [tasks[random.integers(len(tasks))], "content"]:
@@ -76,7 +76,7 @@ def _find(random: np.random.Generator, scene: Scene) -> Question | None:
     if absent:
         return Question("find", feature, text, NONE, ())
     image = values.index(name)
-    # With the space before it, the letter is the token that stands behind the image.
+    # With a leading space, the letter is the same token as after the image.
     return Question("find", feature, text, f" {scene.labels[image]}", (image,))
 
 
@@ -149,4 +149,4 @@ TASKS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 }
 
 BY_LETTER = ("content", "colour", "compare")
-"""Tasks whose questions end with the letter of an image."""
+"""Tasks with questions that end with the letter of an image."""

@@ -1,7 +1,7 @@
 """Scenes: several small images, each a digit or a shape in a colour.
 
-The digits are the handwritten ones that come with scikit-learn; which of them are for training and
-which for testing is fixed here, and no digit is for both. Shapes are drawn.
+Digits are the handwritten ones of scikit-learn, split here into those for training and those for
+testing. Shapes are drawn.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _SPLIT_SEED = 20240914
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a scene, and what a question may ask of it."""
+    """One image of a scene, and what a question may ask about it."""
 
     content: str
     """One of `CONTENTS`."""
@@ -70,13 +70,13 @@ class Scene:
 def draw_scene(random: np.random.Generator, images: int, *, test: bool) -> Scene:
     """A random scene.
 
-    Half of the scenes show no content twice, or just one of them, so that it can be asked which
-    image repeats an earlier one; in the others few contents occur several times, so that counting
-    them is worth while. Likewise with colours.
+    In half of the scenes at most one content occurs twice, so that one can ask which image repeats
+    an earlier one. In the others a few contents occur several times, so that counting is not
+    trivial. The same holds for colours.
 
     Args:
-      random: what everything is drawn with.
-      images: how many images, up to `len(LABELS)`.
+      random: draws everything.
+      images: number of images, up to `len(LABELS)`.
       test: whether digits are those held out for testing.
     """
     contents = _draw_names(random, CONTENTS, images)
@@ -102,7 +102,7 @@ def _draw_names(random: np.random.Generator, names: tuple[str, ...], count: int)
 
 
 def draw_picture(random: np.random.Generator, content: str, colour: str, *, test: bool) -> Picture:
-    """One image: its size, place and shade are random, the digit is a random one of its kind."""
+    """One image of random size, place and shade; a digit is a random one of its kind."""
     height, width = (int(side) for side in random.choice(SIDES, 2))
     size = int(random.uniform(0.7, 0.95) * min(height, width))
     if content in DIGITS:
@@ -152,7 +152,7 @@ def _shape_stencil(random: np.random.Generator, shape: str, size: int) -> np.nda
             )
             draw.polygon([(float(x), float(y)) for x, y in points], fill=255)
         case _:
-            raise ValueError(f"{shape!r} is none of the shapes {', '.join(SHAPES)}.")
+            raise ValueError(f"{shape!r} is not one of the shapes {', '.join(SHAPES)}.")
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX)) / 255
 
 

@@ -1,4 +1,4 @@
-"""Optimizer, stages and the training loop, with checkpoints it can go on from."""
+"""Optimizer, stages and the training loop, which continues from its checkpoints."""
 
 import json
 import time
@@ -28,19 +28,20 @@ IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
 TOWER_RATE = 0.1
-"""Of the language model's learning rates: what the tower has learned alone is not to be lost."""
+"""Learning rate of the tower relative to the language model's: keeps what it learned alone."""
 
 TOWER_FALL = ((0.5, 1.0), (1.0, 0.0))
 MODEL_FALL = ((0.24, 1.0), (0.3, 0.3), (1.0, 0.0))
-"""Learning rates after shares of the steps, over the greatest; linear between. They are great until
-it is learned which image a question is about, and smaller for comparing and counting."""
+"""(share of the steps, learning rate relative to the largest), linear in between. The rate is large
+until the model has learned which image a question is about, and smaller for comparing and
+counting."""
 
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between training runs; all else that determines one stands in the code.
+    """What differs between training runs; everything else is fixed in the code.
 
     Attributes:
       tower_steps: batches of single images that the vision tower is trained on before.
@@ -86,7 +87,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    # First which image a question is about, among few images.
+    # First learn which image a question is about, with few images.
     Phase(0.06, (2, 3), ("content", "colour", "find")),
     Phase(0.3, (2, 3)),
     Phase(0.5, (2, 3, 5)),
@@ -96,7 +97,7 @@ PHASES = (
 
 
 def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
-    """The batch of a step: of the seed and the step alone, so that a run can be gone on with."""
+    """The batch of a step. Depends on seed and step only, so that a run can be continued."""
     phase = next(phase for phase in PHASES if step < phase.until * settings.steps)
     random = np.random.default_rng([settings.seed, 2, step])
     images = phase.images[random.integers(len(phase.images))]
@@ -105,7 +106,7 @@ def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
 
 
 class Stage(Protocol):
-    """A part of the training that is done step by step, as `run_stage` does it."""
+    """A part of the training that `run_stage` runs step by step."""
 
     steps: int
     state: State
@@ -115,7 +116,7 @@ class Stage(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """What to log now and then."""
+        """What to log once in a while."""
         ...
 
 
@@ -143,7 +144,7 @@ class TowerStage:
             encode = partial(run_tower, nnx.merge(graph, tower))
             plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
             features = jax.vmap(encode)(batch.pixel_values, plan_of_image)
-            # Rows of padding patches stand last in every image.
+            # Rows of padding patches come last in every image.
             tokens = jnp.asarray([height * width // _UNIT**2 for height, width in encoder.sizes])[
                 batch.size_class
             ]
@@ -168,7 +169,7 @@ class TowerStage:
         return {"loss": float(loss), "content": float(content), "colour": float(colour)}
 
     def evaluate(self) -> dict[str, float]:
-        """Nothing beyond what every step tells: training images are never seen twice."""
+        """Nothing: training images are never seen twice, so the log of the steps suffices."""
         return {}
 
 
@@ -221,7 +222,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Muon for matrices, Adam for the rest.
 
-    Where parameters are those of the whole model, its vision tower changes slowly.
+    In training of the whole model, the vision tower changes slowly.
 
     Args:
       settings: learning rates, warmup and weight decay.
@@ -262,9 +263,10 @@ def _matrix(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def quiet_start(parameters: Any, width: int) -> Any:
-    """Parameters with which layers first add nothing to their input, and tokens are loud in it.
+    """Initial parameters: layers add nothing to their input, and embeddings are large.
 
-    Else what layers add at random drowns which token a row is, and which letter an image has.
+    Otherwise the random output of the layers hides which token a row is, and which letter an image
+    has.
 
     Args:
       parameters: of the model, as they are made.
@@ -279,25 +281,31 @@ def quiet_start(parameters: Any, width: int) -> Any:
             return jnp.zeros_like(leaf)
         if "embed_tokens" in name:
             return leaf * width**0.5
-        # The table is the output layer too, and logits shall stay as they were.
+        # The table is also the output layer, and logits must stay as they were.
         return leaf / width**0.5 if "'language_model']['norm']" in name else leaf
 
     return jax.tree_util.tree_map_with_path(start, parameters)
 
 
 def _first_state(parameters: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step, with parameters of its own: steps overwrite them."""
+    """The state before the first step, with a copy of the parameters: steps overwrite them."""
     return State(jax.tree.map(jnp.copy, parameters), optimizer.init(parameters))
 
 
 def train_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
-    """Jitted `(state, batch) -> state, loss, what the loss returns beside it`."""
+    """Jitted `(state, batch) -> state, loss, auxiliary output of the loss`."""
 
     @partial(jax.jit, donate_argnums=0)
     def train(state: State, batch: Any) -> tuple[State, Array, Any]:
-        (value, beside), gradients = jax.value_and_grad(loss, has_aux=True)(state.parameters, batch)
+        (value, auxiliary), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.parameters, batch
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        return State(optax.apply_updates(state.parameters, updates), optimizer_state), value, beside
+        return (
+            State(optax.apply_updates(state.parameters, updates), optimizer_state),
+            value,
+            auxiliary,
+        )
 
     return train
 
@@ -321,8 +329,8 @@ def run_stage(
 ) -> None:
     """Runs a stage to its end, from the last checkpoint in `folder` if there is one.
 
-    Writes checkpoints and `folder/log.jsonl`: a line every `log_every` steps, and what
-    `stage.evaluate` says in every fifth of them and the last.
+    Writes checkpoints and `folder/log.jsonl`: a line every `log_every` steps. Every fifth line, and
+    the last, also has the results of `stage.evaluate`.
 
     Args:
       stage: what is trained; its state is the trained one afterwards.
@@ -362,7 +370,7 @@ def run_stage(
 
 
 def checkpoints_of(folder: Path) -> orbax.checkpoint.CheckpointManager:
-    """The checkpoints of a stage: the last ones, and every thousandth step for good."""
+    """The checkpoints of a stage: the last two, and every thousandth step."""
     return orbax.checkpoint.CheckpointManager(
         (folder / "checkpoints").absolute(),
         options=orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2, keep_period=1000),
@@ -384,10 +392,10 @@ def _means(entries: list[dict[str, float]]) -> dict[str, float]:
 
 
 def check_settings(file: Path, settings: Settings) -> None:
-    """Writes the settings of a new run, or refuses to go on with another one's.
+    """Writes the settings of a new run, or refuses to continue a run with other settings.
 
     Raises:
-      SystemExit: the file is of a run with other settings.
+      SystemExit: the file belongs to a run with other settings.
     """
     text = json.dumps(asdict(settings), indent=2) + "\n"
     if not file.exists():
@@ -400,7 +408,7 @@ def check_settings(file: Path, settings: Settings) -> None:
 
 
 def _lines_until(log_file: Path, step: int) -> list[dict[str, Any]]:
-    """The log up to a step; later lines, of steps that will be done again, are dropped."""
+    """The log up to a step; later lines are dropped, as their steps will run again."""
     if not log_file.exists():
         return []
     lines: Sequence[str] = log_file.read_text(encoding="utf-8").splitlines()
