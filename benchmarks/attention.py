@@ -6,11 +6,11 @@
 One workload is one shape (a published model's heads) on one prompt (tokens, tokens per image). All
 variants and all masks of a workload run in the same rounds, interleaved, on the same random inputs,
 each checked against float32 before it is timed; the rate of matrix products and the bandwidth of a
-copy are measured in the same rounds. A variant that is not there, fails or is wrong stays in the
-table with the reason.
+copy are measured in the same rounds. A variant that is not installed, fails or is wrong stays in
+the table with the reason.
 
-Results are written after each workload. `--time-limit` stops in time for a machine that is rented
-by the minute: what was left out is listed, in the output and in the JSON.
+Results are written after each workload. `--time-limit` ends the run before a deadline, for machines
+rented by the minute; the output and the JSON list what was left out.
 
 Needs JAX and NumPy; PyTorch, tokamax and matplotlib are used where they are installed.
 """
@@ -61,18 +61,18 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-#: The dense run that an implementation's sparse ones are compared with.
+#: The dense run that an implementation's sparse runs are compared with.
 _OWN_DENSE = {BSJAX: BSJAX, FLEX: FLEX, FLEX_PACKED: FLEX}
 _MATRIX, _COPY = "matrix product", "copy"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one variant."""
+    """The result of one variant."""
 
     variant: Variant
     problem: str | None
-    """Why there are no times; None if there are."""
+    """Why there are no times, or None."""
     error: float | None
     seconds: list[float] = field(default_factory=list)
 
@@ -82,13 +82,13 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """From the fastest sample to the slowest, over the median."""
+        """The range of the samples relative to their median."""
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    # PyTorch needs memory of the same GPU; JAX would take most of it at its start.
+    # PyTorch needs memory of the same GPU, and JAX would otherwise take most of it at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(arguments)
     deadline = started + options.time_limit
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{render(finished[-1])}", flush=True)
         left = [other.name for other in workloads[len(finished) + len(skipped) :]]
         result = {
-            # Where it was written to, and infinity, are nothing to record.
+            # The output folder, and infinity, are not worth recording.
             "options": {
                 name: value
                 for name, value in vars(options).items()
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write_result(name, result, options.output)
     print(f"\n{time.monotonic() - started:.0f} s in all.")
     for workload_name in skipped:
-        print(f"Not run, for want of time: {workload_name}.")
+        print(f"Not run, out of time: {workload_name}.")
     if path is None:
         print("Nothing was run: the time limit is too short.", file=sys.stderr)
         return 1
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ours_is_broken(row: dict[str, Any]) -> bool:
-    """Whether a row is of bsjax and failed or was wrong: others' failures are theirs."""
+    """Whether a row of bsjax failed or was wrong; failures of other libraries do not count."""
     return row["variant"].startswith("bsjax") and (row["problem"] or "").startswith(
         ("wrong", "failed")
     )
@@ -171,12 +171,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _tokens(text: str) -> int:
     match = re.fullmatch(r"(\d+)(K?)", text, re.IGNORECASE)
     if match is None or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 36K or 4096")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 36K or 4096")
     return int(match[1]) * (1024 if match[2] else 1)
 
 
 def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
-    """In the order in which they run: cheap ones first."""
+    """Workloads in the order in which they run, cheap ones first."""
     workloads = [
         Workload(SHAPES[name], tokens, image_tokens)
         for name in options.shapes
@@ -189,10 +189,10 @@ def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
 
 
 class _Cost:
-    """Guesses how long a workload will take from the one before it.
+    """Estimates how long a workload will take from the previous one.
 
-    The larger part of a small workload is compilation, which does not grow; what grows is taken to
-    be all of it. The guess is high rather than low.
+    Compilation, most of a small workload, does not grow with it, but the estimate assumes that
+    everything grows. It is too high rather than too low.
     """
 
     def __init__(self) -> None:
@@ -263,9 +263,9 @@ def run_workload(
 def _prepare(
     workload: Workload, variant: Variant, arrays: Arrays, positions: np.ndarray, deadline: float
 ) -> tuple[Row, Any]:
-    """Compiles a variant and checks it; its sampler, if it is right."""
+    """Compiles and checks a variant; returns its sampler if it is right."""
     if time.monotonic() > deadline:
-        return Row(variant, "not run, for want of time", None), None
+        return Row(variant, "not run, out of time", None), None
     try:
         prepared = variant.prepare(arrays)
         row_of_position = np.argsort(variant.order)
@@ -285,7 +285,7 @@ def _prepare(
         return Row(variant, None, error), prepared.sampler()
     except NotAvailable as reason:
         return Row(variant, f"not run: {reason}", None), None
-    except Exception as failure:  # Whatever another library raises is the result of its variant.
+    except Exception as failure:  # Whatever another library raises is its result.
         first_line = (str(failure).strip() or "no message").splitlines()[0]
         return Row(variant, f"failed: {type(failure).__name__}: {first_line[:200]}", None), None
 
@@ -324,7 +324,7 @@ def _row_record(
         return record
 
     def speedup_over(other: Row | None) -> float | None:
-        # Within a round both met the same state of the machine.
+        # Within a round, both ran in the same state of the machine.
         if other is None or not other.seconds:
             return None
         pairs = zip(other.seconds, row.seconds, strict=True)

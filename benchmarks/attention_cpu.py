@@ -1,4 +1,4 @@
-"""The `xla` backend on a CPU: sparse categories against dense, and dense against JAX and PyTorch.
+"""The `xla` backend on a CPU: sparse categories and dense, and the dense ones of JAX and PyTorch.
 
     python -m benchmarks.attention_cpu
 

@@ -1,4 +1,4 @@
-"""Speed-up over the dense baseline against the ideal one, a panel for each workload."""
+"""Speed-up over the dense baseline, against the ideal speed-up; one panel per workload."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ _MARKERS = {"bsjax": "o", "FlexAttention": "s", "FlexAttention, packed order": "
 
 
 def plot(workloads: list[dict[str, Any]], path: Path) -> Path:
-    """Draws what `benchmarks.attention` measured and writes it to `path`."""
+    """Draws the results of `benchmarks.attention` and writes the picture to `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

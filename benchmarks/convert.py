@@ -1,11 +1,11 @@
-"""Time and peak memory of converting a checkpoint, next to copying its files.
+"""Time and peak memory of converting a checkpoint, compared with copying its files.
 
     python -m benchmarks.convert
 
-writes a checkpoint of Qwen2-VL-2B's shape with random weights (4.4 GB, two shards) to a temporary
-folder. Then, round after round and each in a process of its own, it copies its files, converts it,
-converts it to float32, and loads it. Needs 20 GB of disk. All of them read from the operating
-system's cache, where the files still are, and all end with theirs on the disk (fsync).
+Writes a checkpoint of Qwen2-VL-2B's shape with random weights (4.4 GB, two shards) to a temporary
+folder. Then every round, each in its own process, copies the files, converts the checkpoint,
+converts it to float32, and loads it. Needs 20 GB of disk. All read from the operating system's
+cache, and all end with their output on the disk (fsync).
 """
 
 import argparse
@@ -154,15 +154,14 @@ def _write_shard(
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, shape in shard:
             bits = generator.integers(0, 2**16, int(np.prod(shape)), dtype=np.uint16)
-            # Sign and mantissa at random, exponents of 2**-7 and 2**-5: finite, about initial
-            # weights.
+            # Random sign and mantissa, exponents of 2**-7 and 2**-5: finite, like initial weights.
             stream.write(((bits & 0x817F) | 0x3C00).data)
 
 
 def measure(command: list[str]) -> dict[str, float]:
     """Runs a command; returns its seconds and its peak resident memory in bytes.
 
-    A process's peak starts from that of the one it is forked from, so a small one stands between.
+    A process inherits the peak of the one it is forked from, so a small process is put in between.
     """
     done = subprocess.run(
         [sys.executable, "-S", "-c", _LAUNCH, *command],
@@ -174,7 +173,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def commands(source: Path, folder: Path) -> dict[str, list[str]]:
-    """What is measured, in this order; each begins with all folders of the round before gone."""
+    """The commands in the order in which they run, without the folders of the previous round."""
     python, converted = sys.executable, str(folder / "converted")
     convert = [python, "-m", "convert", "--quiet", str(source)]
     return {

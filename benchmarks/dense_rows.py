@@ -1,7 +1,7 @@
-"""What attention must come to, in float32, on a sample of query rows with all of their keys.
+"""The expected attention output in float32, for a sample of query rows with all their keys.
 
-The whole score matrix of 300K tokens fits no memory, 64 of its rows do. Everything goes through the
-predicate and a plain softmax: no schedule, no tiles, no kernel.
+The score matrix of 300K tokens does not fit into memory, but 64 of its rows do. They are computed
+with the predicate and a plain softmax, without schedules, tiles or kernels.
 """
 
 from functools import partial
@@ -14,18 +14,18 @@ from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
-#: How far a row of one head may be from the float32 one, ||out - wanted|| / ||wanted||, in units of
-#: the dtype's epsilon. In half precision the output and the weights that multiply the values are
-#: rounded once each, by up to half an epsilon an element; together they stay under one. A float32
-#: sum over n keys that cancel is off by up to the order of sqrt(n) epsilons: 256 covers 64K keys.
+#: The largest allowed error of a row of one head, ||out - wanted|| / ||wanted||, in units of the
+#: dtype's epsilon. In half precision, the output and the weights are rounded once each, by at most
+#: half an epsilon per element. A float32 sum over n keys that cancel has an error of the order of
+#: sqrt(n) epsilons: 256 covers 64K keys.
 TOLERANCE_IN_EPSILONS = {"bfloat16": 1, "float16": 1, "float32": 256}
-#: How far a log-sum-exp may be off, over max(1, |wanted|): scores are products that float32 holds
-#: exactly, summed over the head dimension in another order.
+#: The largest allowed error of a log-sum-exp, relative to max(1, |wanted|): float32 holds the
+#: products exactly, but they are summed over the head dimension in another order.
 LSE_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
 
 
 def tolerance(dtype: jax.typing.DTypeLike) -> float:
-    """The greatest relative error of a row that is no defect."""
+    """The largest relative error of a row that is not a defect."""
     dtype = jnp.dtype(dtype)
     return TOLERANCE_IN_EPSILONS[dtype.name] * float(jnp.finfo(dtype).eps)
 
@@ -99,7 +99,7 @@ def dense_rows(
 def sampled_positions(template: Template, rows: int, seed: int = 0) -> np.ndarray:
     """Prompt positions to look at: text, sinks and other image tokens, early and late.
 
-    All of them where the prompt has no more than `rows`.
+    All positions if the prompt has at most `rows` tokens.
     """
     if template.tokens <= rows:
         return np.arange(template.tokens)
@@ -114,14 +114,14 @@ def sampled_positions(template: Template, rows: int, seed: int = 0) -> np.ndarra
         np.concatenate([kind[[0, -1]], generator.choice(kind, min(kind.size, rows // len(kinds)))])
         for kind in kinds
     ]
-    # The ends of each kind are where tiles and ranges begin and end.
+    # Tiles and ranges begin and end at the ends of each kind.
     return np.unique(np.concatenate(chosen))
 
 
 def greatest_error(out: np.ndarray, wanted: np.ndarray) -> float:
     """The greatest ||out - wanted|| / ||wanted|| of all rows and heads.
 
-    Infinite where something is not finite, or not zero where zeros are wanted.
+    Infinite if anything is not finite, or not zero where zeros are expected.
     """
     out, wanted = np.asarray(out, np.float64), np.asarray(wanted, np.float64)
     if out.shape != wanted.shape or not np.isfinite(out).all():
@@ -134,7 +134,7 @@ def greatest_error(out: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def greatest_lse_error(lse: np.ndarray, wanted: np.ndarray) -> float:
-    """The greatest |lse - wanted| / max(1, |wanted|); infinite where only one of them is -inf."""
+    """The greatest |lse - wanted| / max(1, |wanted|); infinite where only one side is -inf."""
     lse, wanted = np.asarray(lse, np.float64), np.asarray(wanted, np.float64)
     empty = np.isneginf(wanted)
     if lse.shape != wanted.shape or not np.array_equal(np.isneginf(lse), empty):

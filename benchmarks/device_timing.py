@@ -1,15 +1,14 @@
-"""Time that a call takes on the device, without the time it takes to ask for it.
+"""Time that a call takes on the device, without the time that the host takes to launch it.
 
-JAX has no events. What a host clock sees around n calls that are enqueued one after the other is
-what the device needs for them, plus once the way there and back. The difference between 2n calls
-and n calls, over n, leaves that out; n is chosen so that n calls keep the device busy for much
-longer than the host needs to enqueue them. Calls shorter than that are repeated inside one program:
-a loop of a fixed number of turns, each of which waits for the one before (`repeated`). Where n
-calls take longer than a fifth of a second, the way there and back is less than a thousandth of it
-and is left in, and so it is on a CPU.
+JAX has no events. The host clock around n enqueued calls measures the device time of all of them
+plus one round trip. (time of 2n calls - time of n calls) / n leaves the round trip out. n is chosen
+so that n calls keep the device busy much longer than the host needs to enqueue them. Shorter calls
+are repeated inside one program, in a loop whose iterations depend on each other (`repeated`). If n
+calls take longer than a fifth of a second, the round trip is less than a thousandth of it and is
+not subtracted; neither is it on a CPU.
 
-PyTorch has events: they are recorded on the device before and after n calls. Matrix products
-enqueued ahead of them keep the device busy while the host enqueues the rest.
+PyTorch has events, which the device records before and after n calls. Matrix products enqueued
+before them keep the device busy while the host enqueues the calls.
 """
 
 import functools
@@ -22,11 +21,11 @@ import jax
 import jax.numpy as jnp
 
 Sampler = Callable[[], float]
-"""Each call gives the seconds of one more sample."""
+"""Each call returns the seconds of one more sample."""
 
-#: What n calls shall take at least.
+#: The least time that n calls should take.
 _BATCH_SECONDS = 0.03
-#: From here on, the host's share is left in.
+#: From here on, the round trip is not subtracted.
 _LONG_SECONDS = 0.2
 #: Below this, a call is repeated inside one program: the host may need 0.1 ms for each.
 _SHORT_SECONDS = 2e-3
@@ -36,7 +35,7 @@ _REPEATS = 16
 def repeats_for(flops: float) -> int:
     """How often a call should be repeated inside a program, from what it has to compute.
 
-    Reckoned at 400 TFLOP/s; nothing depends on how right that is. On a CPU, once.
+    Assumes 400 TFLOP/s, which need not be accurate. On a CPU, once.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -44,10 +43,10 @@ def repeats_for(flops: float) -> int:
 
 
 def repeated(function: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
-    """A function that computes `function(first, *rest)` so many times, one after the other.
+    """A function that computes `function(first, *rest)` `repeats` times in sequence.
 
-    The barrier makes a turn's first argument wait for the result of the turn before, without
-    changing or copying it, and keeps the compiler from moving the work out of the loop.
+    The barrier makes the first argument of an iteration depend on the result of the previous one,
+    without changing or copying it, and keeps the compiler from moving the work out of the loop.
     """
     if times == 1:
         return function
@@ -57,7 +56,7 @@ def repeated(function: Callable[..., jax.Array], times: int) -> Callable[..., ja
             first, _ = jax.lax.optimization_barrier(carry)
             return first, function(first, *rest)
 
-        # The first turn stands before the loop: zeros to start from would cost a pass over memory.
+        # The first iteration is before the loop: starting from zeros would cost a pass over memory.
         return jax.lax.fori_loop(1, times, turn, (first, function(first, *rest)))[1]
 
     return loop

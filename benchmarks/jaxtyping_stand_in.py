@@ -1,4 +1,4 @@
-"""Lets bsjax's array annotations evaluate on a rented machine that has no jaxtyping.
+"""Lets bsjax's array annotations evaluate on a machine without jaxtyping.
 
 bsjax depends on jaxtyping for annotations only. `Float[np.ndarray, "tokens"]` becomes `np.ndarray`
 here, and nothing is checked.
@@ -13,14 +13,14 @@ import jax
 
 
 class _Annotation:
-    """Stands for every dtype of jaxtyping: indexed, it is the array type it was indexed with."""
+    """Replaces every dtype of jaxtyping: indexing it gives the array type."""
 
     def __class_getitem__(cls, parameters: tuple[Any, str]) -> Any:
         return parameters[0]
 
 
 def install_where_missing() -> None:
-    """Puts a module named jaxtyping into `sys.modules` unless there is one to import."""
+    """Puts a module named jaxtyping into `sys.modules` unless jaxtyping is installed."""
     if sys.modules.get("jaxtyping") is not None:
         return
     # A module that is None in `sys.modules` cannot be imported, and find_spec would raise for it.
@@ -34,7 +34,7 @@ def install_where_missing() -> None:
 
 
 def _annotation(name: str) -> Any:
-    # Dunder names are asked for by the import system, and must be missing as in any module.
+    # The import system looks for dunder names, which must be missing as in any module.
     if name.startswith("_"):
         raise AttributeError(name)
     return _Annotation

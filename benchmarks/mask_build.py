@@ -3,8 +3,8 @@
     python -m benchmarks.mask_build
 
 28 layers x 28 heads with mixed categories, at about 36K and 300K tokens: one schedule with a table
-per category, and the head categories of all layers. Once more layer by layer, as separate masks;
-and schedules of layers with a window and without, as Gemma 3 has.
+per category, and the head categories of all layers. Also layer by layer, as separate masks, and
+with schedules for both global and local layers, as in Gemma 3.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         template = Template.from_segments(segments)
 
         def whole_model(template: Template = template) -> None:
-            # A prompt's template is new: what it caches must not be there already.
+            # Every prompt has a new template, so nothing that a template caches may be reused.
             fresh = Template(template.image, template.sink)
             build_schedule(fresh, category_tables(categories), block_q=128, block_kv=64)
 

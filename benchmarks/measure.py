@@ -1,4 +1,4 @@
-"""Side-by-side timing, and what a result must say about the machine it comes from."""
+"""Interleaved timing, and results that describe the machine they come from."""
 
 import datetime
 import importlib.metadata
@@ -21,9 +21,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, every round: each once per round, after one unmeasured round.
+    """Seconds of every call in every round, after one unmeasured round.
 
-    Interleaving makes whatever else the machine does fall on all of them alike.
+    Interleaving spreads any other load of the machine over all calls equally.
     """
 
     def timed(call: Callable[[], Any]) -> Callable[[], float]:
@@ -42,9 +42,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def interleaved_samples(
     samplers: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
 ) -> dict[str, list[float]]:
-    """What every sampler gives, every round: each once per round, warmed up by the caller.
+    """The sample of every sampler in every round; the caller warms them up.
 
-    No round but the first starts after `deadline`, a time of `time.monotonic()`.
+    After `deadline`, a time of `time.monotonic()`, no further round starts.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for index in range(rounds):
@@ -56,7 +56,7 @@ def interleaved_samples(
 
 
 def median_ratio(samples: Mapping[str, list[float]], name: str, base: str) -> float:
-    """The median over rounds of one call's time over another's in the same round."""
+    """The median over rounds of the ratio of two calls' times in the same round."""
     return statistics.median(
         time / base_time for time, base_time in zip(samples[name], samples[base], strict=True)
     )
@@ -87,7 +87,7 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     """Writes a result with its environment as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    # Whole or not at all: a run may be killed while it writes what it has so far.
+    # Completely or not at all: a run may be killed while it writes.
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
     os.replace(temporary, path)
@@ -95,7 +95,7 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: first column to the left, the others right."""
+    """A Markdown table, readable as text too: first column left aligned, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -108,7 +108,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, where its tool is there to tell."""
+    """The version of NVIDIA's driver, if nvidia-smi is installed."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,11 +1,11 @@
-"""What profiling costs: each pass over a sample, against one dense prefill of the same sample.
+"""The cost of profiling: each pass over a sample, compared with one dense prefill of it.
 
     python -m benchmarks.profiling
 
 A model with random weights, one prompt of random images. All programs start from embeddings and end
-with the last layer: the vision tower, which profiling runs once per pass like any prefill, is in
-none of the times, and listed beside them. The dense prefill and the pass over the heads have the
-same attention FLOPs.
+with the last layer. The vision tower, which profiling runs once per pass like any prefill, is not
+included and is listed separately. The dense prefill and the pass over the heads have the same
+attention FLOPs.
 """
 
 import argparse

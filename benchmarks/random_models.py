@@ -1,7 +1,7 @@
 """Models of published sizes with random weights, which answer prompts like any loaded model.
 
-No checkpoint is needed: the tokenizer, the chat template and the image settings are those of the
-small checkpoint in examples/. Its ids fit any vocabulary that is as long as its own.
+No checkpoint is needed: tokenizer, chat template and image settings are those of the small
+checkpoint in examples/. Its ids fit any vocabulary that is at least as large.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def _gemma_3(text: dict[str, Any], image_side: int, image_tokens: int = 256) -> 
 
 
 def _small_gemma_3() -> PretrainedConfig:
-    """Five local layers and a global one; 256 tokens an image as published, of as many patches."""
+    """Five local layers and a global one; 256 tokens per image, one for each patch."""
     return _gemma_3(
         {
             "hidden_size": 256,
@@ -118,7 +118,7 @@ def _small_gemma_3() -> PretrainedConfig:
 
 
 def _tiny_gemma_3() -> PretrainedConfig:
-    """A local layer, with a window of 8, and a global one; 4 tokens an image, of 4 patches each."""
+    """A local layer with a window of 8, and a global one; 4 tokens per image, 4 patches each."""
     return _gemma_3(
         {
             "hidden_size": 128,
@@ -150,7 +150,7 @@ def model_config(size: str) -> PretrainedConfig:
     text = config.get_text_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, getattr(special.text_config, name))
-    # More than published: prompts of any length are measured.
+    # More than published, so that prompts of any length can be measured.
     text.max_position_embeddings = 2**20
     if config.model_type == "gemma3":
         config.image_token_index = special.image_token_id
@@ -163,7 +163,7 @@ def model_config(size: str) -> PretrainedConfig:
 
 
 def random_module(config: PretrainedConfig, dtype: Any) -> nnx.Module:
-    """Random parameters made where they stay, at a scale that keeps sums finite."""
+    """Random parameters, made on the device, at a scale that keeps sums finite."""
     family = FAMILIES[config.model_type]
     graph, state = nnx.split(nnx.eval_shape(lambda: family.build(config, dtype)))
     variables = nnx.to_flat_state(state)
@@ -195,11 +195,11 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) ->
 
 
 def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> LoadedModel:
-    """A model ready to answer, as `bsjax.load` gives."""
+    """A model ready to answer, as `bsjax.load` returns it."""
     processor = read_processor(_TINY)
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     if config.model_type == "gemma3":
-        # Gemma 3's templates write where an image starts, and no more of it.
+        # Gemma 3's templates write only the start of an image.
         template = tokenizer.chat_template
         assert isinstance(template, str) and _IMAGE_IN_TEMPLATE in template
         tokenizer.chat_template = template.replace(_IMAGE_IN_TEMPLATE, "<|vision_start|>")
@@ -211,7 +211,7 @@ def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> Lo
         family=FAMILIES[config.model_type],
         tokenizer=tokenizer,
         image_processor=image_processor,
-        # No token ends an answer: there is just one.
+        # No token ends an answer, which is just one token.
         generation_config=GenerationConfig(),
         dtype=np.dtype(dtype),
         path=_TINY,

@@ -1,8 +1,8 @@
 """PyTorch's attention: SDPA, and FlexAttention with the masks that bsjax runs.
 
 Tensors are [1, heads, tokens, head_dim] and contiguous, PyTorch's best case. The BlockMask has
-128 x 128 blocks, FlexAttention's default. It is built ahead of the timing, from the mask function
-itself, a strip of query rows at a time: `create_block_mask` evaluates tokens x tokens at once.
+128 x 128 blocks, FlexAttention's default. It is built before the timing from the mask function, a
+strip of query rows at a time, because `create_block_mask` evaluates tokens x tokens at once.
 """
 
 import functools
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.variants import Arrays
 
 BLOCK = 128
-# Pairs that the mask function is evaluated for at a time; some arrays of int32 this large are held.
+# Pairs for which the mask function is evaluated at a time; several int32 arrays have this size.
 _PAIRS_AT_A_TIME = 2**28
 
 MaskMod = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -36,7 +36,7 @@ def sees_gpu() -> bool:
 
 @dataclass(frozen=True)
 class PreparedTorch:
-    """A call that gives [1, q_heads, tokens, head_dim]."""
+    """A call that returns [1, q_heads, tokens, head_dim]."""
 
     call: Callable[[], torch.Tensor]
 
@@ -57,7 +57,7 @@ class PreparedTorch:
 
 
 def prepare_sdpa(arrays: "Arrays") -> PreparedTorch:
-    """Dense causal attention, by whichever of its kernels PyTorch prefers."""
+    """Dense causal attention, by the kernel that PyTorch chooses."""
     q, k, v = _tensors(arrays)
     if q.device.type == "cpu":
         # PyTorch's CPU kernel is fastest with keys repeated beforehand.
@@ -80,8 +80,8 @@ def prepare_flex(
       arrays: q, k and v.
       workload: shape and prompt.
       mask: categories of all heads.
-      packed: whether rows stand in packed order; in prompt order otherwise.
-      compiled: without, PyTorch computes the whole score matrix: for tests at small sizes.
+      packed: whether rows are in packed order rather than prompt order.
+      compiled: False makes PyTorch compute the whole score matrix, for tests at small sizes.
     """
     q, k, v = _tensors(arrays)
     block_mask = build_block_mask(workload, mask, str(q.device), packed=packed)
@@ -91,7 +91,7 @@ def prepare_flex(
 
 @functools.cache
 def _compiled_flex() -> Any:
-    # Every mask is a program of its own. Past the limit PyTorch would go on uncompiled.
+    # Every mask is its own program. Beyond the limit PyTorch would continue uncompiled.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(flex_attention, dynamic=False)
@@ -107,7 +107,7 @@ def row_order(workload: Workload, *, packed: bool) -> np.ndarray:
 def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bool) -> MaskMod:
     """The mask as a FlexAttention user would write it: a few lookups and bit operations per pair.
 
-    In prompt order a row's index is its position; only packed rows have to look theirs up.
+    In prompt order a row's index is its position; packed rows have to look up their position.
     """
     template = workload.template
     order = row_order(workload, packed=packed)
@@ -166,7 +166,7 @@ def build_block_mask(workload: Workload, mask: HeadMask, device: str, *, packed:
 def _blocks(
     workload: Workload, category: HeadCategory, device: str, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which blocks hold some visible pairs and not all, and which hold all: [blocks, blocks]."""
+    """Which blocks have some but not all pairs visible, and which have all: [blocks, blocks]."""
     tokens = workload.tokens
     mask_mod = mask_function(workload, HeadMask("one", (category,)), device, packed=packed)
     every_key = torch.arange(tokens, device=device, dtype=torch.int32)
@@ -185,7 +185,7 @@ def _blocks(
 
 
 def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each row of blocks has, and which: those it has first, in order."""
+    """The number of blocks in each row of blocks, and their indices first, in order."""
     indices = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), indices.to(torch.int32)
 
@@ -199,7 +199,7 @@ def _tensors(arrays: "Arrays") -> tuple[torch.Tensor, ...]:
 def _tensor(array: jax.Array) -> torch.Tensor:
     """[tokens, heads, head_dim] of JAX as [1, heads, tokens, head_dim] of PyTorch, on its device.
 
-    Through the host, bit by bit: NumPy's bfloat16 is not PyTorch's.
+    Copies the bits through the host: NumPy's bfloat16 is not PyTorch's.
     """
     host = np.asarray(array)
     if array.dtype == jnp.bfloat16:

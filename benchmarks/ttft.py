@@ -5,13 +5,13 @@
     python -m benchmarks.ttft --size small-gemma-3 --images 100 --rounds 3 --no-transformers
 
 Prompts are random pictures and one question, run by `bsjax.generate` through the library's own
-programs: image processing on the host, vision tower, prefill and first token. Compilation is left
-out. Variants are interleaved. Weights are random, so the answers are noise: what is measured is
-cost. The head mix cuts a stated share of the dense attention FLOPs in prefill; it is no measured
-profile.
+programs: image processing on the host, vision tower, prefill and first token, without compilation.
+Variants are interleaved. Weights are random, so the answers are noise and only the cost is
+measured. The head mix cuts a stated share of the dense attention FLOPs in prefill; it is not a
+measured profile.
 
-On a CPU, a model of transformers with the same weights runs on PyTorch with as many threads and the
-same pixel values, and must choose the same first token.
+On a CPU, transformers runs a model with the same weights, number of threads and pixel values on
+PyTorch, which must choose the same first token.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs=2,
         default=(392, 392) if on_cpu else (560, 560),
         metavar=("WIDTH", "HEIGHT"),
-        help="in pixels; 28 x 28 of them are one token, and all images 256 tokens for Gemma 3",
+        help="in pixels; 28 x 28 pixels are one token, and every image is 256 tokens for Gemma 3",
     )
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument(
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = model_config(options.size)
     reference = None
     if options.transformers:
-        # The tests' own way of giving both models the same weights.
+        # Gives both models the same weights, as the tests do.
         from tests.support.small_models import ported, random_reference
 
         reference = random_reference(config)
@@ -165,10 +165,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile:
-    """A profile whose sparse heads, strewn over all layers, cut this share of attention FLOPs."""
+    """A profile whose sparse heads, spread over all layers, cut this share of attention FLOPs."""
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    # Of all layers, whatever their kinds: heads are strewn over all of them.
+    # FLOPs of all layers, whatever their kind.
     flops = head_flops(
         template, model.family.visibilities(model.config), model.family.layer_kinds(model.config), 1
     )
@@ -205,7 +205,7 @@ def _ours(
 def _transformers_call(
     reference: Any, model: LoadedModel, messages: list[dict[str, Any]]
 ) -> Callable[[], tuple[Seconds, int]]:
-    """The same prompt through transformers; its images are prepared by our code, as for ours."""
+    """The same prompt through transformers, with images prepared by our code."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -250,7 +250,7 @@ def _heads(profile: Profile | None) -> str | None:
 
 
 def _flops_shares(kinds: Sequence[LayerFlops]) -> dict[str, Any]:
-    """Attention FLOPs over those of dense heads, in the whole model and by kind of layer."""
+    """Attention FLOPs relative to dense heads, in the whole model and by kind of layer."""
     dense, sparse = (sum(getattr(kind, name) for kind in kinds) for name in ("dense", "sparse"))
     return {
         "attention_flops_over_dense": sparse / dense,

@@ -1,9 +1,8 @@
 """The attention implementations that are compared, behind one interface.
 
-All variants of a workload get the same random q, k and v as they are: numbers without meaning have
-no order to be put into, so what packed order and prompt order read is the same and nothing has to
-be permuted. What a variant must compute follows from its mask and from the order it takes its rows
-in.
+All variants of a workload get the same random q, k and v. Random rows have no order, so rows in
+packed order and in prompt order are the same and nothing has to be permuted. The expected output of
+a variant follows from its mask and from the order of its rows.
 """
 
 import functools
@@ -44,7 +43,7 @@ class Prepared(Protocol):
     """A variant that is compiled for its arrays."""
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Runs once; these rows of the output, float32 [rows, q_heads, head_dim]."""
+        """Runs once; returns these rows of the output, float32 [rows, q_heads, head_dim]."""
         ...
 
     def sampler(self) -> Sampler: ...
@@ -58,11 +57,11 @@ class Variant:
     mask: HeadMask
     visibility: Visibility
     order: np.ndarray
-    """int32 [tokens], the prompt index of each row that it takes."""
+    """int32 [tokens], the prompt index of each of its rows."""
     prepare: Callable[[Arrays], Prepared]
-    """Raises whatever the implementation raises; NotAvailable where it is not there."""
+    """Raises whatever the implementation raises, and NotAvailable if it is not installed."""
     note: str = ""
-    """What it computes where that is not the workload's mask."""
+    """What it computes, if that is not the workload's mask."""
 
 
 def random_arrays(workload: Workload) -> Arrays:
@@ -87,7 +86,7 @@ def wanted_rows(
     *,
     visibility: Visibility | None = None,
 ) -> np.ndarray:
-    """What these rows of the output must come to, float32 [rows, q_heads, head_dim].
+    """The expected values of these rows of the output, float32 [rows, q_heads, head_dim].
 
     Args:
       workload: shape and prompt.
@@ -117,8 +116,8 @@ def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[
 
     Args:
       workload: shape and prompt.
-      masks: what the sparse implementations run with. DENSE is added where it is missing: it is
-        what the others are compared with.
+      masks: for the sparse implementations. DENSE is added if it is missing, as the others are
+        compared with it.
       torch: whether to compare with PyTorch.
     """
     on_gpu = jax.default_backend() == "gpu"
@@ -146,7 +145,7 @@ def _variant(
 
 
 def _causal(variant: Variant) -> Variant:
-    """`variant`, which cannot let an image's tokens see those ahead of them."""
+    """`variant`, which cannot let an image's tokens see later ones."""
     if not variant.visibility.bidirectional_images:
         return variant
     causal = Visibility(window=variant.visibility.window)
@@ -253,7 +252,7 @@ def _tokamax(window: int | None) -> Callable[..., jax.Array]:
     tokamax: Any = importlib.import_module("tokamax")
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # Its third way, plain XLA, would hold the whole score matrix.
+        # Its third implementation, plain XLA, would hold the whole score matrix.
         return tokamax.dot_product_attention(
             q[None],
             k[None],

@@ -1,8 +1,8 @@
 """What the attention benchmarks compute: shapes of published models, templates, masks, head mixes.
 
-A mix is described by how much of the dense attention FLOPs (visible pairs) it cuts. How many heads
-must be sparse for that follows from the pairs that each category sees in the very template; what it
-comes to with a whole number of heads is what results state.
+A mix is named by the share of the dense attention FLOPs (visible pairs) that it cuts. The number of
+sparse heads follows from the pairs that each category sees in the template at hand. Results state
+the share that this whole number of heads cuts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from bsjax.masks.schedule import visible_pairs
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
 
-#: Text tokens before each image, by the image's tokens: what chat templates put there.
+#: Text tokens before each image, by the image's tokens, as chat templates have them.
 TEXT_TOKENS = {256: 10}
 OTHER_TEXT_TOKENS = 8
 #: The question at the end.
@@ -37,7 +37,7 @@ MIXES = {
     "ideal 1.8x": 1 - 1 / 1.8,
     "ideal 3.2x": 1 - 1 / 3.2,
 }
-#: Every mask there is, by the name that options take.
+#: All masks, by the name that options take.
 MASK_NAMES = (*(category.name for category in HeadCategory), *MIXES)
 
 
@@ -52,7 +52,7 @@ class AttentionShape:
     dtype: str = "bfloat16"
     visibility: Visibility = CAUSAL
     image_tokens: tuple[int, ...] = (400, 256, 1000, 1800)
-    """Tokens per image of the templates it is measured with."""
+    """Tokens per image of the templates that it is measured with."""
 
 
 _GEMMA3_GLOBAL = Visibility(bidirectional_images=True)
@@ -85,7 +85,7 @@ SHAPES = {
             visibility=_GEMMA3_LOCAL,
             image_tokens=(256,),
         ),
-        # For CPUs: the same kinds of masks at a size that takes seconds.
+        # For CPUs: the same kinds of masks at sizes that take seconds.
         AttentionShape("small", 8, 2, 64, "float32", image_tokens=(400, 100)),
         AttentionShape(
             "small-window",
@@ -149,7 +149,7 @@ class Workload:
         return sum(self.pairs[category] for category in mask.categories)
 
     def flops(self, pairs: int) -> int:
-        """A multiplication and an addition for each pair and channel, in scores and in output."""
+        """A multiplication and an addition per pair and channel, for scores and for output."""
         return 4 * self.shape.head_dim * pairs
 
     @property
@@ -157,7 +157,7 @@ class Workload:
         return self.flops(self.shape.q_heads * self.pairs[HeadCategory.DENSE])
 
     def masks(self, names: Sequence[str] = MASK_NAMES) -> list[HeadMask]:
-        """The masks of these names; mixes that come to the same heads are one mask, both named."""
+        """The masks of these names; mixes with the same heads become one mask with both names."""
         heads = self.shape.q_heads
         by_categories: dict[tuple[HeadCategory, ...], str] = {}
         for name in names:
@@ -171,9 +171,9 @@ class Workload:
 
 
 def prompt_template(tokens: int, image_tokens: int) -> Template:
-    """Text and an image in turn, exactly `tokens` of them; the last image takes what is left.
+    """Text and images in turn, exactly `tokens` tokens; the last image takes the rest.
 
-    All shapes of one token count are then the same: neither programs nor dense times differ.
+    So all shapes of one token count are the same, and programs and dense times do not differ.
     """
     text = TEXT_TOKENS.get(image_tokens, OTHER_TEXT_TOKENS)
     images, left = divmod(tokens - LAST_TEXT_TOKENS, text + image_tokens)
@@ -185,10 +185,10 @@ def prompt_template(tokens: int, image_tokens: int) -> Template:
 
 
 def head_mix(pairs: Mapping[HeadCategory, int], heads: int, cut: float) -> tuple[HeadCategory, ...]:
-    """Categories of `heads` heads that come nearest to cutting `cut` of the dense FLOPs.
+    """Categories of `heads` heads that cut as close to `cut` of the dense FLOPs as possible.
 
-    The sparse heads take the three sparse categories in turn. Which heads they are is drawn from a
-    fixed seed, as sparse heads are strewn over a real model's.
+    The sparse heads take the three sparse categories in turn. They are drawn with a fixed seed, as
+    sparse heads are spread over all heads of a real model.
     """
 
     def share_cut(categories: Sequence[HeadCategory]) -> float:

@@ -3,24 +3,23 @@
     python -m tools.choose_configurations --target sm_90
 
 Every candidate is compiled for the target and read as machine code. Those that spill registers or
-have fewer than two blocks in flight are out. The others are ranked by an estimate of the time that
-a visible pair takes on one multiprocessor:
+have fewer than two blocks in flight are dropped. The others are ranked by an estimate of the time
+that a visible pair takes on one multiprocessor:
 
     issue    instructions of a block's loop, over the four schedulers
     tensor   multiply-adds of a block, over what the tensor cores (or FMA units) do in a cycle
     special  exponentials of a block, 16 in a cycle
     memory   bytes of a block's keys and values, over a multiprocessor's share of the L2 cache
-    block    the greatest of them, or what one program needs if too few are resident to overlap:
-             (tensor + the greater of issue and special) / resident programs
-    pair     full and partial blocks of reference schedules, each by its own loop, over the pairs
-             that are visible
+    block    the maximum of these, or the time of one program if too few are resident to overlap:
+             (tensor + max(issue, special)) / resident programs
+    pair     time of the full and partial blocks of reference schedules, each with its own loop,
+             divided by the visible pairs
 
-What spills differs between versions of JAX: an entry must also pass the test suite under the oldest
-and the newest that are supported, and where the best candidate does not, the next that does stands
-in the table.
+Which candidates spill depends on the version of JAX. An entry must pass the test suite with the
+oldest and the newest supported version; the table has the best candidate that does.
 
-The estimate ranks candidates for want of a measurement; it is no prediction of speed. Entries that
-`tools.tune` has measured are left alone.
+The estimate replaces a measurement for ranking; it does not predict speed. Entries that
+`tools.tune` has measured are not changed.
 """
 
 import argparse
@@ -49,13 +48,13 @@ CANDIDATES = {
 # Multiply-adds per cycle and multiprocessor of half-precision tensor cores, from the data sheets.
 _TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
 _FLOAT32_RATE = {"sm_80": 64, "sm_89": 128, "sm_90": 128, "sm_100": 128}
-# Of all multiprocessors together: three fifths of what the data sheets say, an assumption.
+# Of all multiprocessors together. Assumed to be three fifths of the data sheets' figures.
 _L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
 _EXPONENTIALS_PER_CYCLE = 16
 
 
 class Work(NamedTuple):
-    """Blocks that a schedule visits, and pairs that a head sees."""
+    """The blocks that a schedule visits, and the pairs that a head sees."""
 
     full_blocks: int
     partial_blocks: int
@@ -83,7 +82,7 @@ def cycles_per_pair(
     itemsize: int,
     work: Work,
 ) -> float:
-    """The estimate that candidates are ranked by."""
+    """The estimate by which candidates are ranked."""
     loops = [len(loop) for loop in attention_loops(report.sass)]
     full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
     gpu = GPUS[GPU_OF[target]]
@@ -118,19 +117,21 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
             continue
         dtype = "bfloat16" if itemsize == 2 else "float32"
         try:
-            # Heads of 72 share the entry of 80, and mask what 80 does not.
+            # Head dim 72 shares the entry of 80, but needs masks that 80 does not.
             reports = [
                 compile_prefill(GPU_OF[target], head_dim, dtype, chosen=candidate)
                 for head_dim in ((80, 72) if width == 80 else (width,))
             ]
-        except Exception as error:  # What the compiler cannot do is no candidate.
+        except Exception as error:  # Not a candidate if it does not compile.
             print(f"  {candidate}: {str(error)[:80]}", file=sys.stderr)
             continue
         limit = GPUS[GPU_OF[target]].shared_memory_per_block
         if all(report.spilled == 0 and report.shared_memory <= limit for report in reports):
             compiled.append((candidate, reports[0]))
     if not compiled:
-        raise SystemExit(f"{target}, width {width}, {itemsize} bytes: no candidate compiles well.")
+        raise SystemExit(
+            f"{target}, width {width}, {itemsize} bytes: every candidate spills or fails to compile"
+        )
     entries = []
     for heads in ("dense", "sparse"):
         ranked = sorted(
@@ -153,7 +154,7 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
             ),
             key=lambda item: item[0],
         )
-        # Estimates this close say nothing; more blocks in flight hide more latency.
+        # Estimates this close are equal; more blocks in flight hide more latency.
         close = [item for item in ranked if item[0] <= 1.02 * ranked[0][0]]
         best = max(close, key=lambda item: item[1].num_stages)
         for estimate, candidate, report in ranked[:5]:

@@ -1,4 +1,4 @@
-"""Compiles the attention kernels alone, for GPUs that need not be there."""
+"""Compiles the attention kernels alone, for GPUs that the machine need not have."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
 
 def target_name(gpu: str) -> str:
-    """The target of `bsjax.pallas.configurations` that a GPU of `gpu_targets` belongs to."""
+    """The target in `bsjax.pallas.configurations` of a GPU in `gpu_targets`."""
     major, minor = TARGETS[gpu].compute_capability
     return target_of(f"{major}.{minor}")
 
@@ -26,7 +26,7 @@ def target_name(gpu: str) -> str:
 def default_prefill(
     gpu: str, head_dim: int, dtype: str, *, sparse: bool = True
 ) -> KernelConfiguration:
-    """What the table says of a GPU."""
+    """The table's configuration for a GPU."""
     with compiling_for(target_name(gpu)):
         return configuration(head_dim, dtype, *default_blocks(head_dim, dtype, sparse=sparse))
 

@@ -11,7 +11,7 @@ TABLE = Path(bsjax.pallas.__file__).with_name("configurations.json")
 
 
 def write_table(entries: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """Puts entries into the table, in place of the old ones for the same; measured ones stay."""
+    """Replaces entries of the table; an unmeasured entry does not replace a measured one."""
 
     def key(entry: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(entry[field] for field in ("target", "width", "bytes", "heads"))

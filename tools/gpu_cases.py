@@ -83,7 +83,7 @@ class PrefillCase:
 
     @property
     def name(self) -> str:
-        """All that tells it from other cases."""
+        """What distinguishes it from other cases."""
         parts = [
             f"prefill {self.template}",
             f"head dim {self.head_dim}",
@@ -141,7 +141,7 @@ class SegmentCase:
 
     @property
     def name(self) -> str:
-        """All that tells it from other cases."""
+        """What distinguishes it from other cases."""
         shown = "+".join(map(str, self.lengths[:4])) + ("+..." if len(self.lengths) > 4 else "")
         return f"segments {shown} ({len(self.lengths)}), head dim {self.head_dim}, {self.dtype}"
 
@@ -179,15 +179,15 @@ class DecodeCase:
     group: int = 7
     kv_heads: int = 2
     own: bool = True
-    """Whether the tokens' own keys and values stand beside the cache."""
+    """Whether the tokens' own keys and values are passed separately from the cache."""
 
     @property
     def name(self) -> str:
-        """All that tells it from other cases."""
+        """What distinguishes it from other cases."""
         return (
             f"decode {'+'.join(map(str, self.lengths))} of {self.rows} rows, head dim "
             f"{self.head_dim}, {self.dtype}, {self.group} query heads a key head"
-            f"{', own key beside the cache' if self.own else ''}"
+            f"{', own key apart from the cache' if self.own else ''}"
         )
 
     def run(self) -> list[Comparison]:
@@ -325,7 +325,7 @@ FUZZED_TOKENS = 1024
 HEAD_DIMS = (64, 72, 80, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPS = tuple(range(1, 9))
-#: What the covering cases must contain, beside all pairs of head dimension and dtype.
+#: What the covering cases must contain in addition to all pairs of head dimension and dtype.
 LEVELS: dict[str, tuple[Any, ...]] = {
     "group": GROUPS,
     "visibility": tuple(VISIBILITIES),
@@ -421,7 +421,7 @@ def decode_cases() -> list[DecodeCase]:
 
 
 def small_cases() -> list[Case]:
-    """The same checks at sizes that the interpreter does in seconds."""
+    """The same checks at sizes that take the interpreter seconds."""
     described: Sequence[PrefillCase | SegmentCase | DecodeCase] = [
         PrefillCase(64, "float32", template=SMALL_TEMPLATE, padding=5, blocks=(32, 16)),
         PrefillCase(
@@ -449,7 +449,7 @@ def all_cases() -> list[Case]:
 
 
 def random_template(seed: int) -> Template:
-    """Runs of text and images of random lengths, some of them empty or of one token."""
+    """Text and images of random lengths, some empty or of one token."""
     generator = np.random.default_rng(seed)
     segments: list[Text | Image] = []
     left = FUZZED_TOKENS - int(generator.integers(0, 200))

@@ -1,14 +1,14 @@
-"""Are the GPU kernels right on the GPU at hand, and how fast is attention there?
+"""Checks the GPU kernels on this machine's GPU, and times attention there.
 
     make gpu-check PYTHON=python3      # or: python3 -m tools.gpu_check
 
-Runs every case of `tools.gpu_cases` against float32, then a short benchmark, in under eight
-minutes. Needs a CUDA JAX and NumPy, nothing else: not even an installed bsjax. PyTorch is compared
-with where it is installed. Ends with 0 only if every case passed; everything measured is in the
+Compares every case of `tools.gpu_cases` with float32, then runs a short benchmark, in under eight
+minutes. Needs only a CUDA JAX and NumPy; bsjax need not be installed. If PyTorch is installed, the
+benchmark includes it. The exit status is 0 only if every case passed. Everything measured is in the
 JSON file.
 
-`--interpret` runs a few small cases in interpret mode on any machine: a test of this program and,
-of the kernels, of what does not depend on a GPU.
+`--interpret` runs a few small cases in interpret mode on any machine. It tests this program, and
+the parts of the kernels that do not depend on a GPU.
 """
 
 import argparse
@@ -93,8 +93,8 @@ def no_gpu() -> str | None:
     capability = getattr(jax.devices()[0], "compute_capability", "")
     if not capability[:1].isdigit() or float(capability) < 8.0:
         return (
-            f"{jax.devices()[0].device_kind} ({capability or 'unknown'}) is no NVIDIA GPU of the "
-            "Ampere generation or later."
+            f"{jax.devices()[0].device_kind} ({capability or 'unknown'}) is not an NVIDIA GPU "
+            "of the Ampere generation or later."
         )
     return None
 
@@ -110,7 +110,7 @@ def check(case: Case, deadline: float, index: int, count: int) -> dict[str, Any]
             comparisons = case.run()
             record["comparisons"] = [vars(each) | {"passed": each.passed} for each in comparisons]
             record["passed"] = bool(comparisons) and all(each.passed for each in comparisons)
-        except Exception as error:  # The other cases still tell something.
+        except Exception as error:  # The other cases are still informative.
             record["problem"] = f"{type(error).__name__}: {error}"
             record["traceback"] = traceback.format_exc()
     record["seconds"] = time.monotonic() - start
@@ -132,7 +132,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def run_benchmark(output: Path, deadline: float) -> int:
-    """One quick workload, in what time is left but no more than it should need."""
+    """One quick workload, in the time that is left or that it should need, whichever is less."""
     seconds = min(_SECONDS_OF_BENCHMARK, deadline - time.monotonic())
     options = ["--quick", "--time-limit", f"{seconds:.0f}", "--output", str(output)]
     if jax.default_backend() != "gpu":

@@ -1,8 +1,8 @@
-"""GPUs that bsjax is compiled for without having them.
+"""GPUs that bsjax can be compiled for on a machine without them.
 
-XLA's CUDA plugin compiles ahead of time for a GPU described in a few lines, Pallas kernels too.
-`compile_for` gives the compiled program, whose `memory_analysis()` is that of the real GPU;
-`kernel_reports` gives what the assembler says of each of its kernels.
+XLA's CUDA plugin compiles ahead of time, Pallas kernels included, for a GPU that is described in a
+few lines. `compile_for` returns the compiled program, whose `memory_analysis()` is that of the real
+GPU; `kernel_reports` returns what the assembler reports about each kernel.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from jax.sharding import SingleDeviceSharding
 
 
 class GpuTarget(NamedTuple):
-    """The figures of a GPU that decide how XLA compiles for it, from its data sheet."""
+    """The figures of a GPU's data sheet that XLA's compilation depends on."""
 
     device_kind: str
     compute_capability: tuple[int, int]
     accelerated: bool
-    """Whether code may use what only this very architecture has, such as wgmma on sm_90a."""
+    """Whether code may use features of exactly this architecture, such as wgmma on sm_90a."""
     cores: int
     clock_ghz: float
     device_memory: int
@@ -34,12 +34,12 @@ class GpuTarget(NamedTuple):
     l2_cache: int
     shared_memory_per_core: int
     shared_memory_per_block: int
-    """What a kernel may have at most, by opting in."""
+    """The largest size that a kernel can opt into."""
     threads_per_core: int = 2048
 
     @property
     def architecture(self) -> str:
-        """The name that ptxas gives it."""
+        """Its name for ptxas."""
         major, minor = self.compute_capability
         return f"sm_{major}{minor}{'a' if self.accelerated else ''}"
 
@@ -175,19 +175,19 @@ class KernelReport(NamedTuple):
     grid: tuple[int, int, int]
     threads: int
     shared_memory: int
-    """Bytes of one block, dynamic ones included."""
+    """Bytes of one block, including dynamic shared memory."""
     registers: int
-    """Of one thread."""
+    """Per thread."""
     spilled: int
-    """Bytes that one thread stores to and loads from local memory for want of registers."""
+    """Bytes of spill stores and loads per thread."""
     ptx: str
     sass: str
     """Machine code, disassembled."""
 
     def resident(self, target: GpuTarget) -> int:
-        """How many programs of this kernel one multiprocessor runs at a time."""
-        # Registers are handed out in units of 256 per warp, and each program's shared memory takes
-        # 1 KiB more than it asked for.
+        """How many programs of this kernel run on one multiprocessor at the same time."""
+        # Registers are allocated in units of 256 per warp, and each program's shared memory takes
+        # 1 KiB more than requested.
         registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
         return min(
             65_536 // registers,
@@ -197,7 +197,7 @@ class KernelReport(NamedTuple):
 
 
 def missing_wheels() -> list[str]:
-    """The wheels that ahead-of-time compilation for GPUs needs and this environment lacks."""
+    """Missing wheels that ahead-of-time compilation for GPUs needs."""
     missing = []
     if not any(_find(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         missing.append("jax-cuda12-plugin with jax-cuda12-pjrt")
@@ -210,7 +210,7 @@ def missing_wheels() -> list[str]:
 
 @functools.cache
 def target_topology(name: str) -> topologies.TopologyDescription:
-    """One GPU of the kind that `TARGETS` describes under `name`."""
+    """One GPU of the kind `TARGETS[name]`."""
     return topologies.get_topology_desc(
         name, platform="cuda", target_config=TARGETS[name].configuration, topology="1x1x1"
     )
@@ -333,7 +333,7 @@ def _find(module: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any]:
-    """Tells the Pallas lowering which GPU there is: needed, and possible, from JAX 0.11 on."""
+    """Tells the Pallas lowering which GPU it compiles for, which JAX needs from 0.11 on."""
     if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
     sharding: Any = jax.sharding
@@ -352,7 +352,7 @@ def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    # A program found in the cache is not compiled, leaves no dump, and cannot be loaded without its
+    # A program from the cache is not compiled, leaves no dump, and cannot be loaded without its
     # GPU.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -1,10 +1,10 @@
-"""What published models take of a GPU's memory for long prompts, without having the GPU.
+"""GPU memory that published models take for long prompts, without having the GPU.
 
     python -m tools.memory_table [--check]
 
 Compiles every program of a generation ahead of time for an H200 and an A100, in bfloat16, for
-prompts of 1000-token images (Gemma 3: 256); prints the memory of each and writes docs/memory.md.
-Ends with an error when a goal is missed. With --check it writes nothing.
+prompts of 1000-token images (Gemma 3: 256). Prints the memory of each and writes docs/memory.md.
+Fails if a goal is missed. With --check it writes nothing.
 """
 
 import argparse
@@ -43,9 +43,9 @@ PROMPTS = {
     "Gemma-3-4B": (36_000, 131_000),
     "Gemma-3-27B": (36_000, 65_536, 131_000),
 }
-"""The tokens of prompts, by model; Gemma 3 has 131,072 positions, answer included."""
+"""Tokens of the prompts, by model. Gemma 3 has 131,072 positions, including the answer."""
 PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
-"""The tokens of samples that a model is profiled on."""
+"""Tokens of the sample that a model is profiled on."""
 GPUS = ("h200", "a100")
 NEW_TOKENS = 64
 STAGES = ("embed", "vision", "prefill", "decode")
@@ -55,12 +55,12 @@ GOALS = {
     ("Gemma-3-4B", 131_000): 6 * 2**30,
     ("Gemma-3-27B", 65_536): 6 * 2**30,
 }
-"""The most bytes beside weights and cache, at any stage and on any GPU."""
+"""Largest number of bytes in addition to weights and cache, at any stage and on any GPU."""
 
-# Of an image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens of Qwen's.
+# An image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens for Qwen.
 _GRID = (1, 50, 80)
 _TEXT_TOKENS = 8
-# What JAX takes of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.
 _MEMORY_FRACTION = 0.75
 _DESTINATION = Path(__file__).parents[1] / "docs" / "memory.md"
 _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt")
@@ -77,10 +77,9 @@ class Measurement(NamedTuple):
     stages: tuple[Stage, ...]
 
     def temporaries(self, name: str | None = None) -> int:
-        """The most that the device holds beside weights and cache, at one stage or at any.
+        """Peak bytes in addition to weights and cache, at one stage or over all.
 
-        Embeddings, pixel values, schedules and results are in it, besides what a program makes for
-        itself.
+        Includes embeddings, pixel values, schedules and results, and the program's temporaries.
         """
         return max(
             stage.peak - (self.cache if stage.name in ("prefill", "decode") else 0)
@@ -90,7 +89,7 @@ class Measurement(NamedTuple):
 
     @property
     def full_cache(self) -> int:
-        """Bytes that the cache would take if every layer kept all tokens."""
+        """Bytes of a cache in which every layer keeps all tokens."""
         config = PUBLISHED_MODELS[self.model]()
         text = config.get_text_config()
         rows = cache_rows(self.inputs.tokens + NEW_TOKENS)
@@ -100,12 +99,12 @@ class Measurement(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that the device holds at any stage."""
+        """Peak bytes on the device over all stages."""
         return self.weights + max(stage.peak for stage in self.stages)
 
     @property
     def missed_goal(self) -> str | None:
-        """Which goal is missed and by how much; None when there is none, or it is met."""
+        """The goal that is missed and by how much; None if there is no goal, or it is met."""
         goal = GOALS.get((self.model, self.inputs.tokens))
         found = self.temporaries()
         if goal is None or found <= goal:
@@ -113,15 +112,14 @@ class Measurement(NamedTuple):
         worst = max(STAGES, key=self.temporaries)
         return (
             f"{self.model} with {self.inputs.tokens} tokens on {self.target}: {_gib(found)} GiB "
-            f"beside weights and cache in {worst}; the goal is {_gib(goal)} GiB."
+            f"in addition to weights and cache in {worst}; the goal is {_gib(goal)} GiB."
         )
 
 
 def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
     """A prompt of `tokens` tokens: images with a little text before each and at the end.
 
-    Images have 1000 tokens, those of Gemma 3 the 256 that all of them have. Its pixel values are
-    zeros that take no memory.
+    Images have 1000 tokens, or 256 for Gemma 3. Pixel values are zeros that take no memory.
     """
     vision = config.vision_config
     if config.model_type == "gemma3":
@@ -143,9 +141,9 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
 
 
 def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
-    """Compiles what `bsjax.generate` would run for a prompt of `tokens` tokens.
+    """Compiles the programs of `bsjax.generate` for a prompt of `tokens` tokens.
 
-    Heads are of all four categories, so that prefill has every table of a schedule.
+    Heads have all four categories, so that schedules have all tables.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
@@ -168,7 +166,7 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
 
 
 def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[Stage, ...]:
-    """Compiles what `bsjax.profile` would run for a sample of `tokens` tokens."""
+    """Compiles the programs of `bsjax.profile` for a sample of `tokens` tokens."""
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
     shape = Shape.of(family, config)
@@ -218,13 +216,14 @@ def markdown(
         if len(found.inputs.schedules) > 1 and found.target == measurements[0].target
     )
     goals = "\n".join(
-        f"- {model} with {tokens:,} tokens: at most {_gib(goal)} GiB beside weights and cache."
+        f"- {model} with {tokens:,} tokens: "
+        f"at most {_gib(goal)} GiB in addition to weights and cache."
         for (model, tokens), goal in GOALS.items()
     )
     return f"""# Memory of long prompts
 
-GiB on one GPU, bfloat16, from XLA's analysis of the compiled programs. They were compiled ahead of
-time for these GPUs: **none of them has run them**.
+GiB on one GPU, in bfloat16, from XLA's analysis of programs that were compiled ahead of time for
+these GPUs. **They have not been run on a GPU.**
 
 {tables}
 
@@ -232,20 +231,21 @@ Goals:
 
 {goals}
 
-`embed`, `vision`, `prefill`, `decode`: the most that the device holds at that stage beside weights
-and cache, embeddings and pixel values included. `vision` is a group of at most 64K patches, however
-many images there are. `peak` is the weights and the greatest stage, with the cache in prefill and
-decode; it `fits` when it is below {_MEMORY_FRACTION:.0%} of the GPU's memory, which is what JAX
-takes by default (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
+`embed`, `vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and
+cache, including embeddings and pixel values. `vision` handles a group of at most 64K patches at a
+time, however many images there are. `peak` is the weights plus the largest stage, with the cache in
+prefill and decode. A prompt `fits` if its peak is below {_MEMORY_FRACTION:.0%} of the GPU's memory,
+the share that JAX takes by default (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 
-Prompts hold 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with {_TEXT_TOKENS}
-text tokens before each; {NEW_TOKENS} tokens are generated; heads are of all four categories. Tokens
-are padded to a bucket, cache rows too: {_largest(measurements)}.
+Prompts consist of 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with
+{_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. Heads have all four
+categories. Rows of the prompt and of the cache are padded to buckets: {_largest(measurements)}.
 
 ## Caches of layers with a window
 
-Gemma 3's local layers keep the last 1023 tokens, which is what a query sees beside itself; its
-global layers keep all. GiB, against a cache in which all layers keep all (computed from its shape):
+Gemma 3's local layers keep the last 1023 tokens, which are all that a query sees except itself. Its
+global layers keep all tokens. GiB, compared with a cache in which every layer keeps all tokens
+(computed from its shape):
 
 | model | tokens | cache | of full length | share |
 |---|---:|---:|---:|---:|
@@ -270,8 +270,8 @@ def _profiling_section(profiling: Mapping[tuple[str, str], Sequence[Stage]]) -> 
     return f"""
 ## Profiling
 
-GiB beside the weights while a sample is profiled: statistics of all heads, looking for sinks, and
-comparing categories with the dense model. Nothing with both tokens and heads is kept of a layer.
+GiB in addition to the weights while a sample is profiled: statistics of all heads, looking for
+sinks, and comparing categories with the dense model. No array of tokens x heads is kept per layer.
 
 {table}
 """

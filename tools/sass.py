@@ -1,11 +1,11 @@
-"""Reads machine code: which instructions the loops of a kernel consist of."""
+"""Reads machine code: the instructions of a kernel's loops."""
 
 import re
 from collections import Counter
 
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "IMMA")
-"""Instructions of tensor cores: Ampere's and Ada's, Hopper's, Blackwell's, and those of types that
-the kernels do not use."""
+"""Tensor core instructions of Ampere and Ada, Hopper, and Blackwell, and of types that the kernels
+do not use."""
 
 KINDS = {
     "tensor": PRODUCTS,
@@ -16,7 +16,7 @@ KINDS = {
     "copy": ("LDGSTS", "UBLKCP", "UTMALDG"),
     "shuffle": ("SHFL",),
 }
-"""What instructions do; all others are address and control arithmetic."""
+"""Instructions by purpose; all others are address and control arithmetic."""
 
 _LABEL = re.compile(r"^(\.L\S+):")
 _INSTRUCTION = re.compile(
@@ -33,9 +33,9 @@ def opcodes(sass: str) -> list[str]:
 def attention_loops(sass: str) -> list[list[str]]:
     """The loops over blocks of keys, each as its instructions; shortest first.
 
-    They are the innermost loops that evaluate exponentials, and multiply on tensor cores if the
-    kernel does. Of the prefill kernel's two, the shorter one walks full blocks, the longer one
-    partial blocks.
+    They are the innermost loops that evaluate exponentials, and that use tensor cores if the kernel
+    does. The prefill kernel has two: the shorter one is for full blocks, the longer one for partial
+    blocks.
     """
     names: list[str] = []
     labels: dict[str, int] = {}
@@ -66,7 +66,7 @@ def attention_loops(sass: str) -> list[list[str]]:
             for other_start, other_end in over_blocks
         )
     ]
-    # Blackwell's pipelined loops come with short ones that fill the pipeline.
+    # On Blackwell, pipelined loops come with short loops that fill the pipeline.
     exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in innermost}
     most = max(exponentials.values(), default=0)
     over_blocks = [loop for loop in innermost if 2 * exponentials[loop] >= most]
@@ -74,7 +74,7 @@ def attention_loops(sass: str) -> list[list[str]]:
 
 
 def mix(instructions: list[str]) -> dict[str, int]:
-    """How many instructions are of each of `KINDS`, and how many are "other"."""
+    """The number of instructions of each of `KINDS`, and of "other"."""
     kind_of = {name: kind for kind, names in KINDS.items() for name in names}
     counted = Counter(kind_of.get(name, "other") for name in instructions)
     return {kind: counted[kind] for kind in (*KINDS, "other")}

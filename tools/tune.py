@@ -1,12 +1,12 @@
-"""Times kernel configurations of the prefill kernel on the GPU at hand.
+"""Times configurations of the prefill kernel on this machine's GPU.
 
     python3 -m tools.tune --head-dims 128 --dtypes bfloat16 --time-limit 540
 
-For every head dimension, dtype and kind of category (all heads dense, or all heads
-INTRA_IMAGE_SINK) it compiles the kernel in every configuration of a grid, leaves out those that do
-not compile (too much shared memory, say) or are wrong, and times the rest, interleaved. Spilled
-registers are allowed to show in the time. Prints the fastest ones and writes every sample as JSON,
-and with `--write-table` the fastest of each become entries of bsjax/pallas/configurations.json.
+For every head dimension, dtype and kind of heads (all DENSE, or all INTRA_IMAGE_SINK), the kernel
+is compiled in every configuration of a grid. Configurations that do not compile (for instance
+because of too much shared memory) or are wrong are dropped; the others are timed, interleaved.
+Spilling is not checked, as it shows in the time. Prints the fastest configurations and writes every
+sample as JSON. `--write-table` makes the fastest ones entries of bsjax/pallas/configurations.json.
 
 Needs a CUDA JAX and NumPy only.
 """
@@ -40,7 +40,7 @@ BLOCKS_Q = (64, 128, 256)
 BLOCKS_KV = (16, 32, 64, 128)
 WARPS = (4, 8, 16)
 STAGES = (1, 2, 3, 4)
-#: Registers that one warpgroup's scores and output may take of its 64K: more is sure to spill.
+#: Elements of scores and output per thread; more than this is certain to spill.
 _MOST_ELEMENTS_PER_THREAD = 256
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.head_dims, options.dtypes, options.kinds
     ):
         if time.monotonic() > deadline:
-            print(f"Not run, for want of time: head dim {head_dim}, {dtype}, {kind}.")
+            print(f"Not run, out of time: head dim {head_dim}, {dtype}, {kind}.")
             continue
         results.append(tune(head_dim, dtype, kind, options, deadline))
         print(f"\n{render(results[-1])}", flush=True)
@@ -84,7 +84,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument("--interpret", action="store_true", help="on any machine, for tests")
     parser.add_argument(
-        "--write-table", action="store_true", help="make the fastest what the kernel runs with"
+        "--write-table", action="store_true", help="use the fastest configurations from now on"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser.parse_args(arguments)
@@ -120,11 +120,11 @@ def tune(
         entry: dict[str, Any] = {"configuration": configuration._asdict(), "problem": None}
         entries.append(entry)
         if time.monotonic() > deadline:
-            entry["problem"] = "not run, for want of time"
+            entry["problem"] = "not run, out of time"
             continue
         try:
             samplers[index] = _sampler(workload, mask, arrays, configuration, options.interpret)
-        except Exception as error:  # Whatever the compiler says is the result.
+        except Exception as error:  # The compiler's message is the result.
             first_line = (str(error).strip() or "no message").splitlines()[0]
             entry["problem"] = f"{type(error).__name__}: {first_line[:200]}"
     samples = interleaved_samples(samplers, options.rounds, deadline)
@@ -184,7 +184,7 @@ def _sampler(
 
 
 def fastest(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The table's entry for what was fastest on this GPU; None if nothing ran."""
+    """The table's entry for the fastest configuration; None if nothing ran."""
     timed = [entry for entry in result["entries"] if "median_seconds" in entry]
     if not timed:
         return None
@@ -200,7 +200,7 @@ def fastest(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def render(result: dict[str, Any], shown: int = 10) -> str:
-    """The fastest configurations as Markdown, and what became of the others."""
+    """The fastest configurations as Markdown, and the problems of the others."""
     timed = [entry for entry in result["entries"] if "median_seconds" in entry]
     timed.sort(key=lambda entry: entry["median_seconds"])
     rows = [

@@ -390,7 +390,7 @@ class TestExitStatus:
         row = {"variant": "bsjax", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
         assert attention._ours_is_broken(row)
         assert attention._ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
-        assert not attention._ours_is_broken(row | {"problem": "not run, for want of time"})
+        assert not attention._ours_is_broken(row | {"problem": "not run, out of time"})
         assert not attention._ours_is_broken(row | {"problem": None})
         assert not attention._ours_is_broken(row | {"variant": "torch SDPA"})
 

@@ -186,9 +186,10 @@ def test_a_hybrid_is_evaluated_with_the_layers_it_was_trained_with(small_model, 
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [(None, "no settings.json"), (Settings(), "without sparse layers")]
+    ("settings", "message"),
+    [(None, "not have the settings.json"), (Settings(), "without sparse layers")],
 )
-def test_what_is_no_hybrid_is_refused(settings, message, tmp_path):
+def test_a_run_without_sparse_layers_is_refused_as_a_hybrid(settings, message, tmp_path):
     if settings is not None:
         check_settings(tmp_path / "settings.json", settings)
     with pytest.raises(SystemExit, match=message):
