@@ -126,13 +126,17 @@ def main() -> None:
     saved = 1 - stats.attention_flops_sparse / stats.attention_flops_dense
     console.print(f"The profile saves {saved:.0%} of the attention FLOPs of these prompts.\n")
 
-    console.print("Timing longer prompts, about a minute ...")
-    timings = list(time_prompts(model, profile))
+    console.print("Timing prompts of", end="")
+    timings = []
+    for timing in time_prompts(model, profile):
+        timings.append(timing)
+        console.print(f" {timing.tokens:,}", end="")
+    console.print(" tokens.\n")
     console.print(table_of_timings(timings))
     console.print(
-        "Each pair is dense -> sparse, with sparse / dense beside it; FLOPs are attention FLOPs, "
-        "sparse / dense. Medians of three rounds, compiled before. The model was trained on up to "
-        "twelve images: on these prompts only the time counts, not the answer.\n"
+        "Dense -> sparse, and sparse / dense. FLOPs are those of attention. Medians of up to three "
+        "rounds, without compilation. The model was trained on up to twelve images; here only its "
+        "time counts, not its answer.\n"
     )
 
     options.output.mkdir(parents=True, exist_ok=True)

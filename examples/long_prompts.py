@@ -25,7 +25,9 @@ from .train_small_vlm.scenes import COLOURS, CONTENTS, draw_picture
 LENGTHS = (2048, 4096, 8192, 16384)
 """The least tokens of each prompt."""
 ROUNDS = 3
-"""How often each prompt is timed; dense and sparse take turns."""
+"""How often each prompt is timed at most; dense and sparse take turns."""
+SECONDS = 8.0
+"""After this time no further round of a prompt starts."""
 # The chat template puts the tokens of start, end and letter around an image.
 _TOKENS_AROUND_AN_IMAGE = 3
 
@@ -63,77 +65,87 @@ def time_prompts(
     random = np.random.default_rng(0)
     for length in lengths:
         messages = long_prompt(random, length)
-        stats = [_generated(model, messages, used) for used in (None, profile)]
+        prompt = model.prompt(messages)
+        template = bsjax.Template.from_tokens(
+            prompt.token_ids, model.config.image_token_id, profile.sinks, prompt.image_tokens
+        )
+        dense, sparse = (
+            _all_layers(model, template, categories)
+            for categories in (np.zeros_like(profile.categories), profile.categories)
+        )
         yield Timing(
-            tokens=stats[0].prompt_tokens,
-            images=len(stats[0].image_tokens),
-            flops=(stats[1].attention_flops_dense, stats[1].attention_flops_sparse),
-            attention=_medians(_attention_calls(model, profile, messages)),
+            tokens=template.tokens,
+            images=template.num_images,
+            flops=(dense.flops, sparse.flops),
+            attention=_medians(_attention_calls(model, dense, sparse)),
             prefill=_medians(_prefill_calls(model, profile, messages)),
         )
 
 
-def _generated(
-    model: bsjax.LoadedModel, messages: Any, profile: bsjax.Profile | None
-) -> bsjax.Stats:
-    """The statistics of a prompt whose answer is one token."""
-    result = bsjax.generate(model, messages, profile=profile, max_new_tokens=1)
-    assert isinstance(result, bsjax.Result)
-    return result.stats
+def _all_layers(
+    model: bsjax.LoadedModel, template: bsjax.Template, categories: np.ndarray
+) -> bsjax.BlockMask:
+    """One mask for the heads of all layers, which differ in nothing but their categories."""
+    blocks = block_sizes("auto", _head_dim(model), model.dtype, sparse=bool(categories.any()))
+    return bsjax.BlockMask(template, categories.ravel(), *blocks)
+
+
+def _head_dim(model: bsjax.LoadedModel) -> int:
+    text = model.config.get_text_config()
+    return text.hidden_size // text.num_attention_heads
+
+
+def _attention_calls(
+    model: bsjax.LoadedModel, *masks: bsjax.BlockMask
+) -> list[Callable[[], float]]:
+    """Calls that return the seconds of attention in all layers, on random values."""
+    text = model.config.get_text_config()
+    random = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(
+            random.normal(
+                size=(masks[0].template.tokens, text.num_hidden_layers * heads, _head_dim(model))
+            ),
+            model.dtype,
+        )
+        for heads in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
+    )
+
+    def call(mask: bsjax.BlockMask) -> Callable[[], float]:
+        arrays = (q, k, v, jax.device_put(mask))
+        attend = jax.jit(bsjax.sparse_attention).lower(*arrays).compile()
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            attend(*arrays).block_until_ready()
+            return time.perf_counter() - start
+
+        return seconds
+
+    return [call(mask) for mask in masks]
 
 
 def _prefill_calls(
     model: bsjax.LoadedModel, profile: bsjax.Profile, messages: Any
 ) -> list[Callable[[], float]]:
-    """Calls that time the prefill of a prompt, dense and sparse."""
-    return [
-        lambda: _generated(model, messages, None).prefill_seconds,
-        lambda: _generated(model, messages, profile).prefill_seconds,
-    ]
+    """Calls that return the seconds of a prefill, dense and sparse; compilation is not included."""
 
-
-def _attention_calls(
-    model: bsjax.LoadedModel, profile: bsjax.Profile, messages: Any
-) -> list[Callable[[], float]]:
-    """Calls that time the attention of all layers, dense and sparse, on random values.
-
-    The heads of all layers are heads of one call: five layers of 6 query and 2 key-value heads are
-    30 query and 10 key-value heads.
-    """
-    prompt = model.prompt(messages)
-    template = bsjax.Template.from_tokens(
-        prompt.token_ids, model.config.image_token_id, profile.sinks, prompt.image_tokens
-    )
-    text = model.config.get_text_config()
-    head_dim = text.hidden_size // text.num_attention_heads
-    random = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(
-            random.normal(size=(template.tokens, text.num_hidden_layers * heads, head_dim)),
-            model.dtype,
-        )
-        for heads in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-    )
-    attend = jax.jit(bsjax.sparse_attention)
-
-    def call(categories: np.ndarray) -> Callable[[], float]:
-        blocks = block_sizes("auto", head_dim, model.dtype, sparse=bool(categories.any()))
-        mask = jax.device_put(bsjax.BlockMask(template, categories.ravel(), *blocks))
-        attention = attend.lower(q, k, v, mask).compile()
-
+    def call(used: bsjax.Profile | None) -> Callable[[], float]:
         def seconds() -> float:
-            start = time.perf_counter()
-            attention(q, k, v, mask).block_until_ready()
-            return time.perf_counter() - start
+            result = bsjax.generate(model, messages, profile=used, max_new_tokens=1)
+            return result.stats.prefill_seconds
 
         return seconds
 
-    return [call(np.zeros_like(profile.categories)), call(profile.categories)]
+    return [call(None), call(profile)]
 
 
 def _medians(calls: Sequence[Callable[[], float]]) -> tuple[float, float]:
-    """The median of what each call returns, over rounds in which all take turns."""
-    rounds = [[call() for call in calls] for _ in range(ROUNDS)]
+    """The median of each call's seconds; in every round, each is called once."""
+    rounds: list[list[float]] = []
+    start = time.perf_counter()
+    while len(rounds) < ROUNDS and time.perf_counter() - start < SECONDS:
+        rounds.append([call() for call in calls])
     dense, sparse = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
     return dense, sparse
 
