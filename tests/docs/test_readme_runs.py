@@ -43,6 +43,7 @@ def working_directory(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_python_blocks_run_one_after_the_other(working_directory, capsys):
     names: dict[str, object] = {}
     printed = blocks("python")
