@@ -123,7 +123,7 @@ def _keep_torch_busy() -> None:
     """Several milliseconds of work for the device."""
     matrix = _torch_matrix()
     for _ in range(4):
-        matrix @ matrix
+        matrix.matmul(matrix)
 
 
 def matrix_rate_call(side: int) -> tuple[Callable[[], jax.Array], int, int]:

@@ -15,6 +15,7 @@ from bsjax.errors import CheckpointError
 from convert.__main__ import main
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.parity
 
@@ -34,7 +35,6 @@ def stall(done, total):
 real = convert.conversion.convert_checkpoint
 convert.conversion.convert_checkpoint = lambda *a, **o: real(*a, **(o | {"progress": stall}))
 from convert.__main__ import main
-from tests.support.paths import ROOT
 sys.exit(main(sys.argv[1:]))
 """
 
