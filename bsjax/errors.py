@@ -1,8 +1,7 @@
-"""Every exception bsjax raises on purpose, so that a caller can catch what it means.
+"""All exceptions that bsjax raises on purpose.
 
-All derive from `BsjaxError`. Those that say an argument was wrong are also `ValueError`s, those
-that say a file was wrong are not: a caller that guards against bad input can keep catching what it
-knows.
+All derive from `BsjaxError`. Errors about arguments are also `ValueError`s, so that code which
+guards against bad input with `except ValueError` works; errors about checkpoints are not.
 """
 
 
@@ -15,11 +14,11 @@ class TemplateError(BsjaxError, ValueError):
 
 
 class MaskError(BsjaxError, ValueError):
-    """A block mask was asked for something it cannot be, or used with arrays it does not fit."""
+    """Arguments of a block mask are invalid, or arrays do not match the mask."""
 
 
 class BackendError(BsjaxError, ValueError):
-    """An attention backend is unknown, or cannot do what was asked of it."""
+    """An attention backend is unknown, or does not support the request."""
 
 
 class MessageError(BsjaxError, ValueError):

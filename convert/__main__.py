@@ -153,14 +153,14 @@ def _progress_bar(quiet: bool) -> Iterator:
 
 
 def _use_little(verify: bool) -> None:
-    """Keeps this process from loading what a conversion has no use for."""
-    # Converting moves bytes between files. Left alone, JAX would take hold of a GPU for it.
+    """Keeps this process from loading what a conversion does not need."""
+    # Otherwise JAX would reserve a GPU's memory, although a conversion only moves bytes.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Remarks on torch's absence and on token ids, none of which bear on a conversion.
+    # Silences remarks on missing torch and on token ids, which do not matter to a conversion.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not verify:
-        # transformers imports torch wherever it is installed, which costs seconds and hundreds of
-        # megabytes. To Python, a module that is None is one that is not there.
+        # transformers imports torch if it is installed, which costs seconds and hundreds of
+        # megabytes. A module that is None cannot be imported.
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
 
 

@@ -21,9 +21,10 @@ from bsjax.prompts.prompt import Prompt
 PADDING_ROW = np.iinfo(np.int32).max
 """The row of image tokens made of padding: out of bounds, so that their features are dropped."""
 
-_SMALLEST_TOKENS = 64
 GROUP_PATCHES = 65536
 """The most patches that go through the vision tower together; bounds the tower's memory."""
+
+_SMALLEST_TOKENS = 64
 # Eight sizes between powers of two: at most 12.5% of padding.
 _BUCKETS = 8
 
