@@ -292,5 +292,5 @@ def test_help_waits_for_nothing_heavy():
 
 def test_every_public_name_is_there():
     assert [name for name in bsjax.__all__ if not hasattr(bsjax, name)] == []
-    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+    with pytest.raises(AttributeError, match="attribute '?absent"):
         bsjax.absent  # noqa: B018

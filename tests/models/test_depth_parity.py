@@ -1,5 +1,7 @@
 """A deep model is the same program as a shallow one, and no program holds tokens x tokens."""
 
+from operator import attrgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,14 +55,14 @@ def programs(family: str, depth: int) -> dict[str, list]:
     heads = text.num_attention_heads
 
     def call(method, **options):
-        return lambda state, *arguments: getattr(nnx.merge(graph, state), method)(
+        return lambda state, *arguments: attrgetter(method)(nnx.merge(graph, state))(
             *arguments, **options
         )
 
     def trace(function, *arguments):
         return list(equations(jax.make_jaxpr(function)(state, *arguments).jaxpr))
 
-    prefill = call("prefill", cache_length=ROWS, backend="xla")
+    prefill = call("language_model.prefill", cache_length=ROWS, backend="xla")
     of_prefill = (
         np.zeros((ROWS, text.hidden_size), np.float32),
         np.zeros((3 if family.startswith("qwen") else 1, ROWS), np.int32),
