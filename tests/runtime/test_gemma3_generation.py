@@ -162,7 +162,7 @@ def test_mask_of_a_prompt_is_that_of_the_requested_layer(checkpoints, tmp_path, 
     assert main([*arguments, "--layer", "4"]) == 2
     assert "--layer must be from 0 to 3, got 4" in capsys.readouterr().err
     assert main([*arguments, "--window", "4"]) == 2
-    assert "Choose one with --layer" in capsys.readouterr().err
+    assert "Choose a layer with --layer" in capsys.readouterr().err
 
 
 def test_mask_of_segments_with_a_window(tmp_path, capsys):
@@ -173,4 +173,4 @@ def test_mask_of_segments_with_a_window(tmp_path, capsys):
     template, visibility = template_and_visibility(options)
     assert template.image_tokens == (8,) and visibility == Visibility(True, 3)
     assert main([*arguments, "--layer", "0"]) == 2
-    assert "belong to a checkpoint's prompt" in capsys.readouterr().err
+    assert "need a checkpoint, not --segments" in capsys.readouterr().err

@@ -104,7 +104,6 @@ def test_mixed_heads_with_learned_sinks(tiny_model, photographs):
     profile = dataclasses.replace(
         uniform,
         categories=generator.integers(0, 4, uniform.categories.shape).astype(np.int8),
-        criterion="by_hand",
     )
     sparse, reference = (
         bsjax.forward(tiny_model, conversation(photographs), profile=profile, backend=backend)
