@@ -67,9 +67,9 @@ def reference_work(block_q: int, block_kv: int, *, sparse: bool) -> Work:
     full = partial = pairs = 0
     for images, image_tokens in ((90, 400), (36, 1000)):
         template = Template.from_segments([Text(8), Image(image_tokens)] * images)
-        tiles = build_schedule(template, [groups], block_q=block_q, block_kv=block_kv).tiles[0]
-        full += int(tiles[:, 3].sum())
-        partial += int(tiles[:, 4].sum())
+        tiles = build_schedule(template, [groups], block_q=block_q, block_kv=block_kv).tiles
+        full += int(tiles.full_blocks.sum())
+        partial += int(tiles.partial_blocks.sum())
         pairs += visible_pairs(template, groups)
     return Work(full, partial, pairs)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bsjax.masks.schedule import Schedule
+from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import (
     KernelConfiguration,
@@ -71,8 +71,8 @@ def compile_prefill(
             image=jax.ShapeDtypeStruct((tokens,), jnp.int32),
             sink=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
             groups=jax.ShapeDtypeStruct((4,), jnp.int32),
-            tiles=jax.ShapeDtypeStruct((4, tiles, 5), jnp.int32),
-            ranges=jax.ShapeDtypeStruct((4, 4 * tiles, 2), jnp.int32),
+            tile_columns=jax.ShapeDtypeStruct((4, tiles, len(Tile._fields)), jnp.int32),
+            range_columns=jax.ShapeDtypeStruct((4, 4 * tiles, len(KeyRange._fields)), jnp.int32),
             block_q=block_q,
             block_kv=block_kv,
             visibility=visibility,

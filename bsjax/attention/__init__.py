@@ -1,13 +1,21 @@
-"""Block-sparse attention: one public function, three backends over the same schedule.
+"""Block-sparse attention: three backends that compute the same over one schedule, and decoding.
 
+api         what users and models call: arguments are checked, a backend is chosen
 reference   the definition, with the whole score matrix
-xla         plain JAX: any device, differentiable
-pallas      the GPU kernel (Triton lowering)
+xla         plain JAX: any device, and the gradients of every backend
+decode      one new token per sequence against a cache
+
+The GPU kernels are in `bsjax.pallas`.
 """
 
+from bsjax.attention.api import (
+    BACKENDS,
+    block_sizes,
+    ragged_attention,
+    resolve_backend,
+    sparse_attention,
+)
 from bsjax.attention.decode import decode_attention
-from bsjax.attention.dispatch import BACKENDS, block_sizes, ragged_attention, resolve_backend
-from bsjax.attention.sparse import sparse_attention
 
 __all__ = [
     "BACKENDS",

@@ -1,15 +1,63 @@
-"""Attention of decoding: one new token per sequence against a cache, dense."""
+"""Attention for decoding: one new token per sequence sees its whole cache."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.dispatch import resolve_backend
-from bsjax.pallas.decode import check_decode_arguments
+from bsjax.attention.api import resolve_backend
+from bsjax.errors import MaskError
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
+
+
+@overload
+def decode_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    layer: Array,
+    lengths: Array,
+    own_k: Array | None = None,
+    own_v: Array | None = None,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def decode_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    layer: Array,
+    lengths: Array,
+    own_k: Array | None = None,
+    own_v: Array | None = None,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def decode_attention(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    layer: Array,
+    lengths: Array,
+    own_k: Array | None = None,
+    own_v: Array | None = None,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: bool,
+) -> Array | tuple[Array, Array]: ...
 
 
 def decode_attention(
@@ -28,37 +76,39 @@ def decode_attention(
     """Attention of one token per sequence to the valid rows of one layer of a cache.
 
     Takes the cache of all layers, so that a loop over layers need not slice it: the kernel reads
-    the rows where they are. The tokens' own keys and values can stand beside the cache instead of
-    in it; one write for all layers, after the last one, then puts them there.
+    the rows in place. The keys and values of the tokens themselves may be in the cache already, or
+    be passed as `own_k` and `own_v`; a model can then write those of all layers at once, after its
+    last layer.
 
     Args:
       q: queries; bfloat16, float16 or float32. Query head h reads key-value head
         h // (q_heads // kv_heads).
-      k_cache: keys of all layers, of q's dtype.
-      v_cache: values, of q's dtype.
-      layer: which layer is read.
-      lengths: how many rows are valid in each sequence, from 0 to `rows`. What the other rows hold
-        has no effect.
+      k_cache: keys of all layers, in the dtype of `q`.
+      v_cache: values of all layers, in the dtype of `q`.
+      layer: index of the layer to read.
+      lengths: how many rows are valid in each sequence, from 0 to `rows`. The contents of the other
+        rows have no effect.
       own_k: the tokens' own keys, seen in addition to the cache.
-      own_v: their values; given where `own_k` is.
+      own_v: the tokens' own values; required with `own_k`.
       scale: factor of the scores, above 0.
-      backend: `pallas`, `xla` or `auto` as in `sparse_attention`; `reference` is `xla` here, which
-        holds all scores of the one row anyway.
+      backend: `pallas`, `xla` or `auto`, as in `sparse_attention`. `reference` is the same as `xla`
+        here: both hold all scores of the token.
       return_lse: also return the log-sum-exp.
 
     Returns:
-      The output [batch, q_heads, head_dim] in q's dtype; with `return_lse` also the float32
-      log-sum-exp [batch, q_heads] of the scaled scores. A token that sees nothing yields zeros and
-      -inf. Sums are in float32.
+      The output [batch, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
+      log-sum-exp [batch, q_heads] of the scaled scores, float32. A token that sees nothing yields
+      zeros and -inf. Sums are in float32.
 
     Raises:
-      BackendError: unknown backend, or arrays that do not fit each other or the backend.
+      MaskError: shapes or dtypes do not fit each other, or the scale is not above 0.
+      BackendError: the backend is unknown, or cannot compute such heads.
     """
-    check_decode_arguments(q, k_cache, v_cache, lengths, own_k, own_v, scale)
+    _check(q, k_cache, v_cache, lengths, own_k, own_v, scale)
     layer, lengths = jnp.asarray(layer), jnp.asarray(lengths)
     result: Any
     if resolve_backend(backend) == "pallas":
-        # Chosen by the platform compiled for, which need not be one this machine has.
+        # The choice is by the platform that is compiled for, which this machine may lack.
         result = jax.lax.platform_dependent(
             q,
             k_cache,
@@ -85,7 +135,7 @@ def _xla_decode_attention(
     own_v: Array | None,
     scale: float,
 ) -> tuple[Array, Array]:
-    """The whole row of scores at once, in plain JAX."""
+    """Plain JAX, with all scores of a token at once."""
     batch, q_heads, head_dim = q.shape
     rows, kv_heads = k_cache.shape[2:4]
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
@@ -96,12 +146,12 @@ def _xla_decode_attention(
         jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_cache, v_cache)
     )
     valid = jnp.arange(rows) < lengths[:, None]
-    # A weight of 0 does not undo what padding rows may hold: infinities, NaN.
+    # Invalid rows may hold infinities or NaN, which a weight of 0 would not remove.
     v = jnp.where(valid[:, :, None, None], v, 0)
 
     scores = scale * product("bkgd,bckd->bkgc", grouped, k)
     scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
-    # Finite also when no key is seen, so that no infinities are subtracted.
+    # Finite even where no key is seen, so that no infinities are subtracted.
     greatest = jnp.max(scores, axis=-1, keepdims=True, initial=float(jnp.finfo(jnp.float32).min))
     own_score = None
     if own_k is not None:
@@ -114,10 +164,57 @@ def _xla_decode_attention(
         own_weight = jnp.exp(own_score - greatest)
         total = total + own_weight
         output = output + own_weight * own_v[:, :, None, :].astype(jnp.float32)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, greatest + jnp.log(total), -jnp.inf)
+    seen = total > 0
+    total = jnp.where(seen, total, 1.0)
+    lse = jnp.where(seen, greatest + jnp.log(total), -jnp.inf)
     return (
         (output / total).astype(q.dtype).reshape(q.shape),
         lse.reshape(batch, q_heads),
     )
+
+
+def _check(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    lengths: Array,
+    own_k: Array | None,
+    own_v: Array | None,
+    scale: float,
+) -> None:
+    """Refuses arrays that do not fit each other, whichever backend computes them.
+
+    Raises:
+      MaskError: says which shapes or dtypes were given and what is wanted.
+    """
+    shapes = f"q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}"
+    if q.ndim != 3 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape:
+        raise MaskError(
+            "Decoding takes q [batch, q_heads, head_dim] and k_cache, v_cache "
+            f"[layers, batch, rows, kv_heads, head_dim], got {shapes}."
+        )
+    batch, q_heads, head_dim = q.shape
+    _, cached_batch, _, kv_heads, cached_head_dim = k_cache.shape
+    if cached_batch != batch or cached_head_dim != head_dim or lengths.shape != (batch,):
+        raise MaskError(
+            f"{shapes} and lengths {lengths.shape} must have one batch size and one head dimension."
+        )
+    if q_heads % kv_heads:
+        raise MaskError(f"The query heads must be a multiple of the key heads, got {shapes}.")
+    arrays = [q, k_cache, v_cache]
+    if (own_k is None) != (own_v is None):
+        raise MaskError("own_k and own_v must be given together.")
+    for own in (own_k, own_v):
+        if own is not None:
+            arrays.append(own)
+            if own.shape != (batch, kv_heads, head_dim):
+                raise MaskError(
+                    f"own_k and own_v must have shape {(batch, kv_heads, head_dim)}, got "
+                    f"{own.shape}."
+                )
+    if len({array.dtype for array in arrays}) > 1:
+        raise MaskError(
+            f"All arrays must have one dtype, got {', '.join(str(a.dtype) for a in arrays)}."
+        )
+    if not scale > 0:
+        raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")

@@ -1,4 +1,4 @@
-"""Attention as it is defined, with the whole score matrix: what other backends must equal."""
+"""The definition of attention, with the whole score matrix: what all other backends must equal."""
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ def reference_attention(
     head_category: Int[Array, "q_heads"],
     scale: float,
 ) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]:
-    """Dense softmax under the predicate; the schedule's tiles and ranges are not looked at.
+    """Dense softmax under the predicate; does not use the tiles and ranges of the schedule.
 
     Returns:
-      The output, in q's dtype, and the float32 log-sum-exp of the scaled scores. A query that sees
-      nothing yields zeros and -inf.
+      The output, in the dtype of `q`, and the log-sum-exp of the scaled scores, float32. A query
+      that sees nothing yields zeros and -inf.
     """
     position, image, sink = schedule.info
     query = TokenInfo(*(jnp.asarray(part)[None, :, None] for part in (position, image, sink)))
@@ -45,14 +45,14 @@ def reference_attention(
         preferred_element_type=jnp.float32,
     )
     scores = jnp.where(seen, scores * scale, -jnp.inf)
-    # Guarded so that gradients of rows that see nothing are zeros rather than NaN.
+    # Rows that see nothing: no infinities are subtracted, so that their gradients are zeros.
     maximum = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True, initial=-jnp.inf))
     maximum = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
     weights = jnp.exp(scores - maximum)
     total = weights.sum(axis=-1, keepdims=True)
-    some = total > 0
-    total = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, maximum + jnp.log(total), -jnp.inf)[..., 0]
+    seen_any = total > 0
+    total = jnp.where(seen_any, total, 1.0)
+    lse = jnp.where(seen_any, maximum + jnp.log(total), -jnp.inf)[..., 0]
     out = jnp.einsum(
         "hqk,khd->qhd",
         weights / total,

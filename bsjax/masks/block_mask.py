@@ -24,7 +24,7 @@ from jaxtyping import Bool, Int
 
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.schedule import Schedule, build_schedule, category_tables, visible_pairs
+from bsjax.masks.schedule import Schedule, Tile, build_schedule, category_tables, visible_pairs
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
@@ -174,16 +174,16 @@ class BlockMask:
             raise MaskError(f"There is no head {head}: the mask has {len(self.categories)}.")
         tokens, schedule, table = self.template.tokens, self.schedule, int(self.head_category[head])
         covered = np.zeros((tokens, tokens), np.uint8)
-        for first_row, rows, index, full_blocks, partial_blocks in schedule.tiles[table]:
-            tile = slice(first_row, first_row + rows)
-            query = TokenInfo(*(part[tile, None] for part in schedule.info))
-            blocks_left = full_blocks + partial_blocks if rows else 0
+        for tile in map(Tile._make, schedule.tile_columns[table].tolist()):
+            rows = slice(tile.first_row, tile.first_row + tile.rows)
+            query = TokenInfo(*(part[rows, None] for part in schedule.info))
+            index, blocks_left = tile.first_range, tile.blocks if tile.rows else 0
             while blocks_left > 0:
-                start, end = schedule.ranges[table, index]
-                if blocks_left > partial_blocks:
-                    covered[tile, start:end] += 1
+                start, end = schedule.range_columns[table, index]
+                if blocks_left > tile.partial_blocks:
+                    covered[rows, start:end] += 1
                 else:
-                    covered[tile, start:end] += visible(
+                    covered[rows, start:end] += visible(
                         query,
                         TokenInfo(*(part[None, start:end] for part in schedule.info)),
                         int(schedule.groups[table]),

@@ -19,7 +19,7 @@ Everything here is NumPy on the host. Nothing is ever as large as tokens x token
 blocks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -38,7 +38,55 @@ PADDING_POSITION = np.iinfo(np.int32).max
 TILE_WINDOWS = 4
 """Positions that a tile of a packed schedule with a window spans at most, in windows (in lengths of
 a tile, where these are longer)."""
-TILE_COLUMNS = ("first_row", "rows", "first_range", "full_blocks", "partial_blocks")
+
+
+class Tile(NamedTuple):
+    """Query rows that one kernel program does, and which key ranges it visits.
+
+    Schedules keep tiles as columns of one int32 array, so that a kernel reads a tile from one place
+    in memory; the fields here are those columns, in order. They are scalars for one tile, arrays
+    for many.
+
+    Attributes:
+      first_row: first query row.
+      rows: how many rows; 0 for an entry after a table's last tile.
+      first_range: where the tile's ranges start among those of its table.
+      full_blocks: blocks of keys in its full ranges.
+      partial_blocks: blocks of keys in its partial ranges, which follow the full ones.
+    """
+
+    first_row: Any
+    rows: Any
+    first_range: Any
+    full_blocks: Any
+    partial_blocks: Any
+
+    @classmethod
+    def read(cls, column: Callable[[int], Any]) -> "Tile":
+        """The tile whose fields are `column(0)`, `column(1)`, ..."""
+        return cls(*map(column, range(len(cls._fields))))
+
+    @property
+    def blocks(self) -> Any:
+        """Blocks of keys that the tile visits."""
+        return self.full_blocks + self.partial_blocks
+
+
+class KeyRange(NamedTuple):
+    """Consecutive keys that a tile visits, in key rows. Stored like `Tile`, as columns.
+
+    Attributes:
+      start: first key row.
+      end: one past the last key row.
+    """
+
+    start: Any
+    end: Any
+
+    @classmethod
+    def read(cls, column: Callable[[int], Any]) -> "KeyRange":
+        """The range whose fields are `column(0)` and `column(1)`."""
+        return cls(*map(column, range(len(cls._fields))))
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +102,13 @@ class Schedule:
       image: int32 [tokens], image number of each row; -1 for text and padding.
       sink: bool [tokens], whether the row is a sink token.
       groups: int32 [tables], the `KeyGroup` bits of each table.
-      tiles: int32 [tables, tiles, 5], the columns of `TILE_COLUMNS`, most blocks first. Every row
+      tile_columns: int32 [tables, tiles, fields of `Tile`], tiles with most blocks first. Every row
         is in exactly one tile of each table, padding rows in tiles without blocks. Entries after a
         table's last tile have no rows.
-      ranges: int32 [tables, ranges, 2], start and end in key rows. From `first_range` on stand the
-        tile's full ranges (whole multiples of `block_kv`), then its partial ones. Blocks step by
-        `block_kv` from a range's start; the last block of a partial range is cut at its end. There
-        is one entry more than any tile uses, so that looking one ahead stays in bounds.
+      range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
+        has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
+        step by `block_kv` from a range's start; the last block of a partial range is cut at its
+        end. There is one entry more than any tile uses, so that looking one ahead stays in bounds.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
@@ -70,8 +118,8 @@ class Schedule:
     image: Any
     sink: Any
     groups: Any
-    tiles: Any
-    ranges: Any
+    tile_columns: Any
+    range_columns: Any
     block_q: int = field(metadata={"static": True})
     block_kv: int = field(metadata={"static": True})
     visibility: Visibility = field(metadata={"static": True})
@@ -83,8 +131,18 @@ class Schedule:
 
     @property
     def info(self) -> TokenInfo:
-        """What the predicate needs to know of every row."""
+        """What the predicate needs to know about every row."""
         return TokenInfo(self.position, self.image, self.sink)
+
+    @property
+    def tiles(self) -> Tile:
+        """All tiles: every field is an int32 array [tables, tiles]."""
+        return Tile.read(lambda column: self.tile_columns[..., column])
+
+    @property
+    def ranges(self) -> KeyRange:
+        """All key ranges: both fields are int32 arrays [tables, ranges]."""
+        return KeyRange.read(lambda column: self.range_columns[..., column])
 
 
 def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
@@ -146,8 +204,8 @@ def build_schedule(
         image=np.pad(rows.image, padding, constant_values=-1),
         sink=np.pad(template.sink[rows.order], padding),
         groups=np.asarray([int(groups or 0) for groups in tables], np.int32),
-        tiles=_stack([tiles for tiles, _ in built], max_tiles),
-        ranges=_stack([ranges for _, ranges in built], max_ranges),
+        tile_columns=_stack([tiles for tiles, _ in built], max_tiles),
+        range_columns=_stack([ranges for _, ranges in built], max_ranges),
         block_q=block_q,
         block_kv=block_kv,
         visibility=visibility,
@@ -175,19 +233,22 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
       MaskError: the schedule is in prompt order, where a tile may hold rows of text and of images.
     """
     text_rows = np.append(0, np.cumsum(schedule.image < 0))
-    tiles = schedule.tiles.copy()
+    changed = replace(schedule, tile_columns=schedule.tile_columns.copy())
     for table in tables:
-        first_row, rows = tiles[table, :, 0], tiles[table, :, 1]
-        of_text = text_rows[first_row + rows] - text_rows[first_row]
-        if np.any((of_text > 0) & (of_text < rows)):
+        tiles = Tile(*(field[table] for field in changed.tiles))
+        of_text = text_rows[tiles.first_row + tiles.rows] - text_rows[tiles.first_row]
+        if np.any((of_text > 0) & (of_text < tiles.rows)):
             raise MaskError(
                 "Only a schedule in packed order can leave out its text rows: this one has tiles "
                 "with rows of text and of images."
             )
-        tiles[table, of_text > 0, 3:] = 0
+        # The fields are views of the columns.
+        tiles.full_blocks[of_text > 0] = 0
+        tiles.partial_blocks[of_text > 0] = 0
         # Tiles with most blocks first, entries without rows last, as in any table.
-        tiles[table] = tiles[table, np.lexsort((-tiles[table, :, 3:].sum(axis=1), rows == 0))]
-    return replace(schedule, tiles=tiles)
+        order = np.lexsort((-tiles.blocks, tiles.rows == 0))
+        changed.tile_columns[table] = changed.tile_columns[table, order]
+    return changed
 
 
 def segment_schedule(
@@ -386,10 +447,11 @@ class _TileRanges(NamedTuple):
 
 def _build_table(
     rows: _Rows, groups: KeyGroup | None, block_q: int, block_kv: int, tokens: int
-) -> tuple[Int[np.ndarray, "tiles 5"], Int[np.ndarray, "ranges 2"]]:
+) -> tuple[Int[np.ndarray, "tiles fields"], Int[np.ndarray, "ranges bounds"]]:
     """Tiles and ranges of one table."""
     if groups is None:
-        return np.zeros((0, 5), np.int32), np.zeros((0, 2), np.int32)
+        empty = np.zeros(0, np.int32)
+        return _columns(Tile.read(lambda _: empty)), _columns(KeyRange(empty, empty))
     starts = rows.tile_starts(groups, block_q)
     probes = rows.probes(starts, block_q)
     first_probes = np.searchsorted(probes, starts)
@@ -416,16 +478,18 @@ def _build_table(
         [0, 1], [sum(len(part.tile) for part in kind) for kind in (full, partial)]
     )
     by_tile = np.argsort(tile * 2 + is_partial, kind="stable")
-    ranges = np.stack(
-        [
-            np.concatenate([part.start for part in full + partial] or [order[:0]]),
-            np.concatenate([part.end for part in full + partial] or [order[:0]]),
-        ],
-        axis=1,
-    )[by_tile]
+    ranges = KeyRange(
+        np.concatenate([part.start for part in full + partial] or [order[:0]]),
+        np.concatenate([part.end for part in full + partial] or [order[:0]]),
+    )
     first_range = np.searchsorted(tile[by_tile], np.arange(order.size))
-    tiles = np.stack([first_row, tile_rows, first_range[rank], full_blocks, partial_blocks], axis=1)
-    return tiles[order].astype(np.int32), ranges.astype(np.int32)
+    tiles = Tile(first_row, tile_rows, first_range[rank], full_blocks, partial_blocks)
+    return _columns(tiles)[order], _columns(ranges)[by_tile]
+
+
+def _columns(fields: Tile | KeyRange) -> Int[np.ndarray, "entries fields"]:
+    """The fields next to each other, as a schedule keeps them."""
+    return np.stack(fields, axis=1).astype(np.int32)
 
 
 def _cut_ranges(

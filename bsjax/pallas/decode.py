@@ -125,7 +125,6 @@ def decode_attention(
     Raises:
       BackendError: shapes, dtypes or scale are not those named above.
     """
-    check_decode_arguments(q, k_cache, v_cache, lengths, own_k, own_v, scale)
     batch, q_heads, head_dim = q.shape
     _, _, rows, kv_heads, _ = k_cache.shape
     compiled = decode_configuration(head_dim, q.dtype)
@@ -415,50 +414,3 @@ def _combine_splits(
         mask=inside_head,
     )
     lse_ref[...] = jnp.where(seen, (maximum + jnp.log2(divisor)) / LOG2_E, -jnp.inf)
-
-
-def check_decode_arguments(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    lengths: Array,
-    own_k: Array | None,
-    own_v: Array | None,
-    scale: float,
-) -> None:
-    """Refuses what `decode_attention` does not take, whichever backend computes it.
-
-    Raises:
-      BackendError: says which shapes or dtypes were given and what is wanted.
-    """
-    shapes = f"q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}"
-    if q.ndim != 3 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape:
-        raise BackendError(
-            "Decoding takes q [batch, q_heads, head_dim] and k_cache, v_cache "
-            f"[layers, batch, rows, kv_heads, head_dim], got {shapes}."
-        )
-    batch, q_heads, head_dim = q.shape
-    _, cached_batch, _, kv_heads, cached_head_dim = k_cache.shape
-    if cached_batch != batch or cached_head_dim != head_dim or lengths.shape != (batch,):
-        raise BackendError(
-            f"{shapes} and lengths {lengths.shape} must have one batch size and one head dimension."
-        )
-    if q_heads % kv_heads:
-        raise BackendError(f"The query heads must be a multiple of the key heads, got {shapes}.")
-    arrays = [q, k_cache, v_cache]
-    if (own_k is None) != (own_v is None):
-        raise BackendError("own_k and own_v must be given together.")
-    for own in (own_k, own_v):
-        if own is not None:
-            arrays.append(own)
-            if own.shape != (batch, kv_heads, head_dim):
-                raise BackendError(
-                    f"own_k and own_v must have shape {(batch, kv_heads, head_dim)}, got "
-                    f"{own.shape}."
-                )
-    if len({array.dtype for array in arrays}) > 1:
-        raise BackendError(
-            f"All arrays must have one dtype, got {', '.join(str(a.dtype) for a in arrays)}."
-        )
-    if not scale > 0:
-        raise BackendError(f"The scale of attention scores must be above 0, got {scale}.")

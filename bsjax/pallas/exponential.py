@@ -1,4 +1,4 @@
-"""Exponentials as powers of two: exp2 of scaled scores in two instructions an element."""
+"""Exponentials as powers of two: exp2 of scaled scores in two instructions per element."""
 
 import math
 import struct
@@ -9,7 +9,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float32
 
 LOG2_E = 1 / math.log(2)
-"""Scores times this make exp2 of exp."""
+"""exp(x) = exp2(x * LOG2_E)."""
 
 
 def scaled_exp2(
@@ -21,15 +21,15 @@ def scaled_exp2(
 ) -> Float32[Array, "rows columns"]:
     """`2 ** (scores * scale + offset)`, inside a kernel.
 
-    Left to the compiler, that is seven instructions: it multiplies and adds apart, and scales
-    results below 2**-126, which a softmax has no use for, around the hardware's exp2. Loops over
-    blocks of keys spend a quarter of their instructions on the difference.
+    The compiler makes seven instructions of this expression: it multiplies and adds separately, and
+    it scales around the hardware's exp2 to get results below 2**-126 right, which a softmax does
+    not need. In loops over blocks of keys the difference is a quarter of all instructions.
 
     Args:
       scores: -inf yields 0.
-      scale: known when the kernel is compiled.
+      scale: a constant when the kernel is compiled.
       offset: broadcasts against `scores`.
-      interpret: compute it in plain JAX, for kernels that run interpreted.
+      interpret: compute in plain JAX, for kernels that are interpreted.
     """
     if interpret:
         return jnp.exp2(scores * scale + offset)

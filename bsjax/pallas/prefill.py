@@ -1,28 +1,34 @@
-"""Prefill attention on GPUs: one program per tile of query rows and head.
+"""Prefill attention on GPUs: one program for each tile of query rows and each head.
 
-                       keys, in schedule order
-                 text            sinks     image 3          the tile's ranges
+                       keys, in the order of the schedule
+                 text            sinks     image 3          the tile's key ranges
                . F F F F F p . . p p . . F F F F p .         full     [1, 6)   [13, 17)
     tile ->    . F F F F F p . . p p . . F F F F p .         partial  [6, 7)   [9, 11)  [17, 18)
                . F F F F F p . . p p . . F F F F p .
 
-One column is a block of `block_kv` keys. In F blocks every row of the tile sees every key: one
-pipelined loop walks them all, across ranges, and evaluates no mask. In p blocks the predicate
-decides pair by pair, and the last block of a range is cut at the range's end. Blocks in no range
-(.) are never read. The walk is three scalars, carried through both loops: which range, where the
-next block starts, where the range ends.
+Each column is a block of `block_kv` keys.
 
-All heads of all categories run in one launch. The grid's first axis, which runs fastest, is the
-head: the query heads that share a key head then read the same keys at about the same time, from L2.
-The second axis is the tile, and schedules stand longest first; where a tile has more rows than the
-registers hold, several programs share it.
+    F   Full: every row of the tile sees every key. One pipelined loop visits all full blocks,
+        across ranges, and evaluates no mask.
+    p   Partial: a second loop evaluates the predicate for every pair. The last block of a range is
+        cut at the end of the range.
+    .   In no range: never read.
 
-No read of keys or values is masked by rows: the pipelined loops then copy them to shared memory
-without detours, and Triton's allocator of shared memory as of JAX 0.12 does not return from the
-combination of masked reads and the predicate's.
+Both loops carry three scalars that say which block is next: the index of its range, where the block
+starts, and where the range ends.
 
-Offsets: Pallas computes an array's offsets in 64 bits once the array has more than 2**32 bytes.
-Below that, elements of two bytes or more have indices under 2**31, which 32 bits hold.
+All heads, whatever their categories, run in one launch. The first axis of the grid, which runs
+fastest, is the head: the query heads that share a key head read the same keys at about the same
+time, from L2. The second axis is the tile; schedules list the longest tiles first. Where a tile has
+more rows than the registers hold, several programs share it.
+
+Reads of keys and values are never masked by row. The pipelined loops can then copy them straight to
+shared memory. Besides, masked reads together with the predicate's reads make Triton's allocator of
+shared memory hang (as of JAX 0.12).
+
+Offsets: Pallas computes the offsets into an array in 64 bits once the array has more than 2**32
+bytes. Elements of smaller arrays, at two bytes or more each, have indices below 2**31, which fit 32
+bits.
 """
 
 import functools
@@ -35,7 +41,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
-from bsjax.masks.schedule import Schedule
+from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
@@ -60,28 +66,35 @@ def prefill_attention(
 ):
     """Block-sparse attention over a whole prompt, for NVIDIA GPUs.
 
+    The arrays must fit each other and the schedule: `bsjax.attention.ragged_attention` checks that.
+
     Args:
-      q: queries, rows in the schedule's order; bfloat16, float16 or float32.
-      k: keys, of the dtype of `q`. Query head h reads key head h // (q_heads // kv_heads). All
-        finite, as `v`: padding rows, and rows that no query sees, too.
-      v: values, of the shape and dtype of `k`.
-      schedule: which blocks to visit; both block sizes powers of two, 16 or more.
-      head_category: int32, the schedule's table that each query head uses.
+      q: queries, rows in the order of the schedule; bfloat16, float16 or float32.
+      k: keys, in the dtype of `q`. Query head h reads key head h // (q_heads // kv_heads). All must
+        be finite, even in padding rows and where no query sees them.
+      v: values, of the shape and dtype of `k`; all finite.
+      schedule: which blocks to visit. Both block sizes are powers of two, 16 or more.
+      head_category: int32, the table of the schedule that each query head uses.
       scale: factor of the scores, above 0.
-      return_lse: whether to return the log-sum-exp of the scores too.
-      interpret: run on any device in plain JAX, slowly, for tests.
-      configuration: how to compile, for tuning; its block sizes divide the schedule's. By default
-        what `configurations.configuration` says.
+      return_lse: also return the log-sum-exp of the scores.
+      interpret: run in plain JAX on any device, slowly, for tests.
+      configuration: how to compile, for tuning; its block sizes divide those of the schedule. The
+        default is `configurations.configuration`.
 
     Returns:
-      Attention output in the dtype of `q`; with `return_lse` also the natural log-sum-exp of every
-      row's scores, float32 [tokens, q_heads]. A row that sees no key, a padding row too, yields
-      zeros and -inf. Sums are in float32; float32 inputs are multiplied in float32, not in TF32.
+      The output in the dtype of `q`. With `return_lse` also the natural log-sum-exp of every row's
+      scores, float32 [tokens, q_heads]. A row that sees no key, such as a padding row, yields zeros
+      and -inf. Sums are in float32; float32 inputs are multiplied in float32, not in TF32.
 
     Raises:
-      BackendError: shapes, dtypes, block sizes or scale are not those named above.
+      BackendError: the kernel cannot do these block sizes, head dimensions or dtypes.
     """
-    _check(q, k, v, schedule, head_category, scale)
+    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
+        if block < SHORTEST_SIDE or block & (block - 1):
+            raise BackendError(
+                f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
+                f"got {block}: build the mask with the sizes of `bsjax.pallas.default_blocks`."
+            )
     tokens, q_heads, head_dim = q.shape
     group = q_heads // k.shape[1]
     pieces = pieces_of(head_dim)
@@ -111,7 +124,7 @@ def prefill_attention(
     groups = jnp.asarray(schedule.groups)[:, None]
     info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.info))
     keys = key_visibility(info, groups, schedule.visibility)
-    # Blocks of keys are read whole, so a prompt shorter than one is padded to it; no other is.
+    # Blocks of keys are read whole. Only a prompt that is shorter than one block needs padding.
     missing = max(0, configuration.block_kv - tokens)
     k, v = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (k, v))
     keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
@@ -129,7 +142,7 @@ def prefill_attention(
     outputs = pl.pallas_call(
         functools.partial(_attend_tile, settings),
         out_shape=out_shape,
-        grid=(q_heads, schedule.tiles.shape[1] * programs_per_tile),
+        grid=(q_heads, schedule.tile_columns.shape[1] * programs_per_tile),
         in_specs=[of_head(tokens, 1)] + [of_head(k.shape[0], group)] * 2 + [whole] * 7,
         out_specs=out_specs,
         compiler_params=pltriton.CompilerParams(
@@ -146,44 +159,47 @@ def prefill_attention(
         keys.own_from,
         keys.other_from,
         jnp.asarray(head_category),
-        jnp.asarray(schedule.tiles),
-        jnp.asarray(schedule.ranges),
+        jnp.asarray(schedule.tile_columns),
+        jnp.asarray(schedule.range_columns),
     )
     return tuple(outputs) if return_lse else outputs[0]
 
 
 class _Settings(NamedTuple):
-    """What the kernel is specialised for, beyond shapes."""
+    """What the kernel is specialised for, in addition to shapes."""
 
     pieces: tuple[Piece, ...]
     block_q: int
     programs_per_tile: int
     block_kv: int
     steps_per_block: int
-    """Of the kernel, to walk one of the schedule's blocks."""
+    """How many blocks of the kernel make one block of the schedule."""
     visibility: Visibility
     scale: float
     interpret: bool
     precision: jax.lax.Precision | None
 
 
-class _Walk(NamedTuple):
-    """Where the next block of keys is."""
+class _NextBlock(NamedTuple):
+    """The next block of keys to visit: int32 scalars."""
 
-    range_index: Any
-    start: Any
-    end: Any
+    range_index: Array
+    """Which range it is in."""
+    start: Array
+    """Its first key row."""
+    end: Array
+    """One past the last key row of the range."""
 
 
 class _Softmax(NamedTuple):
-    """A softmax over the keys met so far, in powers of two: scores are scaled by log2(e) too."""
+    """A softmax over the keys seen so far, in powers of two: scores are multiplied by log2(e)."""
 
-    maximum: Any
-    """float32 [block_q]"""
-    total: Any
-    """float32 [block_q]: sum of exp2(score - maximum)"""
-    weighted: Any
-    """for each piece of the head, float32 [block_q, size]: sum of exp2(score - maximum) * value"""
+    maximum: Array
+    """float32 [block_q]."""
+    total: Array
+    """float32 [block_q]: sum of exp2(score - maximum)."""
+    weighted: tuple[Array, ...]
+    """For each piece of the head, float32 [block_q, size]: sum of exp2(score - maximum) * value."""
 
 
 def _attend_tile(
@@ -201,18 +217,16 @@ def _attend_tile(
     out_ref: Any,
     lse_ref: Any = None,
 ) -> None:
-    """One program: the attention of a tile's rows, or a part of them, for one head."""
+    """One program: the attention of a tile's rows, or of some of them, for one head."""
     table = category_ref[pl.program_id(0)]
-    tile = jax.lax.div(pl.program_id(1), settings.programs_per_tile)
-    first_row, rows, first_range, full_blocks, partial_blocks = (
-        tiles_ref[table, tile, column] for column in range(5)
-    )
+    tile_index = jax.lax.div(pl.program_id(1), settings.programs_per_tile)
+    tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
     earlier_rows = jax.lax.rem(pl.program_id(1), settings.programs_per_tile) * settings.block_q
-    first_row, rows = first_row + earlier_rows, rows - earlier_rows
+    first_row, rows = tile.first_row + earlier_rows, tile.rows - earlier_rows
 
     to_log2 = settings.scale * LOG2_E
 
-    def load(ref: Any, start: Any, size: int, inside: Any) -> list[Any]:
+    def load(ref: Any, start: Array, size: int, inside: Array | None) -> list[Array]:
         """Rows of one head, piece by piece."""
         rows_and_columns = [
             (
@@ -226,16 +240,18 @@ def _attend_tile(
             for part, mask in rows_and_columns
         ]
 
-    def product(left: Any, right: Any) -> Any:
+    def product(left: Array, right: Array) -> Array:
         return jnp.dot(
             left, right, precision=settings.precision, preferred_element_type=jnp.float32
         )
 
-    def scores_of(queries: list[Any], keys: list[Any]) -> Any:
-        return sum(product(q_part, k_part.T) for q_part, k_part in zip(queries, keys, strict=True))
+    def scores_of(queries: list[Array], keys: list[Array]) -> Array:
+        pieces = zip(queries, keys, strict=True)
+        first, *others = (product(q_piece, k_piece.T) for q_piece, k_piece in pieces)
+        return sum(others, start=first)
 
-    def attend(softmax: _Softmax, scores: Any, values: list[Any]) -> _Softmax:
-        # The maximum starts finite, so that a row which has seen nothing subtracts no infinities.
+    def attend(softmax: _Softmax, scores: Array, values: list[Array]) -> _Softmax:
+        # The maximum starts finite, so that a row that has seen nothing subtracts no infinities.
         maximum = jnp.maximum(softmax.maximum, scores.max(axis=1) * to_log2)
         weights = scaled_exp2(scores, to_log2, -maximum[:, None], interpret=settings.interpret)
         rescale = jnp.exp2(softmax.maximum - maximum)
@@ -248,18 +264,19 @@ def _attend_tile(
             ),
         )
 
-    def advance(step: Any, walk: _Walk) -> _Walk:
-        start = walk.start + settings.block_kv
-        done = start >= walk.end
+    def range_at(index: Array) -> KeyRange:
+        return KeyRange.read(lambda column: ranges_ref[table, index, column])
+
+    def advance(step: Array, block: _NextBlock) -> _NextBlock:
+        start = block.start + settings.block_kv
+        done = start >= block.end
         if settings.steps_per_block > 1:
-            # A range's last block is walked to its end, past the range's, where it is masked.
+            # The schedule's last block of a range may reach beyond the range; it is visited to its
+            # own end, with the keys beyond the range masked.
             done &= jax.lax.rem(step + 1, settings.steps_per_block) == 0
-        range_index = jnp.where(done, walk.range_index + 1, walk.range_index)
-        return _Walk(
-            range_index,
-            jnp.where(done, ranges_ref[table, range_index, 0], start),
-            ranges_ref[table, range_index, 1],
-        )
+        range_index = jnp.where(done, block.range_index + 1, block.range_index)
+        keys = range_at(range_index)
+        return _NextBlock(range_index, jnp.where(done, keys.start, start), keys.end)
 
     @pl.when(rows > 0)
     def _() -> None:
@@ -273,42 +290,43 @@ def _attend_tile(
         )
         last_start = k_ref.shape[0] - settings.block_kv
 
-        def full_block(step: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
-            walk, softmax = carry
-            keys = load(k_ref, walk.start, settings.block_kv, None)
-            values = load(v_ref, walk.start, settings.block_kv, None)
+        def full_block(
+            step: Array, carry: tuple[_NextBlock, _Softmax]
+        ) -> tuple[_NextBlock, _Softmax]:
+            block, softmax = carry
+            keys = load(k_ref, block.start, settings.block_kv, None)
+            values = load(v_ref, block.start, settings.block_kv, None)
             softmax = attend(softmax, scores_of(queries, keys), values)
-            return advance(step, walk), softmax
+            return advance(step, block), softmax
 
-        def partial_block(step: Any, carry: tuple[_Walk, _Softmax]) -> tuple[_Walk, _Softmax]:
-            walk, softmax = carry
-            # A block that would reach beyond the last row is read from further up, not masked.
-            first_key = jnp.minimum(walk.start, last_start)
-            rows_of_keys = first_key + jnp.arange(settings.block_kv)
-            in_block = (rows_of_keys >= walk.start) & (rows_of_keys < walk.end)
+        def partial_block(
+            step: Array, carry: tuple[_NextBlock, _Softmax]
+        ) -> tuple[_NextBlock, _Softmax]:
+            block, softmax = carry
+            # Reads are not masked by row: a block that would reach beyond the last key is read
+            # from further up, and the keys before its start are masked.
+            first_key = jnp.minimum(block.start, last_start)
+            key_rows = first_key + jnp.arange(settings.block_kv)
+            in_block = (key_rows >= block.start) & (key_rows < block.end)
             keys = load(k_ref, first_key, settings.block_kv, None)
             values = load(v_ref, first_key, settings.block_kv, None)
-            block = pl.ds(first_key, settings.block_kv)
-            key_visibility = KeyVisibility(
+            in_memory = pl.ds(first_key, settings.block_kv)
+            key = KeyVisibility(
                 *(
                     pltriton.load(part)[None, :]
                     for part in (
-                        position_ref.at[block],
-                        image_ref.at[block],
-                        own_from_ref.at[table, block],
-                        other_from_ref.at[table, block],
+                        position_ref.at[in_memory],
+                        image_ref.at[in_memory],
+                        own_from_ref.at[table, in_memory],
+                        other_from_ref.at[table, in_memory],
                     )
                 )
             )
-            seen = in_block[None, :] & sees(
-                query_position, query_image, key_visibility, settings.visibility
-            )
+            seen = in_block[None, :] & sees(query_position, query_image, key, settings.visibility)
             scores = jnp.where(seen, scores_of(queries, keys), -jnp.inf)
-            return advance(step, walk), attend(softmax, scores, values)
+            return advance(step, block), attend(softmax, scores, values)
 
-        walk = _Walk(
-            first_range, ranges_ref[table, first_range, 0], ranges_ref[table, first_range, 1]
-        )
+        block = _NextBlock(tile.first_range, *range_at(tile.first_range))
         softmax = _Softmax(
             jnp.full((settings.block_q,), jnp.finfo(jnp.float32).min),
             jnp.zeros((settings.block_q,), jnp.float32),
@@ -317,10 +335,10 @@ def _attend_tile(
             ),
         )
         carry = jax.lax.fori_loop(
-            0, full_blocks * settings.steps_per_block, full_block, (walk, softmax)
+            0, tile.full_blocks * settings.steps_per_block, full_block, (block, softmax)
         )
         _, softmax = jax.lax.fori_loop(
-            0, partial_blocks * settings.steps_per_block, partial_block, carry
+            0, tile.partial_blocks * settings.steps_per_block, partial_block, carry
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
@@ -339,38 +357,8 @@ def _attend_tile(
             )
 
 
-def _both(rows: Any, columns: Any) -> Any:
-    """The mask of a block whose rows and columns are masked; None masks nothing."""
+def _both(rows: Array | None, columns: Array | None) -> Array | None:
+    """The mask of a block from those of its rows and of its columns; None masks nothing."""
     if rows is None or columns is None:
         return columns if rows is None else rows
     return rows & columns
-
-
-def _check(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
-) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
-        raise BackendError(
-            "The GPU kernel takes q [tokens, q_heads, head_dim] and k, v [tokens, kv_heads, "
-            f"head_dim], got q {q.shape}, k {k.shape}, v {v.shape}."
-        )
-    if not q.shape[0] == k.shape[0] == schedule.tokens or q.shape[2] != k.shape[2]:
-        raise BackendError(
-            f"q {q.shape} and k {k.shape} must have the schedule's {schedule.tokens} rows and one "
-            "head dimension."
-        )
-    if q.shape[1] % k.shape[1] or head_category.shape != (q.shape[1],):
-        raise BackendError(
-            f"{q.shape[1]} query heads need a divisor of that as key heads, got {k.shape[1]}, and "
-            f"a head_category each, got shape {head_category.shape}."
-        )
-    if not q.dtype == k.dtype == v.dtype:
-        raise BackendError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
-    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
-        if block < SHORTEST_SIDE or block & (block - 1):
-            raise BackendError(
-                f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
-                f"got {block}: build the mask with the sizes of `bsjax.pallas.default_blocks`."
-            )
-    if not scale > 0:
-        raise BackendError(f"The scale of attention scores must be above 0, got {scale}.")

@@ -1,5 +1,7 @@
 """All backends of `sparse_attention` compute the same: the dense softmax under the predicate."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import BackendError, BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
+from bsjax.attention import ragged_attention
 from bsjax.masks.visibility import CAUSAL, Visibility
 from tests.support.templates import categories, templates, visibilities, visible_matrix
 
@@ -203,6 +206,24 @@ def test_bad_input_is_refused_with_a_reason():
         bsjax.sparse_attention(q, k.astype(jnp.bfloat16), v, mask)
     with pytest.raises(MaskError, match="multiple of the key-value heads"):
         bsjax.sparse_attention(q, *arrays(RAGGED.tokens, 3, 3, 16)[1:], mask)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
+def test_models_get_the_same_refusals(backend):
+    mask = BlockMask(RAGGED, [0, 3], 16, 16)
+    attend = partial(
+        ragged_attention,
+        schedule=mask.schedule,
+        head_category=jnp.asarray(mask.head_category),
+        backend=backend,
+    )
+    q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
+    with pytest.raises(MaskError, match="above 0, got -1"):
+        attend(q, k, v, scale=-1.0)
+    with pytest.raises(MaskError, match="one dtype"):
+        attend(q, k.astype(jnp.bfloat16), v, scale=1.0)
+    with pytest.raises(MaskError, match="mask is for 126 tokens"):
+        attend(q[:5], k[:5], v[:5], scale=1.0)
 
 
 def test_categories_by_name():

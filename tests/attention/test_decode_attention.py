@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsjax import BackendError
+from bsjax import BackendError, MaskError
 from bsjax.attention import decode_attention
 from bsjax.models.layers import one_row_product
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
@@ -197,9 +197,9 @@ def test_refuses_what_does_not_fit():
         ((q, k, v, layer, lengths, own_k), "together"),
         ((q.astype(jnp.bfloat16), k, v, layer, lengths), "one dtype"),
     ):
-        with pytest.raises(BackendError, match=words):
+        with pytest.raises(MaskError, match=words):
             decode_attention(*arguments, scale=1.0, backend="xla")
-    with pytest.raises(BackendError, match="above 0"):
+    with pytest.raises(MaskError, match="above 0"):
         decode_attention(q, k, v, layer, lengths, scale=0.0)
     with pytest.raises(BackendError, match="Unknown attention backend"):
         decode_attention(q, k, v, layer, lengths, scale=1.0, backend="cuda")

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
 from bsjax.masks.categories import KeyGroup
-from bsjax.masks.schedule import _Rows, build_schedule, segment_schedule, visible_pairs
+from bsjax.masks.schedule import (
+    KeyRange,
+    Tile,
+    _Rows,
+    build_schedule,
+    segment_schedule,
+    visible_pairs,
+)
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 from tests.support.templates import categories, templates, visibilities, visible_matrix
 
@@ -19,19 +26,21 @@ group_sets = st.integers(0, 31).map(KeyGroup)
 
 def walk(schedule, table):
     """Yields (rows of a tile, [(keys, is full)]) as the kernels visit them."""
-    for first_row, rows, index, full_blocks, partial_blocks in schedule.tiles[table].tolist():
-        if not rows:
+    ranges = [KeyRange(*columns) for columns in schedule.range_columns[table].tolist()]
+    for tile in map(Tile._make, schedule.tile_columns[table].tolist()):
+        if not tile.rows:
             continue
-        blocks = []
-        start = int(schedule.ranges[table, index, 0])
-        for block in range(full_blocks + partial_blocks):
-            end = int(schedule.ranges[table, index, 1])
-            blocks.append((range(start, min(start + schedule.block_kv, end)), block < full_blocks))
+        blocks, index = [], tile.first_range
+        start = ranges[index].start
+        for block in range(tile.blocks):
+            end = ranges[index].end
+            keys = range(start, min(start + schedule.block_kv, end))
+            blocks.append((keys, block < tile.full_blocks))
             start += schedule.block_kv
             if start >= end:
                 index += 1
-                start = int(schedule.ranges[table, index, 0])
-        yield range(first_row, first_row + rows), blocks
+                start = ranges[index].start
+        yield range(tile.first_row, tile.first_row + tile.rows), blocks
 
 
 def row_matrix(schedule, table):
@@ -135,8 +144,8 @@ def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, vi
     few = build()
     with mock.patch.object(_Rows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)):
         every = build()
-    np.testing.assert_array_equal(few.tiles, every.tiles)
-    np.testing.assert_array_equal(few.ranges, every.ranges)
+    np.testing.assert_array_equal(few.tile_columns, every.tile_columns)
+    np.testing.assert_array_equal(few.range_columns, every.range_columns)
 
 
 def test_a_window_needs_few_rows():
@@ -155,14 +164,14 @@ def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
     schedule = build_schedule(template, tables, **blocks)
     # Own images over the tile's span and the window before it; a few blocks are cut.
     most = (4 * 1024 + 1024 + 256) // 64 + 8
-    assert schedule.tiles[:, :, 3:].sum(axis=2).max() <= most
+    assert schedule.tiles.blocks.max() <= most
     with mock.patch("bsjax.masks.schedule.TILE_WINDOWS", 10**6):
         whole = build_schedule(template, tables, **blocks)
-    assert (whole.tiles[:, :, 3:].sum(axis=2).max(axis=1)[[0, 2, 3]] > 5 * most).all()
+    assert (whole.tiles.blocks.max(axis=1)[[0, 2, 3]] > 5 * most).all()
     for table in range(len(tables)):
-        visited, before = (s.tiles[table, :, 3:].sum() for s in (schedule, whole))
+        visited, before = (s.tiles.blocks[table].sum() for s in (schedule, whole))
         assert visited < 1.1 * before
-    assert schedule.tiles.shape == whole.tiles.shape
+    assert schedule.tile_columns.shape == whole.tile_columns.shape
 
 
 def test_work_of_a_sparse_tile_is_its_ranges():

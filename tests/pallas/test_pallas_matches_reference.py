@@ -120,7 +120,7 @@ def test_blocks_used_by_default():
     block_q, block_kv = default_blocks(128, "bfloat16", sparse=True)
     template = Template.from_segments([Text(150), Image(300), Text(5), Image(200), Text(9)])
     schedule = mixed_schedule(template, block_q, block_kv, tokens=768)
-    assert schedule.tiles[:, :, 3].any(axis=1).all(), "every category should have full blocks here"
+    assert schedule.tiles.full_blocks.any(axis=1).all(), "every category should have some"
     check(
         schedule,
         template.tokens,
@@ -218,9 +218,5 @@ def test_what_the_kernel_cannot_do_is_refused():
     with pytest.raises(BackendError, match="up to 256, got 512"):
         wide = random_arrays(tokens, 4, 2, 512, "float32")
         prefill_attention(*wide, schedule, every, scale=1.0)
-    with pytest.raises(BackendError, match="above 0, got -1"):
-        prefill_attention(q, k, v, schedule, every, scale=-1.0)
-    with pytest.raises(BackendError, match="one dtype"):
-        prefill_attention(q, k.astype("bfloat16"), v, schedule, every, scale=1.0)
     with pytest.raises(BackendError, match="not in float64"):
         default_blocks(64, "float64", sparse=True)

@@ -126,14 +126,14 @@ def test_statistics_are_those_of_the_attention_matrix(backend):
 def test_text_rows_are_visited_once():
     groups, _ = schedules(PROMPT, Visibility())
     text_rows = np.flatnonzero(PROMPT.image < 0).size
-    with_blocks = groups.tiles[..., 3:].sum(axis=2) > 0
-    of_text = groups.tiles[..., 0] < text_rows
+    with_blocks = groups.tiles.blocks > 0
+    of_text = groups.tiles.first_row < text_rows
     assert np.any(with_blocks[0] & of_text)
     assert not np.any(with_blocks[1:] & of_text[1:])
     # Rows stay where they were, and the longest tiles first.
-    assert np.all(groups.tiles[..., 1].sum(axis=1) == ROWS)
-    assert np.all(np.diff(groups.tiles[..., 3:].sum(axis=2), axis=1) <= 0)
-    assert np.all(np.diff((groups.tiles[..., 1] > 0).astype(int), axis=1) <= 0)
+    assert np.all(groups.tiles.rows.sum(axis=1) == ROWS)
+    assert np.all(np.diff(groups.tiles.blocks, axis=1) <= 0)
+    assert np.all(np.diff((groups.tiles.rows > 0).astype(int), axis=1) <= 0)
 
     partials, _, _ = partials_of(*arrays(), groups, "xla")
     assert np.all(np.isneginf(partials.lse[1:, :text_rows]))
@@ -147,8 +147,8 @@ def test_together_the_groups_cost_one_dense_attention():
     dense = build_schedule(
         template, [ALL_KEY_GROUPS, HeadCategory.SINK.groups], block_q=64, block_kv=32
     )
-    visited = groups.tiles[..., 3:].sum()
-    assert visited < 1.25 * dense.tiles[0, :, 3:].sum()
+    visited = groups.tiles.blocks.sum()
+    assert visited < 1.25 * dense.tiles.blocks[0].sum()
 
 
 def test_prompt_order_is_refused():

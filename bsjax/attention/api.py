@@ -1,0 +1,325 @@
+"""Attention over a schedule, for users and for models, and the choice of a backend.
+
+    sparse_attention    one prompt under a `BlockMask`, prompt order in and out
+    ragged_attention    rows in the order of a schedule: language models and vision towers
+
+Both check their arrays here, once; what they call takes them as they are.
+"""
+
+from functools import partial
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bsjax.attention.reference import reference_attention
+from bsjax.attention.xla import attention_gradients, xla_attention
+from bsjax.errors import BackendError, MaskError
+from bsjax.masks.block_mask import BlockMask
+from bsjax.masks.schedule import Schedule
+from bsjax.pallas import configurations
+from bsjax.pallas.prefill import prefill_attention
+
+BACKENDS = ("auto", "pallas", "xla", "reference")
+
+# Measured on two CPU cores at 8K tokens, head dim 128, float32: where everything is visible, large
+# blocks are a quarter faster; where little is, small blocks visit fewer invisible pairs.
+_XLA_DENSE_BLOCKS = (256, 512)
+_XLA_SPARSE_BLOCKS = (128, 64)
+
+
+def resolve_backend(backend: str) -> str:
+    """The backend that `backend` names: `auto` is pallas on a GPU that it supports, else xla.
+
+    Raises:
+      BackendError: the name is unknown.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(
+            f"Unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}."
+        )
+    if backend != "auto":
+        return backend
+    return "pallas" if _has_supported_gpu() else "xla"
+
+
+def _has_supported_gpu() -> bool:
+    """Whether programs run on an NVIDIA GPU of the Ampere generation or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    try:
+        configurations.target_in_use()
+    except BackendError:
+        return False
+    return True
+
+
+def block_sizes(
+    backend: str, head_dim: int, dtype: jax.typing.DTypeLike, *, sparse: bool
+) -> tuple[int, int]:
+    """The best (block_q, block_kv) of a schedule for a backend.
+
+    Args:
+      backend: one of `BACKENDS`.
+      head_dim: channels of a head.
+      dtype: of queries, keys and values.
+      sparse: whether any head is sparse.
+
+    Raises:
+      BackendError: the backend is unknown, or cannot compute such heads.
+    """
+    if resolve_backend(backend) == "pallas":
+        return configurations.default_blocks(head_dim, dtype, sparse=sparse)
+    return _XLA_SPARSE_BLOCKS if sparse else _XLA_DENSE_BLOCKS
+
+
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
+def sparse_attention(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention of one prompt under a block mask; invisible blocks are never computed.
+
+    Works inside and outside of `jax.jit`. A mask is a pytree and can be an argument of the jitted
+    function, so that masks of the same shapes share one compiled program.
+
+    Args:
+      q: queries in prompt order; bfloat16, float16 or float32. Query head h reads key-value head
+        h // (q_heads // kv_heads).
+      k: keys, in the dtype of `q`; all finite.
+      v: values, in the dtype of `q`; all finite, even where no query sees them.
+      mask: which keys each query of each head sees.
+      scale: factor of the scores, above 0; head_dim ** -0.5 by default.
+      backend: `pallas` (GPU kernel, head_dim up to 256; on a CPU it is interpreted, hence slow),
+        `xla` (any device), `reference` (holds the whole score matrix), or `auto`: pallas on an
+        NVIDIA GPU of the Ampere generation or later, xla elsewhere. All have first-order gradients
+        in reverse mode (`jax.grad`, `jax.vjp`); those of pallas are computed by xla's code.
+      return_lse: also return the log-sum-exp.
+
+    Returns:
+      The output [tokens, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
+      log-sum-exp [tokens, q_heads] of the scaled scores, float32. A query that sees no key yields
+      zeros and -inf.
+
+    Raises:
+      MaskError: shapes or dtypes do not fit each other or the mask, or the scale is not above 0.
+      BackendError: the backend is unknown, or cannot compute such heads or blocks.
+    """
+    _check(q, k, v, mask.schedule, mask.head_category, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), return_lse)
+
+
+@partial(jax.jit, static_argnames=("scale", "backend", "return_lse"))
+def _in_prompt_order(
+    q: Array, k: Array, v: Array, mask: BlockMask, scale: float, backend: str, return_lse: bool
+) -> Array | tuple[Array, Array]:
+    rows_q, rows_k, rows_v = (array[mask.order] for array in (q, k, v))
+    out, lse = _attend(rows_q, rows_k, rows_v, mask.schedule, mask.head_category, scale, backend)
+    return (out[mask.row], lse[mask.row]) if return_lse else out[mask.row]
+
+
+@overload
+def ragged_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def ragged_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def ragged_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
+def ragged_attention(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    schedule: Schedule,
+    head_category: Int[Array, "q_heads"],
+    *,
+    scale: float,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention over a schedule, rows in its order: what language models and towers call.
+
+    Args:
+      q: queries; bfloat16, float16 or float32. Query head h reads key-value head
+        h // (q_heads // kv_heads).
+      k: keys, in the dtype of `q`; all finite.
+      v: values, in the dtype of `q`; all finite, even in padding rows and where no query sees them.
+      schedule: what to visit; `schedule.tokens` rows, padding included.
+      head_category: int32, the table of the schedule that each query head uses; may be traced.
+      scale: factor of the scores, above 0.
+      backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow.
+      return_lse: also return the log-sum-exp.
+
+    Returns:
+      The output [tokens, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
+      log-sum-exp [tokens, q_heads] of the scaled scores, float32. Rows that see nothing, such as
+      padding rows, are zeros and -inf.
+
+    Raises:
+      MaskError: shapes or dtypes do not fit each other or the schedule, or the scale is not above
+        0.
+      BackendError: the backend is unknown, or cannot compute such heads or blocks.
+    """
+    _check(q, k, v, schedule, head_category, scale)
+    head_category = jnp.asarray(head_category)
+    result = _attend(q, k, v, schedule, head_category, scale, resolve_backend(backend))
+    return result if return_lse else result[0]
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    scale: float,
+    backend: str,
+) -> tuple[Array, Array]:
+    """Output and log-sum-exp, computed by a backend that `resolve_backend` has named."""
+    result: Any
+    match backend:
+        case "pallas":
+            schedule = jax.tree.map(jnp.asarray, schedule)
+            result = _pallas_attention(q, k, v, schedule, head_category, scale)
+        case "xla":
+            result = xla_attention(q, k, v, schedule, head_category, scale)
+        case _:
+            result = reference_attention(q, k, v, schedule, head_category, scale)
+    return result
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _pallas_attention(
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+) -> Any:
+    # The choice is by the platform that is compiled for, which this machine may lack.
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        schedule,
+        head_category,
+        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
+        default=partial(prefill_attention, scale=scale, return_lse=True),
+    )
+
+
+def _pallas_forward(
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+) -> Any:
+    result: Any = _pallas_attention(q, k, v, schedule, head_category, scale)
+    return result, (q, k, v, schedule, head_category, *result)
+
+
+_pallas_attention.defvjp(_pallas_forward, attention_gradients)
+
+
+def _check(
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float | None
+) -> None:
+    """Refuses arrays that do not fit each other or the schedule, before anything is indexed.
+
+    Raises:
+      MaskError: says which shapes or dtypes were given and what is wanted.
+    """
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim == k.ndim == 3 and 0 in (*q.shape[1:], *k.shape[1:]):
+        raise MaskError(f"Attention needs at least one head of one element, got {shapes}.")
+    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[::2] != k.shape[::2]:
+        raise MaskError(
+            f"Attention takes q [tokens, q_heads, head_dim] and "
+            f"k, v [tokens, kv_heads, head_dim], got {shapes}."
+        )
+    if q.shape[1] % k.shape[1]:
+        raise MaskError(f"The query heads must be a multiple of the key-value heads, got {shapes}.")
+    if q.shape[0] != schedule.tokens:
+        raise MaskError(f"The mask is for {schedule.tokens} tokens, but got {shapes}.")
+    if head_category.shape != (q.shape[1],):
+        raise MaskError(f"The mask is for {head_category.shape[0]} query heads, but got {shapes}.")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise MaskError(
+            "q, k and v must share one dtype out of float32, bfloat16 and float16, got "
+            f"{q.dtype}, {k.dtype} and {v.dtype}."
+        )
+    if scale is not None and not scale > 0:
+        raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
