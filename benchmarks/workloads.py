@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.schedule import visible_pairs
+from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
 

@@ -28,7 +28,8 @@ import sys
 from typing import Any, NamedTuple
 
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
-from bsjax.masks.schedule import build_schedule, visible_pairs
+from bsjax.masks.query_rows import visible_pairs
+from bsjax.masks.schedule import build_schedule
 from bsjax.masks.template import Image, Template, Text
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
 from tools.compiled_kernels import compile_prefill

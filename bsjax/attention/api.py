@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention.reference import reference_attention
@@ -295,7 +296,12 @@ _pallas_attention.defvjp(_pallas_forward, attention_gradients)
 
 
 def _check(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array | np.ndarray,
+    scale: float | None,
 ) -> None:
     """Refuses arrays that do not fit each other or the schedule, before anything is indexed.
 

@@ -1,4 +1,4 @@
-"""`BlockMask`: which keys each query of each head sees, as a kernel visits them.
+"""`BlockMask`: which keys each query of each head sees, in the blocks that a kernel visits.
 
     prompt order                      packed order
     T  #                              T  #
@@ -9,8 +9,9 @@
     b  #     # # #                    b  # #   |     #
     T  # # # # # # #                  b  # #   |     # #
 
-In packed order the keys of an image query are a text prefix and its own image: two ranges, cut into
-blocks. See `bsjax.masks.schedule` for the format and `bsjax.masks.categories` for who sees whom.
+In packed order the keys of an image query are two ranges, the text before it and its own image,
+which are cut into blocks. See `bsjax.masks.visibility` for what a query sees and
+`bsjax.masks.schedule` for the format.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from jaxtyping import Bool, Int
 
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.schedule import Schedule, Tile, build_schedule, category_tables, visible_pairs
+from bsjax.masks.flops import FLOPS_PER_PAIR
+from bsjax.masks.query_rows import visible_pairs
+from bsjax.masks.schedule import Schedule, Tile, build_schedule, category_tables
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
@@ -34,27 +37,27 @@ if TYPE_CHECKING:
 
 @jax.tree_util.register_pytree_node_class
 class BlockMask:
-    """The block mask of one prompt and one layer's heads. Built on the host; a pytree.
+    """The block mask of one prompt and the heads of one layer. Built on the host; a pytree.
 
-    As an argument of a jitted function it carries its arrays only: what describes the prompt
-    (`template`, `flops`, `density`, `to_dense`, `plot`) is for use outside.
+    Inside a jitted function, a mask has only its arrays. What describes the prompt (`template`,
+    `categories`, `flops`, `density`, `to_dense`, `plot`) is available outside only.
 
     Args:
       template: the prompt.
       categories: one `HeadCategory`, or its name, per query head.
-      block_q: query rows of a tile. A power of two for the `pallas` backend, anything otherwise.
-      block_kv: keys of a block. A power of two for the `pallas` backend, anything otherwise.
-      bidirectional_images: whether an image's tokens all see each other (Gemma 3).
-      window: how many positions back a query sees, itself included; None for all.
+      block_q: query rows of a tile, at most. The `pallas` backend needs a power of two.
+      block_kv: keys of a block. The `pallas` backend needs a power of two.
+      bidirectional_images: whether all tokens of an image see each other (Gemma 3).
+      window: how many positions back a query sees, its own included; None for all.
 
     Attributes:
       schedule: tiles and ranges, see `bsjax.masks.schedule.Schedule`.
       head_category: int32 [q_heads].
-      order: int32 [tokens], the prompt index of each row of the schedule.
-      row: int32 [tokens], the schedule's row of each prompt token.
+      order: int32 [tokens], the prompt position of each row of the schedule.
+      row: int32 [tokens], the row of each prompt token in the schedule.
 
     Raises:
-      MaskError: no head, an unknown category, a block size or window below 1.
+      MaskError: there is no head, a category is unknown, or a block size or the window is below 1.
     """
 
     schedule: Schedule
@@ -90,12 +93,12 @@ class BlockMask:
         self.row = np.argsort(self.order).astype(np.int32)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """For JAX: the arrays are the leaves, nothing else travels."""
+        """For JAX: only the arrays are part of the pytree."""
         return (self.schedule, self.head_category, self.order, self.row), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, ...]) -> "BlockMask":
-        """For JAX: a mask that can be attended with, but not asked about its prompt."""
+        """For JAX: a mask with arrays alone, which is all that attention needs."""
         mask = object.__new__(cls)
         mask.schedule, mask.head_category, mask.order, mask.row = children
         return mask
@@ -105,7 +108,7 @@ class BlockMask:
         """The prompt this mask was built for.
 
         Raises:
-          MaskError: inside a jitted function, where only the arrays are there.
+          MaskError: inside a jitted function, where a mask has only its arrays.
         """
         if "_template" not in self.__dict__:
             raise _outside_only("template")
@@ -113,7 +116,11 @@ class BlockMask:
 
     @property
     def categories(self) -> tuple[HeadCategory, ...]:
-        """The category of each query head. As `template`, only outside of jitted functions."""
+        """The category of each query head.
+
+        Raises:
+          MaskError: inside a jitted function, where a mask has only its arrays.
+        """
         if "_categories" not in self.__dict__:
             raise _outside_only("categories")
         return self._categories
@@ -126,26 +133,26 @@ class BlockMask:
 
     @cached_property
     def dense_pairs(self) -> int:
-        """Pairs that a DENSE head sees under the same base visibility."""
+        """Pairs that a DENSE head would see."""
         return self._pairs(HeadCategory.DENSE)
 
     @property
     def flops_per_head(self) -> Int[np.ndarray, "q_heads"]:
         """int64: attention FLOPs of each head for one channel of head_dim; see `flops`."""
-        return 4 * self.visible_pairs
+        return FLOPS_PER_PAIR * self.visible_pairs
 
     @property
     def flops(self) -> int:
-        """Attention FLOPs of all heads per channel of head_dim: times head_dim, the whole count.
+        """Attention FLOPs of all heads for one channel of head_dim; multiply by head_dim.
 
-        Four for each visible pair: a multiplication and an addition, in the scores and in the
+        Four per visible pair: a multiplication and an addition in the scores, and again in the
         output.
         """
         return int(self.flops_per_head.sum())
 
     @property
     def flops_per_category(self) -> dict[HeadCategory, int]:
-        """`flops`, apart for the heads of each category that occurs."""
+        """`flops` of the heads of each category that occurs."""
         return {
             category: int(self.flops_per_head[self.head_category == category].sum())
             for category in sorted(set(self.categories))
@@ -153,26 +160,25 @@ class BlockMask:
 
     @property
     def density_per_head(self) -> np.ndarray:
-        """float64 [q_heads]: visible pairs of each head over those of a DENSE one."""
+        """float64 [q_heads]: visible pairs of each head, divided by those of a DENSE head."""
         return self.visible_pairs / max(self.dense_pairs, 1)
 
     @property
     def density(self) -> float:
-        """Visible pairs of all heads over those they would see if all were DENSE."""
+        """Visible pairs of all heads, divided by what they would be if all heads were DENSE."""
         return float(self.density_per_head.mean())
 
     def to_dense(self, head: int) -> Bool[np.ndarray, "tokens tokens"]:
-        """What the schedule covers for one head, expanded, in prompt order: for tests and pictures.
+        """Which keys each query of one head sees, in prompt order, from the blocks of the schedule.
 
-        Full blocks count whole, partial ones as far as the predicate says. Takes tokens squared
-        bytes.
+        Full blocks count whole, partial blocks where the predicate holds. For tests and short
+        prompts: it takes tokens squared bytes.
 
         Raises:
           MaskError: there is no such head, or the schedule covers a pair twice.
         """
-        if not 0 <= head < len(self.categories):
-            raise MaskError(f"There is no head {head}: the mask has {len(self.categories)}.")
-        tokens, schedule, table = self.template.tokens, self.schedule, int(self.head_category[head])
+        schedule, table = self.schedule, int(self._category_of(head))
+        tokens = self.template.tokens
         covered = np.zeros((tokens, tokens), np.uint8)
         for tile in map(Tile._make, schedule.tile_columns[table].tolist()):
             rows = slice(tile.first_row, tile.first_row + tile.rows)
@@ -196,10 +202,11 @@ class BlockMask:
         return covered.astype(bool)[np.ix_(self.row, self.row)]
 
     def plot(self, path: str | Path | None = None, head: int = 0) -> "Figure":
-        """Draws one head's mask in prompt order and in packed order, images marked.
+        """Draws what one head sees, in prompt order and in packed order.
 
         Args:
-          path: where to write the picture (PNG, PDF, SVG by its suffix); None writes nothing.
+          path: where to write the picture; its suffix (PNG, PDF, SVG) is the format. None writes
+            nothing.
           head: which query head.
 
         Returns:
@@ -211,14 +218,16 @@ class BlockMask:
         """
         from bsjax.masks.picture import plot_mask
 
-        return plot_mask(self, path, head)
+        category = self._category_of(head)
+        return plot_mask(self.template, category, self.schedule.visibility, path)
+
+    def _category_of(self, head: int) -> HeadCategory:
+        if not 0 <= head < len(self.categories):
+            raise MaskError(f"There is no head {head}: the mask has {len(self.categories)}.")
+        return self.categories[head]
 
     def _pairs(self, category: HeadCategory) -> int:
-        return visible_pairs(
-            self.template,
-            category.groups,
-            self.schedule.visibility,
-        )
+        return visible_pairs(self.template, category.groups, self.schedule.visibility)
 
     def __repr__(self) -> str:
         if "_template" not in self.__dict__:
@@ -235,6 +244,6 @@ class BlockMask:
 
 def _outside_only(name: str) -> MaskError:
     return MaskError(
-        f"Inside a jitted function a block mask carries only its arrays; ask for {name}, flops, "
-        "density, to_dense or plot outside."
+        f"Inside a jitted function a block mask has only its arrays: use {name}, flops, density, "
+        "to_dense and plot outside."
     )

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, Int64
 
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import Visibility
 
@@ -59,9 +60,6 @@ def head_flops(
       head_dim: channels of a head.
       categories: those to count; the others are 0, which saves their time.
     """
-    # Not at the top of the file: it imports JAX, which reading a profile does not need.
-    from bsjax.masks.schedule import visible_pairs
-
     flops = np.zeros((len(visibilities), len(HeadCategory)), np.int64)
     for kind, visibility in enumerate(visibilities):
         for category in map(HeadCategory, set(categories)):

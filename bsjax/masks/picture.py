@@ -1,4 +1,4 @@
-"""Pictures of block masks: one head's mask in prompt order and in packed order, side by side."""
+"""Pictures of masks: what one head sees, in prompt order and in packed order, side by side."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,15 +8,14 @@ from jaxtyping import Int
 
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Template
-from bsjax.masks.visibility import TokenInfo, visible
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-
-    from bsjax.masks.block_mask import BlockMask
 
 _PIXELS = 720
 _COLORS = {
@@ -28,31 +27,44 @@ _COLORS = {
 }
 
 
-def plot_mask(mask: "BlockMask", path: str | Path | None, head: int) -> "Figure":
-    """Draws one head; see `BlockMask.plot`. Long prompts are sampled evenly, never expanded."""
+def plot_mask(
+    template: Template, category: HeadCategory, visibility: Visibility, path: str | Path | None
+) -> "Figure":
+    """Draws what the queries of a prompt see in a head. Long prompts are sampled evenly.
+
+    Args:
+      template: the prompt.
+      category: of the head.
+      visibility: what the model itself lets a query see.
+      path: where to write the picture; its suffix (PNG, PDF, SVG) is the format. None writes
+        nothing.
+
+    Raises:
+      MaskError: matplotlib is not installed, or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MaskError(
             "Drawing a mask needs matplotlib: pip install matplotlib (or bsjax[demo])."
         ) from error
-    if not 0 <= head < len(mask.categories):
-        raise MaskError(f"There is no head {head}: the mask has {len(mask.categories)}.")
-    category, template = mask.categories[head], mask.template
     figure = Figure(figsize=(12.5, 7.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     orders = (np.arange(template.tokens, dtype=np.int32), template.packed_order)
     names = ("prompt order", "packed order")
     for axes, order, name in zip((left, right), orders, names, strict=True):
-        _draw(axes, mask, category, order)
+        _draw(axes, template, category, visibility, order)
         _mark_images(axes, template, order)
         axes.set_title(name)
         axes.set_xlabel("key")
         axes.set_ylabel("query")
-    share = mask.density_per_head[head]
+    pairs, dense_pairs = (
+        visible_pairs(template, shown.groups, visibility)
+        for shown in (category, HeadCategory.DENSE)
+    )
     figure.suptitle(
         f"{category.name}: {template.tokens} tokens, {template.num_images} images, "
-        f"{share:.1%} of the pairs a dense head sees"
+        f"{pairs / max(dense_pairs, 1):.1%} of the pairs a dense head sees"
     )
     handles = [_patch(color) for color in _COLORS.values()]
     figure.legend(
@@ -62,14 +74,20 @@ def plot_mask(mask: "BlockMask", path: str | Path | None, head: int) -> "Figure"
         try:
             figure.savefig(path, dpi=130)
         except (OSError, ValueError) as error:
-            raise MaskError(f"The mask's picture cannot be written to {path}: {error}") from error
+            raise MaskError(
+                f"The picture of the mask cannot be written to {path}: {error}"
+            ) from error
     return figure
 
 
 def _draw(
-    axes: "Axes", mask: "BlockMask", category: HeadCategory, order: Int[np.ndarray, "tokens"]
+    axes: "Axes",
+    template: Template,
+    category: HeadCategory,
+    visibility: Visibility,
+    order: Int[np.ndarray, "tokens"],
 ) -> None:
-    """Colours every sampled (query, key) pair by what the key is to the query."""
+    """Colours every sampled (query, key) pair by the group of the key."""
     from matplotlib.colors import ListedColormap
 
     tokens = order.size
@@ -78,14 +96,14 @@ def _draw(
         if tokens
         else order
     )
-    position, image, sink = mask.template.info
+    position, image, sink = template.info
     query = TokenInfo(position[rows, None], image[rows, None], sink[rows, None])
     key = TokenInfo(position[None, rows], image[None, rows], sink[None, rows])
     seen = visible(
         query,
         key,
         category.groups,
-        mask.schedule.visibility,
+        visibility,
     )
     kind = np.where(
         key.image < 0, 1, np.where(key.sink, 2, np.where(key.image == query.image, 3, 4))
@@ -101,7 +119,7 @@ def _draw(
 
 
 def _mark_images(axes: "Axes", template: Template, order: Int[np.ndarray, "tokens"]) -> None:
-    """Lines at the borders of every image's rows, numbers where there is room for them."""
+    """Draws lines around the rows of each image, and its number where there is room."""
     image = template.image[order]
     sink = template.sink[order]
     starts = np.flatnonzero(np.diff(image, prepend=-2) != 0)

@@ -1,27 +1,26 @@
-"""From a template to the work of a kernel: tiles of query rows, and the key ranges each must visit.
+"""From a template to the work of a kernel: tiles of query rows, and the key ranges each one visits.
 
-Rows are tokens in the schedule's own order: packed order, or prompt order when every head is dense.
-In either order the rows of one *key segment* (text, sinks, the rest; or all rows at once in prompt
-order) stand by position, so a query row sees at most one contiguous range [low, high) of each
-segment, and neither end ever decreases from one row of a segment to the next:
+Rows are tokens in the order of the schedule: packed order, or prompt order when every head is
+dense. A query row sees at most one range [low, high) of each key segment, and both ends only grow
+from row to row (see `bsjax.masks.query_rows`). A tile visits the union of what its rows see:
 
     first row of a tile    . . # # # # # # # # . . . .     [low, high) of the first row
     ...                    . . . # # # # # # # # . . .
     last row of the tile   . . . . # # # # # # # # # .     [low, high) of the last row
-    the tile's range           p p F F F F F F p p p       in blocks of two keys: one partial, three
+    the tile's ranges          p p F F F F F F p p p       in blocks of two keys: one partial, three
                                                            full, two partial (the last one cut)
 
-Blocks inside [low of the last row, high of the first row) are seen whole by every row: *full*, no
-element mask. The others are *partial*: the predicate decides pair by pair. Where consecutive rows
-of a tile leave keys between their ranges that neither of them sees, the tile gets several ranges.
+Every row of the tile sees all keys from the last row's low to the first row's high. Blocks inside
+that range are *full* and need no element mask. The others are *partial*: the predicate decides pair
+by pair. Where consecutive rows of a tile leave a gap of keys that neither sees, the tile has
+several ranges.
 
-Everything here is NumPy on the host. Nothing is ever as large as tokens x tokens or blocks x
+Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -30,21 +29,20 @@ from jaxtyping import Int
 
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
+from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.masks.query_rows import QueryRows, RowRanges
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 PADDING_POSITION = np.iinfo(np.int32).max
-TILE_WINDOWS = 4
-"""Positions that a tile of a packed schedule with a window spans at most, in windows (in lengths of
-a tile, where these are longer)."""
+"""The position of padding rows, which no query sees."""
 
 
 class Tile(NamedTuple):
     """Query rows that one kernel program does, and which key ranges it visits.
 
-    Schedules keep tiles as columns of one int32 array, so that a kernel reads a tile from one place
-    in memory; the fields here are those columns, in order. They are scalars for one tile, arrays
+    A schedule keeps all tiles in one int32 array, so that a kernel reads a tile from one place in
+    memory. The fields here are the columns of that array, in order: scalars for one tile, arrays
     for many.
 
     Attributes:
@@ -73,7 +71,7 @@ class Tile(NamedTuple):
 
 
 class KeyRange(NamedTuple):
-    """Consecutive keys that a tile visits, in key rows. Stored like `Tile`, as columns.
+    """Consecutive key rows that a tile visits. Kept in one array, as `Tile` is.
 
     Attributes:
       start: first key row.
@@ -92,13 +90,13 @@ class KeyRange(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What attention over one template has to visit. A pytree: arrays are inputs, never constants.
+    """What attention over one template visits. A pytree, to be an argument of jitted functions.
 
-    Arrays are padded to buckets, so that a template of like size has the same shapes and compiles
-    nothing. A query head uses the table that its `head_category` names.
+    Arrays are padded to buckets: another template of similar size has the same shapes and compiles
+    nothing. Each query head uses one of the tables.
 
     Attributes:
-      position: int32 [tokens], prompt index of each row; the greatest int32 for padding rows.
+      position: int32 [tokens], prompt position of each row; `PADDING_POSITION` for padding.
       image: int32 [tokens], image number of each row; -1 for text and padding.
       sink: bool [tokens], whether the row is a sink token.
       groups: int32 [tables], the `KeyGroup` bits of each table.
@@ -146,10 +144,13 @@ class Schedule:
 
 
 def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
-    """The least size of a coarse grid that holds `size`: `steps` sizes between powers of two.
+    """Rounds `size` up to a coarse grid, so that few different shapes are compiled.
 
-    Shapes drawn from the grid keep the number of compiled programs small; `steps` trades programs
-    against padding (4 steps: at most 25 % more than asked for).
+    Args:
+      size: what has to fit.
+      smallest: the smallest size of the grid.
+      steps: sizes per factor of two. More steps mean more programs and less padding: 4 steps add at
+        most 25 %.
     """
     if size <= smallest:
         return smallest
@@ -166,11 +167,11 @@ def build_schedule(
     visibility: Visibility = CAUSAL,
     tokens: int | None = None,
 ) -> Schedule:
-    """Computes tiles and ranges of a template for several sets of key groups.
+    """Computes the tiles and ranges of a template for several sets of key groups.
 
     Args:
       template: the prompt.
-      tables: the key groups of each table; None leaves a table empty, for sets no head uses.
+      tables: the key groups of each table; None for a table that no head uses, which stays empty.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
@@ -188,14 +189,15 @@ def build_schedule(
     if tokens < template.tokens:
         raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")
 
-    rows = _Rows(template, tables, visibility)
+    rows = QueryRows(template, tables, visibility)
     built = [_build_table(rows, groups, block_q, block_kv, tokens) for groups in tables]
-    # Room for images down to twice block_q: nearly all templates padded to one length share shapes.
+    # Enough for images of 2 * block_q tokens or more: then nearly all templates that are padded to
+    # one length share their shapes.
     usual_tiles = bucket(2 * tokens // block_q + 4, smallest=16, steps=1)
     max_tiles = bucket(
         max((len(tiles) for tiles, _ in built), default=0), smallest=usual_tiles, steps=1
     )
-    # One entry more than is used keeps `first_range + 1` in bounds.
+    # One entry more than is used, so that kernels may read the range after a tile's last one.
     most_ranges = 1 + max((len(ranges) for _, ranges in built), default=0)
     max_ranges = bucket(most_ranges, smallest=4 * usual_tiles, steps=1)
     padding = (0, tokens - template.tokens)
@@ -213,24 +215,24 @@ def build_schedule(
 
 
 def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | None]:
-    """Tables indexed by `HeadCategory`; those that `categories` do not use are None."""
+    """Key groups of each `HeadCategory`, in order; None for those not among `categories`."""
     used = set(np.unique(np.asarray(categories)).tolist())
     return [category.groups if category in used else None for category in HeadCategory]
 
 
 def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
-    """A packed schedule whose text rows visit no block in some of its tables.
+    """The schedule with no blocks for text rows in some of its tables.
 
-    Text queries see everything whatever the table. Where several tables are combined, the rows of
-    the text need to be computed in one of them only; in the others they come out as rows that see
-    nothing.
+    Text queries see the same keys in every table. Where the outputs of several tables are combined,
+    one table is enough for text rows; in the others they see nothing.
 
     Args:
-      schedule: in packed order, as NumPy arrays.
-      tables: indices of the tables that leave text rows out.
+      schedule: in packed order, with NumPy arrays.
+      tables: indices of the tables without text rows.
 
     Raises:
-      MaskError: the schedule is in prompt order, where a tile may hold rows of text and of images.
+      MaskError: the schedule is in prompt order, where a tile may have rows of both text and
+        images.
     """
     text_rows = np.append(0, np.cumsum(schedule.image < 0))
     changed = replace(schedule, tile_columns=schedule.tile_columns.copy())
@@ -239,8 +241,8 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
         of_text = text_rows[tiles.first_row + tiles.rows] - text_rows[tiles.first_row]
         if np.any((of_text > 0) & (of_text < tiles.rows)):
             raise MaskError(
-                "Only a schedule in packed order can leave out its text rows: this one has tiles "
-                "with rows of text and of images."
+                "Only a schedule in packed order can leave out its text rows, but this one has "
+                "tiles with rows of both text and images: build it with a sparse table."
             )
         # The fields are views of the columns.
         tiles.full_blocks[of_text > 0] = 0
@@ -258,13 +260,13 @@ def segment_schedule(
     block_kv: int,
     tokens: int | None = None,
 ) -> Schedule:
-    """The schedule of ragged full attention: rows see all rows of their own segment, and no others.
+    """The schedule of attention within segments: rows see all rows of their own segment, no others.
 
-    This is what a vision tower does, per image or per window: heads are INTRA_IMAGE over a template
-    that holds nothing but images.
+    Vision towers attend like this, within images or within windows. It is INTRA_IMAGE over a
+    template of nothing but images.
 
     Args:
-      lengths: rows of each segment, each at least 1, in the order in which they stand.
+      lengths: rows of each segment, in order; at least 1 each.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       tokens: rows to pad to; None pads nothing.
@@ -281,164 +283,8 @@ def segment_schedule(
     )
 
 
-def visible_pairs(template: Template, groups: KeyGroup, visibility: Visibility = CAUSAL) -> int:
-    """How many (query, key) pairs a head that keeps `groups` sees, exactly."""
-    rows = _Rows(template, [groups], visibility)
-    every_row = np.arange(rows.tokens)
-    ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]
-    return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)
-
-
-class _Segment(NamedTuple):
-    """Key rows that stand by position: which of them a row sees is one range."""
-
-    first_row: int
-    last_row: int
-    before: Int[np.ndarray, "tokens+1"]
-    """First key row of the segment at or after each prompt position."""
-    own: KeyGroup
-    """The group its keys are in for queries of their own image (all groups: whatever the query)."""
-    other: KeyGroup
-    """The group its keys are in for all other image queries."""
-
-
-class _Rows:
-    """Query rows in the order of a schedule, and the key ranges each of them sees."""
-
-    def __init__(
-        self,
-        template: Template,
-        tables: Sequence[KeyGroup | None],
-        visibility: Visibility,
-    ) -> None:
-        self.tokens = template.tokens
-        self.packed = any(groups not in (None, ALL_KEY_GROUPS) for groups in tables)
-        if self.packed:
-            text = template.image < 0
-            parts = [
-                (text, KeyGroup.TEXT, KeyGroup.TEXT),
-                (template.sink, KeyGroup.OWN_SINK, KeyGroup.OTHER_SINK),
-                (~text & ~template.sink, KeyGroup.OWN, KeyGroup.OTHER),
-            ]
-            self.order = template.packed_order
-        else:
-            parts = [(np.ones(self.tokens, bool), ALL_KEY_GROUPS, ALL_KEY_GROUPS)]
-            self.order = np.arange(self.tokens, dtype=np.int32)
-        self.image = template.image[self.order]
-        # First rows of the runs of one image's, or the text's, rows.
-        self.runs = np.flatnonzero(np.append(-2, self.image[:-1]) != self.image)
-
-        self.segments: list[_Segment] = []
-        first_row = 0
-        for member, own, other in parts:
-            before = np.zeros(self.tokens + 1, np.int32)
-            np.cumsum(member, out=before[1:])
-            last_row = first_row + int(before[-1])
-            self.segments.append(_Segment(first_row, last_row, before + first_row, own, other))
-            first_row = last_row
-
-        self._visibility = visibility
-        self._image_first = template.image_first
-        self._image_end = template.image_first + np.asarray(template.image_tokens, np.int64)
-
-    def ranges(
-        self, segment: _Segment, groups: KeyGroup, rows: Int[np.ndarray, "rows"]
-    ) -> "_RowRanges":
-        """The range of the segment's key rows that each of `rows` sees when it keeps `groups`."""
-        position, image = self.order[rows], self.image[rows]
-        is_image = image >= 0
-        begin = np.zeros_like(position)
-        if self._visibility.window is not None:
-            begin = np.maximum(position + 1 - self._visibility.window, 0)
-        end = position + 1
-        if self._visibility.bidirectional_images and self._image_end.size:
-            end = np.where(is_image, self._image_end[image], end)
-        low, high = segment.before[begin], segment.before[end]
-        own, other = bool(groups & segment.own), bool(groups & segment.other)
-        if not (own and other) and self._image_first.size:
-            # Text rows index the last image here, and keep what they have.
-            image_first = segment.before[self._image_first[image]]
-            if own:
-                low = np.where(is_image, np.maximum(low, image_first), low)
-            elif other:
-                high = np.where(is_image, np.minimum(high, image_first), high)
-            else:
-                high = np.where(is_image, low, high)
-        return _RowRanges(low, np.maximum(low, high))
-
-    def probes(self, starts: Int[np.ndarray, "tiles"], block_q: int) -> Int[np.ndarray, "probes"]:
-        """Rows whose ranges tell those of all rows of their tile.
-
-        Inside one image, and inside the text, rows start at the same key unless there is a window:
-        what the first and the last row see is what all of them see together.
-
-        With a window that holds while positions are consecutive and the window's far end moves
-        inside one run of a segment's keys, or past keys of others alone: each end of the range then
-        stands still or goes on by one key a row. Both go on where the window has one run's keys
-        only, and the last row's range begins where the first row's ends, or before, as a tile has
-        no more rows than the window has positions. Else every row is probed.
-        """
-        if not self.tokens:
-            return np.arange(0)
-        first = np.concatenate([starts, self.runs])
-        if self._visibility.window is not None:
-            if self._visibility.window < block_q:
-                return np.arange(self.tokens)
-            # Rows whose window begins where an image, a run of sinks, of other image tokens or of
-            # text does. Those of one segment and image stand together in either order.
-            begins = np.sort(self.order[np.append(0, self._steps)])
-            far = begins + self._visibility.window - 1
-            enters = self._row_at[far[far < self.tokens]]
-            first = np.concatenate([first, self._steps, enters, enters + 1])
-            first = first[first < self.tokens]
-        return np.unique(np.concatenate([first, first[first > 0] - 1, [self.tokens - 1]]))
-
-    @cached_property
-    def _steps(self) -> Int[np.ndarray, "steps"]:
-        """Rows whose position does not follow that of the row before."""
-        return np.flatnonzero(np.diff(self.order) != 1) + 1
-
-    @cached_property
-    def _row_at(self) -> Int[np.ndarray, "tokens"]:
-        """The row of each prompt position."""
-        row = np.empty(self.tokens, np.int64)
-        row[self.order] = np.arange(self.tokens)
-        return row
-
-    def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
-        """First rows of all tiles: sparse tables never put two images' rows into one tile.
-
-        Sink rows are the exception: images have few of them, and they share most of their keys.
-
-        With a window, what rows far apart see has nothing in common. In packed order a tile of sink
-        rows would reach over the whole prompt, and visit all of it when the other tiles are long
-        done: tiles end where a span of `TILE_WINDOWS` does.
-        """
-        if not self.tokens:
-            return np.zeros(0, np.int64)
-        borders = [np.asarray([segment.first_row for segment in self.segments])]
-        if groups != ALL_KEY_GROUPS:
-            borders.append(self.runs[self.runs >= self.segments[-1].first_row])
-        if self.packed and self._visibility.window is not None:
-            span = self.order // (TILE_WINDOWS * max(self._visibility.window, block_q))
-            borders.append(np.flatnonzero(np.diff(span)) + 1)
-        starts = np.unique(np.concatenate(borders))
-        starts = starts[starts < self.tokens]
-        lengths = np.diff(starts, append=self.tokens)
-        tiles = -(-lengths // block_q)
-        index_in_run = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-        return np.repeat(starts, tiles) + index_in_run * block_q
-
-
-class _RowRanges(NamedTuple):
-    """For one key segment: the key rows [low, high) that each of some query rows sees."""
-
-    low: Int[np.ndarray, "rows"]
-    high: Int[np.ndarray, "rows"]
-
-
 class _TileRanges(NamedTuple):
-    """Key ranges of one segment: the tile each belongs to, and where it starts and ends."""
+    """Key ranges of one segment: the tile that each belongs to, its start and its end."""
 
     tile: Int[np.ndarray, "ranges"]
     start: Int[np.ndarray, "ranges"]
@@ -446,9 +292,9 @@ class _TileRanges(NamedTuple):
 
 
 def _build_table(
-    rows: _Rows, groups: KeyGroup | None, block_q: int, block_kv: int, tokens: int
+    rows: QueryRows, groups: KeyGroup | None, block_q: int, block_kv: int, tokens: int
 ) -> tuple[Int[np.ndarray, "tiles fields"], Int[np.ndarray, "ranges bounds"]]:
-    """Tiles and ranges of one table."""
+    """The tiles and ranges of one table, as columns."""
     if groups is None:
         empty = np.zeros(0, np.int32)
         return _columns(Tile.read(lambda _: empty)), _columns(KeyRange(empty, empty))
@@ -458,7 +304,7 @@ def _build_table(
     full: list[_TileRanges] = []
     partial: list[_TileRanges] = []
     for segment in rows.segments:
-        if segment.first_row < segment.last_row:
+        if segment.first_row < segment.end_row:
             seen = rows.ranges(segment, groups, probes)
             segment_full, *segment_partial = _cut_ranges(seen, first_probes, block_kv)
             full.append(segment_full)
@@ -493,9 +339,18 @@ def _columns(fields: Tile | KeyRange) -> Int[np.ndarray, "entries fields"]:
 
 
 def _cut_ranges(
-    seen: _RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
+    seen: RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
 ) -> tuple[_TileRanges, _TileRanges, _TileRanges]:
-    """Unites the rows' ranges tile by tile; cuts each union: full, and before and after it."""
+    """Unites the ranges of each tile's rows, then cuts each union into full, before and after it.
+
+    Args:
+      seen: the ranges of the probes.
+      starts: the first probe of each tile.
+      block_kv: keys of a block.
+
+    Returns:
+      Full ranges, partial ranges before them and partial ranges after them.
+    """
     low, high = seen
     last_rows = np.append(starts[1:], low.size) - 1
     starts_range = np.zeros(low.size, bool)
@@ -506,8 +361,7 @@ def _cut_ranges(
     start, end = low[first].astype(np.int64), high[last].astype(np.int64)
     tile = np.searchsorted(starts, first, side="right") - 1
 
-    # A tile with several unions has no key that all its rows see: its [seen_low, seen_high) is
-    # empty.
+    # A tile with several unions has no key that all rows see: [seen_low, seen_high) is empty.
     seen_low, seen_high = low[last_rows][tile], high[starts][tile]
     full_start = start + -(-(seen_low - start) // block_kv) * block_kv
     full_end = full_start + np.maximum(seen_high - full_start, 0) // block_kv * block_kv
@@ -525,7 +379,7 @@ def _cut_ranges(
 def _blocks_per_tile(
     parts: Sequence[_TileRanges], block_kv: int, tiles: int
 ) -> Int[np.ndarray, "tiles"]:
-    """Blocks of all ranges, summed by tile."""
+    """How many blocks the ranges of each tile have."""
     blocks = np.zeros(tiles, np.int64)
     for part in parts:
         np.add.at(blocks, part.tile, -(-(part.end - part.start) // block_kv))
@@ -533,7 +387,7 @@ def _blocks_per_tile(
 
 
 def _stack(tables: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Stacks tables of unequal length, zeros after their ends."""
+    """Stacks tables of unequal length, padded with zeros to `length`."""
     stacked = np.zeros((len(tables), length, tables[0].shape[1] if tables else 0), np.int32)
     for index, table in enumerate(tables):
         stacked[index, : len(table)] = table

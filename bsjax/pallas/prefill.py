@@ -264,8 +264,9 @@ def _attend_tile(
             ),
         )
 
-    def range_at(index: Array) -> KeyRange:
-        return KeyRange.read(lambda column: ranges_ref[table, index, column])
+    def bound(range_index: Array, name: str) -> Array:
+        """The start or the end of a key range."""
+        return ranges_ref[table, range_index, KeyRange._fields.index(name)]
 
     def advance(step: Array, block: _NextBlock) -> _NextBlock:
         start = block.start + settings.block_kv
@@ -275,8 +276,11 @@ def _attend_tile(
             # own end, with the keys beyond the range masked.
             done &= jax.lax.rem(step + 1, settings.steps_per_block) == 0
         range_index = jnp.where(done, block.range_index + 1, block.range_index)
-        keys = range_at(range_index)
-        return _NextBlock(range_index, jnp.where(done, keys.start, start), keys.end)
+        return _NextBlock(
+            range_index,
+            jnp.where(done, bound(range_index, "start"), start),
+            bound(range_index, "end"),
+        )
 
     @pl.when(rows > 0)
     def _() -> None:
@@ -326,7 +330,9 @@ def _attend_tile(
             scores = jnp.where(seen, scores_of(queries, keys), -jnp.inf)
             return advance(step, block), attend(softmax, scores, values)
 
-        block = _NextBlock(tile.first_range, *range_at(tile.first_range))
+        block = _NextBlock(
+            tile.first_range, bound(tile.first_range, "start"), bound(tile.first_range, "end")
+        )
         softmax = _Softmax(
             jnp.full((settings.block_q,), jnp.finfo(jnp.float32).min),
             jnp.zeros((settings.block_q,), jnp.float32),

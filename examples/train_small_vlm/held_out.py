@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Int64
 
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.schedule import visible_pairs
+from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Sinks, Template
 
 from .batches import QUESTION_ROWS, Batch, Encoder

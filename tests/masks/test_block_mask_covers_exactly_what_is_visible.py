@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
 from bsjax.masks.categories import KeyGroup
-from bsjax.masks.schedule import (
-    KeyRange,
-    Tile,
-    _Rows,
-    build_schedule,
-    segment_schedule,
-    visible_pairs,
-)
+from bsjax.masks.query_rows import QueryRows, visible_pairs
+from bsjax.masks.schedule import KeyRange, Tile, build_schedule, segment_schedule
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 from tests.support.templates import categories, templates, visibilities, visible_matrix
 
@@ -142,7 +136,9 @@ def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, vi
         )
 
     few = build()
-    with mock.patch.object(_Rows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)):
+    with mock.patch.object(
+        QueryRows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)
+    ):
         every = build()
     np.testing.assert_array_equal(few.tile_columns, every.tile_columns)
     np.testing.assert_array_equal(few.range_columns, every.range_columns)
@@ -150,7 +146,7 @@ def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, vi
 
 def test_a_window_needs_few_rows():
     template = Template.from_segments([Text(8), Image(256)] * 50)
-    rows = _Rows(template, [HeadCategory.SINK.groups], Visibility(True, 1024))
+    rows = QueryRows(template, [HeadCategory.SINK.groups], Visibility(True, 1024))
     starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
     assert rows.probes(starts, 128).size < rows.tokens / 10
     assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
@@ -165,7 +161,7 @@ def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
     # Own images over the tile's span and the window before it; a few blocks are cut.
     most = (4 * 1024 + 1024 + 256) // 64 + 8
     assert schedule.tiles.blocks.max() <= most
-    with mock.patch("bsjax.masks.schedule.TILE_WINDOWS", 10**6):
+    with mock.patch("bsjax.masks.query_rows.TILE_WINDOWS", 10**6):
         whole = build_schedule(template, tables, **blocks)
     assert (whole.tiles.blocks.max(axis=1)[[0, 2, 3]] > 5 * most).all()
     for table in range(len(tables)):

@@ -11,7 +11,8 @@ import bsjax
 from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
 from bsjax.cli.mask import template_and_visibility
-from bsjax.masks.schedule import PADDING_POSITION, visible_pairs
+from bsjax.masks.query_rows import visible_pairs
+from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.visibility import Visibility
 from bsjax.models.gemma3.text import rows_of_ring
 from bsjax.runtime.answering import Answering, AnswerSettings
