@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks.dense_rows import greatest_error, sampled_positions, tolerance
 from benchmarks.device_timing import copy_call, jax_sampler, matrix_rate_call
+from benchmarks.inputs import Arrays, random_arrays
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import (
     BSJAX,
@@ -39,10 +40,8 @@ from benchmarks.variants import (
     FLEX,
     FLEX_PACKED,
     JAX_XLA,
-    Arrays,
     NotAvailable,
     Variant,
-    random_arrays,
     variants,
     wanted_rows,
 )

@@ -8,7 +8,7 @@ strip of query rows at a time, because `create_block_mask` evaluates tokens x to
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,9 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.device_timing import Sampler, torch_sampler
+from benchmarks.inputs import Arrays
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.masks.categories import HeadCategory, KeyGroup
-
-if TYPE_CHECKING:
-    from benchmarks.variants import Arrays
 
 BLOCK = 128
 # Pairs for which the mask function is evaluated at a time; several int32 arrays have this size.
@@ -56,7 +54,7 @@ class PreparedTorch:
         return inference_sample
 
 
-def prepare_sdpa(arrays: "Arrays") -> PreparedTorch:
+def prepare_sdpa(arrays: Arrays) -> PreparedTorch:
     """Dense causal attention, by the kernel that PyTorch chooses."""
     q, k, v = _tensors(arrays)
     if q.device.type == "cpu":
@@ -67,7 +65,7 @@ def prepare_sdpa(arrays: "Arrays") -> PreparedTorch:
 
 
 def prepare_flex(
-    arrays: "Arrays",
+    arrays: Arrays,
     workload: Workload,
     mask: HeadMask,
     *,
@@ -191,7 +189,7 @@ def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 @functools.lru_cache(maxsize=1)
-def _tensors(arrays: "Arrays") -> tuple[torch.Tensor, ...]:
+def _tensors(arrays: Arrays) -> tuple[torch.Tensor, ...]:
     """All variants of a workload share them."""
     return tuple(_tensor(array) for array in (arrays.q, arrays.k, arrays.v))
 

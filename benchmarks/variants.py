@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
+from benchmarks.inputs import Arrays
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.attention import block_sizes, ragged_attention, resolve_backend
 from bsjax.masks.schedule import build_schedule, category_tables
@@ -24,15 +25,6 @@ from bsjax.masks.visibility import TokenInfo, Visibility
 
 BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
 CUDNN, JAX_XLA, TOKAMAX, SDPA = "cuDNN", "jax.nn, XLA", "tokamax", "torch SDPA"
-
-
-@dataclass(frozen=True, eq=False)
-class Arrays:
-    """Inputs of a workload: q [tokens, q_heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
 
 
 class NotAvailable(Exception):
@@ -62,19 +54,6 @@ class Variant:
     """Raises whatever the implementation raises, and NotAvailable if it is not installed."""
     note: str = ""
     """What it computes, if that is not the workload's mask."""
-
-
-def random_arrays(workload: Workload) -> Arrays:
-    """Normally distributed inputs in the shape's dtype."""
-    shape = workload.shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    heads = (shape.q_heads, shape.kv_heads, shape.kv_heads)
-    return Arrays(
-        *(
-            jax.random.normal(key, (workload.tokens, count, shape.head_dim), shape.dtype)
-            for key, count in zip(keys, heads, strict=True)
-        )
-    )
 
 
 def wanted_rows(

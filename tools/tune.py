@@ -27,8 +27,9 @@ import numpy as np
 
 from benchmarks.dense_rows import greatest_error, tolerance
 from benchmarks.device_timing import jax_sampler, repeated, repeats_for
+from benchmarks.inputs import Arrays, random_arrays
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
-from benchmarks.variants import Arrays, random_arrays, wanted_rows
+from benchmarks.variants import wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload
 from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.pallas.configurations import KernelConfiguration, table_width, target_in_use

@@ -22,8 +22,9 @@ from benchmarks.dense_rows import (
     tolerance,
 )
 from benchmarks.device_timing import repeated
+from benchmarks.inputs import random_arrays
 from benchmarks.measure import interleaved_samples, markdown_table
-from benchmarks.variants import NotAvailable, random_arrays, wanted_rows
+from benchmarks.variants import NotAvailable, wanted_rows
 from benchmarks.workloads import (
     MASK_NAMES,
     MIXES,
