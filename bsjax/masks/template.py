@@ -1,11 +1,11 @@
-"""What a prompt looks like, token by token; and the order that the model runs it in.
+"""What a prompt looks like, token by token, and the order in which the model runs it.
 
     prompt order   T T A a a a T T B b b T C c c c T        T text, A B C sinks, a b c the rest
     packed order   T T T T T T | A B C | a a a | b b | c c c
 
-Attention does not care about the order of the keys once positions travel with the tokens. In packed
-order the keys that an image query sees are a few contiguous ranges (text before it, sinks before
-it, its own image), where in prompt order they are sprinkled over nearly every block.
+The order of the keys does not change attention, as long as each token keeps its position. In packed
+order the keys that an image query sees are a few contiguous ranges: text before it, sinks before
+it, its own image. In prompt order they are scattered over nearly every block.
 """
 
 import itertools
@@ -20,16 +20,19 @@ from bsjax.checks import whole_number
 from bsjax.errors import TemplateError
 from bsjax.masks.visibility import TokenInfo
 
-# Far beyond any model, and far below what a position in 32 bits holds.
+# Far more than any model takes, and far less than 32 bits can count.
 _MOST_TOKENS = 100_000_000
 
 
 @dataclass(frozen=True)
 class Sinks:
-    """Which tokens of every image are sinks: the first `first` ones and those at `offsets`.
+    """Which tokens of every image are sinks: its first tokens, and those at some offsets.
 
-    The first token of an image is always one, so that an image query always has a key to look at.
-    `offsets` count from the image's first token; those beyond an image's end are ignored for it.
+    Args:
+      first: how many tokens at the start of an image are sinks. At least one always is, so that
+        every image query has a key to look at.
+      offsets: more sinks, counted from the image's first token. Offsets beyond the end of an image
+        are ignored for that image.
 
     Raises:
       TemplateError: `first` is below 1 or an offset is negative.
@@ -39,7 +42,6 @@ class Sinks:
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # The first token of every image is always a sink.
         first = whole_number("Sinks: `first`", self.first, least=1, error=TemplateError)
         offsets = tuple(
             whole_number(
@@ -48,11 +50,11 @@ class Sinks:
             for offset in self.offsets
         )
         object.__setattr__(self, "first", first)
-        # In one order, so that equal sinks are equal, and look the same in a file.
+        # Sorted, so that equal sinks compare equal and look the same in a file.
         object.__setattr__(self, "offsets", tuple(sorted(set(offsets))))
 
     def of_image(self, tokens: int) -> Bool[np.ndarray, "tokens"]:
-        """Marks the sinks of an image of `tokens` tokens."""
+        """Which tokens of an image of `tokens` tokens are sinks."""
         sink = np.zeros(tokens, bool)
         sink[: self.first] = True
         sink[[offset for offset in self.offsets if offset < tokens]] = True
@@ -77,28 +79,30 @@ class Image:
 class Template:
     """A prompt's structure: which tokens belong to which image, and which of them are sinks.
 
-    Made by `from_tokens` or `from_segments`. Images are contiguous and numbered from 0 in the order
-    in which they stand in the prompt.
+    Made by `from_tokens` or `from_segments`. Images are contiguous and numbered 0, 1, 2, ... in
+    prompt order.
+
+    Attributes:
+      image: int32, the image number of each token; -1 for text.
+      sink: whether each token is a sink.
+      image_first: the position of each image's first token.
+      image_tokens: how many tokens each image has, in prompt order.
 
     Raises:
       TemplateError: images are not contiguous or not numbered in order, or a text token is a sink.
     """
 
     image: Int[np.ndarray, "tokens"]
-    """int32: image number of each token, -1 for text."""
     sink: Bool[np.ndarray, "tokens"]
-    """Whether each token is a sink."""
     image_first: Int[np.ndarray, "images"] = field(init=False)
-    """Position of each image's first token."""
     image_tokens: tuple[int, ...] = field(init=False)
-    """How many tokens each image has, in prompt order."""
 
     def __post_init__(self) -> None:
         image = np.ascontiguousarray(self.image, dtype=np.int32)
         sink = np.ascontiguousarray(self.sink, dtype=bool)
         if image.ndim != 1 or image.shape != sink.shape:
             raise TemplateError(
-                "A template's image and sink arrays must be one-dimensional and of one length, "
+                "A template's image and sink arrays must be one-dimensional and equally long, "
                 f"got shapes {image.shape} and {sink.shape}."
             )
         starts = _run_starts(image)
@@ -129,14 +133,14 @@ class Template:
         sinks: Sinks = Sinks(),  # noqa: B008 (frozen, hence safe to share)
         image_tokens: Sequence[int] | None = None,
     ) -> "Template":
-        """The template of a tokenized prompt, with `image_token_id` once per image token.
+        """The template of a tokenized prompt, in which each image token is a placeholder.
 
         Args:
           token_ids: ids of one prompt, as a Hugging Face processor gives them.
-          image_token_id: the placeholder's id (Qwen2-VL: 151655).
+          image_token_id: the id of the placeholder (Qwen2-VL: 151655).
           sinks: which tokens of every image are sinks.
-          image_tokens: tokens of each image. Without it every run of placeholders is one image, so
-            it is needed only where two images stand side by side with no token between them.
+          image_tokens: how many tokens each image has. By default every run of placeholders is one
+            image, so this is needed only if images follow each other with no token between them.
 
         Raises:
           TemplateError: `image_tokens` does not add up to the placeholders, or an image would be
@@ -158,7 +162,7 @@ class Template:
                 )
             if lengths.sum() != placeholder.sum():
                 raise TemplateError(
-                    f"The prompt holds {int(placeholder.sum())} image placeholder tokens, but "
+                    f"The prompt has {int(placeholder.sum())} image placeholder tokens, but "
                     f"image_tokens adds up to {int(lengths.sum())} over {lengths.size} images."
                 )
             image[placeholder] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
@@ -170,7 +174,7 @@ class Template:
         segments: Sequence[Text | Image],
         sinks: Sinks = Sinks(),  # noqa: B008
     ) -> "Template":
-        """The template of a prompt described run by run, e.g. `[Text(12), Image(256), Text(5)]`.
+        """The template of a prompt given as runs: `[Text(12), Image(256), Text(5)]`.
 
         Raises:
           TemplateError: a segment is neither Text nor Image, an image has no token, or a text's
@@ -185,19 +189,21 @@ class Template:
             elif isinstance(segment, Text):
                 least, number = 0, -1
             else:
-                raise TemplateError(f"A segment is Text(n) or Image(n), got {segment!r}.")
+                raise TemplateError(f"A segment must be Text(n) or Image(n), got {segment!r}.")
             numbers.append(number)
             lengths.append(
                 whole_number(f"{segment}: tokens", segment.tokens, least=least, error=TemplateError)
             )
         if sum(lengths) > _MOST_TOKENS:
-            raise TemplateError(f"A prompt of {sum(lengths):,} tokens; at most {_MOST_TOKENS:,}.")
+            raise TemplateError(
+                f"A prompt can have at most {_MOST_TOKENS:,} tokens, got {sum(lengths):,}."
+            )
         image = np.repeat(np.asarray(numbers, np.int32), np.asarray(lengths, np.int64))
         return cls._with_sinks(image, sinks)
 
     @classmethod
     def _with_sinks(cls, image: np.ndarray, sinks: Sinks) -> "Template":
-        # A split image shows as one number in two runs; the constructor refuses it.
+        # The constructor refuses an image that is split: its number occurs in two runs.
         sink = np.zeros(image.shape, bool)
         borders = [*_run_starts(image).tolist(), image.size]
         for start, end in itertools.pairwise(borders):
@@ -222,7 +228,7 @@ class Template:
 
     @cached_property
     def packed_order(self) -> Int[np.ndarray, "tokens"]:
-        """The prompt index of every row of the packed order: text, then sinks, then the rest."""
+        """The prompt position of every row of packed order: text, then sinks, then the rest."""
         text = self.image < 0
         parts = (text, self.sink, ~(text | self.sink))
         return np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])
@@ -235,7 +241,7 @@ class Template:
 
 
 def _run_starts(image: np.ndarray) -> np.ndarray:
-    """Indices at which a run of equal image numbers starts."""
+    """Where runs of equal image numbers start."""
     if not image.size:
         return np.zeros(0, np.int64)
     return np.flatnonzero(np.append(True, image[1:] != image[:-1]))

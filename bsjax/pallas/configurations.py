@@ -1,8 +1,8 @@
-"""Block sizes, warps and pipeline stages of the prefill kernel: configurations.json, read here.
+"""Block sizes, warps and pipeline stages of the prefill kernel, from configurations.json.
 
-Every entry names what it is for (target, head width, bytes of an element, dense or sparse heads)
-and what it rests on: "compiled", chosen by `tools.choose_configurations` from what the assembler
-reports, or "measured", timed on a GPU of that kind by `tools.tune`.
+Every entry says what it is for (target, head width, bytes per element, dense or sparse heads) and
+how it was chosen: "compiled", by `tools.choose_configurations` from the compiled code, or
+"measured", by `tools.tune` on a GPU of that kind.
 """
 
 import contextlib
@@ -21,15 +21,14 @@ from bsjax.errors import BackendError
 from bsjax.pallas.pieces import pieces_of, width_of
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
-"""Kinds of GPUs that configurations are made for: A100; RTX 40, L40S; H100, H200; B200."""
+"""Kinds of GPUs that have configurations: A100; RTX 40, L40S; H100, H200; B200."""
 
 WIDTHS = (64, 80, 128, 256)
-"""Head widths (of all pieces together) that configurations are made for; others use the next."""
+"""Head widths (of all pieces together) that have configurations; others use the next larger one."""
 
 LARGEST_HEAD_DIM = WIDTHS[-1]
 
-# Where neither a GPU is at hand nor a target was named: the sizes of masks built on such machines
-# are then those that the most likely GPU wants.
+# Without a GPU and without a named target, masks get the block sizes of the most likely GPU.
 _DEFAULT_TARGET = "sm_90"
 
 _named_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
@@ -44,12 +43,16 @@ class KernelConfiguration(NamedTuple):
     """Keys of a block; a power of two."""
     num_warps: int
     num_stages: int
-    """Blocks of keys and values in shared memory at a time, the one at work included."""
+    """Blocks of keys and values in shared memory at a time, including the one in use."""
 
 
 @contextlib.contextmanager
 def compiling_for(target: str) -> Iterator[None]:
-    """Configurations are those of `target`, one of `TARGETS`, whatever GPU is at hand."""
+    """Within this context, configurations are those of `target`, one of `TARGETS`.
+
+    Raises:
+      BackendError: the target is unknown.
+    """
     if target not in TARGETS:
         raise BackendError(f"Unknown target {target!r}; choose one of {', '.join(TARGETS)}.")
     token = _named_target.set(target)
@@ -60,7 +63,11 @@ def compiling_for(target: str) -> Iterator[None]:
 
 
 def target_in_use() -> str:
-    """The target that `compiling_for` names, else that of the GPU at hand."""
+    """The target of `compiling_for`, or else of the GPU in this machine.
+
+    Raises:
+      BackendError: the GPU is not an NVIDIA GPU of the Ampere generation or later.
+    """
     named = _named_target.get()
     if named is not None:
         return named
@@ -71,10 +78,10 @@ def target_in_use() -> str:
 
 
 def target_of(compute_capability: str) -> str:
-    """The target whose configurations a GPU of this compute capability, such as "8.6", takes.
+    """The target whose configurations a GPU uses, from its compute capability, such as "8.6".
 
     Raises:
-      BackendError: it is no NVIDIA GPU of the Ampere generation or later.
+      BackendError: it is not an NVIDIA GPU of the Ampere generation or later.
     """
     major, _, minor = compute_capability.partition(".")
     match int(major) if major.isdigit() else 0:
@@ -94,15 +101,15 @@ def target_of(compute_capability: str) -> str:
 
 
 def default_blocks(head_dim: int, dtype: DTypeLike, *, sparse: bool) -> tuple[int, int]:
-    """`(block_q, block_kv)` that schedules for heads of `head_dim` elements of `dtype` should have.
+    """The best (block_q, block_kv) of a schedule for heads of `head_dim` elements of `dtype`.
 
     Args:
       head_dim: up to 256.
       dtype: bfloat16, float16 or float32.
-      sparse: whether any head of the launch is sparse. All heads of a launch share block sizes.
+      sparse: whether any head is sparse. All heads of a launch share their block sizes.
 
     Raises:
-      BackendError: the kernel takes no such heads.
+      BackendError: the kernel does not support such heads.
     """
     chosen = _tabled(target_in_use(), head_dim, dtype, sparse=sparse)
     return chosen.block_q, chosen.block_kv
@@ -113,11 +120,11 @@ def configuration(
 ) -> KernelConfiguration:
     """How the kernel is compiled for a schedule of these block sizes.
 
-    With the sizes of `default_blocks` that is the table's entry. Larger blocks are walked in steps
-    of the table's size; smaller ones take fewer warps.
+    For the sizes of `default_blocks` it is the entry of the table. Larger blocks are visited in
+    steps of the table's size; smaller ones get fewer warps.
 
     Raises:
-      BackendError: the kernel takes no such heads.
+      BackendError: the kernel does not support such heads.
     """
     target = target_in_use()
     for sparse in (True, False):
@@ -126,13 +133,13 @@ def configuration(
             return tabled
     tabled = _tabled(target, head_dim, dtype, sparse=True)
     rows = min(block_q, tabled.block_q)
-    # A warp keeps the rows that it has in the table.
+    # As many rows per warp as in the table.
     warps = max(4, tabled.num_warps * rows // tabled.block_q)
     return KernelConfiguration(rows, min(block_kv, tabled.block_kv), warps, tabled.num_stages)
 
 
 def table_width(head_dim: int) -> int:
-    """The table's width for heads of `head_dim` elements, up to `LARGEST_HEAD_DIM`."""
+    """The width in the table for heads of `head_dim` elements, up to `LARGEST_HEAD_DIM`."""
     return next(width for width in WIDTHS if width >= width_of(pieces_of(head_dim)))
 
 

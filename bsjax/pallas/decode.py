@@ -4,23 +4,26 @@
     |..............|..............|............./////////|
      split 0        split 1        split 2     ^length       3 of 3        combined by log-sum-exp
 
-Decoding is bound by memory: what counts is that every valid row of the cache is read once, by many
-programs at the same time, and nothing else is. So the kernel takes the cache of all layers and a
-layer's number. A slice of it, which is what a loop over layers would hand on, would be copied in
-front of every launch. All query heads of a key head are computed by the program that has read their
-keys, and the valid length, not the capacity, is shared out evenly among a fixed number of programs.
+Decoding is bound by memory: every valid row of the cache should be read once, by many programs at
+the same time, and nothing else should be read.
+
+  * The kernel takes the cache of all layers and the index of one. A loop over layers that passed a
+    slice would copy it before every launch.
+  * One program computes all query heads of the key head whose keys it has read.
+  * The valid length, not the capacity, is divided evenly among a fixed number of programs.
 
 There are too few queries for the rows of a matrix product on tensor cores (wgmma computes 64 at a
-time), but enough keys and enough channels. So both products stand on their side:
+time), but enough keys and enough channels. Both products are therefore transposed, and the softmax
+runs down the columns:
 
     scores  [block_kv, heads] = keys     [block_kv, head_dim] x queries^T [head_dim, heads]
     output  [head_dim, heads] = values^T [head_dim, block_kv] x weights   [block_kv, heads]
 
-and the softmax runs down the columns. Rows beyond the valid length are masked in the copies to
-shared memory themselves, which fill in zeros: whatever the cache holds there is never read.
+Rows beyond the valid length are masked in the copies to shared memory, which fill in zeros: the
+cache is never read there.
 
 A second kernel, one program per sequence and query head, combines the splits, and with them the new
-token's own key and value where these stand beside the cache.
+token's own key and value where these are passed separately.
 
 Offsets: as in `bsjax.pallas.prefill`.
 """
@@ -39,11 +42,11 @@ from bsjax.errors import BackendError
 from bsjax.pallas.exponential import LOG2_E
 from bsjax.pallas.pieces import SHORTEST_SIDE
 
-# Two for each of 128 multiprocessors. By their shared memory and registers all of them run at a
-# time on the GPUs compiled for, except those of heads beyond 128 elements.
+# Two for each of 128 multiprocessors. Their shared memory and registers let all of them run at the
+# same time on the GPUs that we compile for, except with heads of more than 128 elements.
 _PROGRAMS = 256
 
-# Elements of partial outputs that a program of the combining kernel holds.
+# Elements of partial outputs that one program of the combining kernel holds at a time.
 _COMBINED_ELEMENTS = 4096
 
 
@@ -51,20 +54,20 @@ class DecodeConfiguration(NamedTuple):
     """How the decode kernel is compiled."""
 
     block_kv: int
-    """Keys of a block; a power of two. wgmma takes 64 or more."""
+    """Keys of a block; a power of two. wgmma needs 64 or more."""
     num_warps: int
     num_stages: int
-    """Blocks of keys and values in shared memory at a time, the one at work included."""
+    """Blocks of keys and values in shared memory at a time, including the one in use."""
 
 
-# Chosen by compiling: no spills, wgmma where there is, and room for two programs on a
-# multiprocessor wherever 64 keys leave it. None has been timed on a GPU yet.
+# Chosen from compiled code: no spills, wgmma where the GPU has it, and two programs per
+# multiprocessor wherever blocks of 64 keys allow it. None has been timed on a GPU yet.
 _CONFIGURATIONS = {
     # (head dim padded to a power of two, bytes of an element): configuration
     (64, 2): DecodeConfiguration(block_kv=128, num_warps=4, num_stages=2),
     (128, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
     (256, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
-    # float32 products run outside the tensor cores, with all operands in registers: small blocks.
+    # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
     (64, 4): DecodeConfiguration(block_kv=32, num_warps=4, num_stages=2),
     (128, 4): DecodeConfiguration(block_kv=16, num_warps=4, num_stages=2),
     (256, 4): DecodeConfiguration(block_kv=16, num_warps=8, num_stages=2),
@@ -75,7 +78,7 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
     """How the kernel is compiled for heads of `head_dim` elements of `dtype`.
 
     Raises:
-      BackendError: the kernel takes no such heads.
+      BackendError: the kernel does not support such heads.
     """
     element = jnp.dtype(dtype)
     if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -100,30 +103,32 @@ def decode_attention(
     splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """Attention of one token per sequence to a layer of a cache, for NVIDIA GPUs.
+    """Attention of one token per sequence to one layer of a cache, for NVIDIA GPUs.
+
+    The arrays must fit each other: `bsjax.attention.decode_attention` checks that.
 
     Args:
       q: queries; bfloat16, float16 or float32. Query head h reads key head
         h // (q_heads // kv_heads).
-      k_cache: keys of all layers, of the dtype of `q`.
+      k_cache: keys of all layers, in the dtype of `q`.
       v_cache: values, of the shape and dtype of `k_cache`.
-      layer: which layer of the cache is read.
-      lengths: how many rows of the cache are valid in each sequence, from 0 to `rows`. What the
-        other rows hold, NaN included, has no effect.
-      own_k: keys of the tokens themselves, which stand beside the cache and are seen too.
-      own_v: their values; given where `own_k` is.
+      layer: index of the layer to read.
+      lengths: how many rows of the cache are valid in each sequence, from 0 to `rows`. The contents
+        of the other rows, even NaN, have no effect.
+      own_k: the tokens' own keys, seen in addition to the cache.
+      own_v: the tokens' own values; required with `own_k`.
       scale: factor of the scores, above 0.
-      splits: how many programs share the valid rows of a sequence and key head; by default as many
-        as keep a large GPU busy.
-      interpret: run on any device in plain JAX, slowly, for tests.
+      splits: how many programs share the valid rows of a sequence and key head. The default keeps a
+        large GPU busy.
+      interpret: run in plain JAX on any device, slowly, for tests.
 
     Returns:
-      The output, in the dtype of `q`, and the natural log-sum-exp of the scaled scores, float32.
-      A token that sees no key yields zeros and -inf. Sums are in float32; float32 inputs are
+      The output in the dtype of `q`, and the natural log-sum-exp of the scaled scores, float32. A
+      token that sees no key yields zeros and -inf. Sums are in float32; float32 inputs are
       multiplied in float32, not in TF32.
 
     Raises:
-      BackendError: shapes, dtypes or scale are not those named above.
+      BackendError: the kernel does not support such heads.
     """
     batch, q_heads, head_dim = q.shape
     _, _, rows, kv_heads, _ = k_cache.shape
@@ -145,14 +150,14 @@ def decode_attention(
 
 
 class _Settings(NamedTuple):
-    """What the kernels are specialised for, beyond shapes."""
+    """What the kernels are specialised for, in addition to shapes."""
 
     head_dim: int
     group: int
     splits: int
     compiled: DecodeConfiguration
     to_log2: float
-    """Factor of the scores, times log2(e): the softmax is taken in powers of two."""
+    """scale * log2(e): the softmax is computed in powers of two."""
     precision: jax.lax.Precision | None
     interpret: bool
 
@@ -164,8 +169,8 @@ class _Settings(NamedTuple):
     def padded_group(self) -> int:
         return _padded(self.group)
 
-    def inside_head(self) -> Any:
-        """Which elements belong to the head and not to the next one; None when all do."""
+    def inside_head(self) -> Array | None:
+        """Which elements belong to the head rather than to the next one; None if all do."""
         if self.padded_dim == self.head_dim:
             return None
         return jnp.arange(self.padded_dim) < self.head_dim
@@ -185,7 +190,7 @@ def _split_attention(
 ) -> tuple[Float[Array, "batch q_heads splits head_dim"], Float[Array, "batch q_heads splits"]]:
     """The output of every split and its log-sum-exp in powers of two, both float32.
 
-    A split without work has -inf there, and leaves its output as it was.
+    The log-sum-exp of a split without keys is -inf, and its output is undefined.
     """
     layers, batch, rows, kv_heads, head_dim = k_cache.shape
     group, splits = settings.group, settings.splits
@@ -201,7 +206,7 @@ def _split_attention(
             jax.ShapeDtypeStruct((batch, kv_heads, group, splits, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, kv_heads, group, splits), jnp.float32),
         ],
-        # The key heads run fastest: they are neighbours in the cache.
+        # Key heads run fastest: they are next to each other in the cache.
         grid=(kv_heads, splits, batch),
         in_specs=[
             whole,
@@ -285,10 +290,10 @@ def _attend_split(
     out_ref: Any,
     lse_ref: Any,
 ) -> None:
-    """One program: the queries of one key head against its share of the keys."""
+    """One program: all queries of one key head against one split of the keys."""
     split = pl.program_id(1)
-    # The group may be shorter than its padding, which is masked; JAX refuses slices beyond the end,
-    # masked or not, whose start it knows.
+    # The padding of a group reaches beyond the end of the array, and is masked. JAX refuses such a
+    # slice, even a masked one, if its start is a constant.
     group = pl.ds(split * 0, settings.padded_group)
     length = lengths_ref[pl.program_id(2)]
     layer = layer_ref[0]
@@ -300,7 +305,7 @@ def _attend_split(
     inside_group = jnp.arange(padded_group) < settings.group
     inside_head = settings.inside_head()
 
-    def inside(rows: Any) -> Any:
+    def inside(rows: Array) -> Array:
         return rows[:, None] if inside_head is None else rows[:, None] & inside_head[None, :]
 
     @pl.when(first >= last)
@@ -315,7 +320,7 @@ def _attend_split(
     def _() -> None:
         queries = pltriton.load(q_ref.at[group, :], mask=inside(inside_group), other=0.0).T
 
-        def attend(block: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        def attend(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, weighted = carry
             start = block * block_kv
             valid = start + jnp.arange(block_kv) < length
@@ -334,7 +339,7 @@ def _attend_split(
             greatest = jnp.maximum(maximum, scores.max(axis=0))
             weights = jnp.exp2(scores - greatest)
             rescale = jnp.exp2(maximum - greatest)
-            # Summed over the keys once, at the end: a sum across warps less in every block.
+            # Totals are summed over keys at the end only, which saves a sum across warps per block.
             return (
                 greatest,
                 total * rescale + weights,
@@ -351,7 +356,7 @@ def _attend_split(
                 jnp.zeros((padded_dim, padded_group), jnp.float32),
             ),
         )
-        # A split that has a block has a valid key: no total is 0.
+        # A split with a block has a valid key, so that no total is 0.
         total = total.sum(axis=0)
         pltriton.store(
             out_ref.at[group, :],
@@ -372,13 +377,13 @@ def _combine_splits(
     block = _COMBINED_ELEMENTS // padded_dim
     zero = pl.program_id(0) * 0
 
-    def load_lse(start: Any, size: int) -> Any:
-        # float32 in powers of two; -inf where a split had nothing to do, and left no output.
+    def load_lse(start: Array, size: int) -> Array:
+        # In powers of two; -inf where a split had no keys and its output is undefined.
         mask = start + jnp.arange(size) < settings.splits
         return pltriton.load(partial_lse_ref.at[pl.ds(start, size)], mask=mask, other=-jnp.inf)
 
     every_lse = load_lse(zero, pl.next_power_of_2(settings.splits))
-    # Finite also when no key is seen, so that no infinities are subtracted.
+    # Finite even where no key is seen, so that no infinities are subtracted.
     maximum = jnp.maximum(every_lse.max(), jnp.finfo(jnp.float32).min)
     own_total, own_weighted = 0.0, 0.0
     if own_refs:
@@ -392,7 +397,7 @@ def _combine_splits(
         own_weighted = own_total * own_value
     total = jnp.exp2(every_lse - maximum).sum() + own_total
 
-    def add(index: Any, weighted: Any) -> Any:
+    def add(index: Array, weighted: Array) -> Array:
         start = index * block
         lse = load_lse(start, block)
         used = (lse > -jnp.inf)[:, None]

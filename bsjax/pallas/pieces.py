@@ -1,33 +1,34 @@
-"""Head dimensions that are no power of two, in pieces that are.
+"""Splits heads whose size is not a power of two into pieces whose sizes are.
 
-Triton's blocks have sides that are powers of two. Padding a head of 80 elements to 128 would spend
-over a third of products, registers and shared memory on nothing; 64 + 16 spends none.
+The sides of Triton's blocks are powers of two. Padding a head of 80 elements to 128 would waste
+over a third of products, registers and shared memory; 64 + 16 wastes nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 SHORTEST_SIDE = 16
-"""Triton's matrix product takes no side shorter than this."""
+"""Triton's matrix products have no sides shorter than this."""
 
 
 class Piece(NamedTuple):
-    """Columns [start, start + size) of a head, of which the first `valid` are the head's own."""
+    """Columns [start, start + size) of a head; the first `valid` of them belong to the head."""
 
     start: int
     size: int
     valid: int
 
     @property
-    def inside(self) -> Any:
+    def inside(self) -> Array | None:
         """Mask [1, size] of the columns that belong to the head; None if all do."""
-        # The elements beyond are the next head's.
+        # The other columns belong to the next head.
         return None if self.valid == self.size else (jnp.arange(self.size) < self.valid)[None, :]
 
 
 def pieces_of(head_dim: int) -> tuple[Piece, ...]:
-    """Pieces that cover a head, largest first: 128; 64 + 16 for 80, and for 72."""
+    """The pieces that cover a head, largest first: 128 for 128; 64 + 16 for 80 and for 72."""
     pieces = []
     start = 0
     while start < head_dim:
@@ -39,5 +40,5 @@ def pieces_of(head_dim: int) -> tuple[Piece, ...]:
 
 
 def width_of(pieces: tuple[Piece, ...]) -> int:
-    """Columns of all pieces together."""
+    """How many columns all pieces have together."""
     return sum(piece.size for piece in pieces)
