@@ -14,7 +14,7 @@ class TemplateError(BsjaxError, ValueError):
 
 
 class MaskError(BsjaxError, ValueError):
-    """Arguments of a block mask are invalid, or arrays do not match the mask."""
+    """Arguments of a block mask are invalid, or arrays do not match each other or their mask."""
 
 
 class BackendError(BsjaxError, ValueError):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention.reference import reference_attention
-from bsjax.attention.xla import attention_gradients, xla_attention
+from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
 from bsjax.errors import BackendError, MaskError
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
@@ -287,9 +287,10 @@ def _pallas_attention(
 
 def _pallas_forward(
     q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
-) -> Any:
+) -> tuple[tuple[Array, Array], Residuals]:
     result: Any = _pallas_attention(q, k, v, schedule, head_category, scale)
-    return result, (q, k, v, schedule, head_category, *result)
+    out, lse = result
+    return (out, lse), (q, k, v, schedule, head_category, out, lse)
 
 
 _pallas_attention.defvjp(_pallas_forward, attention_gradients)

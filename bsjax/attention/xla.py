@@ -20,6 +20,9 @@ from bsjax.masks.visibility import TokenInfo, visible
 
 _EXACT = lax.Precision.HIGHEST
 
+Residuals = tuple[Array, Array, Array, Schedule, Array, Array, Array]
+"""What the gradient needs: q, k, v, schedule, head_category, output, log-sum-exp."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def xla_attention(
@@ -82,13 +85,15 @@ def xla_attention(
 
 def _forward(
     q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
-) -> Any:
+) -> tuple[tuple[Array, Array], Residuals]:
     result: Any = xla_attention(q, k, v, schedule, head_category, scale)
     out, lse = result
     return (out, lse), (q, k, v, schedule, head_category, out, lse)
 
 
-def attention_gradients(scale: float, residuals: Any, gradients: Any) -> Any:
+def attention_gradients(
+    scale: float, residuals: Residuals, gradients: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None]:
     """Gradients of q, k and v, whichever backend computed the output.
 
     With weights P and scores S, dS = P * (dO V^T - rowsum(dO O) + dlse).
@@ -282,7 +287,7 @@ def _product(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]])
     )
 
 
-def _add_rows(array: Array, head: Any, start: Any, rows: Array) -> Array:
+def _add_rows(array: Array, head: Array, start: Array, rows: Array) -> Array:
     """Adds `rows` to the rows of a head that start at `start`."""
     old = lax.dynamic_slice(array, (head, start, 0), (1, *rows.shape))
     return lax.dynamic_update_slice(array, old + rows[None], (head, start, 0))

@@ -38,7 +38,7 @@ def arrays(tokens, q_heads, kv_heads, head_dim, dtype=np.float32, seed=0):
 
 
 def dense_softmax(q, k, v, seen, scale):
-    """float64 NumPy, head by head, independent of bsjax but for the predicate's answer."""
+    """float64 NumPy, head by head; takes nothing from bsjax except the answers of the predicate."""
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for head in range(q.shape[1]):
@@ -138,7 +138,7 @@ def test_gradients_survive_rows_that_see_nothing(backend):
 
     def loss(q, k, v, backend):
         out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
-        # What flows back into the log-sum-exp of an empty row is 0 * cos(-inf), not a number.
+        # The gradient of the log-sum-exp of an empty row is 0 * cos(-inf), which is NaN.
         return jnp.sin(out).sum() + jnp.where(jnp.isneginf(lse), 0.0, jnp.sin(lse)).sum()
 
     ours = jax.grad(loss, (0, 1, 2))(q, k, v, backend)
@@ -180,7 +180,7 @@ def test_masks_of_one_shape_share_a_program():
     assert traces == 1
 
 
-def test_scale_is_the_callers():
+def test_the_caller_can_set_the_scale():
     q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
     mask = BlockMask(RAGGED, [0, 3])
     for backend in ("xla", "reference"):

@@ -16,7 +16,8 @@ from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 from bsjax.pallas.decode import decode_configuration
 
 LAYERS = 3
-# Most of an interpreted kernel's time is its compilation: optimized less, it takes half of it.
+# Most of the time of an interpreted kernel is its compilation, which takes half as long with less
+# optimization.
 kernel = jax.jit(
     partial(pallas_decode_attention, interpret=True),
     static_argnames=("scale", "splits"),
@@ -27,7 +28,7 @@ for_functions = pytest.mark.parametrize("function", [kernel, xla], ids=["pallas"
 
 
 def random_arrays(lengths, rows, q_heads, kv_heads, head_dim, dtype, *, own, layer, seed=0):
-    """Queries, caches, layer, lengths and own keys; NaN where nothing may be read."""
+    """Queries, caches, layer, lengths, own keys and values; NaN where nothing may be read."""
     generator = np.random.default_rng(seed)
     batch = len(lengths)
 
@@ -119,7 +120,7 @@ def test_head_dims_dtypes_and_group_sizes(function, head_dim, dtype, group):
     check(function, lengths, rows, head_dim=head_dim, dtype=dtype, group=group, own=True)
 
 
-# Blocks of 32 keys: none, one, a block less one, one, and more one, all rows.
+# With blocks of 32 keys: no key, one key, around one block, two blocks, all rows but one, all rows.
 EDGES = (0, 1, 31, 32, 33, 64, 99, 100)
 
 
@@ -149,7 +150,7 @@ def test_more_splits_than_one_combining_block_holds():
 
 @for_functions
 def test_scores_far_apart_do_not_overflow(function):
-    # The largest score stands in the first, a middle or the last split, or is the token's own.
+    # The largest score is in the first, a middle or the last split, or is the token's own.
     for place in (0, 50, 99, None):
         q, k, v, layer, lengths, own_k, own_v = random_arrays(
             [100], 100, 2, 1, 64, "float32", own=True, layer=0

@@ -127,9 +127,9 @@ def test_to_dense_flops_and_density_are_the_predicates(
     block_kv=st.integers(1, 12),
     visibility=visibilities,
 )
-def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, visibility):
+def test_probes_give_the_ranges_of_all_rows(template, groups, block_q, block_kv, visibility):
     def build():
-        # A second table keeps the packed order, whatever the first one's groups.
+        # The second table makes the order packed, whatever the groups of the first one.
         tables = [groups, HeadCategory.SINK.groups]
         return build_schedule(
             template, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
@@ -144,7 +144,7 @@ def test_few_rows_tell_the_ranges_of_all(template, groups, block_q, block_kv, vi
     np.testing.assert_array_equal(few.range_columns, every.range_columns)
 
 
-def test_a_window_needs_few_rows():
+def test_few_probes_suffice_with_a_window():
     template = Template.from_segments([Text(8), Image(256)] * 50)
     rows = QueryRows(template, [HeadCategory.SINK.groups], Visibility(True, 1024))
     starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
@@ -152,13 +152,13 @@ def test_a_window_needs_few_rows():
     assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
 
 
-def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
-    """A tile that does is alone at work when all others are done. Neither do tiles become many."""
+def test_with_a_window_no_tile_spans_the_whole_prompt():
+    """Such a tile would still run after all others are done. The number of tiles stays the same."""
     template = Template.from_segments([Text(8), Image(256)] * 400)
     blocks = {"block_q": 128, "block_kv": 64, "visibility": Visibility(True, 1024)}
     tables = [category.groups for category in HeadCategory]
     schedule = build_schedule(template, tables, **blocks)
-    # Own images over the tile's span and the window before it; a few blocks are cut.
+    # Keys of the tile's span and of the window before it; a few blocks more, as ranges are cut.
     most = (4 * 1024 + 1024 + 256) // 64 + 8
     assert schedule.tiles.blocks.max() <= most
     with mock.patch("bsjax.masks.query_rows.TILE_WINDOWS", 10**6):
@@ -171,8 +171,8 @@ def test_with_a_window_no_tile_reaches_over_the_whole_prompt():
 
 
 def test_work_of_a_sparse_tile_is_its_ranges():
-    # 40 images of 100 tokens, two text tokens each: an image tile of INTRA_IMAGE sees the text
-    # before it and its own image, nothing else.
+    # 40 images of 100 tokens with two text tokens each: image rows of INTRA_IMAGE see only the text
+    # before them and their own image.
     template = Template.from_segments([Image(100), Text(2)] * 40)
     schedule = build_schedule(template, [HeadCategory.INTRA_IMAGE.groups], block_q=128, block_kv=64)
     for rows, blocks in walk(schedule, 0):
@@ -200,7 +200,7 @@ def test_ragged_segments_see_themselves_only():
     np.testing.assert_array_equal(seen[:11, :11], expected[:11, :11].astype(bool))
 
 
-def test_templates_of_like_size_share_shapes():
+def test_templates_of_similar_size_share_shapes():
     def shapes(segments):
         schedule = build_schedule(
             Template.from_segments(segments, Sinks(first=2)),
@@ -232,14 +232,14 @@ def test_bad_input_is_refused_with_a_reason(call, words):
         call(Template.from_segments([Text(2), Image(3)]))
 
 
-def test_a_mask_in_a_jitted_function_says_what_it_lacks():
+def test_inside_a_jitted_function_a_mask_says_what_it_lacks():
     mask = BlockMask(Template.from_segments([Text(2), Image(3)]), [0])
     with pytest.raises(MaskError, match="Inside a jitted function"):
         jax.jit(lambda mask: mask.flops)(mask)
 
 
 @pytest.mark.parametrize("category", HeadCategory)
-def test_pictures_are_written_whatever_the_size(category, tmp_path):
+def test_pictures_of_all_sizes_are_written(category, tmp_path):
     for segments in ([Text(2), Image(3)], [Text(0)], [Image(1)], [Image(900), Text(9)] * 60):
         path = tmp_path / "mask.png"
         BlockMask(Template.from_segments(segments), [category]).plot(path)

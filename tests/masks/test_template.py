@@ -1,4 +1,4 @@
-"""Templates say which token belongs to which image, and the packed order sorts them for it."""
+"""Templates say which token belongs to which image; packed order sorts tokens accordingly."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_images_are_runs_of_the_placeholder():
     assert template.num_images == 2
 
 
-def test_adjacent_images_are_told_apart_by_their_sizes():
+def test_adjacent_images_are_distinguished_by_their_sizes():
     template = Template.from_tokens([IMAGE] * 5 + [7], IMAGE, image_tokens=[2, 3])
     assert template.image.tolist() == [0, 0, 1, 1, 1, -1]
     assert template.sink.tolist() == [True, False, True, False, False, False]
@@ -37,7 +37,7 @@ def test_equal_sinks_are_equal_whatever_the_order():
     assert Sinks(offsets=(9, 4, 9)) == Sinks(offsets=(4, 9))
 
 
-def test_learned_offsets_beyond_a_small_image_are_left_out():
+def test_offsets_beyond_a_small_image_are_ignored():
     template = Template.from_segments([Image(6), Image(2)], Sinks(first=1, offsets=(3, 5)))
     assert np.flatnonzero(template.sink).tolist() == [0, 3, 5, 6]
 
