@@ -69,12 +69,7 @@ def dense_rows(
 
     def one_key_head(arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, groups = arguments
-        seen = visible(
-            query,
-            key,
-            groups[None, :, None],
-            visibility,
-        )
+        seen = visible(query, key, groups[None, :, None], visibility)
         seen = seen & (query.position != PADDING_POSITION)
         scores = exact("rgd,kd->rgk", q.astype(jnp.float32), k.astype(jnp.float32)) * scale
         lse = jax.nn.logsumexp(scores, axis=-1, where=seen)

@@ -26,12 +26,7 @@ def reference_attention(
     query = TokenInfo(*(jnp.asarray(part)[None, :, None] for part in (position, image, sink)))
     key = TokenInfo(*(jnp.asarray(part)[None, None, :] for part in (position, image, sink)))
     groups = jnp.asarray(schedule.groups)[head_category][:, None, None]
-    seen = visible(
-        query,
-        key,
-        groups,
-        schedule.visibility,
-    )
+    seen = visible(query, key, groups, schedule.visibility)
     seen = seen & (query.position != PADDING_POSITION)
 
     group_size = q.shape[1] // k.shape[1]

@@ -99,12 +99,7 @@ def _draw(
     position, image, sink = template.info
     query = TokenInfo(position[rows, None], image[rows, None], sink[rows, None])
     key = TokenInfo(position[None, rows], image[None, rows], sink[None, rows])
-    seen = visible(
-        query,
-        key,
-        category.groups,
-        visibility,
-    )
+    seen = visible(query, key, category.groups, visibility)
     kind = np.where(
         key.image < 0, 1, np.where(key.sink, 2, np.where(key.image == query.image, 3, 4))
     )

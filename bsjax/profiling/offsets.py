@@ -88,12 +88,7 @@ def other_image_mass(
 
         query = TokenInfo(*(rows(part)[:, None] for part in info))
         key = TokenInfo(*(keys(part)[None, :] for part in info))
-        seen = visible(
-            query,
-            key,
-            int(ALL_KEY_GROUPS),
-            schedule.visibility,
-        )
+        seen = visible(query, key, int(ALL_KEY_GROUPS), schedule.visibility)
         counted = seen & (query.image >= 0) & (key.image >= 0) & (query.image != key.image)
         scores = jnp.einsum(
             "rhgd,khd->rhgk",

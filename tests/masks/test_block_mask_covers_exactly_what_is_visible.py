@@ -40,12 +40,7 @@ def walk(schedule, table):
 def row_matrix(schedule, table):
     query = TokenInfo(*(part[:, None] for part in schedule.info))
     key = TokenInfo(*(part[None, :] for part in schedule.info))
-    return visible(
-        query,
-        key,
-        int(schedule.groups[table]),
-        schedule.visibility,
-    )
+    return visible(query, key, int(schedule.groups[table]), schedule.visibility)
 
 
 @settings(max_examples=300)

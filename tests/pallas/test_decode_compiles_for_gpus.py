@@ -44,7 +44,9 @@ def compiled_kernels(
         q_heads=q_heads,
         kv_heads=kv_heads,
     )
-    assert set(reports) == {"decode_attention", "combine_splits"}, "kernels beside our own"
+    assert set(reports) == {"decode_attention", "combine_splits"}, (
+        "there are other kernels than our own"
+    )
     assert reports["combine_splits"].grid == (q_heads, 1, 1)
     return reports["decode_attention"], reports["combine_splits"]
 

@@ -43,12 +43,7 @@ def dense_softmax(q, k, v, schedule, head_category, scale, real_tokens):
     real = np.arange(schedule.tokens) < real_tokens
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for head, category in enumerate(head_category):
-        seen = visible(
-            query,
-            key,
-            int(schedule.groups[category]),
-            schedule.visibility,
-        )
+        seen = visible(query, key, int(schedule.groups[category]), schedule.visibility)
         seen = seen & real[:, None] & real[None, :]
         kv_head = head // (q.shape[1] // k.shape[1])
         scores = np.where(seen, q[:, head] @ k[:, kv_head].T * scale, -np.inf)
