@@ -128,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.attention_plot import plot
 
         print(f"written to {plot(finished, path.with_suffix('.png'))}")
-    return 1 if any(_ours_is_broken(row) for result in finished for row in result["rows"]) else 0
+    return 1 if any(ours_is_broken(row) for result in finished for row in result["rows"]) else 0
 
 
-def _ours_is_broken(row: dict[str, Any]) -> bool:
+def ours_is_broken(row: dict[str, Any]) -> bool:
     """Whether a row of bsjax failed or was wrong; failures of other libraries do not count."""
     return row["variant"].startswith("bsjax") and (row["problem"] or "").startswith(
         ("wrong", "failed")

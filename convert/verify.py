@@ -78,7 +78,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     actual = np.asarray(forward(model, messages))
     del model
     gc.collect()
-    expected = _reference_logits(source, prompt)
+    expected = reference_logits(source, prompt)
 
     vocabulary = min(actual.shape[-1], expected.shape[-1])
     difference = _relative_difference(actual[:, :vocabulary], expected[:, :vocabulary])
@@ -100,7 +100,7 @@ def _question(model: "LoadedModel") -> str:
     return " ".join([_QUESTION] * (1 + max(windows) // tokens))
 
 
-def _reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens vocabulary"]:
+def reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens vocabulary"]:
     """The logits of transformers' own model, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

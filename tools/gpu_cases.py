@@ -258,7 +258,7 @@ def compare(
         for heads in (head_category.size, kv_heads, kv_heads)
     )
     k[real_tokens:] = v[real_tokens:] = _PADDING_VALUE
-    result = _attend(q, k, v, schedule, head_category, scale=scale, return_lse=return_lse)
+    result = attend(q, k, v, schedule, head_category, scale=scale, return_lse=return_lse)
     out, lse = map(np.asarray, result) if return_lse else (np.asarray(result), None)
     out = out.astype(np.float32)
     info = schedule.info
@@ -294,7 +294,7 @@ def _decode_attention(*arguments: Any, scale: float) -> Any:
 
 
 _decode = jax.jit(_decode_attention, static_argnames="scale")
-_attend = jax.jit(_attention, static_argnames=("scale", "return_lse"))
+attend = jax.jit(_attention, static_argnames=("scale", "return_lse"))
 
 
 VISIBILITIES = {

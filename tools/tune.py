@@ -48,7 +48,7 @@ _MOST_ELEMENTS_PER_THREAD = 256
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
     started = time.monotonic()
-    options = _parse(arguments)
+    options = parse(arguments)
     deadline = started + options.time_limit
     results: list[dict[str, Any]] = []
     path = None
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if path is not None else 1
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])

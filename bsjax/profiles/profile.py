@@ -267,7 +267,7 @@ def _looks_like_path(text: str) -> bool:
 
 def shipped_names() -> tuple[str, ...]:
     """Names of the profiles that come with the package."""
-    return tuple(sorted(file.stem for file in _shipped_folder().glob("*.json")))
+    return tuple(sorted(file.stem for file in shipped_folder().glob("*.json")))
 
 
 def shipped(name: str) -> Profile:
@@ -282,10 +282,10 @@ def shipped(name: str) -> Profile:
             f"shipped profiles are {', '.join(names)}" if names else "no profile is shipped yet"
         )
         raise ProfileError(f"There is no file and no shipped profile named {name!r}: {listed}.")
-    return Profile.load(_shipped_folder() / f"{name}.json")
+    return Profile.load(shipped_folder() / f"{name}.json")
 
 
-def _shipped_folder() -> Path:
+def shipped_folder() -> Path:
     """`profiles/` of the repository, which a wheel holds as `bsjax/profiles/shipped`."""
     here = Path(__file__).parent
     installed = here / "shipped"

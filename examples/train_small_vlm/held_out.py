@@ -78,7 +78,7 @@ class HeldOut:
             return right_answers(logits_at(module, hidden, group.batch.answer_rows), group.batch)
 
         self._answer = answer
-        self._groups = []
+        self.encoded = []
         for number, count in enumerate(images):
             of_count = len(range(number, scenes, len(images)))
             random = np.random.default_rng([seed, 6, count])
@@ -89,11 +89,11 @@ class HeldOut:
                 ]
                 batch = Batch(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
                 batch = batch._replace(sink=_sinks(batch.image, sinks))
-                self._groups.append(_Group(batch, encode(self._parameters, batch)))
+                self.encoded.append(_Group(batch, encode(self._parameters, batch)))
         self.tasks: Int32[np.ndarray, "scenes questions"] = np.concatenate(
-            [group.batch.tasks for group in self._groups]
+            [group.batch.tasks for group in self.encoded]
         )
-        self.pairs = np.concatenate([_pairs(group.batch) for group in self._groups])
+        self.pairs = np.concatenate([_pairs(group.batch) for group in self.encoded])
 
     def right(
         self, categories: Int8[np.ndarray, "layers heads"]
@@ -102,11 +102,11 @@ class HeldOut:
         bits = np.asarray([category.groups.value for category in HeadCategory], np.int32)
         answers = partial(self._answer, self._parameters)
         groups = jnp.asarray(bits[categories])
-        return np.concatenate([np.asarray(answers(group, groups)) for group in self._groups])
+        return np.concatenate([np.asarray(answers(group, groups)) for group in self.encoded])
 
     def commonest(self) -> dict[str, float]:
         """For each task, the share of prompts whose right answer is the most common one: chance."""
-        answers = np.concatenate([group.batch.answers for group in self._groups])
+        answers = np.concatenate([group.batch.answers for group in self.encoded])
         result = {}
         for index in np.unique(self.tasks):
             counts = np.unique(answers[self.tasks == index], axis=0, return_counts=True)[1]

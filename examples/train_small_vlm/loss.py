@@ -50,7 +50,7 @@ READ_LAYER = 2
 """The layer from whose values most readings are taken, early enough for later rows and layers to
 use them. What a head is taught to look at is read from that head's own layer."""
 POINTING_WEIGHT = 0.3
-"""Weight of the pointings: a few heads should attend equally to given rows (see `_pointings`)."""
+"""Weight of the pointings: a few heads should attend equally to given rows (see `pointings_of`)."""
 WORD_HEAD, COUNT_HEAD, FIND_HEAD, REPEAT_HEAD, ANSWER_HEAD = (1, 0), (1, 1), (1, 5), (2, 3), (3, 0)
 ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
 COMPARE_HEADS = {"content": (2, 4), "colour": (2, 5)}
@@ -103,13 +103,13 @@ def loss_and_correct(
     captions = logits_at(module, hidden, caption_rows)
     loss = (losses * weight).sum() / weight.sum()
     loss += CAPTION_WEIGHT * cross_entropy(captions, batch.captions).mean()
-    readings = _readings(readers, v, batch, q.shape[3])
+    readings = readings_of(readers, v, batch, q.shape[3])
     log = {}
     for name, (guesses, truth, is_read) in readings.items():
         count = jnp.maximum(is_read.sum(), 1)
         loss += READING_WEIGHTS[name] * (cross_entropy(guesses, truth) * is_read).sum() / count
         log[name] = ((guesses.argmax(axis=-1) == truth) & is_read).sum() / count
-    for name, (layer, head), rows, targets in _pointings(batch, groups):
+    for name, (layer, head), rows, targets in pointings_of(batch, groups):
         kv_head = head * k.shape[3] // q.shape[3]
         scores = _scores_of_rows(
             q[layer, :, :, head], k[layer, :, :, kv_head], rows, batch, module.language_model.scale
@@ -123,7 +123,7 @@ def loss_and_correct(
     return loss, (right, log)
 
 
-def _pointings(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> Iterator[_Pointing]:
+def pointings_of(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> Iterator[_Pointing]:
     """What a few heads are taught to look at.
 
     - A letter in a question looks at the letter of its image.
@@ -201,7 +201,7 @@ def _scores_of_rows(
     return jnp.where(seen, scores, -1e30)
 
 
-def _readings(
+def readings_of(
     readers: dict[str, Array], v: Array, batch: Batch, heads: int
 ) -> dict[str, tuple[Array, Array, Array]]:
     """What is read from the values of layers, as scores; what it should be; whether it is asked

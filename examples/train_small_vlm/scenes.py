@@ -120,7 +120,7 @@ def draw_picture(random: np.random.Generator, content: str, colour: str, *, test
 
 def _digit_stencil(random: np.random.Generator, digit: int, size: int, test: bool) -> np.ndarray:
     """How much of each pixel a handwritten digit covers, 0 to 1."""
-    candidates = _digits(test)[digit]
+    candidates = digit_images(test)[digit]
     image = Image.fromarray(candidates[random.integers(len(candidates))])
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) / 255
 
@@ -157,7 +157,7 @@ def _shape_stencil(random: np.random.Generator, shape: str, size: int) -> np.nda
 
 
 @cache
-def _digits(test: bool) -> tuple[UInt8[np.ndarray, "count 8 8"], ...]:
+def digit_images(test: bool) -> tuple[UInt8[np.ndarray, "count 8 8"], ...]:
     """The handwritten digits of training or of testing, by the digit they show."""
     from sklearn.datasets import load_digits
 

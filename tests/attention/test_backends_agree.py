@@ -75,6 +75,7 @@ def test_mixed_heads_on_a_ragged_template(backend, visibility):
     check(RAGGED, MIXED, q, k, v, backend, 3e-6, visibility)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 8])
 def test_grouped_queries(backend, group_size):
@@ -84,6 +85,7 @@ def test_grouped_queries(backend, group_size):
     check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, backend, 3e-6, CAUSAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
 def test_head_dimensions(backend, head_dim):
@@ -98,6 +100,7 @@ def test_half_precision_stays_within_its_rounding(backend, dtype):
     check(RAGGED, MIXED, q, k, v, backend, 4 * float(jnp.finfo(dtype).eps), CAUSAL)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     template=templates,
@@ -113,6 +116,7 @@ def test_xla_on_random_templates_and_odd_blocks(template, categories, visibility
     check(template, categories, q, k, v, "xla", 5e-6, visibility, blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
 def test_xla_gradients_are_those_of_the_reference(visibility):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 16)
@@ -130,6 +134,7 @@ def test_xla_gradients_are_those_of_the_reference(visibility):
         np.testing.assert_allclose(gradient, reference, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 def test_gradients_survive_rows_that_see_nothing(backend):
     template = Template.from_segments([Text(2), Image(40), Text(1)])

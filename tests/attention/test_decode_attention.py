@@ -100,6 +100,7 @@ def check(
     )
 
 
+@pytest.mark.slow
 @for_functions
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "group"),

@@ -175,6 +175,7 @@ class TestTiming:
         assert interleaved_samples(samplers, 5, deadline=0)["a"] == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 class TestFlexAttention:
     """With the uncompiled FlexAttention: what is compared with bsjax computes the same masks."""
@@ -228,6 +229,7 @@ class TestAttentionBenchmark:
         assert attention.main([*arguments, *options, "--output", str(folder)]) == 0
         return json.loads((folder / "attention_on_cpu.json").read_text())
 
+    @pytest.mark.slow
     def test_table_json_and_plot(self, tmp_path, capsys, monkeypatch):
         real = variants.variants
 
@@ -336,6 +338,7 @@ class TestGpuCheck:
         assert any(1 in template.image_tokens for template in templates)
         assert len({template.tokens for template in templates}) > 20
 
+    @pytest.mark.slow
     def test_runs_with_nothing_but_jax_and_numpy(self, tmp_path):
         absent = ("jaxtyping", "flax", "transformers", "rich", "pytest", "torch", "matplotlib")
         program = (
@@ -369,7 +372,7 @@ class TestGpuCheck:
         def wrong(q, *rest, scale, return_lse):
             return q.at[0].set(0.5) if hasattr(q, "at") else q
 
-        monkeypatch.setattr(gpu_cases, "_attend", wrong)
+        monkeypatch.setattr(gpu_cases, "attend", wrong)
         options = ["--interpret", "--no-benchmark", "--only", "segments"]
         assert gpu_check.main([*options, "--output", str(tmp_path)]) == 1
         printed = capsys.readouterr().out
@@ -389,16 +392,16 @@ class TestGpuCheck:
 class TestExitStatus:
     def test_only_our_own_failures_count(self):
         row = {"variant": "bsjax", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
-        assert attention._ours_is_broken(row)
-        assert attention._ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
-        assert not attention._ours_is_broken(row | {"problem": "not run, out of time"})
-        assert not attention._ours_is_broken(row | {"problem": None})
-        assert not attention._ours_is_broken(row | {"variant": "torch SDPA"})
+        assert attention.ours_is_broken(row)
+        assert attention.ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
+        assert not attention.ours_is_broken(row | {"problem": "not run, out of time"})
+        assert not attention.ours_is_broken(row | {"problem": None})
+        assert not attention.ours_is_broken(row | {"variant": "torch SDPA"})
 
 
 class TestTune:
     def test_grid_leaves_out_what_cannot_fit_registers(self):
-        options = tune._parse([])
+        options = tune.parse([])
         grid = tune.grid(options, 128)
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
@@ -419,6 +422,7 @@ class TestTune:
         assert (best["block_q"], best["num_warps"], best["basis"]) == (16, 4, "measured")
 
 
+@pytest.mark.slow
 class TestTimeToFirstToken:
     @pytest.mark.parity
     @pytest.mark.parametrize(("size", "image_tokens"), [("tiny", 12), ("tiny-gemma-3", 4)])

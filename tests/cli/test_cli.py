@@ -236,6 +236,7 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
     assert err == "interrupted\n"
 
 
+@pytest.mark.slow
 def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
     completed = subprocess.run(
         [sys.executable, "-m", "bsjax.cli", "generate", checkpoint, "?", "--max-new-tokens", "20"],

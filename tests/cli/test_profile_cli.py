@@ -182,6 +182,7 @@ def test_a_shipped_profile_is_shown_by_its_name(capsys, tmp_path, monkeypatch):
 # --- pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (28, 28), (62, 32), (80, 64)])
 def test_pictures_show_every_head_at_any_size(tmp_path, layers, heads):
     from matplotlib.colors import to_rgb
@@ -421,6 +422,7 @@ def test_run_can_be_named_and_options_may_come_first(capsys, profiler, photograp
     assert given == {parameter.name: parameter.default for parameter in parameters}
 
 
+@pytest.mark.slow
 def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tmp_path):
     output = tmp_path / "out.json"
     status, out, err = run(
@@ -560,6 +562,7 @@ def test_a_picture_that_cannot_be_written_is_refused(capsys, saved, tmp_path, mo
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_interrupts_leave_no_temporary_files(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

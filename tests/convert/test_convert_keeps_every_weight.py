@@ -72,6 +72,7 @@ def test_every_weight_arrives(tmp_path, family, tied):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixes", [(), NESTED, WRAPPED], ids=["hub", "nested", "wrapped"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_layout_and_shards_do_not_matter(tmp_path, prefixes, shards):
@@ -85,6 +86,7 @@ def test_layout_and_shards_do_not_matter(tmp_path, prefixes, shards):
     assert_same_weights(source, load(tmp_path / "ours"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixes", [GEMMA_HUB, GEMMA_NESTED], ids=["hub", "nested"])
 def test_layouts_of_gemma3(tmp_path, prefixes):
     source = sources.write_source(tmp_path / "hf", "gemma3")
@@ -104,6 +106,7 @@ def test_shards_as_transformers_writes_them(tmp_path):
     assert not list((tmp_path / "ours").glob("*.index.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_dtypes(tmp_path, source_dtype, dtype):
@@ -113,6 +116,7 @@ def test_dtypes(tmp_path, source_dtype, dtype):
     assert_same_weights(source, load(tmp_path / "ours", dtype), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", jnp.bfloat16, np.float32])
 def test_weights_are_cast_while_loading(tmp_path, dtype):
     source = sources.write_source(tmp_path / "hf", dtype="float32")
@@ -213,6 +217,7 @@ def test_image_settings_of_newer_checkpoints(tmp_path):
     assert load(tmp_path / "ours").image_processor.patch_size == 4
 
 
+@pytest.mark.slow
 def test_command_line_needs_no_torch(tmp_path):
     source = sources.write_source(tmp_path / "hf")
     # A module that is None in sys.modules cannot be imported.

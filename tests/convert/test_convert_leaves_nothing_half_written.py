@@ -17,7 +17,7 @@ from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 # Converts half of a checkpoint, prints a line and waits.
 _STALLED = """

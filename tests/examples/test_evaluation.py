@@ -64,7 +64,7 @@ def with_generated_answers(model, prompts, categories):
     )
     mean, std = (np.asarray(getattr(model.image_processor, f"image_{n}")) for n in ("mean", "std"))
     right, saved = [], []
-    for group in prompts._groups:
+    for group in prompts.encoded:
         batch = group.batch
         shared = batch.order.shape[1] - len(TASKS) * QUESTION_ROWS
         for scene in range(len(batch.tasks)):
@@ -102,6 +102,7 @@ def with_generated_answers(model, prompts, categories):
     return np.reshape(right, (-1, len(TASKS))), 1 - sparse / dense
 
 
+@pytest.mark.slow
 def test_prompts_are_answered_as_generate_answers_them(small_model, prompts):
     categories = np.random.default_rng(0).integers(0, 4, (LAYERS, HEADS)).astype(np.int8)
     expected, saved = with_generated_answers(small_model, prompts, categories)
@@ -163,6 +164,7 @@ def test_what_was_measured_is_recalled(prompts, tmp_path, monkeypatch):
     assert answered(prompts, categories, state).shape == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_hybrid_is_evaluated_with_the_layers_it_was_trained_with(small_model, tmp_path):
     check_settings(tmp_path / "run" / "settings.json", Settings(sparse_layers=(1, 3)))
     config = make_config(make_tokenizer())
@@ -196,6 +198,7 @@ def test_a_run_without_sparse_layers_is_refused_as_a_hybrid(settings, message, t
         Hybrid.of(tmp_path)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
     random = np.random.default_rng(2)
     tasks = np.tile(np.arange(len(TASKS)), (150, 1))

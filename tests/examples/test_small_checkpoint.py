@@ -34,6 +34,7 @@ def profile(model):
     return bsjax.Profile.resolve(demo.PROFILE, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_answers_as_in_transformers(model):
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -88,6 +89,7 @@ def test_the_hybrid_differs_from_it_in_its_sparse_layers_alone():
     assert last["step"] == settings["steps"]
 
 
+@pytest.mark.slow
 def test_it_answers_all_kinds_of_questions_dense_and_sparse(model, profile):
     """With the profile it does less and answers as well: the claim, on few of the prompts.
 

@@ -60,7 +60,7 @@ def conversation(scene, question):
 
 
 def test_no_digit_is_for_training_and_for_testing():
-    for train, test in zip(scenes._digits(False), scenes._digits(True), strict=True):
+    for train, test in zip(scenes.digit_images(False), scenes.digit_images(True), strict=True):
         assert len(train) > 80 and len(test) > 30
         seen = {digit.tobytes() for digit in train}
         # A few of scikit-learn's digits are the same pixel by pixel; none of them is on both sides.
@@ -135,6 +135,7 @@ def test_patches_are_those_of_the_image_processor(encoder):
         assert not ours[len(expected) :].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", [HeadCategory.DENSE, HeadCategory.SINK, None])
 def test_training_computes_what_inference_computes(
     module, programs, config, encoder, tokenizer, category
@@ -167,6 +168,7 @@ def test_training_computes_what_inference_computes(
         np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [training.TowerStage, training.ModelStage])
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     kind, module, encoder, tmp_path, monkeypatch
@@ -216,6 +218,7 @@ def test_sparse_layers_see_their_own_image_and_sinks(config):
             forward.groups_of_layers(config, (0, missing))
 
 
+@pytest.mark.slow
 def test_a_run_with_sparse_layers_trains_with_them(module, config, encoder, monkeypatch):
     """Its loss is taken with the groups of its categories, in training and when it is evaluated.
 
@@ -246,13 +249,14 @@ def test_images_of_sparse_layers_are_not_taught_to_look_at_others(config, encode
 
     def taught(sparse_layers):
         groups = forward.groups_of_layers(config, sparse_layers)
-        return {pointing.name for pointing in loss._pointings(batch, groups)}
+        return {pointing.name for pointing in loss.pointings_of(batch, groups)}
 
     of_images = {"content looks", "colour looks"}
     assert taught(()) == taught((0, 2)) > of_images
     assert taught((1,)) == taught(()) - of_images
 
 
+@pytest.mark.slow
 def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, tokenizer):
     """The targets of every question, told as images, letters and the first row of the prompt."""
     random = np.random.default_rng(9)
@@ -274,13 +278,13 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
         pointing.name: [
             {places.get(int(row), int(row)) for row in np.flatnonzero(each)} for each in targets
         ]
-        for pointing in loss._pointings(batch, groups)
+        for pointing in loss.pointings_of(batch, groups)
         for targets in [np.asarray(pointing.targets[0])]
     }
     text = config.text_config
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     nothing = jnp.zeros((5, *batch.token_ids.shape, kv_heads, text.hidden_size // heads))
-    readings = loss._readings(loss.new_readers(config, 0), nothing, batch, heads)
+    readings = loss.readings_of(loss.new_readers(config, 0), nothing, batch, heads)
 
     def told(name):
         """The truth of a reading, where it is asked for; else -1."""
@@ -349,6 +353,7 @@ def test_a_run_starts_with_layers_that_add_nothing(module, config):
     np.testing.assert_allclose(quiet.logits(hidden), module.logits(normed), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_the_exported_checkpoint_is_what_transformers_reads(module, config, encoder, tmp_path):
     import torch

@@ -18,6 +18,7 @@ def messages() -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_answers_as_in_transformers(tiny_source, tiny_model, messages):
     model = tiny_model

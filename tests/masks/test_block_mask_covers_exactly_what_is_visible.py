@@ -90,6 +90,7 @@ def test_invariants(template, tables, block_q, block_kv, padding, visibility):
         assert work == sorted(work, reverse=True), "longest tiles first"
 
 
+@pytest.mark.slow
 @given(
     template=templates,
     categories=categories,
@@ -233,6 +234,7 @@ def test_inside_a_jitted_function_a_mask_says_what_it_lacks():
         jax.jit(lambda mask: mask.flops)(mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", HeadCategory)
 def test_pictures_of_all_sizes_are_written(category, tmp_path):
     for segments in ([Text(2), Image(3)], [Text(0)], [Image(1)], [Image(900), Text(9)] * 60):

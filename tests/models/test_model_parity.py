@@ -66,17 +66,16 @@ CASES: dict[str, tuple[Shape, Images]] = {
 
 REAL_WIDTHS = {
     "qwen2_vl": Shape(
-        "qwen2_vl", layers=2, q_heads=12, kv_heads=2, head_dim=128, inner=8960, vocabulary=151936,
+        "qwen2_vl", layers=2, q_heads=12, kv_heads=2, head_dim=128, inner=8960,
         tied=True, vision_heads=16, vision_head_dim=80, vision_inner=5120, patch_size=14,
     ),
     "qwen2_5_vl": Shape(
         "qwen2_5_vl", layers=2, q_heads=16, kv_heads=2, head_dim=128, inner=11008,
-        vocabulary=151936, tied=True, vision_heads=16, vision_head_dim=80, vision_inner=3420,
-        patch_size=14,
+        tied=True, vision_heads=16, vision_head_dim=80, vision_inner=3420, patch_size=14,
     ),
     "gemma3": Shape(
         "gemma3", layers=2, pattern=2, q_heads=8, kv_heads=4, head_dim=256, hidden=2560,
-        inner=10240, vocabulary=32768, tied=True, vision_depth=1, vision_heads=16,
+        inner=10240, tied=True, vision_depth=1, vision_heads=16,
         vision_head_dim=72, vision_inner=4304, patch_size=14, window=24, image_side=16, pooled=4,
     ),
 }  # fmt: skip
@@ -254,6 +253,7 @@ def case_of(family: str, case: str) -> tuple[Pair, RandomPrompt]:
     return models, random_prompt(models.reference.config, list(images))
 
 
+@pytest.mark.slow
 @for_families
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1]])
 def test_image_features(family, case):
@@ -271,6 +271,7 @@ def test_logits_at_every_position(family, case):
     assert_close(logits, reference_logits(models.reference, prompt))
 
 
+@pytest.mark.slow
 @for_families
 @for_cases
 def test_greedy_tokens_and_their_logits(family, case):
@@ -278,6 +279,7 @@ def test_greedy_tokens_and_their_logits(family, case):
     assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
 
 
+@pytest.mark.slow
 @for_families
 def test_adjacent_images(family):
     """With no text between images, transformers computes no positions for Qwen's and takes Gemma's
@@ -299,6 +301,7 @@ def test_adjacent_images(family):
     assert_close(logits, expected)
 
 
+@pytest.mark.slow
 @for_families
 def test_packed_order(family):
     models, prompt = case_of(family, "seven images, four layers")
@@ -307,6 +310,7 @@ def test_packed_order(family):
     assert_greedy_matches(models.port.greedy(prompt, packed=True), models.reference, prompt)
 
 
+@pytest.mark.slow
 @for_families
 def test_categories_of_every_layer_and_head(family):
     """Block-sparse prefill in packed order is dense attention under the masks of the predicate."""
@@ -326,6 +330,7 @@ def test_categories_of_every_layer_and_head(family):
     assert np.abs(dense - expected).max() > 100 * TOLERANCE * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_tower_before_its_projector():
     models, prompt = case_of("gemma3", "seven images, four layers")
     config = models.reference.config
@@ -340,6 +345,7 @@ def test_tower_before_its_projector():
     np.testing.assert_allclose(ours, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_layers_run_with_any_attention_keep_in_layer_order():
     """With alternating kinds of layers, what they keep is returned in the order of the layers."""
     models, prompt = case_of("gemma3", "seven images, four layers")
@@ -362,6 +368,7 @@ def test_layers_run_with_any_attention_keep_in_layer_order():
     assert k.shape == (4, len(prompt.token_ids), 1, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [24, 4096])
 def test_windows_longer_than_an_image_and_than_the_prompt(window):
     """Windows whose edges cut through images, and a ring that is limited by the cache's length."""
@@ -375,6 +382,7 @@ def test_windows_longer_than_an_image_and_than_the_prompt(window):
     assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
 
 
+@pytest.mark.slow
 def test_layers_that_are_all_global():
     shape, images = CASES["one image"]
     models = pair(replace(shape.with_family("gemma3"), pattern=1))
@@ -385,6 +393,7 @@ def test_layers_that_are_all_global():
     assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
 
 
+@pytest.mark.slow
 def test_soft_cap_of_a_model_that_reads_images():
     """transformers' Gemma3ForConditionalGeneration ignores it; Gemma3ForCausalLM does not."""
     shape, images = CASES["one image"]
@@ -397,6 +406,7 @@ def test_soft_cap_of_a_model_that_reads_images():
     assert_close(FAMILIES["gemma3"].reference_logits(uncapped, models.reference.config), logits)
 
 
+@pytest.mark.slow
 def test_text_only_model_with_a_soft_cap():
     """Prompts of several windows, no tower, and the class of transformers that caps logits."""
     reference = random_reference(small_config(Shape("gemma3_text", layers=4, softcap=3.0)))
@@ -411,6 +421,7 @@ def test_text_only_model_with_a_soft_cap():
     assert_greedy_matches(port.greedy(prompt), reference, prompt)
 
 
+@pytest.mark.slow
 @for_families
 def test_published_widths(family):
     reference = random_reference(small_config(REAL_WIDTHS[family]))
@@ -425,6 +436,7 @@ def test_published_widths(family):
     assert_greedy_matches(port.greedy(prompt), reference, prompt)
 
 
+@pytest.mark.slow
 @for_families
 def test_bfloat16_error_is_at_most_that_of_transformers(family):
     """Root mean square errors of both against torch in float32 with the same, bfloat16, parameters.

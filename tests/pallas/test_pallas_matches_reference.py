@@ -84,6 +84,7 @@ def mixed_schedule(template=RAGGED, block_q=32, block_kv=16, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_head_dims_in_every_dtype(head_dim, dtype):
@@ -99,18 +100,21 @@ def test_head_dims_in_every_dtype(head_dim, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(1, 9))
 def test_grouped_queries_with_a_category_each(group):
     head_category = [(3 * head + head // 4) % 4 for head in range(2 * group)]
     check(mixed_schedule(), RAGGED.tokens, head_category, kv_heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (16, 128), (64, 32), (64, 64)])
 def test_block_sizes(blocks):
     schedule = mixed_schedule(block_q=blocks[0], block_kv=blocks[1])
     check(schedule, RAGGED.tokens, EVERY_CATEGORY)
 
 
+@pytest.mark.slow
 def test_blocks_used_by_default():
     block_q, block_kv = default_blocks(128, "bfloat16", sparse=True)
     template = Template.from_segments([Text(150), Image(300), Text(5), Image(200), Text(9)])
@@ -149,6 +153,7 @@ def test_random_templates_windows_and_bidirectional_images(
     check(schedule, template.tokens, head_category, kv_heads=2, seed=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[1], [64, 64], [1, 100, 37, 2, 5], [16] * 9])
 def test_segments_of_a_vision_tower(lengths):
     schedule = segment_schedule(lengths, block_q=32, block_kv=32, tokens=sum(lengths) + 7)

@@ -231,7 +231,7 @@ def test_profile_arguments_resolve(tmp_path, monkeypatch):
 def test_shipped_profiles_are_found_by_name(tmp_path, monkeypatch):
     measured().save(tmp_path / "some-model.json")
     (tmp_path / "README.md").write_text("no profile")
-    monkeypatch.setattr(profile_file, "_shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(profile_file, "shipped_folder", lambda: tmp_path)
     assert profile_file.shipped_names() == ("some-model",)
     assert_equal(Profile.resolve("some-model", model()), measured())
     with pytest.raises(ProfileError, match="shipped profiles are some-model"):

@@ -16,7 +16,7 @@ from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 def conversation(seed: int) -> list[dict]:

@@ -40,6 +40,7 @@ def profile(tiny_model):
     return bsjax.profile(tiny_model, SAMPLES, source="noise", **TARGET)
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_in_the_profile(tiny_model, profile, tmp_path):
     evidence = profile.evidence
     assert profile.from_data and evidence.criterion == "output_error"
@@ -74,6 +75,7 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
     assert programs_of(tiny_model).compilations == compilations
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tiny_model, tmp_path):
     # All stages of a run, in few evaluations.
     settings = Settings(
@@ -119,6 +121,7 @@ def state(tiny_model, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypatch):
     """Thresholds and budgets choose from what is there; other samples add to it."""
 
@@ -211,6 +214,7 @@ def test_answers_are_taught_up_to_an_image_token(tiny_model, monkeypatch):
     assert compared[0].kl == compared[1].kl > 0
 
 
+@pytest.mark.slow
 def test_backends_agree(tiny_model):
     sinks = Sinks(1, (3,))
     results = {
@@ -229,6 +233,7 @@ def test_backends_agree(tiny_model):
             )
 
 
+@pytest.mark.slow
 def test_backends_agree_on_a_refined_profile(tiny_model):
     settings = TARGET | {"refine": True, "max_evaluations": 16, "held_out": 0.0}
     xla, reference = (

@@ -23,7 +23,7 @@ from tests.support import convert_sources as sources
 from tests.support.parity import torch
 from tests.support.small_models import reference_inputs
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 NEW_TOKENS = 32
 

@@ -73,6 +73,7 @@ def torch_answers(tiny_source, tiny_model, photographs):
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_logits_and_greedy_tokens_equal_transformers(tiny_model, photographs, torch_answers, count):
@@ -158,6 +159,7 @@ def test_pieces_hold_only_whole_characters(tiny_model):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_the_generation_configs_end_token(tiny_model, photographs):
     messages = conversation(photographs[:1])
     free = bsjax.generate(tiny_model, messages, max_new_tokens=40)
@@ -283,6 +285,7 @@ def test_a_chat_template_file_takes_precedence_over_the_tokenizers(tiny_checkpoi
         bsjax.load(folder)
 
 
+@pytest.mark.slow
 def test_programs_are_kept_in_the_users_cache_folder(tiny_checkpoint, tmp_path):
     environment = os.environ | {
         "XDG_CACHE_HOME": str(tmp_path),

@@ -202,6 +202,7 @@ def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkey
         bsjax.forward(tiny_model, messages)
 
 
+@pytest.mark.slow
 def test_300k_tokens_of_the_7b_reach_the_goal():
     found = measured("Qwen2.5-VL-7B", 300_000)
     assert found.inputs.tokens == 300_000 and found.inputs.template.num_images == 297
@@ -212,12 +213,14 @@ def test_300k_tokens_of_the_7b_reach_the_goal():
     assert found.weights == pytest.approx(8.29e9 * 2, rel=0.01), "the published model has 8.29 B"
 
 
+@pytest.mark.slow
 def test_131k_tokens_of_gemma3_4b_reach_the_goal():
     found = measured("Gemma-3-4B", 131_000)
     assert (found.model, found.inputs.tokens) in memory_table.GOALS
     assert found.missed_goal is None
 
 
+@pytest.mark.slow
 def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights():
     """Any GPU that can answer such a prompt can profile on it: no stage keeps a square array."""
     require_gpu_compiler()
@@ -234,6 +237,7 @@ def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights():
     assert "| NVIDIA H200 | Qwen2.5-VL-7B | 32,768 |" in page
 
 
+@pytest.mark.slow
 def test_a_missed_goal_is_named_with_its_figure(monkeypatch):
     found = measured("Qwen2.5-VL-7B", 300_000)
     most = found.temporaries()

@@ -14,6 +14,8 @@ from bsjax.runtime.inputs import cache_rows
 from tests.support.published_memory import measured
 from tools.memory_table import NEW_TOKENS
 
+pytestmark = pytest.mark.slow
+
 
 def largest_array(compiled) -> int:
     """Elements of the largest array that the optimized program mentions."""

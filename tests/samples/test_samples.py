@@ -587,6 +587,7 @@ def test_missing_images_of_a_benchmark_are_named(tmp_path):
         read_samples(f"benchmark:mmiu@{folder}")
 
 
+@pytest.mark.slow
 def test_files_and_folders_need_no_datasets_library(photographs):
     program = (
         "import sys; sys.modules['datasets'] = None\n"
