@@ -3,8 +3,6 @@
 import argparse
 from collections.abc import Callable
 
-from .train_small_vlm.scenes import LABELS
-
 
 def whole(least: int) -> Callable[[str], int]:
     """Whole numbers from `least` on."""
@@ -19,11 +17,3 @@ def whole(least: int) -> Callable[[str], int]:
         return number
 
     return parse
-
-
-def numbers_of_images(text: str) -> tuple[int, ...]:
-    """A list such as 4,5,6: each a number of images that a scene can have."""
-    numbers = tuple(whole(1)(part) for part in text.split(","))
-    if max(numbers) > len(LABELS):
-        raise argparse.ArgumentTypeError(f"a scene has at most {len(LABELS)} images")
-    return numbers

@@ -7,9 +7,10 @@ because a profile that does not fit its model gives wrong answers without any ot
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int8
 
 from bsjax.checks import as_number
 from bsjax.errors import ProfileError
@@ -19,9 +20,6 @@ from bsjax.masks.template import Sinks
 from bsjax.masks.visibility import Visibility
 from bsjax.profiles.criteria import CRITERIA, HAND_SET_CRITERIA
 from bsjax.profiles.evidence import AttentionFlops, Evidence, SinkDiscovery
-
-if TYPE_CHECKING:
-    from bsjax.profiles.profile import Profile
 
 FORMAT = "bsjax profile"
 FORMAT_VERSION = 1
@@ -90,26 +88,37 @@ def parse(text: str) -> dict[str, Any]:
     }
 
 
-def write(profile: "Profile") -> str:
-    """The text of a profile's file."""
+def write(
+    *,
+    criterion: str,
+    family: str,
+    categories: Int8[np.ndarray, "layers heads"],
+    sinks: Sinks,
+    fingerprint: str | None,
+    evidence: Evidence | None,
+    source: str,
+    versions: Mapping[str, str],
+) -> str:
+    """The text of a profile's file, from its criterion and what `parse` returns."""
+    layers, heads = categories.shape
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "family": profile.family,
-        "checkpoint_fingerprint": profile.fingerprint,
-        "layers": profile.layers,
-        "heads": profile.heads,
-        "sinks": {"first": profile.sinks.first, "offsets": list(profile.sinks.offsets)},
-        "from_data": profile.from_data,
-        "criterion": profile.criterion,
+        "family": family,
+        "checkpoint_fingerprint": fingerprint,
+        "layers": layers,
+        "heads": heads,
+        "sinks": {"first": sinks.first, "offsets": list(sinks.offsets)},
+        "from_data": evidence is not None,
+        "criterion": criterion,
         "category_letters": _LEGEND,
         "categories": [
-            "".join(LETTER_OF[HeadCategory(value)] for value in row) for row in profile.categories
+            "".join(LETTER_OF[HeadCategory(value)] for value in row) for row in categories
         ],
-        "versions": dict(profile.versions),
-        **(_NO_EVIDENCE if profile.evidence is None else _evidence_fields(profile.evidence)),
+        "versions": dict(versions),
+        **(_NO_EVIDENCE if evidence is None else _evidence_fields(evidence)),
     }
-    fields["samples"] = _in_order(fields["samples"] | {"source": profile.source}, _SAMPLE_FIELDS)
+    fields["samples"] = _in_order(fields["samples"] | {"source": source}, _SAMPLE_FIELDS)
     return _render(_in_order(fields, _FIELDS)) + "\n"
 
 

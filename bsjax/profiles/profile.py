@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,8 @@ class Profile:
 
     def to_json(self) -> str:
         """The text of the profile's file."""
-        return profile_format.write(self)
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return profile_format.write(criterion=self.criterion, **values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile's file. An interrupted write leaves any earlier file as it was.

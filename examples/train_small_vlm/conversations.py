@@ -12,12 +12,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..arguments import numbers_of_images, whole
+from ..arguments import whole
 from .questions import Question, ask
-from .scenes import Scene, draw_scene
+from .scenes import LABELS, Scene, draw_scene
 
 PROFILED_IMAGES = (4, 5, 6, 7, 8)
 """How many images the prompts have that profiles are made from."""
+
+
+def numbers_of_images(text: str) -> tuple[int, ...]:
+    """A list such as 4,5,6: each a number of images that a scene can have."""
+    numbers = tuple(whole(1)(part) for part in text.split(","))
+    if max(numbers) > len(LABELS):
+        raise argparse.ArgumentTypeError(f"a scene has at most {len(LABELS)} images")
+    return numbers
 
 
 def messages(scene: Scene, question: Question) -> list[dict[str, Any]]:
