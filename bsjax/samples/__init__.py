@@ -1,8 +1,8 @@
 """Samples to profile on: conversations from a file, a folder of images, or a benchmark.
 
-What comes out are chat messages, as `bsjax.profile`, `bsjax.generate` and `bsjax.forward` take
-them. Images stay what they are in the source (paths, or the compressed bytes in base64) and are
-decoded when a sample is used, so that a thousand samples fit in memory.
+Samples are chat messages, as `bsjax.profile`, `bsjax.generate` and `bsjax.forward` take them.
+Images stay as they are in the source (paths, or compressed bytes in base64) and are decoded when a
+sample is used, so that a thousand samples fit in memory.
 """
 
 import os
@@ -26,7 +26,7 @@ class Samples(NamedTuple):
     """Conversations, and where they come from."""
 
     messages: list[list[dict[str, Any]]]
-    """One list of chat messages for each sample; each ends where the answer would begin."""
+    """One list of chat messages per sample, ending where the answer would begin."""
     description: str
     """The sources in words, for a profile's `source`."""
 
@@ -46,28 +46,31 @@ def read_samples(
     The same arguments give the same samples in the same order, on every machine.
 
     Args:
-      source: one of these, or a list of them.
+      source: one of these, or a list:
         - A file in JSON Lines: each line a list of chat messages, or an object with `"messages"`,
           and optionally `"images"` for the `<image>` placeholders in texts, or for the parts of
           type `"image"` that have none. Relative paths of images are relative to the file's folder.
-          A last message by the assistant is left off.
-        - A folder of images, sub-folders included: prompts of several of them and a question.
+          If the last message is the assistant's, it is dropped.
+        - A folder of images, including sub-folders: prompts with several of the images and a
+          question.
         - `"benchmark:muirbench"`, `"benchmark:mmiu"`, `"benchmark:blink"` or
           `"benchmark:blink/Jigsaw"` (one of its tasks), read with the `datasets` library from the
           Hugging Face Hub; `"benchmark:muirbench@FOLDER"` reads a copy of the hub's repository.
-      limit: at most this many samples of each source, drawn with `seed`. By default all; of a
-        folder of images, as many prompts as show each image about once.
-      seed: of what is drawn.
-      question: for folders of images: what is asked; of several, one is drawn for each prompt.
-      images_per_prompt: for folders of images: the least and the most images of a prompt.
-      max_pixels: scales larger images down to this many pixels, those that have no `max_pixels` of
-        their own (Qwen).
-      pan_and_scan: adds crops of long images, of those that have no `do_pan_and_scan` of their own
+      limit: largest number of samples of each source, drawn with `seed`. None takes all; for a
+        folder of images, enough prompts to show each image about once.
+      seed: seed of all draws.
+      question: for folders of images, the question; if there are several, one is drawn for each
+        prompt.
+      images_per_prompt: for folders of images, the smallest and largest number of images of a
+        prompt.
+      max_pixels: scales larger images down to this many pixels, unless an image has its own
+        `max_pixels` (Qwen).
+      pan_and_scan: adds crops of long images, unless an image has its own `do_pan_and_scan`
         (Gemma 3).
 
     Raises:
       SampleError: a source does not exist, is empty or malformed (the message names file and line),
-        names an image that cannot be read, or a benchmark that is unknown or cannot be had.
+        names an image that cannot be read, or is a benchmark that is unknown or cannot be loaded.
     """
     if limit is not None:
         whole_number("limit", limit, least=1, error=SampleError)
@@ -78,9 +81,9 @@ def read_samples(
     if not isinstance(sources, Sequence) or not all(
         isinstance(one, str | PathLike) for one in sources
     ):
-        raise SampleError(f"A source of samples is a path or a name, or a list, got {source!r}.")
+        raise SampleError(f"source must be a path, a name or a list of these, got {source!r}.")
     if not sources:
-        raise SampleError("There is no source of samples: give a file, a folder or a benchmark.")
+        raise SampleError("There is no source of samples: give a file, folder or benchmark.")
     parts = [_read(one, limit, seed, question, images_per_prompt) for one in sources]
     messages = [sample for part in parts for sample in part.messages]
     options = {"max_pixels": max_pixels, "do_pan_and_scan": pan_and_scan or None}
@@ -101,7 +104,7 @@ def _read(
         return Samples(*read_benchmark(source.removeprefix(_PREFIX), limit, seed))
     if not str(source).strip():
         raise SampleError("A source of samples is an empty text: give a file, folder or benchmark.")
-    # These two, unlike Path's methods, have an answer for whatever a user types.
+    # Unlike the methods of Path, these do not raise for a name that no path can have.
     path = Path(os.path.expanduser(source))
     try:
         if os.path.isdir(path):
@@ -120,7 +123,7 @@ def _read(
 
 
 def _with_options(messages: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The same messages, with options beside every image that says nothing of them."""
+    """The messages, with the options added to every image that does not set them itself."""
     return [
         message
         if isinstance(message["content"], str)

@@ -5,7 +5,7 @@ The benchmarks, as they are on the hub:
     MuirBench   MUIRBENCH/MUIRBENCH (arXiv 2406.09411), split test: `question` and `options` with
                 <image> placeholders, `image_list`
     MMIU        FanqingM/MMIU-Benchmark (arXiv 2408.02718), split test: `question`, `context`,
-                `options` in one text, `input_image_path`; the images are in seven zip files beside
+                `options` in one text, `input_image_path`; the images are in seven zip files
     BLINK       BLINK-Benchmark/BLINK (arXiv 2404.12390), split val, one configuration per task:
                 `prompt`, `image_1` to `image_4`
 
@@ -34,7 +34,7 @@ _INSTALL = (
 
 
 class _UnfitRow(Exception):
-    """A row whose text and images do not go together."""
+    """A row whose placeholders and images do not match."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Benchmark:
     repository: str
     split: str
     columns: tuple[str, ...]
-    """Those that are read."""
+    """The columns to read."""
     images: tuple[str, ...]
-    """Those of them that hold encoded images, or lists of them."""
+    """The columns of these that hold encoded images, or lists of them."""
     content: Callable[[Mapping[str, Any], "_Archives"], list[dict[str, Any]]]
-    """A row's message content."""
+    """Makes a message's content from a row."""
     tasks: tuple[str, ...] = ()
-    """Configurations on the hub; without them there is one."""
+    """Names of configurations on the hub; empty if there is only one."""
 
 
 def read_benchmark(
@@ -58,17 +58,17 @@ def read_benchmark(
 ) -> tuple[list[list[dict[str, Any]]], str]:
     """Reads a benchmark; see `bsjax.samples.read_samples`.
 
-    Rows whose placeholders and images differ in number are left out, and the description says how
+    Rows with different numbers of placeholders and images are left out; the description says how
     many.
 
     Args:
       text: NAME, NAME/TASK, NAME@FOLDER or NAME/TASK@FOLDER.
-      limit: at most this many rows.
-      seed: of the draw.
+      limit: largest number of rows.
+      seed: seed of the draw.
 
     Raises:
-      SampleError: an unknown name or task, no `datasets` library, or data that cannot be had or has
-        other columns than expected.
+      SampleError: an unknown name or task, no `datasets` library, or data that cannot be loaded or
+        has unexpected columns.
     """
     name, folder = _split_folder(text)
     name, _, task = name.partition("/")
@@ -123,7 +123,7 @@ def _split_folder(text: str) -> tuple[str, Path | None]:
 
 
 def _load(benchmark: Benchmark, where: str, task: str) -> Any:
-    """One table, of which only the columns that are read, with images left encoded."""
+    """One table with the columns to read; images stay encoded."""
     try:
         import datasets
     except ImportError as error:
@@ -131,7 +131,7 @@ def _load(benchmark: Benchmark, where: str, task: str) -> Any:
     shown = f"{where}{f', task {task}' if task else ''}, split {benchmark.split}"
     try:
         table = datasets.load_dataset(where, task or None, split=benchmark.split)
-    except Exception as error:  # The library, its readers and the network raise what they like.
+    except Exception as error:  # The library, its readers and the network raise many kinds.
         raise SampleError(
             f"{shown} cannot be loaded: {type(error).__name__}: {error}. Without a network, read "
             f"a copy: hf download {benchmark.repository} --repo-type dataset --local-dir FOLDER, "
@@ -155,7 +155,7 @@ def _load(benchmark: Benchmark, where: str, task: str) -> Any:
 
 
 def _revision(table: Any) -> str:
-    """The commit of the hub that the table was made from, where the library knows it."""
+    """The hub's commit that the table was made from, if the library knows it."""
     for url in table.info.download_checksums or ():
         found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{7,40})/", url)
         if found:
@@ -170,7 +170,7 @@ def _muirbench(row: Mapping[str, Any], archives: "_Archives") -> list[dict[str, 
 
 
 def _mmiu(row: Mapping[str, Any], archives: "_Archives") -> list[dict[str, Any]]:
-    # Most contexts end with the options already.
+    # Most contexts already end with the options.
     question, context, options = (
         (row[column] or "").strip() for column in ("question", "context", "options")
     )
@@ -194,7 +194,7 @@ def _fitting(text: str, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _encoded(image: Mapping[str, Any] | None) -> dict[str, Any]:
-    """An image part of what `datasets` gives for an image that it does not decode."""
+    """An image part, from an image that `datasets` has not decoded."""
     if image is None:
         raise _UnfitRow
     if image["bytes"] is None:
@@ -203,14 +203,15 @@ def _encoded(image: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _from_bytes(data: bytes) -> dict[str, Any]:
-    # As text rather than as a PIL image, which would keep its pixels once they were decoded.
+    # As text, because a PIL image would keep its pixels in memory once they are decoded.
     return {"type": "image", "base64": base64.b64encode(data).decode()}
 
 
 class _Archives:
-    """Images by the paths that a table has for them: in its folder, or in zip files beside it.
+    """Images by the paths in a table: files in its folder, or in zip files of the same repository.
 
-    A path's first folder is the zip file's name; inside, paths begin with that folder or after it.
+    The first folder of a path is the zip file's name. Inside the zip file, paths start with that
+    folder or below it.
     """
 
     def __init__(self, benchmark: Benchmark, folder: Path | None):
@@ -229,7 +230,7 @@ class _Archives:
         """The image part for a path such as "./Low-level-semantic/task/task_0_0.jpg".
 
         Raises:
-          SampleError: there is neither such a file nor one in the zip file.
+          SampleError: there is no such file, neither in the folder nor in the zip file.
         """
         inside = path.removeprefix("./")
         if self._folder is not None and (self._folder / inside).is_file():
@@ -264,7 +265,7 @@ class _Archives:
                     self._benchmark.repository, name, repo_type="dataset"
                 )
             )
-        except Exception as error:  # The library and the network raise what they like.
+        except Exception as error:  # The library and the network raise many kinds.
             raise SampleError(
                 f"{name} of {self._benchmark.repository} cannot be fetched: {error}"
             ) from error

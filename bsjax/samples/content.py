@@ -1,4 +1,4 @@
-"""What the sources have in common: placeholders, drawing, and looking at images beforehand."""
+"""What the sources share: placeholders, drawing samples, and checking images in advance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ PLACEHOLDER = "<image>"
 
 
 def interleave(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A message's content: every image at its placeholder; before the text when it has none.
+    """A message's content: every image at its placeholder, or before a text without placeholders.
 
     Args:
-      text: holds `<image>` once for each image, or not at all.
+      text: has `<image>` once for each image, or not at all.
       images: content parts of type "image".
 
     Raises:
-      SampleError: another number of placeholders than of images.
+      SampleError: the numbers of placeholders and images differ.
     """
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
@@ -42,31 +42,30 @@ def interleave(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def drawn(count: int, limit: int | None, seed: int) -> list[int]:
-    """Which of `count` samples are taken, in ascending order: all, or `limit` by the seed."""
+    """Indices of the samples to use, in ascending order: all, or `limit` drawn with the seed."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).permutation(count)[:limit].tolist())
 
 
 def share_in_words(taken: int, count: int, noun: str, seed: int) -> str:
-    """How many of what there is were taken."""
+    """How many of the samples were used, in words."""
     plural = noun if count == 1 else f"{noun}s"
     return f"{count} {plural}" if taken == count else f"{taken} of {count} {plural}, seed {seed}"
 
 
 def check_sample(messages: Any, where: str, known: set[Path]) -> None:
-    """Checks the form of messages, and that image files are there and are images.
+    """Checks the form of messages, and that their image files exist and are images.
 
-    Reads no more of an image than its header: what is wrong should come out before hours of work,
-    not in the middle of them.
+    Finds errors before hours of work instead of in the middle. Reads only the headers of images.
 
     Args:
       messages: chat messages.
-      where: where they stand, for error messages.
-      known: files already looked at; those of this sample are added.
+      where: where the messages come from, for error messages.
+      known: files already checked; those of this sample are added.
 
     Raises:
-      SampleError: messages of another form, or an image that cannot be opened.
+      SampleError: messages of the wrong form, or an image that cannot be opened.
     """
     try:
         _, images = read_messages(messages)
@@ -81,10 +80,10 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
                 known.add(path)
         except FileNotFoundError:
             raise SampleError(
-                f"{where}: there is no image {path}. Correct the path, or leave the sample out."
+                f"{where}: there is no image {path}. Correct the path, or leave out the sample."
             ) from None
-        except Exception as error:  # Decoders raise what they like.
+        except Exception as error:  # Decoders raise many kinds.
             raise SampleError(
                 f"{where}: {path} cannot be read as an image ({error}). Replace the file, or leave "
-                "the sample out."
+                "out the sample."
             ) from error

@@ -1,4 +1,4 @@
-"""Samples from a folder of images: prompts of random ones in random number and order."""
+"""Samples from a folder of images: prompts with a random number of images in random order."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ QUESTIONS = (
     "Compare the first image with the last one.",
     "Is there an image here that does not belong with the others? Explain.",
 )
-"""What is asked when no question is given."""
+"""The questions to draw from if none is given."""
 
 _ENDINGS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
@@ -29,10 +29,11 @@ def read_folder(
     question: str | Sequence[str],
     images_per_prompt: tuple[int, int],
 ) -> tuple[list[list[dict[str, Any]]], str]:
-    """Makes prompts of a folder's images; see `bsjax.samples.read_samples`.
+    """Makes prompts from a folder's images; see `bsjax.samples.read_samples`.
 
     Raises:
-      SampleError: too few images, one that is none, or a question or number out of range.
+      SampleError: too few images, a file that is not an image, an invalid question, or a number
+        out of range.
     """
     questions = [question] if isinstance(question, str) else question
     if (
@@ -40,7 +41,7 @@ def read_folder(
         or not questions
         or not all(isinstance(text, str) and text.strip() for text in questions)
     ):
-        raise SampleError("The question for a folder's images must be a text, or several.")
+        raise SampleError("question must be a text that is not empty, or a list of them.")
     least, most = _checked_range(images_per_prompt)
     paths = _image_files(folder)
     if len(paths) < least:
@@ -57,7 +58,7 @@ def read_folder(
     while len(samples) < limit if limit is not None else shown < len(paths):
         count = int(generator.integers(least, min(most, len(paths)) + 1))
         if len(waiting) < count:
-            # Each image has its turn before any has a second one, and no prompt has one twice.
+            # Every image is used once before any is used again, and never twice in a prompt.
             left = set(waiting)
             waiting += [i for i in generator.permutation(len(paths)).tolist() if i not in left]
         chosen, waiting = waiting[:count], waiting[count:]
@@ -81,7 +82,7 @@ def read_folder(
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """All images below a folder, hidden ones apart, in an order that no file system changes."""
+    """All images below a folder except hidden ones, in the same order on every file system."""
 
     def refuse(error: OSError) -> None:
         raise SampleError(f"{folder} cannot be read: {error}") from error
@@ -99,7 +100,8 @@ def _image_files(folder: Path) -> list[Path]:
 def _checked_range(images_per_prompt: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(images_per_prompt, Sequence) or len(images_per_prompt) != 2:
         raise SampleError(
-            f"images_per_prompt is a pair, the least and the most, got {images_per_prompt!r}."
+            "images_per_prompt must be a pair, the smallest and the largest number, got "
+            f"{images_per_prompt!r}."
         )
     least, most = images_per_prompt
     least = whole_number("the least images per prompt", least, least=1, error=SampleError)

@@ -1,4 +1,4 @@
-"""Samples in JSON Lines: one conversation a line."""
+"""Samples in JSON Lines: one conversation per line."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict
     """Reads a file; see `bsjax.samples.read_samples`.
 
     Raises:
-      SampleError: no sample in it, or a line that is none; the message has its number.
+      SampleError: the file is empty, or a line is not a sample; the message has its number.
     """
     lines = [
         (number, line)
@@ -50,13 +50,13 @@ def _read_line(line: bytes, where: str) -> Any:
         if line.strip() in (b"[", b"{"):
             hint = (
                 " It looks like JSON over several lines. `jq -c '.[]'` writes the items of a list "
-                "one a line."
+                "one per line."
             )
         raise SampleError(f"{where} is not JSON: {error}.{hint or ' ' + _FORM}") from error
 
 
 def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
-    """The messages of a line, with placeholders filled and paths made absolute."""
+    """The messages of a line, with images in their places and absolute paths."""
     images = None
     if isinstance(record, dict):
         if not isinstance(record.get("messages"), list):
@@ -80,8 +80,8 @@ def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dict[str, Any]]:
-    """Puts a line's "images" where its texts have placeholders (see `interleave`), or into the
-    parts of type "image" that have none.
+    """Puts a line's "images" at the placeholders of its texts (see `interleave`), or into parts of
+    type "image" without an image.
     """
     if not isinstance(images, list):
         raise SampleError(f'{where}: "images" must be a list of paths or URLs.')
@@ -124,7 +124,7 @@ def _filled(messages: list[dict[str, Any]], images: Any, where: str) -> list[dic
 def _placed(
     messages: list[dict[str, Any]], images: list[dict[str, Any]], where: str
 ) -> list[dict[str, Any]]:
-    """Puts images into the parts of type "image" that have none, in order."""
+    """Puts images, in order, into the parts of type "image" without an image."""
 
     def is_empty(part: Any) -> bool:
         return (
@@ -155,7 +155,7 @@ def _placed(
 
 
 def _located(part: Any, folder: Path, where: str) -> Any:
-    """A content part with its image's relative path joined to the file's folder."""
+    """A content part, with a relative path of an image joined to the file's folder."""
     if not isinstance(part, dict):
         return part
     located = dict(part)
@@ -166,7 +166,7 @@ def _located(part: Any, folder: Path, where: str) -> Any:
         elif isinstance(value, str):
             located[key] = _absolute(key, value, folder)
         elif value is not None:
-            raise SampleError(f"{where}: the image {value!r} is no path, URL or base64 text.")
+            raise SampleError(f"{where}: the image {value!r} is not a path, URL or base64 text.")
     return located
 
 

@@ -173,7 +173,7 @@ def test_a_shipped_profile_is_shown_by_its_name(capsys, tmp_path, monkeypatch):
     from bsjax.profiles import profile as profile_file
 
     measured().save(tmp_path / "some-model.json")
-    monkeypatch.setattr(profile_file, "_shipped_folder", lambda: tmp_path)
+    monkeypatch.setattr(profile_file, "shipped_folder", lambda: tmp_path)
     monkeypatch.chdir("/")
     status, out, _ = run(capsys, "profile", "show", "some-model")
     assert status == 0 and "3 layers of 10 heads" in out

@@ -185,11 +185,11 @@ def test_a_list_of_images_fills_the_parts_that_have_none(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "words"),
     [
-        (5, {}, "a path or a name"),
-        (None, {}, "a path or a name"),
-        ([5], {}, "a path or a name"),
-        (".", {"images_per_prompt": 5}, "is a pair"),
-        (".", {"images_per_prompt": (1, 2, 3)}, "is a pair"),
+        (5, {}, "a path, a name or a list"),
+        (None, {}, "a path, a name or a list"),
+        ([5], {}, "a path, a name or a list"),
+        (".", {"images_per_prompt": 5}, "must be a pair"),
+        (".", {"images_per_prompt": (1, 2, 3)}, "must be a pair"),
         (".", {"question": 5}, "must be a text"),
         (".", {"question": None}, "must be a text"),
     ],
