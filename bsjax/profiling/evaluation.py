@@ -168,12 +168,13 @@ class Evaluator:
         key = categories.tobytes()
         if key not in self._compared:
             name = hashlib.sha256(self._what.encode() + key).hexdigest()
-            record = self._state.recall(f"compared {name}", lambda: self._compare(categories))
+            record = self._state.recall(f"compared {name}", lambda: self.divergences(categories))
             kl, top1 = record["kl"], record["top1"]
             self._compared[key] = Comparison(float(kl.mean()), float(top1.mean()), kl, top1)
         return self._compared[key]
 
-    def _compare(self, categories: np.ndarray) -> dict[str, np.ndarray]:
+    def divergences(self, categories: np.ndarray) -> dict[str, np.ndarray]:
+        """Mean divergence from the dense model (`kl`) and agreement (`top1`) of every sample."""
         programs = programs_of(self._model)
         kl, top1 = [], []
         for index in range(len(self.fingerprints)):

@@ -188,7 +188,7 @@ def measure(
         sinks, discovery = _discover(model, samples, shape, backend, progress, state)
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
-        pass_ = _Pass(
+        pass_ = MeasuringPass(
             model, messages, shape, sinks, backend, computations.measure_heads, group_schedule
         )
         mass, error = pass_.run()
@@ -222,7 +222,7 @@ def _discover(
     """Finds sinks in a pass of their own: the key groups of the other pass depend on them."""
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
-        pass_ = _Pass(
+        pass_ = MeasuringPass(
             model,
             messages,
             shape,
@@ -245,7 +245,7 @@ def _discover(
     return discover([record["mass"] for record in records], [r["pairs"] for r in records])
 
 
-class _Pass:
+class MeasuringPass:
     """One pass of a sample through the layers."""
 
     def __init__(
@@ -272,6 +272,7 @@ class _Pass:
         check_memory(inputs, stages, bytes_available())
 
     def run(self) -> Any:
+        """Runs the pass: what its program returns."""
         embeddings, _ = self._embedding.run()
         return self._program(embeddings, *self._arguments)
 

@@ -134,9 +134,9 @@ def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypa
     )
     with monkeypatch.context() as nothing:
         for place in (
-            "measurements._Pass.run",
+            "measurements.MeasuringPass.run",
             "evaluation.generate",
-            "evaluation.Evaluator._compare",
+            "evaluation.Evaluator.divergences",
             "end_to_end.generate",
         ):
             nothing.setattr(f"bsjax.profiling.{place}", refuse)
@@ -151,13 +151,13 @@ def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypa
         )
 
     measured = []
-    run = measurements._Pass.run
+    run = measurements.MeasuringPass.run
 
     def counted(self):
         measured.append(self)
         return run(self)
 
-    monkeypatch.setattr(measurements._Pass, "run", counted)
+    monkeypatch.setattr(measurements.MeasuringPass, "run", counted)
     bsjax.profile(tiny_model, [*SAMPLES, conversation(9, 3)], **settings | {"held_out": 0.0})
     assert len(measured) == 2, "the new sample, and the one that was held out"
 
@@ -272,7 +272,7 @@ def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
 def test_a_source_that_is_no_text_is_refused_before_anything_is_measured(tiny_model, monkeypatch):
     # A user's program does not check annotations, as tests do.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    monkeypatch.setattr(measurements._Pass, "run", None)
+    monkeypatch.setattr(measurements.MeasuringPass, "run", None)
     with pytest.raises(ProfileError, match="source must be text, got 5"):
         bsjax.profile(tiny_model, SAMPLES, source=5)
 
