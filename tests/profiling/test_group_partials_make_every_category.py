@@ -81,8 +81,9 @@ def test_every_category_comes_out_of_one_pass(template, visibility, seed):
     for (out, lse), (wanted, wanted_lse) in zip(
         combined, expected_of(q, k, v, categories), strict=True
     ):
-        np.testing.assert_allclose(out, wanted, atol=3e-6, rtol=1e-5)
-        np.testing.assert_allclose(lse, wanted_lse, atol=3e-6, rtol=1e-5)
+        # Two float32 computations with sums in different orders: 40 units of rounding at 1.
+        np.testing.assert_allclose(out, wanted, atol=5e-6, rtol=1e-5)
+        np.testing.assert_allclose(lse, wanted_lse, atol=5e-6, rtol=1e-5)
 
 
 PROMPT = Template.from_segments(
