@@ -214,7 +214,7 @@ def test_sparse_layers_see_their_own_image_and_sinks(config):
     assert [bool(group == sparse) for group in groups[:, 0]] == [False, True, False, True, False]
     assert all(int(group) & sparse == sparse for group in groups[:, 0])
     for missing in (-1, 5):
-        with pytest.raises(ValueError, match=f"no layer {missing}.* 0 to 4"):
+        with pytest.raises(ValueError, match=f"Layer {missing} does not exist.* 0 to 4"):
             forward.groups_of_layers(config, (0, missing))
 
 
