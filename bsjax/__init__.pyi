@@ -79,3 +79,6 @@ from .samples import (
 from .samples import (
     read_samples as read_samples,
 )
+
+__version__: str
+__all__: list[str]

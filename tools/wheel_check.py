@@ -17,6 +17,7 @@ REQUIRED = {
     "bsjax/py.typed",
     "bsjax/pallas/configurations.json",
     "bsjax/profiles/shipped/small-qwen2.5-vl.json",
+    "bsjax/profiling/__init__.pyi",
 }
 
 
@@ -47,6 +48,7 @@ def check_commands() -> None:
     for command in (
         [script, "profile", "show", "small-qwen2.5-vl"],
         [script, "generate", "--help"],
+        [sys.executable, "-m", "bsjax", "--help"],
         [sys.executable, "-m", "convert", "--help"],
     ):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -38,13 +38,14 @@ class AttentionFlops:
       sparse: FLOPs with the heads' categories.
 
     Raises:
-      ProfileError: `sparse` is not above 0 and at most `dense`.
+      ProfileError: a value is not a finite number, or `sparse` is not above 0 and at most `dense`.
     """
 
     dense: int | float
     sparse: int | float
 
     def __post_init__(self) -> None:
+        _numbers("attention_flops", {"dense": self.dense, "sparse": self.sparse})
         if not 0 < self.sparse <= self.dense:
             raise ProfileError(
                 "`attention_flops`: `sparse` must be above 0 and at most `dense`, got "

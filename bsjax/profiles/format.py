@@ -70,11 +70,6 @@ def parse(text: str) -> dict[str, Any]:
         )
     layers, heads = document["layers"], document["heads"]
     categories = _read_categories(document["categories"], layers, heads)
-    if criterion == "uniform" and np.any(categories != categories[0, 0]):
-        raise ProfileError(
-            "The criterion 'uniform' is for the same category in all heads; use 'by_hand' for "
-            "other categories that do not come from data."
-        )
     if not from_data:
         _refuse_evidence(document)
     return {
@@ -85,12 +80,12 @@ def parse(text: str) -> dict[str, Any]:
         "evidence": _read_evidence(document) if from_data else None,
         "source": document["samples"]["source"],
         "versions": document["versions"],
+        "is_uniform": criterion == "uniform",
     }
 
 
 def write(
     *,
-    criterion: str,
     family: str,
     categories: Int8[np.ndarray, "layers heads"],
     sinks: Sinks,
@@ -98,9 +93,11 @@ def write(
     evidence: Evidence | None,
     source: str,
     versions: Mapping[str, str],
+    is_uniform: bool,
 ) -> str:
-    """The text of a profile's file, from its criterion and what `parse` returns."""
+    """The text of a profile's file, from the arguments of `Profile` that `parse` returns."""
     layers, heads = categories.shape
+    hand_set = "uniform" if is_uniform else "by_hand"
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -110,7 +107,7 @@ def write(
         "heads": heads,
         "sinks": {"first": sinks.first, "offsets": list(sinks.offsets)},
         "from_data": evidence is not None,
-        "criterion": criterion,
+        "criterion": hand_set if evidence is None else evidence.criterion,
         "category_letters": _LEGEND,
         "categories": [
             "".join(LETTER_OF[HeadCategory(value)] for value in row) for row in categories
@@ -159,8 +156,12 @@ def _read_document(text: str) -> dict[str, Any]:
 def _refuse_evidence(document: Mapping[str, Any]) -> None:
     """Refuses measurements in a file that says that its categories do not come from data."""
     samples = document["samples"]
-    present = [f"samples.{name}" for name in _NO_EVIDENCE["samples"] if samples[name]]
-    present += [name for name in _NO_EVIDENCE if name != "samples" and document[name]]
+    present = [
+        f"samples.{name}" for name, none in _NO_EVIDENCE["samples"].items() if samples[name] != none
+    ]
+    present += [
+        name for name, none in _NO_EVIDENCE.items() if name != "samples" and document[name] != none
+    ]
     if present:
         raise ProfileError(
             f"The criterion {document['criterion']!r} says that this profile does not come from "

@@ -29,6 +29,7 @@ class Profile:
       fingerprint: the checkpoint's fingerprint; None fits any checkpoint of this family with these
         numbers of layers and heads.
       evidence: what the categories were chosen from; None for categories set by hand.
+      is_uniform: whether the categories were set by hand to the same one for all heads.
       source: where the categories come from, in words: the source of the samples, or how they were
         set by hand.
       versions: versions of the packages that made the profile, by name; for a measured profile
@@ -45,6 +46,7 @@ class Profile:
     evidence: Evidence | None = None
     source: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    is_uniform: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or not self.family:
@@ -65,6 +67,11 @@ class Profile:
         categories = categories.astype(np.int8)
         categories.setflags(write=False)
         object.__setattr__(self, "categories", categories)
+        if self.is_uniform and (self.from_data or np.any(categories != categories[0, 0])):
+            raise ProfileError(
+                "The criterion 'uniform' is for the same category in all heads, set by hand; use "
+                "'by_hand' for other categories that do not come from data."
+            )
         if self.fingerprint == "":
             raise ProfileError("`fingerprint` must be None or the checkpoint's, got an empty text.")
         if self.evidence is not None:
@@ -92,8 +99,7 @@ class Profile:
         """How the categories were chosen: one of `bsjax.profiles.criteria.CRITERIA`."""
         if self.evidence is not None:
             return self.evidence.criterion
-        same = np.all(self.categories == self.categories[0, 0])
-        return "uniform" if same else "by_hand"
+        return "uniform" if self.is_uniform else "by_hand"
 
     @classmethod
     def uniform(
@@ -146,6 +152,7 @@ class Profile:
                 "this profile does not come from data"
             ),
             versions=installed_versions(),
+            is_uniform=True,
         )
 
     @classmethod
@@ -177,7 +184,7 @@ class Profile:
     def to_json(self) -> str:
         """The text of the profile's file."""
         values = {part.name: getattr(self, part.name) for part in fields(self)}
-        return profile_format.write(criterion=self.criterion, **values)
+        return profile_format.write(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile's file. An interrupted write leaves any earlier file as it was.

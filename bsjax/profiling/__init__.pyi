@@ -15,3 +15,5 @@ from .ordered_samples import OrderedSamples as OrderedSamples
 from .refinement import Damage as Damage
 from .refinement import Refinement as Refinement
 from .refinement import refine as refine
+
+__all__: list[str]

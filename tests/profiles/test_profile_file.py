@@ -456,3 +456,25 @@ def test_uniform_means_one_category():
     document = json.loads(mixed.to_json()) | {"criterion": "uniform"}
     with pytest.raises(ProfileError, match="'by_hand'"):
         Profile.from_json(json.dumps(document))
+
+
+def test_a_profile_set_by_hand_to_one_category_keeps_its_criterion():
+    same = Profile(family="qwen2_vl", categories=np.ones((2, 2), np.int8))
+    assert same.criterion == "by_hand"
+    assert Profile.from_json(same.to_json()).to_json() == same.to_json()
+    uniform = Profile.uniform("SINK", model())
+    assert Profile.from_json(uniform.to_json()).to_json() == uniform.to_json()
+    with pytest.raises(ProfileError, match="'by_hand'"):
+        Profile(family="qwen2_vl", categories=np.eye(2, dtype=np.int8), is_uniform=True)
+
+
+@pytest.mark.parametrize("name", ["attention_flops", "refinement", "end_to_end"])
+def test_empty_measurements_of_a_profile_set_by_hand_are_refused(name):
+    document = json.loads(Profile.uniform("SINK", model()).to_json()) | {name: {}}
+    with pytest.raises(ProfileError, match=f"but it has `{name}`"):
+        Profile.from_json(json.dumps(document))
+
+
+def test_attention_flops_are_numbers():
+    with pytest.raises(ProfileError, match="`attention_flops.dense` must be a finite number"):
+        AttentionFlops(float("nan"), 1)

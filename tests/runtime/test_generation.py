@@ -105,6 +105,7 @@ def test_mixed_heads_with_learned_sinks(tiny_model, photographs):
     profile = dataclasses.replace(
         uniform,
         categories=generator.integers(0, 4, uniform.categories.shape).astype(np.int8),
+        is_uniform=False,
     )
     sparse, reference = (
         bsjax.forward(tiny_model, conversation(photographs), profile=profile, backend=backend)
