@@ -101,11 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = loaded_model(config, module, options.dtype)
     messages = _messages(options.images, tuple(options.image_size))
     prompt = model.prompt(messages)
-    template = Template.from_tokens(
-        prompt.token_ids,
-        model.family.image_token_id(config),
-        image_tokens=prompt.image_tokens,
-    )
+    template = model.family.template(prompt, config)
 
     profiles = {DENSE: None} | {
         f"bsjax, mix for a cut of {cut:.0%}": mixed_profile(model, template, cut)

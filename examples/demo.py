@@ -136,9 +136,9 @@ def main() -> None:
     console.print(
         "Dense -> sparse, and sparse / dense. FLOPs are those of attention. Medians of up to three "
         "rounds, without compilation. The model was trained on up to twelve images; here only its "
-        "time counts, not its answer. Its images have about 37 tokens, less than a third of the "
-        "128 rows of a tile, and dense attention runs in larger blocks: on a CPU time falls less "
-        "than FLOPs, and can rise.\n"
+        "time counts, not its answer. These images have 256 tokens; the model was trained on "
+        "images of about 37, smaller than a tile of queries, where time does not fall on a CPU. "
+        "Dense attention runs in larger blocks, so time falls less than FLOPs.\n"
     )
 
     options.output.mkdir(parents=True, exist_ok=True)
@@ -161,12 +161,7 @@ def template_of(
 ) -> bsjax.Template:
     """The template of a prompt, with the profile's sinks."""
     prompt = model.prompt(messages(scene, question))
-    return bsjax.Template.from_tokens(
-        prompt.token_ids,
-        model.config.image_token_id,
-        image_tokens=prompt.image_tokens,
-        sinks=profile.sinks,
-    )
+    return model.family.template(prompt, model.config, profile.sinks)
 
 
 if __name__ == "__main__":

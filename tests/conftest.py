@@ -32,7 +32,7 @@ if torch is not None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Compilation and shared machines make single examples slow now and then; that is no failure.
+# Compilation and shared machines make single examples slow now and then; that is not a failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)
 settings.load_profile("bsjax")
 

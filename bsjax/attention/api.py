@@ -193,20 +193,6 @@ def ragged_attention(
 ) -> tuple[Array, Array]: ...
 
 
-@overload
-def ragged_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    schedule: Schedule,
-    head_category: Array,
-    *,
-    scale: float,
-    backend: str = "auto",
-    return_lse: bool,
-) -> Array | tuple[Array, Array]: ...
-
-
 def ragged_attention(
     q: Float[Array, "tokens q_heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],

@@ -44,22 +44,6 @@ def decode_attention(
 ) -> tuple[Array, Array]: ...
 
 
-@overload
-def decode_attention(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    layer: Array,
-    lengths: Array,
-    own_k: Array | None = None,
-    own_v: Array | None = None,
-    *,
-    scale: float,
-    backend: str = "auto",
-    return_lse: bool,
-) -> Array | tuple[Array, Array]: ...
-
-
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
     k_cache: Float[Array, "layers batch rows kv_heads head_dim"],

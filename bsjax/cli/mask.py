@@ -107,11 +107,7 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
 
     processor = read_processor(Path(options.checkpoint).expanduser())
     prompt = processor.prompt(messages_of(options))
-    template = Template.from_tokens(
-        prompt.token_ids,
-        processor.family.image_token_id(processor.config),
-        image_tokens=prompt.image_tokens,
-    )
+    template = processor.family.template(prompt, processor.config)
     return template, _visibility(processor.family, processor.config, options.layer)
 
 

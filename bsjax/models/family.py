@@ -9,6 +9,7 @@ from jaxtyping import Float, Float32, Int, Int32
 from transformers import PretrainedConfig
 
 from bsjax.errors import MessageError
+from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models.image_text_model import ImageTextModel
 from bsjax.models.parameters import ParameterRule
@@ -109,6 +110,21 @@ class Family(ABC):
         """The id that the chat template writes once for each image of the messages."""
         return self.image_token_id(config)
 
+    def template(
+        self, prompt: Any, config: PretrainedConfig, sinks: Sinks | None = None
+    ) -> Template:
+        """The template of a `Prompt`; without `sinks` the first token of each image is its sink.
+
+        Raises:
+          TemplateError: image tokens and images do not match.
+        """
+        return Template.from_tokens(
+            prompt.token_ids,
+            self.image_token_id(config),
+            Sinks() if sinks is None else sinks,
+            prompt.image_tokens,
+        )
+
     def process_image(
         self,
         image: Any,
@@ -151,8 +167,8 @@ class Family(ABC):
         """The head dimension of the vision tower, which its block sizes depend on."""
         raise NotImplementedError
 
+    @staticmethod
     def vision_plan(
-        self,
         grid_thw: Int[np.ndarray, "images 3"],
         config: PretrainedConfig,
         *,

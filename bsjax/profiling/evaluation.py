@@ -20,7 +20,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.template import Sinks, Template
+from bsjax.masks.template import Sinks
 from bsjax.profiling import computations, selection
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
@@ -193,12 +193,7 @@ class Evaluator:
             self._model, messages, max_new_tokens=self.answer_tokens, backend=self._backend
         )
         prompt = self._model.prompt(messages)
-        template = Template.from_tokens(
-            prompt.token_ids,
-            self._model.family.image_token_id(self._model.config),
-            self.sinks,
-            prompt.image_tokens,
-        )
+        template = self._model.family.template(prompt, self._model.config, self.sinks)
         return {
             "answer": np.asarray(answer.token_ids, np.int64),
             "stopped": np.asarray(answer.finish_reason == "stop"),

@@ -13,7 +13,7 @@ from bsjax.errors import CapacityError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
 from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables
-from bsjax.masks.template import Sinks, Template
+from bsjax.masks.template import Template
 from bsjax.models import Architecture
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
@@ -119,12 +119,7 @@ def prepare_inputs(
     """
     family, config, dtype = architecture
     text_config = config.get_text_config()
-    template = Template.from_tokens(
-        prompt.token_ids,
-        family.image_token_id(config),
-        Sinks() if profile is None else profile.sinks,
-        prompt.image_tokens,
-    )
+    template = family.template(prompt, config, None if profile is None else profile.sinks)
     position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
     limit = text_config.max_position_embeddings
     if next_position + new_tokens > limit:

@@ -198,7 +198,7 @@ def test_pictures_show_every_head_at_any_size(tmp_path, layers, heads):
     map_axes = next(axes for axes in figure.get_axes() if axes.get_ylabel() == "layer")
     (image,) = map_axes.images
     np.testing.assert_array_equal(np.asarray(image.get_array()), profile.categories)
-    # The colour beside the middle of each cell, where no letter stands, is its category's.
+    # Away from the letter in its middle, each cell has the colour of its category.
     for layer, head in {(0, 0), (layers - 1, heads - 1), (layers // 2, heads // 3)}:
         x, y = map_axes.transData.transform((head + 0.32, layer + 0.3)) / figure.dpi * 140
         found = pixels[round(pixels.shape[0] - y), round(x)]

@@ -29,8 +29,8 @@ def test_timings_are_of_the_prompts_that_generate_runs(model, profile, tmp_path)
     for length, timing in zip(LENGTHS, timings, strict=True):
         messages = long_prompt(random, length)
         stats = bsjax.generate(model, messages, profile=profile, max_new_tokens=1).stats
-        assert length <= timing.tokens == stats.prompt_tokens < length + 80
-        assert timing.images == len(stats.image_tokens)
+        assert length <= timing.tokens == stats.prompt_tokens < length + 300
+        assert stats.image_tokens == (256,) * timing.images
         dense, sparse = timing.flops
         assert sparse / dense == pytest.approx(
             stats.attention_flops_sparse / stats.attention_flops_dense

@@ -241,7 +241,7 @@ def test_unreadable_images_are_named(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(png(picture(300, 300))[:2000])
     text = tmp_path / "text.png"
-    text.write_text("this is no picture")
+    text.write_text("this is not a picture")
     where = "Image 2 of 3 (messages[0]['content'][1]"
     refused(user(good, image(broken), good), where, "broken", "cannot be read")
     refused(user(good, image(str(text)), good), where, "text.png", "cannot identify image file")

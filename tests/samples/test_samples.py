@@ -296,7 +296,7 @@ def test_a_folder_shows_each_image_about_once(photographs):
     assert len(numbers) < 11 + 4
     for sample in shown:
         assert 2 <= len(sample) - 1 <= 4
-        assert len(set(sample[:-1])) == len(sample) - 1, "an image stands twice in a prompt"
+        assert len(set(sample[:-1])) == len(sample) - 1, "an image occurs twice in a prompt"
         assert sample[-1] in QUESTIONS
     assert f"{len(samples)} prompts of 2 to 4 of the 11 images" in description
     assert photographs.name in description and "seed 5" in description

@@ -16,7 +16,6 @@ from bsjax.models.gemma3.model import Gemma3ForCausalLM, Gemma3ForConditionalGen
 from bsjax.models.gemma3.parameters import language_rules, parameter_table
 from bsjax.models.gemma3.text import layer_kinds
 from bsjax.models.gemma3.vision_plan import (
-    VisionPlan,
     grid_side,
     to_images,
     to_patches,
@@ -188,17 +187,7 @@ class Gemma3Family(Gemma3TextFamily):
     def vision_head_dim(self, config: PretrainedConfig) -> int:
         return config.vision_config.hidden_size // config.vision_config.num_attention_heads
 
-    @override
-    def vision_plan(
-        self,
-        grid_thw: Int[np.ndarray, "images 3"],
-        config: PretrainedConfig,
-        *,
-        patches: int,
-        block_q: int,
-        block_kv: int,
-    ) -> VisionPlan:
-        return vision_plan(grid_thw, config, patches=patches, block_q=block_q, block_kv=block_kv)
+    vision_plan = staticmethod(vision_plan)
 
     @override
     def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:

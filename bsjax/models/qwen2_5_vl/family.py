@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
 from transformers import PretrainedConfig
 from typing_extensions import override
 
@@ -13,7 +11,6 @@ from bsjax.models.qwen2_5_vl.vision import Qwen2_5VisionTransformer
 from bsjax.models.qwen2_5_vl.vision_plan import vision_plan
 from bsjax.models.qwen2_vl.family import Qwen2VLFamily
 from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
-from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 
 class Qwen2_5VLFamily(Qwen2VLFamily):
@@ -35,14 +32,4 @@ class Qwen2_5VLFamily(Qwen2VLFamily):
     def vision_head_dim(self, config: PretrainedConfig) -> int:
         return config.vision_config.hidden_size // config.vision_config.num_heads
 
-    @override
-    def vision_plan(
-        self,
-        grid_thw: Int[np.ndarray, "images 3"],
-        config: PretrainedConfig,
-        *,
-        patches: int,
-        block_q: int,
-        block_kv: int,
-    ) -> VisionPlan:
-        return vision_plan(grid_thw, config, patches=patches, block_q=block_q, block_kv=block_kv)
+    vision_plan = staticmethod(vision_plan)

@@ -16,7 +16,7 @@ from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
 from bsjax.models.qwen2_vl.parameters import parameter_table
 from bsjax.models.qwen2_vl.text import head_dim
 from bsjax.models.qwen2_vl.vision import Qwen2VisionTransformer
-from bsjax.models.qwen2_vl.vision_plan import VisionPlan, vision_plan
+from bsjax.models.qwen2_vl.vision_plan import vision_plan
 
 
 class Qwen2VLFamily(Family):
@@ -131,17 +131,7 @@ class Qwen2VLFamily(Family):
     def vision_head_dim(self, config: PretrainedConfig) -> int:
         return config.vision_config.embed_dim // config.vision_config.num_heads
 
-    @override
-    def vision_plan(
-        self,
-        grid_thw: Int[np.ndarray, "images 3"],
-        config: PretrainedConfig,
-        *,
-        patches: int,
-        block_q: int,
-        block_kv: int,
-    ) -> VisionPlan:
-        return vision_plan(grid_thw, config, patches=patches, block_q=block_q, block_kv=block_kv)
+    vision_plan = staticmethod(vision_plan)
 
     @override
     def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
