@@ -29,8 +29,8 @@ ROUNDS = 3
 SECONDS = 8.0
 """After this time no further round of a prompt starts."""
 IMAGE_SIDE = 64
-"""Pixels along a side of each image: 256 tokens, as Gemma 3's images have. The images that the model
-was trained on have about 37, and published models have none that small."""
+"""Pixels along a side of each image, which makes 256 tokens, as many as Gemma 3's images have. The
+images that the model was trained on have about 37; those of published models are larger."""
 # The chat template puts the tokens of start, end and letter around an image.
 _TOKENS_AROUND_AN_IMAGE = 3
 

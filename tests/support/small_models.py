@@ -283,8 +283,8 @@ def random_prompt(
 ) -> RandomPrompt:
     """A prompt with an image of each of `merged_sizes` (rows and columns of image tokens).
 
-    Gemma 3's images are all of the config's size. There is text of random length before, between and
-    after the images; with `adjacent` there is nothing between them, not even their delimiters.
+    Gemma 3's images are all of the config's size. There is text of random length before, between
+    and after the images; with `adjacent` nothing is between them, not even their delimiters.
     """
     random = np.random.default_rng(seed)
     vision = config.vision_config
