@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     # Imported here, so that --help answers at once.
+    from bsjax.cli.cuda_noise import import_jax
+
+    import_jax(devices=True)
     from convert.conversion import convert_checkpoint
     from convert.writing import leftovers
 
