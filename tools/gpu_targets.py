@@ -276,10 +276,12 @@ def _launches(thunks: str) -> dict[str, tuple[tuple[int, int, int], int, int]]:
 
 def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
     """Name, registers and spilled bytes of each kernel of a PTX file."""
-    if "\n.visible .entry" not in file.read_text():
+    ptx = file.read_text()
+    if "\n.visible .entry" not in ptx:
         return []
     ptxas = _ptxas()
     assert ptxas is not None
+    file.write_text(_readable_by(ptxas, ptx))
     process = subprocess.run(
         [ptxas, "-v", f"-arch={architecture}", file, "-o", file.with_suffix(".cubin")],
         capture_output=True,
@@ -296,6 +298,38 @@ def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
         (name, int(registers), int(stores) + int(loads))
         for name, stores, loads, registers in kernels
     ]
+
+
+def _readable_by(ptxas: Path, ptx: str) -> str:
+    """The same PTX, declared no newer than ptxas.
+
+    XLA declares the newest version that any NVIDIA library of the environment knows, such as the
+    nvJitLink of a torch built for CUDA 13, and ptxas refuses versions newer than its own. Should a
+    kernel contain an instruction that ptxas does not know, it still fails.
+    """
+    newest = _newest_ptx_version(ptxas)
+    declared = re.search(r"^\.version (\d+)\.(\d+)$", ptx, re.MULTILINE)
+    assert declared is not None
+    if tuple(map(int, declared.groups())) <= newest:
+        return ptx
+    return ptx.replace(declared.group(), ".version {}.{}".format(*newest), 1)
+
+
+@functools.cache
+def _newest_ptx_version(ptxas: Path) -> tuple[int, int]:
+    """The newest PTX version that `ptxas` reads, from its complaint about one that is too new."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "too_new.ptx"
+        file.write_text(".version 99.0\n.target sm_80\n.address_size 64\n")
+        process = subprocess.run(
+            [ptxas, "-arch=sm_80", file, "-o", file.with_suffix(".cubin")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    version = re.search(r"current version is '(\d+)\.(\d+)'", process.stderr)
+    assert version is not None, process.stderr
+    return int(version[1]), int(version[2])
 
 
 def _disassemble(cubin: Path) -> str:
