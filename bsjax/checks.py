@@ -13,7 +13,7 @@ def whole_number(name: str, value: Any, *, least: int, error: type[BsjaxError]) 
     Args:
       name: what the value is, for the error message.
       value: an int, or a NumPy integer.
-      least: the least valid value.
+      least: the smallest valid value.
       error: raised if it is not a whole number or below `least`.
     """
     try:

@@ -38,7 +38,7 @@ class CapacityError(BsjaxError, ValueError):
 
 
 class CheckpointError(BsjaxError):
-    """A checkpoint, Hugging Face's or converted, is missing, damaged or of another model."""
+    """A checkpoint, from Hugging Face or converted, is missing, damaged or of another model."""
 
 
 class ProfileError(BsjaxError, ValueError):

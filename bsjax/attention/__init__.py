@@ -1,8 +1,8 @@
-"""Block-sparse attention: three backends that compute the same over one schedule, and decoding.
+"""Block-sparse attention: three backends that compute the same result, and decoding.
 
-api         what users and models call: arguments are checked, a backend is chosen
+api         what users and models call: checks the arguments and chooses a backend
 reference   the definition, with the whole score matrix
-xla         plain JAX: any device, and the gradients of every backend
+xla         plain JAX, for any device; also computes the gradients of every backend
 decode      one new token per sequence against a cache
 
 The GPU kernels are in `bsjax.pallas`.

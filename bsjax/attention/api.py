@@ -3,7 +3,7 @@
     sparse_attention    one prompt under a `BlockMask`, prompt order in and out
     ragged_attention    rows in the order of a schedule: language models and vision towers
 
-Both check their arrays here, once; what they call takes them as they are.
+Arrays are checked here, once; the backends do not check them again.
 """
 
 from functools import partial
@@ -24,8 +24,8 @@ from bsjax.pallas.prefill import prefill_attention
 
 BACKENDS = ("auto", "pallas", "xla", "reference")
 
-# Measured on two CPU cores at 8K tokens, head dim 128, float32: where everything is visible, large
-# blocks are a quarter faster; where little is, small blocks visit fewer invisible pairs.
+# Measured on two CPU cores at 8K tokens, head dim 128, float32: if everything is visible, large
+# blocks are a quarter faster; if little is, small blocks visit fewer invisible pairs.
 _XLA_DENSE_BLOCKS = (256, 512)
 _XLA_SPARSE_BLOCKS = (128, 64)
 
@@ -64,11 +64,11 @@ def block_sizes(
     Args:
       backend: one of `BACKENDS`.
       head_dim: channels of a head.
-      dtype: of queries, keys and values.
+      dtype: dtype of queries, keys and values.
       sparse: whether any head is sparse.
 
     Raises:
-      BackendError: the backend is unknown, or cannot compute such heads.
+      BackendError: the backend is unknown, or does not support the head dimension or dtype.
     """
     if resolve_backend(backend) == "pallas":
         return configurations.default_blocks(head_dim, dtype, sparse=sparse)
@@ -126,7 +126,7 @@ def sparse_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention of one prompt under a block mask; invisible blocks are never computed.
 
-    Works inside and outside of `jax.jit`. A mask is a pytree and can be an argument of the jitted
+    Works inside and outside `jax.jit`. A mask is a pytree and can be an argument of the jitted
     function, so that masks of the same shapes share one compiled program.
 
     Args:
@@ -135,11 +135,11 @@ def sparse_attention(
       k: keys, in the dtype of `q`; all finite.
       v: values, in the dtype of `q`; all finite, even where no query sees them.
       mask: which keys each query of each head sees.
-      scale: factor of the scores, above 0; head_dim ** -0.5 by default.
+      scale: factor applied to the scores, above 0; head_dim ** -0.5 by default.
       backend: `pallas` (GPU kernel, head_dim up to 256; on a CPU it is interpreted, hence slow),
         `xla` (any device), `reference` (holds the whole score matrix), or `auto`: pallas on an
-        NVIDIA GPU of the Ampere generation or later, xla elsewhere. All have first-order gradients
-        in reverse mode (`jax.grad`, `jax.vjp`); those of pallas are computed by xla's code.
+        NVIDIA GPU of the Ampere generation or later, xla elsewhere. All support first-order
+        reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas are computed by xla's code.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -148,8 +148,9 @@ def sparse_attention(
       zeros and -inf.
 
     Raises:
-      MaskError: shapes or dtypes do not fit each other or the mask, or the scale is not above 0.
-      BackendError: the backend is unknown, or cannot compute such heads or blocks.
+      MaskError: shapes or dtypes do not match each other or the mask, or the scale is not above 0.
+      BackendError: the backend is unknown, or does not support the head dimension, dtype or block
+        sizes.
     """
     _check(q, k, v, mask.schedule, mask.head_category, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -204,16 +205,16 @@ def ragged_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Attention over a schedule, rows in its order: what language models and towers call.
+    """Attention over a schedule, rows in its order: what language models and vision towers call.
 
     Args:
       q: queries; bfloat16, float16 or float32. Query head h reads key-value head
         h // (q_heads // kv_heads).
       k: keys, in the dtype of `q`; all finite.
       v: values, in the dtype of `q`; all finite, even in padding rows and where no query sees them.
-      schedule: what to visit; `schedule.tokens` rows, padding included.
+      schedule: which blocks to visit, for `schedule.tokens` rows, padding included.
       head_category: int32, the table of the schedule that each query head uses; may be traced.
-      scale: factor of the scores, above 0.
+      scale: factor applied to the scores, above 0.
       backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow.
       return_lse: also return the log-sum-exp.
 
@@ -223,9 +224,10 @@ def ragged_attention(
       padding rows, are zeros and -inf.
 
     Raises:
-      MaskError: shapes or dtypes do not fit each other or the schedule, or the scale is not above
+      MaskError: shapes or dtypes do not match each other or the schedule, or the scale is not above
         0.
-      BackendError: the backend is unknown, or cannot compute such heads or blocks.
+      BackendError: the backend is unknown, or does not support the head dimension, dtype or block
+        sizes.
     """
     _check(q, k, v, schedule, head_category, scale)
     head_category = jnp.asarray(head_category)
@@ -242,7 +244,7 @@ def _attend(
     scale: float,
     backend: str,
 ) -> tuple[Array, Array]:
-    """Output and log-sum-exp, computed by a backend that `resolve_backend` has named."""
+    """Output and log-sum-exp, computed by one backend; `backend` is not `auto` here."""
     result: Any
     match backend:
         case "pallas":
@@ -259,7 +261,7 @@ def _attend(
 def _pallas_attention(
     q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
 ) -> Any:
-    # The choice is by the platform that is compiled for, which this machine may lack.
+    # Chosen by the platform being compiled for, which this machine may not have.
     return jax.lax.platform_dependent(
         q,
         k,
@@ -290,17 +292,17 @@ def _check(
     head_category: Array | np.ndarray,
     scale: float | None,
 ) -> None:
-    """Refuses arrays that do not fit each other or the schedule, before anything is indexed.
+    """Rejects arrays that do not match each other or the schedule, before anything is indexed.
 
     Raises:
-      MaskError: says which shapes or dtypes were given and what is wanted.
+      MaskError: names the shapes or dtypes given and those expected.
     """
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim == k.ndim == 3 and 0 in (*q.shape[1:], *k.shape[1:]):
         raise MaskError(f"Attention needs at least one head of one element, got {shapes}.")
     if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[::2] != k.shape[::2]:
         raise MaskError(
-            f"Attention takes q [tokens, q_heads, head_dim] and "
+            f"Attention needs q [tokens, q_heads, head_dim] and "
             f"k, v [tokens, kv_heads, head_dim], got {shapes}."
         )
     if q.shape[1] % k.shape[1]:
@@ -311,7 +313,7 @@ def _check(
         raise MaskError(f"The mask is for {head_category.shape[0]} query heads, but got {shapes}.")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise MaskError(
-            "q, k and v must share one dtype out of float32, bfloat16 and float16, got "
+            "q, k and v must have one dtype, float32, bfloat16 or float16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}."
         )
     if scale is not None and not scale > 0:

@@ -59,10 +59,10 @@ def decode_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention of one token per sequence to the valid rows of one layer of a cache.
 
-    Takes the cache of all layers, so that a loop over layers need not slice it: the kernel reads
-    the rows in place. The keys and values of the tokens themselves may be in the cache already, or
-    be passed as `own_k` and `own_v`; a model can then write those of all layers at once, after its
-    last layer.
+    Accepts the cache of all layers, so that a loop over layers need not slice it: the kernel reads
+    the rows in place. The tokens' own keys and values may be in the cache already, or be passed as
+    `own_k` and `own_v`. In that case a model can write those of all layers to the cache at once,
+    after its last layer.
 
     Args:
       q: queries; bfloat16, float16 or float32. Query head h reads key-value head
@@ -74,7 +74,7 @@ def decode_attention(
         rows have no effect.
       own_k: the tokens' own keys, seen in addition to the cache.
       own_v: the tokens' own values; required with `own_k`.
-      scale: factor of the scores, above 0.
+      scale: factor applied to the scores, above 0.
       backend: `pallas`, `xla` or `auto`, as in `sparse_attention`. `reference` is the same as `xla`
         here: both hold all scores of the token.
       return_lse: also return the log-sum-exp.
@@ -85,14 +85,14 @@ def decode_attention(
       zeros and -inf. Sums are in float32.
 
     Raises:
-      MaskError: shapes or dtypes do not fit each other, or the scale is not above 0.
-      BackendError: the backend is unknown, or cannot compute such heads.
+      MaskError: shapes or dtypes do not match, or the scale is not above 0.
+      BackendError: the backend is unknown, or does not support the head dimension or dtype.
     """
     _check(q, k_cache, v_cache, lengths, own_k, own_v, scale)
     layer, lengths = jnp.asarray(layer), jnp.asarray(lengths)
     result: Any
     if resolve_backend(backend) == "pallas":
-        # The choice is by the platform that is compiled for, which this machine may lack.
+        # Chosen by the platform being compiled for, which this machine may not have.
         result = jax.lax.platform_dependent(
             q,
             k_cache,
@@ -166,22 +166,22 @@ def _check(
     own_v: Array | None,
     scale: float,
 ) -> None:
-    """Refuses arrays that do not fit each other, whichever backend computes them.
+    """Rejects arrays that do not match each other, whichever backend is used.
 
     Raises:
-      MaskError: says which shapes or dtypes were given and what is wanted.
+      MaskError: names the shapes or dtypes given and those expected.
     """
     shapes = f"q {q.shape}, k_cache {k_cache.shape}, v_cache {v_cache.shape}"
     if q.ndim != 3 or k_cache.ndim != 5 or k_cache.shape != v_cache.shape:
         raise MaskError(
-            "Decoding takes q [batch, q_heads, head_dim] and k_cache, v_cache "
+            "Decoding needs q [batch, q_heads, head_dim] and k_cache, v_cache "
             f"[layers, batch, rows, kv_heads, head_dim], got {shapes}."
         )
     batch, q_heads, head_dim = q.shape
     _, cached_batch, _, kv_heads, cached_head_dim = k_cache.shape
     if cached_batch != batch or cached_head_dim != head_dim or lengths.shape != (batch,):
         raise MaskError(
-            f"{shapes} and lengths {lengths.shape} must have one batch size and one head dimension."
+            f"{shapes} and lengths {lengths.shape} must agree in batch size and head dimension."
         )
     if q_heads % kv_heads:
         raise MaskError(f"The query heads must be a multiple of the key heads, got {shapes}.")

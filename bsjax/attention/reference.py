@@ -1,4 +1,4 @@
-"""The definition of attention, with the whole score matrix: what all other backends must equal."""
+"""Attention with the whole score matrix: the definition that all other backends must match."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """Attention over a schedule in plain JAX: differentiable, block by block, on any device.
 
-Three nested loops: over heads, over the tiles of the head's table, over the blocks of a tile. Their
-lengths are read from the schedule, so sparser schedules take less time. The gradient visits the
+Three nested loops: over heads, over the tiles of the head's table, over the blocks of a tile. Trip
+counts are read from the schedule, so sparser schedules take less time. The gradient visits the
 same tiles and blocks again and recomputes the weights from the log-sum-exp, as flash attention
 does.
 """
@@ -102,11 +102,12 @@ def attention_gradients(
     out_gradient, lse_gradient = gradients
     loops = _Loops.of(q, k, v, schedule, head_category)
     out_gradient32 = out_gradient.astype(jnp.float32)
-    # The log-sum-exp of a row that saw nothing is constant: its gradient does not count.
+    # The log-sum-exp of a row that saw nothing is a constant: its gradient is ignored.
     lse_gradient = jnp.where(jnp.isneginf(lse), 0.0, lse_gradient)
     offset = lse_gradient - (out_gradient32 * out.astype(jnp.float32)).sum(axis=-1)
     out_gradient_rows = loops.by_head(out_gradient)
-    # A log-sum-exp of +inf makes all weights zero, for rows that saw nothing and beyond the tile.
+    # A log-sum-exp of +inf makes all weights 0: here for rows that saw nothing, below for rows
+    # beyond the end of the tile.
     lse_rows = loops.by_head(jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None])
     offset_rows = loops.by_head(offset[..., None])
 
@@ -162,7 +163,7 @@ class _Block(NamedTuple):
     """One block of keys and values of a head."""
 
     start: Int[Array, ""]
-    """Its first key row."""
+    """First key row of the block."""
     k: Float[Array, "block_kv head_dim"]
     v: Float[Array, "block_kv head_dim"]
     seen: Bool[Array, "block_q block_kv"] | None
@@ -172,7 +173,7 @@ class _Block(NamedTuple):
 class _Loops(NamedTuple):
     """The loops over tiles and blocks, and the arrays that they slice.
 
-    Arrays are by head, with enough padding that slices of tiles and blocks stay in bounds.
+    Arrays are laid out by head and padded, so that slices of tiles and blocks stay in bounds.
     """
 
     q: Float[Array, "q_heads padded_tokens head_dim"]

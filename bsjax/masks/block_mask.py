@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 class BlockMask:
     """The block mask of one prompt and the heads of one layer. Built on the host; a pytree.
 
-    Inside a jitted function, a mask has only its arrays. What describes the prompt (`template`,
-    `categories`, `flops`, `density`, `to_dense`, `plot`) is available outside only.
+    Inside a jitted function a mask has only its arrays. Everything that describes the prompt
+    (`template`, `categories`, `flops`, `density`, `to_dense`, `plot`) is available only outside.
 
     Args:
       template: the prompt.
@@ -57,7 +57,8 @@ class BlockMask:
       row: int32 [tokens], the row of each prompt token in the schedule.
 
     Raises:
-      MaskError: there is no head, a category is unknown, or a block size or the window is below 1.
+      MaskError: `categories` is empty or names an unknown category, or a block size or the window
+        is below 1.
     """
 
     schedule: Schedule
@@ -98,7 +99,7 @@ class BlockMask:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, ...]) -> "BlockMask":
-        """For JAX: a mask with arrays alone, which is all that attention needs."""
+        """For JAX: rebuilds a mask from its arrays alone, which are all that attention needs."""
         mask = object.__new__(cls)
         mask.schedule, mask.head_category, mask.order, mask.row = children
         return mask
@@ -127,13 +128,13 @@ class BlockMask:
 
     @cached_property
     def visible_pairs(self) -> Int[np.ndarray, "q_heads"]:
-        """int64: (query, key) pairs that each head sees, exactly."""
+        """int64: the exact number of (query, key) pairs that each head sees."""
         pairs = {category: self._pairs(category) for category in set(self.categories)}
         return np.asarray([pairs[category] for category in self.categories], np.int64)
 
     @cached_property
     def dense_pairs(self) -> int:
-        """Pairs that a DENSE head would see."""
+        """How many pairs a DENSE head would see."""
         return self._pairs(HeadCategory.DENSE)
 
     @property
@@ -165,17 +166,17 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """Visible pairs of all heads, divided by what they would be if all heads were DENSE."""
+        """Visible pairs of all heads, divided by those of as many DENSE heads."""
         return float(self.density_per_head.mean())
 
     def to_dense(self, head: int) -> Bool[np.ndarray, "tokens tokens"]:
-        """Which keys each query of one head sees, in prompt order, from the blocks of the schedule.
+        """Expands the schedule of one head to a boolean mask, in prompt order.
 
-        Full blocks count whole, partial blocks where the predicate holds. For tests and short
-        prompts: it takes tokens squared bytes.
+        Every pair of a full block is visible; in a partial block the predicate decides. For tests
+        and short prompts: the mask takes tokens squared bytes.
 
         Raises:
-          MaskError: there is no such head, or the schedule covers a pair twice.
+          MaskError: the head does not exist, or the schedule covers a pair twice.
         """
         schedule, table = self.schedule, int(self._category_of(head))
         tokens = self.template.tokens
@@ -198,22 +199,22 @@ class BlockMask:
                 blocks_left -= -(-(end - start) // schedule.block_kv)
                 index += 1
         if covered.max(initial=0) > 1:
-            raise MaskError("The schedule covers a pair twice; this is a defect of bsjax.")
+            raise MaskError("The schedule covers a pair twice; this is a bug in bsjax.")
         return covered.astype(bool)[np.ix_(self.row, self.row)]
 
     def plot(self, path: str | Path | None = None, head: int = 0) -> "Figure":
         """Draws what one head sees, in prompt order and in packed order.
 
         Args:
-          path: where to write the picture; its suffix (PNG, PDF, SVG) is the format. None writes
-            nothing.
-          head: which query head.
+          path: where to write the picture; the suffix decides the format (PNG, PDF, SVG). None
+            writes nothing.
+          head: index of the query head.
 
         Returns:
           The matplotlib figure.
 
         Raises:
-          MaskError: there is no such head, matplotlib is not installed, or the file cannot be
+          MaskError: the head does not exist, matplotlib is not installed, or the file cannot be
             written.
         """
         from bsjax.masks.picture import plot_mask
@@ -223,7 +224,9 @@ class BlockMask:
 
     def _category_of(self, head: int) -> HeadCategory:
         if not 0 <= head < len(self.categories):
-            raise MaskError(f"There is no head {head}: the mask has {len(self.categories)}.")
+            raise MaskError(
+                f"Head {head} does not exist: the mask has heads 0 to {len(self.categories) - 1}."
+            )
         return self.categories[head]
 
     def _pairs(self, category: HeadCategory) -> int:

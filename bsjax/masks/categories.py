@@ -50,7 +50,7 @@ class HeadCategory(enum.IntEnum):
           value: a category, its number, or its name in any case, such as "intra-image-sink".
 
         Raises:
-          ValueError: it names no category; the message lists them all.
+          ValueError: `value` is not a category; the message lists them all.
         """
         try:
             if isinstance(value, str):
@@ -64,7 +64,7 @@ class HeadCategory(enum.IntEnum):
 
     @property
     def groups(self) -> KeyGroup:
-        """The key groups that image queries of such a head see."""
+        """The key groups that the image queries of a head in this category see."""
         return _GROUPS[self]
 
 

@@ -58,7 +58,7 @@ def head_flops(
       visibilities: one for each kind of layer.
       layer_kinds: the kind of each layer, an index into `visibilities`.
       head_dim: channels of a head.
-      categories: those to count; the others are 0, which saves their time.
+      categories: which categories to count. The others are 0, which saves time.
     """
     flops = np.zeros((len(visibilities), len(HeadCategory)), np.int64)
     for kind, visibility in enumerate(visibilities):
@@ -71,7 +71,7 @@ def head_flops(
 def total_flops(
     categories: Int[np.ndarray, "layers heads"], flops: Int64[np.ndarray, "layers all_categories"]
 ) -> int:
-    """Attention FLOPs of all heads, given those of one head of each layer and category."""
+    """Attention FLOPs of all heads, from those of one head of each layer and category."""
     return int(np.take_along_axis(flops, categories.astype(np.int64), axis=1).sum())
 
 
@@ -85,7 +85,7 @@ def flops_per_kind(
 
     Args:
       categories: `HeadCategory` of every head.
-      flops: of one head of each layer, as `head_flops` gives them; those of DENSE must be there.
+      flops: FLOPs of one head of each layer, from `head_flops` with DENSE among its categories.
       visibilities: one for each kind of layer.
       layer_kinds: the kind of each layer, an index into `visibilities`.
     """

@@ -34,9 +34,9 @@ def plot_mask(
 
     Args:
       template: the prompt.
-      category: of the head.
+      category: the head's category.
       visibility: what the model itself lets a query see.
-      path: where to write the picture; its suffix (PNG, PDF, SVG) is the format. None writes
+      path: where to write the picture; the suffix decides the format (PNG, PDF, SVG). None writes
         nothing.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Which key rows each query row sees: at most one range of each key segment.
+"""Which key rows each query row sees: at most one range per key segment.
 
 Rows are tokens in the order of a schedule: packed order, or prompt order when every head is dense.
-The key rows of one *segment* (text, sinks, or the other image tokens; in prompt order all rows) are
-sorted by position. A query row therefore sees one range [low, high) of a segment, and from one row
-of the segment to the next neither end ever decreases.
+The key rows of one *segment* (text, sinks, or the other image tokens; in prompt order there is one
+segment of all rows) are sorted by position. A query row therefore sees one range [low, high) of a
+segment, and from one row of a tile to the next neither end ever decreases.
 
 Everything here is NumPy on the host, and linear in the number of tokens.
 """
@@ -44,7 +44,7 @@ class KeySegment(NamedTuple):
 
 
 class RowRanges(NamedTuple):
-    """The key rows [low, high) of one segment that each of some query rows sees."""
+    """For each of several query rows, the key rows [low, high) of one segment that it sees."""
 
     low: Int[np.ndarray, "rows"]
     high: Int[np.ndarray, "rows"]
@@ -64,7 +64,7 @@ class QueryRows:
       packed: whether the order is packed order.
       order: int32 [tokens], the prompt position of each row.
       image: int32 [tokens], the image number of each row; -1 for text.
-      runs: first rows of the runs of rows that belong to one image, or to the text.
+      runs: the first row of each run of rows that belong to one image, or to the text.
       segments: the key segments, in the order of their rows.
     """
 
@@ -151,17 +151,17 @@ class QueryRows:
         return np.repeat(starts, tiles) + index_in_run * block_q
 
     def probes(self, starts: Int[np.ndarray, "tiles"], block_q: int) -> Int[np.ndarray, "probes"]:
-        """Enough rows to know, from their ranges alone, what all rows of each tile see.
+        """Rows whose ranges suffice to know what all rows of each tile see.
 
         Without a window, all rows of one image, and all rows of the text, start at the same key.
         The union of what they see is then the union of what the first and the last of them see.
 
-        With a window the same holds for rows between two of these changes: positions are
-        consecutive, and the far end of the window stays inside one run of the segment's keys, or
-        moves past keys of other segments only. Each end of the range then stays where it is, or
-        advances by one key per row. Both advance only where the window holds keys of a single run;
-        the last row's range then begins no later than the first row's ends, since a tile has no
-        more rows than the window has positions. Where it has more, every row is a probe.
+        With a window the same holds for a stretch of rows whose positions are consecutive, if the
+        far end of the window stays inside one run of the segment's keys, or moves only past keys of
+        other segments. Each end of the range then stays where it is, or advances by one key per
+        row. Both advance only where the window holds keys of a single run. The last row's range
+        then begins no later than the first row's ends, since a tile has no more rows than the
+        window has positions. If a tile can have more, every row is a probe.
 
         Args:
           starts: first rows of the tiles.
@@ -184,7 +184,7 @@ class QueryRows:
 
     @cached_property
     def _steps(self) -> Int[np.ndarray, "steps"]:
-        """Rows whose position does not follow that of the row before."""
+        """Rows whose position is not one more than that of the previous row."""
         return np.flatnonzero(np.diff(self.order) != 1) + 1
 
     @cached_property
@@ -196,7 +196,7 @@ class QueryRows:
 
 
 def visible_pairs(template: Template, groups: KeyGroup, visibility: Visibility = CAUSAL) -> int:
-    """How many (query, key) pairs a head that keeps `groups` sees, exactly."""
+    """The exact number of (query, key) pairs that a head sees if it keeps `groups`."""
     rows = QueryRows(template, [groups], visibility)
     every_row = np.arange(rows.tokens)
     ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]

@@ -39,7 +39,7 @@ PADDING_POSITION = np.iinfo(np.int32).max
 
 
 class Tile(NamedTuple):
-    """Query rows that one kernel program does, and which key ranges it visits.
+    """Query rows that are processed together, and the key ranges that they visit.
 
     A schedule keeps all tiles in one int32 array, so that a kernel reads a tile from one place in
     memory. The fields here are the columns of that array, in order: scalars for one tile, arrays
@@ -47,8 +47,8 @@ class Tile(NamedTuple):
 
     Attributes:
       first_row: first query row.
-      rows: how many rows; 0 for an entry after a table's last tile.
-      first_range: where the tile's ranges start among those of its table.
+      rows: number of rows; 0 for an entry after a table's last tile.
+      first_range: index of the tile's first range among those of its table.
       full_blocks: blocks of keys in its full ranges.
       partial_blocks: blocks of keys in its partial ranges, which follow the full ones.
     """
@@ -71,7 +71,7 @@ class Tile(NamedTuple):
 
 
 class KeyRange(NamedTuple):
-    """Consecutive key rows that a tile visits. Kept in one array, as `Tile` is.
+    """Consecutive key rows that a tile visits. Kept in one array, like `Tile`.
 
     Attributes:
       start: first key row.
@@ -90,23 +90,23 @@ class KeyRange(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What attention over one template visits. A pytree, to be an argument of jitted functions.
+    """The tiles and key ranges that attention over one template visits, as a pytree.
 
-    Arrays are padded to buckets: another template of similar size has the same shapes and compiles
-    nothing. Each query head uses one of the tables.
+    Arrays are padded to buckets: another template of similar size has the same shapes, so that
+    nothing is compiled again. Each query head uses one of the tables.
 
     Attributes:
       position: int32 [tokens], prompt position of each row; `PADDING_POSITION` for padding.
       image: int32 [tokens], image number of each row; -1 for text and padding.
       sink: bool [tokens], whether the row is a sink token.
       groups: int32 [tables], the `KeyGroup` bits of each table.
-      tile_columns: int32 [tables, tiles, fields of `Tile`], tiles with most blocks first. Every row
-        is in exactly one tile of each table, padding rows in tiles without blocks. Entries after a
-        table's last tile have no rows.
+      tile_columns: int32 [tables, tiles, fields of `Tile`], the tiles with the most blocks first.
+        In each table that is not empty, every row is in exactly one tile; padding rows are in tiles
+        without blocks. Entries after a table's last tile have no rows.
       range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
         has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
-        step by `block_kv` from a range's start; the last block of a partial range is cut at its
-        end. There is one entry more than any tile uses, so that looking one ahead stays in bounds.
+        step by `block_kv` from a range's start; the last block of a partial range is cut at the end
+        of the range. One extra entry lets kernels look one range ahead without leaving the bounds.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
@@ -147,7 +147,7 @@ def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
     """Rounds `size` up to a coarse grid, so that few different shapes are compiled.
 
     Args:
-      size: what has to fit.
+      size: the size that has to fit.
       smallest: the smallest size of the grid.
       steps: sizes per factor of two. More steps mean more programs and less padding: 4 steps add at
         most 25 %.
@@ -181,7 +181,7 @@ def build_schedule(
       The schedule, in prompt order if every table keeps all groups, else in packed order.
 
     Raises:
-      MaskError: a block size below 1, or fewer `tokens` than the template has.
+      MaskError: a block size is below 1, or `tokens` is less than the template has.
     """
     for name, value in (("block_q", block_q), ("block_kv", block_kv)):
         whole_number(name, value, least=1, error=MaskError)
@@ -191,13 +191,13 @@ def build_schedule(
 
     rows = QueryRows(template, tables, visibility)
     built = [_build_table(rows, groups, block_q, block_kv, tokens) for groups in tables]
-    # Enough for images of 2 * block_q tokens or more: then nearly all templates that are padded to
-    # one length share their shapes.
+    # Enough for images of 2 * block_q tokens or more, so that nearly all templates padded to the
+    # same length share their shapes.
     usual_tiles = bucket(2 * tokens // block_q + 4, smallest=16, steps=1)
     max_tiles = bucket(
         max((len(tiles) for tiles, _ in built), default=0), smallest=usual_tiles, steps=1
     )
-    # One entry more than is used, so that kernels may read the range after a tile's last one.
+    # One extra entry, because kernels read the range after a tile's last one.
     most_ranges = 1 + max((len(ranges) for _, ranges in built), default=0)
     max_ranges = bucket(most_ranges, smallest=4 * usual_tiles, steps=1)
     padding = (0, tokens - template.tokens)
@@ -215,13 +215,13 @@ def build_schedule(
 
 
 def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | None]:
-    """Key groups of each `HeadCategory`, in order; None for those not among `categories`."""
+    """The key groups of each `HeadCategory`, in order; None for categories that do not occur."""
     used = set(np.unique(np.asarray(categories)).tolist())
     return [category.groups if category in used else None for category in HeadCategory]
 
 
 def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
-    """The schedule with no blocks for text rows in some of its tables.
+    """Returns the schedule without blocks for text rows in some of its tables.
 
     Text queries see the same keys in every table. Where the outputs of several tables are combined,
     one table is enough for text rows; in the others they see nothing.
@@ -247,7 +247,7 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
         # The fields are views of the columns.
         tiles.full_blocks[of_text > 0] = 0
         tiles.partial_blocks[of_text > 0] = 0
-        # Tiles with most blocks first, entries without rows last, as in any table.
+        # As in any table: tiles with the most blocks first, entries without rows last.
         order = np.lexsort((-tiles.blocks, tiles.rows == 0))
         changed.tile_columns[table] = changed.tile_columns[table, order]
     return changed
@@ -260,10 +260,10 @@ def segment_schedule(
     block_kv: int,
     tokens: int | None = None,
 ) -> Schedule:
-    """The schedule of attention within segments: rows see all rows of their own segment, no others.
+    """The schedule of attention within segments: a row sees exactly the rows of its own segment.
 
     Vision towers attend like this, within images or within windows. It is INTRA_IMAGE over a
-    template of nothing but images.
+    template that consists of images only.
 
     Args:
       lengths: rows of each segment, in order; at least 1 each.
@@ -284,7 +284,7 @@ def segment_schedule(
 
 
 class _TileRanges(NamedTuple):
-    """Key ranges of one segment: the tile that each belongs to, its start and its end."""
+    """Key ranges of one segment: the tile, start and end of each."""
 
     tile: Int[np.ndarray, "ranges"]
     start: Int[np.ndarray, "ranges"]
@@ -334,14 +334,14 @@ def _build_table(
 
 
 def _columns(fields: Tile | KeyRange) -> Int[np.ndarray, "entries fields"]:
-    """The fields next to each other, as a schedule keeps them."""
+    """Stacks the fields as columns, which is how a schedule stores them."""
     return np.stack(fields, axis=1).astype(np.int32)
 
 
 def _cut_ranges(
     seen: RowRanges, starts: Int[np.ndarray, "tiles"], block_kv: int
 ) -> tuple[_TileRanges, _TileRanges, _TileRanges]:
-    """Unites the ranges of each tile's rows, then cuts each union into full, before and after it.
+    """Unites the ranges of each tile's rows, then cuts each union into full and partial ranges.
 
     Args:
       seen: the ranges of the probes.
@@ -349,7 +349,7 @@ def _cut_ranges(
       block_kv: keys of a block.
 
     Returns:
-      Full ranges, partial ranges before them and partial ranges after them.
+      The full ranges, the partial ranges before them, and the partial ranges after them.
     """
     low, high = seen
     last_rows = np.append(starts[1:], low.size) - 1

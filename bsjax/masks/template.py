@@ -20,7 +20,7 @@ from bsjax.checks import whole_number
 from bsjax.errors import TemplateError
 from bsjax.masks.visibility import TokenInfo
 
-# Far more than any model takes, and far less than 32 bits can count.
+# Far more than any model accepts, and far below the limit of int32.
 _MOST_TOKENS = 100_000_000
 
 
@@ -136,7 +136,7 @@ class Template:
         """The template of a tokenized prompt, in which each image token is a placeholder.
 
         Args:
-          token_ids: ids of one prompt, as a Hugging Face processor gives them.
+          token_ids: ids of one prompt, as returned by a Hugging Face processor.
           image_token_id: the id of the placeholder (Qwen2-VL: 151655).
           sinks: which tokens of every image are sinks.
           image_tokens: how many tokens each image has. By default every run of placeholders is one
@@ -203,7 +203,7 @@ class Template:
 
     @classmethod
     def _with_sinks(cls, image: np.ndarray, sinks: Sinks) -> "Template":
-        # The constructor refuses an image that is split: its number occurs in two runs.
+        # An image that text splits has two runs with the same number; the constructor rejects it.
         sink = np.zeros(image.shape, bool)
         borders = [*_run_starts(image).tolist(), image.size]
         for start, end in itertools.pairwise(borders):
@@ -228,7 +228,7 @@ class Template:
 
     @cached_property
     def packed_order(self) -> Int[np.ndarray, "tokens"]:
-        """The prompt position of every row of packed order: text, then sinks, then the rest."""
+        """The prompt position of every row in packed order: text, then sinks, then the rest."""
         text = self.image < 0
         parts = (text, self.sink, ~(text | self.sink))
         return np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])

@@ -1,8 +1,8 @@
 """Which keys a query sees: the one predicate that NumPy, XLA and every kernel evaluate.
 
-Two things decide together. The model's own `Visibility`, of a kind of layer: causal, whole images
-at once where images are bidirectional, within a sliding window where there is one. And the
-`KeyGroup`s that a head keeps for its image queries; text queries keep all groups in every head.
+Two things decide together: the model's own `Visibility`, which depends on the kind of layer
+(causal, optionally bidirectional inside images, optionally limited to a sliding window), and the
+`KeyGroup`s that a head keeps for its image queries. Text queries keep all groups in every head.
 """
 
 from dataclasses import dataclass
@@ -56,13 +56,13 @@ class TokenInfo(NamedTuple):
 
 
 class KeyVisibility(NamedTuple):
-    """From which position on a head sees each key: NumPy or JAX arrays that broadcast.
+    """From which query position on a head sees each key: NumPy or JAX arrays that broadcast.
 
     Attributes:
-      position: int32, index in prompt order; text queries see the key from there on.
+      position: int32, the key's index in prompt order. Text queries from this position on see it.
       image: int32, image number; -1 for text.
-      own_from: int32, from where on queries of the key's own image see it.
-      other_from: int32, from where on all other image queries see it.
+      own_from: int32. Queries of the key's own image see it from this position on.
+      other_from: int32. All other image queries see it from this position on.
     """
 
     position: Any
@@ -75,10 +75,10 @@ def visible(query: TokenInfo, key: TokenInfo, groups: Any, visibility: Visibilit
     """Whether `query` sees `key` in a head that keeps `groups`.
 
     Args:
-      query: its fields must broadcast against those of `key`.
-      key: of the same kind of arrays as `query`.
+      query: the queries; its fields must broadcast against those of `key`.
+      key: the keys: NumPy arrays if `query` has NumPy arrays, JAX arrays if it has JAX arrays.
       groups: a `KeyGroup`, or an integer (array) with the same bits.
-      visibility: the model's own.
+      visibility: what the model itself lets a query see.
 
     Returns:
       A boolean array of the shape that the arguments broadcast to.
@@ -87,7 +87,7 @@ def visible(query: TokenInfo, key: TokenInfo, groups: Any, visibility: Visibilit
 
 
 def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVisibility:
-    """The half of the predicate that looks at keys alone, so that kernels compute it only once."""
+    """The half of the predicate that depends on keys alone; kernels compute it only once."""
     where = key.image.__array_namespace__().where
 
     def keeps(group: KeyGroup) -> Any:
@@ -103,7 +103,7 @@ def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVi
 
 
 def sees(query_position: Any, query_image: Any, key: KeyVisibility, visibility: Visibility) -> Any:
-    """The half of the predicate that looks at pairs: two choices and one comparison for each."""
+    """The half of the predicate that depends on pairs: two selects and a comparison for each."""
     where = key.image.__array_namespace__().where
     seen_from = where(key.image == query_image, key.own_from, key.other_from)
     seen_from = where(query_image < 0, key.position, seen_from)

@@ -1,8 +1,8 @@
 """Block sizes, warps and pipeline stages of the prefill kernel, from configurations.json.
 
-Every entry says what it is for (target, head width, bytes per element, dense or sparse heads) and
-how it was chosen: "compiled", by `tools.choose_configurations` from the compiled code, or
-"measured", by `tools.tune` on a GPU of that kind.
+Every entry says what it applies to (target, head width, bytes per element, dense or sparse heads)
+and how it was chosen: "compiled" by `tools.choose_configurations`, from the compiled code, or
+"measured" by `tools.tune`, on a GPU of that kind.
 """
 
 import contextlib
@@ -78,10 +78,10 @@ def target_in_use() -> str:
 
 
 def target_of(compute_capability: str) -> str:
-    """The target whose configurations a GPU uses, from its compute capability, such as "8.6".
+    """The target for a GPU of this compute capability, such as "8.6".
 
     Raises:
-      BackendError: it is not an NVIDIA GPU of the Ampere generation or later.
+      BackendError: it is not that of an NVIDIA GPU of the Ampere generation or later.
     """
     major, _, minor = compute_capability.partition(".")
     match int(major) if major.isdigit() else 0:
@@ -109,7 +109,7 @@ def default_blocks(head_dim: int, dtype: DTypeLike, *, sparse: bool) -> tuple[in
       sparse: whether any head is sparse. All heads of a launch share their block sizes.
 
     Raises:
-      BackendError: the kernel does not support such heads.
+      BackendError: the kernel does not support the head dimension or dtype.
     """
     chosen = _tabled(target_in_use(), head_dim, dtype, sparse=sparse)
     return chosen.block_q, chosen.block_kv
@@ -120,11 +120,11 @@ def configuration(
 ) -> KernelConfiguration:
     """How the kernel is compiled for a schedule of these block sizes.
 
-    For the sizes of `default_blocks` it is the entry of the table. Larger blocks are visited in
-    steps of the table's size; smaller ones get fewer warps.
+    For the sizes of `default_blocks`, this is the table's entry. Larger blocks are visited in steps
+    of the table's size; smaller ones get fewer warps.
 
     Raises:
-      BackendError: the kernel does not support such heads.
+      BackendError: the kernel does not support the head dimension or dtype.
     """
     target = target_in_use()
     for sparse in (True, False):
@@ -151,7 +151,7 @@ def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> Ke
         )
     if not 1 <= head_dim <= LARGEST_HEAD_DIM:
         raise BackendError(
-            f"The GPU kernel takes head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}."
+            f"The GPU kernel supports head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}."
         )
     width = table_width(head_dim)
     return _table()[target, width, element.itemsize, "sparse" if sparse else "dense"]

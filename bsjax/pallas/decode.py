@@ -7,8 +7,8 @@
 Decoding is bound by memory: every valid row of the cache should be read once, by many programs at
 the same time, and nothing else should be read.
 
-  * The kernel takes the cache of all layers and the index of one. A loop over layers that passed a
-    slice would copy it before every launch.
+  * The kernel accepts the cache of all layers and the index of one layer. A loop over layers that
+    passed a slice would copy it before every launch.
   * One program computes all query heads of the key head whose keys it has read.
   * The valid length, not the capacity, is divided evenly among a fixed number of programs.
 
@@ -22,10 +22,10 @@ runs down the columns:
 Rows beyond the valid length are masked in the copies to shared memory, which fill in zeros: the
 cache is never read there.
 
-A second kernel, one program per sequence and query head, combines the splits, and with them the new
-token's own key and value where these are passed separately.
+A second kernel, one program per sequence and query head, combines the splits and, where they are
+passed separately, the new token's own key and value.
 
-Offsets: as in `bsjax.pallas.prefill`.
+For offsets into large arrays see `bsjax.pallas.prefill`.
 """
 
 import functools
@@ -78,7 +78,7 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
     """How the kernel is compiled for heads of `head_dim` elements of `dtype`.
 
     Raises:
-      BackendError: the kernel does not support such heads.
+      BackendError: the kernel does not support the head dimension or dtype.
     """
     element = jnp.dtype(dtype)
     if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -86,7 +86,9 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
             f"The GPU kernel computes in bfloat16, float16 or float32, not in {element}."
         )
     if not 1 <= head_dim <= 256:
-        raise BackendError(f"The GPU kernel takes head dimensions up to 256, got {head_dim}.")
+        raise BackendError(
+            f"The GPU kernel supports head dimensions from 1 to 256, got {head_dim}."
+        )
     return _CONFIGURATIONS[max(64, pl.next_power_of_2(head_dim)), element.itemsize]
 
 
@@ -105,7 +107,7 @@ def decode_attention(
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """Attention of one token per sequence to one layer of a cache, for NVIDIA GPUs.
 
-    The arrays must fit each other: `bsjax.attention.decode_attention` checks that.
+    The arrays must match each other; `bsjax.attention.decode_attention` checks that.
 
     Args:
       q: queries; bfloat16, float16 or float32. Query head h reads key head
@@ -117,7 +119,7 @@ def decode_attention(
         of the other rows, even NaN, have no effect.
       own_k: the tokens' own keys, seen in addition to the cache.
       own_v: the tokens' own values; required with `own_k`.
-      scale: factor of the scores, above 0.
+      scale: factor applied to the scores, above 0.
       splits: how many programs share the valid rows of a sequence and key head. The default keeps a
         large GPU busy.
       interpret: run in plain JAX on any device, slowly, for tests.
@@ -128,7 +130,7 @@ def decode_attention(
       multiplied in float32, not in TF32.
 
     Raises:
-      BackendError: the kernel does not support such heads.
+      BackendError: the kernel does not support the head dimension or dtype.
     """
     batch, q_heads, head_dim = q.shape
     _, _, rows, kv_heads, _ = k_cache.shape
@@ -339,7 +341,7 @@ def _attend_split(
             greatest = jnp.maximum(maximum, scores.max(axis=0))
             weights = jnp.exp2(scores - greatest)
             rescale = jnp.exp2(maximum - greatest)
-            # Totals are summed over keys at the end only, which saves a sum across warps per block.
+            # Totals are summed over keys only at the end, which saves a sum across warps per block.
             return (
                 greatest,
                 total * rescale + weights,
@@ -356,7 +358,7 @@ def _attend_split(
                 jnp.zeros((padded_dim, padded_group), jnp.float32),
             ),
         )
-        # A split with a block has a valid key, so that no total is 0.
+        # A split with a block has a valid key, so no total is 0.
         total = total.sum(axis=0)
         pltriton.store(
             out_ref.at[group, :],

@@ -21,13 +21,14 @@ def scaled_exp2(
 ) -> Float32[Array, "rows columns"]:
     """`2 ** (scores * scale + offset)`, inside a kernel.
 
-    The compiler makes seven instructions of this expression: it multiplies and adds separately, and
-    it scales around the hardware's exp2 to get results below 2**-126 right, which a softmax does
-    not need. In loops over blocks of keys the difference is a quarter of all instructions.
+    The compiler turns the plain expression into seven instructions: it multiplies and adds
+    separately, and it rescales around the hardware's exp2 to get results below 2**-126 right, which
+    a softmax does not need. In loops over blocks of keys the difference is a quarter of all
+    instructions.
 
     Args:
       scores: -inf yields 0.
-      scale: a constant when the kernel is compiled.
+      scale: a compile-time constant.
       offset: broadcasts against `scores`.
       interpret: compute in plain JAX, for kernels that are interpreted.
     """

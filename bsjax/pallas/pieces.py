@@ -1,7 +1,7 @@
 """Splits heads whose size is not a power of two into pieces whose sizes are.
 
 The sides of Triton's blocks are powers of two. Padding a head of 80 elements to 128 would waste
-over a third of products, registers and shared memory; 64 + 16 wastes nothing.
+over a third of the products, registers and shared memory; 64 + 16 wastes nothing.
 """
 
 from typing import NamedTuple

@@ -22,13 +22,13 @@ fastest, is the head: the query heads that share a key head read the same keys a
 time, from L2. The second axis is the tile; schedules list the longest tiles first. Where a tile has
 more rows than the registers hold, several programs share it.
 
-Reads of keys and values are never masked by row. The pipelined loops can then copy them straight to
-shared memory. Besides, masked reads together with the predicate's reads make Triton's allocator of
-shared memory hang (as of JAX 0.12).
+Reads of keys and values are never masked by row, so that the pipelined loops can copy them straight
+to shared memory. Masked reads, together with the predicate's reads, would also make Triton's
+allocator of shared memory hang (seen with JAX 0.12).
 
-Offsets: Pallas computes the offsets into an array in 64 bits once the array has more than 2**32
-bytes. Elements of smaller arrays, at two bytes or more each, have indices below 2**31, which fit 32
-bits.
+Offsets: Pallas computes the offsets into an array in 64 bits if the array has more than 2**32
+bytes. In smaller arrays, with two bytes or more per element, indices are below 2**31 and fit into
+32 bits.
 """
 
 import functools
@@ -66,7 +66,8 @@ def prefill_attention(
 ):
     """Block-sparse attention over a whole prompt, for NVIDIA GPUs.
 
-    The arrays must fit each other and the schedule: `bsjax.attention.ragged_attention` checks that.
+    The arrays must match each other and the schedule; `bsjax.attention.ragged_attention` checks
+    that.
 
     Args:
       q: queries, rows in the order of the schedule; bfloat16, float16 or float32.
@@ -75,11 +76,11 @@ def prefill_attention(
       v: values, of the shape and dtype of `k`; all finite.
       schedule: which blocks to visit. Both block sizes are powers of two, 16 or more.
       head_category: int32, the table of the schedule that each query head uses.
-      scale: factor of the scores, above 0.
+      scale: factor applied to the scores, above 0.
       return_lse: also return the log-sum-exp of the scores.
       interpret: run in plain JAX on any device, slowly, for tests.
-      configuration: how to compile, for tuning; its block sizes divide those of the schedule. The
-        default is `configurations.configuration`.
+      configuration: how to compile, for tuning; its block sizes must divide those of the schedule.
+        By default the result of `configurations.configuration`.
 
     Returns:
       The output in the dtype of `q`. With `return_lse` also the natural log-sum-exp of every row's
@@ -87,7 +88,7 @@ def prefill_attention(
       and -inf. Sums are in float32; float32 inputs are multiplied in float32, not in TF32.
 
     Raises:
-      BackendError: the kernel cannot do these block sizes, head dimensions or dtypes.
+      BackendError: the kernel does not support the block sizes, head dimension or dtype.
     """
     for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
         if block < SHORTEST_SIDE or block & (block - 1):
@@ -106,7 +107,8 @@ def prefill_attention(
     if schedule.block_kv % configuration.block_kv or schedule.block_q % configuration.block_q:
         raise BackendError(
             f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
-            f"of {schedule.block_q} x {schedule.block_kv}."
+            f"of {schedule.block_q} x {schedule.block_kv}: its block sizes must divide the "
+            "schedule's."
         )
     programs_per_tile = schedule.block_q // configuration.block_q
     settings = _Settings(
@@ -184,9 +186,9 @@ class _NextBlock(NamedTuple):
     """The next block of keys to visit: int32 scalars."""
 
     range_index: Array
-    """Which range it is in."""
+    """Index of the block's range."""
     start: Array
-    """Its first key row."""
+    """First key row of the block."""
     end: Array
     """One past the last key row of the range."""
 
@@ -272,8 +274,8 @@ def _attend_tile(
         start = block.start + settings.block_kv
         done = start >= block.end
         if settings.steps_per_block > 1:
-            # The schedule's last block of a range may reach beyond the range; it is visited to its
-            # own end, with the keys beyond the range masked.
+            # The schedule's last block of a range may reach beyond the range. All of its steps are
+            # run, with the keys beyond the range masked.
             done &= jax.lax.rem(step + 1, settings.steps_per_block) == 0
         range_index = jnp.where(done, block.range_index + 1, block.range_index)
         return _NextBlock(
