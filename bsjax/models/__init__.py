@@ -1,4 +1,4 @@
-"""Ports of vision-language models. `FAMILIES` finds one by its config's `model_type`."""
+"""Ports of vision-language models. `FAMILIES` maps a config's `model_type` to its family."""
 
 from bsjax.models.cache import Cache
 from bsjax.models.family import Architecture, Family

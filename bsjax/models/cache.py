@@ -25,7 +25,7 @@ class Cache(NamedTuple):
         v: Float[Array, "layers 1 kv_heads head_dim"],
         row: Int[Array, ""],
     ) -> "Cache":
-        """The cache with one row of every layer replaced. If it is donated, this is in place."""
+        """The cache with one row of every layer replaced, in place if the cache is donated."""
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=1)
         return Cache(write(self.k, k), write(self.v, v))
 
@@ -33,6 +33,6 @@ class Cache(NamedTuple):
 def fit_rows(
     x: Float[Array, "rows heads head_dim"], rows: int
 ) -> Float[Array, "fitted heads head_dim"]:
-    """`x` cut, or padded with zeros, to `rows` rows."""
+    """`x` cut or zero-padded to `rows` rows."""
     x = x[:rows]
     return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0), (0, 0)))

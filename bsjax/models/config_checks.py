@@ -7,7 +7,7 @@ from bsjax.errors import CheckpointError
 
 
 def check_positive(config: PretrainedConfig, *names: str) -> None:
-    """Refuses fields that are not finite numbers above 0.
+    """Rejects fields that are not finite numbers above 0.
 
     Raises:
       CheckpointError: names the field and its value.
@@ -17,10 +17,10 @@ def check_positive(config: PretrainedConfig, *names: str) -> None:
 
 
 def check_attention_heads(config: PretrainedConfig) -> None:
-    """Refuses layers without heads, or whose key-value heads do not divide the query heads.
+    """Rejects layers without heads, or whose key-value heads do not divide the query heads.
 
     Raises:
-      CheckpointError: names the numbers of heads.
+      CheckpointError: gives the numbers of heads.
     """
     check_positive(config, "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     if config.num_attention_heads % config.num_key_value_heads:

@@ -1,4 +1,4 @@
-"""The interface of a model family: everything that the rest of bsjax knows of one."""
+"""The interface of a model family: everything that the rest of bsjax knows about it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from bsjax.models.parameters import ParameterRule
 
 
 class ProcessedImage(NamedTuple):
-    """One image of the messages, cut into patches. With crops it becomes several images."""
+    """One image of the messages, cut into patches, and its crops, which count as images too."""
 
     pixel_values: Float32[np.ndarray, "patches patch_values"]
-    """Patches of all its images, one image after the other."""
+    """Patches of the image and its crops, one after the other."""
     grid_thw: Int[np.ndarray, "images 3"]
-    """Frames, rows and columns of patches of each image."""
+    """Frames, rows and columns of patches of the image and of each crop."""
     image_tokens: Int[np.ndarray, "images"]
-    """Tokens of each image."""
+    """Number of tokens of the image and of each crop."""
 
 
 class Family(ABC):
@@ -34,9 +34,9 @@ class Family(ABC):
 
     Attributes:
       name: the `model_type` of its Hugging Face configurations.
-      dtypes: what its models can compute in.
-      image_processor: class of the image processor, one that needs neither torch nor torchvision
-        (AutoProcessor would, for videos). None for a family that reads text only.
+      dtypes: the dtypes that its models can run in.
+      image_processor: class of the image processor. Unlike AutoProcessor, which handles videos too,
+        it must not need torch or torchvision. None for a family that reads text only.
       image_options: keys that an image part of a message may have for `process_image`.
       how_to_shorten: advice for error messages about prompts that are too long.
     """
@@ -57,12 +57,12 @@ class Family(ABC):
         """Creates the model with random parameters; under `nnx.eval_shape`, with shapes only.
 
         Raises:
-          CheckpointError: the config asks for something that the port does not compute.
+          CheckpointError: the config asks for something that the port does not support.
         """
 
     @abstractmethod
     def parameter_table(self, config: PretrainedConfig) -> list[ParameterRule]:
-        """Where each parameter comes from."""
+        """The rules that say which source tensors each parameter is made from."""
 
     # What the language model sees, and where.
 
@@ -84,16 +84,16 @@ class Family(ABC):
         grid_thw: Int[np.ndarray, "images 3"],
         config: PretrainedConfig,
     ) -> tuple[Int32[np.ndarray, "axes tokens"], int]:
-        """Position ids of a prompt. By default tokens are counted, from 0 on, on one axis.
+        """Position ids of a prompt. By default there is one axis, which counts tokens from 0.
 
         Args:
           token_ids: the prompt, with `image_token_id` once per image token.
           grid_thw: frames, rows and columns of patches of each image, in prompt order.
-          config: of the whole model.
+          config: configuration of the whole model.
 
         Returns:
-          The positions, in prompt order, and the position of the first token after the prompt; such
-          a token has the same position on all axes.
+          The positions, in prompt order, and the position of the first token after the prompt,
+          which is the same on all axes.
 
         Raises:
           TemplateError: grids and image tokens do not match.
@@ -103,7 +103,7 @@ class Family(ABC):
     # How messages become a prompt.
 
     def image_token_id(self, config: PretrainedConfig) -> int:
-        """The id that every token of an image has in a prompt. By default -1: there is none."""
+        """The id that every image token has in a prompt; -1, the default, if there is none."""
         return -1
 
     def placeholder_id(self, config: PretrainedConfig) -> int:
@@ -113,7 +113,7 @@ class Family(ABC):
     def template(
         self, prompt: Any, config: PretrainedConfig, sinks: Sinks | None = None
     ) -> Template:
-        """The template of a `Prompt`; without `sinks` the first token of each image is its sink.
+        """The template of a `Prompt`; by default the first token of each image is its only sink.
 
         Raises:
           TemplateError: image tokens and images do not match.
@@ -135,29 +135,29 @@ class Family(ABC):
         """Cuts one image into patches.
 
         Args:
-          image: a PIL image or an array, as transformers' image processors take them.
+          image: a PIL image or an array, as accepted by transformers' image processors.
           options: the image part's options; see `image_options`.
-          image_processor: the checkpoint's.
-          config: of the whole model.
+          image_processor: the checkpoint's image processor.
+          config: configuration of the whole model.
 
         Raises:
-          MessageError: an option that the family does not have, or an invalid value of one.
+          MessageError: the family does not have one of the options, or its value is invalid.
         """
         raise MessageError("this model reads text only.")
 
     def expand(
         self, text: str, images: Sequence[int], tokenizer: Any, config: PretrainedConfig
     ) -> str:
-        """Replaces each placeholder in a rendered chat template, so that every image has one token.
+        """Replaces the placeholders in a rendered chat template, so that each image has one token.
 
         Args:
-          text: the rendered template.
-          images: how many images each placeholder stands for: more than one with crops.
-          tokenizer: the checkpoint's.
-          config: of the whole model.
+          text: the rendered chat template.
+          images: how many images each placeholder represents: more than one with crops.
+          tokenizer: the checkpoint's tokenizer.
+          config: configuration of the whole model.
 
         Raises:
-          MessageError: the tokenizer does not have the tokens that this needs.
+          MessageError: the tokenizer lacks a token that is needed.
         """
         return text
 
@@ -176,17 +176,17 @@ class Family(ABC):
         block_q: int,
         block_kv: int,
     ) -> Any:
-        """What the vision tower needs to know of some images: a pytree of NumPy arrays.
+        """What the vision tower needs to know about some images: a pytree of NumPy arrays.
 
         Args:
           grid_thw: frames, rows and columns of patches of each image.
-          config: of the whole model.
+          config: configuration of the whole model.
           patches: rows to pad to, a multiple of the patches of an image token.
           block_q: query rows of an attention tile, at most.
           block_kv: keys of an attention block, at most.
 
         Raises:
-          TemplateError: a grid that the tower cannot merge.
+          TemplateError: the tower cannot merge the patches of a grid.
           CapacityError: `patches` is too small or not a valid multiple.
         """
         raise NotImplementedError
@@ -194,14 +194,14 @@ class Family(ABC):
     # How the port is compared with transformers.
 
     def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
-        """The arguments of transformers' model for a `Prompt`, by name: arrays, a batch of one."""
+        """The arguments of transformers' model for a `Prompt`: arrays by name, a batch of one."""
         token_ids = np.asarray(prompt.token_ids, np.int64)[None]
         return {"input_ids": token_ids, "attention_mask": np.ones_like(token_ids)}
 
     def reference_logits(
         self, logits: Float[np.ndarray, "*rows vocabulary"], config: PretrainedConfig
     ) -> Float[np.ndarray, "*rows vocabulary"]:
-        """What ours should equal, given the logits of transformers' model."""
+        """What our logits should equal, given those of transformers' model."""
         return logits
 
 
@@ -211,4 +211,4 @@ class Architecture(NamedTuple):
     family: Family
     config: PretrainedConfig
     dtype: Any
-    """What it computes in."""
+    """The dtype that it runs in."""

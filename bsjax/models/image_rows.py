@@ -1,4 +1,4 @@
-"""Checks where the images of a prompt are: in its tokens, and in the rows of a vision tower."""
+"""Locates and checks a prompt's images: in its tokens, and in the rows of a vision tower."""
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +15,7 @@ def image_starts(
 
     Args:
       token_ids: the prompt, with `image_token_id` once per image token.
-      image_token_id: the family's.
+      image_token_id: id of an image token in the family's prompts.
       image_tokens: how many tokens each image has, in prompt order, all at least 1.
 
     Raises:
@@ -35,19 +35,20 @@ def image_starts(
     if interrupted.size:
         number = interrupted[0]
         raise TemplateError(
-            f"Image {number} should take {image_tokens[number]} tokens from token {starts[number]} "
-            "on, but there are other tokens among them: the grids do not belong to this prompt."
+            f"Image {number} should have {image_tokens[number]} tokens from token "
+            f"{starts[number]} on, but other tokens interrupt it: the grids do not belong to this "
+            "prompt."
         )
     return starts
 
 
 def check_patch_rows(patches: int, needed: int, multiple: int) -> None:
-    """Refuses a plan whose rows do not hold all patches, or hold a part of an image token.
+    """Rejects a plan whose rows cannot hold all patches, or would end inside an image token.
 
     Args:
-      patches: rows of the plan.
-      needed: patches of the images.
-      multiple: patches of an image token.
+      patches: number of rows of the plan.
+      needed: number of patches of all images.
+      multiple: number of patches of an image token.
 
     Raises:
       CapacityError: `patches` is below `needed`, or not a multiple of `multiple`.

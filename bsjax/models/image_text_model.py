@@ -25,7 +25,7 @@ class ImageTextModel(nnx.Module):
     def encode_images(
         self, pixel_values: Float[Array, "patches pixels"], plan: Any, *, backend: str = "auto"
     ) -> Float[Array, "merged hidden"]:
-        """Features of the tokens of some images, one image after the other.
+        """Computes the features of all image tokens, one image after the other.
 
         Args:
           pixel_values: patches in the order of the family's prompts, padded to the plan's rows. The
@@ -51,8 +51,8 @@ class ImageTextModel(nnx.Module):
 
         Args:
           token_id: the token.
-          position: as for `LanguageModel.decode_step`, like the other arguments.
-          cache: donate it so that it is updated in place.
+          position: the token's position, as in `LanguageModel.decode_step`.
+          cache: from prefill or the previous step. Donate it so that it is updated in place.
           cache_index: how many tokens the cache holds.
           backend: attention backend.
 

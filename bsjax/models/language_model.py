@@ -1,4 +1,4 @@
-"""The interface of language models: what a stage of the runtime, profiling and training call."""
+"""The interface of language models: what the runtime, profiling and training call."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from bsjax.models.layers import LayerAttend
 class LanguageModel(nnx.Module):
     """Token embeddings, decoder layers and the final norm.
 
-    All methods take one prompt and can be jitted. Rows may be in any order, as long as all
-    arguments of a call use the same one.
+    All methods work on one prompt and can be jitted. Rows may be in any order, as long as all
+    arguments of a call use the same order.
 
     Attributes:
       embed_tokens: the embedding table.
-      scale: factor of the attention scores.
+      scale: factor applied to the attention scores.
     """
 
     embed_tokens: nnx.Embed
@@ -27,7 +27,7 @@ class LanguageModel(nnx.Module):
 
     @abstractmethod
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
-        """Embeddings of tokens. Those of image tokens are to be replaced by image features."""
+        """Embeds tokens. The caller replaces the rows of image tokens with image features."""
 
     @abstractmethod
     def prefill(
@@ -43,9 +43,9 @@ class LanguageModel(nnx.Module):
         """Runs a prompt, padding rows included. Holds no array of tokens x tokens elements.
 
         Args:
-          embeddings: from `embed`, with image features in the rows of image tokens; in the order of
-            the schedules' rows.
-          position_ids: of each row, from the family's `positions`.
+          embeddings: from `embed`, with image features in the rows of image tokens; rows in the
+            order of the schedules.
+          position_ids: position ids of each row, from the family's `positions`.
           schedules: which keys each row sees, by head category: one schedule for each of the
             family's `visibilities`, all with the same row order.
           head_category: `HeadCategory` of every query head of every layer.
@@ -65,12 +65,12 @@ class LanguageModel(nnx.Module):
         attends: Sequence[LayerAttend],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """Runs a prompt with attention functions of the caller's, for profiling and training.
+        """Runs a prompt with the caller's attention functions, for profiling and training.
 
         Args:
           embeddings: as for `prefill`.
-          position_ids: of each row, from the family's `positions`.
-          attends: one function for each of the family's `visibilities`. What they keep of a layer
+          position_ids: position ids of each row, from the family's `positions`.
+          attends: one function for each of the family's `visibilities`. What they keep from a layer
             must have the same structure and shapes.
           scanned: pytree of arrays with a leading layer axis; each layer's attention is given its
             slice.
@@ -92,8 +92,8 @@ class LanguageModel(nnx.Module):
         """Runs one text token after the tokens in the cache.
 
         Args:
-          embedding: of the token.
-          position: of the token, the same on all position axes.
+          embedding: the token's embedding.
+          position: the token's position, the same on all position axes.
           cache: from `prefill` or the previous step. Donate it so that it is updated in place.
           cache_index: how many tokens the cache holds; this token becomes the next.
           backend: attention backend.

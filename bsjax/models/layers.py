@@ -1,4 +1,4 @@
-"""What model families share: the attention of layers, stacked layers, gated MLPs, rotation."""
+"""What model families share: attention of layers, stacked layers, gated MLPs, rotary embedding."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ from bsjax.masks.schedule import Schedule
 from bsjax.models.cache import Cache
 
 Attend = Callable[[Array, Array, Array], Array]
-"""Attention over one layer: q [rows, q_heads, head_dim], k and v [rows, kv_heads, head_dim] to
-[rows, q_heads, head_dim]. What a row may see is bound into it."""
+"""Attention of one layer: maps q [rows, q_heads, head_dim] and k, v [rows, kv_heads, head_dim] to
+[rows, q_heads, head_dim]. What each row sees is bound into the function."""
 
 KeepingAttend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""As `Attend`, but also returns what to keep of the layer: keys and values for a cache, statistics
-of the scores, or None."""
+"""Like `Attend`, but also returns what to keep from the layer: keys and values for a cache,
+statistics of the scores, or None."""
 
 LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-"""As `KeepingAttend`, for all layers of one kind. The last argument is the layer's slice of the
+"""Like `KeepingAttend`, for all layers of one kind. The last argument is the layer's slice of the
 arrays that are scanned over together with the layers."""
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -45,14 +45,14 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-# Rows of a matrix that are summed by one reduction on a GPU. Few enough that matrices of published
-# sizes occupy all multiprocessors; many enough that the partial sums are small next to the matrix.
+# Rows of a matrix that one reduction on a GPU sums. Few enough that matrices of published sizes
+# occupy all multiprocessors; many enough that the partial sums are much smaller than the matrix.
 _ROWS_PER_SUM = 128
 
 
 @cache
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function with this name in Hugging Face configs.
+    """The activation function that Hugging Face configs call `name`.
 
     It computes in float32 and returns its argument's dtype. The same name always returns the same
     object, so that equally built modules compare equal and share compiled programs.
@@ -85,8 +85,8 @@ def prefill_attend(
     Args:
       schedule: what each row sees, by head category.
       kept_rows: selects the rows of a layer's keys, and of its values, that go into the cache. It
-        is applied layer by layer, so that only the cache exists at the end.
-      scale: factor of the scores.
+        is applied layer by layer, so that the keys and values of all rows never exist at once.
+      scale: factor applied to the scores.
       backend: attention backend.
     """
 
@@ -102,19 +102,19 @@ def decode_attend(
 ) -> LayerAttend:
     """Attention of one token to the cache and to itself. Layer indices are scanned over.
 
-    The cache itself is not: its slices would be copies.
+    The cache itself is not scanned over, because its slices would be copies.
 
     Args:
-      cache: of the layers that this is for.
-      tokens: how many of its rows are valid, from the first on.
-      scale: factor of the scores.
+      cache: the cache of these layers.
+      tokens: how many rows of the cache are valid, from the first on.
+      scale: factor applied to the scores.
       backend: attention backend.
     """
     lengths = jnp.reshape(tokens, 1)
     cached_k, cached_v = cache.k[:, None], cache.v[:, None]
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
-        # Without `return_lse` the output comes alone.
+        # Without `return_lse` only the output is returned.
         attended: Any = decode_attention(
             q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
         )
@@ -140,7 +140,7 @@ def scan_layers(
     hidden: Float[Array, "*rows width"],
     scanned: Any = None,
 ) -> tuple[Float[Array, "*rows width"], Any]:
-    """Runs stacked layers one after the other. They are compiled once, whatever their number.
+    """Runs stacked layers one after the other; compiled only once, whatever their number.
 
     Args:
       stacked: a module made by `stack_layers`.
@@ -167,10 +167,10 @@ def scan_layers_of_kinds(
     hidden: Float[Array, "*rows width"],
     scanned: Any = None,
 ) -> tuple[Float[Array, "*rows width"], tuple[Any, ...]]:
-    """As `scan_layers`, for layers of several kinds in alternation.
+    """Like `scan_layers`, for layers of several alternating kinds.
 
     Kinds repeat with a period, such as five local layers and a global one. The program contains one
-    period, in which a run of layers of one kind is a loop, and the layers after the last whole
+    period, in which consecutive layers of one kind are a loop, and the layers after the last whole
     period. Its size does not grow with the number of periods.
 
     Args:
@@ -206,7 +206,7 @@ def scan_layers_of_kinds(
     def run_in_turn(
         kinds: Sequence[int], first: Any, hidden: Array
     ) -> tuple[Array, dict[int, Any]]:
-        """Runs consecutive layers of these kinds, the first of which is layer `first`."""
+        """Runs consecutive layers of these kinds, starting at layer `first`."""
         outputs: dict[int, list[Any]] = {}
         for kind, members in itertools.groupby(kinds):
             count = len(list(members))
@@ -255,7 +255,7 @@ def dot_general(
     precision: jax.lax.PrecisionLike = None,
     **options: Any,
 ) -> Array:
-    """`jax.lax.dot_general` for `nnx.Linear`, which reads the weights once when there is one row.
+    """`jax.lax.dot_general` for `nnx.Linear` that reads the weights only once if there is one row.
 
     Decoding is bound by memory traffic. For a matrix product, XLA for GPUs copies a layer's weights
     out of their stack or writes all products to memory before it sums them, which triples the
@@ -272,7 +272,7 @@ def dot_general(
 def one_row_product(
     row: Float[Array, "1 width"], matrix: Float[Array, "width outputs"]
 ) -> Float[Array, "1 outputs"]:
-    """`row @ matrix` as float32 sums of products, in `row`'s dtype; `width` a multiple of 128.
+    """`row @ matrix`, summed in float32 and returned in `row`'s dtype; `width` % 128 must be 0.
 
     The sum has two stages, because a single one does not occupy a whole GPU. The barrier keeps XLA
     from merging them.
@@ -288,9 +288,9 @@ def by_rows(
 ) -> Float[Array, "rows out"]:
     """`function(x)` in bounded memory, for a function that treats each row independently.
 
-    Up to `CHUNK_ROWS` rows it is one call. For more, whole chunks run one after the other, followed
-    by the remaining rows, so that temporaries are never larger than a chunk's: the inner width of
-    an MLP is five times the model's, and a prompt can have 300K rows.
+    Up to `CHUNK_ROWS` rows are one call. More rows run chunk by chunk, the remainder last, so that
+    temporaries are never larger than a chunk's: the inner width of an MLP is about five times the
+    model's, and a prompt can have 300K rows.
     """
     rows = x.shape[0]
     if rows <= CHUNK_ROWS:
@@ -314,7 +314,7 @@ def rotate(
     cos: Float[Array, "rows half"],
     sin: Float[Array, "rows half"],
 ) -> Float[Array, "rows heads head_dim"]:
-    """Rotary embedding of pairs (i, i + head_dim / 2), in float32; the result has `x`'s dtype.
+    """Rotates the pairs (i, i + head_dim / 2), in float32; the result has `x`'s dtype.
 
     Equals `apply_rotary_pos_emb` of transformers' Qwen2-VL and Gemma 3, and Qwen2-VL's
     `apply_rotary_pos_emb_vision`, whose cosines and sines repeat in the two halves of a head.

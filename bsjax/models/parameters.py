@@ -44,7 +44,7 @@ class ParameterRule:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The canonical keys this parameter is made from, in stacking order."""
+        """The canonical keys that this parameter is made from, in stacking order."""
         if self.layers is None:
             return (self.source,)
         return tuple(self.source.format(layer=layer) for layer in range(self.layers))
@@ -89,14 +89,14 @@ def canonical_key(key: str) -> str:
 def ties_embeddings(config: PretrainedConfig) -> bool:
     """Whether the output projection is the embedding table.
 
-    Read from the top level of the config. Some files of Qwen's have it in `text_config`;
+    Read from the top level of the config. Some of Qwen's files have it in `text_config`;
     transformers moves it to the top level when it reads them.
     """
     return bool(config.tie_word_embeddings)
 
 
 def tied_keys(config: PretrainedConfig) -> dict[str, str]:
-    """Canonical keys whose tensors may be copies of others in a checkpoint, and those others."""
+    """Maps canonical keys whose tensors may be copies in a checkpoint to the keys they copy."""
     if not ties_embeddings(config):
         return {}
     return {"lm_head.weight": "model.language_model.embed_tokens.weight"}

@@ -76,7 +76,7 @@ def test_prompts_that_are_refused(family):
         positions(np.asarray([1, VIDEO, VIDEO, 2]), np.zeros((0, 3), np.int64), config)
     with pytest.raises(TemplateError, match="holds 3 image tokens"):
         positions(np.asarray([1, IMAGE, IMAGE, IMAGE]), grid, config)
-    with pytest.raises(TemplateError, match="Image 0 should take 4 tokens from token 0"):
+    with pytest.raises(TemplateError, match="Image 0 should have 4 tokens from token 0"):
         positions(np.asarray([IMAGE, IMAGE, 1, IMAGE, IMAGE]), grid, config)
 
 
@@ -144,7 +144,7 @@ def test_prompts_and_grids_of_gemma3_that_are_refused():
     grid = np.asarray([[1, 8, 8]])
     with pytest.raises(TemplateError, match="holds 3 image tokens"):
         positions(np.asarray([1, *[IMAGE] * 3]), grid, config)
-    with pytest.raises(TemplateError, match="Image 0 should take 16 tokens from token 0"):
+    with pytest.raises(TemplateError, match="Image 0 should have 16 tokens from token 0"):
         positions(np.asarray([*[IMAGE] * 8, 1, *[IMAGE] * 8]), grid, config)
     blocks = {"block_q": 16, "block_kv": 16}
     with pytest.raises(TemplateError, match="Image 1 has the patch grid"):

@@ -148,7 +148,7 @@ def test_prompts_that_are_refused(files, options, text, words):
 def test_image_settings_of_another_tower_are_refused(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(size={"height": 48, "width": 48})
-    with pytest.raises(MessageError, match="48 x 48 pixels, but its vision tower takes 32 x 32"):
+    with pytest.raises(MessageError, match="48 x 48 pixels, but its vision tower needs 32 x 32"):
         prepare(conversation([picture(40, 40)]), config, tokenizer, image_processor)
 
 

@@ -24,7 +24,7 @@ from bsjax.models.gemma3.vision_plan import (
 from bsjax.models.image_rows import image_starts
 from bsjax.models.parameters import ParameterRule
 
-# Gemma3Processor's settings when an image part has no options. They take precedence over the
+# Gemma3Processor's settings for an image part without options. They take precedence over the
 # checkpoint's image settings (preprocessor_config.json).
 _CROPS = {
     "pan_and_scan_min_crop_size": 256,
@@ -35,7 +35,7 @@ _IMAGE_SETTINGS = {"do_convert_rgb": True, "do_pan_and_scan": False, **_CROPS}
 
 
 class Gemma3TextFamily(Family):
-    """Layers with a sliding window and layers without."""
+    """Text only: local layers, which have a sliding window, and global ones."""
 
     name = "gemma3_text"
     # The residual stream of the published models exceeds float16's range.
@@ -55,7 +55,7 @@ class Gemma3TextFamily(Family):
 
     @override
     def visibilities(self, config: PretrainedConfig) -> tuple[Visibility, Visibility]:
-        """Of local and of global layers; in both, tokens of an image see each other."""
+        """Those of local and of global layers; in both, tokens of an image see each other."""
         window = config.get_text_config().sliding_window
         return (
             Visibility(bidirectional_images=True, window=window),
@@ -68,7 +68,7 @@ class Gemma3TextFamily(Family):
 
 
 class Gemma3Family(Gemma3TextFamily):
-    """Adds a vision tower, whose images all have one size."""
+    """Adds a vision tower, which scales all images to one size."""
 
     name = "gemma3"
     image_processor = Gemma3ImageProcessorPil
@@ -116,13 +116,12 @@ class Gemma3Family(Gemma3TextFamily):
         """Scales one image to the model's size and cuts it into patches, followed by its crops.
 
         Crops are made if the option `do_pan_and_scan` is true and the image is long enough
-        (Gemma3ImageProcessorPil.pan_and_scan): the ratio of its sides is at least
-        `pan_and_scan_min_ratio_to_activate`, and crops would be at least
-        `pan_and_scan_min_crop_size` pixels wide and high. There are at most
-        `pan_and_scan_max_num_crops`.
+        (Gemma3ImageProcessorPil.pan_and_scan): the ratio of its sides must be at least
+        `pan_and_scan_min_ratio_to_activate`, and crops at least `pan_and_scan_min_crop_size` pixels
+        wide and high. At most `pan_and_scan_max_num_crops` are made.
 
         Raises:
-          MessageError: another option, or an invalid value of one.
+          MessageError: an option is unknown or has an invalid value.
         """
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
@@ -132,7 +131,7 @@ class Gemma3Family(Gemma3TextFamily):
             )
         _check_crops(options)
         settings = _IMAGE_SETTINGS | dict(options)
-        # Processors in transformers refuse an int here.
+        # transformers' processors reject an int here.
         ratio = "pan_and_scan_min_ratio_to_activate"
         settings[ratio] = float(settings[ratio])
         features = image_processor(images=[image], return_tensors="np", **settings)
@@ -143,7 +142,7 @@ class Gemma3Family(Gemma3TextFamily):
         if (height, width) != (wanted, wanted):
             raise MessageError(
                 f"the checkpoint's image settings scale images to {height} x {width} pixels, but "
-                f"its vision tower takes {wanted} x {wanted}."
+                f"its vision tower needs {wanted} x {wanted}."
             )
         return ProcessedImage(
             to_patches(pixel_values, config),
@@ -157,8 +156,8 @@ class Gemma3Family(Gemma3TextFamily):
     ) -> str:
         """Adds each image's delimiters, and the words that introduce crops.
 
-        As Gemma3Processor does (`full_image_sequence`, `replace_image_token`), but with one token
-        per image.
+        Like Gemma3Processor (`full_image_sequence`, `replace_image_token`), but with one token per
+        image.
         """
         names = ("boi_token_index", "image_token_index", "eoi_token_index")
         tokens = tokenizer.convert_ids_to_tokens([getattr(config, name) for name in names])
@@ -210,7 +209,7 @@ class Gemma3Family(Gemma3TextFamily):
 
 
 def _check_crops(options: Mapping[str, Any]) -> None:
-    """Refuses crop options with invalid values, or without `do_pan_and_scan`."""
+    """Rejects crop options with invalid values, or without `do_pan_and_scan`."""
     wanted = options.get("do_pan_and_scan", False)
     if not isinstance(wanted, bool):
         raise MessageError(f"do_pan_and_scan must be true or false, got {wanted!r}.")

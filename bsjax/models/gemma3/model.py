@@ -1,4 +1,4 @@
-"""The whole of Gemma 3 (transformers: Gemma3ForConditionalGeneration, Gemma3ForCausalLM)."""
+"""The whole Gemma 3 model (transformers: Gemma3ForConditionalGeneration, Gemma3ForCausalLM)."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from bsjax.models.parameters import ties_embeddings
 
 
 class Gemma3ForCausalLM(ImageTextModel):
-    """Language model and output projection. Caps the logits if the config says so."""
+    """Language model and output projection. Caps the logits if the config asks for it."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Gemma3ForCausalLM(ImageTextModel):
         """The model with random parameters of `dtype`.
 
         Raises:
-          CheckpointError: the config asks for something that the port does not compute.
+          CheckpointError: the config asks for something that the port does not support.
         """
         return cls(**text_parts(config, dtype, nnx.Rngs(0)))
 
@@ -45,8 +45,8 @@ class Gemma3ForCausalLM(ImageTextModel):
 class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     """Vision tower, projector, language model and output projection.
 
-    Applies the config's soft cap of the logits, as transformers' Gemma3ForCausalLM does. Its
-    Gemma3ForConditionalGeneration ignores the cap; no published config has one.
+    Applies the config's soft cap to the logits, as transformers' Gemma3ForCausalLM does.
+    transformers' Gemma3ForConditionalGeneration ignores the cap; no published config has one.
     """
 
     def __init__(

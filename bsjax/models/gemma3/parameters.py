@@ -1,4 +1,4 @@
-"""Where Gemma 3's parameters come from."""
+"""Which source tensors Gemma 3's parameters are made from."""
 
 from transformers import PretrainedConfig
 

@@ -39,7 +39,7 @@ from bsjax.models.layers import (
 )
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
-"""The configs' names of the kinds of layers: local, global."""
+"""The names of the kinds of layers in configs: local, global."""
 
 
 def layer_kinds(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
@@ -59,7 +59,7 @@ def _layer_types(config: PretrainedConfig) -> list[str]:
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuses a text config that asks for something that the port does not compute.
+    """Rejects a text config that asks for something that the port does not support.
 
     Raises:
       CheckpointError: names the field.
@@ -85,8 +85,8 @@ class Caches(NamedTuple):
     """Keys and values of the tokens so far: one cache for the layers of each kind.
 
     Attributes:
-      of_local: a ring of the rows within the window. Position p is at row p modulo the number of
-        rows. None if there is no local layer.
+      of_local: a ring buffer of the rows within the window: position p is in row p modulo the
+        number of rows. None if there is no local layer.
       of_global: prefill's rows in their order, then decoded tokens. None if there is no global
         layer.
     """
@@ -183,7 +183,7 @@ class Attention(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output and what `attend` keeps. `attend` gets rotated queries and keys."""
+        """The attention output and what `attend`, given rotated queries and keys, keeps."""
         tokens = hidden.shape[0]
         q = self.q_norm(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim))
         k = self.k_norm(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim))
@@ -356,9 +356,10 @@ class Gemma3TextModel(LanguageModel):
 
 
 def rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
-    """The row that goes into each slot of a ring: of the last `ring` positions, p is in p % ring.
+    """The row that goes into each slot of a ring buffer of the last `ring` positions.
 
-    Prefill's rows are in packed order, so that the last rows are not the last positions.
+    Position p goes into slot p % ring. Prefill's rows may be in packed order, so the last rows are
+    not always those of the last positions.
     """
     real = position != PADDING_POSITION
     kept = real & (position >= jnp.sum(real) - ring)

@@ -132,7 +132,7 @@ class Gemma3MultiModalProjector(nnx.Module):
 
 
 def layer_norm(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm as the tower has them."""
+    """A layer norm with the tower's settings."""
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,

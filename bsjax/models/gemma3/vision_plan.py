@@ -1,4 +1,4 @@
-"""What the SigLIP tower needs to know of a prompt's images, computed on the host in NumPy.
+"""What the SigLIP tower needs to know about a prompt's images, computed on the host in NumPy.
 
 All images have the same square grid of patches, and square blocks of patches are pooled into image
 tokens. Patches are ordered block by block, so that pooling is a mean over consecutive rows. The
@@ -24,7 +24,7 @@ class VisionPlan:
     """Positions and schedule of the patches of all images, padded to a bucket. A pytree.
 
     Attributes:
-      position: int32 [patches], each patch's row of the position embedding.
+      position: int32 [patches], each patch's row in the position embedding.
       schedule: each image is a segment.
     """
 
@@ -33,12 +33,12 @@ class VisionPlan:
 
 
 def grid_side(config: PretrainedConfig) -> int:
-    """Patches along a side of an image."""
+    """Number of patches along each side of an image."""
     return config.vision_config.image_size // config.vision_config.patch_size
 
 
 def pooled_side(config: PretrainedConfig) -> int:
-    """Patches along a side of the blocks that are pooled (Gemma3MultiModalProjector).
+    """Number of patches along each side of a pooled block (Gemma3MultiModalProjector).
 
     Raises:
       CheckpointError: the config's images cannot be divided into such blocks.
@@ -53,7 +53,7 @@ def pooled_side(config: PretrainedConfig) -> int:
 
 
 def patch_order(config: PretrainedConfig) -> Int[np.ndarray, "patches"]:
-    """The index in row-major order of each patch of an image, block by block."""
+    """The row-major index of each patch of an image, block by block."""
     side, block = grid_side(config), pooled_side(config)
     index = np.arange(side**2, dtype=np.int32).reshape(side // block, block, side // block, block)
     return index.transpose(0, 2, 1, 3).reshape(-1)
@@ -93,11 +93,11 @@ def vision_plan(
     """The plan of a tower in which every patch sees its whole image; see `Family.vision_plan`.
 
     Args:
-      grid_thw: frames, rows and columns of patches of each image: 1, and the config's side
-        twice.
-      config: of the whole model.
+      grid_thw: frames, rows and columns of patches of each image; must be 1 and twice the config's
+        side.
+      config: configuration of the whole model.
       patches: rows to pad to, a multiple of the patches of an image token.
-      block_q: most query rows of an attention tile.
+      block_q: query rows of an attention tile, at most.
       block_kv: keys of an attention block.
 
     Raises:
@@ -110,7 +110,7 @@ def vision_plan(
     if other.size:
         raise TemplateError(
             f"Image {other[0]} has the patch grid {grids[other[0]].tolist()} (frames, rows, "
-            f"columns); this model takes images of {side} x {side} patches."
+            f"columns); this model needs images of {side} x {side} patches."
         )
     needed = len(grids) * side**2
     check_patch_rows(patches, needed, merged)

@@ -14,7 +14,7 @@ from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
 
 
 class Qwen2_5VLFamily(Qwen2VLFamily):
-    """Qwen2-VL with another vision tower."""
+    """Qwen2-VL with a different vision tower."""
 
     name = "qwen2_5_vl"
 

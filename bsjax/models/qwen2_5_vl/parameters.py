@@ -1,4 +1,4 @@
-"""Where Qwen2.5-VL's parameters come from."""
+"""Which source tensors Qwen2.5-VL's parameters are made from."""
 
 from transformers import PretrainedConfig
 

@@ -73,12 +73,12 @@ class Qwen2_5VisionTransformer(nnx.Module):
         plan: VisionPlan,
         attends: Sequence[Attend],
     ) -> Float[Array, "merged hidden"]:
-        """As calling the tower, but with the caller's attention; the plan's schedules are not used.
+        """Runs the tower with the caller's attention; the plan's schedules are not used.
 
         Args:
           pixel_values: as for `ImageTextModel.encode_images`.
           plan: from this family's `vision_plan`.
-          attends: attention within images, attention within windows.
+          attends: attention within images, and attention within windows.
         """
         attend_image, attend_window = attends
         cos, sin = self.rotary_pos_emb(plan.positions)

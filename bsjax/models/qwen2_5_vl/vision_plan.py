@@ -25,15 +25,15 @@ def vision_plan(
 ) -> VisionPlan:
     """The plan of a tower that runs patches window by window.
 
-    Windows never span images, so that images stay contiguous in window order. Attention within
-    windows uses blocks no larger than a window: the rest of a larger block would be empty.
+    Windows never span images, so images stay contiguous in window order. Attention within windows
+    uses blocks no larger than a window, because the rest of a larger block would be empty.
 
     Args:
       grid_thw: frames, rows and columns of patches of each image.
-      config: of the whole model.
+      config: configuration of the whole model.
       patches: rows to pad to, a multiple of `spatial_merge_size ** 2`.
-      block_q: most query rows of an attention tile.
-      block_kv: most keys of an attention block.
+      block_q: query rows of an attention tile, at most.
+      block_kv: keys of an attention block, at most.
 
     Raises:
       TemplateError: a grid's sides are not multiples of `spatial_merge_size`, or not positive.
@@ -70,7 +70,7 @@ def vision_plan(
 def window_order(
     merged_grids: Int[np.ndarray, "images 3"], side: int
 ) -> tuple[Int[np.ndarray, "image_tokens"], Int[np.ndarray, "windows"]]:
-    """Image tokens sorted by window, and how many of them each window holds.
+    """Image tokens sorted by window, and the number of tokens in each window.
 
     Args:
       merged_grids: frames, rows and columns of each image, in merged patches.

@@ -1,1 +1,1 @@
-"""Qwen2-VL. Qwen2.5-VL shares its language model, positions, prompts and outer model."""
+"""Qwen2-VL. Qwen2.5-VL uses the same language model, positions, prompts and outer model."""

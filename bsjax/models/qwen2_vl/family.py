@@ -1,4 +1,4 @@
-"""The family of Qwen2-VL. Qwen2.5-VL differs from it in the vision tower only."""
+"""The family of Qwen2-VL. Qwen2.5-VL differs from it only in the vision tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -50,10 +50,10 @@ class Qwen2VLFamily(Family):
     ) -> tuple[Int32[np.ndarray, "3 tokens"], int]:
         """M-RoPE: temporal, row and column positions (Qwen2VLModel.get_rope_index).
 
-        Text counts up by one on all three axes. An image's tokens start where the text before it
-        ended: temporal positions count frames, rows and columns count merged patches. What follows
-        an image starts after its longer side. Unlike in transformers, images are told apart by
-        their grids, so that two of them may be adjacent.
+        Text advances by one per token on all three axes. An image starts where the text before it
+        ended; temporal positions count frames, rows and columns count merged patches. The text
+        after an image starts after its longer side. Unlike in transformers, images are
+        distinguished by their grids, so two images may be adjacent.
 
         Raises:
           TemplateError: the prompt holds video tokens, text interrupts an image, or the grids do
@@ -95,11 +95,11 @@ class Qwen2VLFamily(Family):
         image_processor: Any,
         config: PretrainedConfig,
     ) -> ProcessedImage:
-        """Cuts one image into patches, scaled to a size within `max_pixels` and `min_pixels`.
+        """Scales one image to between `min_pixels` and `max_pixels`, and cuts it into patches.
 
         Raises:
-          MessageError: another option, invalid bounds, or bounds that the checkpoint's image
-            settings do not allow.
+          MessageError: an option is unknown, or the bounds are invalid or not allowed by the
+            checkpoint's image settings.
         """
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
@@ -118,7 +118,7 @@ class Qwen2VLFamily(Family):
                     "max_pixels and min_pixels have no effect: this checkpoint scales all images "
                     "to one size."
                 )
-            # For Qwen's image processors the two "edges" are numbers of pixels.
+            # In Qwen's image processors, the two "edges" are numbers of pixels.
             maximum = maximum or max(size["longest_edge"], minimum or 0)
             minimum = minimum or min(size["shortest_edge"], maximum)
             settings["size"] = {"shortest_edge": minimum, "longest_edge": maximum}

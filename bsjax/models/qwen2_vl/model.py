@@ -1,4 +1,4 @@
-"""The whole of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLForConditionalGeneration)."""
+"""The whole model of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLForConditionalGeneration)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ class Qwen2VLForConditionalGeneration(ImageTextModel):
         """The model with random parameters of `dtype`; `tower` is the family's vision transformer.
 
         Raises:
-          CheckpointError: the config asks for something that the port does not compute.
+          CheckpointError: the config asks for something that the port does not support.
         """
         rngs = nnx.Rngs(0)
         text = config.text_config

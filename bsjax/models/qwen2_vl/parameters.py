@@ -1,4 +1,4 @@
-"""Where Qwen2-VL's parameters come from. Qwen2.5-VL shares the language model's rules."""
+"""Which source tensors Qwen2-VL's parameters are made from; Qwen2.5-VL reuses most rules."""
 
 from transformers import PretrainedConfig
 

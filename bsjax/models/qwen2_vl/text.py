@@ -33,7 +33,7 @@ from bsjax.models.layers import (
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """The head dimension of a text config, which has no field for it in these families."""
+    """The head dimension of a text config; in these families the config has no field for it."""
     return config.hidden_size // config.num_attention_heads
 
 
@@ -43,8 +43,8 @@ class RotaryEmbedding:
 
     Attributes:
       theta: base of the frequencies.
-      sections: how many frequencies use the temporal, row and column positions; longer lists start
-        over.
+      sections: how many frequencies use the temporal, row and column positions. If there are more
+        than three sections, the three axes repeat.
     """
 
     theta: float
@@ -55,7 +55,8 @@ class RotaryEmbedding:
         """The embedding that a text config asks for.
 
         Raises:
-          CheckpointError: it asks for another type, or its sections do not add up.
+          CheckpointError: its type is not `default`, or its sections do not add up to half the head
+            dimension.
         """
         parameters = config.rope_parameters
         if parameters.get("rope_type", "default") != "default":
@@ -102,7 +103,7 @@ class Attention(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output and what `attend` keeps. `attend` gets rotated queries and keys."""
+        """The attention output and what `attend`, given rotated queries and keys, keeps."""
         tokens = hidden.shape[0]
         q = rotate(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim), cos, sin)
         k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)

@@ -15,7 +15,7 @@ from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 from bsjax.models.vision import VisionMLP, segment_attention
 
 EPSILON = 1e-6
-"""Of all norms in the towers; their configs have no field for it."""
+"""Epsilon of all norms in the towers; the configs have no field for it."""
 
 Norm = Callable[..., nnx.Module]
 """Creates a norm from its width, `param_dtype` and `rngs`."""
@@ -25,7 +25,9 @@ layer_norm = partial(nnx.LayerNorm, epsilon=EPSILON, use_fast_variance=False)
 
 @dataclass(frozen=True)
 class VisionRotaryEmbedding:
-    """Half of the frequencies use the row, half the column (Qwen2VLVisionRotaryEmbedding).
+    """Rotary embedding of patches (transformers: Qwen2VLVisionRotaryEmbedding).
+
+    Half of the frequencies use the patch's row, the other half its column.
 
     Attributes:
       theta: base of the frequencies.
@@ -130,7 +132,7 @@ class PatchMerger(nnx.Module):
 
 
 class Qwen2VisionTransformer(nnx.Module):
-    """Patch embedding, stacked blocks that attend within each image, merger."""
+    """Patch embedding, stacked blocks that attend within each image, and the merger."""
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
         width, heads = config.embed_dim, config.num_heads

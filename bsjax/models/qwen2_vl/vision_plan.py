@@ -1,4 +1,4 @@
-"""What the vision towers need to know of a prompt's images, computed on the host in NumPy."""
+"""What the vision towers need to know about a prompt's images, computed on the host in NumPy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +49,9 @@ def vision_plan(
 
     Args:
       grid_thw: frames, rows and columns of patches of each image.
-      config: of the whole model.
+      config: configuration of the whole model.
       patches: rows to pad to, a multiple of `spatial_merge_size ** 2`.
-      block_q: most query rows of an attention tile.
+      block_q: query rows of an attention tile, at most.
       block_kv: keys of an attention block.
 
     Raises:
@@ -69,7 +69,7 @@ def vision_plan(
 
 
 def checked_grids(grid_thw: np.ndarray, merge: int, patches: int) -> Int[np.ndarray, "images 3"]:
-    """The grids as int64; refuses those that cannot be merged or do not fit into `patches` rows.
+    """The grids as int64, after checking that they can be merged and fit into `patches` rows.
 
     Raises:
       TemplateError: as `vision_plan`.
@@ -89,7 +89,7 @@ def checked_grids(grid_thw: np.ndarray, merge: int, patches: int) -> Int[np.ndar
 
 
 def frame_lengths(grids: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "frames"]:
-    """Patches of every frame of every image."""
+    """Number of patches of every frame of every image."""
     return np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0])
 
 
