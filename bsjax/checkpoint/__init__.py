@@ -1,4 +1,4 @@
-"""Loads checkpoints that `python -m convert` has written.
+"""Loads checkpoints written by `python -m convert`.
 
 loading     `load`: from the folder of a converted checkpoint to a `LoadedModel`
 restoring   reads the weights, one parameter at a time, into arrays on a device

@@ -3,8 +3,8 @@
 `python -m convert` writes a folder:
 
     parameters/        the weights, an Orbax checkpoint of nested dictionaries of arrays
-    bsjax.json         what this is: format version, family, dtype, fingerprint, where it came from
-    config.json, generation_config.json, tokenizer and image processor files: Hugging Face's own
+    bsjax.json         the manifest: format version, family, dtype, fingerprint, source
+    config.json, generation_config.json, tokenizer and image processor files: as in the source
 """
 
 import json
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 """Increased whenever older converted checkpoints can no longer be read."""
 
 MANIFEST = "bsjax.json"
-"""The file that makes a folder a converted checkpoint."""
+"""The manifest, by which a folder is recognised as a converted checkpoint."""
 
 PARAMETERS = "parameters"
 """The folder of the weights."""
@@ -42,7 +42,7 @@ UNFINISHED = ".converting-"
 """Part of the name of a folder whose conversion has not finished."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What weights can be stored and computed in."""
+"""The dtypes in which weights can be stored and used."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,9 +57,9 @@ class LoadedModel(Processor):
       image_processor: the image processor, PIL version; None for a model that reads text only.
       generation_config: end-of-sequence tokens and sampling defaults.
       dtype: dtype of the weights in memory.
-      path: the folder loaded.
+      path: the folder that the model was loaded from.
       fingerprint: SHA-256 of the weights that the checkpoint was converted from, as 64 hexadecimal
-        digits; the same for every dtype that it is converted to.
+        digits. It does not depend on the dtype of the converted checkpoint.
     """
 
     module: ImageTextModel
@@ -93,7 +93,7 @@ def load(path: str | Path, dtype: Any = None) -> LoadedModel:
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
-    """As `load`, for a folder with any name: a conversion is verified before it is renamed.
+    """Like `load`, but accepts a folder of any name: conversions are verified before being renamed.
 
     Raises:
       CheckpointError: as `load`.
@@ -104,12 +104,12 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     family = processor.family
     if manifest["family"] != family.name:
         raise CheckpointError(
-            f"{folder} was converted as {manifest['family']}, but its config.json is of "
-            f"{family.name}: one of the two files is another checkpoint's. Convert it again."
+            f"{folder} was converted as {manifest['family']}, but its config.json is for "
+            f"{family.name}: one of the two comes from another checkpoint. Convert it again."
         )
     if target.name not in family.dtypes:
         raise CheckpointError(
-            f"{family.name} models do not compute in {target.name}: their activations exceed its "
+            f"{family.name} models cannot run in {target.name}: their activations exceed its "
             f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
         )
     return LoadedModel(
@@ -126,7 +126,7 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
 
 
 def read_processor(folder: Path) -> Processor:
-    """Reads what makes prompts for a checkpoint, converted or not.
+    """Reads everything needed to make prompts for a checkpoint, converted or not.
 
     Raises:
       CheckpointError: a file is missing or damaged, or the family is not supported.
@@ -171,7 +171,7 @@ def family_of(model_type: Any, folder: Path) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{folder / 'config.json'} is of a {model_type!r} model. Supported: "
+            f"{folder / 'config.json'} is for a {model_type!r} model. Supported: "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
@@ -191,7 +191,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def abstract_module(architecture: Architecture) -> ImageTextModel:
-    """The model with shapes in place of weights, which takes no memory.
+    """The model with shapes in place of weights, which needs no memory.
 
     Raises:
       CheckpointError: the configuration does not describe a model.
@@ -222,7 +222,7 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
     convert = f"python -m convert {asked} DESTINATION"
     if not folder.exists():
         raise CheckpointError(
-            f"there is no folder {folder}. If that is a Hugging Face hub id, convert it first: "
+            f"there is no folder {folder}. If this is a Hugging Face hub id, convert it first: "
             f"{convert}"
         )
     if (folder / "config.json").is_file():
@@ -254,7 +254,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     lost = [name for name in manifest.get("files", ()) if not (folder / name).is_file()]
     if lost:
         raise CheckpointError(
-            f"{folder} has lost {', '.join(map(str, lost))}. Convert the checkpoint again."
+            f"{folder} no longer has {', '.join(map(str, lost))}. Convert the checkpoint again."
         )
     return manifest
 

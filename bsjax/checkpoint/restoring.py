@@ -1,9 +1,9 @@
 """Reads the weights of a converted checkpoint, one parameter at a time, into arrays on a device.
 
-Orbax restores all arrays of a tree concurrently and holds many of them in encoded and decoded form
-at the same time: nearly twice the size of the model. The handler here replaces Orbax's own. It
-reads one parameter, casts it chunk by chunk and moves it to the device before it starts the next.
-On a CPU, the model uses the array that was read, without a copy.
+Orbax restores all arrays of a tree concurrently and holds many of them in both encoded and decoded
+form: nearly twice the size of the model. The handler here replaces Orbax's own. It reads one
+parameter, casts it chunk by chunk and moves it to the device before it starts on the next. On a
+CPU, the model uses the array as read, without a copy.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ import tensorstore
 
 from bsjax.errors import CheckpointError
 
-# JAX uses memory with this alignment in place, and copies other memory.
+# JAX uses arrays with this alignment in place and copies all others.
 _ALIGNMENT = 64
 
-# Chunks read and decoded at once. More are not faster, and each is in memory twice.
+# Chunks read and decoded concurrently. More would not be faster, and each is in memory twice.
 _CHUNKS_AT_ONCE = 4
 
 _AGAIN = "Convert the checkpoint again."
@@ -58,7 +58,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
-            # All chunks were written, even those of zeros: a missing one means damage.
+            # All chunks were written, even if all zeros: a missing one means damage.
             "fill_missing_data_reads": False,
         }
         try:
@@ -89,7 +89,7 @@ def restore_parameters(
     Args:
       folder: the Orbax checkpoint, a tree of nested dictionaries.
       wanted: shape and dtype of every parameter, by its path.
-      sharding: of the arrays.
+      sharding: sharding of the arrays.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
@@ -97,7 +97,7 @@ def restore_parameters(
     _check_names(folder, {".".join(path) for path in wanted})
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, OneAtATime(sharding)),
-        # Not used; Orbax warns about a registry without it.
+        # Not used, but without it Orbax warns.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -116,7 +116,7 @@ def restore_parameters(
             if shapes.get(path) != tuple(leaf.shape):
                 raise CheckpointError(
                     f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, but the "
-                    f"model of config.json needs {tuple(leaf.shape)}. {_AGAIN}"
+                    f"model in config.json needs {tuple(leaf.shape)}. {_AGAIN}"
                 )
         arguments = {
             path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
@@ -137,14 +137,14 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_names(folder: Path, wanted: set[str]) -> None:
-    """Compares names before Orbax does, whose error does not say which are missing."""
+    """Compares names before Orbax does, because its error does not say which are missing."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is missing. {_AGAIN}")
     # Orbax stores each array in a folder of its own, described by its zarr.json.
     stored = {file.parent.name for file in folder.glob("*/zarr.json")}
     for names, what in (
         (wanted - stored, "lacks"),
-        (stored - wanted, "holds, but the model of config.json does not have,"),
+        (stored - wanted, "has, unlike the model in config.json,"),
     ):
         if names:
             listed = sorted(names)
@@ -156,7 +156,7 @@ def _check_names(folder: Path, wanted: set[str]) -> None:
 
 
 def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Nested dictionaries from leaves by path."""
+    """Turns a dictionary of leaves by path into nested dictionaries."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree

@@ -40,15 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      The exit status: 0 for success, 1 if two profiles differ, 2 for bad input (with one line on
-      stderr that says what is wrong), 130 if interrupted.
+      The exit status: 0 for success, 1 if two profiles differ, 2 for bad input (one line on stderr
+      says what is wrong), 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(profile.with_run(given))
-    # transformers is used for tokenizers and images only, which needs no torch.
+    # transformers would warn that torch is missing, which tokenizers and image processors do not
+    # need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Answers may have characters that the terminal's encoding lacks.
+        # Answers may contain characters that the terminal cannot encode.
         sys.stdout.reconfigure(errors="replace")
     try:
         return options.run(options) or 0

@@ -1,4 +1,4 @@
-"""Arguments that several subcommands take."""
+"""Arguments that several subcommands share."""
 
 import argparse
 from typing import Any
@@ -9,7 +9,7 @@ CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Adds the images of a question, and how they are read."""
+    """Adds the arguments for a question's images and how to read them."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
     parser.add_argument(
         "--image",
@@ -23,7 +23,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_settings(parser: Any) -> None:
-    """Adds how images are read; `parser` is a parser or a group of arguments."""
+    """Adds the options for reading images; `parser` is a parser or an argument group."""
     parser.add_argument(
         "--max-pixels", type=int, metavar="N", help="scale larger images down to N pixels (Qwen)"
     )
@@ -33,7 +33,7 @@ def add_image_settings(parser: Any) -> None:
 
 
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The conversation that the arguments of `add_images` and a question describe."""
+    """The conversation described by the arguments of `add_images` and the question."""
     content: list[dict[str, Any]] = [
         {
             "type": "image",
@@ -51,7 +51,7 @@ def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def category(text: str) -> HeadCategory:
-    """Reads a head category's name."""
+    """Parses the name of a head category."""
     try:
         return HeadCategory.parse(text)
     except ValueError:

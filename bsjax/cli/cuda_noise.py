@@ -1,4 +1,4 @@
-"""Imports JAX without the lines that CUDA's stub prints on a machine without a driver."""
+"""Imports JAX without the messages that CUDA's stub prints on a machine without a driver."""
 
 import contextlib
 import ctypes
@@ -11,14 +11,14 @@ _NOISE = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog() is 
 
 
 def import_jax(*, devices: bool = False) -> None:
-    """Imports JAX; drops what the CUDA stub writes to stderr if there is no CUDA driver.
+    """Imports JAX and, if there is no CUDA driver, drops what the CUDA stub writes to stderr.
 
-    The stub reports the missing driver several times, at any log level, so stderr is captured
-    meanwhile. All other lines are written afterwards. With a driver, or without JAX's CUDA plugin,
-    nothing is captured.
+    The stub reports the missing driver several times, at any log level. Stderr is therefore
+    captured during the import, and all other lines are written afterwards. With a driver, or
+    without JAX's CUDA plugin, nothing is captured.
 
     Args:
-      devices: whether to look for devices too, which makes the stub report again.
+      devices: whether to look for devices as well, which makes the stub report again.
     """
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if "jax" in sys.modules or not any(map(importlib.util.find_spec, plugins)) or _has_driver():

@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
         "--top-p",
         type=float,
         metavar="P",
-        help="draw from the likeliest tokens of total probability P",
+        help="draw from the likeliest tokens whose total probability is P",
     )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")

@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "mask",
-        help="draw a prompt's mask to a picture",
+        help="draw the mask of a prompt",
         description="Draws which keys the queries of a prompt see, in prompt order and in packed "
         "order. Reads a checkpoint's tokenizer and image settings, but not its weights.",
         allow_abbrev=False,
@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
         "--window",
         type=int,
         metavar="N",
-        help="with --segments: a query sees this many positions, up to and including its own",
+        help="with --segments: a query sees the last N positions, its own included",
     )
     parser.add_argument(
         "--bidirectional-images",
@@ -112,7 +112,7 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
 
 
 def _visibility(family: Any, config: Any, layer: int | None) -> Visibility:
-    """The visibility of a layer; for None, that of the model's last kind of layer."""
+    """The visibility of a layer; for None, that of the model's last kind of layer: a global one."""
     visibilities = family.visibilities(config)
     kinds = family.layer_kinds(config)
     if layer is None:

@@ -51,7 +51,7 @@ A SOURCE of samples is one of
 
 
 def with_run(arguments: list[str]) -> list[str]:
-    """The arguments, with the `run` that `bsjax profile CHECKPOINT ...` omits."""
+    """Inserts the `run` that `bsjax profile CHECKPOINT ...` leaves out."""
     match arguments:
         case ["profile", following, *_] if following not in (*_COMMANDS, "-h", "--help"):
             return ["profile", "run", *arguments[1:]]
@@ -104,7 +104,7 @@ def _add_run(commands: Any) -> None:
         "--question",
         action="append",
         metavar="TEXT",
-        help="question about a folder's images; if repeated, one is drawn for each prompt",
+        help="question about a folder's images; if given several times, one is drawn per prompt",
     )
     samples.add_argument(
         "--images-per-prompt",
@@ -119,7 +119,7 @@ def _add_run(commands: Any) -> None:
         type=float,
         default=Settings.held_out,
         metavar="SHARE",
-        help="share of the samples kept for the check from end to end; default: %(default)s",
+        help="share of the samples held out for the end-to-end check; default: %(default)s",
     )
     choice = parser.add_argument_group("choice of categories")
     choice.add_argument(
@@ -151,7 +151,7 @@ def _add_run(commands: Any) -> None:
     choice.add_argument(
         "--refine",
         action="store_true",
-        help="then change heads by their measured effect from end to end, until the budget is met",
+        help="then change heads by their measured end-to-end effect, until the budget is met",
     )
     choice.add_argument(
         "--max-kl",
@@ -164,8 +164,8 @@ def _add_run(commands: Any) -> None:
         type=int,
         default=Settings.max_evaluations,
         metavar="N",
-        help="with --refine: compare at most N assignments of categories, each with one prefill of "
-        "every sample; default: %(default)s",
+        help="with --refine: evaluate at most N assignments of categories, each of which takes one "
+        "prefill of every sample; default: %(default)s",
     )
     choice.add_argument(
         "--sinks-first",
@@ -179,7 +179,7 @@ def _add_run(commands: Any) -> None:
         type=int,
         action="append",
         metavar="K",
-        help="the token K after the first of each image is also a sink; can be repeated",
+        help="the token at offset K from the first of each image is also a sink; can be repeated",
     )
     running = parser.add_argument_group("running")
     running.add_argument(
@@ -187,13 +187,13 @@ def _add_run(commands: Any) -> None:
         type=int,
         default=Settings.answer_tokens,
         metavar="N",
-        help="tokens of an answer that are compared, dense against sparse; default: %(default)s",
+        help="compare dense and sparse along at most N tokens of each answer; default: %(default)s",
     )
     running.add_argument(
         "--resume",
         metavar="FILE",
         type=Path,
-        help="keep what was measured in FILE; the same command continues from there",
+        help="keep measurements in FILE, from which the same command continues",
     )
     running.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
     running.add_argument(
@@ -206,7 +206,7 @@ def _add_run(commands: Any) -> None:
 def _add_show(commands: Any) -> None:
     parser = commands.add_parser(
         "show",
-        help="print a profile, and draw it",
+        help="print a profile or draw it",
         description="Prints a profile: each head's category (one letter per head, one line per "
         "layer), the attention FLOPs saved, and how close sparse answers are to dense ones.",
         allow_abbrev=False,
@@ -221,7 +221,7 @@ def _add_show(commands: Any) -> None:
     parser.add_argument(
         "--details",
         action="store_true",
-        help="also print statistics of all heads, the figures of refinement and how sinks were "
+        help="also print statistics over all heads, the figures of refinement and how sinks were "
         "found",
     )
     parser.set_defaults(run=_show)
@@ -248,7 +248,7 @@ def _run(options: argparse.Namespace) -> None:
 
     sinks = _sinks(options)
     chosen = {name: getattr(options, name) for name in _SETTINGS}
-    Settings.of(**chosen)  # Refuses values before samples and model are read.
+    Settings.of(**chosen)  # Rejects invalid values before samples and model are read.
     _check_writable(options.output)
     samples = bsjax.read_samples(
         options.sources,
@@ -323,7 +323,7 @@ def _sinks(options: argparse.Namespace) -> "Sinks | None":
 
 
 def _check_writable(path: Path) -> None:
-    """Refuses a path that cannot be written to before hours of measuring, not after."""
+    """Rejects a path that cannot be written to, before hours of measuring rather than after."""
     folder = path.absolute().parent
     if os.path.isdir(path):
         raise ProfileError(f"--output {path} is a folder: name a file in it.")

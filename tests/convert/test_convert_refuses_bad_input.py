@@ -182,7 +182,7 @@ def test_weights_that_are_not_finite(source, refused, value, dtype):
 
 def test_a_dtype_that_the_family_does_not_compute_in(tmp_path):
     source = sources.write_source(tmp_path / "hf", "gemma3")
-    with pytest.raises(CheckpointError, match="do not compute in float16.*float32 or bfloat16"):
+    with pytest.raises(CheckpointError, match="cannot run in float16.*float32 or bfloat16"):
         convert_checkpoint(source, tmp_path / "ours", dtype="float16")
     assert not (tmp_path / "ours").exists()
 

@@ -74,7 +74,7 @@ def test_answers_are_those_of_transformers(checkpoints, model, crops):
 
 def test_float16_is_refused(checkpoints):
     """Published models overflow in float16 and would generate padding only."""
-    with pytest.raises(bsjax.CheckpointError, match="do not compute in float16.*bfloat16"):
+    with pytest.raises(bsjax.CheckpointError, match="cannot run in float16.*bfloat16"):
         bsjax.load(checkpoints[1], "float16")
 
 
