@@ -102,7 +102,7 @@ def make_plan(
 
 
 def _check_copy(copy: TensorEntry, original: TensorEntry) -> None:
-    """Refuses a tied tensor that differs from its original: dropping it would change the model."""
+    """Rejects a tied tensor that differs from its original: dropping it would change the model."""
     same = (copy.dtype, copy.shape) == (original.dtype, original.shape)
     if same:
         with TensorReader() as one, TensorReader() as other:

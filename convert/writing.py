@@ -129,7 +129,7 @@ def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedPar
 
 
 def check_destination(destination: Path) -> None:
-    """Refuses a destination that exists, unless it is an empty folder.
+    """Rejects a destination that exists, unless it is an empty folder.
 
     Raises:
       CheckpointError: there is something there, or its parent is not a folder.
@@ -154,7 +154,7 @@ def check_destination(destination: Path) -> None:
 
 
 def check_disk_space(destination: Path, needed: int) -> None:
-    """Refuses a conversion that does not fit on the disk.
+    """Rejects a conversion that does not fit on the disk.
 
     Raises:
       CheckpointError: the file system of `destination` has less than `needed` bytes free.

@@ -172,7 +172,7 @@ class Evidence:
             )
 
     def check_categories(self, categories: Int8[np.ndarray, "layers heads"]) -> None:
-        """Refuses categories that this evidence cannot lead to.
+        """Rejects categories that this evidence cannot lead to.
 
         Raises:
           ProfileError: another number of layers or heads was measured; or, without refinement, a

@@ -154,7 +154,7 @@ def _read_document(text: str) -> dict[str, Any]:
 
 
 def _refuse_evidence(document: Mapping[str, Any]) -> None:
-    """Refuses measurements in a file that says that its categories do not come from data."""
+    """Rejects measurements in a file that says that its categories do not come from data."""
     samples = document["samples"]
     present = [
         f"samples.{name}" for name, none in _NO_EVIDENCE["samples"].items() if samples[name] != none

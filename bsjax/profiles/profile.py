@@ -208,7 +208,7 @@ class Profile:
             raise ProfileError(f"The profile cannot be written to {path}: {error}") from error
 
     def check(self, family: str, layers: int, heads: int, fingerprint: str | None = None) -> None:
-        """Refuses a model that the profile was not made for.
+        """Rejects a model that the profile was not made for.
 
         Raises:
           ProfileError: another family, another number of layers or heads, or another checkpoint

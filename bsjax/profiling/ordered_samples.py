@@ -96,7 +96,7 @@ class OrderedSamples(NamedTuple):
 
 
 def check_images(samples: OrderedSamples, *, several: bool) -> None:
-    """Refuses samples before a run that would fail in the middle of it. Does not read images.
+    """Rejects samples before a run that would fail in the middle of it. Does not read images.
 
     Args:
       samples: samples to check.

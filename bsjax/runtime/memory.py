@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
 
 def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | None) -> None:
-    """Refuses a prompt that does not fit, before any of its programs runs.
+    """Rejects a prompt that does not fit, before any of its programs runs.
 
     Args:
       inputs: the prompt's.
@@ -51,7 +51,7 @@ def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | 
 
 
 def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -> None:
-    """Refuses a prompt whose logits do not fit the host's memory.
+    """Rejects a prompt whose logits do not fit the host's memory.
 
     Args:
       inputs: the prompt's.
