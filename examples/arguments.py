@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """Whole numbers from `least` on."""
+    """A parser of whole numbers that are at least `least`."""
 
     def parse(text: str) -> int:
         try:

@@ -1,12 +1,13 @@
-"""Asks a small trained model about images it has not seen, then times it on long prompts.
+"""Asks a small trained model about images that it has never seen, then times it on long prompts.
 
     python -m examples.demo [--checkpoint FOLDER] [--profile FILE] [--output FOLDER]
 
 1. Converts examples/small-qwen2.5-vl, draws twelve images with digits that were held out from its
    training, and asks about them, dense and with the profile that was measured on the model.
-2. Times attention and prefill of longer and longer prompts, dense and sparse, on this machine.
+2. Times attention and prefill of prompts of increasing length, dense and sparse, on this machine.
 
-Pictures go to the output folder. Another checkpoint of `make train` and its profile can be given.
+Pictures go to the output folder. `--checkpoint` and `--profile` take a model of your own, from
+`make train`, and its profile.
 """
 
 import argparse
@@ -33,7 +34,7 @@ QUESTIONS_PER_TASK = 2
 
 
 def scene_and_questions(random: np.random.Generator) -> tuple[Scene, list[Question]]:
-    """A scene that can be asked questions of all tasks, and at most a few of each."""
+    """A scene about which every task has a question, and a few questions of each task."""
     while True:
         scene = draw_scene(random, IMAGES, test=True)
         of_tasks = []
@@ -74,7 +75,7 @@ def ask_all(
 
 
 def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Result]]) -> Table:
-    """Every question with its right answer and the answers given, wrong ones in red."""
+    """A line for each question: the right answer, and the answers given, with wrong ones in red."""
     table = Table(title="answers", title_justify="left")
     for name in ("question", "right", *answers):
         table.add_column(name)
@@ -91,12 +92,14 @@ def table_of_answers(questions: list[Question], answers: dict[str, list[bsjax.Re
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="as trained")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, help="folder that `make train` wrote"
+    )
     parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped profile's name")
     parser.add_argument(
         "--output", type=Path, default=Path("build/demo"), help="folder to write to"
     )
-    parser.add_argument("--seed", type=whole(0), default=1, help="of images and questions")
+    parser.add_argument("--seed", type=whole(0), default=1, help="for images and questions")
     options = parser.parse_args()
     console = Console(highlight=False)
 
@@ -134,11 +137,12 @@ def main() -> None:
     console.print(" tokens.\n")
     console.print(table_of_timings(timings))
     console.print(
-        "Dense -> sparse, and sparse / dense. FLOPs are those of attention. Medians of up to three "
-        "rounds, without compilation. The model was trained on up to twelve images; here only its "
-        "time counts, not its answer. These images have 256 tokens; the model was trained on "
-        "images of about 37, smaller than a tile of queries, where time does not fall on a CPU. "
-        "Dense attention runs in larger blocks, so time falls less than FLOPs.\n"
+        "Times are dense -> sparse, with sparse / dense after them; FLOPs are sparse / dense, of "
+        "attention only. Times are medians of up to three rounds, without compilation. Only time "
+        "matters here, not the answer: the model was trained on at most twelve images of about 37 "
+        "tokens. The images here have 256 tokens, because images smaller than a tile of queries "
+        "save no time on a CPU. Time falls less than FLOPs because dense attention runs in larger "
+        "blocks.\n"
     )
 
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,19 @@
-"""Accuracy and FLOPs of the small trained model, dense and sparse: makes docs/evaluation.md.
+"""Measures accuracy and FLOPs of the small trained model, dense and sparse.
 
     python -m examples.evaluate [--checkpoint FOLDER] [--profile FILE] [--scenes N] [--hybrid RUN]
         [--resume FILE]
 
-On prompts held out from training and profiling, with as many images as were profiled and with more:
+Prompts are held out from training and profiling; one set has as many images as were profiled, the
+other more. These head categories are evaluated on them:
 
 - categories at several FLOPs budgets, chosen by the one-shot rule (per-head threshold, by output
   error and by attention mass) and by refinement end to end;
-- the one-shot rule, told that nothing reads image rows of the last layer;
-- refinement on prompts of two and three images, to see how far it carries to more images;
+- the one-shot rule, with the knowledge that nothing reads image rows of the last layer;
+- refinement on prompts of two and three images, to see whether it carries over to more images;
 - a profile of the model, as `make profile` writes it;
-- controls, which must lose accuracy if this measures anything: the profile's categories dealt to
-  other heads, of the model or of the same layer (the same FLOPs), and one category for all heads;
+- controls, which must lose accuracy if the prompts can show a loss: the profile's categories dealt
+  to other heads of the model or of the same layer (at the same FLOPs), and one category for all
+  heads;
 - with `--hybrid`, a model trained with sparse layers, and the dense-trained one at equal FLOPs.
 
 `--resume` keeps everything measured, so that an interrupted run can be continued.
@@ -81,10 +83,10 @@ class Condition:
 
 
 def one_shot_conditions(measurements: Measurements) -> Iterator[Condition]:
-    """The one-shot rule at all budgets it reaches, by both criteria.
+    """The one-shot rule at all budgets that it reaches, by both criteria.
 
-    Once more by output error with the last layer's errors left out: errors are measured on image
-    rows, and nothing reads those of the last layer.
+    Output error is used once more with the last layer's errors left out: errors are measured on
+    image rows, and nothing reads those of the last layer.
     """
     error = measurements.error.copy()
     error[:, -1] = 0
@@ -108,7 +110,7 @@ def refined_conditions(
     evaluator: Evaluator,
     budgets: Sequence[float] = BUDGETS,
 ) -> Iterator[Condition]:
-    """Refinement at all budgets it reaches, on the evaluator's prompts."""
+    """Refinement at all budgets that it reaches, on the evaluator's prompts."""
     for budget in budgets:
         try:
             refined = refine(
@@ -148,7 +150,7 @@ def evaluate(
     baseline: Right | None = None,
     state: State = NO_STATE,
 ) -> list[dict[str, Any]]:
-    """One row per condition; changes are from `baseline`, or from the first condition."""
+    """One row per condition; changes are relative to `baseline`, or to the first condition."""
     rows = []
     for condition in conditions:
         start = time.perf_counter()
@@ -177,7 +179,7 @@ def evaluate(
 
 
 def answered(prompts: HeldOut, categories: Categories, state: State) -> Right:
-    """Which prompts are answered right, from the state if they are in it."""
+    """Which prompts are answered right, from the state if it has the result."""
     name = hashlib.sha256(f"{prompts.name} {categories.tolist()}".encode()).hexdigest()
     return state.recall(f"right {name}", lambda: {"right": prompts.right(categories)})["right"]
 
@@ -185,12 +187,12 @@ def answered(prompts: HeldOut, categories: Categories, state: State) -> Right:
 def accuracies(
     right: Right, baseline: Right, tasks: Int32[np.ndarray, "scenes questions"], seed: int
 ) -> dict[str, Any]:
-    """Accuracy of all prompts and of each task asked, its change, with 95 % confidence intervals.
+    """Accuracy and its change, over all prompts and for each task, with 95 % confidence intervals.
 
     Questions about one scene are not independent, so the bootstrap resamples scenes, and the change
-    is computed prompt by prompt. If all scenes have the same outcome, resampling has no spread; the
-    interval then holds the rates of another outcome that are compatible with not having seen one in
-    so many scenes.
+    is computed prompt by prompt. If all scenes have the same outcome, resampling has no spread. The
+    interval then extends to the largest rate of another outcome that is still compatible with not
+    having seen it once in that many scenes.
     """
     random = np.random.default_rng([seed, 9])
     scenes = len(right)
@@ -220,7 +222,7 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--profile", default=PROFILE, help="a file, or the name of a shipped one")
+    parser.add_argument("--profile", default=PROFILE, help="a file, or a shipped profile's name")
     parser.add_argument(
         "--scenes",
         type=whole(1),
@@ -228,7 +230,10 @@ def main() -> None:
         help="number of scenes in each set; six prompts per scene",
     )
     parser.add_argument(
-        "--calibration", type=whole(1), default=64, help="number of prompts to choose categories on"
+        "--calibration",
+        type=whole(1),
+        default=64,
+        help="number of prompts that categories are chosen on",
     )
     parser.add_argument("--hybrid", type=Path, help="folder of a training run with sparse layers")
     parser.add_argument("--resume", type=Path, help="a file that keeps everything measured")
@@ -365,7 +370,7 @@ class Hybrid:
         text = model.config.get_text_config()
         categories = np.zeros((text.num_hidden_layers, text.num_attention_heads), np.int8)
         categories[list(layers)] = HeadCategory.INTRA_IMAGE_SINK
-        # The sinks it was trained with are the first tokens of images.
+        # The model was trained with the first tokens of images as sinks.
         return cls(model, categories, bsjax.Sinks(), layers)
 
     @property

@@ -40,7 +40,7 @@ def report(results: dict[str, Any], picture: str) -> str:
         parts.append(_table(one_set["rows"]))
         parts.append(_controls(one_set["rows"]))
         parts.append(
-            "Accuracy by task, in %; the first line is how often the most common answer is right:\n"
+            "Accuracy by task, in %. *Most common answer* is the score for always giving it:\n"
         )
         parts.append(_task_table(one_set))
         parts.append("Change relative to dense by task, in points:\n")
@@ -49,8 +49,7 @@ def report(results: dict[str, Any], picture: str) -> str:
     command = "python -m examples.evaluate" + ("" if hybrid is None else " --hybrid RUN")
     parts.append(
         f"Made on {results['date']} by `{command}` on {results['machine']} ({results['device']}); "
-        f"{versions}. The answer to every prompt, right or wrong, is in "
-        "`benchmarks/results/evaluation.json`.\n"
+        f"{versions}. `benchmarks/results/evaluation.json` has the result for every prompt.\n"
     )
     return "\n".join(parts)
 
@@ -72,54 +71,57 @@ scene are not independent).
 
 - **dense**: every head sees everything.
 - **profile**: `{profile[name]}`, chosen on {profile[samples]} other prompts ({profile[source]}).
-- **one-shot**: every head takes the cheapest category within one threshold, on the error of its
-  output or on the attention mass dropped. The threshold is the smallest that saves the FLOPs.
-- **one-shot, last layer free**: the same, by output error, but told that nothing reads the image
-  tokens of the last layer, so that its heads can be SINK.
-- **refined**: heads chosen by measured damage to the answer per FLOP saved, then corrected in
-  context. One-shot and refined conditions use {calibration_prompts} prompts of 4 to 8 images with
-  training digits.
+- **one-shot**: every head takes the cheapest category within a threshold, which limits the error of
+  its output or the attention mass that it drops. The threshold is the smallest that saves the given
+  share of FLOPs.
+- **one-shot, last layer free**: the same, by output error, but the rule knows that nothing reads
+  the image tokens of the last layer, so that its heads can be SINK.
+- **refined**: categories are chosen by measured damage to the answers per FLOP saved, then
+  corrected while all other heads have their chosen categories, too. One-shot and refined
+  conditions are chosen on {calibration_prompts} prompts of 4 to 8 images with training digits.
 - **refined on 2 and 3 images**: the same, on as many prompts of two and three images. All prompts
-  here have more images; the FLOPs budget refers to the prompts it was refined on.
+  evaluated here have more images; the FLOPs budget refers to the prompts that were refined on.
 - **dealt at random**: a control. The profile's categories, assigned to other heads at random; the
   FLOPs are the same.
-- **dealt within layers**: a control. Categories are exchanged between heads of the same layer only.
+- **dealt within layers**: a control. Categories are exchanged only between heads of one layer.
 - **one for all heads**: a control. The same category for every head.
 """
 
 _HYBRID = """\
-- **hybrid**: another model, trained in the same way except that its layers {layers} (the first is
-  0) are INTRA_IMAGE_SINK from the first training step on. Its change is relative to the
-  dense-trained model too. **at the hybrid's FLOPs** is the dense-trained model refined to the same
-  FLOPs.
+- **hybrid**: another model, trained in the same way except that its layers {layers} (counted from
+  0) are INTRA_IMAGE_SINK from the first training step on. Its change is also relative to the
+  dense-trained model. **at the hybrid's FLOPs** is the dense-trained model, refined to the FLOPs of
+  the hybrid.
 """
 
 _NOTES = """\
 Notes:
 
-- Nothing reads the image tokens of the last layer, so its heads can be SINK without any effect on
-  the answer, in every model. In a model of {layers} layers that is a large part of the savings, in
-  one of 28 layers a small one. Measured damage finds it, the one-shot rule does not unless it is
-  told, and categories dealt at random lose it: compare *last layer free* and *dealt within layers*.
-- If a task has no question about a scene (for instance because no image is the only one of its
-  kind), the content of an image is asked for instead. So tasks have different numbers of prompts,
-  and find and repeat become rarer with more images. Beyond eight images, repeats never concern
-  colours, as there are only eight.
-- Only repeat needs image tokens that look at other images. Where the dense model is bad at it,
+- In every model, nothing reads the image tokens of the last layer, so its heads can be SINK without
+  any effect on the answer. In a model of {layers} layers that is a large part of the savings, in
+  one of 28 layers a small part. Refinement finds these savings by measuring damage, the one-shot
+  rule only if it is told, and categories dealt at random lose them: compare *last layer free* and
+  *dealt within layers*.
+- If no question of a task can be asked about a scene (for instance because no image is the only one
+  of its kind), the question asks for the content of an image instead. So tasks have different
+  numbers of prompts, and *find* and *repeat* become rarer with more images. Beyond eight images,
+  *repeat* never asks about colours, as there are only eight.
+- Only *repeat* needs image tokens to look at other images. Where the dense model is bad at it,
   there is little to lose, and a condition that loses nothing proves little. The controls show
   whether that is so.
-- Scenes with too many large images are drawn again, as in training, which had up to twelve images.
+- Scenes with too many large images are drawn again, as in training, where scenes have up to twelve
+  images.
 - The model was taught where a few heads should look (`examples/train_small_vlm/README.md`): at the
-  last tokens of images. Sinks are the first tokens, and get little of this model's attention.
+  last tokens of images. Sinks are the first tokens of images and get little of its attention.
 """
 
 
 def _controls(rows: Sequence[Row]) -> str:
-    """How many controls lose accuracy significantly: whether these prompts can show a loss."""
+    """How many controls lose accuracy significantly: if none does, these prompts prove little."""
     controls = [row for row in rows if row["kind"] in CONTROLS]
     lose = sum(row["change"][2] < 0 for row in controls)
     return (
-        "Controls that lose accuracy, with their whole interval below zero: "
+        "Controls that lose accuracy, with the whole interval below zero: "
         f"{lose} of {len(controls)}.\n"
     )
 
@@ -167,7 +169,7 @@ def _task_line(row: Row, measured: str, form: str) -> str:
 
 
 def _percent(interval: Iterable[float], form: str, unit: str = "") -> str:
-    """A share with the ends of its interval, in percent."""
+    """A share and the ends of its interval, in percent."""
     share, low, high = (format(100 * value, form) for value in interval)
     return f"{share}{unit} ({low} to {high})"
 
@@ -221,5 +223,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
         panel.grid(alpha=0.3)
     # All panels show the same conditions.
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    panels[0].set_ylabel("right answers: change from dense, points")
+    panels[0].set_ylabel("accuracy: change from dense, points")
     figure.savefig(path, dpi=150)

@@ -1,7 +1,7 @@
-"""Times the small model on prompts of more and more images, dense and sparse.
+"""Times the small model on prompts with an increasing number of images, dense and sparse.
 
-Two times are taken of each prompt: of the attention in all layers of the language model, and of the
-whole prefill, from the embeddings to the first token.
+For each prompt it measures two times: attention in all layers of the language model, and the whole
+prefill, from the embeddings to the first token.
 """
 
 import statistics
@@ -23,20 +23,21 @@ from .train_small_vlm.files import PATCH_SIZE
 from .train_small_vlm.scenes import COLOURS, CONTENTS, draw_picture
 
 LENGTHS = (2048, 4096, 8192, 16384)
-"""The least tokens of each prompt."""
+"""The least number of tokens of each prompt."""
 ROUNDS = 3
 """How often each prompt is timed at most; dense and sparse take turns."""
 SECONDS = 8.0
 """After this time no further round of a prompt starts."""
 IMAGE_SIDE = 64
-"""Pixels along a side of each image, which makes 256 tokens, as many as Gemma 3's images have. The
-images that the model was trained on have about 37; those of published models are larger."""
-# The chat template puts the tokens of start, end and letter around an image.
+"""Height and width of each image in pixels. An image of this size has 256 tokens, as in Gemma 3.
+The images that the model was trained on have about 37 tokens; those of other published models have
+more than 256."""
+# The chat template adds a start token, an end token and a letter to each image.
 _TOKENS_AROUND_AN_IMAGE = 3
 
 
 class Timing(NamedTuple):
-    """What one prompt took. Pairs are (dense, sparse), seconds are medians."""
+    """The times and FLOPs of one prompt. Pairs are (dense, sparse); seconds are medians."""
 
     tokens: int
     images: int
@@ -49,7 +50,7 @@ class Timing(NamedTuple):
 
 
 def long_prompt(random: np.random.Generator, tokens: int) -> list[dict[str, Any]]:
-    """Chat messages with as many drawn images as it takes to reach `tokens` tokens."""
+    """Chat messages with as many random images as it takes to reach `tokens` tokens."""
     content: list[dict[str, Any]] = []
     while tokens > 0:
         name = CONTENTS[random.integers(len(CONTENTS))]
@@ -87,7 +88,7 @@ def time_prompts(
 def _all_layers(
     model: bsjax.LoadedModel, template: bsjax.Template, categories: np.ndarray
 ) -> bsjax.BlockMask:
-    """One mask for the heads of all layers, which differ in nothing but their categories."""
+    """One mask for the heads of all layers: only their categories differ."""
     blocks = block_sizes("auto", _head_dim(model), model.dtype, sparse=bool(categories.any()))
     return bsjax.BlockMask(template, categories.ravel(), *blocks)
 
@@ -130,7 +131,7 @@ def _attention_calls(
 def _prefill_calls(
     model: bsjax.LoadedModel, profile: bsjax.Profile, messages: Any
 ) -> list[Callable[[], float]]:
-    """Calls that return the seconds of a prefill, dense and sparse; compilation is not included."""
+    """Calls that return the seconds of a prefill, dense and sparse, without compilation."""
 
     def call(used: bsjax.Profile | None) -> Callable[[], float]:
         def seconds() -> float:
@@ -143,7 +144,7 @@ def _prefill_calls(
 
 
 def _medians(calls: Sequence[Callable[[], float]]) -> tuple[float, float]:
-    """The median of each call's seconds; in every round, each is called once."""
+    """The median seconds of each call. Each is called once per round."""
     rounds: list[list[float]] = []
     start = time.perf_counter()
     while len(rounds) < ROUNDS and time.perf_counter() - start < SECONDS:
@@ -153,7 +154,7 @@ def _medians(calls: Sequence[Callable[[], float]]) -> tuple[float, float]:
 
 
 def table_of_timings(timings: Sequence[Timing]) -> Table:
-    """A line for each prompt: seconds, and what sparsity leaves of them."""
+    """A line for each prompt: seconds dense and sparse, and sparse relative to dense."""
     table = Table(
         title="attention and prefill of long prompts, seconds (sparse / dense)",
         title_justify="left",

@@ -1,8 +1,8 @@
-"""Makes examples/tiny-qwen2.5-vl: a Qwen2.5-VL checkpoint in Hugging Face's format, of a few MB.
+"""Makes examples/tiny-qwen2.5-vl: a Qwen2.5-VL checkpoint of a few MB in Hugging Face's format.
 
-Its weights are random numbers from a fixed seed, so its answers are noise. What is real is the
-format: configuration, safetensors, tokenizer, chat template and image settings are those of a
-Qwen2.5-VL checkpoint, only small.
+Its weights are random numbers from a fixed seed, so its answers are noise. Its format is real:
+configuration, safetensors, tokenizer, chat template and image settings are like those of any
+Qwen2.5-VL checkpoint, only smaller.
 
     python -m examples.make_tiny_checkpoint [FOLDER]
 
@@ -26,10 +26,10 @@ from examples.qwen_files import (
 
 SEED = 20240914
 FOLDER = Path(__file__).parent / "tiny-qwen2.5-vl"
-BYTE_PAIR_VOCABULARY = 1016  # at most: the corpus has fewer pairs
+BYTE_PAIR_VOCABULARY = 1016  # An upper limit: the corpus has fewer pairs.
 
-# Qwen's conversation format: one placeholder per image between the vision delimiters, and
-# "Picture n: " before it where the caller asks for numbered pictures.
+# Qwen's conversation format: one placeholder per image between the vision delimiters, preceded by
+# "Picture n: " if the caller asks for numbered pictures.
 CHAT_TEMPLATE = """\
 {%- set pictures = namespace(count=0) -%}
 {%- for message in messages -%}
@@ -57,7 +57,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-# What the byte pairs of the vocabulary are counted on.
+# The text on which the byte pairs of the vocabulary are counted.
 CORPUS = """\
 You are a helpful assistant. system user assistant Picture 1: Picture 2: Picture 3:
 What is in this picture? What do these pictures show? Describe each picture in one sentence.
@@ -85,7 +85,7 @@ A person, a man, a woman, a child, children, people, a bird, a horse, a tree, a 
 
 
 def make_tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """Head dimension 64 in both towers, as small as the GPU kernel takes them."""
+    """A configuration with head dimension 64 in both towers, the smallest for the GPU kernel."""
     return make_config(
         tokenizer,
         text={
@@ -114,7 +114,7 @@ def make_tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
 
 
 def fill_with_random_numbers(model: torch.nn.Module, first_special_token: int) -> None:
-    """NumPy's generator, parameter by parameter in the order of names: the same on any machine."""
+    """Draws parameters in the order of their names: the same numbers on any machine."""
     generator = np.random.default_rng(SEED)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -126,7 +126,7 @@ def fill_with_random_numbers(model: torch.nn.Module, first_special_token: int) -
             else:
                 values = values / np.sqrt(values[0].size)
             if name.endswith("embed_tokens.weight"):
-                # The table is also the output layer: noise must not end an answer at once.
+                # The table is also the output layer: random logits must not end an answer at once.
                 values[first_special_token:] *= 0.25
             parameter.copy_(torch.from_numpy(values))
 

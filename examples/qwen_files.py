@@ -25,9 +25,9 @@ def train_tokenizer(
     """A byte-level BPE tokenizer of Qwen's kind.
 
     Args:
-      texts: what byte pairs are counted on.
-      vocabulary_size: at most, without special tokens.
-      chat_template: of the tokenizer.
+      texts: the texts on which byte pairs are counted.
+      vocabulary_size: the largest size of the vocabulary, without special tokens.
+      chat_template: the tokenizer's chat template.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,7 +42,7 @@ def train_tokenizer(
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
-    # A vocabulary's order in memory is not fixed, the files' bytes shall be.
+    # The order of a vocabulary in memory varies, but the bytes of the files must not.
     vocabulary = dict(sorted(trained.get_vocab().items(), key=lambda entry: entry[1]))
     vocabulary |= {token: len(vocabulary) + index for index, token in enumerate(SPECIAL_TOKENS)}
     merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
@@ -65,8 +65,8 @@ def make_config(tokenizer: Qwen2Tokenizer, *, text: dict, vision: dict) -> Qwen2
 
     Args:
       tokenizer: from `train_tokenizer`.
-      text: sizes of the language model.
-      vision: sizes of the vision tower.
+      text: settings of the language model.
+      vision: settings of the vision tower.
     """
     special = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen2_5_VLConfig(
@@ -97,7 +97,7 @@ def make_config(tokenizer: Qwen2Tokenizer, *, text: dict, vision: dict) -> Qwen2
 
 
 def make_generation_config(config: Qwen2_5_VLConfig) -> GenerationConfig:
-    """Greedy answers that end with a message or a text."""
+    """Settings for greedy answers, which end at the end of a message or of a text."""
     text = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,

@@ -13,9 +13,9 @@ PROFILE = "small-qwen2.5-vl"
 
 
 def converted(source: Path) -> bsjax.LoadedModel:
-    """Converts and loads a checkpoint of `train_small_vlm`; leaves nothing on the disk.
+    """Converts and loads a checkpoint of `train_small_vlm`; leaves no files behind.
 
-    Ends the program if it cannot be converted, or is not a checkpoint of `train_small_vlm`.
+    Ends the program if `source` cannot be converted or is not a checkpoint of `train_small_vlm`.
 
     Raises:
       BsjaxError: as `bsjax.load`.

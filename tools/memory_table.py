@@ -222,32 +222,34 @@ def markdown(
     )
     return f"""# Memory of long prompts
 
-GiB on one GPU, in bfloat16, from XLA's analysis of programs that were compiled ahead of time for
-these GPUs. **They have not been run on a GPU.**
+Figures are GiB on one GPU, in bfloat16. They come from XLA's memory analysis of programs that were
+compiled ahead of time for these GPUs. **The programs have not been run on a GPU.**
 
 {tables}
 
-Goals:
+The tool that writes this page fails if one of these goals is missed:
 
 {goals}
 
 `embed`, `vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and
-cache, including embeddings and pixel values. `vision` handles a group of at most 64K patches at a
-time, however many images there are. `peak` is the weights plus the largest stage, with the cache in
-prefill and decode. A prompt `fits` if its peak is below {_MEMORY_FRACTION:.0%} of the GPU's memory,
-the share that JAX takes by default (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
+cache; they include embeddings and pixel values. `vision` handles a group of at most 64K patches at
+a time, however many images the prompt has. `peak` is the weights plus the largest stage, where
+prefill and decode also count the cache. A prompt `fits` if its peak is below
+{_MEMORY_FRACTION:.0%} of the GPU's memory, the share that JAX takes by default
+(`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 
 Prompts consist of 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with
-{_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. Heads have all four
-categories. Rows of the prompt and of the cache are padded to buckets: {_largest(measurements)}.
+{_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. The four categories are
+mixed over the heads. Rows of the prompt and of the cache are padded to buckets:
+{_largest(measurements)}.
 
 ## Caches of layers with a window
 
 Gemma 3's local layers keep the last 1023 tokens, which are all that a query sees except itself. Its
-global layers keep all tokens. GiB, compared with a cache in which every layer keeps all tokens
-(computed from its shape):
+global layers keep all tokens. The table compares, in GiB, the cache with one in which every layer
+keeps all tokens (computed from its shape):
 
-| model | tokens | cache | of full length | share |
+| model | tokens | cache | cache of full length | share |
 |---|---:|---:|---:|---:|
 {rings}
 {_profiling_section(profiling or {})}
@@ -270,8 +272,9 @@ def _profiling_section(profiling: Mapping[tuple[str, str], Sequence[Stage]]) -> 
     return f"""
 ## Profiling
 
-GiB in addition to the weights while a sample is profiled: statistics of all heads, looking for
-sinks, and comparing categories with the dense model. No array of tokens x heads is kept per layer.
+GiB in addition to the weights while a sample is profiled: for the statistics of all heads, for the
+search for sinks, and for the comparison of categories with the dense model. No stage keeps an array
+of tokens x heads for each layer.
 
 {table}
 """

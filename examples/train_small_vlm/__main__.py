@@ -1,9 +1,9 @@
-"""Trains the small Qwen2.5-VL, or continues, and writes it as a Hugging Face checkpoint.
+"""Trains the small Qwen2.5-VL, or continues training, and writes a Hugging Face checkpoint.
 
     python -m examples.train_small_vlm FOLDER [--sparse-layers 0,1,3] [--steps N] [--seed N]
 
-`--export STEP` trains nothing and writes the model as it was after that step. Checkpoints are kept
-of every thousandth step and of the last ones.
+`--export STEP` trains nothing and writes the model as it was after that step, for which a
+checkpoint must exist: every thousandth one and the last two are kept.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         with checkpoints_of(options.folder / "model") as manager:
             kept = manager.all_steps()
             if options.export not in kept:
-                raise SystemExit(f"error: there are checkpoints of the steps {sorted(kept)} only.")
+                raise SystemExit(f"error: checkpoints exist only for the steps {sorted(kept)}.")
             restore(stage, manager, options.export)
         result = options.folder / f"checkpoint-{options.export}"
     else:
@@ -77,18 +77,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.train_small_vlm", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("folder", type=Path, help="of the checkpoints, log, curve and result")
+    parser.add_argument("folder", type=Path, help="for checkpoints, logs, curve and result")
     parser.add_argument(
         "--tower-steps",
         type=whole(1),
         default=defaults.tower_steps,
-        help="steps that train the vision tower alone",
+        help="number of steps that train the vision tower alone",
     )
     parser.add_argument(
         "--steps",
         type=whole(1),
         default=defaults.steps,
-        help="steps that train the whole model, after that",
+        help="number of steps that train the whole model afterwards",
     )
     parser.add_argument("--seed", type=whole(0), default=defaults.seed)
     parser.add_argument(
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="layers that are INTRA_IMAGE_SINK from the start, such as 0,1,3",
     )
     parser.add_argument(
-        "--export", type=int, metavar="STEP", help="write the model as it was after a step"
+        "--export", type=int, metavar="STEP", help="write the model as it was after this step"
     )
     return parser
 

@@ -1,7 +1,8 @@
 r"""Scenes and questions as arrays.
 
-All questions about a scene share its images. They follow the images one after the other, start at
-the same position and do not see each other, so each is computed as if it were the only one.
+All questions about a scene share its images. The questions follow the images one after the other.
+They start at the same position and do not see each other, so each is computed as if it were the
+only one.
 
     <|im_start|>user\n<|vision_start|>aaaa<|vision_end|> A<...>bb<...> B ... \n    once
     What is in image A?<|im_end|>\n<|im_start|>assistant\n7<|im_end|>            each question
@@ -34,15 +35,15 @@ from .scenes import (
 )
 
 QUESTION_ROWS = 16
-"""Room for a question and its answer."""
+"""Rows for each question and its answer."""
 ANSWER_TOKENS = 3
-"""Largest number of tokens of an answer, its end included."""
+"""The largest number of tokens in an answer, including its end."""
 _MOST_PATCHES = (max(SIDES) // PATCH_SIZE) ** 2
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
 
 class Batch(NamedTuple):
-    """Prompts of equally many images and questions, padded to the same shapes.
+    """Prompts with the same numbers of images and questions, padded to the same shapes.
 
     The questions have the last rows, `QUESTION_ROWS` each.
     """
@@ -50,39 +51,39 @@ class Batch(NamedTuple):
     token_ids: Int32[np.ndarray, "prompts rows"]
     position_ids: Int32[np.ndarray, "prompts 3 rows"]
     order: Int32[np.ndarray, "prompts rows"]
-    """Position of the row in its own prompt, for causality; -1 for padding."""
+    """The row's position in its own prompt, for causality; -1 for padding."""
     image: Int32[np.ndarray, "prompts rows"]
     """Image number; -1 for text and padding."""
     sink: Bool[np.ndarray, "prompts rows"]
     pixel_values: Float32[np.ndarray, "prompts images patches values"]
     size_class: Int32[np.ndarray, "prompts images"]
-    """Which of `Encoder.sizes` each image has."""
+    """Index in `Encoder.sizes` of each image's size."""
     image_rows: Int32[np.ndarray, "prompts images tokens"]
-    """The row of each image token; beyond all rows for padding."""
+    """The row of each image token; out of range for padding."""
     answer_rows: Int32[np.ndarray, "prompts questions answer_tokens"]
     """The row whose logits choose each token of the answer."""
     answers: Int32[np.ndarray, "prompts questions answer_tokens"]
-    """Token ids of the answers, their ends included; -1 after them."""
+    """Token ids of the answers, including their ends; -1 after that."""
     tasks: Int32[np.ndarray, "prompts questions"]
     """Index of each question's task in `TASKS`."""
     about: Int32[np.ndarray, "prompts questions"]
-    """Index in `FEATURES` of what each question is about."""
+    """Index in `FEATURES` of the feature that each question is about."""
     word_rows: Int32[np.ndarray, "prompts questions"]
     """The row of the last word of each question."""
     meant: Bool[np.ndarray, "prompts questions images"]
-    """Which images that word refers to (`Question.images`)."""
+    """The images that the last word refers to (`Question.images`)."""
     compared_rows: Int32[np.ndarray, "prompts questions"]
-    """If two images are compared, the row of the first letter; else that of the word."""
+    """If two images are compared, the row of the first letter; else that of the last word."""
     compared: Bool[np.ndarray, "prompts questions images"]
-    """Which image that letter refers to; none if nothing is compared."""
+    """The image that the first letter refers to; none if nothing is compared."""
     last_rows: Int32[np.ndarray, "prompts images"]
     """The last row of each image."""
     captions: Int32[np.ndarray, "prompts images features"]
-    """Tokens of the image's `FEATURES`, to be said at its last row and that of its end."""
+    """Tokens of the image's `FEATURES`, to be predicted at its last row and the row after it."""
     features: Int32[np.ndarray, "prompts images features"]
-    """The same as indices in `CONTENTS` and `COLOURS`."""
+    """The image's `FEATURES`, as indices in `CONTENTS` and `COLOURS`."""
     alike: Int32[np.ndarray, "prompts images features"]
-    """How many earlier images have the same."""
+    """How many earlier images have the same feature."""
     labels: Int32[np.ndarray, "prompts images"]
     """Index in `LABELS` of each image's letter."""
 
@@ -92,7 +93,7 @@ class ImageBatch(NamedTuple):
 
     pixel_values: Float32[np.ndarray, "images patches values"]
     size_class: Int32[np.ndarray, "images"]
-    """Which of `Encoder.sizes` each image has."""
+    """Index in `Encoder.sizes` of each image's size."""
     content: Int32[np.ndarray, "images"]
     """Index in `CONTENTS`."""
     colour: Int32[np.ndarray, "images"]
@@ -120,7 +121,7 @@ class Encoder:
 
     @cached_property
     def plans(self) -> VisionPlan:
-        """The vision tower's plan of each of `sizes`, stacked; rows padded to the largest one's."""
+        """The vision tower's plans for all `sizes`, stacked and padded to the largest size."""
         plans = [
             self._family.vision_plan(
                 np.asarray([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
@@ -143,26 +144,26 @@ class Encoder:
         tasks: Sequence[str] = tuple(TASKS),
         test: bool = False,
     ) -> Batch:
-        """A random batch of scenes, with that many questions of `tasks` about each."""
+        """A random batch of scenes, with `questions` questions from `tasks` about each."""
         rows = self.shared_rows(images) + questions * QUESTION_ROWS
         encoded = []
         while len(encoded) < prompts:
             scene = draw_scene(random, images, test=test)
             if not test and random.random() < 0.5:
-                # The model must know all letters before prompts have that many images.
+                # The model must know all letters before prompts have enough images to use them.
                 first = random.integers(len(LABELS) - images + 1)
                 scene = replace(scene, first_label=int(first))
             chosen = random.integers(len(tasks), size=questions)
             asked = [ask(random, scene, tasks[index]) for index in chosen]
             one = self.encode(scene, asked, rows)
-            # Scenes of many large images do not fit: another is drawn.
+            # A scene with many large images may not fit: then another is drawn.
             if one is not None:
                 encoded.append(one)
         return Batch(*(np.stack(parts) for parts in zip(*encoded, strict=True)))
 
     @staticmethod
     def shared_rows(images: int) -> int:
-        """Rows for images slightly larger than the average."""
+        """Rows that the questions share: enough for images slightly larger than the average."""
         tokens = (np.mean(SIDES) / _UNIT) ** 2
         return 16 * -(-int(4 + images * (3 + 1.12 * tokens)) // 16)
 
@@ -188,7 +189,7 @@ class Encoder:
         )
 
     def encode(self, scene: Scene, questions: list[Question], rows: int) -> Batch | None:
-        """One prompt, arrays without their leading axis; None if it has more rows than `rows`."""
+        """One prompt as arrays without a leading axis; None if it has more than `rows` rows."""
         shared = rows - len(questions) * QUESTION_ROWS
         parts = [self._ids("<|im_start|>user\n")]
         grids, first_rows = [], []
@@ -288,9 +289,9 @@ class Encoder:
     def patches(
         self, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> Float32[np.ndarray, "patches values"]:
-        """The image processor's result for an image of one of the sizes, padded.
+        """The image processor's result for an image of one of `sizes`, padded.
 
-        Patches that are merged are adjacent; each holds its pixels twice, as two frames.
+        Patches that are merged are adjacent. Each patch holds its pixels twice, as two frames.
         """
         height, width, channels = pixels.shape
         scaled = (pixels.astype(np.float32) / 255 - self._mean) / self._std
@@ -314,5 +315,5 @@ class Encoder:
 
 
 def _seen_before(names: list[str]) -> Int32[np.ndarray, "names"]:
-    """How many of the names before it each one equals."""
+    """For each name, how many earlier names are the same."""
     return np.asarray([names[:index].count(name) for index, name in enumerate(names)], np.int32)

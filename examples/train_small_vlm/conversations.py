@@ -17,11 +17,11 @@ from .questions import Question, ask
 from .scenes import LABELS, Scene, draw_scene
 
 PROFILED_IMAGES = (4, 5, 6, 7, 8)
-"""How many images the prompts have that profiles are made from."""
+"""The numbers of images in the prompts that profiles are made from."""
 
 
 def numbers_of_images(text: str) -> tuple[int, ...]:
-    """A list such as 4,5,6: each a number of images that a scene can have."""
+    """Parses a list such as 4,5,6, in which each is a number of images that a scene can have."""
     numbers = tuple(whole(1)(part) for part in text.split(","))
     if max(numbers) > len(LABELS):
         raise argparse.ArgumentTypeError(f"a scene has at most {len(LABELS)} images")
@@ -39,7 +39,7 @@ def messages(scene: Scene, question: Question) -> list[dict[str, Any]]:
 def draw_conversations(
     count: int, images: Sequence[int] = PROFILED_IMAGES, *, seed: int = 0, test: bool = False
 ) -> list[tuple[Scene, Question]]:
-    """Scenes and a question about each: digits for training unless `test`."""
+    """Scenes and a question about each, with training digits, or test digits if `test`."""
     random = np.random.default_rng([seed, 7])
     drawn = []
     for number in range(count):
@@ -51,7 +51,7 @@ def draw_conversations(
 def write_samples(
     folder: Path, conversations: Sequence[tuple[Scene, Question]], name: str = "samples.jsonl"
 ) -> Path:
-    """Writes images as PNG and conversations as JSON Lines; returns the file of the latter."""
+    """Writes images as PNG and conversations as JSON Lines; returns the JSON Lines file."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (scene, question) in enumerate(conversations):
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=whole(0), default=0)
     options = parser.parse_args()
     drawn = draw_conversations(options.count, options.images, seed=options.seed)
-    # The name of the file is what a profile says of its samples.
+    # Profiles record the name of this file as the source of their samples.
     print(write_samples(options.folder, drawn, f"scenes-seed-{options.seed}.jsonl"))
 
 

@@ -22,9 +22,9 @@ def export(parameters: Any, config: PretrainedConfig, folder: Path) -> None:
     """Writes the checkpoint in bfloat16, completely or not at all; replaces an existing one.
 
     Args:
-      parameters: state of the module, as `nnx.split` gives it.
-      config: of the whole model.
-      folder: of the checkpoint.
+      parameters: the module's state, as `nnx.split` returns it.
+      config: the whole model's config.
+      folder: the checkpoint's folder.
     """
     tokenizer = make_tokenizer()
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
@@ -73,4 +73,4 @@ def _undo(rule: ParameterRule, array: np.ndarray, config: PretrainedConfig) -> n
             vision = config.vision_config
             patch = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
             return array.T.reshape(array.shape[1], vision.in_channels, *patch)
-    raise ValueError(f"the transform {rule.transform!r} of {rule.source} has no way back here")
+    raise ValueError(f"the transform {rule.transform!r} of {rule.source} cannot be undone here")

@@ -45,7 +45,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def _corpus() -> list[str]:
-    """Every word that questions and answers are made from, with and without a space before it."""
+    """Every word in questions and answers, with and without a space before it."""
     sentences = [
         "What is in image A?",
         "What colour is image A?",
@@ -65,7 +65,7 @@ def _corpus() -> list[str]:
 
 
 def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
-    """Five layers of six heads of 32 channels; a tower of two blocks; a token for each patch."""
+    """Five layers with six heads of 32 channels; a tower of two blocks; one token per patch."""
     return qwen_files.make_config(
         tokenizer,
         text={
@@ -94,7 +94,7 @@ def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
 
 
 def make_image_processor() -> Qwen2VLImageProcessorPil:
-    """Leaves the images of scenes as they are, and scales others to about that size."""
+    """An image processor that does not resize images of scenes, and scales others to such sizes."""
     return Qwen2VLImageProcessorPil(
         size={"shortest_edge": min(SIDES) ** 2, "longest_edge": max(SIDES) ** 2},
         patch_size=PATCH_SIZE,

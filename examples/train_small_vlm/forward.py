@@ -1,8 +1,9 @@
 """A batch of prompts through bsjax's own modules.
 
-Attention is computed densely, as prompts are short and a batch of them runs at once. What a row of
-the shared part sees is bsjax's own predicate, expanded to a matrix: sparse layers and heads see
-what their key groups allow. Rows of questions are text and see everything before them.
+Attention is computed densely: prompts are short, and a whole batch runs at once. Which keys a row
+of the shared part sees follows from bsjax's own predicate, expanded to a matrix, so sparse layers
+and heads see what their key groups allow. Rows of questions are text and see everything before
+them.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from .batches import QUESTION_ROWS, Batch
 def image_features(
     module: Any, batch: Batch, plans: VisionPlan
 ) -> Float[Array, "prompts images tokens hidden"]:
-    """The tokens of all images, padded to those of the largest size.
+    """The features of all image tokens, padded to the number of tokens of the largest size.
 
-    `plans` are those of all sizes, stacked (`Encoder.plans`).
+    `plans` are the vision tower's plans for all sizes, stacked (`Encoder.plans`).
     """
     plan_of_image = jax.tree.map(lambda part: jnp.asarray(part)[batch.size_class], plans)
     run = partial(run_tower, module.visual)
@@ -40,9 +41,9 @@ def hidden_states(
     features: Float[Array, "prompts images tokens hidden"],
     groups: Int[Array | np.ndarray, "layers heads_or_1"],
 ) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
-    """Hidden states of all rows; queries, keys and values of all layers.
+    """Hidden states of all rows, and queries, keys and values of all layers.
 
-    `groups` are the key groups that each head, or all heads of a layer, keep. Queries, keys and
+    `groups` are the key groups that each head, or every head of a layer, keeps. Queries, keys and
     values have the shape [layers, prompts, rows, heads, head_dim].
     """
     prompts, rows = batch.token_ids.shape
@@ -63,7 +64,7 @@ def hidden_states(
         by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
         return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
 
-    # All prompts run as one sequence of rows: the gradient of each matrix is then one product.
+    # All prompts run as one sequence of rows, so that the gradient of each matrix is one product.
     position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
     embeddings = embeddings.reshape(prompts * rows, -1)
     hidden, kept = module.language_model.run_layers(embeddings, position_ids, (attend,), groups)
@@ -74,7 +75,7 @@ def hidden_states(
 def run_tower(
     tower: Any, pixel_values: Float[Array, "patches values"], plan: VisionPlan
 ) -> Float[Array, "tokens hidden"]:
-    """The tokens of one padded image."""
+    """The features of the tokens of one padded image."""
 
     def attend_within(segment: Array) -> Any:
         same = (segment[:, None] == segment[None, :])[None]
@@ -86,14 +87,15 @@ def run_tower(
 
 
 def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "heads_or_1 rows rows"]:
-    """Which of the rows shared by all questions each of these rows sees."""
+    """For the rows that all questions share: which of these rows each of them sees."""
     allowed = visible(
         TokenInfo(*(part[None, :, None] for part in info)),
         TokenInfo(*(part[None, None, :] for part in info)),
         groups[:, None, None],
         CAUSAL,
     )
-    # Padding rows see themselves, so that every row sees something. Rows of SINK heads need not.
+    # Padding rows see themselves, so that every row sees something. This must not be extended to
+    # other rows: in SINK heads, image tokens do not see themselves.
     padding = info.position < 0
     return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
 
@@ -101,7 +103,7 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
 def _prompt_attention(
     q: Array, k: Array, v: Array, seen: Array, order: Array, scale: float
 ) -> Array:
-    """Attention of a prompt; a question sees the shared rows and itself, but no other question."""
+    """Attention of a prompt. A question sees the shared rows and itself, but no other question."""
     shared = seen.shape[-1]
     rows, heads, channels = q.shape
     before = _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
@@ -148,7 +150,7 @@ def _masked_attention(
 def logits_at(
     module: Any, hidden: Float[Array, "prompts rows hidden"], rows: Int[Array, "prompts *chosen"]
 ) -> Float[Array, "prompts *chosen vocabulary"]:
-    """Logits after some rows of each prompt."""
+    """Logits at the given rows of each prompt."""
     flat = rows.reshape(rows.shape[0], -1, 1)
     return module.logits(jnp.take_along_axis(hidden, flat, axis=1).reshape(*rows.shape, -1))
 
@@ -156,10 +158,10 @@ def logits_at(
 def groups_of_layers(
     config: PretrainedConfig, sparse_layers: Sequence[int]
 ) -> Int[np.ndarray, "layers 1"]:
-    """Key groups of layers that are INTRA_IMAGE_SINK or else DENSE.
+    """Key groups of all layers: INTRA_IMAGE_SINK for `sparse_layers`, DENSE for the others.
 
     Raises:
-      ValueError: a sparse layer that the model has not.
+      ValueError: the model does not have one of the sparse layers.
     """
     layers = config.get_text_config().num_hidden_layers
     for layer in sparse_layers:

@@ -1,4 +1,4 @@
-"""Held-out prompts, and which of them the model answers right with given head categories."""
+"""Held-out prompts, and which of these the model answers right with given head categories."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,26 +25,26 @@ _SCENES_PER_BATCH = 16
 
 
 class _Group(NamedTuple):
-    """A batch of scenes with equally many images, and their image features."""
+    """A batch of scenes with the same number of images, and their image features."""
 
     batch: Batch
     features: Float[Array, "scenes images tokens hidden"]
 
 
 class HeldOut:
-    """Scenes with test digits, and a question of every task that can be asked about each.
+    """Scenes with test digits, and a question of each task about every scene.
 
     If a task has no question about a scene, the content of an image is asked for instead (`ask`).
 
-    A question and its scene are one prompt: questions do not see each other. The result is that of
-    `bsjax.generate`, computed with the whole score matrix instead of blocks.
+    A question and its scene are one prompt: questions do not see each other. Answers equal those of
+    `bsjax.generate`, but are computed with the whole score matrix instead of blocks.
 
     Attributes:
       name: identifies the model and the prompts.
       tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
       pairs: visible pairs of one head in every prompt, by `HeadCategory`, int64 [scenes, questions,
         categories].
-      encoder: made the batches.
+      encoder: the encoder that made the batches.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class HeldOut:
         """Draws the prompts and encodes their images.
 
         Args:
-          model: a converted checkpoint of the training, from `bsjax.load`.
-          scenes: number of scenes; they take the numbers of images in turn.
-          images: numbers of images per scene.
+          model: a trained checkpoint, converted and loaded with `bsjax.load`.
+          scenes: number of scenes.
+          images: numbers of images per scene, which the scenes take in turn.
           sinks: which tokens of an image are sinks.
-          seed: of everything that is drawn.
+          seed: the seed for everything that is drawn.
         """
         self.name = f"{model.fingerprint}: {scenes} scenes of {images} images, {sinks}, seed {seed}"
         processor = model.image_processor
@@ -105,7 +105,7 @@ class HeldOut:
         return np.concatenate([np.asarray(answers(group, groups)) for group in self.encoded])
 
     def commonest(self) -> dict[str, float]:
-        """For each task, the share of prompts whose right answer is the most common one: chance."""
+        """For each task, the share of right answers from always giving the most common one."""
         answers = np.concatenate([group.batch.answers for group in self.encoded])
         result = {}
         for index in np.unique(self.tasks):

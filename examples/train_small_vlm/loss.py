@@ -1,7 +1,7 @@
-"""The training loss: answers, and the steps that lead to them.
+"""The training loss: for answers, and for the intermediate steps that lead to them.
 
-Captions, readings and pointings teach the intermediate steps between a question about several
-images and its answer. They are used in training only and are not part of the model.
+Captions, readings and pointings teach the steps between a question about several images and its
+answer. They are used in training only and are not part of the model.
 """
 
 from collections.abc import Iterator
@@ -41,16 +41,18 @@ READING_WEIGHTS = {
 }
 """Weights of the readings: what linear readers recover from the values of layers.
 
-At the last row of an image and at its letter: its features, its letter, and how many earlier images
-are alike. At the last word of a question: what is asked, the features of the image with that
-letter, the letter that was looked for, the number that was counted; in later layers whether the
-compared images are alike, and the answer. Finding, counting and comparing consist of these steps.
+From the last row of an image and from its letter, they recover its features, its letter, and how
+many earlier images are alike. From the last word of a question, they recover what is asked, the
+features of the image with that letter, the letter that was looked for and the number that was
+counted; in later layers also whether the compared images are alike, and the answer. Finding,
+counting and comparing consist of these steps.
 """
 READ_LAYER = 2
-"""The layer from whose values most readings are taken, early enough for later rows and layers to
+"""The layer whose values most readings are taken from, early enough for later rows and layers to
 use them. What a head is taught to look at is read from that head's own layer."""
 POINTING_WEIGHT = 0.3
-"""Weight of the pointings: a few heads should attend equally to given rows (see `pointings_of`)."""
+"""Weight of the pointings: a few heads should divide their attention equally between given rows
+(see `pointings_of`)."""
 WORD_HEAD, COUNT_HEAD, FIND_HEAD, REPEAT_HEAD, ANSWER_HEAD = (1, 0), (1, 1), (1, 5), (2, 3), (3, 0)
 ALIKE_HEADS = {"content": (1, 3), "colour": (1, 4)}
 COMPARE_HEADS = {"content": (2, 4), "colour": (2, 5)}
@@ -66,7 +68,7 @@ class _Pointing(NamedTuple):
     rows: Int[Array, "prompts pointing"]
     """The rows that look."""
     targets: Bool[Array, "prompts pointing rows"]
-    """The rows they should look at; none for rows that are not taught."""
+    """The rows that they should look at; none for rows that are not taught."""
 
 
 def loss_and_correct(
@@ -80,14 +82,14 @@ def loss_and_correct(
 
     Args:
       module: the model.
-      readers: from `new_readers`.
-      batch: prompts of equally many images and questions.
+      readers: the readers, from `new_readers`.
+      batch: prompts with the same numbers of images and questions.
       plans: the vision tower's plan of each image size, stacked (`Encoder.plans`).
-      groups: key groups that each head, or all heads of a layer, keep (`groups_of_layers`).
+      groups: key groups that each head, or every head of a layer, keeps (`groups_of_layers`).
 
     Returns:
       The loss, a scalar; which answers are right when decoded greedily, [prompts, questions]; and,
-      by name, the share of readings that are right and of attention that is on target.
+      by name, the share of readings that are right and the share of attention that is on target.
     """
     features = image_features(module, batch, plans)
     hidden, (q, k, v) = hidden_states(module, batch, features, groups)
@@ -127,14 +129,14 @@ def pointings_of(batch: Batch, groups: Int[np.ndarray, "layers heads_or_1"]) -> 
     """What a few heads are taught to look at.
 
     - A letter in a question looks at the letter of its image.
-    - The word for what is looked for, or counted, looks at the letters of the images that show it.
-      A second head also looks at the first row of the prompt, so that the attention mass there says
-      how many images there are. Heads with nothing to look at look at that row, too.
+    - The word for what is to be found or counted looks at the letters of the images that show it.
+      A second head also looks at the first row of the prompt, so that the attention mass there
+      encodes the number of images. Rows with nothing to look at look at the first row, too.
     - The last row of an image looks at the last rows of earlier images that are alike, and at the
       first row.
-    - In later layers, the last word looks at the letter it is compared with if the two images are
-      alike. Asked what comes twice, it looks at the last row of the image that repeats an earlier
-      one.
+    - In later layers, the last word of a comparison looks at the other letter if the two images are
+      alike. The last word of "What comes twice?" looks at the last row of the image that repeats an
+      earlier one.
     - The row before the answer looks at the last word.
     """
     rows = batch.token_ids.shape[1]
@@ -187,7 +189,7 @@ def _scores_of_rows(
     batch: Batch,
     scale: float,
 ) -> Float[Array, "prompts pointing rows"]:
-    """Scaled scores of some rows for everything they see with one dense head."""
+    """Scaled scores of some rows for all keys that they see in one dense head."""
     total, questions = batch.token_ids.shape[1], batch.tasks.shape[1]
     # The question that a row belongs to; -1 for shared rows.
     question = (jnp.arange(total) - (total - questions * QUESTION_ROWS)) // QUESTION_ROWS
@@ -204,16 +206,16 @@ def _scores_of_rows(
 def readings_of(
     readers: dict[str, Array], v: Array, batch: Batch, heads: int
 ) -> dict[str, tuple[Array, Array, Array]]:
-    """What is read from the values of layers, as scores; what it should be; whether it is asked
-    for. By name.
+    """The readings by name: scores read from the values of layers, the truth, and whether it is
+    asked for.
     """
 
     def at(values: Array, rows: Array) -> Array:
         values = values.reshape(*values.shape[:2], -1)
         return jnp.take_along_axis(values, rows[..., None], axis=1)
 
-    # The letter follows the image's end. The values are those that a head taught to look there
-    # takes.
+    # The letter comes after the image's end token. Readers use the values of the head that is
+    # taught to look there.
     last_and_letter = jnp.concatenate([batch.last_rows, batch.last_rows + 2], axis=1)
     of_word, of_find, of_answer = (
         v[layer, :, :, head * v.shape[3] // heads]
@@ -252,17 +254,17 @@ def readings_of(
 def _of_image(
     which: Bool[Array, "prompts asked images"], values: Int[Array, "prompts images"]
 ) -> Int[Array, "prompts asked"]:
-    """The value of the image that is meant, if it is exactly one."""
+    """The value of the image that is meant, if exactly one is."""
     return jnp.einsum("pni,pi->pn", which * 1, values)
 
 
 def _of_tasks(batch: Batch, *names: str) -> Bool[Array, "prompts questions"]:
-    """Which questions belong to some tasks."""
+    """Which questions belong to the named tasks."""
     return jnp.isin(batch.tasks, jnp.asarray([list(TASKS).index(name) for name in names]))
 
 
 def new_readers(config: PretrainedConfig, seed: int) -> dict[str, Array]:
-    """Initial matrices of the readers, which are not part of the model."""
+    """The initial matrices of the readers, which are not part of the model."""
     text = config.get_text_config()
     head_dim = text.hidden_size // text.num_attention_heads
     width = text.num_key_value_heads * head_dim

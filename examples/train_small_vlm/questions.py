@@ -2,7 +2,7 @@
 
 content   What is in image C?                              one image
 colour    What colour is image C?                          one image
-find      Which image shows a 7? / is red?                 looking for one
+find      Which image shows a 7? / is red?                 a search for one image
 count     How many images show a 7? / are red?             all images
 compare   Is image B like image E? / coloured like ...?    two images
 repeat    What comes twice? / Which colour comes twice?    every image and those before it
@@ -20,7 +20,7 @@ NONE = "none"
 
 
 FEATURES = ("content", "colour")
-"""What a question may be about."""
+"""What a question can be about."""
 
 
 class Question(NamedTuple):
@@ -35,11 +35,11 @@ class Question(NamedTuple):
     images: tuple[int, ...]
     """The images that the last word of the question refers to; none if there is no such image."""
     compared: int | None = None
-    """The image that they are compared with."""
+    """The image that is compared with the one in `images`; None in other tasks."""
 
 
 def ask(random: np.random.Generator, scene: Scene, task: str | None = None) -> Question:
-    """A random question about a scene, of a random task unless one is given.
+    """A random question about a scene, from a random task unless one is given.
 
     If the task has no question about the scene (for instance because no image is the only one of
     its kind), the question is about the content of an image.
@@ -76,7 +76,7 @@ def _find(random: np.random.Generator, scene: Scene) -> Question | None:
     if absent:
         return Question("find", feature, text, NONE, ())
     image = values.index(name)
-    # With a leading space, the letter is the same token as after the image.
+    # With a leading space, the letter is the same token as the one after the image.
     return Question("find", feature, text, f" {scene.labels[image]}", (image,))
 
 
@@ -129,7 +129,7 @@ def _repeat(random: np.random.Generator, scene: Scene) -> Question | None:
 def _drawn_feature(
     random: np.random.Generator, scene: Scene
 ) -> tuple[str, list[str], tuple[str, ...]]:
-    """A feature, what it is in each image, and what it can be."""
+    """A random feature, its value in each image, and all values that it can have."""
     if random.random() < 0.5:
         return "colour", scene.colours, tuple(COLOURS)
     return "content", scene.contents, CONTENTS
@@ -149,4 +149,4 @@ TASKS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 }
 
 BY_LETTER = ("content", "colour", "compare")
-"""Tasks with questions that end with the letter of an image."""
+"""Tasks whose questions end with the letter of an image."""

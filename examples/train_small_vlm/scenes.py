@@ -1,7 +1,7 @@
 """Scenes: several small images, each a digit or a shape in a colour.
 
-Digits are the handwritten ones of scikit-learn, split here into those for training and those for
-testing. Shapes are drawn.
+Digits are the handwritten ones from scikit-learn, which are divided here into training and test
+digits. Shapes are drawn.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ _SPLIT_SEED = 20240914
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a scene, and what a question may ask about it."""
+    """One image of a scene, and the features that a question can ask about."""
 
     content: str
     """One of `CONTENTS`."""
@@ -49,7 +49,7 @@ class Scene:
 
     pictures: tuple[Picture, ...]
     first_label: int = 0
-    """Index in `LABELS` of the first image's label; prompts begin with A."""
+    """Index in `LABELS` of the first image's label; in prompts outside of training it is A."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -70,14 +70,14 @@ class Scene:
 def draw_scene(random: np.random.Generator, images: int, *, test: bool) -> Scene:
     """A random scene.
 
-    In half of the scenes at most one content occurs twice, so that one can ask which image repeats
-    an earlier one. In the others a few contents occur several times, so that counting is not
-    trivial. The same holds for colours.
+    In half of the scenes at most one content occurs twice, so that a question can ask which image
+    repeats an earlier one. In the others a few contents occur several times, so that counting is
+    not trivial. The same holds for colours.
 
     Args:
-      random: draws everything.
+      random: the generator for everything that is drawn.
       images: number of images, up to `len(LABELS)`.
-      test: whether digits are those held out for testing.
+      test: whether to use the digits that are held out for testing.
     """
     contents = _draw_names(random, CONTENTS, images)
     colours = _draw_names(random, tuple(COLOURS), images)
@@ -89,7 +89,7 @@ def draw_scene(random: np.random.Generator, images: int, *, test: bool) -> Scene
 
 
 def _draw_names(random: np.random.Generator, names: tuple[str, ...], count: int) -> list[str]:
-    """Names of all images: nearly all different, or few different ones."""
+    """A name for each image: nearly all are different, or only few are."""
     if random.random() < 0.5 and count <= len(names):
         chosen = random.permutation(len(names))[:count]
         if random.random() < 0.7 and count > 1:
@@ -102,7 +102,7 @@ def _draw_names(random: np.random.Generator, names: tuple[str, ...], count: int)
 
 
 def draw_picture(random: np.random.Generator, content: str, colour: str, *, test: bool) -> Picture:
-    """One image of random size, place and shade; a digit is a random one of its kind."""
+    """One image of random size, position and shade; a digit is a random handwritten one."""
     height, width = (int(side) for side in random.choice(SIDES, 2))
     size = int(random.uniform(0.7, 0.95) * min(height, width))
     if content in DIGITS:
@@ -158,7 +158,7 @@ def _shape_stencil(random: np.random.Generator, shape: str, size: int) -> np.nda
 
 @cache
 def digit_images(test: bool) -> tuple[UInt8[np.ndarray, "count 8 8"], ...]:
-    """The handwritten digits of training or of testing, by the digit they show."""
+    """The handwritten digits for training or for testing, by the digit that they show."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -1,4 +1,4 @@
-"""Optimizer, stages and the training loop, which continues from its checkpoints."""
+"""Optimizer, stages, and the training loop, which continues from its last checkpoint."""
 
 import json
 import time
@@ -28,13 +28,13 @@ IMAGES_PER_BATCH = 32
 TOWER_IMAGES_PER_BATCH = 128
 
 TOWER_RATE = 0.1
-"""Learning rate of the tower relative to the language model's: keeps what it learned alone."""
+"""Learning rate of the tower relative to the language model's, low to keep what it has learned."""
 
 TOWER_FALL = ((0.5, 1.0), (1.0, 0.0))
 MODEL_FALL = ((0.24, 1.0), (0.3, 0.3), (1.0, 0.0))
-"""(share of the steps, learning rate relative to the largest), linear in between. The rate is large
-until the model has learned which image a question is about, and smaller for comparing and
-counting."""
+"""Pairs (share of the steps, learning rate relative to its peak); linear in between. The rate is
+large until the model has learned which image a question is about, and smaller for learning to
+compare and count."""
 
 _UNIT = PATCH_SIZE * MERGE_SIZE
 
@@ -44,15 +44,15 @@ class Settings:
     """What differs between training runs; everything else is fixed in the code.
 
     Attributes:
-      tower_steps: batches of single images that the vision tower is trained on before.
-      steps: batches of prompts that the whole model is trained on.
-      learning_rate: greatest one of matrices, which Muon changes; it rises to it over
-        `warmup_steps`, stays there, and falls (`TOWER_FALL`, `MODEL_FALL`).
-      adam_learning_rate: likewise, of all else.
-      warmup_steps: see `learning_rate`.
-      weight_decay: of matrices.
-      seed: of parameters and data.
-      sparse_layers: layers that are INTRA_IMAGE_SINK from the start, all their heads.
+      tower_steps: number of batches of single images that the vision tower is first trained on.
+      steps: number of batches of prompts that the whole model is then trained on.
+      learning_rate: peak learning rate of matrices, which Muon optimizes. The rate rises to the
+        peak over `warmup_steps`, stays there, and falls (`TOWER_FALL`, `MODEL_FALL`).
+      adam_learning_rate: peak learning rate of all other parameters, with the same schedule.
+      warmup_steps: number of steps over which learning rates rise.
+      weight_decay: weight decay of matrices.
+      seed: seed for parameters and data.
+      sparse_layers: layers in which all heads are INTRA_IMAGE_SINK from the start.
     """
 
     tower_steps: int = 1000
@@ -76,9 +76,9 @@ class Phase(NamedTuple):
     """A part of the training of the whole model.
 
     Attributes:
-      until: share of the steps after which it ends.
-      images: numbers of images that prompts have.
-      tasks: of their questions.
+      until: share of the steps after which the phase ends.
+      images: numbers of images in its prompts.
+      tasks: tasks of its questions.
     """
 
     until: float
@@ -87,7 +87,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    # First learn which image a question is about, with few images.
+    # First, the model learns which image a question is about, with few images.
     Phase(0.06, (2, 3), ("content", "colour", "find")),
     Phase(0.3, (2, 3)),
     Phase(0.5, (2, 3, 5)),
@@ -97,7 +97,7 @@ PHASES = (
 
 
 def batch_of_step(settings: Settings, encoder: Encoder, step: int) -> Batch:
-    """The batch of a step. Depends on seed and step only, so that a run can be continued."""
+    """The batch of a step. It depends on seed and step only, so that a run can be continued."""
     phase = next(phase for phase in PHASES if step < phase.until * settings.steps)
     random = np.random.default_rng([settings.seed, 2, step])
     images = phase.images[random.integers(len(phase.images))]
@@ -116,14 +116,14 @@ class Stage(Protocol):
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """What to log once in a while."""
+        """Results that are logged less often than the training loss."""
         ...
 
 
 class TowerStage:
-    """The vision tower alone: content and colour of single images, from their mean feature.
+    """Trains the vision tower alone: content and colour of single images, from their mean feature.
 
-    The language model then begins with features that say something about an image.
+    The language model then starts with features that already describe an image.
     """
 
     def __init__(self, module: nnx.Module, settings: Settings, encoder: Encoder) -> None:
@@ -169,12 +169,12 @@ class TowerStage:
         return {"loss": float(loss), "content": float(content), "colour": float(colour)}
 
     def evaluate(self) -> dict[str, float]:
-        """Nothing: training images are never seen twice, so the log of the steps suffices."""
+        """Nothing: training images are never repeated, so their accuracy in the log suffices."""
         return {}
 
 
 class ModelStage:
-    """The whole model: questions about scenes."""
+    """Trains the whole model on questions about scenes."""
 
     def __init__(self, module: nnx.Module, settings: Settings, encoder: Encoder) -> None:
         self.steps = settings.steps
@@ -210,7 +210,7 @@ class ModelStage:
         return self.state.parameters[0]
 
     def evaluate(self) -> dict[str, float]:
-        """Share of right answers about held-out scenes of eight images."""
+        """The share of right answers to questions about held-out scenes of eight images."""
         random = np.random.default_rng([self._settings.seed, 3])
         batch = self._encoder.batch(random, 24, 8, 12, test=True)
         _, (right, _) = self._evaluate(self.state.parameters, batch)
@@ -222,12 +222,12 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Muon for matrices, Adam for the rest.
 
-    In training of the whole model, the vision tower changes slowly.
+    When the whole model is trained, the vision tower changes slowly.
 
     Args:
       settings: learning rates, warmup and weight decay.
-      steps: how many there will be.
-      fall: shares of the steps, and what learning rates are then over the greatest ones.
+      steps: number of steps in the stage.
+      fall: pairs (share of the steps, learning rate relative to its peak).
     """
 
     def rate(peak: float) -> optax.Schedule:
@@ -256,7 +256,7 @@ def make_optimizer(
 
 
 def _matrix(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """The axes of a linear map's matrix, of all layers stacked or of one; None for the rest."""
+    """The matrix axes of a kernel, stacked over layers or not; None for other parameters."""
     if "kernel" not in keystr(path):
         return None
     return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
@@ -265,12 +265,12 @@ def _matrix(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
 def quiet_start(parameters: Any, width: int) -> Any:
     """Initial parameters: layers add nothing to their input, and embeddings are large.
 
-    Otherwise the random output of the layers hides which token a row is, and which letter an image
-    has.
+    Otherwise the random output of the layers would obscure which token a row is and which letter an
+    image has.
 
     Args:
-      parameters: of the model, as they are made.
-      width: of its hidden states.
+      parameters: the model's parameters as created.
+      width: the width of its hidden states.
     """
 
     def start(path: Any, leaf: Array) -> Array:
@@ -281,19 +281,19 @@ def quiet_start(parameters: Any, width: int) -> Any:
             return jnp.zeros_like(leaf)
         if "embed_tokens" in name:
             return leaf * width**0.5
-        # The table is also the output layer, and logits must stay as they were.
+        # The table is also the output layer; dividing the norm keeps the logits as they were.
         return leaf / width**0.5 if "'language_model']['norm']" in name else leaf
 
     return jax.tree_util.tree_map_with_path(start, parameters)
 
 
 def _first_state(parameters: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step, with a copy of the parameters: steps overwrite them."""
+    """The state before the first step, with a copy of the parameters, which steps overwrite."""
     return State(jax.tree.map(jnp.copy, parameters), optimizer.init(parameters))
 
 
 def train_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
-    """Jitted `(state, batch) -> state, loss, auxiliary output of the loss`."""
+    """A jitted function from (state, batch) to (state, loss, auxiliary output of the loss)."""
 
     @partial(jax.jit, donate_argnums=0)
     def train(state: State, batch: Any) -> tuple[State, Array, Any]:
@@ -311,7 +311,7 @@ def train_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation
 
 
 def shares(right: np.ndarray, tasks: np.ndarray) -> dict[str, float]:
-    """Share of right answers, for each task that was asked and for all."""
+    """The share of right answers, over all questions and for each task that occurs."""
     result = {"all": float(right.mean())}
     for index, name in enumerate(TASKS):
         if (tasks == index).any():
@@ -329,15 +329,15 @@ def run_stage(
 ) -> None:
     """Runs a stage to its end, from the last checkpoint in `folder` if there is one.
 
-    Writes checkpoints and `folder/log.jsonl`: a line every `log_every` steps. Every fifth line, and
-    the last, also has the results of `stage.evaluate`.
+    Writes checkpoints, and a line to `folder/log.jsonl` every `log_every` steps. Every fifth line
+    and the last line also have the results of `stage.evaluate`.
 
     Args:
-      stage: what is trained; its state is the trained one afterwards.
-      folder: of checkpoints and log.
+      stage: the stage; its state is updated in place.
+      folder: folder for checkpoints and log.
       log_every: steps between lines of the log.
       save_every: steps between checkpoints.
-      stop_after: stop there as if interrupted, for tests.
+      stop_after: a step after which to stop as if interrupted, for tests.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / "log.jsonl"
@@ -370,7 +370,7 @@ def run_stage(
 
 
 def checkpoints_of(folder: Path) -> orbax.checkpoint.CheckpointManager:
-    """The checkpoints of a stage: the last two, and every thousandth step."""
+    """The checkpoints of a stage: of every thousandth step, and the last two."""
     return orbax.checkpoint.CheckpointManager(
         (folder / "checkpoints").absolute(),
         options=orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2, keep_period=1000),
@@ -383,7 +383,7 @@ def restore(stage: Stage, manager: orbax.checkpoint.CheckpointManager, step: int
 
 
 def _means(entries: list[dict[str, float]]) -> dict[str, float]:
-    """Means by name, over the entries that have the name."""
+    """The mean for each name, over the entries that have it."""
     names = dict.fromkeys(name for entry in entries for name in entry)
     return {
         name: round(float(np.mean([entry[name] for entry in entries if name in entry])), 4)
@@ -403,12 +403,12 @@ def check_settings(file: Path, settings: Settings) -> None:
         file.write_text(text, encoding="utf-8")
     elif json.loads(file.read_text(encoding="utf-8")) != json.loads(text):
         raise SystemExit(
-            f"error: {file} is of a run with other settings. Give another folder, or delete it."
+            f"error: {file} is from a run with other settings. Choose another folder, or delete it."
         )
 
 
 def _lines_until(log_file: Path, step: int) -> list[dict[str, Any]]:
-    """The log up to a step; later lines are dropped, as their steps will run again."""
+    """The log up to a step. Later lines are removed from the file: their steps will run again."""
     if not log_file.exists():
         return []
     lines: Sequence[str] = log_file.read_text(encoding="utf-8").splitlines()
