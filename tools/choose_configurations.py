@@ -2,24 +2,25 @@
 
     python -m tools.choose_configurations --target sm_90
 
-Every candidate is compiled for the target and read as machine code. Those that spill registers or
-have fewer than two blocks in flight are dropped. The others are ranked by an estimate of the time
-that a visible pair takes on one multiprocessor:
+Every candidate is compiled for the target, and its machine code is read. Candidates that spill
+registers or do not fit into shared memory are dropped. The others are ranked by an estimate of the
+cycles that a visible pair takes on one multiprocessor:
 
-    issue    instructions of a block's loop, over the four schedulers
-    tensor   multiply-adds of a block, over what the tensor cores (or FMA units) do in a cycle
-    special  exponentials of a block, 16 in a cycle
-    memory   bytes of a block's keys and values, over a multiprocessor's share of the L2 cache
+    issue    instructions in a block's loop, divided by the four schedulers
+    tensor   multiply-adds of a block, divided by the rate of the tensor cores
+    special  exponentials of a block, at 16 per cycle
+    memory   bytes of a block's keys and values, divided by a multiprocessor's share of the L2
+             bandwidth
     block    the maximum of these, or the time of one program if too few are resident to overlap:
              (tensor + max(issue, special)) / resident programs
     pair     time of the full and partial blocks of reference schedules, each with its own loop,
-             divided by the visible pairs
+             divided by the number of visible pairs
 
 Which candidates spill depends on the version of JAX. An entry must pass the test suite with the
 oldest and the newest supported version; the table has the best candidate that does.
 
-The estimate replaces a measurement for ranking; it does not predict speed. Entries that
-`tools.tune` has measured are not changed.
+The estimate serves only to rank candidates; it does not predict speed. Entries that `tools.tune`
+has measured are not changed.
 """
 
 import argparse
@@ -44,18 +45,18 @@ CANDIDATES = {
     2: list(itertools.product([(64, 4), (64, 8), (128, 8)], [32, 64], [2, 3])),
     4: list(itertools.product([(16, 4), (16, 8), (32, 4), (32, 8), (32, 16)], [16, 32], [2])),
 }
-"""By bytes of an element: (block_q, num_warps), block_kv, num_stages."""
+"""By bytes per element: (block_q, num_warps), block_kv, num_stages."""
 
-# Multiply-adds per cycle and multiprocessor of half-precision tensor cores, from the data sheets.
+# Multiply-adds per cycle and multiprocessor on half-precision tensor cores, from the data sheets.
 _TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
 _FLOAT32_RATE = {"sm_80": 64, "sm_89": 128, "sm_90": 128, "sm_100": 128}
-# Of all multiprocessors together. Assumed to be three fifths of the data sheets' figures.
+# For all multiprocessors together; assumed to be three fifths of the figures in the data sheets.
 _L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
 _EXPONENTIALS_PER_CYCLE = 16
 
 
 class Work(NamedTuple):
-    """The blocks that a schedule visits, and the pairs that a head sees."""
+    """The number of blocks that a schedule visits, and of pairs that a head sees."""
 
     full_blocks: int
     partial_blocks: int
@@ -83,7 +84,7 @@ def cycles_per_pair(
     itemsize: int,
     work: Work,
 ) -> float:
-    """The estimate by which candidates are ranked."""
+    """The estimate that candidates are ranked by."""
     loops = [len(loop) for loop in attention_loops(report.sass)]
     full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
     gpu = GPUS[GPU_OF[target]]
@@ -104,13 +105,13 @@ def cycles_per_pair(
 
 
 def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int) -> bool:
-    """Whether queries, keys and values alone leave shared memory to spare."""
+    """Whether queries, keys and values alone fit into shared memory, with some room to spare."""
     rows = candidate.block_q + 2 * candidate.num_stages * candidate.block_kv
     return rows * width * itemsize <= GPUS[GPU_OF[target]].shared_memory_per_block - 2048
 
 
 def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
-    """The table's entries for heads of one width: one for dense and one for sparse launches."""
+    """The table entries for heads of one width: one for dense and one for sparse launches."""
     compiled: list[tuple[KernelConfiguration, KernelReport]] = []
     for (block_q, warps), block_kv, stages in CANDIDATES[itemsize]:
         candidate = KernelConfiguration(block_q, block_kv, warps, stages)
@@ -123,7 +124,7 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
                 compile_prefill(GPU_OF[target], head_dim, dtype, chosen=candidate)
                 for head_dim in ((80, 72) if width == 80 else (width,))
             ]
-        except Exception as error:  # Not a candidate if it does not compile.
+        except Exception as error:  # What does not compile is not a candidate.
             print(f"  {candidate}: {str(error)[:80]}", file=sys.stderr)
             continue
         limit = GPUS[GPU_OF[target]].shared_memory_per_block
@@ -155,7 +156,7 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
             ),
             key=lambda item: item[0],
         )
-        # Estimates this close are equal; more blocks in flight hide more latency.
+        # Estimates this close count as equal; more blocks in flight hide more latency.
         close = [item for item in ranked if item[0] <= 1.02 * ranked[0][0]]
         best = max(close, key=lambda item: item[1].num_stages)
         for estimate, candidate, report in ranked[:5]:

@@ -18,7 +18,7 @@ from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
 
 def target_name(gpu: str) -> str:
-    """The target in `bsjax.pallas.configurations` of a GPU in `gpu_targets`."""
+    """The target in `bsjax.pallas.configurations` for a GPU in `gpu_targets`."""
     major, minor = TARGETS[gpu].compute_capability
     return target_of(f"{major}.{minor}")
 
@@ -45,20 +45,20 @@ def compile_prefill(
     return_lse: bool = False,
     visibility: Visibility = CAUSAL,
 ) -> KernelReport:
-    """The report on the prefill kernel.
+    """Compiles the prefill kernel and returns the report on it.
 
     Args:
       gpu: a key of `gpu_targets.TARGETS`.
-      head_dim: of the heads.
-      dtype: of queries, keys and values.
-      chosen: the configuration; by default the table's for the block sizes.
+      head_dim: channels per head.
+      dtype: dtype of queries, keys and values.
+      chosen: the kernel configuration; by default the table's for the block sizes.
       blocks: (block_q, block_kv) of the schedule; by default those of `chosen`, or the table's.
-      sparse: which of the table's block sizes.
-      tokens: rows of the schedule.
-      q_heads: query heads.
-      kv_heads: key-value heads.
+      sparse: whether to take the table's block sizes for sparse or for dense launches.
+      tokens: number of rows of the schedule.
+      q_heads: number of query heads.
+      kv_heads: number of key-value heads.
       return_lse: whether the kernel writes the log-sum-exp.
-      visibility: of the schedule.
+      visibility: visibility of the schedule.
     """
     with compiling_for(target_name(gpu)):
         if blocks is None:
@@ -111,16 +111,17 @@ def compile_decode(
     q_heads: int = 28,
     kv_heads: int = 4,
 ) -> dict[str, KernelReport]:
-    """The reports on the kernels of decode attention: "decode_attention" and "combine_splits".
+    """Compiles decode attention; returns the reports on its kernels, `decode_attention` and
+    `combine_splits`, by name.
 
     Args:
       gpu: a key of `gpu_targets.TARGETS`.
-      head_dim: of the heads.
-      dtype: of queries and cache.
-      layers: of the cache.
-      rows: of the cache.
-      q_heads: query heads.
-      kv_heads: key-value heads.
+      head_dim: channels per head.
+      dtype: dtype of queries and cache.
+      layers: number of layers of the cache.
+      rows: number of rows of the cache.
+      q_heads: number of query heads.
+      kv_heads: number of key-value heads.
     """
 
     def attend(*arrays):

@@ -11,7 +11,7 @@ TABLE = Path(bsjax.pallas.__file__).with_name("configurations.json")
 
 
 def write_table(entries: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """Replaces entries of the table; an unmeasured entry does not replace a measured one."""
+    """Replaces entries of the table, but no measured entry with an unmeasured one."""
 
     def key(entry: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(entry[field] for field in ("target", "width", "bytes", "heads"))

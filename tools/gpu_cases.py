@@ -1,12 +1,12 @@
-"""What the GPU kernels must get right on a device: the cases of `tools.gpu_check`.
+"""The cases that `tools.gpu_check` runs: what the GPU kernels must get right on a device.
 
 Every case computes attention with the `pallas` backend and compares it with the dense softmax of
-`benchmarks.dense_rows`, in float32 on the same device, row by row and head by head. Tolerances are
-stated there, in epsilons of the dtype.
+`benchmarks.dense_rows`, in float32 on the same device, row by row and head by head.
+`benchmarks.dense_rows` states the tolerances, in epsilons of the dtype.
 
-`covering_cases` is the smallest set in which every pair of head dimension and dtype occurs, and
-with them every other thing a kernel is specialised for or can trip over (`LEVELS`). What random
-templates add is fuzzed at one padded shape, which compiles once.
+`covering_cases` is a smallest set in which every pair of head dimension and dtype occurs, and
+between them everything else that a kernel is specialised for or that could break it (`LEVELS`).
+Random templates are tested at one padded shape, so that they share one compiled program.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,15 +32,15 @@ from bsjax.masks.template import Image, Sinks, Template, Text
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 _CATEGORIES = tuple(HeadCategory)
-#: Rows compared of prompts that have more.
+#: The most rows of a prompt that are compared.
 _MOST_ROWS = 1024
-#: What padding rows of keys and values hold: one that leaks into a sum shows.
+#: The value of padding rows of keys and values, large enough to show if it leaks into a sum.
 _PADDING_VALUE = 1e4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity of a case, against its limit."""
+    """The error of one quantity of a case, and its limit."""
 
     name: str
     error: float
@@ -48,18 +48,18 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within its limit; NaN is not."""
+        """Whether the error is within its limit. NaN is not."""
         return self.error <= self.limit
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to check on a device; `run` compiles it, runs it and compares."""
+    """Something to check on a device. `run` compiles it, runs it and compares the results."""
 
     name: str
     run: Callable[[], list[Comparison]]
     small: bool = False
-    """Whether it takes no more than seconds in interpret mode on a CPU."""
+    """Whether it takes only seconds in interpret mode on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class PrefillCase:
     return_lse: bool = True
     kv_heads: int = 2
     categories: tuple[HeadCategory, ...] = _CATEGORIES
-    """The heads take them in turn."""
+    """The categories that the heads take in turn."""
     seed: int = 0
     padding: int = 37
     blocks: tuple[int, int] | None = None
-    """None: those that the library would choose."""
+    """(block_q, block_kv); None for those that the library would choose."""
 
     @property
     def name(self) -> str:
-        """What distinguishes it from other cases."""
+        """A description that distinguishes this case from others."""
         parts = [
             f"prefill {self.template}",
             f"head dim {self.head_dim}",
@@ -98,7 +98,7 @@ class PrefillCase:
         return ", ".join(parts)
 
     def run(self) -> list[Comparison]:
-        """Compares all rows of a short prompt, text, sink and image rows of a long one."""
+        """Compares all rows of a short prompt, and some text, sink and image rows of a long one."""
         fuzzed = self.template == FUZZED
         template = random_template(self.seed) if fuzzed else TEMPLATES[self.template]
         q_heads = self.group * self.kv_heads
@@ -133,7 +133,7 @@ class PrefillCase:
 
 @dataclass(frozen=True)
 class SegmentCase:
-    """A vision tower's attention: ragged segments, each of which sees itself."""
+    """A vision tower's attention: segments of different lengths, each of which sees only itself."""
 
     lengths: tuple[int, ...]
     head_dim: int
@@ -141,12 +141,12 @@ class SegmentCase:
 
     @property
     def name(self) -> str:
-        """What distinguishes it from other cases."""
+        """A description that distinguishes this case from others."""
         shown = "+".join(map(str, self.lengths[:4])) + ("+..." if len(self.lengths) > 4 else "")
         return f"segments {shown} ({len(self.lengths)}), head dim {self.head_dim}, {self.dtype}"
 
     def run(self) -> list[Comparison]:
-        """Compares all rows, or a sample of many."""
+        """Compares all rows, or a sample if there are many."""
         heads = 4
         blocks = block_sizes("pallas", self.head_dim, self.dtype, sparse=True)
         schedule = segment_schedule(
@@ -170,7 +170,7 @@ class SegmentCase:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One token per sequence against a cache, sequences of different lengths."""
+    """One token per sequence against a cache, for sequences of different lengths."""
 
     head_dim: int
     dtype: str
@@ -183,7 +183,7 @@ class DecodeCase:
 
     @property
     def name(self) -> str:
-        """What distinguishes it from other cases."""
+        """A description that distinguishes this case from others."""
         return (
             f"decode {'+'.join(map(str, self.lengths))} of {self.rows} rows, head dim "
             f"{self.head_dim}, {self.dtype}, {self.group} query heads a key head"
@@ -191,7 +191,7 @@ class DecodeCase:
         )
 
     def run(self) -> list[Comparison]:
-        """Compares every sequence and head; rows beyond the lengths are not a number."""
+        """Compares every sequence and head; cache rows beyond a sequence's length are NaN."""
         layers, layer, batch = 3, 1, len(self.lengths)
         q_heads = self.group * self.kv_heads
         scale = self.head_dim**-0.5
@@ -214,10 +214,10 @@ class DecodeCase:
                 np.concatenate(
                     [
                         cache[layer, sequence, :length],
-                        *([beside[sequence][None]] if self.own else []),
+                        *([own_rows[sequence][None]] if self.own else []),
                     ]
                 ).astype(np.float32)
-                for cache, beside in zip((k, v), own, strict=True)
+                for cache, own_rows in zip((k, v), own, strict=True)
             )
             keys, values = (np.repeat(part, self.group, axis=1) for part in (keys, values))
             scores = scale * np.einsum("hd,khd->hk", q[sequence].astype(np.float32), keys)
@@ -249,7 +249,8 @@ def compare(
 ) -> list[Comparison]:
     """Runs the kernel on random inputs and compares `rows`; padding rows must be zeros."""
     scale = head_dim**-0.5
-    # Made and compared on the host: the device compiles nothing but the kernel and its reference.
+    # Inputs are made and results compared on the host, so that the device compiles only the kernel
+    # and its reference.
     generator = np.random.default_rng(seed)
     q, k, v = (
         generator.standard_normal((schedule.tokens, heads, head_dim), np.float32).astype(
@@ -325,7 +326,8 @@ FUZZED_TOKENS = 1024
 HEAD_DIMS = (64, 72, 80, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPS = tuple(range(1, 9))
-#: What the covering cases must contain in addition to all pairs of head dimension and dtype.
+#: The values that the covering cases must contain, in addition to all pairs of head dimension and
+#: dtype.
 LEVELS: dict[str, tuple[Any, ...]] = {
     "group": GROUPS,
     "visibility": tuple(VISIBILITIES),
@@ -337,8 +339,8 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 def covering_cases() -> list[PrefillCase]:
     """One case for each pair of head dimension and dtype; the other factors take turns.
 
-    No smaller set holds all those pairs. Steps without a common divisor keep the turns of two
-    factors from going in step.
+    No smaller set contains all these pairs. The factors change at different rates, so that they do
+    not always change together.
     """
     pairs = [(head_dim, dtype) for head_dim in HEAD_DIMS for dtype in DTYPES]
     visibilities, templates = LEVELS["visibility"], LEVELS["template"]
@@ -356,12 +358,12 @@ def covering_cases() -> list[PrefillCase]:
 
 
 def prefill_cases() -> list[PrefillCase]:
-    """The covering cases and what goes beyond them; many cases share a compiled program."""
+    """The covering cases and further ones, many of which share a compiled program."""
     qwen = {"head_dim": 128, "dtype": "bfloat16", "group": 7, "kv_heads": 4}
     gemma = {"head_dim": 256, "dtype": "bfloat16", "group": 2, "kv_heads": 4}
     return [
         *covering_cases(),
-        # Long rows, many full blocks, each category alone; the schedule's tables have one shape.
+        # Long rows, many full blocks, each category alone; all schedules have the same shapes.
         PrefillCase(**qwen, template="8K tokens"),
         *(
             PrefillCase(**qwen, template="8K tokens", categories=(category,))
@@ -371,7 +373,7 @@ def prefill_cases() -> list[PrefillCase]:
         PrefillCase(**gemma, template="8K tokens", visibility="bidirectional images in a window"),
         PrefillCase(64, "float32", template="8K tokens"),
         PrefillCase(128, "bfloat16", template="fewer tokens than a block", padding=0),
-        # Masks built without asking the kernel for its blocks.
+        # Masks built with other blocks than the kernel's own.
         PrefillCase(128, "bfloat16", blocks=(16, 16)),
         PrefillCase(256, "bfloat16", blocks=(128, 64)),
         *(
@@ -393,7 +395,7 @@ def prefill_cases() -> list[PrefillCase]:
 
 
 def segment_cases() -> list[SegmentCase]:
-    """Qwen's tower (80), SigLIP's (72), Qwen2.5-VL's windows of 64 patches and less."""
+    """Qwen's tower (head dim 80), SigLIP (72), and Qwen2.5-VL's windows of at most 64 patches."""
     generator = np.random.default_rng(0)
     windows = tuple(generator.integers(1, 65, 200).tolist())
     return [
@@ -406,7 +408,7 @@ def segment_cases() -> list[SegmentCase]:
 
 
 def decode_cases() -> list[DecodeCase]:
-    """Every head dimension and dtype; empty, full and unequal caches; one of 300K tokens."""
+    """Every head dimension and dtype; empty, full and unequal caches; a cache of 300K tokens."""
     return [
         *(
             DecodeCase(head_dim, dtype, (300, 1, 77), 512, group=GROUPS[index % len(GROUPS)])
@@ -421,7 +423,7 @@ def decode_cases() -> list[DecodeCase]:
 
 
 def small_cases() -> list[Case]:
-    """The same checks at sizes that take the interpreter seconds."""
+    """The same checks at sizes that take only seconds in interpret mode."""
     described: Sequence[PrefillCase | SegmentCase | DecodeCase] = [
         PrefillCase(64, "float32", template=SMALL_TEMPLATE, padding=5, blocks=(32, 16)),
         PrefillCase(
@@ -449,7 +451,7 @@ def all_cases() -> list[Case]:
 
 
 def random_template(seed: int) -> Template:
-    """Text and images of random lengths, some empty or of one token."""
+    """Text and images of random lengths, some of a single token."""
     generator = np.random.default_rng(seed)
     segments: list[Text | Image] = []
     left = FUZZED_TOKENS - int(generator.integers(0, 200))

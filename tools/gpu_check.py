@@ -3,9 +3,9 @@
     make gpu-check PYTHON=python3      # or: python3 -m tools.gpu_check
 
 Compares every case of `tools.gpu_cases` with float32, then runs a short benchmark, in under eight
-minutes. Needs only a CUDA JAX and NumPy; bsjax need not be installed. If PyTorch is installed, the
-benchmark includes it. The exit status is 0 only if every case passed. Everything measured is in the
-JSON file.
+minutes. Needs only JAX for CUDA and NumPy; bsjax need not be installed. If PyTorch is installed,
+the benchmark includes it. The exit status is 0 only if every case passed. The JSON file has all
+measurements.
 
 `--interpret` runs a few small cases in interpret mode on any machine. It tests this program, and
 the parts of the kernels that do not depend on a GPU.
@@ -34,18 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status: 0, 1 for a failure, 2 for no GPU."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--interpret", action="store_true", help="a few cases, on any machine")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument(
+        "--interpret", action="store_true", help="run a few cases in interpret mode, on any machine"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="run only cases with TEXT in their name"
+    )
     parser.add_argument("--no-benchmark", action="store_true", help="correctness only")
     parser.add_argument(
         "--time-limit",
         type=float,
         default=450.0,
         metavar="SECONDS",
-        help="for all of it; cases that are not reached count as failed",
+        help="limit for the whole run; cases that are not reached count as failed",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("build/gpu-check"), help="folder of the JSON files"
+        "--output", type=Path, default=Path("build/gpu-check"), help="folder for the JSON files"
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -83,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def no_gpu() -> str | None:
-    """Why no kernel can run here; None if one can."""
+    """Why the kernels cannot run here; None if they can."""
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:  # JAX_PLATFORMS asks for a platform that is not there.
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that this machine lacks.
         return f"JAX finds no GPU ({str(error).splitlines()[0]})."
     if backend != "gpu":
         return f"JAX finds no GPU here: it runs on {backend}."
@@ -100,7 +104,7 @@ def no_gpu() -> str | None:
 
 
 def check(case: Case, deadline: float, index: int, count: int) -> dict[str, Any]:
-    """Runs one case and reports it as it ends."""
+    """Runs one case and prints its result."""
     start = time.monotonic()
     record: dict[str, Any] = {"name": case.name, "passed": False, "comparisons": []}
     if start > deadline:
@@ -120,7 +124,7 @@ def check(case: Case, deadline: float, index: int, count: int) -> dict[str, Any]
 
 
 def describe(record: dict[str, Any]) -> str:
-    """The error of a passed case, all that is wrong with a failed one."""
+    """The error of a case that passed, or everything that is wrong with one that failed."""
     if "problem" in record:
         return record["problem"].splitlines()[0][:300]
     shown = [
@@ -132,7 +136,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def run_benchmark(output: Path, deadline: float) -> int:
-    """One quick workload, in the time that is left or that it should need, whichever is less."""
+    """Runs one quick workload, in the time left or the time that it should need if that is less."""
     seconds = min(_SECONDS_OF_BENCHMARK, deadline - time.monotonic())
     options = ["--quick", "--time-limit", f"{seconds:.0f}", "--output", str(output)]
     if jax.default_backend() != "gpu":

@@ -1,8 +1,8 @@
 """GPUs that bsjax can be compiled for on a machine without them.
 
-XLA's CUDA plugin compiles ahead of time, Pallas kernels included, for a GPU that is described in a
-few lines. `compile_for` returns the compiled program, whose `memory_analysis()` is that of the real
-GPU; `kernel_reports` returns what the assembler reports about each kernel.
+XLA's CUDA plugin compiles ahead of time, including Pallas kernels, for a GPU that is described in a
+few lines. `compile_for` returns the compiled program, with the same `memory_analysis()` as on the
+real GPU; `kernel_reports` returns what the assembler reports about each kernel.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 
 class GpuTarget(NamedTuple):
-    """The figures of a GPU's data sheet that XLA's compilation depends on."""
+    """The figures from a GPU's data sheet that XLA's compilation depends on."""
 
     device_kind: str
     compute_capability: tuple[int, int]
@@ -39,7 +39,7 @@ class GpuTarget(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """Its name for ptxas."""
+        """The architecture's name for ptxas."""
         major, minor = self.compute_capability
         return f"sm_{major}{minor}{'a' if self.accelerated else ''}"
 
@@ -197,7 +197,7 @@ class KernelReport(NamedTuple):
 
 
 def missing_wheels() -> list[str]:
-    """Missing wheels that ahead-of-time compilation for GPUs needs."""
+    """The wheels that ahead-of-time compilation for GPUs needs and that are not installed."""
     missing = []
     if not any(_find(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
         missing.append("jax-cuda12-plugin with jax-cuda12-pjrt")
@@ -226,8 +226,8 @@ def compile_for(
     """Compiles `function`, jitted or not, for one GPU of the kind `target`.
 
     Args:
-      function: what to compile.
-      arguments: its positional arguments, pytrees of arrays or `jax.ShapeDtypeStruct`s: only shapes
+      function: the function.
+      arguments: its positional arguments, pytrees of arrays or `jax.ShapeDtypeStruct`s. Only shapes
         and dtypes matter, so whole models need no memory.
       target: a key of `TARGETS`.
       compiler_options: XLA's debug options for this compilation.
@@ -245,7 +245,7 @@ def compile_for(
 def kernel_reports(
     function: Callable[..., Any], arguments: tuple[Any, ...], target: str = "h200"
 ) -> dict[str, KernelReport]:
-    """Compiles `function` and reports its kernels by name, XLA's own fusions among them."""
+    """Compiles `function` and reports on its kernels by name, including XLA's own fusions."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compile_for(function, arguments, target, compiler_options=options)
@@ -301,11 +301,11 @@ def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
 
 
 def _readable_by(ptxas: Path, ptx: str) -> str:
-    """The same PTX, declared no newer than ptxas.
+    """The same PTX with a declared version that is not newer than ptxas.
 
-    XLA declares the newest version that any NVIDIA library of the environment knows, such as the
-    nvJitLink of a torch built for CUDA 13, and ptxas refuses versions newer than its own. Should a
-    kernel contain an instruction that ptxas does not know, it still fails.
+    XLA declares the newest version that any NVIDIA library in the environment supports, such as the
+    nvJitLink of a torch built for CUDA 13, and ptxas refuses versions newer than its own. If a
+    kernel contains an instruction that ptxas does not know, ptxas still fails.
     """
     newest = _newest_ptx_version(ptxas)
     declared = re.search(r"^\.version (\d+)\.(\d+)$", ptx, re.MULTILINE)
@@ -367,12 +367,12 @@ def _find(module: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any]:
-    """Tells the Pallas lowering which GPU it compiles for, which JAX needs from 0.11 on."""
+    """Tells Pallas which GPU it is lowering for, as JAX 0.11 and later require."""
     if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
     sharding: Any = jax.sharding
     device = sharding.AbstractDevice(
-        # JAX's list of names has this GPU's sibling of the same capability instead.
+        # JAX does not list the L40S, but lists the L40, which has the same compute capability.
         device_kind=target.device_kind.replace("L40S", "L40"),
         num_cores=target.cores,
         platform="gpu",
@@ -386,8 +386,8 @@ def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    # A program from the cache is not compiled, leaves no dump, and cannot be loaded without its
-    # GPU.
+    # A program from the cache is not compiled, so it leaves no dump, and it cannot be loaded
+    # without its GPU.
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:

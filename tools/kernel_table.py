@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md: what the assembler reports about every kernel, on any machine.
+"""Writes docs/kernels.md, what the assembler reports about every kernel; runs on any machine.
 
 python -m tools.kernel_table
 """
@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 
 
 class Case(NamedTuple):
-    """A prefill kernel that has to compile without spilling."""
+    """A prefill kernel that must compile without spilling."""
 
     gpu: str
     """A key of `gpu_targets.TARGETS`."""
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def matrix() -> list[Case]:
-    """Every architecture, head width and element size, and other cases that differ from these."""
+    """Every architecture, head width and element size, and cases that compile differently."""
     cases = [
         Case(gpu, head_dim, dtype)
         for gpu in ("a100", "l40s", "h200", "b200")
@@ -55,16 +55,16 @@ DECODE_MATRIX = [
     for gpu in ("a100", "l40s", "h200", "b200")
     for dtype in ("bfloat16", "float32")
 ] + [("h200", 256, "bfloat16")]
-"""GPU, head dim and dtype of the decode kernels on the page."""
+"""(GPU, head dim, dtype) of the decode kernels on the page."""
 
 
 def compile_case(case: Case) -> KernelReport:
-    """The report on the kernel of a case."""
+    """Compiles a case and returns the report on its kernel."""
     return compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
 
 
 def row(case: Case, report: KernelReport) -> list[str]:
-    """A case's line of the table."""
+    """A case's line in the table."""
     target = TARGETS[case.gpu]
     chosen = default_prefill(*case[:3], sparse=case.sparse)
     return [
@@ -89,7 +89,7 @@ def _figures(report: KernelReport, target: GpuTarget) -> list[str]:
 
 
 def decode_row(gpu: str, head_dim: int, dtype: str) -> list[str]:
-    """A decode kernel's line of the table."""
+    """A decode kernel's line in the table."""
     target = TARGETS[gpu]
     report = compile_decode(gpu, head_dim, dtype)["decode_attention"]
     chosen = decode_configuration(head_dim, dtype)
@@ -103,7 +103,7 @@ def decode_row(gpu: str, head_dim: int, dtype: str) -> list[str]:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """A Markdown table with `columns` and the figures from the assembler."""
     header = [
         *columns,
         "registers",
@@ -118,7 +118,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page, for which it compiles all kernels."""
     prefill = table(
         ["GPU", "head dim", "dtype", "heads", "block, warps, stages"],
         [row(case, compile_case(case)) for case in matrix()],

@@ -1,10 +1,10 @@
-"""GPU memory that published models take for long prompts, without having the GPU.
+"""Finds out how much GPU memory published models take for long prompts, without a GPU.
 
     python -m tools.memory_table [--check]
 
 Compiles every program of a generation ahead of time for an H200 and an A100, in bfloat16, for
 prompts of 1000-token images (Gemma 3: 256). Prints the memory of each and writes docs/memory.md.
-Fails if a goal is missed. With --check it writes nothing.
+Fails if a goal is missed. With --check it writes no file.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PROMPTS = {
 }
 """Tokens of the prompts, by model. Gemma 3 has 131,072 positions, including the answer."""
 PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
-"""Tokens of the sample that a model is profiled on."""
+"""Tokens of the sample that each model is profiled on."""
 GPUS = ("h200", "a100")
 NEW_TOKENS = 64
 STAGES = ("embed", "vision", "prefill", "decode")
@@ -67,7 +67,7 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda12-pjrt")
 
 
 class Measurement(NamedTuple):
-    """The memory of one model with one prompt, in bytes."""
+    """The memory that one model takes for one prompt, in bytes."""
 
     target: str
     model: str
@@ -77,9 +77,9 @@ class Measurement(NamedTuple):
     stages: tuple[Stage, ...]
 
     def temporaries(self, name: str | None = None) -> int:
-        """Peak bytes in addition to weights and cache, at one stage or over all.
+        """Peak bytes in addition to weights and cache, at one stage or over all stages.
 
-        Includes embeddings, pixel values, schedules and results, and the program's temporaries.
+        They include embeddings, pixel values, schedules, results and the program's temporaries.
         """
         return max(
             stage.peak - (self.cache if stage.name in ("prefill", "decode") else 0)
@@ -104,7 +104,7 @@ class Measurement(NamedTuple):
 
     @property
     def missed_goal(self) -> str | None:
-        """The goal that is missed and by how much; None if there is no goal, or it is met."""
+        """A message with the goal that is missed; None if there is no goal, or it is met."""
         goal = GOALS.get((self.model, self.inputs.tokens))
         found = self.temporaries()
         if goal is None or found <= goal:
@@ -117,9 +117,9 @@ class Measurement(NamedTuple):
 
 
 def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
-    """A prompt of `tokens` tokens: images with a little text before each and at the end.
+    """A prompt of `tokens` tokens: images, with a little text before each and at the end.
 
-    Images have 1000 tokens, or 256 for Gemma 3. Pixel values are zeros that take no memory.
+    Images have 1000 tokens, or 256 for Gemma 3. Pixel values are zeros and take no memory.
     """
     vision = config.vision_config
     if config.model_type == "gemma3":
@@ -143,7 +143,7 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
 def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
     """Compiles the programs of `bsjax.generate` for a prompt of `tokens` tokens.
 
-    Heads have all four categories, so that schedules have all tables.
+    All four categories occur among the heads, so that schedules have all tables.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
@@ -181,9 +181,9 @@ def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[S
     inputs = prepare_inputs(architecture, image_prompt(config, tokens), packed, backend="pallas")
     embedding = Embedding(programs, inputs, "pallas")
 
-    def stage(name: str, step: Any, build: Any, *beside: Any) -> Stage:
+    def stage(name: str, step: Any, build: Any, *more_arguments: Any) -> Stage:
         schedules = kind_schedules(shape, inputs, DTYPE, "pallas", build)
-        arguments = (embedding.output, inputs.position_ids, schedules, *beside)
+        arguments = (embedding.output, inputs.position_ids, schedules, *more_arguments)
         return Stage(name, programs.get(step, arguments, static=("pallas",)))
 
     dense, states = np.zeros((shape.layers, shape.heads), np.int32), np.zeros(9, np.int32)
@@ -198,11 +198,11 @@ def markdown(
     measurements: Sequence[Measurement],
     profiling: Mapping[tuple[str, str], Sequence[Stage]] | None = None,
 ) -> str:
-    """The page in docs/.
+    """The page docs/memory.md.
 
     Args:
-      measurements: of generation.
-      profiling: the stages of `measure_profiling`, by GPU and model.
+      measurements: the memory of generation, from `measure`.
+      profiling: the stages of profiling, from `measure_profiling`, by GPU and model.
     """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     tables = "\n\n".join(
@@ -315,9 +315,9 @@ def _gib(size: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.memory_table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="do not write the page")
     check = parser.parse_args(arguments).check
     measurements = []
     for target in GPUS:

@@ -1,4 +1,4 @@
-"""The sizes of published models, as the configurations on the Hugging Face hub state them."""
+"""Configurations of published models, with the sizes that are on the Hugging Face hub."""
 
 from collections.abc import Callable
 from typing import Any
@@ -105,4 +105,4 @@ PUBLISHED_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "Gemma-3-12B": lambda: _gemma_3(3840, 48, (16, 8), 256, 15360, 256),
     "Gemma-3-27B": lambda: _gemma_3(5376, 62, (32, 16), 128, 21504, 168),
 }
-"""By name: what makes a model's configuration."""
+"""Functions that make a model's configuration, by the model's name."""

@@ -1,11 +1,11 @@
-"""Reads machine code: the instructions of a kernel's loops."""
+"""Reads machine code: the instructions in a kernel's loops."""
 
 import re
 from collections import Counter
 
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "IMMA")
-"""Tensor core instructions of Ampere and Ada, Hopper, and Blackwell, and of types that the kernels
-do not use."""
+"""Tensor core instructions: of Ampere and Ada, of Hopper, of Blackwell, and for dtypes that the
+kernels do not use."""
 
 KINDS = {
     "tensor": PRODUCTS,
@@ -26,15 +26,15 @@ _BRANCH_TARGET = re.compile(r"`\((\.L\S+?)\)")
 
 
 def opcodes(sass: str) -> list[str]:
-    """All instructions of a disassembled kernel, in order, by name: "HGMMA", "FFMA"."""
+    """The names of all instructions of a disassembled kernel, in order, such as "HGMMA", "FFMA"."""
     return [match.group(2) for line in sass.splitlines() if (match := _INSTRUCTION.match(line))]
 
 
 def attention_loops(sass: str) -> list[list[str]]:
-    """The loops over blocks of keys, each as its instructions; shortest first.
+    """The instructions of each loop over blocks of keys, shortest loop first.
 
-    They are the innermost loops that evaluate exponentials, and that use tensor cores if the kernel
-    does. The prefill kernel has two: the shorter one is for full blocks, the longer one for partial
+    These loops are the innermost ones that evaluate exponentials, and that use tensor cores if the
+    kernel does. The prefill kernel has two: the shorter is for full blocks, the longer for partial
     blocks.
     """
     names: list[str] = []
@@ -66,7 +66,7 @@ def attention_loops(sass: str) -> list[list[str]]:
             for other_start, other_end in over_blocks
         )
     ]
-    # On Blackwell, pipelined loops come with short loops that fill the pipeline.
+    # On Blackwell, a pipelined loop is accompanied by short loops that fill the pipeline.
     exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in innermost}
     most = max(exponentials.values(), default=0)
     over_blocks = [loop for loop in innermost if 2 * exponentials[loop] >= most]
@@ -74,7 +74,7 @@ def attention_loops(sass: str) -> list[list[str]]:
 
 
 def mix(instructions: list[str]) -> dict[str, int]:
-    """The number of instructions of each of `KINDS`, and of "other"."""
+    """The number of instructions of each kind in `KINDS`, and of all others ("other")."""
     kind_of = {name: kind for kind, names in KINDS.items() for name in names}
     counted = Counter(kind_of.get(name, "other") for name in instructions)
     return {kind: counted[kind] for kind in (*KINDS, "other")}

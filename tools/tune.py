@@ -3,12 +3,13 @@
     python3 -m tools.tune --head-dims 128 --dtypes bfloat16 --time-limit 540
 
 For every head dimension, dtype and kind of heads (all DENSE, or all INTRA_IMAGE_SINK), the kernel
-is compiled in every configuration of a grid. Configurations that do not compile (for instance
-because of too much shared memory) or are wrong are dropped; the others are timed, interleaved.
-Spilling is not checked, as it shows in the time. Prints the fastest configurations and writes every
-sample as JSON. `--write-table` makes the fastest ones entries of bsjax/pallas/configurations.json.
+is compiled with every configuration of a grid. Configurations that do not compile (for instance
+because they need too much shared memory) or give wrong results are dropped; the others are timed,
+interleaved. Spilling is not checked, because it shows in the time. Prints the fastest
+configurations and writes every sample as JSON. `--write-table` puts the fastest ones into
+bsjax/pallas/configurations.json.
 
-Needs a CUDA JAX and NumPy only.
+Needs only JAX for CUDA and NumPy.
 """
 
 import argparse
@@ -41,7 +42,7 @@ BLOCKS_Q = (64, 128, 256)
 BLOCKS_KV = (16, 32, 64, 128)
 WARPS = (4, 8, 16)
 STAGES = (1, 2, 3, 4)
-#: Elements of scores and output per thread; more than this is certain to spill.
+#: The most elements of scores and output per thread; with more, a kernel is certain to spill.
 _MOST_ELEMENTS_PER_THREAD = 256
 
 
@@ -71,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
@@ -85,16 +85,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, nargs=2, default=(28, 4), metavar=("Q", "KV"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
-    parser.add_argument("--interpret", action="store_true", help="on any machine, for tests")
     parser.add_argument(
-        "--write-table", action="store_true", help="use the fastest configurations from now on"
+        "--interpret", action="store_true", help="interpret the kernel, on any machine, for tests"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument(
+        "--write-table", action="store_true", help="put the fastest configurations into the table"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     return parser.parse_args(arguments)
 
 
 def grid(options: argparse.Namespace, head_dim: int) -> list[KernelConfiguration]:
-    """Configurations whose scores and output can fit the registers of their threads."""
+    """Configurations whose scores and output can fit into the registers of their threads."""
     padded_dim = max(64, 1 << (head_dim - 1).bit_length())
     candidates = itertools.starmap(
         KernelConfiguration,
@@ -127,7 +129,7 @@ def tune(
             continue
         try:
             samplers[index] = _sampler(workload, mask, arrays, configuration, options.interpret)
-        except Exception as error:  # The compiler's message is the result.
+        except Exception as error:  # The compiler's message is this configuration's result.
             first_line = (str(error).strip() or "no message").splitlines()[0]
             entry["problem"] = f"{type(error).__name__}: {first_line[:200]}"
     samples = interleaved_samples(samplers, options.rounds, deadline)

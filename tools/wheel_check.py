@@ -1,4 +1,4 @@
-"""Tries an installed wheel of bsjax: what it contains, and that it works without the repository.
+"""Checks what an installed wheel of bsjax contains, and that it works without the repository.
 
     python -I tools/wheel_check.py      # in an empty folder, with the wheel's interpreter
 
@@ -22,10 +22,10 @@ REQUIRED = {
 
 
 def check_contents() -> None:
-    """The files of the wheel.
+    """Checks the files of the wheel.
 
     Raises:
-      SystemExit: a file is missing, or there is a package that does not belong to the wheel.
+      SystemExit: a file is missing, or there is a package that does not belong in the wheel.
     """
     files = importlib.metadata.files("bsjax")
     if files is None:
@@ -39,7 +39,7 @@ def check_contents() -> None:
 
 
 def check_commands() -> None:
-    """The commands that need no checkpoint.
+    """Runs commands that need no checkpoint.
 
     Raises:
       CalledProcessError: a command failed; its output says why.
@@ -55,7 +55,7 @@ def check_commands() -> None:
 
 
 def check_attention() -> None:
-    """A sparse attention, and every public name."""
+    """Imports every public name, and computes sparse attention."""
     import jax
 
     import bsjax
