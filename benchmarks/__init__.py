@@ -1,4 +1,4 @@
-"""Benchmarks. The attention benchmark needs nothing but a CUDA JAX and NumPy."""
+"""Benchmarks. The attention benchmark needs only JAX for CUDA and NumPy."""
 
 from benchmarks import jaxtyping_stand_in
 

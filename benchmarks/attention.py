@@ -1,18 +1,18 @@
-"""Attention of one layer: bsjax against dense implementations and FlexAttention, on one device.
+"""Compares bsjax's attention with dense implementations and FlexAttention, for one layer.
 
     python -m benchmarks.attention --tokens 75K --time-limit 540   # on a GPU
     python -m benchmarks.attention            # without one: small sizes, on the CPU
 
-One workload is one shape (a published model's heads) on one prompt (tokens, tokens per image). All
-variants and all masks of a workload run in the same rounds, interleaved, on the same random inputs,
-each checked against float32 before it is timed; the rate of matrix products and the bandwidth of a
-copy are measured in the same rounds. A variant that is not installed, fails or is wrong stays in
-the table with the reason.
+A workload is a shape (a published model's heads) and a prompt (tokens, tokens per image). Each
+variant is first compared with float32. Then all variants and masks of a workload are timed on the
+same random inputs, interleaved in rounds, which also measure the rate of matrix products and the
+bandwidth of a copy. A variant that is not installed, fails or is wrong stays in the table with the
+reason.
 
 Results are written after each workload. `--time-limit` ends the run before a deadline, for machines
-rented by the minute; the output and the JSON list what was left out.
+rented by the minute; the printed output and the JSON file list what was left out.
 
-Needs JAX and NumPy; PyTorch, tokamax and matplotlib are used where they are installed.
+Needs JAX and NumPy; PyTorch, tokamax and matplotlib are used if they are installed.
 """
 
 import argparse
@@ -60,7 +60,7 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-#: The dense run that an implementation's sparse runs are compared with.
+#: The implementation whose dense run each implementation's sparse runs are compared with.
 _OWN_DENSE = {BSJAX: BSJAX, FLEX: FLEX, FLEX_PACKED: FLEX}
 _MATRIX, _COPY = "matrix product", "copy"
 
@@ -87,7 +87,7 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    # PyTorch needs memory of the same GPU, and JAX would otherwise take most of it at the start.
+    # PyTorch needs memory on the same GPU, and JAX would otherwise take most of it at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = parse(arguments)
     deadline = started + options.time_limit
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{render(finished[-1])}", flush=True)
         left = [other.name for other in workloads[len(finished) + len(skipped) :]]
         result = {
-            # The output folder, and infinity, are not worth recording.
+            # Neither the output folder nor an infinite time limit is worth recording.
             "options": {
                 name: value
                 for name, value in vars(options).items()
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "not_run": skipped + left,
         }
         path = write_result(name, result, options.output)
-    print(f"\n{time.monotonic() - started:.0f} s in all.")
+    print(f"\n{time.monotonic() - started:.0f} s in total.")
     for workload_name in skipped:
         print(f"Not run, out of time: {workload_name}.")
     if path is None:
@@ -143,19 +143,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=_tokens, nargs="+", help="prompt lengths; 36K is 36 x 1024 tokens"
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="whose heads")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="models whose heads to use")
     parser.add_argument("--images", type=int, nargs="+", help="tokens per image")
     parser.add_argument(
-        "--categories", nargs="+", choices=MASK_NAMES, help="masks: categories alone, and mixes"
+        "--categories",
+        nargs="+",
+        choices=MASK_NAMES,
+        help="masks: one category for all heads, or a mix",
     )
     parser.add_argument("--rounds", type=int, help="samples of each variant (7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one workload, few masks")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
     parser.add_argument(
-        "--time-limit", type=float, default=math.inf, metavar="SECONDS", help="for all of it"
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="limit for the whole run",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--plot", action="store_true", help="draw it too (needs matplotlib)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument(
+        "--plot", action="store_true", help="also draw the results (needs matplotlib)"
+    )
     options = parser.parse_args(arguments)
     on_gpu = jax.default_backend() == "gpu"
     options.tokens = options.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
@@ -175,7 +184,7 @@ def _tokens(text: str) -> int:
 
 
 def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
-    """Workloads in the order in which they run, cheap ones first."""
+    """The workloads in the order in which they run, shortest prompts first."""
     workloads = [
         Workload(SHAPES[name], tokens, image_tokens)
         for name in options.shapes
@@ -190,8 +199,8 @@ def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
 class _Cost:
     """Estimates how long a workload will take from the previous one.
 
-    Compilation, most of a small workload, does not grow with it, but the estimate assumes that
-    everything grows. It is too high rather than too low.
+    The estimate scales all of the time, even compilation, which does not grow but takes most of the
+    time of a small workload. So it is too high rather than too low.
     """
 
     def __init__(self) -> None:
@@ -284,7 +293,7 @@ def _prepare(
         return Row(variant, None, error), prepared.sampler()
     except NotAvailable as reason:
         return Row(variant, f"not run: {reason}", None), None
-    except Exception as failure:  # Whatever another library raises is its result.
+    except Exception as failure:  # An exception of another library is that variant's result.
         first_line = (str(failure).strip() or "no message").splitlines()[0]
         return Row(variant, f"failed: {type(failure).__name__}: {first_line[:200]}", None), None
 
@@ -323,7 +332,7 @@ def _row_record(
         return record
 
     def speedup_over(other: Row | None) -> float | None:
-        # Within a round, both ran in the same state of the machine.
+        # Within a round, both ran while the machine was in the same state.
         if other is None or not other.seconds:
             return None
         pairs = zip(other.seconds, row.seconds, strict=True)

@@ -1,9 +1,9 @@
-"""The `xla` backend on a CPU: sparse categories and dense, and the dense ones of JAX and PyTorch.
+"""Times the `xla` backend on a CPU, sparse and dense, and the dense attention of JAX and PyTorch.
 
     python -m benchmarks.attention_cpu
 
-8K tokens in 20 images, float32. One run, variants interleaved; the ratios are medians of ratios
-within a round. Every variant is checked against the reference first, on a shorter prompt.
+8K tokens in 20 images, float32. Variants run interleaved in one process; each ratio is the median
+of the ratios within a round. First, the backend is compared with the reference on a shorter prompt.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)

@@ -1,4 +1,4 @@
-"""Speed-up over the dense baseline, against the ideal speed-up; one panel per workload."""
+"""Plots the speed-up over the dense baseline against the ideal speed-up, one panel per workload."""
 
 from pathlib import Path
 from typing import Any

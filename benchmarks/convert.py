@@ -1,11 +1,11 @@
-"""Time and peak memory of converting a checkpoint, compared with copying its files.
+"""Measures time and peak memory of converting a checkpoint, compared with copying its files.
 
     python -m benchmarks.convert
 
 Writes a checkpoint of Qwen2-VL-2B's shape with random weights (4.4 GB, two shards) to a temporary
-folder. Then every round, each in its own process, copies the files, converts the checkpoint,
-converts it to float32, and loads it. Needs 20 GB of disk. All read from the operating system's
-cache, and all end with their output on the disk (fsync).
+folder. Every round copies the files, converts the checkpoint, converts it to float32, and loads it,
+each in its own process. Needs 20 GB of disk space. All steps read from the operating system's
+cache, and those that write end only when their output is on the disk (fsync).
 """
 
 import argparse
@@ -161,7 +161,7 @@ def _write_shard(
 def measure(command: list[str]) -> dict[str, float]:
     """Runs a command; returns its seconds and its peak resident memory in bytes.
 
-    A process inherits the peak of the one it is forked from, so a small process is put in between.
+    A process inherits the peak of the process that it is forked from, so a small one starts it.
     """
     done = subprocess.run(
         [sys.executable, "-S", "-c", _LAUNCH, *command],
@@ -173,7 +173,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def commands(source: Path, folder: Path) -> dict[str, list[str]]:
-    """The commands in the order in which they run, without the folders of the previous round."""
+    """The commands of a round, in the order in which they run; `folder` must be empty."""
     python, converted = sys.executable, str(folder / "converted")
     convert = [python, "-m", "convert", "--quiet", str(source)]
     return {
@@ -186,7 +186,7 @@ def commands(source: Path, folder: Path) -> dict[str, list[str]]:
 
 
 def measure_all(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """Writes the checkpoint and runs every command `rounds` times, taking turns."""
+    """Writes the checkpoint and runs all commands in turn, `rounds` times."""
     source = folder / "source"
     size = write_checkpoint(source, layers)
     os.sync()
@@ -208,8 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28, help="language layers (28: 4.4 GB)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument(
+        "--folder", type=Path, help="where to work (default: the system's temporary folder)"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     options = parser.parse_args()
 
     folder = Path(tempfile.mkdtemp(prefix="bsjax-convert-", dir=options.folder))

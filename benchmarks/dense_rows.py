@@ -1,4 +1,4 @@
-"""The expected attention output in float32, for a sample of query rows with all their keys.
+"""The expected attention output in float32, for a sample of query rows and all keys.
 
 The score matrix of 300K tokens does not fit into memory, but 64 of its rows do. They are computed
 with the predicate and a plain softmax, without schedules, tiles or kernels.
@@ -25,7 +25,7 @@ LSE_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
 
 
 def tolerance(dtype: jax.typing.DTypeLike) -> float:
-    """The largest relative error of a row that is not a defect."""
+    """The largest relative error of a row that counts as correct."""
     dtype = jnp.dtype(dtype)
     return TOLERANCE_IN_EPSILONS[dtype.name] * float(jnp.finfo(dtype).eps)
 
@@ -48,15 +48,15 @@ def dense_rows(
       q: [rows, q_heads, head_dim], any dtype.
       k: [tokens, kv_heads, head_dim].
       v: as `k`.
-      query: what the predicate knows of the query rows, [rows] each.
-      key: what it knows of the keys, [tokens] each.
+      query: what the predicate needs to know about the query rows, [rows] each.
+      key: what it needs to know about the keys, [tokens] each.
       groups: int32 [q_heads], the key groups that each head keeps.
-      visibility: the model's own.
+      visibility: the model's own visibility.
       scale: factor of the scores.
 
     Returns:
-      float32 [rows, q_heads, head_dim] and the log-sum-exp [rows, q_heads]; rows that see nothing
-      and padding rows are zeros and -inf.
+      The output, float32 [rows, q_heads, head_dim], and the log-sum-exp, float32 [rows, q_heads].
+      For rows that see nothing and for padding rows they are 0 and -inf.
     """
     rows, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -92,9 +92,9 @@ def dense_rows(
 
 
 def sampled_positions(template: Template, rows: int, seed: int = 0) -> np.ndarray:
-    """Prompt positions to look at: text, sinks and other image tokens, early and late.
+    """Prompt positions to compare: of text, sinks and other image tokens, early and late.
 
-    All positions if the prompt has at most `rows` tokens.
+    Returns all positions if the prompt has at most `rows` tokens.
     """
     if template.tokens <= rows:
         return np.arange(template.tokens)
@@ -109,14 +109,14 @@ def sampled_positions(template: Template, rows: int, seed: int = 0) -> np.ndarra
         np.concatenate([kind[[0, -1]], generator.choice(kind, min(kind.size, rows // len(kinds)))])
         for kind in kinds
     ]
-    # Tiles and ranges begin and end at the ends of each kind.
+    # The first and the last of each kind are included: tiles and ranges begin and end there.
     return np.unique(np.concatenate(chosen))
 
 
 def greatest_error(out: np.ndarray, wanted: np.ndarray) -> float:
-    """The greatest ||out - wanted|| / ||wanted|| of all rows and heads.
+    """The greatest ||out - wanted|| / ||wanted|| over all rows and heads.
 
-    Infinite if anything is not finite, or not zero where zeros are expected.
+    It is infinite if any value is not finite, or not zero where zeros are expected.
     """
     out, wanted = np.asarray(out, np.float64), np.asarray(wanted, np.float64)
     if out.shape != wanted.shape or not np.isfinite(out).all():

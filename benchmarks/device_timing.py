@@ -1,14 +1,14 @@
-"""Time that a call takes on the device, without the time that the host takes to launch it.
+"""Measures the time of a call on the device, without the time that the host takes to launch it.
 
-JAX has no events. The host clock around n enqueued calls measures the device time of all of them
+JAX has no events. The host clock around n enqueued calls measures the device time of all n calls
 plus one round trip. (time of 2n calls - time of n calls) / n leaves the round trip out. n is chosen
 so that n calls keep the device busy much longer than the host needs to enqueue them. Shorter calls
 are repeated inside one program, in a loop whose iterations depend on each other (`repeated`). If n
-calls take longer than a fifth of a second, the round trip is less than a thousandth of it and is
-not subtracted; neither is it on a CPU.
+calls take longer than a fifth of a second, the round trip is less than a thousandth of that and is
+not subtracted. On a CPU it is never subtracted.
 
 PyTorch has events, which the device records before and after n calls. Matrix products enqueued
-before them keep the device busy while the host enqueues the calls.
+before the first event keep the device busy while the host enqueues the calls.
 """
 
 import functools
@@ -25,17 +25,17 @@ Sampler = Callable[[], float]
 
 #: The least time that n calls should take.
 _BATCH_SECONDS = 0.03
-#: From here on, the round trip is not subtracted.
+#: If n calls take longer than this, the round trip is not subtracted.
 _LONG_SECONDS = 0.2
-#: Below this, a call is repeated inside one program: the host may need 0.1 ms for each.
+#: A call that takes less is repeated inside one program: the host may need 0.1 ms to launch it.
 _SHORT_SECONDS = 2e-3
 _REPEATS = 16
 
 
 def repeats_for(flops: float) -> int:
-    """How often a call should be repeated inside a program, from what it has to compute.
+    """How often a call that computes `flops` should be repeated inside a program; 1 on a CPU.
 
-    Assumes 400 TFLOP/s, which need not be accurate. On a CPU, once.
+    Assumes 400 TFLOP/s, which need not be accurate.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -43,7 +43,7 @@ def repeats_for(flops: float) -> int:
 
 
 def repeated(function: Callable[..., jax.Array], times: int) -> Callable[..., jax.Array]:
-    """A function that computes `function(first, *rest)` `repeats` times in sequence.
+    """A function that computes `function(first, *rest)` several times in sequence.
 
     The barrier makes the first argument of an iteration depend on the result of the previous one,
     without changing or copying it, and keeps the compiler from moving the work out of the loop.
@@ -56,14 +56,14 @@ def repeated(function: Callable[..., jax.Array], times: int) -> Callable[..., ja
             first, _ = jax.lax.optimization_barrier(carry)
             return first, function(first, *rest)
 
-        # The first iteration is before the loop: starting from zeros would cost a pass over memory.
+        # The first iteration runs before the loop: starting from zeros would cost another pass.
         return jax.lax.fori_loop(1, times, turn, (first, function(first, *rest)))[1]
 
     return loop
 
 
 def jax_sampler(call: Callable[[], Any], repeats: int = 1) -> Sampler:
-    """Times a JAX call that does its work `repeats` times. Warms it up first."""
+    """Warms up a JAX call that does its work `repeats` times; returns a sampler of its time."""
 
     def seconds(calls: int) -> float:
         start = time.perf_counter()
@@ -83,7 +83,7 @@ def jax_sampler(call: Callable[[], Any], repeats: int = 1) -> Sampler:
 
 
 def torch_sampler(call: Callable[[], Any]) -> Sampler:
-    """Times a PyTorch call. Warms it up first."""
+    """Warms up a PyTorch call; returns a sampler of its time."""
     import torch
 
     def wall_seconds() -> float:
@@ -120,14 +120,14 @@ def _torch_matrix() -> Any:
 
 
 def _keep_torch_busy() -> None:
-    """Several milliseconds of work for the device."""
+    """Enqueues several milliseconds of work for the device."""
     matrix = _torch_matrix()
     for _ in range(4):
         matrix.matmul(matrix)
 
 
 def matrix_rate_call(side: int) -> tuple[Callable[[], jax.Array], int, int]:
-    """A bfloat16 matrix product of random numbers: the call, its repeats, FLOPs of one repeat."""
+    """A bfloat16 matrix product: the call, the number of repeats in it, the FLOPs of one repeat."""
     a, b = (
         jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16) for seed in range(2)
     )
@@ -138,7 +138,9 @@ def matrix_rate_call(side: int) -> tuple[Callable[[], jax.Array], int, int]:
 
 
 def copy_call(megabytes: int) -> tuple[Callable[[], jax.Array], int, int]:
-    """A pass over memory: the call, its repeats, bytes read and written by one repeat."""
+    """A pass over memory: the call, the number of repeats in it, the bytes that one repeat reads
+    and writes.
+    """
     values = jax.random.bits(jax.random.key(0), (megabytes * 2**18,), jnp.uint32)
     repeats = repeats_for(0)
     # An elementwise inversion reads and writes every byte, and cannot be elided as a copy can.

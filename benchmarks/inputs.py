@@ -1,4 +1,4 @@
-"""Queries, keys and values that attention implementations are compared on."""
+"""The queries, keys and values on which attention implementations are compared."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""Lets bsjax's array annotations evaluate on a machine without jaxtyping.
+"""Lets bsjax be imported on a machine without jaxtyping.
 
-bsjax depends on jaxtyping for annotations only. `Float[np.ndarray, "tokens"]` becomes `np.ndarray`
-here, and nothing is checked.
+bsjax uses jaxtyping only in annotations. With this stand-in, `Float[np.ndarray, "tokens"]` becomes
+`np.ndarray`, and nothing is checked.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import jax
 
 
 class _Annotation:
-    """Replaces every dtype of jaxtyping: indexing it gives the array type."""
+    """Replaces every annotation of jaxtyping: indexing it gives the array type."""
 
     def __class_getitem__(cls, parameters: tuple[Any, str]) -> Any:
         return parameters[0]
@@ -28,13 +28,13 @@ def install_where_missing() -> None:
         return
     module: Any = types.ModuleType("jaxtyping", "A stand-in: see benchmarks/jaxtyping_stand_in.py.")
     module.Array = jax.Array
-    # PEP 562: any other name is an annotation.
+    # Any other name is an annotation (PEP 562).
     module.__getattr__ = _annotation
     sys.modules["jaxtyping"] = module
 
 
 def _annotation(name: str) -> Any:
-    # The import system looks for dunder names, which must be missing as in any module.
+    # The import system looks up dunder names and must not find them.
     if name.startswith("_"):
         raise AttributeError(name)
     return _Annotation

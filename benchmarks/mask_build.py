@@ -1,10 +1,10 @@
-"""Time to build the block masks of a whole model on the host.
+"""Times the building of the block masks of a whole model on the host.
 
     python -m benchmarks.mask_build
 
-28 layers x 28 heads with mixed categories, at about 36K and 300K tokens: one schedule with a table
-per category, and the head categories of all layers. Also layer by layer, as separate masks, and
-with schedules for both global and local layers, as in Gemma 3.
+The model has 28 layers x 28 heads with mixed categories; prompts have about 36K and 300K tokens.
+Three things are timed: one schedule for all layers, with a table per category; two schedules, for
+the global and the local layers of Gemma 3; and the `BlockMask` of a single layer.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         template = Template.from_segments(segments)
 
         def whole_model(template: Template = template) -> None:
-            # Every prompt has a new template, so nothing that a template caches may be reused.
+            # Every prompt has a template of its own, so nothing that a template caches is reused.
             fresh = Template(template.image, template.sink)
             build_schedule(fresh, category_tables(categories), block_q=128, block_kv=64)
 
@@ -83,7 +83,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args()
     rows = measure(arguments.rounds)
     table = Table(

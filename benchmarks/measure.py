@@ -1,4 +1,4 @@
-"""Interleaved timing, and results that describe the machine they come from."""
+"""Interleaved timing, and result files that describe the machine that they come from."""
 
 import datetime
 import importlib.metadata
@@ -21,9 +21,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one unmeasured round.
+    """Seconds of every call in every round, after one round that is not measured.
 
-    Interleaving spreads any other load of the machine over all calls equally.
+    Interleaving makes other load on the machine affect all calls equally.
     """
 
     def timed(call: Callable[[], Any]) -> Callable[[], float]:
@@ -42,9 +42,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def interleaved_samples(
     samplers: Mapping[str, Callable[[], float]], rounds: int, deadline: float = math.inf
 ) -> dict[str, list[float]]:
-    """The sample of every sampler in every round; the caller warms them up.
+    """One sample of every sampler per round; samplers must be warmed up.
 
-    After `deadline`, a time of `time.monotonic()`, no further round starts.
+    After `deadline`, on the clock of `time.monotonic()`, no further round starts.
     """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
     for index in range(rounds):
@@ -95,7 +95,7 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, readable as text too: first column left aligned, the others right."""
+    """A Markdown table, also readable as text; all columns but the first are right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

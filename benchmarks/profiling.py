@@ -1,11 +1,11 @@
-"""The cost of profiling: each pass over a sample, compared with one dense prefill of it.
+"""Measures the cost of profiling: each pass over a sample, compared with one dense prefill of it.
 
     python -m benchmarks.profiling
 
-A model with random weights, one prompt of random images. All programs start from embeddings and end
-with the last layer. The vision tower, which profiling runs once per pass like any prefill, is not
-included and is listed separately. The dense prefill and the pass over the heads have the same
-attention FLOPs.
+The model has random weights, and the prompt random images. All programs start from embeddings and
+end with the last layer. The vision tower, which profiling runs once per pass like any prefill, is
+not included; its time is printed separately. The dense prefill and the pass that computes the
+statistics of all heads have the same attention FLOPs.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--image-size", type=int, nargs=2, default=(448, 448))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args()
     result = measure(arguments)
     show(result)

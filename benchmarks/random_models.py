@@ -1,7 +1,7 @@
 """Models of published sizes with random weights, which answer prompts like any loaded model.
 
-No checkpoint is needed: tokenizer, chat template and image settings are those of the small
-checkpoint in examples/. Its ids fit any vocabulary that is at least as large.
+No checkpoint has to be downloaded: tokenizer, chat template and image settings are those of
+examples/tiny-qwen2.5-vl, whose token ids are valid in any vocabulary that is at least as large.
 """
 
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def _small_gemma_3() -> PretrainedConfig:
 
 
 def _tiny_gemma_3() -> PretrainedConfig:
-    """A local layer with a window of 8, and a global one; 4 tokens per image, 4 patches each."""
+    """A local layer with a window of 8, and a global one; 4 tokens per image, each of 4 patches."""
     return _gemma_3(
         {
             "hidden_size": 128,
@@ -141,16 +141,16 @@ SIZES: dict[str, Callable[[], PretrainedConfig]] = {
     "small-gemma-3": _small_gemma_3,
     "tiny-gemma-3": _tiny_gemma_3,
 }
-"""Published sizes, and some for CPUs: `small` takes a minute, `tiny` a second."""
+"""Published sizes, and sizes for CPUs: `small` takes a minute, `tiny` a second."""
 
 
 def model_config(size: str) -> PretrainedConfig:
-    """The configuration of a size, with the special tokens of the small checkpoint."""
+    """The configuration of a size, with the special tokens of the tiny checkpoint."""
     config, special = SIZES[size](), read_processor(_TINY).config
     text = config.get_text_config()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, getattr(special.text_config, name))
-    # More than published, so that prompts of any length can be measured.
+    # More positions than published, so that prompts of any length can be measured.
     text.max_position_embeddings = 2**20
     if config.model_type == "gemma3":
         config.image_token_index = special.image_token_id
@@ -170,7 +170,7 @@ def random_module(config: PretrainedConfig, dtype: Any) -> nnx.Module:
 
     @jax.jit
     def draw() -> list[jax.Array]:
-        # XLA's own generator: one operation for each parameter, where JAX's default is a hundred.
+        # XLA's own generator takes one operation per parameter, JAX's default about a hundred.
         keys = jax.random.split(jax.random.key(0, impl="rbg"), len(variables))
         return [
             _parameter(str(path[-1]), key, variable.shape, variable.dtype)
@@ -199,7 +199,7 @@ def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> Lo
     processor = read_processor(_TINY)
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     if config.model_type == "gemma3":
-        # Gemma 3's templates write only the start of an image.
+        # Gemma 3's chat templates write only the start token of an image.
         template = tokenizer.chat_template
         assert isinstance(template, str) and _IMAGE_IN_TEMPLATE in template
         tokenizer.chat_template = template.replace(_IMAGE_IN_TEMPLATE, "<|vision_start|>")
@@ -211,7 +211,7 @@ def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> Lo
         family=FAMILIES[config.model_type],
         tokenizer=tokenizer,
         image_processor=image_processor,
-        # No token ends an answer, which is just one token.
+        # No token ends an answer: benchmarks generate just one.
         generation_config=GenerationConfig(),
         dtype=np.dtype(dtype),
         path=_TINY,

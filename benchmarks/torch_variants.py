@@ -1,8 +1,8 @@
 """PyTorch's attention: SDPA, and FlexAttention with the masks that bsjax runs.
 
-Tensors are [1, heads, tokens, head_dim] and contiguous, PyTorch's best case. The BlockMask has
-128 x 128 blocks, FlexAttention's default. It is built before the timing from the mask function, a
-strip of query rows at a time, because `create_block_mask` evaluates tokens x tokens at once.
+Tensors are [1, heads, tokens, head_dim] and contiguous, which is PyTorch's best case. The BlockMask
+has 128 x 128 blocks, FlexAttention's default. It is built before the timing from the mask function,
+one strip of query rows at a time, because `create_block_mask` evaluates tokens x tokens at once.
 """
 
 import functools
@@ -22,7 +22,8 @@ from benchmarks.workloads import HeadMask, Workload
 from bsjax.masks.categories import HeadCategory, KeyGroup
 
 BLOCK = 128
-# Pairs for which the mask function is evaluated at a time; several int32 arrays have this size.
+# The number of pairs for which the mask function is evaluated at once; several int32 arrays have
+# this size.
 _PAIRS_AT_A_TIME = 2**28
 
 MaskMod = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -55,7 +56,7 @@ class PreparedTorch:
 
 
 def prepare_sdpa(arrays: Arrays) -> PreparedTorch:
-    """Dense causal attention, by the kernel that PyTorch chooses."""
+    """Dense causal attention, with the kernel that PyTorch chooses."""
     q, k, v = _tensors(arrays)
     if q.device.type == "cpu":
         # PyTorch's CPU kernel is fastest with keys repeated beforehand.
@@ -79,7 +80,8 @@ def prepare_flex(
       workload: shape and prompt.
       mask: categories of all heads.
       packed: whether rows are in packed order rather than prompt order.
-      compiled: False makes PyTorch compute the whole score matrix, for tests at small sizes.
+      compiled: whether to compile FlexAttention. If not, PyTorch computes the whole score matrix,
+        which is for tests at small sizes.
     """
     q, k, v = _tensors(arrays)
     block_mask = build_block_mask(workload, mask, str(q.device), packed=packed)
@@ -89,7 +91,7 @@ def prepare_flex(
 
 @functools.cache
 def _compiled_flex() -> Any:
-    # Every mask is its own program. Beyond the limit PyTorch would continue uncompiled.
+    # Every mask has a program of its own. Beyond the limit, PyTorch would continue uncompiled.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.accumulated_recompile_limit = 1024
     return torch.compile(flex_attention, dynamic=False)
@@ -105,7 +107,7 @@ def row_order(workload: Workload, *, packed: bool) -> np.ndarray:
 def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bool) -> MaskMod:
     """The mask as a FlexAttention user would write it: a few lookups and bit operations per pair.
 
-    In prompt order a row's index is its position; packed rows have to look up their position.
+    In prompt order a row's index is its position; in packed order the position is looked up.
     """
     template = workload.template
     order = row_order(workload, packed=packed)
@@ -143,7 +145,7 @@ def mask_function(workload: Workload, mask: HeadMask, device: str, *, packed: bo
 
 
 def build_block_mask(workload: Workload, mask: HeadMask, device: str, *, packed: bool) -> BlockMask:
-    """FlexAttention's BlockMask, its blocks full where every pair is visible."""
+    """FlexAttention's BlockMask, in which a block is full if all its pairs are visible."""
     # Heads of one category have the same blocks.
     used = sorted(set(mask.categories))
     blocks = [_blocks(workload, category, device, packed) for category in used]
@@ -164,7 +166,7 @@ def build_block_mask(workload: Workload, mask: HeadMask, device: str, *, packed:
 def _blocks(
     workload: Workload, category: HeadCategory, device: str, packed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which blocks have some but not all pairs visible, and which have all: [blocks, blocks]."""
+    """The blocks that are visible in part, and in whole: bool [blocks, blocks] each."""
     tokens = workload.tokens
     mask_mod = mask_function(workload, HeadMask("one", (category,)), device, packed=packed)
     every_key = torch.arange(tokens, device=device, dtype=torch.int32)
@@ -183,21 +185,22 @@ def _blocks(
 
 
 def _counts_and_indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of blocks in each row of blocks, and their indices first, in order."""
+    """The number of blocks in each row, and all column indices, those of the blocks first."""
     indices = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), indices.to(torch.int32)
 
 
 @functools.lru_cache(maxsize=1)
 def _tensors(arrays: Arrays) -> tuple[torch.Tensor, ...]:
-    """All variants of a workload share them."""
+    """Query, key and value tensors, which all variants of a workload share."""
     return tuple(_tensor(array) for array in (arrays.q, arrays.k, arrays.v))
 
 
 def _tensor(array: jax.Array) -> torch.Tensor:
-    """[tokens, heads, head_dim] of JAX as [1, heads, tokens, head_dim] of PyTorch, on its device.
+    """A JAX array [tokens, heads, head_dim] as a PyTorch tensor [1, heads, tokens, head_dim].
 
-    Copies the bits through the host: NumPy's bfloat16 is not PyTorch's.
+    The tensor is on PyTorch's device. It is copied bit by bit through the host, because PyTorch
+    does not read NumPy's bfloat16.
     """
     host = np.asarray(array)
     if array.dtype == jnp.bfloat16:

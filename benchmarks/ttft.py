@@ -1,17 +1,17 @@
-"""Time to first token of a whole model with random weights: dense against a stated head mix.
+"""Measures time to first token of a whole model with random weights, dense and with mixes of heads.
 
     python -m benchmarks.ttft --size qwen2.5-vl-7b --images 90 --image-size 560 560    # on a GPU
     python -m benchmarks.ttft                                 # without one: a small model, float32
     python -m benchmarks.ttft --size small-gemma-3 --images 100 --rounds 3 --no-transformers
 
-Prompts are random pictures and one question, run by `bsjax.generate` through the library's own
-programs: image processing on the host, vision tower, prefill and first token, without compilation.
+The prompt consists of random pictures and a question. `bsjax.generate` answers it: the time
+includes image processing on the host, vision tower, prefill and first token, but not compilation.
 Variants are interleaved. Weights are random, so the answers are noise and only the cost is
-measured. The head mix cuts a stated share of the dense attention FLOPs in prefill; it is not a
+meaningful. A mix of heads cuts a given share of the dense attention FLOPs in prefill; it is not a
 measured profile.
 
-On a CPU, transformers runs a model with the same weights, number of threads and pixel values on
-PyTorch, which must choose the same first token.
+On a CPU, transformers on PyTorch also runs the model, with the same weights, pixel values and
+number of threads. The table says whether it chooses the same first token.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         nargs="*",
         default=(0.41, 1.0),
-        help="shares of the attention FLOPs for head mixes to cut; 1 makes every head sparse",
+        help="shares of the attention FLOPs that the mixes cut; 1 makes every head sparse",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -79,10 +79,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=on_cpu and importlib.util.find_spec("torch") is not None,
         help="compare with transformers on torch (float32, on the CPU)",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
     options = parser.parse_args(arguments)
     if options.transformers and (not on_cpu or options.dtype != "float32"):
-        parser.error("transformers are compared with in float32 on a CPU only")
+        parser.error("the comparison with transformers needs float32 on a CPU")
     return options
 
 
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = model_config(options.size)
     reference = None
     if options.transformers:
-        # Gives both models the same weights, as the tests do.
+        # Both models get the same weights, as in the tests.
         from tests.support.small_models import ported, random_reference
 
         reference = random_reference(config)
@@ -201,7 +201,7 @@ def _ours(
 def _transformers_call(
     reference: Any, model: LoadedModel, messages: list[dict[str, Any]]
 ) -> Callable[[], tuple[Seconds, int]]:
-    """The same prompt through transformers, with images prepared by our code."""
+    """A call that answers the prompt with transformers, on images prepared by bsjax."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

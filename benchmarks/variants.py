@@ -1,8 +1,8 @@
 """The attention implementations that are compared, behind one interface.
 
-All variants of a workload get the same random q, k and v. Random rows have no order, so rows in
-packed order and in prompt order are the same and nothing has to be permuted. The expected output of
-a variant follows from its mask and from the order of its rows.
+All variants of a workload get the same random q, k and v. Random rows have no order of their own,
+so they serve as rows in packed order and in prompt order, and nothing has to be permuted. The
+expected output of a variant follows from its mask and from the order of its rows.
 """
 
 import functools
@@ -51,9 +51,10 @@ class Variant:
     order: np.ndarray
     """int32 [tokens], the prompt index of each of its rows."""
     prepare: Callable[[Arrays], Prepared]
-    """Raises whatever the implementation raises, and NotAvailable if it is not installed."""
+    """Compiles the variant. Raises NotAvailable if it cannot run here, and otherwise whatever the
+    implementation raises."""
     note: str = ""
-    """What it computes, if that is not the workload's mask."""
+    """What the variant computes, if that is not the workload's mask."""
 
 
 def wanted_rows(
@@ -65,15 +66,15 @@ def wanted_rows(
     *,
     visibility: Visibility | None = None,
 ) -> np.ndarray:
-    """The expected values of these rows of the output, float32 [rows, q_heads, head_dim].
+    """The expected values of `rows` of the output, float32 [rows, q_heads, head_dim].
 
     Args:
       workload: shape and prompt.
       mask: categories of all heads.
       arrays: q, k and v, with rows in `order`.
       order: int32 [tokens], the prompt index of each row.
-      rows: which rows.
-      visibility: what the implementation computes; by default that of the workload's shape.
+      rows: indices of the rows.
+      visibility: the visibility that the implementation computes; by default the workload's.
     """
     shape = workload.shape
     info = TokenInfo(*(part[order] for part in workload.template.info))
@@ -91,13 +92,13 @@ def wanted_rows(
 
 
 def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[Variant]:
-    """Everything to compare: dense implementations first, then those that take masks.
+    """All variants of a workload: dense implementations first, then those that take masks.
 
     Args:
       workload: shape and prompt.
-      masks: for the sparse implementations. DENSE is added if it is missing, as the others are
-        compared with it.
-      torch: whether to compare with PyTorch.
+      masks: masks for the sparse implementations. DENSE is added if it is missing, because the
+        others are compared with it.
+      torch: whether to include PyTorch.
     """
     on_gpu = jax.default_backend() == "gpu"
     dense = next((mask for mask in masks if mask.is_dense), None) or workload.masks(["DENSE"])[0]
@@ -124,7 +125,7 @@ def _variant(
 
 
 def _causal(variant: Variant) -> Variant:
-    """`variant`, which cannot let an image's tokens see later ones."""
+    """`variant` without bidirectional images, for implementations that do not support them."""
     if not variant.visibility.bidirectional_images:
         return variant
     causal = Visibility(window=variant.visibility.window)
@@ -133,7 +134,7 @@ def _causal(variant: Variant) -> Variant:
 
 @dataclass(frozen=True)
 class _PreparedJax:
-    """A JAX function of q and more arrays, jitted."""
+    """A jitted JAX function of q and other arrays."""
 
     attend: Callable[..., jax.Array]
     looped: Callable[..., jax.Array]
@@ -160,7 +161,7 @@ def _prepared_jax(
 
 
 def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
-    """The library's attention on packed rows, its schedule an argument of the jitted function."""
+    """bsjax's attention on packed rows, with the schedule as an argument of the jitted function."""
     shape = workload.shape
     backend = resolve_backend("auto")
     blocks = block_sizes(backend, shape.head_dim, shape.dtype, sparse=not mask.is_dense)
@@ -183,7 +184,7 @@ def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
 
 @functools.cache
 def _bsjax_attention(scale: float, backend: str) -> Callable[..., jax.Array]:
-    """One function for all masks, so that those of one shape share a compiled program."""
+    """One function for all masks, so that masks of the same shapes share a compiled program."""
     return functools.partial(ragged_attention, scale=scale, backend=backend)
 
 
@@ -255,7 +256,7 @@ def _torch_module() -> Any:
 def _torch_sdpa(workload: Workload, mask: HeadMask) -> Variant:
     def prepare(arrays: Arrays) -> Prepared:
         if workload.shape.visibility.window is not None:
-            raise NotAvailable("takes no window without a mask of tokens x tokens")
+            raise NotAvailable("a window would need a mask of tokens x tokens")
         return _torch_module().prepare_sdpa(arrays)
 
     order = np.arange(workload.tokens, dtype=np.int32)

@@ -1,8 +1,8 @@
 """What the attention benchmarks compute: shapes of published models, templates, masks, head mixes.
 
-A mix is named by the share of the dense attention FLOPs (visible pairs) that it cuts. The number of
-sparse heads follows from the pairs that each category sees in the template at hand. Results state
-the share that this whole number of heads cuts.
+A mix is named after the share of the dense attention FLOPs (visible pairs) that it cuts. The number
+of sparse heads follows from the pairs that each category sees in the template at hand. Results
+state what this whole number of heads actually cuts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
 
-#: Text tokens before each image, by the image's tokens, as chat templates have them.
+#: Text tokens before each image, by the image's number of tokens, as in chat templates.
 TEXT_TOKENS = {256: 10}
 OTHER_TEXT_TOKENS = 8
-#: The question at the end.
+#: Text tokens of the question at the end.
 LAST_TEXT_TOKENS = 8
 
 SPARSE_CATEGORIES = (
@@ -52,7 +52,7 @@ class AttentionShape:
     dtype: str = "bfloat16"
     visibility: Visibility = CAUSAL
     image_tokens: tuple[int, ...] = (400, 256, 1000, 1800)
-    """Tokens per image of the templates that it is measured with."""
+    """Tokens per image in the templates that the shape is measured with."""
 
 
 _GEMMA3_GLOBAL = Visibility(bidirectional_images=True)
@@ -113,7 +113,7 @@ class HeadMask:
 
     @property
     def description(self) -> str:
-        """How many heads have which category."""
+        """The number of heads of each category."""
         return " + ".join(
             f"{self.categories.count(category)} {category.name}"
             for category in sorted(set(self.categories))
@@ -138,18 +138,20 @@ class Workload:
 
     @cached_property
     def pairs(self) -> dict[HeadCategory, int]:
-        """Visible pairs of a head of each category."""
+        """The visible pairs of one head, for each category."""
         return {
             category: visible_pairs(self.template, category.groups, self.shape.visibility)
             for category in HeadCategory
         }
 
     def visible_pairs(self, mask: HeadMask) -> int:
-        """Of all heads."""
+        """The visible pairs of all heads."""
         return sum(self.pairs[category] for category in mask.categories)
 
     def flops(self, pairs: int) -> int:
-        """A multiplication and an addition per pair and channel, for scores and for output."""
+        """FLOPs of visible pairs: a multiplication and an addition per channel for the scores, and
+        the same for the output.
+        """
         return 4 * self.shape.head_dim * pairs
 
     @property
@@ -157,7 +159,7 @@ class Workload:
         return self.flops(self.shape.q_heads * self.pairs[HeadCategory.DENSE])
 
     def masks(self, names: Sequence[str] = MASK_NAMES) -> list[HeadMask]:
-        """The masks of these names; mixes with the same heads become one mask with both names."""
+        """The masks with these names. Mixes with the same heads become one mask with both names."""
         heads = self.shape.q_heads
         by_categories: dict[tuple[HeadCategory, ...], str] = {}
         for name in names:
@@ -171,9 +173,10 @@ class Workload:
 
 
 def prompt_template(tokens: int, image_tokens: int) -> Template:
-    """Text and images in turn, exactly `tokens` tokens; the last image takes the rest.
+    """Text and images in turn, with exactly `tokens` tokens; the last image takes what remains.
 
-    So all shapes of one token count are the same, and programs and dense times do not differ.
+    So templates with the same number of tokens have the same shapes, share programs, and have equal
+    dense times.
     """
     text = TEXT_TOKENS.get(image_tokens, OTHER_TEXT_TOKENS)
     images, left = divmod(tokens - LAST_TEXT_TOKENS, text + image_tokens)
@@ -185,10 +188,10 @@ def prompt_template(tokens: int, image_tokens: int) -> Template:
 
 
 def head_mix(pairs: Mapping[HeadCategory, int], heads: int, cut: float) -> tuple[HeadCategory, ...]:
-    """Categories of `heads` heads that cut as close to `cut` of the dense FLOPs as possible.
+    """Categories for `heads` heads that cut as close to `cut` of the dense FLOPs as possible.
 
-    The sparse heads take the three sparse categories in turn. They are drawn with a fixed seed, as
-    sparse heads are spread over all heads of a real model.
+    The sparse heads take the three sparse categories in turn. Their places are drawn with a fixed
+    seed, because sparse heads of real models are spread over all heads, too.
     """
 
     def share_cut(categories: Sequence[HeadCategory]) -> float:
