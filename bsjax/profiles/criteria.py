@@ -5,6 +5,6 @@ MEASURED_CRITERIA = ("output_error", "mass")
 attention that a category drops."""
 
 HAND_SET_CRITERIA = ("uniform", "by_hand")
-"""Categories without measurements: the same one for all heads, or any others."""
+"""Names for categories that were set by hand: the same one for all heads, or any others."""
 
 CRITERIA = (*MEASURED_CRITERIA, *HAND_SET_CRITERIA)

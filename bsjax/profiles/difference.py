@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether the model computes the same with both: categories and sinks are equal."""
+        """Whether the model gives the same results with both: categories and sinks are equal."""
         return not self.changed.any() and self.first.sinks == self.second.sinks
 
 

@@ -18,14 +18,14 @@ MEASURED_STATISTICS = (
     *(f"mass_{group.name}" for group in KeyGroup),
     *(f"error_{category.name}" for category in HeadCategory if category),
 )
-"""What is measured for every head: attention mass of each key group, mean over the samples; and the
-relative error of each sparse category's output, in the quantile over the samples."""
+"""What is measured for every head: the attention mass of each key group, averaged over samples, and
+the relative error of each sparse category's output, as a quantile over samples."""
 
 DAMAGE_STATISTICS = tuple(f"damage_{category.name}" for category in HeadCategory if category)
 """What refinement measures for every head: KL(dense || sparse), in nats, of next-token
 distributions when this head alone has the category."""
 
-# Masses are sums of many float32 numbers.
+# Masses are sums of many float32 numbers, so they add up to 1 only approximately.
 _MASS_TOLERANCE = 1e-3
 
 
@@ -64,9 +64,9 @@ class SinkDiscovery:
 
     Attributes:
       rule: how offsets were chosen, in words.
-      mass_by_offset: attention that one image query of another image pays to one key at each offset
-        from the first token of an image, mean over pairs, layers, heads and samples; 0 where no
-        pair has such an offset.
+      mass_by_offset: for each offset from an image's first token, the attention that one image
+        query of another image pays to one key at this offset, averaged over pairs, layers, heads
+        and samples; 0 if no pair has this offset.
     """
 
     rule: str
@@ -79,19 +79,18 @@ class Evidence:
 
     Attributes:
       criterion: one of `MEASURED_CRITERIA`.
-      thresholds: the numbers that the criterion was used with, by name.
+      thresholds: the numbers that the criterion was applied with, by name.
       sample_count: how many samples the categories were chosen with.
       held_out_count: how many samples the choice was checked on.
       sample_fingerprint: fingerprint of all samples, including held-out ones.
       statistics: float64 [layers, heads] by name: `MEASURED_STATISTICS` and, after refinement,
         `DAMAGE_STATISTICS`.
-      attention_flops: over the samples that the categories were chosen with.
-      attention_flops_per_kind: the same for each kind of layer of the model: with a window,
-        without.
+      attention_flops: attention FLOPs over the samples that the categories were chosen with.
+      attention_flops_per_kind: the same for each kind of layer of the model, local or global.
       sink_discovery: how sinks were found; None if they were given.
       refinement: what refinement measured, by name; None for categories of the one-shot rule.
-      end_to_end: sparse against dense answers on the held-out samples, by name; None if there are
-        none.
+      end_to_end: how sparse answers compare with dense ones on the held-out samples, by name; None
+        without held-out samples.
 
     Raises:
       ProfileError: a value is out of range, or values contradict each other.
@@ -120,7 +119,7 @@ class Evidence:
         if (self.end_to_end is None) != (self.held_out_count == 0):
             raise ProfileError(
                 f"`end_to_end` and {self.held_out_count} held-out samples contradict each other: "
-                "it is what was measured on them."
+                "it must hold the measurements on them, and be None without held-out samples."
             )
         for name in ("thresholds", "refinement", "end_to_end"):
             if getattr(self, name) is not None:
@@ -204,7 +203,7 @@ class Evidence:
 
 
 def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, int | float]:
-    """Finite Python numbers by name: measurements come as those of NumPy and JAX."""
+    """Converts numbers, such as NumPy's or JAX's, to Python's and checks that they are finite."""
     numbers = {key: as_number(value) for key, value in values.items()}
     for key, number in numbers.items():
         if not math.isfinite(number):

@@ -1,7 +1,7 @@
-"""Version 1 of the profile file: strict reading, and writing for people to read.
+"""Version 1 of the profile file: read strictly, and written to be readable.
 
 The file has one row of letters per layer, one letter per head, and the evidence. Reading is strict
-because a profile that does not fit its model gives wrong answers without any other sign.
+because a profile that does not fit its model silently gives wrong answers.
 """
 
 import json
@@ -48,7 +48,7 @@ _NO_EVIDENCE: dict[str, Any] = {
     "end_to_end": None,
 }
 
-# Stated and computed reduction may differ by rounding.
+# The reduction in the file may differ from the computed one by rounding.
 _REDUCTION_TOLERANCE = 1e-9
 
 
@@ -56,8 +56,8 @@ def parse(text: str) -> dict[str, Any]:
     """Reads the text of a profile file; returns the arguments of `Profile`.
 
     Raises:
-      ProfileError: it is not JSON, or a field is missing, unknown or invalid; the message names
-        the field.
+      ProfileError: the text is not JSON, or a field is missing, unknown or invalid; the message
+        names the field.
     """
     document = _read_document(text)
     criterion, from_data = document["criterion"], document["from_data"]
@@ -124,14 +124,14 @@ def _in_order(fields: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_document(text: str) -> dict[str, Any]:
-    """The JSON object of the file, all of its fields there and of the right JSON type."""
+    """Reads the JSON object of the file and checks that it has all fields, of the right types."""
     try:
         document = json.loads(
             text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
         )
     except ProfileError:
         raise
-    except (ValueError, RecursionError) as error:  # Integers of thousands of digits too.
+    except (ValueError, RecursionError) as error:  # Also for integers of thousands of digits.
         raise ProfileError(f"This is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileError(f'This is not a profile: it does not start with "format": "{FORMAT}".')
@@ -154,7 +154,7 @@ def _read_document(text: str) -> dict[str, Any]:
 
 
 def _refuse_evidence(document: Mapping[str, Any]) -> None:
-    """Rejects measurements in a file that says that its categories do not come from data."""
+    """Rejects measurements in a file whose categories do not come from data."""
     samples = document["samples"]
     present = [
         f"samples.{name}" for name, none in _NO_EVIDENCE["samples"].items() if samples[name] != none
@@ -253,7 +253,7 @@ def _evidence_fields(evidence: Evidence) -> dict[str, Any]:
 
 
 def _render(value: Any, indent: str = "") -> str:
-    """JSON text: objects and lists of lists or texts on several lines, lists of numbers on one."""
+    """JSON text with objects and lists of lists or strings over several lines, others on one."""
     deeper = indent + "  "
     if isinstance(value, Mapping) and value:
         entries = [f"{json.dumps(key)}: {_render(item, deeper)}" for key, item in value.items()]
@@ -295,7 +295,7 @@ def _read_table(name: str, rows: Any, layers: int, heads: int) -> np.ndarray:
 
 
 def _check_fields(name: str, value: Mapping[str, Any], known: Mapping[str, _Check]) -> None:
-    """Checks that an object has exactly the known fields, each of its own type."""
+    """Checks that an object has exactly the known fields, each of the right type."""
     shown = f"`{name}`" if name else "The profile"
     missing = [field for field in known if field not in value]
     unknown = [field for field in value if field not in known]
@@ -304,7 +304,7 @@ def _check_fields(name: str, value: Mapping[str, Any], known: Mapping[str, _Chec
     if unknown:
         raise ProfileError(
             f"{shown} has {', '.join(f'`{field}`' for field in unknown)}, which format version "
-            f"{FORMAT_VERSION} does not know. Its fields are {', '.join(known)}."
+            f"{FORMAT_VERSION} does not have. Its fields are {', '.join(known)}."
         )
     for field, check in known.items():
         check(f"{name}.{field}" if name else field, value[field])
@@ -427,4 +427,4 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> None:
-    raise ProfileError(f"{text} is not a number that JSON knows.")
+    raise ProfileError(f"{text} is not a valid JSON number.")

@@ -1,9 +1,9 @@
 """Pictures of profiles: each head's category, where its attention goes, and its errors.
 
 The upper half is in the model's order: the map of categories, one row per layer and one column per
-head, and to its right where the attention of each layer's image queries goes. The lower half ranks
-heads: all heads by how much they attend to other images, with their categories below, and the share
-of heads within an error for each category.
+head, and to its right where the attention of each layer's image queries goes. The lower half shows
+all heads, sorted by how much they attend to other images, with their categories below; the share of
+heads within an error, for each category; and, if sinks were found in data, attention by offset.
 """
 
 import os
@@ -58,8 +58,8 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
     """Draws a profile.
 
     Args:
-      profile: the profile. Without evidence only the map of categories is drawn.
-      path: file to write, PNG, PDF or SVG by its ending; None writes nothing.
+      profile: the profile. Without evidence, only the map of categories is drawn.
+      path: file to write; the suffix decides the format (PNG, PDF, SVG). None writes nothing.
 
     Returns:
       The matplotlib figure.
@@ -131,7 +131,7 @@ def _write(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
         os.replace(temporary, path)
-    except BaseException as error:  # Interrupts leave nothing behind either.
+    except BaseException as error:  # Also on an interrupt, so that nothing is left behind.
         temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError | ValueError):
             raise
@@ -139,7 +139,7 @@ def _write(figure: "Figure", path: Path) -> None:
 
 
 def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
-    """The category of every head, with its letter if cells are large enough."""
+    """Draws the category of every head, with its letter if cells are large enough."""
     axes.imshow(
         profile.categories,
         cmap=_category_colormap(),
@@ -160,7 +160,7 @@ def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     if cell_inches >= _LETTER_CELL_INCHES:
-        # Markers, because thousands of texts take half a minute to draw.
+        # Drawn as markers, because thousands of texts take half a minute.
         size = min(6.0, 30 * cell_inches)
         for letter, category in LETTERS.items():
             layer, head = np.nonzero(profile.categories == category)
@@ -190,7 +190,7 @@ def _draw_map(axes: "Axes", profile: Profile, cell_inches: float) -> None:
 
 
 def _draw_layers(axes: "Axes", mass: Float[np.ndarray, "layers heads groups"]) -> None:
-    """Where each layer's attention goes, mean over its heads; rows align with the map."""
+    """Draws where each layer's attention goes, averaged over its heads; rows align with the map."""
     of_layers = mass.mean(axis=1)
     rows = np.arange(of_layers.shape[0])
     left = np.zeros(rows.size)
@@ -215,10 +215,10 @@ def _draw_layers(axes: "Axes", mass: Float[np.ndarray, "layers heads groups"]) -
 def _draw_ranked(
     axes: "Axes", mass: Float[np.ndarray, "layers heads groups"], profile: Profile
 ) -> None:
-    """All heads, ordered by their attention to other images, with their categories below."""
+    """Draws all heads, sorted by their attention to other images, with their categories below."""
     flat = mass.reshape(-1, mass.shape[-1])
     order = np.lexsort((flat[:, 0], flat[:, -1], flat[:, -2:].sum(axis=1)))
-    # Neighbours are averaged if there are more heads than bars that can be distinguished.
+    # If there are more heads than distinguishable bars, neighbours are averaged.
     edges = np.unique(np.linspace(0, order.size, min(order.size, _MOST_BARS) + 1).astype(int))
     means = np.add.reduceat(flat[order], edges[:-1]) / np.diff(edges)[:, None]
     bottom = np.zeros(edges.size - 1)
@@ -246,7 +246,7 @@ def _draw_ranked(
 
 
 def _draw_errors(axes: "Axes", evidence: Evidence) -> None:
-    """The share of heads within an error, for each sparse category."""
+    """Draws the share of heads within an error, for each sparse category."""
     from matplotlib.ticker import NullFormatter
 
     errors = {
@@ -294,7 +294,7 @@ def _draw_errors(axes: "Axes", evidence: Evidence) -> None:
 
 
 def _draw_sinks(axes: "Axes", curve: Float[np.ndarray, "offsets"], profile: Profile) -> None:
-    """Attention that each offset of an image gets from other images; chosen sinks are marked."""
+    """Draws the attention that each offset gets from other images, and marks the chosen sinks."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     offsets = np.arange(curve.size)

@@ -24,10 +24,10 @@ class Profile:
 
     Attributes:
       family: `model_type` of the checkpoint's configuration, such as "qwen2_5_vl".
-      categories: int8 [layers, heads], `HeadCategory` values; cannot be changed.
+      categories: int8 [layers, heads], `HeadCategory` values; read-only.
       sinks: which tokens of an image are sinks.
-      fingerprint: the checkpoint's fingerprint; None fits any checkpoint of this family with these
-        numbers of layers and heads.
+      fingerprint: the checkpoint's fingerprint. With None, the profile fits any checkpoint of this
+        family with these numbers of layers and heads.
       evidence: what the categories were chosen from; None for categories set by hand.
       is_uniform: whether the categories were set by hand to the same one for all heads.
       source: where the categories come from, in words: the source of the samples, or how they were
@@ -73,7 +73,7 @@ class Profile:
                 "'by_hand' for other categories that do not come from data."
             )
         if self.fingerprint == "":
-            raise ProfileError("`fingerprint` must be None or the checkpoint's, got an empty text.")
+            raise ProfileError("`fingerprint` must be None or the checkpoint's, not an empty text.")
         if self.evidence is not None:
             if self.fingerprint is None:
                 raise ProfileError("A measured profile needs the `fingerprint` of its checkpoint.")
@@ -112,19 +112,19 @@ class Profile:
         heads: int | None = None,
         sinks: Sinks | None = None,
     ) -> "Profile":
-        """The same category for all heads, for experiments. The file says that it is not from data.
+        """The same category for all heads, for experiments. Its file says that it is not from data.
 
         Args:
           category: a `HeadCategory` or its name.
-          model: what `bsjax.load` returns; gives family and counts.
+          model: from `bsjax.load`; family and counts are taken from it.
           family: `model_type` of the configuration, without a model.
           layers: number of language-model layers, without a model.
           heads: number of query heads of each layer, without a model.
           sinks: sink tokens; None means the first token of every image.
 
         Raises:
-          ProfileError: an unknown category, or neither a model nor all three of family, layers,
-            heads.
+          ProfileError: the category is unknown, or there is neither a model nor all three of
+            family, layers and heads.
         """
         try:
             category = HeadCategory.parse(category)
@@ -171,7 +171,7 @@ class Profile:
 
     @classmethod
     def from_json(cls, text: str, name: str = "profile") -> "Profile":
-        """Reads a profile from the text of its file; error messages call it `name`.
+        """Reads a profile from the text of its file. Error messages call the profile `name`.
 
         Raises:
           ProfileError: see `load`.
@@ -201,7 +201,7 @@ class Profile:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException as error:  # Interrupts leave nothing behind either.
+        except BaseException as error:  # Also on an interrupt, so that nothing is left behind.
             temporary.unlink(missing_ok=True)
             if not isinstance(error, OSError):
                 raise
@@ -211,8 +211,8 @@ class Profile:
         """Rejects a model that the profile was not made for.
 
         Raises:
-          ProfileError: another family, another number of layers or heads, or another checkpoint
-            than the profile names.
+          ProfileError: the model has another family, other numbers of layers or heads, or another
+            fingerprint than the profile.
         """
         if family != self.family:
             raise ProfileError(
@@ -236,14 +236,14 @@ class Profile:
     def resolve(
         cls, profile: "Profile | str | os.PathLike[str] | None", model: Any
     ) -> "Profile | None":
-        """The profile that a `profile=` argument of the API means, checked against `model`.
+        """Resolves a `profile=` argument of the API, and checks that the profile fits `model`.
 
         Args:
           profile: None (dense), a `Profile`, the path of a file, or the name of a shipped profile.
-          model: what `bsjax.load` returns.
+          model: from `bsjax.load`.
 
         Raises:
-          ProfileError: no such file or name, or the profile does not fit the model.
+          ProfileError: there is no such file or name, or the profile does not fit the model.
         """
         if profile is None:
             return None
@@ -257,7 +257,7 @@ class Profile:
             profile = cls.load(profile)
         elif not isinstance(profile, Profile):
             raise ProfileError(
-                "A profile is None, a path, a name or a bsjax.Profile, got "
+                "A profile must be None, a path, a name or a bsjax.Profile, got "
                 f"{type(profile).__name__}."
             )
         profile.check(*_shape_of(model), model.fingerprint)
@@ -301,11 +301,11 @@ def shipped_folder() -> Path:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that a profile is made with."""
+    """The installed versions of bsjax and the packages that profiling depends on."""
     versions = {}
     for package in ("bsjax", "jax", "transformers", "numpy"):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # Used from a source folder that was not installed.
+        except PackageNotFoundError:  # bsjax may be used from a source folder.
             versions[package] = "not installed"
     return versions

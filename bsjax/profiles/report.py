@@ -105,7 +105,7 @@ def _console() -> Console:
 
 
 def _description(profile: Profile) -> dict[str, str]:
-    """What the profile is for and how it was made, by name."""
+    """What the profile is for and how it was made: lines of text by label."""
     criterion, samples = profile.criterion, profile.source or "none"
     if profile.evidence is not None:
         evidence = profile.evidence
@@ -131,7 +131,7 @@ def _description(profile: Profile) -> dict[str, str]:
 
 
 def _map_lines(profile: Profile) -> Iterable[Text]:
-    """One line of letters per layer, in groups of eight heads, and the count of each category."""
+    """Yields a line per layer: its letters, in groups of eight heads, and counts by category."""
     width = len(str(profile.layers - 1))
     ruler = "".join(
         f"{head:<9}" if profile.heads - head > 2 or head == 0 else ""
@@ -178,7 +178,7 @@ def _statistics(profile: Profile, evidence: Evidence) -> Table:
 
 
 def _sink_lines(evidence: Evidence) -> Iterable[Text]:
-    """How sinks were found, and the offsets that get most attention."""
+    """How sinks were found, and the offsets that get the most attention."""
     discovery = evidence.sink_discovery
     if discovery is None:
         return
@@ -297,7 +297,7 @@ def _plain_table(title: str) -> Table:
 
 
 def _short(value: int | float) -> str:
-    """A number in four digits; a whole number in full."""
+    """A number with four significant digits; a whole number in full."""
     whole = float(value).is_integer() and 1 <= abs(value) < 1e6
     return f"{value:,.0f}" if whole else f"{value:.4g}"
 

@@ -1,4 +1,4 @@
-"""Categories from data: what BlindSight measures, and refinement end to end.
+"""Categories from data: BlindSight's measurements, and refinement end to end.
 
     from bsjax.profiling import Evaluator, measure, refine
 
@@ -22,11 +22,11 @@ evaluation       next-token distributions, sparse against dense
 knapsack         heads in the order of damage per FLOP saved
 refinement       the second stage
 end_to_end       the check on held-out samples
-state            what a run has measured, in a file
+state            a file that keeps what a run has measured
 progress         the progress bar
 driver           `profile`
 
-A name is imported when it is first used; `__init__.pyi` says where each is defined.
+A name is imported when it is first used; `__init__.pyi` says where each name is defined.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
 """What profiling computes on the device: functions of a module and arrays, jitted by their callers.
 
-All of them run the model's layers through `run_layers`, with one attention function per kind of
-layer. None of them keeps an array per layer that has both a tokens axis and a heads or channels
-axis.
+Those over a prompt run the model's layers through `run_layers`, with one attention function per
+kind of layer. None of them keeps an array per layer that has both a tokens axis and a heads or
+channels axis.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def measure_heads(
     schedules: tuple[Schedule, ...],
     backend: str,
 ) -> HeadStatistics:
-    """Statistics of every head of the dense model over one prompt; the leading axis is layers.
+    """Statistics of every head of the dense model over one prompt, with a leading layer axis.
 
     Args:
       module: the model.
@@ -121,7 +121,7 @@ def divergence(
     dense: Float[Array, "states hidden"],
     sparse: Float[Array, "states hidden"],
 ) -> tuple[Float32[Array, "states"], Bool[Array, "states"]]:
-    """How far the next-token distributions of two models are apart.
+    """How far apart the next-token distributions of two models are.
 
     Args:
       module: the model.
@@ -133,7 +133,7 @@ def divergence(
     """
     log_p = jax.nn.log_softmax(module.logits(dense))
     log_q = jax.nn.log_softmax(module.logits(sparse))
-    # KL as the sum of p (q/p - 1 - log(q/p)): no term is negative, so a small divergence is not
+    # KL as the sum of p * (q/p - 1 - log(q/p)): no term is negative, so a small divergence is not
     # lost to cancellation.
     p, log_ratio = jnp.exp(log_p), log_q - log_p
     small = jnp.abs(log_ratio) < 0.5

@@ -48,42 +48,42 @@ def profile(
     progress: Progress | bool | None = None,
     backend: str = "auto",
 ) -> Profile:
-    """Chooses a category for every head of a model from data, as BlindSight does, or refined.
+    """Chooses a category for every head of a model from data.
 
-    The dense model runs once over each sample. The exact outputs of all categories give, for every
-    head, the attention mass of each key group and the relative error of each category over image
-    queries. A head takes the category with the fewest FLOPs whose error is within the threshold in
-    the given quantile of the samples. The choice is checked on held-out samples. The order of the
-    samples does not change the profile.
+    As in BlindSight, the dense model runs once over each sample. The exact outputs of all
+    categories give, for every head, the attention mass of each key group and the relative error of
+    each category over image queries. A head gets the category with the fewest FLOPs whose error is
+    within the threshold for the given share of the samples. Optionally, the choice is then refined
+    end to end. It is checked on held-out samples. The order of the samples does not matter.
 
     Args:
       model: from `bsjax.load`.
       samples: conversations (Hugging Face chat messages), or what `bsjax.read_samples` returns.
-        Use prompts like those to come, with several images each. Samples with one image count for
-        FLOPs and for the check, but not for the quantile. Duplicates are dropped.
+        Use prompts like those that the model will see, with several images each. Samples with one
+        image count for FLOPs and for the check, but not for the quantile. Duplicates are dropped.
       threshold: largest relative error of a head's output (from 0; errors above 1 exist), or
         largest attention mass dropped (0 to 1).
       criterion: what the threshold bounds: `output_error` (||o_c - o|| / ||o||) or `mass`.
       quantile: share of the samples with several images that must be within the threshold.
-      target_reduction: in place of `threshold`, the share of attention FLOPs to save at least, over
+      target_reduction: in place of `threshold`, the smallest share of attention FLOPs to save, over
         all layers, heads and samples. The smallest threshold that saves it is found.
-      refine: correct the choice by its measured effect on the model's answers, at
-        `target_reduction`, or within `max_kl`, or with neither at the reduction that `threshold`
-        reaches. Takes many prefills per sample; see `bsjax.profiling.refine`.
+      refine: correct the choice by its measured effect on the model's answers: at
+        `target_reduction`, within `max_kl`, or, if neither is given, at the reduction that
+        `threshold` reaches. Takes many prefills per sample; see `bsjax.profiling.refine`.
       max_kl: with `refine`, save as much as possible while KL(dense || sparse) of next-token
         distributions is at most this, in nats.
-      max_evaluations: with `refine`, how many arrays of categories to compare at most. Each takes
-        one prefill of every sample.
+      max_evaluations: with `refine`, the largest number of arrays of categories to compare. Each
+        takes one prefill of every sample.
       sinks: which tokens of an image are sinks; None finds them in data, in one more pass.
-      held_out: share of the samples that is kept for the check, in [0, 1). With 0 nothing is
+      held_out: share of the samples that are held out for the check, in [0, 1). With 0 nothing is
         checked, and the evidence has no `end_to_end`.
       answer_tokens: largest number of tokens of the dense model's answer along which distributions
         are compared.
-      seed: draws the held-out samples.
-      source: where the samples come from, in words, for the file. Empty means the description that
-        `bsjax.read_samples` gives.
+      seed: seed of the draw of held-out samples.
+      source: where the samples come from, in words, for the file. If empty, the description given
+        by `bsjax.read_samples` is used.
       resume: a state file that keeps everything measured. A run that was interrupted, or one with
-        other thresholds, budgets or samples, reuses what it can. The file stays when the run is
+        other thresholds, budgets or samples, reuses what it can. The file is kept when the run is
         complete.
       progress: None shows a progress bar if stderr is a terminal, False shows nothing; or a
         function called as `progress(stage, done, total)`.
@@ -93,10 +93,10 @@ def profile(
       A profile with its evidence.
 
     Raises:
-      ProfileError: an argument out of range, a sample without an image, no sample with several, a
-        reduction that cannot be reached, or a state file made with another model, dtype, backend or
-        versions.
-      BsjaxError: as for `generate`, for samples that are not valid prompts or do not fit.
+      ProfileError: an argument is out of range, a sample has no image, no sample has several, a
+        reduction cannot be reached, or the state file was made with another model, dtype, backend
+        or other versions.
+      BsjaxError: as for `generate`, if a sample is not a valid prompt or does not fit.
     """
     settings = Settings.of(
         threshold=threshold,
@@ -133,7 +133,7 @@ def profile_with(
     progress: Progress | bool | None = None,
     backend: str = "auto",
 ) -> Profile:
-    """`profile` with its settings in one object, which has those of correction in context too."""
+    """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
     if not isinstance(source, str):
@@ -194,7 +194,7 @@ def profile_with(
 class _Choice(NamedTuple):
     categories: Int8[np.ndarray, "layers heads"]
     thresholds: dict[str, float]
-    """The numbers that the one-shot rule was used with, by name."""
+    """The numbers that the one-shot rule was applied with, by name."""
     refinement: Refinement | None
 
 
@@ -207,7 +207,7 @@ def _choose(
     report: Progress,
     state: State,
 ) -> _Choice:
-    """Categories by the one-shot rule, and refined if the settings say so."""
+    """Categories by the one-shot rule, refined if the settings ask for it."""
     thresholds = {"quantile": settings.quantile}
     if not settings.refine:
         assert not isinstance(settings.budget, Divergence)
@@ -245,7 +245,7 @@ def _reduction_at(settings: Settings, measurements: Measurements) -> Reduction:
     if reduction == 0:
         raise ProfileError(
             f"At threshold={threshold:g} no head saves anything, so there is nothing to refine. "
-            "Raise it, or give a target_reduction or a max_kl."
+            "Raise the threshold, or give a target_reduction or a max_kl."
         )
     return Reduction(reduction)
 

@@ -27,7 +27,7 @@ def check_end_to_end(
       model: from `bsjax.load`.
       profile: the profile to check.
       samples: held-out samples.
-      answer_tokens: largest number of tokens of an answer.
+      answer_tokens: the most tokens of an answer to compare.
       backend: backend of the attention.
       progress: called after every sample.
       state: keeps and recalls what was compared.

@@ -1,8 +1,8 @@
 """How far a sparse model's next-token distributions are from the dense model's, end to end.
 
-Evaluating an array of categories costs one prefill per sample: categories are data of one compiled
-program, and the embeddings of a sample, vision tower included, are computed once and kept on the
-host.
+Evaluating an array of categories costs one prefill per sample: categories are an input of one
+compiled program, and a sample's embeddings, image features included, are computed once and kept on
+the host.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from bsjax.samples import Samples
 
 
 class Comparison(NamedTuple):
-    """Next-token distributions of a sparse model against the dense model's.
+    """How the next-token distributions of a sparse model compare with the dense model's.
 
     Attributes:
       kl: KL(dense || sparse) in nats, averaged over a sample's positions, then over samples.
@@ -63,18 +63,18 @@ class _Sample(NamedTuple):
     embeddings: np.ndarray
     arguments: tuple[Any, ...]
     rows: np.ndarray
-    """Rows of the states to compare. If the answer ended early, the last one is repeated."""
+    """Rows of the states to compare. If the answer ended early, the last row is repeated."""
     states: int
-    """How many of these rows count."""
+    """How many of these rows count, without repetitions."""
     dense: jax.Array
-    """States of the dense model in these rows."""
+    """The dense model's states in these rows."""
 
 
 class Evaluator:
     """Compares categories with dense attention over samples.
 
     Distributions are compared after the last token of the prompt and after each token of the dense
-    model's greedy answer, which both models are given (teacher forcing). The answer stops at an
+    model's greedy answer, which is fed to both models (teacher forcing). The answer stops at an
     end-of-sequence token, or before a token that represents an image. Samples are in the order of
     their fingerprints. Results are remembered: comparing the same categories again costs nothing.
 
@@ -106,7 +106,7 @@ class Evaluator:
         Args:
           model: from `bsjax.load`.
           samples: conversations.
-          answer_tokens: largest number of tokens of the dense answer, at least 1.
+          answer_tokens: the most tokens of the dense answer to compare, at least 1.
           sinks: which tokens of an image are sinks; None means the first.
           backend: backend of the attention, see `sparse_attention`.
           state: keeps and recalls what was compared.
@@ -114,8 +114,8 @@ class Evaluator:
           stage: name of this stage.
 
         Raises:
-          ProfileError: no samples, or `answer_tokens` below 1.
-          BsjaxError: as for `generate`, for prompts that are not valid or do not fit.
+          ProfileError: there are no samples, or `answer_tokens` is below 1.
+          BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
         """
         samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
         self.answer_tokens = whole_number(
@@ -153,10 +153,10 @@ class Evaluator:
         return selection.reduction_of(categories, self.flops)
 
     def compare(self, categories: Int8[np.ndarray, "layers heads"]) -> Comparison:
-        """Compares next-token distributions with these categories to the dense model's.
+        """Compares the next-token distributions under these categories with the dense model's.
 
         Raises:
-          ProfileError: not exactly one category per layer and head.
+          ProfileError: there is not exactly one category per layer and head.
         """
         categories = np.ascontiguousarray(categories, np.int8)
         wanted = (self._shape.layers, self._shape.heads)
@@ -205,7 +205,7 @@ class Evaluator:
         if index not in self._prepared:
             record = self._records[index]
             answer = record["answer"].tolist()
-            # A finished answer ends with an end-of-sequence token, which nothing follows.
+            # Nothing follows the end-of-sequence token of a finished answer.
             answer = answer[:-1] if record["stopped"] else answer
             self._prepared[index] = self._prepare(index, self._before_images(answer))
         return self._prepared[index]

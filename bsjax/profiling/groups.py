@@ -1,8 +1,8 @@
 """Attention by key group: the exact output of every head category from one dense pass.
 
-The five key groups are disjoint, so attention over each group alone, with its log-sum-exp, gives
-the output of every union of groups: outputs are averaged with the exponentials of their
-log-sum-exps as weights. This takes five attention calls, with the FLOPs of one dense call.
+The five key groups are disjoint, so the output of any union of groups follows from attention over
+each group alone: it is the average of the groups' outputs, weighted by the exponentials of their
+log-sum-exps. This takes five attention calls, with the FLOPs of one dense call.
 """
 
 from typing import Any, NamedTuple
@@ -18,14 +18,14 @@ from bsjax.masks.template import Template
 from bsjax.masks.visibility import Visibility
 
 GROUPS = tuple(KeyGroup)
-"""The key groups in the order of every array that has an axis of them."""
+"""The key groups, in the order of all array axes named `groups`."""
 
 SPARSE_CATEGORIES = (
     HeadCategory.SINK,
     HeadCategory.INTRA_IMAGE,
     HeadCategory.INTRA_IMAGE_SINK,
 )
-"""The categories other than DENSE, in the order of every array that has an axis of them."""
+"""The categories other than DENSE, in the order of all array axes named `categories`."""
 
 
 def group_schedule(
@@ -40,8 +40,8 @@ def group_schedule(
 
     Args:
       template: the prompt.
-      visibility: visibility of the kind of layer.
-      block_q: largest number of query rows of a tile.
+      visibility: the visibility of this kind of layer.
+      block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       tokens: rows to pad to; None does not pad.
 
@@ -60,7 +60,7 @@ def group_schedule(
 
 
 class GroupPartials(NamedTuple):
-    """Attention over each key group alone. Text rows are dense in the first group and empty after.
+    """Attention over each key group alone. Text rows are dense in the first group, empty in others.
 
     Attributes:
       out: output of each group, in the order of `GROUPS`; zeros if a row sees no key of the group.
@@ -75,13 +75,13 @@ class GroupPartials(NamedTuple):
     ) -> tuple[Float32[Array, "tokens q_heads head_dim"], Float32[Array, "tokens q_heads"]]:
         """Output and log-sum-exp of attention over `groups`, both float32.
 
-        `groups` must contain TEXT, as every category does; otherwise text rows come out empty.
+        `groups` must contain TEXT, as every category does; otherwise text rows would be empty.
         """
         kept = [index for index, group in enumerate(GROUPS) if group & groups]
         lse = self.lse[jnp.asarray(kept)]
         greatest = lse.max(axis=0)
         seen = ~jnp.isneginf(greatest)
-        # The greatest of a row that sees nothing is -inf; subtracting it would give NaN.
+        # The maximum of a row that sees nothing is -inf; subtracting it would give NaN.
         shift = jnp.where(seen, greatest, 0.0)
         weights = jnp.exp(lse - shift)
         total = jnp.where(seen, weights.sum(axis=0), 1.0)
@@ -108,7 +108,7 @@ def group_partials(
       k: keys.
       v: values.
       schedule: from `group_schedule`.
-      scale: factor of the scores.
+      scale: factor applied to the scores.
       backend: backend of the attention.
 
     Raises:
@@ -132,7 +132,7 @@ class HeadStatistics(NamedTuple):
     """Statistics of a layer's heads over the image queries of one prompt.
 
     Attributes:
-      mass: attention mass of each key group, mean over image queries; sums to 1.
+      mass: attention mass of each key group, averaged over image queries; sums to 1.
       error: ||o_c - o|| / ||o|| of each of `SPARSE_CATEGORIES`, Frobenius norms over image queries.
     """
 
@@ -149,9 +149,9 @@ def head_statistics(
     """Attention mass and relative errors of every head.
 
     Args:
-      partials: partials of one layer.
-      dense: their combined output over all groups.
-      dense_lse: log-sum-exp of the combined output.
+      partials: attention over each key group, of one layer.
+      dense: the combined output over all groups, from `dense_output`.
+      dense_lse: the log-sum-exp of the combined output.
       is_image: whether a row is an image query, neither text nor padding.
     """
     rows = is_image[:, None]

@@ -1,11 +1,11 @@
 """Which heads to make sparse first: the greedy path of the multiple-choice knapsack problem.
 
-Every head has a few options, each with the FLOPs that it saves and the damage that it does. On the
-lower convex hull of a head's options, damage per FLOP saved rises from one option to the next.
-Taking the steps along the hulls of all heads in the order of that ratio gives nested choices from
-dense to sparsest. Each of them does the least total damage for what it saves, compared with all
-mixtures of options. This assumes that the damages of heads add up; correction in context accounts
-for where they do not.
+Every head has a few options, each of which saves some FLOPs and does some damage. Along the lower
+convex hull of a head's options, damage per FLOP saved rises from one option to the next. Taking the
+steps along the hulls of all heads in the order of this ratio gives nested choices from dense to
+sparsest. Each choice does the least total damage for the FLOPs that it saves, even compared with
+mixtures of options. This assumes that the damages of heads add up; refinement's correction in
+context accounts for the cases where they do not.
 """
 
 from typing import NamedTuple
@@ -106,7 +106,7 @@ def path(
 def taken(
     moves: tuple[Move, ...] | list[Move], categories: Int8[np.ndarray, "layers heads"]
 ) -> Int8[np.ndarray, "layers heads"]:
-    """`categories` after some moves."""
+    """A copy of `categories` with some moves applied."""
     result = categories.copy()
     for move in moves:
         result[move.layer, move.head] = move.after

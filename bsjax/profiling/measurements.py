@@ -42,13 +42,13 @@ from bsjax.samples import Samples
 class Measurements:
     """Statistics of every head, for every sample, in the order of the samples' fingerprints.
 
-    Quantiles and means are over the samples with at least two images: with a single image there is
-    nothing to leave out of other images, so its errors would be 0 for any head. FLOPs are those of
+    Quantiles and means are over the samples with at least two images: with a single image there are
+    no other images to leave out, so INTRA_IMAGE would have no error in any head. FLOPs are those of
     all samples.
 
     Attributes:
-      sinks: which tokens of an image were taken as sinks.
-      mass: attention mass of each key group (in `KeyGroup` order), mean over a sample's image
+      sinks: which tokens of an image were sinks.
+      mass: attention mass of each key group (in `KeyGroup` order), averaged over a sample's image
         queries.
       error: ||o_c - o|| / ||o|| over a sample's image queries, for SINK, INTRA_IMAGE and
         INTRA_IMAGE_SINK.
@@ -71,7 +71,7 @@ class Measurements:
         """Which samples have at least two images, and therefore count for statistics.
 
         Raises:
-          ProfileError: no sample has.
+          ProfileError: no sample has two images.
         """
         several = self.images >= 2
         if not several.any():
@@ -81,14 +81,15 @@ class Measurements:
     def damage(
         self, criterion: str = Settings.criterion, quantile: float = Settings.quantile
     ) -> Float64[np.ndarray, "layers heads categories"]:
-        """What a criterion looks at, in a quantile over the samples with several images.
+        """The quantity that a criterion bounds, as a quantile over the samples with several images.
 
         Args:
-          criterion: `output_error` or `mass`, the attention mass that a category drops.
-          quantile: the share of the samples that has at most this damage.
+          criterion: `output_error`, or `mass`: the attention mass that a category drops.
+          quantile: the share of the samples that have at most the returned damage.
 
         Raises:
-          ProfileError: an unknown criterion, a quantile out of range, or no sample of two images.
+          ProfileError: the criterion is unknown, the quantile is out of range, or no sample has two
+            images.
         """
         settings = Settings(criterion=criterion, quantile=quantile)
         several = self.several_images
@@ -122,15 +123,15 @@ class Measurements:
         """Categories by the one-shot rule, at a threshold or at the one that reaches a reduction.
 
         Raises:
-          ProfileError: not exactly one of the two, a value out of range, or a reduction that no
-            threshold reaches.
+          ProfileError: not exactly one of the two is given, a value is out of range, or no
+            threshold reaches the reduction.
         """
         if target_reduction is None and threshold is not None:
             budget = Threshold(threshold)
         elif target_reduction is not None and threshold is None:
             budget = Reduction(target_reduction)
         else:
-            raise ProfileError("Give a threshold or a target_reduction, one of them.")
+            raise ProfileError("Give either a threshold or a target_reduction.")
         Settings(budget, criterion)
         damage = self.damage(criterion, quantile)
         return selection.one_shot(damage, self.flops, budget)[0]
@@ -176,8 +177,8 @@ def measure(
       state: keeps and recalls what was measured.
 
     Raises:
-      ProfileError: no samples, a sample without an image, or no sample with two.
-      BsjaxError: as for `generate`, for prompts that are not valid or do not fit.
+      ProfileError: there are no samples, a sample has no image, or no sample has two.
+      BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
     """
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
     check_images(samples, several=True)
@@ -219,7 +220,7 @@ def _discover(
     progress: Progress,
     state: State,
 ) -> tuple[Sinks, SinkDiscovery]:
-    """Finds sinks in a pass of their own: the key groups of the other pass depend on them."""
+    """Finds sinks in a separate pass, because the key groups of the main pass depend on them."""
 
     def measured(messages: Messages) -> dict[str, np.ndarray]:
         pass_ = MeasuringPass(
@@ -272,7 +273,7 @@ class MeasuringPass:
         check_memory(inputs, stages, bytes_available())
 
     def run(self) -> Any:
-        """Runs the pass: what its program returns."""
+        """Runs the pass and returns what its program returns."""
         embeddings, _ = self._embedding.run()
         return self._program(embeddings, *self._arguments)
 

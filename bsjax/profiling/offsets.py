@@ -1,8 +1,8 @@
-"""Sink discovery: which tokens of an image other images attend to, by offset in the image.
+"""Sink discovery: which tokens of an image other images attend to, by their offset in the image.
 
-A sink must be known from the template alone, so sinks are offsets from an image's first token. For
-every offset this measures the attention that one query of another image pays to one key at that
-offset, averaged over all layers, heads and samples.
+Sinks must be known from the template alone, so they are offsets from an image's first token. For
+every offset, this module measures the attention that one query of another image pays to one key at
+that offset, averaged over all layers, heads and samples.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ from bsjax.masks.visibility import TokenInfo, Visibility, visible
 from bsjax.profiles.evidence import SinkDiscovery
 
 SINK_FACTOR = 4.0
-"""An offset is a sink if it gets this many times the average of the offsets beyond the first."""
+"""An offset is a sink if it gets this many times the average attention of offsets 1, 2, ..."""
 
 MOST_OFFSETS = 4
-"""The most offsets chosen: each of them is visible to all later images, in many heads."""
+"""The most offsets to choose: in many heads, each of them is visible to all later images."""
 
 LEAST_SUPPORT = 0.5
-"""Share of the first offset's (query, key) pairs that an offset needs: few images reach the last
-offsets."""
+"""The fewest (query, key) pairs that an offset needs, as a share of the pairs of offset 0. Few
+images are long enough to have the last offsets."""
 
 _CHUNK_ROWS = 64
 _CURVE_DIGITS = 5
@@ -43,17 +43,17 @@ def other_image_mass(
     """Dense attention that each key gets from image queries of other images, summed over heads.
 
     The columns of the attention matrix are summed a few query rows at a time, in prompt order, with
-    matrix products only: one product of queries and keys per layer, which is half the FLOPs of
-    attention without a mask. In a layer with a window, the keys are those that the window can
-    reach. The gradient of attention with respect to v would give the same sums, but it visits the
-    schedule tile by tile in plain JAX, which is slow on a GPU.
+    matrix products only: one product of queries and keys per layer, half the FLOPs of attention
+    without a mask. In a layer with a window, only keys that the window can reach are read. The
+    gradient of attention with respect to v would give the same sums, but it visits the schedule
+    tile by tile in plain JAX, which is slow on a GPU.
 
     Args:
       q: queries in the schedule's order.
       k: keys in the same order.
       lse: log-sum-exp of the scores that each query sees, from `ragged_attention`.
       schedule: gives positions, images and visibility.
-      scale: factor of the scores.
+      scale: factor applied to the scores.
     """
     tokens, q_heads, _ = q.shape
     kv_heads = k.shape[1]
@@ -108,7 +108,7 @@ def other_image_mass(
 
 
 def pairs_by_offset(template: Template, visibility: Visibility) -> Int[np.ndarray, "offsets"]:
-    """How many (query, key) pairs of different images there are for each offset of the key."""
+    """The number of visible (query, key) pairs of different images, by the key's offset."""
     if not template.num_images:
         return np.zeros(0, np.int64)
     is_image = template.image >= 0
@@ -138,15 +138,16 @@ def discover(
 ) -> tuple[Sinks, SinkDiscovery]:
     """Chooses sinks from measurements over samples.
 
-    The rule: of the offsets beyond the first token that at least `LEAST_SUPPORT` of the pairs have,
-    those that get `SINK_FACTOR` times the average of all, at most the `MOST_OFFSETS` strongest.
+    The rule: consider the offsets beyond the first token that have at least `LEAST_SUPPORT` of its
+    pairs. Those that get at least `SINK_FACTOR` times the average attention of offsets beyond the
+    first token are sinks, at most the `MOST_OFFSETS` strongest.
 
     Args:
       mass: for each sample, attention by offset, summed over pairs, layers and heads.
-      pairs: for each sample, the number of pairs summed.
+      pairs: for each sample, the number of pairs summed, by offset.
 
     Returns:
-      The first token of every image and the offsets found; and how they were found.
+      The sinks (the first token of every image and the offsets found), and how they were found.
     """
     longest = max(map(len, mass))
 

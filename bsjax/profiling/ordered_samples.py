@@ -1,7 +1,7 @@
-"""Samples in the order of their fingerprints, and the share of them that is held out.
+"""Samples in the order of their fingerprints, split into those to choose with and those held out.
 
-Because the order does not depend on how the samples were given, neither does the choice of held-out
-samples, nor any sum over samples.
+The order does not depend on how the samples were given, and so neither does the choice of held-out
+samples or any sum over samples.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ class OrderedSamples(NamedTuple):
     def of(cls, samples: Any) -> "OrderedSamples":
         """Orders `bsjax.Samples` or a list of conversations.
 
-        Duplicates are dropped: otherwise a held-out sample could be one that the categories were
-        chosen with.
+        Duplicates are dropped: otherwise, a held-out sample could also be one that the categories
+        were chosen with.
 
         Raises:
           ProfileError: there are no samples, or they are not a sequence of conversations.
@@ -72,9 +72,9 @@ class OrderedSamples(NamedTuple):
         """Splits into samples to choose categories with, and samples to check the choice on.
 
         Args:
-          held_out: share of the samples to hold out, in [0, 1). It is rounded to whole samples; a
-            share above 0 holds out at least one of two samples or more, and never all.
-          seed: draws the held-out samples.
+          held_out: share of the samples to hold out, in [0, 1), rounded to whole samples. A share
+            above 0 holds out at least one sample if there are two or more, but never all.
+          seed: seed of the draw of held-out samples.
         """
         count = len(self.messages)
         held = math.floor(count * held_out + 0.5)
@@ -96,7 +96,7 @@ class OrderedSamples(NamedTuple):
 
 
 def check_images(samples: OrderedSamples, *, several: bool) -> None:
-    """Rejects samples before a run that would fail in the middle of it. Does not read images.
+    """Rejects samples that would make a run fail later. Does not read images.
 
     Args:
       samples: samples to check.
@@ -104,7 +104,7 @@ def check_images(samples: OrderedSamples, *, several: bool) -> None:
 
     Raises:
       ProfileError: a sample has no image, or, with `several`, no sample has two.
-      MessageError: messages that `bsjax.generate` would refuse.
+      MessageError: `bsjax.generate` would reject the messages of a sample.
     """
     most = 0
     for messages in samples.messages:
@@ -114,7 +114,7 @@ def check_images(samples: OrderedSamples, *, several: bool) -> None:
                 "A sample has no image, so it says nothing about what image tokens attend to. "
                 f"Leave such samples out: {str(messages)[:200]}"
             )
-        # The number of crops of an image depends on its size, which is not read here.
+        # How many crops an image has depends on its size, which is not read here.
         if _asks_for_crops(messages):
             count = max(count, 2)
         most = max(most, count)
@@ -142,7 +142,7 @@ def no_several_images() -> ProfileError:
 def fingerprint(messages: Any) -> str:
     """SHA-256 of a conversation: roles, texts and images.
 
-    An image counts by the bytes of its file or by its pixels; an image at a URL by the URL.
+    An image contributes the bytes of its file, its pixels if it is in memory, or its URL.
     """
     digest = hashlib.sha256()
     _add(digest, messages)
@@ -176,7 +176,7 @@ def _add(digest: Any, value: Any, image_key: str | None = None) -> None:
         content = None if image_key is None else _file_content(image_key, value)
         entry("text" if content is None else "file", content or str(value).encode())
     elif hasattr(value, "getexif") and value.mode in ("P", "PA"):
-        # Values are indices into a palette, and the array does not contain the palette.
+        # Pixels are indices into a palette, which the array does not contain.
         _add(digest, value.convert("RGBA"))
     elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):
         array = np.asarray(value)
@@ -191,5 +191,5 @@ def _file_content(key: str, value: Any) -> bytes | None:
     path = image_file(key, value)
     try:
         return path.read_bytes() if path is not None and path.is_file() else None
-    except (OSError, ValueError):  # Texts and base64 data are not paths.
+    except (OSError, ValueError):  # Text and base64 data are not paths.
         return None

@@ -17,7 +17,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 @contextmanager
 def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
-    """The function that a `progress=` argument means.
+    """Yields the function to report progress to, for a `progress=` argument.
 
     Args:
       progress: None for a bar if stderr is a terminal, True for a bar, False for nothing, or the

@@ -26,7 +26,7 @@ BuildSchedule = Callable[..., Schedule]
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """The counts of a language model that profiling needs.
+    """The numbers of layers, heads and channels of a language model, and its kinds of layers.
 
     Attributes:
       layers: number of layers.
@@ -44,7 +44,7 @@ class Shape:
 
     @classmethod
     def of(cls, family: Family, config: PretrainedConfig) -> "Shape":
-        """The counts of a model."""
+        """The shape of a family's model with this config."""
         text = config.get_text_config()
         return cls(
             text.num_hidden_layers,
@@ -66,7 +66,7 @@ def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
 
 
 def packed_inputs(model: LoadedModel, prompt: Prompt, sinks: Sinks, backend: str) -> ModelInputs:
-    """The inputs of a prompt with rows in packed order.
+    """Prepares a prompt's inputs, with rows in packed order.
 
     Raises:
       CapacityError: the prompt needs more positions than the model has.
@@ -96,7 +96,7 @@ def kind_schedules(
 def category_schedule(
     template: Template, visibility: Visibility, *, block_q: int, block_kv: int, tokens: int
 ) -> Schedule:
-    """A packed schedule with the tables of all categories, so that a head's category is data."""
+    """A packed schedule with tables for all categories, so that a head's category can be data."""
     return build_schedule(
         template,
         category_tables(list(HeadCategory)),

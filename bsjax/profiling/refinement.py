@@ -3,22 +3,22 @@
 The one-shot rule looks at each head's own output. How much an error there changes the answer
 differs between heads and layers, and errors compound. Refinement therefore takes four steps:
 
-1. It measures the *damage* of moving one head to a category with all others dense: KL(dense ||
-   sparse) of next-token distributions. If `max_evaluations` does not allow all of these, it
-   measures those near the one-shot threshold and estimates the others as a multiple of the squared
-   one-shot error, since KL grows with the square of a small perturbation.
+1. It measures the *damage* of moving one head to a sparse category while all others are dense:
+   KL(dense || sparse) of next-token distributions. If `max_evaluations` does not allow measuring
+   all damages, it measures those near the one-shot threshold and estimates the others as a multiple
+   of the squared one-shot error, since KL grows with the square of a small perturbation.
 2. It orders the moves of all heads by damage per FLOP saved. They form a nested path of categories
    from dense to the sparsest (`bsjax.profiling.knapsack`).
-3. It follows the path to the wanted FLOPs, or, by bisection with measured KL, as far as the KL
-   stays within the wanted one.
-4. Damages do not add up exactly, so it measures heads at the margin again, in context: moves back
-   towards dense and moves on to sparser categories, one at a time. It exchanges the moves back that
-   help most per FLOP for the moves on that hurt least, as long as the measured KL falls and the
-   FLOPs budget is kept. It always takes moves on that lower the KL.
+3. It follows the path until the wanted share of FLOPs is saved or, by bisection with measured KL,
+   as far as the KL stays within its limit.
+4. Damages do not add up exactly, so it measures the heads at the margin again, in context: moves
+   back towards dense and moves on to sparser categories, one at a time. It exchanges the moves back
+   that help most per FLOP for the moves on that hurt least, as long as the measured KL falls and
+   the FLOPs budget is kept. It always makes moves on that lower the KL.
 
-The cost is at most `max_evaluations` arrays of categories, with one prefill of every sample each:
-three per head in step 1 (fewer where a category saves nothing), about ten in step 3, and in step 4
-twice `margin` and a few more for each of the `rounds`.
+The cost is at most `max_evaluations` arrays of categories, each of which takes one prefill of every
+sample: three per head in step 1 (fewer where a category saves nothing), about ten in step 3, and in
+step 4 twice `margin` and a few more for each of the `rounds`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,15 +42,15 @@ from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.settings import Divergence, Reduction, Settings
 from bsjax.samples import Samples
 
-# The share of the evaluations kept for correction in context if not all damages can be measured.
+# Share of the evaluations reserved for correction in context if not all damages can be measured.
 _SHARE_OF_CORRECTION = 0.25
 
 
 class Damage(NamedTuple):
-    """End-to-end damage of each head in each of `SPARSE_CATEGORIES`, all others dense.
+    """End-to-end damage of each head in each of `SPARSE_CATEGORIES` while all others are dense.
 
     Attributes:
-      kl: in nats; 0 where a category saves nothing.
+      kl: KL(dense || sparse) in nats; 0 where a category saves nothing.
       measured: whether it was measured; if not, it is estimated from the one-shot error.
     """
 
@@ -63,10 +63,10 @@ class Refinement:
     """Categories corrected end to end, and the whole path that they were found on.
 
     Attributes:
-      categories: the result.
-      reduction: the share of attention FLOPs that it saves over the samples.
-      kl: its KL(dense || sparse) over the samples, in nats.
-      top1: its top-1 agreement over the samples.
+      categories: the resulting categories.
+      reduction: the share of attention FLOPs that they save over the samples.
+      kl: their KL(dense || sparse) over the samples, in nats.
+      top1: their top-1 agreement over the samples.
       damage: damage of every head.
       path: moves from dense to the sparsest, least damage per FLOP first.
       numbers: what was measured on the way, by name, as in the `refinement` of a profile.
@@ -88,7 +88,7 @@ class Refinement:
         `refine` with the same evaluator and another budget.
 
         Raises:
-          ProfileError: the path does not reach it; the message says how far it goes.
+          ProfileError: the path does not reach this share; the message says how far it goes.
         """
         return _at(self.path, self._measurements, Reduction(reduction))
 
@@ -118,25 +118,26 @@ def refine(
         with the sinks of the measurements. An evaluator remembers what it has compared, so that
         refining to several budgets measures damages once.
       target_reduction: save at least this share of attention FLOPs over the measurements' samples.
-      max_kl: or save as much as possible with a KL(dense || sparse) of at most this many nats.
-      criterion: criterion of the one-shot rule. It says which damages to measure if not all can
-        be. For the same `target_reduction` the result is never worse on these samples than the
-        one-shot rule's categories.
+      max_kl: instead, save as much as possible with a KL(dense || sparse) of at most this many
+        nats.
+      criterion: criterion of the one-shot rule, which decides which damages to measure if not all
+        can be measured. For the same `target_reduction`, the result is never worse on these samples
+        than the categories of the one-shot rule.
       quantile: quantile of the one-shot rule.
       answer_tokens: as for `Evaluator`; not used if one is given.
-      max_evaluations: how many arrays of categories to compare at most, at least 2. Each takes one
-        prefill per sample, unless the evaluator remembers it.
-      rounds: how many rounds of correction in context to do at most.
+      max_evaluations: the largest number of arrays of categories to compare, at least 2. Each takes
+        one prefill per sample, unless the evaluator remembers it.
+      rounds: the largest number of rounds of correction in context.
       margin: how many heads to measure in each direction in a round.
       backend: backend of the attention; not used if an evaluator is given.
       progress: called after every evaluation, as `progress(stage, done, total)`.
 
     Raises:
-      ProfileError: not exactly one of the two budgets, a value out of range, an evaluator with
-        other sinks than the measurements, or a reduction that cannot be reached.
+      ProfileError: not exactly one of the two budgets is given, a value is out of range, the
+        evaluator has other sinks than the measurements, or the reduction cannot be reached.
     """
     if (target_reduction is None) == (max_kl is None):
-        raise ProfileError("Refining needs a target_reduction or a max_kl, one of them.")
+        raise ProfileError("Refining needs either a target_reduction or a max_kl.")
     settings = Settings.of(
         target_reduction=target_reduction,
         max_kl=max_kl,
@@ -167,7 +168,7 @@ def refine(
 def refined(
     settings: Settings, measurements: Measurements, evaluator: Evaluator, progress: Progress
 ) -> Refinement:
-    """`refine` with its settings in one object. The budget must not be a threshold.
+    """Like `refine`, with its settings in one object. The budget must not be a threshold.
 
     Raises:
       ProfileError: see `refine`.
@@ -199,12 +200,12 @@ class _Refiner:
         self._evaluator = evaluator
         self._progress = progress
         self._one_shot_damage = measurements.damage(settings.criterion, settings.quantile)
-        # Categories compared so far, whether the evaluator remembered them or not: the choice must
-        # not depend on what it remembers.
+        # Categories compared so far, whether the evaluator remembered them or not, because the
+        # choice must not depend on what it remembers.
         self._asked: set[bytes] = set()
 
     def at_reduction(self, budget: Reduction) -> Refinement:
-        """Categories that save at least the share of FLOPs that is wanted."""
+        """Categories that save at least the wanted share of FLOPs."""
         one_shot, threshold = selection.one_shot(
             self._one_shot_damage, self._measurements.flops, budget
         )
@@ -224,7 +225,7 @@ class _Refiner:
 
     def within_divergence(self, budget: Divergence) -> Refinement:
         """Categories that save as much as possible within a divergence."""
-        # Bisection halves a path of at most three moves per head.
+        # Bisection repeatedly halves a path of at most three moves per head.
         bisection = int(self._measurements.error[0].size).bit_length() + 1
         damage = self._damages(float(np.median(self._one_shot_damage)), afterwards=bisection)
         moves = path(damage.kl, self._measurements.flops)
@@ -282,8 +283,8 @@ class _Refiner:
         """Damages of all moves of single heads that save FLOPs.
 
         Args:
-          threshold: of the one-shot rule; damages near it are measured first.
-          afterwards: evaluations to leave, if there are that many.
+          threshold: threshold of the one-shot rule; damages near it are measured first.
+          afterwards: number of evaluations to leave for later steps, if there are that many.
         """
         one_shot = self._one_shot_damage
         flops = self._measurements.flops
@@ -300,7 +301,7 @@ class _Refiner:
             allowed = min(
                 allowed, round(self._settings.max_evaluations * (1 - _SHARE_OF_CORRECTION))
             )
-        # Far from the threshold a head is sparse, or dense, whatever its exact damage.
+        # Far from the threshold a head ends up sparse, or dense, whatever its exact damage.
         tiny = np.finfo(np.float64).tiny
         nearest = sorted(
             candidates,
@@ -329,10 +330,10 @@ class _Refiner:
     def _farthest(
         self, moves: tuple[Move, ...], start: Int8[np.ndarray, "layers heads"], max_kl: float
     ) -> Int8[np.ndarray, "layers heads"]:
-        """Categories after as many moves, in order, as keep the measured KL within `max_kl`.
+        """Makes as many moves, in order, as keep the measured KL within `max_kl`.
 
-        Found by bisection, since KL grows along the moves, except for small dips. One evaluation is
-        left, for `start`.
+        The number is found by bisection, since KL grows along the moves, except for small dips. One
+        evaluation is reserved for `start`.
         """
         within, beyond = 0, len(moves) + 1
         while beyond - within > 1 and self._left() > 1:
@@ -349,10 +350,10 @@ class _Refiner:
         """Exchanges moves at the margin while the measured KL falls.
 
         Args:
-          categories: to start from.
+          categories: the categories to start from.
           damage: damage of every head.
           target: share of attention FLOPs to keep saving.
-          kept: evaluations to leave, if there are that many.
+          kept: number of evaluations to leave for later steps, if there are that many.
 
         Returns:
           The corrected categories, and the number of rounds done.
@@ -396,10 +397,10 @@ class _Refiner:
         target: float,
         kept: int,
     ) -> np.ndarray | None:
-        """The categories after the first exchange, largest first, that lowers the measured KL.
+        """Tries exchanges, the largest first, and returns the first that lowers the measured KL.
 
         Moves on that lower the KL by themselves cost nothing: they are part of every exchange, and
-        form one without moves back. None if no exchange lowers the KL.
+        also form one without moves back. Returns None if no exchange lowers the KL.
         """
         count = len(back)
         while True:
@@ -420,13 +421,13 @@ class _Refiner:
             if not count:
                 break
             count //= 2
-        # Together they may do harm that the best one alone, already measured, does not.
+        # Together, moves on may do harm that the best one alone, already measured, does not.
         return taken(on[:1], categories) if on and slopes[on[0]] < 0 else None
 
     def _neighbours(
         self, categories: np.ndarray, damage: np.ndarray
     ) -> tuple[list[Move], list[Move]]:
-        """For each head, the move along its hull that led here, and the one that leads on."""
+        """For each head, the move along its hull to its category, and the move on from there."""
         back, on = [], []
         for (layer, head), category in np.ndenumerate(categories):
             options = hull(damage[layer, head], self._measurements.flops[layer])
@@ -474,7 +475,7 @@ def _undone(move: Move, categories: np.ndarray) -> np.ndarray:
 def _at(
     moves: tuple[Move, ...], measurements: Measurements, budget: Reduction
 ) -> Int8[np.ndarray, "layers heads"]:
-    """Categories after the fewest moves from the start of the path that save the wanted share."""
+    """Categories after the fewest moves along the path that save the wanted share of FLOPs."""
     layers, heads = measurements.mass.shape[1:3]
     categories = np.zeros((layers, heads), np.int8)
     dense = total_flops(categories, measurements.flops)

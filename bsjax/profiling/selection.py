@@ -1,8 +1,8 @@
 """One category per head from per-head damage: the one-shot rule of BlindSight, and its budget mode.
 
-A head takes the category with the fewest FLOPs whose damage stays within the threshold in the given
-quantile of the samples. FLOPs depend on the kind of layer: in a layer whose window hides most of
-the keys anyway, little is saved.
+A head gets the category with the fewest FLOPs whose damage stays within the threshold for the given
+share of the samples. FLOPs depend on the kind of layer: in a layer whose window hides most of the
+keys anyway, little is saved.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from bsjax.masks.flops import total_flops
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
 from bsjax.profiling.settings import Reduction, Threshold
 
-# Between categories of equal FLOPs, those that see more come first.
+# Among categories with equal FLOPs, those that see more come first.
 _BY_WIDTH = (
     HeadCategory.DENSE,
     HeadCategory.INTRA_IMAGE_SINK,
@@ -28,7 +28,7 @@ def missing_mass(
 ) -> Float[np.ndarray, "*batch categories"]:
     """Attention mass that each of `SPARSE_CATEGORIES` drops, from the mass of each key group.
 
-    In [0, 1], though sums of float32 numbers may come out a little above.
+    Clipped to [0, 1], because sums of float32 numbers may be slightly above 1.
     """
     dropped = [[not group & category.groups for group in GROUPS] for category in SPARSE_CATEGORIES]
     return np.clip(mass.astype(np.float64) @ np.asarray(dropped, np.float64).T, 0.0, 1.0)
@@ -37,7 +37,7 @@ def missing_mass(
 def in_quantile(
     values: Float[np.ndarray, "samples *rest"], quantile: float
 ) -> Float[np.ndarray, "*rest"]:
-    """The smallest sample's value that at least this share of the samples does not exceed."""
+    """The smallest value of a sample that at least this share of the samples does not exceed."""
     return np.quantile(values, quantile, axis=0, method="inverted_cdf")
 
 
@@ -49,7 +49,7 @@ def within_threshold(
     """For each head, the category with the fewest FLOPs whose damage is at most `threshold`.
 
     Args:
-      damage: damage of each of `SPARSE_CATEGORIES`; dense attention does none.
+      damage: damage of each of `SPARSE_CATEGORIES`; dense attention does no damage.
       flops: attention FLOPs of a head of each layer, by `HeadCategory`.
       threshold: the largest damage allowed.
     """
@@ -90,12 +90,12 @@ def threshold_for(
     flops: Int64[np.ndarray, "layers all_categories"],
     budget: Reduction,
 ) -> float:
-    """The smallest threshold whose categories save at least the share of FLOPs that is wanted.
+    """The smallest threshold whose categories save at least the wanted share of FLOPs.
 
     Raises:
       ProfileError: no threshold saves that much; the message says how much can be saved.
     """
-    # What is allowed changes at these values alone, and only ever grows.
+    # The allowed categories change only at these values, and only ever grow in number.
     thresholds = np.unique(damage)
 
     def reached(index: int) -> float:
@@ -122,6 +122,6 @@ def out_of_reach(budget: Reduction, most: float) -> ProfileError:
     """
     return ProfileError(
         f"target_reduction={budget.share:g} cannot be reached on these samples: with every head in "
-        f"its cheapest category attention FLOPs fall by {most:.1%}. Ask for less, or profile with "
-        "prompts of more images."
+        f"its cheapest category, attention FLOPs fall by {most:.1%}. Ask for less, or profile with "
+        "prompts that have more images."
     )

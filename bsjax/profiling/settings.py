@@ -1,6 +1,6 @@
-"""How categories are chosen and checked: one checked object for the API and the command line.
+"""How categories are chosen and checked: one validated object for the API and the command line.
 
-Importing this module imports neither NumPy nor JAX, so that `bsjax profile --help` is quick.
+Importing this module imports neither NumPy nor JAX, so that `bsjax profile --help` is fast.
 """
 
 import math
@@ -12,7 +12,7 @@ from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 
 LEAST_EVALUATIONS = 2
-"""Refinement compares at least dense categories and its result."""
+"""Refinement compares at least two arrays of categories."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Threshold:
     """A budget per head: its damage, in terms of the criterion, is at most `value`.
 
     Raises:
-      ProfileError: the value is not a finite number from 0.
+      ProfileError: the value is not a finite number of at least 0.
     """
 
     value: float = 0.05
 
     def __post_init__(self) -> None:
         if not 0 <= as_number(self.value) < math.inf:
-            raise ProfileError(f"threshold must be a number from 0, got {self.value!r}.")
+            raise ProfileError(f"threshold must be a number of at least 0, got {self.value!r}.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Divergence:
     """A budget for the model: KL(dense || sparse) of next-token distributions is at most `nats`.
 
     Raises:
-      ProfileError: not a finite number above 0.
+      ProfileError: the limit is not a finite number above 0.
     """
 
     nats: float
@@ -66,22 +66,22 @@ class Divergence:
 class Settings:
     """How categories are chosen from measurements, and checked on held-out samples.
 
-    The arguments of `bsjax.profile` with the same names say what each is for.
+    The arguments of `bsjax.profile` with the same names are documented in more detail.
 
     Attributes:
       budget: what limits the choice.
       criterion: one of `MEASURED_CRITERIA`.
-      quantile: share of the samples whose damage counts, in [0, 1].
+      quantile: share of the samples that must be within the threshold, in [0, 1].
       refine: whether the choice of the one-shot rule is refined.
-      max_evaluations: how many arrays of categories refinement compares at most.
-      rounds: how many rounds of correction in context refinement does at most.
+      max_evaluations: the largest number of arrays of categories that refinement compares.
+      rounds: the largest number of rounds of correction in context.
       margin: how many heads a round measures in each direction.
-      answer_tokens: tokens of an answer that are compared at most.
-      held_out: share of the samples kept for the check, in [0, 1).
-      seed: draws the held-out samples.
+      answer_tokens: the most tokens of an answer to compare.
+      held_out: share of the samples held out for the check, in [0, 1).
+      seed: seed of the draw of held-out samples.
 
     Raises:
-      ProfileError: a value is out of range, or a divergence without refinement.
+      ProfileError: a value is out of range, or the budget is a divergence without refinement.
     """
 
     budget: Threshold | Reduction | Divergence = Threshold()
@@ -100,8 +100,8 @@ class Settings:
             raise ProfileError(
                 f"criterion must be one of {', '.join(MEASURED_CRITERIA)}, got {self.criterion!r}."
             )
-        # A share of attention is at most 1. Relative errors have no bound: an output that is left
-        # out may point against what is kept.
+        # A share of attention is at most 1. Relative errors have no bound: what is left out of an
+        # output may point in the opposite direction to what is kept.
         if isinstance(self.budget, Threshold) and self.criterion == "mass":
             if self.budget.value > 1:
                 raise ProfileError(
@@ -109,7 +109,7 @@ class Settings:
                     f"{self.budget.value!r}."
                 )
         if isinstance(self.budget, Divergence) and not self.refine:
-            raise ProfileError("max_kl is a budget of refining: pass refine=True with it.")
+            raise ProfileError("max_kl is a budget for refinement: pass refine=True with it.")
         if not 0 <= as_number(self.quantile) <= 1:
             raise ProfileError(f"quantile must be a share from 0 to 1, got {self.quantile!r}.")
         if not 0 <= as_number(self.held_out) < 1:
@@ -132,7 +132,7 @@ class Settings:
         max_kl: float | None = None,
         **others: Any,
     ) -> "Settings":
-        """The settings that arguments of `bsjax.profile` mean.
+        """Makes settings from the arguments of `bsjax.profile`.
 
         Args:
           threshold: the budget if neither of the others is given.
@@ -141,7 +141,7 @@ class Settings:
           **others: attributes other than the budget, by name.
 
         Raises:
-          ProfileError: both `target_reduction` and `max_kl`, or a value out of range.
+          ProfileError: both `target_reduction` and `max_kl` are given, or a value is out of range.
         """
         if target_reduction is not None and max_kl is not None:
             raise ProfileError("Give target_reduction or max_kl, not both.")

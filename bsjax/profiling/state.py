@@ -1,8 +1,8 @@
-"""State files: what a profiling run has measured, so that an interrupted run can go on from it.
+"""State files: what a profiling run has measured, so that an interrupted run can be continued.
 
 The file is an SQLite database of named arrays. Its conditions are what all records depend on;
 anything else that a record depends on, such as its sample, is part of the record's name. Every
-record is written in its own transaction, so the file is complete whenever the process ends. A run
+record is written in its own transaction, so the file is consistent whenever the process ends. A run
 that finds a record uses it instead of measuring again, so a resumed run makes the same decisions
 and arrives at the same profile.
 """
@@ -35,7 +35,7 @@ Record = dict[str, np.ndarray]
 class State:
     """A file of records. Without a path nothing is kept, and everything is computed.
 
-    The file stays when the run is complete, and a later run with other samples, thresholds or
+    The file is kept when the run is complete, and a later run with other samples, thresholds or
     budgets reuses what it can.
     """
 
@@ -84,7 +84,7 @@ class State:
                 )
 
     def recall(self, name: str, compute: Callable[[], Record]) -> Record:
-        """The record of that name. If there is none, it is computed and kept.
+        """Returns the record of that name. If there is none, it is computed and kept.
 
         Raises:
           ProfileError: the file cannot be read or written.

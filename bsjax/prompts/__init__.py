@@ -1,6 +1,6 @@
 """From chat messages to a prompt: token ids, pixel values and the tokens of each image.
 
-messages    their form: what the chat template gets, and which images they hold
-images      reading images from files, URLs, data and arrays
-prompt      `Processor`: rendering, tokens, patches
+messages    checks chat messages, and separates images from what the chat template needs
+images      reads images from files, URLs, data and arrays
+prompt      `Processor`: renders the chat template, tokenizes it and cuts images into patches
 """

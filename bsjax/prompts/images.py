@@ -34,21 +34,21 @@ def image_file(key: str, source: Any) -> Path | None:
         return Path(url2pathname(urlparse(text).path))
     if key != "path" and text.startswith(("http://", "https://", "data:")):
         return None
-    # Under "image", long text that names no file is base64 data.
+    # Under "image", long text that is not the name of a file is base64 data.
     if key == "image" and len(text) >= _SHOWN_CHARACTERS and not _is_file(text):
         return None
     return Path(text)
 
 
 def read_image(key: str, source: Any) -> Any:
-    """The image in a form that transformers' image processors take.
+    """Reads an image into a form that transformers' image processors accept.
 
     Args:
       key: one of `IMAGE_KEYS`.
       source: the value of that key.
 
     Raises:
-      Exception: it cannot be read; decoders and HTTP clients raise exceptions of many kinds.
+      Exception: the image cannot be read; decoders and HTTP clients raise many kinds of exceptions.
     """
     if key == "base64" and isinstance(source, str):
         return load_image(source)
@@ -67,7 +67,7 @@ def read_image(key: str, source: Any) -> Any:
             if key == "path" or len(source) < _SHOWN_CHARACTERS:
                 raise ValueError("there is no such file.")
             return load_image(source)
-        # Read at once: Pillow leaves the file open when its data is broken.
+        # Read completely first, because Pillow leaves the file open if its data is broken.
         return load_image(PIL.Image.open(io.BytesIO(Path(source).read_bytes())))
     if hasattr(source, "getexif"):
         return source
@@ -115,7 +115,7 @@ def _read_array(source: Any) -> np.ndarray:
         raise ValueError("its values must be between 0 and 255.")
     if array.dtype.kind == "f" and 0 < array.max() <= 1:
         raise ValueError(
-            "its values are between 0 and 1, but the checkpoint's image processor takes 0 to 255: "
-            "multiply by 255."
+            "its values are between 0 and 1, but the checkpoint's image processor expects 0 to "
+            "255: multiply by 255."
         )
     return array

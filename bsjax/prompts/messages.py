@@ -29,7 +29,7 @@ def read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]
     """Separates messages into what the chat template needs and the images, in order.
 
     Raises:
-      MessageError: no messages, or messages of an invalid form; says which message, and why.
+      MessageError: there are no messages, or one has an invalid form; says which message, and why.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise MessageError(
@@ -94,7 +94,7 @@ def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
         raise MessageError(f"{where} is a video: bsjax reads text and images only.")
     else:
         raise MessageError(
-            f"{where} has the type {kind!r}: bsjax knows 'text', 'image' and 'image_url'."
+            f"{where} has the type {kind!r}: supported are 'text', 'image' and 'image_url'."
         )
 
 

@@ -1,4 +1,4 @@
-"""Chat messages to what a model reads: token ids, pixel values, and the tokens of each image.
+"""Turns chat messages into what a model reads: token ids, pixel values and tokens per image.
 
 Chat template, tokenizer and image processor are the checkpoint's own, from transformers; none of
 them needs torch. `Processor` and the model's `Family` do what Hugging Face's processors add: the
@@ -26,7 +26,7 @@ class Prompt:
     """A prompt in prompt order, on the host."""
 
     token_ids: Int32[np.ndarray, "tokens"]
-    """With one token id for every image token."""
+    """Token ids, with the id of an image token once for every image token."""
     pixel_values: Float32[np.ndarray, "patches patch_values"] | None
     """Patches of all images, one image after the other; None without images."""
     grid_thw: Int32[np.ndarray, "images 3"]
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """Makes prompts from messages, as a processor of transformers does.
+    """Makes prompts from messages, like a processor in transformers.
 
     Attributes:
       config: the Hugging Face configuration.
@@ -70,9 +70,9 @@ class Processor:
             rotated as their EXIF data says, and PIL images are not.
 
         Raises:
-          MessageError: no messages, messages of an invalid form, an image that cannot be read,
-            images for a model that reads text only, or a rendered template whose placeholders do
-            not match the images. The message says which image, and why.
+          MessageError: there are no messages, a message has an invalid form, an image cannot be
+            read, the model reads text only, or the placeholders in the rendered template do not
+            match the images. The error says which message or image is wrong, and why.
         """
         template_messages, images = read_messages(messages)
         if images and self.image_processor is None:
@@ -164,7 +164,7 @@ class Processor:
                 )
             except MessageError as error:
                 raise MessageError(f"{label}: {error}") from error
-            except Exception as error:  # Decoders and HTTP clients raise exceptions of many kinds.
+            except Exception as error:  # Decoders and HTTP clients raise many kinds of exceptions.
                 raise MessageError(
                     f"{label} cannot be read: {shortened(str(error), 300)}"
                 ) from error

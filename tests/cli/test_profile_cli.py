@@ -457,7 +457,7 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
         ("folder", ["--images-per-prompt", "9-3"], "below the least"),
         ("folder", [], "has 0 images"),
         ("folder", ["--sinks-first", "0"], "`first` must be at least 1"),
-        ("folder", ["--threshold", "-1"], "threshold must be a number from 0"),
+        ("folder", ["--threshold", "-1"], "threshold must be a number of at least 0"),
         ("folder", ["--held-out", "1"], "held_out"),
         ("folder", ["--max-kl", "0.1"], "refine=True"),
         ("folder", ["--refine", "--max-kl", "0.1", "--target-reduction", "0.4"], "not both"),

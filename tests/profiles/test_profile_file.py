@@ -359,7 +359,7 @@ SAMPLES = {"count": 4, "held_out": 2, "source": "", "fingerprint": "def"}
         ("statistics", {"mass": [[1, 2, 3, "4"]] * 3}, "`statistics.mass` must hold finite"),
         ("end_to_end", {"kl_divergence": True}, "`end_to_end.kl_divergence`"),
         ("versions", {"jax": 12}, "`versions.jax` must be text"),
-        ("comment", "hello", "`comment`, which format version 1 does not know"),
+        ("comment", "hello", "`comment`, which format version 1 does not have"),
     ],
 )
 def test_a_wrong_field_is_named(field, value, words):

@@ -284,7 +284,7 @@ def test_a_source_that_is_no_text_is_refused_before_anything_is_measured(tiny_mo
         ([[{"role": "user", "content": "No image here"}]], {}, "has no image"),
         ([conversation(0, 1), conversation(1, 1)], {}, "two images or more"),
         (SAMPLES, {"threshold": 2.0, "criterion": "mass"}, "threshold"),
-        (SAMPLES, {"threshold": -1.0}, "threshold must be a number from 0"),
+        (SAMPLES, {"threshold": -1.0}, "threshold must be a number of at least 0"),
         (SAMPLES, {"quantile": -1.0}, "quantile"),
         (SAMPLES, {"criterion": "guess"}, "output_error, mass"),
         (SAMPLES, {"held_out": 1.0}, "held_out"),
