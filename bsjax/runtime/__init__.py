@@ -6,7 +6,7 @@ embedding     stage: token embeddings and image features
 answering     stage: prefill and decoding
 scoring       stage: logits of all tokens
 memory        the memory of each stage, and the check that a prompt fits
-programs      compiling programs ahead of time
+programs      ahead-of-time compilation of programs
 sampling      choosing the next token
 results       `Result` and `Stats`
 """

@@ -1,4 +1,4 @@
-"""Answering a prompt: prefill chooses the first token, decoding the others.
+"""Answering a prompt: prefill chooses the first token, decoding the remaining ones.
 
     embedding -> prefill -> decode -> decode -> ...
 
@@ -50,10 +50,10 @@ class AnswerSettings:
 
 
 class DecodeState(NamedTuple):
-    """What prefill hands to decode, and each call of decode to the next."""
+    """What prefill passes to decode, and each call of decode to the next call."""
 
     token: Int[Array, ""]
-    """The token chosen last. It is not in the cache yet."""
+    """The last token chosen, which is not in the cache yet."""
     chosen: Int[Array, ""]
     """How many tokens have been chosen."""
     cache: Any
@@ -76,8 +76,8 @@ def prefill(
     Donate `embeddings` so that the hidden states reuse their buffer.
 
     Returns:
-      What `decode` starts from, and the hidden states. The caller drops these: they are returned so
-      that XLA can place them in the donated buffer.
+      The state that `decode` starts from, and the hidden states. The caller drops the hidden
+      states: they are returned so that XLA can place them in the donated buffer.
     """
     hidden, cache = module.language_model.prefill(
         embeddings,
@@ -102,13 +102,13 @@ def decode(
     sampling: Sampling,
     backend: str,
 ) -> tuple[Int[Array, "chunk"], Int[Array, ""], DecodeState]:
-    """Generates up to `limit` tokens, or fewer if an end-of-sequence token comes before.
+    """Generates `limit` tokens, or fewer if an end-of-sequence token comes first.
 
     Args:
       module: the model.
       state: from `prefill` or the previous call. Donate it so that the cache is updated in place.
       limit: the most tokens to generate, at most `DECODE_CHUNK`.
-      prompt_tokens: how many tokens the prompt has: the first rows of the cache.
+      prompt_tokens: how many tokens the prompt has; they are the first rows of the cache.
       next_position: position of the first token after the prompt.
       end_tokens: ids of end-of-sequence tokens, padded with -1.
       sampling: how tokens are chosen.
@@ -148,8 +148,8 @@ class Answering:
     """The stages from a prompt to its answer.
 
     Attributes:
-      stages: in the order in which they run.
-      embedding: the first of them.
+      stages: all stages, in the order in which they run.
+      embedding: the first stages, from token ids and pixels to embeddings.
       cache: shapes and dtypes of the cache.
     """
 
@@ -195,10 +195,10 @@ class Answering:
         ]
 
     def prefill(self, embeddings: jax.Array) -> DecodeState:
-        """The first token and the cache. `embeddings` are donated and cannot be used again."""
+        """Returns the first token and the cache; donates `embeddings`."""
         return self._prefill(embeddings, *self._prefill_arguments)[0]
 
     def decode(self, state: DecodeState, limit: int) -> tuple[list[int], DecodeState]:
-        """Up to `limit` more tokens, and the state for the next call. `state` is donated."""
+        """Returns up to `limit` more tokens and the state for the next call; donates `state`."""
         chunk, count, state = self._decode(state, np.int32(limit), *self._decode_arguments)
         return np.asarray(chunk)[: int(count)].tolist(), state

@@ -2,8 +2,8 @@
 
     embed -> encode images (first group) -> encode images (second group) -> ...
 
-Each stage file of `bsjax.runtime` holds the functions that are compiled (of a module and arrays)
-and the class that compiles and runs them.
+Each file for a stage of `bsjax.runtime` has the functions that are compiled (of a module and
+arrays) and the class that compiles and runs them.
 """
 
 import time
@@ -37,7 +37,7 @@ def encode_images(
 
     Args:
       module: the model.
-      embeddings: of all rows.
+      embeddings: embeddings of all rows.
       pixel_values: patches of the images, padded.
       plan: from the family's `vision_plan`.
       image_rows: the row of each image token; `PADDING_ROW` for tokens made of padding.
@@ -51,8 +51,9 @@ class Embedding:
     """The stages that turn token ids and pixels into embeddings.
 
     Attributes:
-      inputs: the prompt's.
-      stages: in the order in which they run. Image groups of the same padded size share a program.
+      inputs: the inputs of the prompt.
+      stages: all stages, in the order in which they run. Image groups of the same padded size share
+        a program.
       output: shape and dtype of the embeddings.
     """
 
@@ -79,7 +80,7 @@ class Embedding:
         start = time.perf_counter()
         for group, encode in zip(self.inputs.image_groups, self._encode, strict=True):
             pixel_values = jax.device_put(group.pixel_values())
-            # At most two groups' pixels are on the device: these and those being encoded.
+            # At most two groups' pixels are on the device: the next ones and those being encoded.
             jax.block_until_ready(embeddings)
             embeddings = encode(embeddings, pixel_values, group.plan, group.image_rows)
         jax.block_until_ready(embeddings)

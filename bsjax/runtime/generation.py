@@ -78,7 +78,7 @@ def forward(
       float32 [tokens, vocabulary] on the host; for a batch, a list of such arrays.
 
     Raises:
-      BsjaxError: as `generate`, for the arguments they share.
+      BsjaxError: as for `generate`, for the arguments that both have.
     """
     conversations, is_batch = _conversations(messages)
     backend = resolve_backend(backend)
@@ -135,27 +135,27 @@ def generate(
     Args:
       model: from `bsjax.load`.
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
-        batch). Those run one after the other: each result is what it would be alone.
+        batch). The conversations of a batch run one after the other, independently.
       profile: head categories of prefill; None is dense. Decoding is always dense.
       max_new_tokens: the most tokens to generate.
-      temperature: 0 always takes the likeliest token; above 0, tokens are drawn.
+      temperature: 0 always chooses the likeliest token; above 0, tokens are drawn.
       top_k: draw only from the k likeliest tokens.
       top_p: draw only from the likeliest tokens that together reach this probability.
-      seed: of the draws.
+      seed: seed of the draws.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
-        empty while the token's text is incomplete. Not for batches.
+        empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
 
     Returns:
       The result; for a batch, a list of results.
 
     Raises:
-      MessageError: messages of an invalid form, or an image that cannot be read.
-      ProfileError: a profile that is malformed, or of another model.
-      GenerationError: an argument out of range.
+      MessageError: a message has an invalid form, or an image cannot be read.
+      ProfileError: the profile is malformed, or was made for another model.
+      GenerationError: an argument is out of range.
       CapacityError: the prompt needs more positions than the model has, or more memory than is
         available.
-      BackendError: an unknown backend.
+      BackendError: the backend is unknown.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     settings = _checked_settings(model, max_new_tokens, sampling, backend)
@@ -186,12 +186,12 @@ def stream(
     seed: int = 0,
     backend: str = "auto",
 ) -> Iterator[str]:
-    """As `generate`, for one conversation, but yields the text piece by piece as it is generated.
+    """Like `generate`, for one conversation, but yields the text in pieces as it is generated.
 
-    Arguments are checked by this call; the prompt runs when the first piece is requested.
+    This call checks the arguments; the prompt runs when the first piece is requested.
 
     Raises:
-      BsjaxError: as `generate`.
+      BsjaxError: as for `generate`.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     settings = _checked_settings(model, max_new_tokens, sampling, backend)
@@ -246,7 +246,7 @@ def _forward(model: LoadedModel, messages: Messages, profile: ProfileLike, backe
     inputs = prepare_inputs(model.architecture, model.prompt(messages), resolved, backend=backend)
     scoring = Scoring(programs_of(model), inputs, backend)
     check_memory(inputs, scoring.stages, bytes_available())
-    # On a CPU, programs and result share the host's memory.
+    # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
     return scoring.run()
@@ -266,8 +266,8 @@ def _generate(
       model: from `bsjax.load`.
       messages: one conversation.
       profile: head categories of prefill.
-      settings: checked.
-      one_by_one: whether each token is wanted as soon as it is generated.
+      settings: from `_checked_settings`.
+      one_by_one: whether to yield each token as soon as it is generated.
     """
     programs = programs_of(model)
     compiled_before = programs.compile_seconds

@@ -1,4 +1,4 @@
-"""Turns a prompt into the arrays that programs take: packed, and padded to buckets."""
+"""Turns a prompt into the arrays that the programs need: packed, and padded to buckets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ GROUP_PATCHES = 65536
 """The most patches that go through the vision tower together; bounds the tower's memory."""
 
 _SMALLEST_TOKENS = 64
-# Eight sizes between powers of two: at most 12.5% of padding.
+# Eight sizes per power of two: padding adds at most 12.5 %.
 _BUCKETS = 8
 
 
@@ -34,31 +34,31 @@ class ImageGroup:
     """Consecutive images of a prompt that go through the vision tower together."""
 
     patches: Float32[np.ndarray, "patches pixels"]
-    """Of these images; a view of the prompt's patches."""
+    """Patches of these images; a view of the prompt's patches."""
     plan: Any
-    """From the family's `vision_plan`, for these images and padded to a bucket."""
+    """The family's `vision_plan` for these images, padded to a bucket."""
     image_rows: Int32[np.ndarray, "merged"]
     """The row of each image token, padded with `PADDING_ROW`."""
     padded_patches: int
 
     def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
-        """The padded patches. Made on demand: for all groups together they take gigabytes."""
+        """The padded patches, made on demand: for all groups together they could take gigabytes."""
         padded = np.zeros((self.padded_patches, self.patches.shape[1]), np.float32)
         padded[: len(self.patches)] = self.patches
         return padded
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of `encode_images` after the embeddings; of pixel values only the shape."""
+        """The arguments of `encode_images` after the embeddings, with a shape for pixel values."""
         shape = (self.padded_patches, self.patches.shape[1])
         return jax.ShapeDtypeStruct(shape, np.float32), self.plan, self.image_rows
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One prompt as programs take it: NumPy arrays with rows in the schedules' order.
+    """One prompt as input of the programs: NumPy arrays with rows in the order of the schedules.
 
-    The first `tokens` rows are the prompt's, the others are padding.
+    The first `tokens` rows are those of the prompt, the others are padding.
     """
 
     template: Template
@@ -68,7 +68,7 @@ class ModelInputs:
     schedules: tuple[Schedule, ...]
     """One for each of the family's `visibilities`, all with the same row order."""
     order: Int32[np.ndarray, "tokens"]
-    """The prompt index of every row before the padding."""
+    """The prompt position of every row before the padding."""
     head_category: Int32[np.ndarray, "layers q_heads"]
     token_ids: Int32[np.ndarray, "rows"]
     position_ids: Int32[np.ndarray, "axes rows"]
@@ -107,14 +107,14 @@ def prepare_inputs(
     """Computes a prompt's template, schedules, positions and vision plans, on the host.
 
     Args:
-      architecture: of the model that runs it.
+      architecture: architecture of the model that runs the prompt.
       prompt: token ids and pixel values.
       profile: head categories and sinks; None is dense.
       backend: attention backend, already resolved.
       new_tokens: how many tokens may follow the prompt.
 
     Raises:
-      CapacityError: prompt and new tokens need more positions than the model has.
+      CapacityError: the prompt and the new tokens need more positions than the model has.
       TemplateError: image tokens and images do not match.
     """
     family, config, dtype = architecture
@@ -124,7 +124,7 @@ def prepare_inputs(
     limit = text_config.max_position_embeddings
     if next_position + new_tokens > limit:
         raise CapacityError(
-            f"The prompt takes {next_position} positions ({template.tokens} tokens, "
+            f"The prompt needs {next_position} positions ({template.tokens} tokens, "
             f"{describe_images(template)}) and up to {new_tokens} new tokens follow, but the model "
             f"has {limit}. {family.how_to_shorten}"
         )
@@ -187,7 +187,7 @@ def prepare_inputs(
 
 
 def cache_rows(tokens: int) -> int:
-    """Rows of a cache that holds `tokens` tokens, prompt and answer."""
+    """The number of rows of a cache for `tokens` tokens, prompt and answer included."""
     return bucket(tokens, smallest=_SMALLEST_TOKENS, steps=_BUCKETS)
 
 
@@ -228,8 +228,8 @@ def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
     """First and end index of each group: as many images as fit into `limit` patches, at least one.
 
     Args:
-      patches: of each image.
-      limit: patches of a group.
+      patches: number of patches of each image.
+      limit: the most patches of a group.
     """
     borders = []
     first = total = 0
@@ -242,7 +242,7 @@ def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def describe_images(template: Template) -> str:
-    """How many images a prompt has, and the tokens of each, for error messages."""
+    """The number of images in a prompt and the tokens of each, in words, for error messages."""
     sizes = template.image_tokens
     if not sizes:
         return "no images"

@@ -1,7 +1,7 @@
 """The device memory of each stage of a run, and the check that a prompt fits before it runs.
 
-All programs of a run are compiled before the first of them starts, so what the device holds at each
-stage is known by then: the stage's arguments, its temporaries and its results.
+All programs of a run are compiled before the first one starts. By then, what the device holds at
+each stage is known: the stage's arguments, its temporaries and its results.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | 
     """Rejects a prompt that does not fit, before any of its programs runs.
 
     Args:
-      inputs: the prompt's.
+      inputs: the inputs of the prompt.
       stages: all stages of the run.
-      available: free bytes of the device, weights already loaded; None where that is unknown.
+      available: free bytes on the device, with the weights already loaded; None if unknown.
 
     Raises:
       CapacityError: the message says how much memory is needed, at which stage, how much is
@@ -51,15 +51,16 @@ def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | 
 
 
 def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -> None:
-    """Rejects a prompt whose logits do not fit the host's memory.
+    """Rejects a prompt whose logits do not fit into the host's memory.
 
     Args:
-      inputs: the prompt's.
-      needed: bytes.
-      available: free bytes of the host; None where that is unknown.
+      inputs: the inputs of the prompt.
+      needed: number of bytes needed.
+      available: free bytes on the host; None if unknown.
 
     Raises:
-      CapacityError: as `check_memory`.
+      CapacityError: the message says how much memory is needed, how much is available, and how to
+        need less.
     """
     if available is not None and needed > available:
         raise CapacityError(
@@ -70,7 +71,7 @@ def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -
 
 
 def bytes_available() -> int | None:
-    """Free memory of the default device, in bytes; None where it is unknown."""
+    """Free memory of the default device, in bytes; None if unknown."""
     device = jax.devices()[0]
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -79,7 +80,7 @@ def bytes_available() -> int | None:
 
 
 def host_bytes_available() -> int | None:
-    """Free memory of the host, in bytes; None where it is unknown."""
+    """Free memory of the host, in bytes; None if unknown."""
     try:
         meminfo = Path("/proc/meminfo").read_text()
         return 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])

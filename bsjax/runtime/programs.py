@@ -1,7 +1,7 @@
 """The jitted programs of one loaded model: compiled ahead of their first run, and counted.
 
-A program is compiled once per combination of bucketed shapes and kept with the model. As programs
-are compiled before they run, the memory that a prompt needs is known before it runs.
+A program is compiled once per combination of bucketed shapes and kept as long as the model. Because
+programs are compiled before they run, the memory that a prompt needs is known before it runs.
 """
 
 import math
@@ -18,8 +18,8 @@ from flax import nnx
 from bsjax.checkpoint.loading import LoadedModel
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
-"""Compiles a jitted function for arguments of given shapes, for this machine's device or another
-(`tools.gpu_targets`)."""
+"""Compiles a jitted function for arguments of given shapes, for this machine's device or for
+another one (`tools.gpu_targets`)."""
 
 
 class Program:
@@ -28,7 +28,7 @@ class Program:
     Attributes:
       compiled: JAX's compiled program.
       output: shapes and dtypes of its results.
-      memory: of the device.
+      memory: device memory that the program needs.
     """
 
     def __init__(self, parameters: Any, compiled: Any, arguments: tuple[Any, ...]) -> None:
@@ -38,7 +38,7 @@ class Program:
         self.memory = Memory.of(compiled, arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs it; arguments must have the shapes and dtypes it was compiled for."""
+        """Runs the program. Arguments must have the shapes and dtypes that it was compiled for."""
         return self.compiled(self._parameters, *arguments)
 
 
@@ -47,17 +47,17 @@ class Memory(NamedTuple):
 
     arguments: int
     temporaries: int
-    """What exists only while the program runs."""
+    """Buffers that exist only while the program runs."""
     results: int
-    """What the program returns, except in the buffers of donated arguments."""
+    """What the program returns, except for results in the buffers of donated arguments."""
 
     @classmethod
     def of(cls, compiled: Any, arguments: tuple[Any, ...]) -> "Memory":
         """The memory of a compiled program.
 
         Args:
-          compiled: from JAX.
-          arguments: those after the parameters.
+          compiled: JAX's compiled program.
+          arguments: shapes of the arguments after the parameters.
         """
         analysis = compiled.memory_analysis()
         if analysis is None:  # Some backends do not support it.
@@ -70,7 +70,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The most that the program needs at a time, arguments included."""
+        """The most bytes that the program needs at a time, arguments included."""
         return sum(self)
 
 
@@ -81,14 +81,14 @@ class Programs:
       graph: the module without its parameters.
       parameters: the module's parameters, the first argument of every program.
       compilations: how many programs have been compiled, or read from the persistent cache.
-      compile_seconds: the time that this took.
+      compile_seconds: the time that compilation took, reading from the cache included.
     """
 
     def __init__(self, module: nnx.Module, compile: Compile | None = None) -> None:
-        """No program is compiled yet.
+        """Prepares a model, without compiling any program yet.
 
         Args:
-          module: the model; may be abstract (shapes in place of weights) if no program is to run.
+          module: the model; may be abstract (shapes in place of weights) if no program will run.
           compile: compiles the programs; by default for this machine's device, with JAX's
             persistent cache.
         """
@@ -111,7 +111,7 @@ class Programs:
         """The program of `function(module, *arguments, *static)` for arguments of these shapes.
 
         Args:
-          function: a function at module level; programs are told apart by it.
+          function: a function at module level, which identifies the program.
           arguments: pytrees of arrays or `jax.ShapeDtypeStruct`s.
           static: hashable arguments, compiled into the program.
           donate: indices of the arguments whose buffers the program may overwrite.
@@ -150,7 +150,7 @@ def programs_of(model: LoadedModel) -> Programs:
 
 
 def use_persistent_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX has another one configured."""
+    """Keeps compiled programs in the user's cache folder, unless JAX is configured with another."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -158,7 +158,7 @@ def use_persistent_cache() -> None:
 
 
 def size_in_bytes(tree: Any) -> int:
-    """Bytes of all arrays in a pytree, or of arrays of its shapes."""
+    """The bytes of all arrays, or of `jax.ShapeDtypeStruct`s, in a pytree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

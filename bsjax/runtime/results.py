@@ -1,4 +1,4 @@
-"""The results of a generation: the answer, its statistics, and its text while it grows."""
+"""The results of a generation: the answer, its statistics, and its text as it is generated."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,15 @@ class Stats:
     Attributes:
       prompt_tokens: tokens of the prompt, image tokens included.
       image_tokens: tokens of each image.
-      attention_flops_dense: FLOPs of the language model's attention in prefill, all heads dense.
+      attention_flops_dense: FLOPs of the language model's attention in prefill, if all heads were
+        dense.
       attention_flops_sparse: the same with the profile's categories.
-      vision_seconds: the vision tower, without image processing on the host.
-      prefill_seconds: embedding, prefill and the first token.
-      decode_seconds: all tokens after the first.
-      compile_seconds: compiling programs, or reading them from the persistent cache.
+      vision_seconds: time in the vision tower, without image processing on the host.
+      prefill_seconds: time in prefill, including the choice of the first token.
+      decode_seconds: time to generate all tokens after the first.
+      compile_seconds: time to compile programs, or to read them from the persistent cache.
       backend: the attention backend.
-      attention_flops_per_kind: the FLOPs of each kind of layer, such as with and without a window.
+      attention_flops_per_kind: these FLOPs for each kind of layer, local or global.
     """
 
     prompt_tokens: int
@@ -43,7 +44,7 @@ class Result:
       text: the answer, without special tokens.
       token_ids: the generated tokens, including the end-of-sequence token if there is one.
       prompt_tokens: tokens of the prompt.
-      finish_reason: `stop` (an end-of-sequence token) or `length` (`max_new_tokens`).
+      finish_reason: `stop` (ended by an end-of-sequence token) or `length` (by `max_new_tokens`).
       stats: sizes, FLOPs and seconds.
     """
 
@@ -59,8 +60,9 @@ class IncrementalText:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        # The last piece's tokens, because text can depend on the tokens before it; and those since.
+        # Tokens of the last piece, because text can depend on the tokens before it.
         self._context: list[int] = []
+        # Tokens since then.
         self._pending: list[int] = []
         self.whole = ""
 

@@ -12,7 +12,7 @@ from bsjax.errors import GenerationError
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen. Programs take it as data, so that changing it compiles nothing."""
+    """How tokens are chosen. Programs get it as data, so changing it needs no compilation."""
 
     temperature: Any
     """float32; 0 chooses the likeliest token."""
@@ -21,7 +21,7 @@ class Sampling(NamedTuple):
     top_p: Any
     """float32; draws only from the likeliest tokens that together reach this probability."""
     seed: Any
-    """uint32; of the draws."""
+    """uint32; seed of the draws."""
 
     @classmethod
     def checked(
@@ -30,7 +30,7 @@ class Sampling(NamedTuple):
         """Checks a user's arguments; see `bsjax.generate`.
 
         Raises:
-          GenerationError: one of them is out of range.
+          GenerationError: an argument is out of range.
         """
         for name, value in (("temperature", temperature), ("top_p", top_p)):
             if value is not None and not isinstance(value, int | float | np.number):
@@ -59,7 +59,7 @@ GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)
 def sample(
     logits: Float[Array, "vocabulary"], sampling: Sampling, step: Int[Array, ""]
 ) -> Int[Array, ""]:
-    """The next token, int32.
+    """Chooses the next token, int32.
 
     Draws depend only on the seed and the step. Filters are applied as in transformers: temperature,
     then top-k, then top-p over the remaining tokens.
@@ -67,7 +67,7 @@ def sample(
     Args:
       logits: float32.
       sampling: how to choose.
-      step: how many tokens have been chosen before.
+      step: how many tokens have been chosen so far.
     """
 
     def greedy() -> Array:

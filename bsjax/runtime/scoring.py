@@ -19,7 +19,7 @@ from bsjax.runtime.memory import Stage
 from bsjax.runtime.programs import Programs
 
 LOGIT_ROWS = 1024
-"""Rows that one call of `logits` computes."""
+"""How many rows one call of `logits` computes."""
 
 
 def hidden_states(
@@ -45,7 +45,7 @@ def logits(
 ) -> Float32[Array, "chunk vocabulary"]:
     """Logits of `LOGIT_ROWS` rows from `first_row` on, or of all rows if there are fewer.
 
-    If fewer than `LOGIT_ROWS` rows follow `first_row`, the last `LOGIT_ROWS` rows are taken.
+    If fewer than `LOGIT_ROWS` rows follow `first_row`, the last `LOGIT_ROWS` rows are used.
     """
     chunk = min(LOGIT_ROWS, hidden.shape[0])
     return module.logits(jax.lax.dynamic_slice_in_dim(hidden, first_row, chunk))
@@ -55,7 +55,7 @@ class Scoring:
     """The stages from a prompt to the logits of its tokens.
 
     Attributes:
-      stages: in the order in which they run.
+      stages: all stages, in the order in which they run.
       result_bytes: size of the result, in host memory.
     """
 
@@ -90,7 +90,7 @@ class Scoring:
         return result
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
-        """First and end row of each call of `logits`; together they cover all real rows."""
+        """First and end row of each call of `logits`; together they cover all rows but padding."""
         chunk = self._logits.output.shape[0]
         for first in range(0, self._inputs.tokens, chunk):
             first = min(first, rows - chunk)

@@ -1,8 +1,8 @@
 """Samples to profile on: conversations from a file, a folder of images, or a benchmark.
 
-Samples are chat messages, as `bsjax.profile`, `bsjax.generate` and `bsjax.forward` take them.
-Images stay as they are in the source (paths, or compressed bytes in base64) and are decoded when a
-sample is used, so that a thousand samples fit in memory.
+Samples are chat messages, as accepted by `bsjax.profile`, `bsjax.generate` and `bsjax.forward`.
+Images are kept as they are in the source (paths, or compressed bytes in base64) and are decoded
+when a sample is used, so that a thousand samples fit in memory.
 """
 
 import os
@@ -46,18 +46,18 @@ def read_samples(
     The same arguments give the same samples in the same order, on every machine.
 
     Args:
-      source: one of these, or a list:
-        - A file in JSON Lines: each line a list of chat messages, or an object with `"messages"`,
-          and optionally `"images"` for the `<image>` placeholders in texts, or for the parts of
-          type `"image"` that have none. Relative paths of images are relative to the file's folder.
+      source: one of these, or a list of them:
+        - A JSON Lines file: each line is a list of chat messages, or an object with `"messages"`
+          and optionally `"images"` for the `<image>` placeholders in texts, or for parts of type
+          `"image"` that have no image. Relative paths of images are relative to the file's folder.
           If the last message is the assistant's, it is dropped.
         - A folder of images, including sub-folders: prompts with several of the images and a
           question.
         - `"benchmark:muirbench"`, `"benchmark:mmiu"`, `"benchmark:blink"` or
           `"benchmark:blink/Jigsaw"` (one of its tasks), read with the `datasets` library from the
           Hugging Face Hub; `"benchmark:muirbench@FOLDER"` reads a copy of the hub's repository.
-      limit: largest number of samples of each source, drawn with `seed`. None takes all; for a
-        folder of images, enough prompts to show each image about once.
+      limit: largest number of samples of each source, drawn with `seed`. None uses all samples; for
+        a folder of images, it makes enough prompts to show each image about once.
       seed: seed of all draws.
       question: for folders of images, the question; if there are several, one is drawn for each
         prompt.
@@ -70,7 +70,8 @@ def read_samples(
 
     Raises:
       SampleError: a source does not exist, is empty or malformed (the message names file and line),
-        names an image that cannot be read, or is a benchmark that is unknown or cannot be loaded.
+        refers to an image that cannot be read, or is a benchmark that is unknown or cannot be
+        loaded.
     """
     if limit is not None:
         whole_number("limit", limit, least=1, error=SampleError)
@@ -104,7 +105,7 @@ def _read(
         return Samples(*read_benchmark(source.removeprefix(_PREFIX), limit, seed))
     if not str(source).strip():
         raise SampleError("A source of samples is an empty text: give a file, folder or benchmark.")
-    # Unlike the methods of Path, these do not raise for a name that no path can have.
+    # Unlike the methods of Path, those of os.path do not raise for a string that cannot be a path.
     path = Path(os.path.expanduser(source))
     try:
         if os.path.isdir(path):
@@ -123,7 +124,7 @@ def _read(
 
 
 def _with_options(messages: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages, with the options added to every image that does not set them itself."""
+    """The messages, with the options added to every image that does not have its own."""
     return [
         message
         if isinstance(message["content"], str)

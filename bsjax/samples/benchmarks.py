@@ -39,14 +39,14 @@ class _UnfitRow(Exception):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is on the hub, and how a row of it becomes a question."""
+    """Where a benchmark is on the hub, and how one of its rows becomes a question."""
 
     repository: str
     split: str
     columns: tuple[str, ...]
     """The columns to read."""
     images: tuple[str, ...]
-    """The columns of these that hold encoded images, or lists of them."""
+    """Those of the columns that hold encoded images, or lists of them."""
     content: Callable[[Mapping[str, Any], "_Archives"], list[dict[str, Any]]]
     """Makes a message's content from a row."""
     tasks: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ def read_benchmark(
     """Reads a benchmark; see `bsjax.samples.read_samples`.
 
     Rows with different numbers of placeholders and images are left out; the description says how
-    many.
+    many there are.
 
     Args:
       text: NAME, NAME/TASK, NAME@FOLDER or NAME/TASK@FOLDER.
@@ -67,8 +67,8 @@ def read_benchmark(
       seed: seed of the draw.
 
     Raises:
-      SampleError: an unknown name or task, no `datasets` library, or data that cannot be loaded or
-        has unexpected columns.
+      SampleError: the name or task is unknown, the `datasets` library is not installed, or the data
+        cannot be loaded or has unexpected columns.
     """
     name, folder = _split_folder(text)
     name, _, task = name.partition("/")
@@ -123,7 +123,7 @@ def _split_folder(text: str) -> tuple[str, Path | None]:
 
 
 def _load(benchmark: Benchmark, where: str, task: str) -> Any:
-    """One table with the columns to read; images stay encoded."""
+    """Loads one table with the columns to read; images stay encoded."""
     try:
         import datasets
     except ImportError as error:
@@ -155,7 +155,7 @@ def _load(benchmark: Benchmark, where: str, task: str) -> Any:
 
 
 def _revision(table: Any) -> str:
-    """The hub's commit that the table was made from, if the library knows it."""
+    """The hub's commit that the table was made from, such as "@1a2b3c4"; empty if unknown."""
     for url in table.info.download_checksums or ():
         found = re.match(r"hf://datasets/[^@]+@([0-9a-f]{7,40})/", url)
         if found:
@@ -203,14 +203,14 @@ def _encoded(image: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _from_bytes(data: bytes) -> dict[str, Any]:
-    # As text, because a PIL image would keep its pixels in memory once they are decoded.
+    # As base64 text, because a PIL image would keep its decoded pixels in memory.
     return {"type": "image", "base64": base64.b64encode(data).decode()}
 
 
 class _Archives:
-    """Images by the paths in a table: files in its folder, or in zip files of the same repository.
+    """Finds images by the paths in a table: in the folder, or in zip files of the same repository.
 
-    The first folder of a path is the zip file's name. Inside the zip file, paths start with that
+    The first folder of a path is the zip file's name. Inside the zip file, paths start with this
     folder or below it.
     """
 
@@ -230,7 +230,7 @@ class _Archives:
         """The image part for a path such as "./Low-level-semantic/task/task_0_0.jpg".
 
         Raises:
-          SampleError: there is no such file, neither in the folder nor in the zip file.
+          SampleError: the file is neither in the folder nor in the zip file.
         """
         inside = path.removeprefix("./")
         if self._folder is not None and (self._folder / inside).is_file():

@@ -1,4 +1,4 @@
-"""What the sources share: placeholders, drawing samples, and checking images in advance."""
+"""What all sources of samples share: placeholders, draws, and checking images in advance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ PLACEHOLDER = "<image>"
 
 
 def interleave(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A message's content: every image at its placeholder, or before a text without placeholders.
+    """Makes a message's content: each image at its placeholder, or before a text that has none.
 
     Args:
       text: has `<image>` once for each image, or not at all.
@@ -57,7 +57,7 @@ def share_in_words(taken: int, count: int, noun: str, seed: int) -> str:
 def check_sample(messages: Any, where: str, known: set[Path]) -> None:
     """Checks the form of messages, and that their image files exist and are images.
 
-    Finds errors before hours of work instead of in the middle. Reads only the headers of images.
+    Finds errors before hours of work rather than in the middle. Reads only the headers of images.
 
     Args:
       messages: chat messages.
@@ -65,7 +65,7 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
       known: files already checked; those of this sample are added.
 
     Raises:
-      SampleError: messages of the wrong form, or an image that cannot be opened.
+      SampleError: a message has an invalid form, or an image cannot be opened.
     """
     try:
         _, images = read_messages(messages)

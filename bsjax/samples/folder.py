@@ -32,8 +32,8 @@ def read_folder(
     """Makes prompts from a folder's images; see `bsjax.samples.read_samples`.
 
     Raises:
-      SampleError: too few images, a file that is not an image, an invalid question, or a number
-        out of range.
+      SampleError: there are too few images, a file is not an image, the question is invalid, or a
+        number is out of range.
     """
     questions = [question] if isinstance(question, str) else question
     if (
@@ -41,14 +41,14 @@ def read_folder(
         or not questions
         or not all(isinstance(text, str) and text.strip() for text in questions)
     ):
-        raise SampleError("question must be a text that is not empty, or a list of them.")
+        raise SampleError("question must be a text that is not empty, or a list of such texts.")
     least, most = _checked_range(images_per_prompt)
     paths = _image_files(folder)
     if len(paths) < least:
         raise SampleError(
             f"{folder} has {len(paths)} image{'s' * (len(paths) != 1)} "
-            f"({', '.join(sorted(_ENDINGS))}), and a prompt needs {least}: add images, or set the "
-            "least number of images per prompt lower."
+            f"({', '.join(sorted(_ENDINGS))}), but a prompt needs {least}: add images, or allow "
+            "prompts with fewer images."
         )
     generator = np.random.default_rng(seed)
     samples: list[list[dict[str, Any]]] = []
@@ -104,8 +104,10 @@ def _checked_range(images_per_prompt: tuple[int, int]) -> tuple[int, int]:
             f"{images_per_prompt!r}."
         )
     least, most = images_per_prompt
-    least = whole_number("the least images per prompt", least, least=1, error=SampleError)
+    least = whole_number("the fewest images per prompt", least, least=1, error=SampleError)
     most = whole_number("the most images per prompt", most, least=1, error=SampleError)
     if most < least:
-        raise SampleError(f"images_per_prompt: the most ({most}) is below the least ({least}).")
+        raise SampleError(
+            f"images_per_prompt: the largest number ({most}) is below the smallest ({least})."
+        )
     return least, most

@@ -20,7 +20,7 @@ def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict
     """Reads a file; see `bsjax.samples.read_samples`.
 
     Raises:
-      SampleError: the file is empty, or a line is not a sample; the message has its number.
+      SampleError: the file is empty, or a line is not a sample; the message gives the line number.
     """
     lines = [
         (number, line)
@@ -45,7 +45,7 @@ def _read_line(line: bytes, where: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise SampleError(f"{where} is not text in UTF-8 ({error.reason}). {_FORM}") from error
-    except (ValueError, RecursionError) as error:  # Integers of thousands of digits too.
+    except (ValueError, RecursionError) as error:  # Also for integers of thousands of digits.
         hint = ""
         if line.strip() in (b"[", b"{"):
             hint = (
@@ -56,7 +56,7 @@ def _read_line(line: bytes, where: str) -> Any:
 
 
 def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
-    """The messages of a line, with images in their places and absolute paths."""
+    """The messages of a line, with images put in their places and paths made absolute."""
     images = None
     if isinstance(record, dict):
         if not isinstance(record.get("messages"), list):
@@ -155,7 +155,7 @@ def _placed(
 
 
 def _located(part: Any, folder: Path, where: str) -> Any:
-    """A content part, with a relative path of an image joined to the file's folder."""
+    """A content part, in which the relative path of an image is joined to the file's folder."""
     if not isinstance(part, dict):
         return part
     located = dict(part)

@@ -454,7 +454,7 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
         ("", [], "an empty text"),
         ("benchmark:nothing", [], "no benchmark 'nothing'"),
         ("folder", ["--limit", "0"], "limit must be at least 1"),
-        ("folder", ["--images-per-prompt", "9-3"], "below the least"),
+        ("folder", ["--images-per-prompt", "9-3"], "below the smallest"),
         ("folder", [], "has 0 images"),
         ("folder", ["--sinks-first", "0"], "`first` must be at least 1"),
         ("folder", ["--threshold", "-1"], "threshold must be a number of at least 0"),

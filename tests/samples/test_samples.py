@@ -331,7 +331,7 @@ def test_a_folder_without_enough_images_is_refused(tmp_path, photographs):
         read_samples(tmp_path)
     for options, words in (
         ({"images_per_prompt": (0, 3)}, "at least 1"),
-        ({"images_per_prompt": (4, 3)}, "below the least"),
+        ({"images_per_prompt": (4, 3)}, "below the smallest"),
         ({"question": []}, "must be a text"),
         ({"question": " "}, "must be a text"),
         ({"question": "<image> or <image>?", "images_per_prompt": (3, 3)}, "does not fit prompts"),
