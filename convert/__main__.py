@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _DESCRIPTION = """\
-Turn a Hugging Face checkpoint (Qwen2-VL, Qwen2.5-VL, Gemma 3) into one that bsjax.load reads: the
-weights as an Orbax checkpoint, plus configuration, tokenizer and image processor files.
+Convert a Hugging Face checkpoint (Qwen2-VL, Qwen2.5-VL, Gemma 3) into one that bsjax.load reads:
+the weights as an Orbax checkpoint, plus configuration, tokenizer and image processor files.
 Weights stream from the safetensors files to the disk: converting needs little memory and no GPU.
 """
 
@@ -19,13 +19,13 @@ examples:
   python -m convert Qwen/Qwen2-VL-2B-Instruct checkpoints/qwen2-vl-2b
   python -m convert ~/models/Qwen2.5-VL-3B-Instruct checkpoints/qwen2.5-vl-3b --verify
 
-DESTINATION appears when it is complete. An interrupted run leaves at most a folder named
+DESTINATION appears only when it is complete. An interrupted run leaves at most a folder named
 DESTINATION.converting-NUMBER, which is safe to delete.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description=_DESCRIPTION,
@@ -42,12 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         "destination",
         metavar="DESTINATION",
         type=Path,
-        help="folder to write; must not exist, or be empty",
+        help="folder to write; must be empty or not exist",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="dtype to store the weights in (default: that of most source weights)",
+        help="dtype to store the weights in (default: the dtype of most source weights)",
     )
     parser.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit on the hub (default: main)"
@@ -83,14 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    # Imported here, so that --help answers at once.
+    # Imported here, so that --help is fast.
     from bsjax.cli.cuda_noise import import_jax
 
     import_jax(devices=True)
     from convert.conversion import convert_checkpoint
     from convert.writing import leftovers
 
-    # Orbax logs that there was nothing to merge.
+    # Hides Orbax's message that there was nothing to merge.
     logging.getLogger("absl").setLevel(logging.ERROR)
     if not options.quiet:
         for folder in leftovers(options.destination):
@@ -157,13 +157,13 @@ def _progress_bar(quiet: bool) -> Iterator:
 
 def _use_little(verify: bool) -> None:
     """Keeps this process from loading what a conversion does not need."""
-    # Otherwise JAX would reserve a GPU's memory, although a conversion only moves bytes.
+    # Otherwise JAX would reserve GPU memory, although a conversion only moves bytes.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Silences remarks on missing torch and on token ids, which do not matter to a conversion.
+    # Silences warnings about missing torch and about token ids, irrelevant to a conversion.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not verify:
         # transformers imports torch if it is installed, which costs seconds and hundreds of
-        # megabytes. A module that is None cannot be imported.
+        # megabytes. A module that is None in sys.modules cannot be imported.
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
 
 

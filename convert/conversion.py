@@ -56,12 +56,12 @@ class Conversion:
     Attributes:
       destination: the folder written.
       family: the model's family.
-      reads_images: whether it has a vision tower.
+      reads_images: whether the model has a vision tower.
       dtype: dtype of the stored weights.
       parameters: number of weights.
-      arrays: number of arrays they are stored in.
+      arrays: number of arrays that the weights are stored in.
       nbytes: size of the weights as stored.
-      seconds: duration, without verification.
+      seconds: duration of the conversion, without verification.
       fingerprint: SHA-256 of the source weights.
       verification: the result of the comparison with transformers, if it was asked for.
     """
@@ -94,17 +94,17 @@ def convert_checkpoint(
 
     Args:
       source: a local folder or a hub id.
-      destination: the folder to write. It must not exist, or be empty.
-      dtype: "float32", "bfloat16" or "float16"; by default that of most source weights.
+      destination: the folder to write. It must be empty or not exist.
+      dtype: "float32", "bfloat16" or "float16"; by default the dtype of most source weights.
       revision: the hub's branch, tag or commit.
       check: compare the converted model with transformers before it is published. Needs torch,
         and memory for the model in float32.
       progress: called with (bytes read, bytes to read) as the conversion goes on.
 
     Raises:
-      CheckpointError: the source is missing, damaged, pickled, incomplete, of another family or
-        holds NaN; the family does not compute in `dtype`; the destination exists or does not fit
-        on the disk; or verification failed.
+      CheckpointError: the source is missing, damaged, pickled, incomplete or of another family, or
+        it contains NaN; the family cannot run in `dtype`; the destination exists or does not fit on
+        the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(destination).expanduser()
@@ -119,8 +119,8 @@ def convert_checkpoint(
         stored = _usual_dtype(opened.tensors)
     elif stored.name not in family.dtypes:
         raise CheckpointError(
-            f"Models of the family {family.name} do not compute in {stored.name}: weights would be "
-            f"rounded twice. Convert with dtype {' or '.join(family.dtypes)}."
+            f"Models of the family {family.name} cannot run in {stored.name}, and weights stored "
+            f"in it would be rounded twice. Convert with dtype {' or '.join(family.dtypes)}."
         )
 
     config = read_config(opened.folder)
@@ -193,7 +193,7 @@ def _write(
 
 
 def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
-    """The files to copy; refuses a folder without the files that loading needs."""
+    """The files to copy. Rejects a folder without the files that loading needs."""
     lacking = [
         " or ".join(names)
         for names in (_TOKENIZER, *([_IMAGE_SETTINGS] if reads_images else []))
@@ -201,8 +201,8 @@ def _files_to_copy(folder: Path, *, reads_images: bool) -> list[Path]:
     ]
     if lacking:
         raise CheckpointError(
-            f"{folder} holds no {', and no '.join(lacking)}: without these a converted checkpoint "
-            "could not turn messages into prompts. Copy them from the original model."
+            f"{folder} has no {', and no '.join(lacking)}: without these files, a converted "
+            "checkpoint could not turn messages into prompts. Copy them from the original model."
         )
     files = {file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()}
     files -= {file for pattern in _NOT_COPIED for file in folder.glob(pattern)}
@@ -217,7 +217,7 @@ def _usual_dtype(tensors: dict[str, TensorEntry]) -> np.dtype:
             sizes[entry.dtype] += entry.size
     if not sizes:
         raise CheckpointError(
-            f"the checkpoint holds no tensor in {', '.join(FLOAT_DTYPES)}: it is quantised or "
+            f"the checkpoint has no tensor in {', '.join(FLOAT_DTYPES)}: it is quantised or "
             "empty. Convert the original checkpoint."
         )
     return FLOAT_DTYPES[sizes.most_common(1)[0][0]]

@@ -10,10 +10,11 @@ from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import named
 
-# Rows of tied tensors that are compared at a time: tens of megabytes.
+# Rows of tied tensors to compare at a time: tens of megabytes.
 _ROWS_COMPARED = 4096
 
-# The shape that a tensor must have, given its parameter's, where that depends on the axes only.
+# The shape that a source tensor must have, given its parameter's, for transforms that only reorder
+# axes.
 _SOURCE_SHAPES = {"copy": lambda shape: shape, "transpose": lambda shape: shape[::-1]}
 
 
@@ -22,9 +23,9 @@ class PlannedParameter:
     """One parameter of the model and the tensors it is made from.
 
     Attributes:
-      rule: of the parameter table.
+      rule: the parameter's rule in the family's table.
       shape: the parameter's shape, with the leading layer axis if it is stacked.
-      dtype: the dtype it is stored in.
+      dtype: the dtype that it is stored in.
       tensors: its source tensors: one per layer, or a single one if it is not stacked.
     """
 
@@ -53,11 +54,11 @@ def make_plan(
       shapes: the shape of every parameter of the model, by path.
       tensors: the checkpoint's tensors, by their keys in the files.
       dtype: the dtype to store.
-      tied: canonical keys whose tensors may be copies of others, and those others.
+      tied: maps canonical keys whose tensors may be copies to the keys they copy.
 
     Raises:
-      CheckpointError: keys are missing, unknown or ambiguous; a tensor does not have the shape that
-        the model needs or floating point numbers; or one that should be a copy is not.
+      CheckpointError: keys are missing, unknown or ambiguous; a tensor has the wrong shape or does
+        not hold floating-point numbers; or a tensor that should be a copy of another one differs.
     """
     _check_table(table, shapes)
     by_key = _by_canonical_key(tensors)
@@ -69,11 +70,11 @@ def make_plan(
         problems.append(f"lacks {len(missing)} tensors that the model needs: {named(missing)}")
     if unknown:
         found = [by_key[key].key for key in unknown]
-        problems.append(f"holds {len(found)} tensors that the model does not have: {named(found)}")
+        problems.append(f"has {len(found)} tensors that the model does not have: {named(found)}")
     if problems:
         raise CheckpointError(
-            f"the checkpoint {'; and it '.join(problems)}. Either it is not what its config.json "
-            "says, or files of two checkpoints are mixed."
+            f"the checkpoint {'; and it '.join(problems)}. Either its config.json belongs to "
+            "another model, or files of two checkpoints are mixed."
         )
 
     plan = [
@@ -137,7 +138,7 @@ def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]
         canonical = canonical_key(key)
         if canonical in by_key:
             raise CheckpointError(
-                f"the checkpoint holds the same tensor under two names: {by_key[canonical].key} in "
+                f"the checkpoint has the same tensor under two names: {by_key[canonical].key} in "
                 f"{by_key[canonical].file.name} and {key} in {entry.file.name}."
             )
         by_key[canonical] = entry
@@ -145,7 +146,7 @@ def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]
 
 
 def _natural(key: str) -> list[tuple[bool, int, str]]:
-    """A sort key by which layer 2 comes before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
 
 
@@ -153,7 +154,7 @@ def _check_shapes(parameter: PlannedParameter) -> None:
     transform = TRANSFORMS[parameter.rule.transform]
     expected = parameter.shape if parameter.rule.layers is None else parameter.shape[1:]
     for entry in parameter.tensors:
-        # One element with zero strides: it has a shape but takes no memory.
+        # One element with zero strides has the shape but takes no memory.
         stand_in = np.broadcast_to(np.zeros((), np.int8), entry.shape)
         try:
             becomes = transform(stand_in).shape

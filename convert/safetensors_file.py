@@ -1,8 +1,8 @@
 """Reads safetensors files piece by piece, without mapping them into memory.
 
 The `safetensors` package maps a whole file into memory and copies tensors out of it. Mapped pages
-count towards a process's resident memory, so that a converter would need as much memory as the
-checkpoint has. Here bytes are read directly into the final array, any range of rows at a time.
+count towards a process's resident memory, so a converter would need as much memory as the size of
+the checkpoint. Here, bytes are read directly into the final array, any range of rows at a time.
 
 The format is https://github.com/huggingface/safetensors#format: eight bytes with the header's
 length, a JSON header with each tensor's dtype, shape and byte range, then the tensors' bytes,
@@ -27,8 +27,8 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of source tensors. Others (integers, float8) belong to quantised checkpoints, whose
-tensors are not the weights that their names say."""
+"""Supported dtypes of source tensors. Others (integers, float8) belong to quantised checkpoints,
+whose tensors need further ones to give the weights."""
 
 # The format's own limit, so that a damaged length cannot make us allocate gigabytes.
 _LONGEST_HEADER = 100_000_000
@@ -48,7 +48,7 @@ class TensorEntry:
     Attributes:
       key: its name in the file.
       file: the safetensors file.
-      dtype: safetensors' name of the dtype, such as "BF16".
+      dtype: safetensors' name for the dtype, such as "BF16".
       shape: its shape.
       start: byte offset of its first element from the start of the file.
       size: its length in bytes.
@@ -123,7 +123,7 @@ def _entry(key: str, value: object, file: Path, data_start: int) -> TensorEntry:
     if start < 0 or min(shape, default=0) < 0 or end - start != expected:
         raise CheckpointError(
             f"{file} has a damaged header: tensor {key}, {dtype} {list(shape)}, needs {expected} "
-            f"bytes and has {end - start}."
+            f"bytes but has {end - start}."
         )
     return TensorEntry(key, file, dtype, shape, data_start + start, expected)
 
@@ -166,7 +166,7 @@ class TensorReader:
             start += rows.start * (entry.size // shape[0])
             shape = (rows.stop - rows.start, *shape[1:])
         array = np.empty(shape, FLOAT_DTYPES[entry.dtype])
-        # A view of bytes, because bfloat16 does not support the buffer protocol.
+        # Viewed as bytes, because bfloat16 does not support the buffer protocol.
         target = array.reshape(-1).view(np.uint8).data
         try:
             if self._path != entry.file:

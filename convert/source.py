@@ -10,7 +10,7 @@ from bsjax.errors import CheckpointError
 from convert.safetensors_file import TensorEntry, read_header
 
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*"]
-"""Files that are downloaded from the hub. Pickled weights are not among them."""
+"""Files to download from the hub. Pickled weights are not among them."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -37,15 +37,15 @@ class Source:
 
 
 def open_source(source: str | Path, revision: str | None = None) -> Source:
-    """Locates a Hugging Face checkpoint, downloads it if need be, and indexes its tensors.
+    """Locates a Hugging Face checkpoint, downloads it if necessary, and indexes its tensors.
 
     Args:
       source: a local folder or a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
       revision: the hub's branch, tag or commit. Only for a hub id.
 
     Raises:
-      CheckpointError: there is no such checkpoint, it cannot be fetched, a file is missing or
-        damaged, or it is pickled.
+      CheckpointError: the checkpoint does not exist, cannot be fetched or is pickled, or a file is
+        missing or damaged.
     """
     local = Path(source).expanduser()
     if local.is_dir():
@@ -56,7 +56,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         raise CheckpointError(f"{local} is a file. Give the folder that holds config.json.")
     else:
         folder = _fetch(str(source), revision)
-        # Snapshots are in folders named after their commit.
+        # A snapshot's folder is named after its commit.
         commit = folder.name
     config = _read_config(folder)
     return Source(folder, str(source), commit, config, _index(folder))
@@ -65,7 +65,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
 def _fetch(name: str, revision: str | None) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"there is no folder {name}.")
-    # Imported here: a local conversion needs neither the hub's client nor its start-up time.
+    # Imported here, because a local conversion does not need the hub's client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -95,7 +95,7 @@ def _fetch(name: str, revision: str | None) -> Path:
             "internet, or download the checkpoint elsewhere and give its folder."
         ) from error
     except Exception as error:
-        # The client also raises errors of its HTTP library, which differs between versions.
+        # The client also raises the errors of its HTTP library, which differ between versions.
         raise CheckpointError(f"{missing}did not deliver {name}: {error}") from error
 
 
@@ -105,7 +105,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is a converted checkpoint already: bsjax.load reads it.")
     config = read_json(file)
     if "model_type" not in config:
-        raise CheckpointError(f"{file} has no model_type: it is not a transformers checkpoint's.")
+        raise CheckpointError(
+            f"{file} has no model_type: it is not the config of a transformers checkpoint."
+        )
     return config
 
 
@@ -147,8 +149,8 @@ def _index(folder: Path) -> dict[str, TensorEntry]:
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights only ({pickles[0]}): unpickling runs whatever code "
-            "the file contains, so they are refused. Take a revision with safetensors, or load "
-            "them with transformers in a sandbox: its save_pretrained writes safetensors."
+            "the file contains, so they are refused. Use a revision with safetensors, or load the "
+            "weights with transformers in a sandbox: its save_pretrained writes safetensors."
         )
     raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor {_INDEX}.")
 
@@ -185,6 +187,6 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
 
 
 def named(names: list[str], limit: int = 20) -> str:
-    """A list of names for a message: at most `limit` of them, and how many more there are."""
+    """Joins names for a message: at most `limit` names, then the number of omitted ones."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

@@ -1,7 +1,7 @@
 """Reads a parameter piece by piece: checks, hashes, casts and transforms it.
 
-A piece is a whole parameter if that is small, one layer of a stacked parameter, or a block of rows
-of a large one. Two pieces are in memory at a time: one being read, one being written.
+A piece is a whole parameter if it is small, one layer of a stacked parameter, or a block of rows of
+another large one. Two pieces are in memory at a time: one being read and one being written.
 """
 
 import hashlib
@@ -19,13 +19,14 @@ from convert.safetensors_file import TensorEntry, TensorReader
 PIECE_BYTES = 64 * 2**20
 """Parameters up to this size are one piece; larger ones are cut into pieces of about this size."""
 
-# Values are checked in blocks that fit the processor's cache, which runs at memory speed.
+# Values are checked in blocks that fit into the processor's cache, so that checking is limited only
+# by the speed of memory.
 _CHECKED_AT_ONCE = 2**18
 
 # Transforms that work row by row, and the axis of the rows in their result.
 _ROW_AXIS = {"copy": 0, "transpose": -1}
 
-# Bits of the exponent: if all are set, the value is infinite or NaN.
+# The bits of the exponent. If all are set, the value is infinite or NaN.
 _EXPONENT = {"float32": (np.uint32, 0x7F800000), "float16": (np.uint16, 0x7C00),
              "bfloat16": (np.uint16, 0x7F80)}  # fmt: skip
 
@@ -42,7 +43,7 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        # Hashing takes as long as everything else done to a block, and releases Python's lock.
+        # Hashing takes as long as everything else done to a block, and releases Python's GIL.
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -60,7 +61,7 @@ class Fingerprint:
         return self._hash.hexdigest()
 
     def _submit(self, content: bytes | memoryview) -> None:
-        # At most one block waits, so that blocks do not pile up in memory.
+        # At most one block is pending, so that blocks do not pile up in memory.
         self._wait()
         self._pending = self._thread.submit(self._hash.update, content)
 
@@ -70,10 +71,10 @@ class Fingerprint:
 
 
 def chunk_shape(parameter: PlannedParameter) -> tuple[int, ...]:
-    """The shape of a parameter's chunks, the units in which storage reads and writes.
+    """The shape of a parameter's chunks, the units that are read from and written to storage.
 
-    Each piece consists of whole chunks: otherwise, writing a piece would read back a part of the
-    piece before it.
+    Each piece consists of whole chunks. Otherwise, writing a piece would first read back part of
+    the previous piece.
     """
     if parameter.nbytes <= PIECE_BYTES:
         return parameter.shape
@@ -102,7 +103,7 @@ def pieces(
     """Yields (index into the parameter, contiguous array of the stored dtype) for each piece.
 
     Args:
-      parameter: what to read.
+      parameter: the parameter to read.
       reader: reads the tensors.
       fingerprint: updated with every byte read.
       progress: called with the number of source bytes after each read.
@@ -161,7 +162,7 @@ def check_finite(array: np.ndarray, entry: TensorEntry, why: str = "") -> None:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, entry: TensorEntry) -> np.ndarray:
-    """Rounds to another dtype, refusing weights that are too large for it."""
+    """Rounds to another dtype, and rejects weights that are too large for it."""
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     check_finite(result, entry, f" once it is rounded to {dtype.name}")
@@ -169,7 +170,7 @@ def cast(array: np.ndarray, dtype: np.dtype, entry: TensorEntry) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """Copies a transposed matrix in strips, several times as fast as NumPy's own copy."""
+    """Makes an array contiguous. Copies matrices in strips, several times as fast as NumPy does."""
     if array.flags.c_contiguous:
         return array
     if array.ndim != 2:

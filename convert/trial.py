@@ -1,7 +1,7 @@
-"""A trial before weights are read: prepares a small prompt and traces the vision tower on it.
+"""A trial run before weights are read: prepares a small prompt and traces the vision tower on it.
 
-It finds files that do not match (an image processor for patches of another size, a tokenizer
-without the image token, heads that do not divide a width) before gigabytes are written.
+It finds mismatched files (an image processor for patches of another size, a tokenizer without the
+image token, heads that do not divide a width) before gigabytes are written.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
 
     Args:
       folder: a Hugging Face checkpoint.
-      module: its model, with shapes in place of weights.
+      module: the checkpoint's model, with shapes in place of weights.
 
     Raises:
       CheckpointError: a file is damaged, or the files do not match.

@@ -1,7 +1,8 @@
 """Compares a converted checkpoint with transformers on a prompt, with an image if it reads images.
 
-The prompt is short, but longer than any window of the layers. Both models run in float32, so that
-they can differ only by the rounding of stored weights. They are in memory one after the other.
+The prompt is short, but longer than any layer's window. Both models run in float32, so they differ
+only by the rounding of stored weights and of float32 arithmetic. They are loaded one after the
+other, never both at once.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from bsjax.checkpoint.loading import LoadedModel
 
 TOLERANCES = {None: 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""The greatest difference allowed between logits, as a fraction of the greatest logit, by the dtype
-that weights were rounded to. None if they are stored exactly: float32 arithmetic still rounds."""
+"""The largest difference allowed between logits, as a fraction of the largest logit, by the dtype
+that weights were rounded to. None means stored exactly; float32 arithmetic still rounds."""
 
 _IMAGE_SIZE = (112, 84)
 _QUESTION = "What is in this picture?"
@@ -31,9 +32,9 @@ class Verification:
     """How far a converted model is from transformers.
 
     Attributes:
-      difference: the greatest difference between logits, as a fraction of the greatest logit.
-      tolerance: the greatest difference allowed.
-      tokens: tokens of the prompt. All logits of each were compared.
+      difference: the largest difference between logits, as a fraction of the largest logit.
+      tolerance: the largest difference allowed.
+      tokens: number of tokens of the prompt. All logits of every token were compared.
     """
 
     difference: float
@@ -42,7 +43,7 @@ class Verification:
 
 
 def require_torch() -> None:
-    """Raises CheckpointError, saying what to install, if torch is not."""
+    """Raises CheckpointError, with a hint on how to install it, if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise CheckpointError(
             "verification runs the original model in torch, which is not installed: "
@@ -56,12 +57,12 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     Args:
       source: the Hugging Face folder.
       converted: the converted folder.
-      rounded_to: the dtype that its weights were rounded to; None if they are stored exactly.
+      rounded_to: the dtype that the weights were rounded to; None if they are stored exactly.
 
     Raises:
       CheckpointError: the difference exceeds the tolerance.
     """
-    # Imported here, so that a conversion without verification starts fast.
+    # Imported here, so that a conversion without verification starts quickly.
     from PIL import Image
 
     from bsjax.checkpoint.loading import read_folder
@@ -86,7 +87,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
     if not difference <= tolerance:
         raise CheckpointError(
             f"verification failed: logits differ from transformers' by {difference:.2e} of the "
-            f"greatest logit, but {tolerance:.0e} is allowed"
+            f"largest logit, but only {tolerance:.0e} is allowed"
             + (f" for weights rounded to {rounded_to}" if rounded_to else "")
             + ". The conversion was discarded."
         )

@@ -1,13 +1,13 @@
 """Writes parameters to an Orbax checkpoint while they are read, and publishes it when complete.
 
-Orbax saves trees of arrays that are all in memory, but a program can register how a type of leaf is
-saved. Here the leaves are `StreamedParameter`s, which know their shape and produce their contents
-piece by piece. Their handler writes the Zarr arrays that Orbax writes for NumPy arrays, so that the
-result is an ordinary Orbax checkpoint:
+Orbax saves trees of arrays that are all in memory, but programs can register handlers for other
+types of leaves. Here the leaves are `StreamedParameter`s, which know their shape and produce their
+contents piece by piece. Their handler writes the same Zarr arrays that Orbax writes for NumPy
+arrays, so the result is an ordinary Orbax checkpoint:
 
     tree = orbax.checkpoint.PyTreeCheckpointer().restore(folder / "parameters")
 
-returns a nested dictionary of NumPy arrays without any code of bsjax. Every chunk has a CRC-32C
+returns a nested dictionary of NumPy arrays without using bsjax. Every chunk has a CRC-32C
 checksum, which is verified when the chunk is read.
 """
 
@@ -32,7 +32,7 @@ from bsjax.checkpoint.loading import UNFINISHED
 from bsjax.checkpoint.restoring import nested
 from bsjax.errors import CheckpointError
 
-# What the file system may need in addition to the lengths of the files.
+# Space that the file system may need in addition to the sizes of the files.
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -43,9 +43,9 @@ class StreamedParameter:
     Attributes:
       shape: the parameter's shape.
       dtype: the parameter's dtype.
-      chunks: the shape of the chunks it is stored in.
-      pieces: starts reading; yields index and contents of each piece. Pieces consist of whole
-        chunks.
+      chunks: the shape of the chunks that it is stored in.
+      pieces: a function that starts reading and yields the index and contents of each piece. Pieces
+        consist of whole chunks.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class StreamedParameter:
 
 
 class StreamedParameterHandler(ocp.type_handlers.NumpyHandler):
-    """Tells Orbax how to save a `StreamedParameter`: as the NumPy array that it describes."""
+    """Saves a `StreamedParameter` in the way that Orbax saves the NumPy array it describes."""
 
     async def serialize(
         self,
@@ -74,7 +74,7 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
     store = tensorstore.open(
         {
             "driver": "zarr3",
-            # Files are flushed once, together, before they are published.
+            # All files are flushed together, once, before they are published.
             "kvstore": {"driver": "file", "path": f"{folder}/", "file_io_sync": False},
             "metadata": {
                 "shape": parameter.shape,
@@ -89,19 +89,19 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
                 ],
             },
             "create": True,
-            # Chunks of zeros are written too, so that a missing chunk always means damage.
+            # Even chunks of zeros are written, so that a missing chunk always means damage.
             "store_data_equal_to_fill_value": True,
         }
     ).result()
     pending = None
     try:
         for index, piece in parameter.pieces():
-            # This piece was read while the previous one was written: two at a time, not more.
+            # This piece was read while the previous one was written: at most two are in memory.
             if pending is not None:
                 pending.result()
             pending = store[index].write(piece, can_reference_source_data_indefinitely=True)
     finally:
-        # Also after an error or an interrupt: clean-up must not race with a write.
+        # Also after an error or an interrupt, because clean-up must not race with a write.
         if pending is not None:
             pending.result()
 
@@ -110,15 +110,15 @@ def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedPar
     """Writes an Orbax checkpoint of nested dictionaries.
 
     Args:
-      folder: to write; must not exist.
+      folder: the folder to write; must not exist.
       parameters: the leaves by path.
 
     Raises:
-      CheckpointError: whatever reading the parameters raises.
+      CheckpointError: a parameter could not be read.
     """
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedParameter, StreamedParameterHandler()),
-        # Not used; Orbax warns about a registry without it.
+        # Not used, but without it Orbax warns.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -132,7 +132,8 @@ def check_destination(destination: Path) -> None:
     """Rejects a destination that exists, unless it is an empty folder.
 
     Raises:
-      CheckpointError: there is something there, or its parent is not a folder.
+      CheckpointError: the destination is a file, a link or a folder that is not empty; its parent
+        is not a folder; or its name marks an unfinished conversion.
     """
     try:
         destination.lstat()
@@ -149,7 +150,7 @@ def check_destination(destination: Path) -> None:
         )
     if UNFINISHED in destination.name:
         raise CheckpointError(
-            f"a name with {UNFINISHED!r} in it marks an unfinished conversion. Choose another one."
+            f"a name with {UNFINISHED!r} in it marks an unfinished conversion. Choose another name."
         )
 
 
@@ -177,9 +178,9 @@ def leftovers(destination: Path) -> list[Path]:
 def publish(destination: Path) -> Iterator[Path]:
     """Yields a temporary folder that is renamed to `destination` if the block succeeds.
 
-    Everything is on the disk before it is renamed. If the block raises (also on Ctrl-C or SIGTERM),
-    the temporary folder is removed. If the process is killed, it stays, under a name that shows
-    what it is and that `bsjax.load` refuses.
+    Everything is flushed to the disk before the folder is renamed. If the block raises (also on
+    Ctrl-C or SIGTERM), the temporary folder is removed. If the process is killed, the folder stays,
+    under a name that shows what it is and that `bsjax.load` rejects.
 
     Raises:
       CheckpointError: the disk is full or not writable, or someone else created `destination`.
@@ -196,8 +197,8 @@ def publish(destination: Path) -> Iterator[Path]:
             yield temporary
             _flush(temporary)
             check_stopped()
-            # Replaces an empty folder and nothing else: should another process have put something
-            # there meanwhile, this fails.
+            # Replaces only an empty folder: if another process has put something there in the
+            # meantime, this fails.
             temporary.rename(destination.absolute())
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -210,7 +211,7 @@ def publish(destination: Path) -> Iterator[Path]:
 def _explain(error: BaseException, destination: Path) -> str:
     number = getattr(error, "errno", None)
     if number in (errno.EEXIST, errno.ENOTEMPTY):
-        return f"{destination} was created by someone else while this ran, and was left alone."
+        return f"{destination} was created by another process in the meantime, and was left alone."
     if number in (errno.EXDEV, errno.EBUSY):
         return (
             f"{destination} is a mount point, and a finished checkpoint cannot be moved onto one. "
@@ -238,9 +239,9 @@ def _flush_entry(path: Path) -> None:
 class _Stop:
     """The signal that asked a conversion to stop, if any.
 
-    The handler raises, as Python's own do. But an exception raised while a callback of a library or
-    of the garbage collector runs is printed and dropped, so the signal is also remembered, and
-    checked during the conversion and before the result is published.
+    The handler raises an exception, like Python's own handlers. But an exception raised while a
+    callback of a library or of the garbage collector runs is printed and dropped. The signal is
+    therefore also remembered, and checked during the conversion and before publishing the result.
     """
 
     def __init__(self) -> None:
@@ -263,7 +264,7 @@ _stop = _Stop()
 
 
 def check_stopped() -> None:
-    """Raises the exception of SIGINT or SIGTERM if one of them arrived during the conversion."""
+    """Raises the exception for SIGINT or SIGTERM if one of them arrived during the conversion."""
     _stop.check()
 
 
@@ -272,7 +273,7 @@ def _stopped_by_signals() -> Iterator[None]:
     """Turns SIGINT and SIGTERM into exceptions inside the block, so that clean-up runs."""
     _stop.number = None
     before = {}
-    # Signals arrive in the main thread only.
+    # Only the main thread receives signals.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             # A process that ignores them (nohup, a background job) continues to do so.

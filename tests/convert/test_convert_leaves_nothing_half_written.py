@@ -120,7 +120,7 @@ def test_destination_that_appears_meanwhile_is_left_alone(source, tmp_path):
         destination.mkdir(exist_ok=True)
         (destination / "theirs").write_text("data")
 
-    with pytest.raises(CheckpointError, match="created by someone else"):
+    with pytest.raises(CheckpointError, match="created by another process"):
         convert_checkpoint(source, destination, progress=create)
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
     assert [file.name for file in destination.iterdir()] == ["theirs"]
