@@ -138,7 +138,7 @@ def test_unknown_keys_are_named_up_to_twenty(source, refused):
 
     sources.change_weights(source, change)
     message = refused()
-    assert "holds 25 tensors" in message and "and 5 more" in message
+    assert "has 25 tensors" in message and "and 5 more" in message
     assert len(re.findall(r"adapter\.weight", message)) == 20
     assert "model.layers.2.adapter.weight, model.layers.3.adapter.weight" in message
 
