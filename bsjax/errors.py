@@ -4,9 +4,34 @@ All derive from `BsjaxError`. Errors about arguments are also `ValueError`s, so 
 guards against bad input with `except ValueError` works; errors about checkpoints are not.
 """
 
+# Names in messages come from files and messages of chats, and may be of any length.
+_LONGEST_MESSAGE = 2000
+
 
 class BsjaxError(Exception):
-    """Base of all exceptions raised on purpose by bsjax."""
+    """Base of all exceptions raised on purpose by bsjax.
+
+    The message is one line that every terminal can print, whatever the names in it hold: line
+    breaks become spaces, other characters that do not print are shown as escapes, and the middle of
+    a very long message is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: str) -> str:
+    if len(text) > _LONGEST_MESSAGE:
+        half = _LONGEST_MESSAGE // 2
+        left_out = len(text) - 2 * half
+        text = f"{text[:half]} ... ({left_out} characters left out) ... {text[-half:]}"
+    if text.isprintable():
+        return text
+    text = " ".join(text.split())
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 class TemplateError(BsjaxError, ValueError):

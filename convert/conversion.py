@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from bsjax.checkpoint.folder import PARAMETERS
 from bsjax.checkpoint.loading import (
+    DESCRIPTION,
     FORMAT_VERSION,
-    MANIFEST,
-    PARAMETERS,
     abstract_module,
     family_of,
     parameter_shapes,
@@ -142,8 +142,9 @@ def convert_checkpoint(
         _write(temporary, plan, fingerprint, progress)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
-        manifest = _manifest(opened, family.name, plan, fingerprint.hexdigest(), copied)
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        description = _description(opened, family.name, plan, fingerprint.hexdigest(), copied)
+        text = json.dumps(description, indent=2) + "\n"
+        (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
         seconds = time.monotonic() - started
         verification = verify(opened.folder, temporary, _rounds(plan)) if check else None
 
@@ -152,7 +153,7 @@ def convert_checkpoint(
         family=family.name,
         reads_images=family.reads_images,
         dtype=stored.name,
-        parameters=manifest["parameters"]["count"],
+        parameters=description["parameters"]["count"],
         arrays=len(plan),
         nbytes=size,
         seconds=seconds,
@@ -233,7 +234,7 @@ def _rounds(plan: list[PlannedParameter]) -> str | None:
     return None
 
 
-def _manifest(
+def _description(
     source: Source, family: str, plan: list[PlannedParameter], fingerprint: str, copied: list[Path]
 ) -> dict[str, Any]:
     packages = ("bsjax", "jax", "flax", "orbax-checkpoint", "transformers", "numpy")

@@ -1,12 +1,14 @@
 """Locates a Hugging Face checkpoint: a local folder, or a hub id to download."""
 
 import dataclasses
-import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from bsjax.checkpoint.folder import check_folder, files_read
 from bsjax.errors import CheckpointError
+from bsjax.files import read_json_object
 from convert.safetensors_file import TensorEntry, read_header
 
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*"]
@@ -58,6 +60,8 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         folder = _fetch(str(source), revision)
         # A snapshot's folder is named after its commit.
         commit = folder.name
+    check_folder(folder)
+    _check_links(folder)
     config = _read_config(folder)
     return Source(folder, str(source), commit, config, _index(folder))
 
@@ -103,7 +107,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if (folder / "bsjax.json").is_file():
         raise CheckpointError(f"{folder} is a converted checkpoint already: bsjax.load reads it.")
-    config = read_json(file)
+    config = read_json_object(file, error=CheckpointError)
     if "model_type" not in config:
         raise CheckpointError(
             f"{file} has no model_type: it is not the config of a transformers checkpoint."
@@ -111,21 +115,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def _check_links(folder: Path) -> None:
+    """Rejects links out of the folder: whoever wrote it could have any file of ours copied.
 
-    Raises:
-      CheckpointError: the file is missing, unreadable, or not a JSON object.
+    A snapshot in the hub's cache consists of links to the files in `blobs`, beside the snapshots.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent} holds no {file.name}.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object.")
-    return value
+    own = folder.resolve()
+    allowed = [own]
+    if own.parent.name == "snapshots":
+        allowed.append(own.parent.parent / "blobs")
+    for file in files_read(folder):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"{file} is a link to {target}, which is not in the checkpoint's folder: links are "
+                "followed only inside it and inside the hub's cache. Put the file itself there."
+            )
 
 
 def _index(folder: Path) -> dict[str, TensorEntry]:
@@ -135,9 +140,6 @@ def _index(folder: Path) -> dict[str, TensorEntry]:
         return read_header(single)
     if index.is_file():
         return _sharded(folder, index)
-    for file in (single, index):
-        if file.is_symlink():
-            raise CheckpointError(f"{file} is a link to {file.readlink()}, which does not exist.")
 
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     if weights:
@@ -156,14 +158,15 @@ def _index(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index, error=CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: it is damaged.")
     shards = sorted(set(map(str, weight_map.values())))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file of its folder.")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    # Unlike the method of Path, this does not raise for a name that no path can have.
+    missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of its {len(shards)} shards: {named(missing)}. "

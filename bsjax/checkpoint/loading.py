@@ -7,7 +7,8 @@
     config.json, generation_config.json, tokenizer and image processor files: as in the source
 """
 
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from bsjax.checkpoint.folder import PARAMETERS, check_folder
 from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.errors import CheckpointError
+from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
 from bsjax.prompts.prompt import Processor
 
 FORMAT_VERSION = 1
 """Increased whenever older converted checkpoints can no longer be read."""
 
-MANIFEST = "bsjax.json"
+DESCRIPTION = "bsjax.json"
 """The manifest, by which a folder is recognised as a converted checkpoint."""
-
-PARAMETERS = "parameters"
-"""The folder of the weights."""
 
 UNFINISHED = ".converting-"
 """Part of the name of a folder whose conversion has not finished."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which weights can be stored and used."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,12 +101,12 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
       CheckpointError: as `load`.
     """
     target = resolve_dtype(dtype)
-    manifest = _read_manifest(folder)
+    description = _read_description(folder)
     processor = read_processor(folder)
     family = processor.family
-    if manifest["family"] != family.name:
+    if description["family"] != family.name:
         raise CheckpointError(
-            f"{folder} was converted as {manifest['family']}, but its config.json is for "
+            f"{folder} was converted as {description['family']}, but its config.json is for "
             f"{family.name}: one of the two comes from another checkpoint. Convert it again."
         )
     if target.name not in family.dtypes:
@@ -121,7 +123,7 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
         generation_config=read_generation_config(folder),
         dtype=target,
         path=folder,
-        fingerprint=manifest["fingerprint"],
+        fingerprint=description["fingerprint"],
     )
 
 
@@ -131,8 +133,9 @@ def read_processor(folder: Path) -> Processor:
     Raises:
       CheckpointError: a file is missing or damaged, or the family is not supported.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json.")
+    check_folder(folder)
     config = read_config(folder)
     family = family_of(config.model_type, folder)
     image_processor = family.image_processor
@@ -217,7 +220,7 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
             f"{folder} is an unfinished conversion: interrupted, or still running. Delete it and "
             "convert again."
         )
-    if (folder / MANIFEST).is_file():
+    if (folder / DESCRIPTION).is_file():
         return
     convert = f"python -m convert {asked} DESTINATION"
     if not folder.exists():
@@ -229,34 +232,47 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
         raise CheckpointError(
             f"{folder} is a Hugging Face checkpoint that is not converted yet: {convert}"
         )
-    raise CheckpointError(f"{folder} holds no {MANIFEST}: it is not a converted checkpoint.")
+    raise CheckpointError(f"{folder} holds no {DESCRIPTION}: it is not a converted checkpoint.")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}). Convert the checkpoint again."
-        ) from error
+def _read_description(folder: Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION
+    description = read_json_object(file, error=CheckpointError)
+    version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {version}, but this bsjax reads {FORMAT_VERSION}. "
+            f"{folder} has format version {version!r}, but this bsjax reads {FORMAT_VERSION}. "
             "Convert the checkpoint again, or use the bsjax that wrote it."
         )
-    absent = [key for key in ("family", "dtype", "fingerprint") if key not in manifest]
+    absent = [key for key in ("family", "dtype", "fingerprint") if key not in description]
     if absent:
         raise CheckpointError(
             f"{file} lacks {', '.join(absent)}: it is damaged. Convert the checkpoint again."
         )
-    lost = [name for name in manifest.get("files", ()) if not (folder / name).is_file()]
+    names = description.get("files", [])
+    fingerprint = description["fingerprint"]
+    wrong = [
+        field
+        for field, is_right in (
+            ("family", isinstance(description["family"], str)),
+            ("dtype", description["dtype"] in DTYPES),
+            ("fingerprint", isinstance(fingerprint, str) and bool(_SHA256.fullmatch(fingerprint))),
+            ("files", isinstance(names, list) and all(isinstance(name, str) for name in names)),
+        )
+        if not is_right
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{file} has an invalid {' and '.join(wrong)}: it is damaged. Convert the checkpoint "
+            "again."
+        )
+    # Unlike the method of Path, this does not raise for a name that no path can have.
+    lost = [name for name in names if not os.path.isfile(folder / name)]
     if lost:
         raise CheckpointError(
-            f"{folder} no longer has {', '.join(map(str, lost))}. Convert the checkpoint again."
+            f"{folder} no longer has {', '.join(lost)}. Convert the checkpoint again."
         )
-    return manifest
+    return description
 
 
 def _restore(folder: Path, architecture: Architecture) -> ImageTextModel:
@@ -285,10 +301,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # support images in some older checkpoints.
     file = folder / "chat_template.json"
     if file.is_file():
-        try:
-            tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"cannot read the chat template in {file}: {error}") from error
+        template = read_json_object(file, error=CheckpointError).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(f"{file} has no text under chat_template: it is damaged.")
+        tokenizer.chat_template = template
     return tokenizer
 
 

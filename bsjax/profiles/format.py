@@ -14,6 +14,7 @@ from jaxtyping import Int8
 
 from bsjax.checks import as_number
 from bsjax.errors import ProfileError
+from bsjax.files import parse_json
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops
 from bsjax.masks.template import Sinks
@@ -125,14 +126,7 @@ def _in_order(fields: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
 
 def _read_document(text: str) -> dict[str, Any]:
     """Reads the JSON object of the file and checks that it has all fields, of the right types."""
-    try:
-        document = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
-        )
-    except ProfileError:
-        raise
-    except (ValueError, RecursionError) as error:  # Also for integers of thousands of digits.
-        raise ProfileError(f"This is not JSON: {error}") from error
+    document = parse_json(text, "the profile", error=ProfileError, strict=True)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ProfileError(f'This is not a profile: it does not start with "format": "{FORMAT}".')
     if document.get("format_version") != FORMAT_VERSION:
@@ -415,16 +409,3 @@ _DISCOVERY_FIELDS: dict[str, _Check] = {
     "rule": _text,
     "mass_by_offset": _list_of("numbers", _number),
 }
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = {}
-    for key, value in pairs:
-        if key in result:
-            raise ProfileError(f"`{key}` appears twice.")
-        result[key] = value
-    return result
-
-
-def _refuse_constant(text: str) -> None:
-    raise ProfileError(f"{text} is not a valid JSON number.")

@@ -12,6 +12,7 @@ from jaxtyping import Int8
 
 from bsjax.checks import whole_number
 from bsjax.errors import ProfileError, TemplateError
+from bsjax.files import read_text
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
 from bsjax.profiles import format as profile_format
@@ -163,10 +164,7 @@ class Profile:
           ProfileError: there is no such file, or it is not a profile of format version 1; the
             message names the field and what is wrong with it.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, TypeError, UnicodeDecodeError) as error:
-            raise ProfileError(f"The profile {path} cannot be read: {error}") from error
+        text = read_text(path, error=ProfileError)
         return cls.from_json(text, str(path))
 
     @classmethod

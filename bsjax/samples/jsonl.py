@@ -1,12 +1,12 @@
 """Samples in JSON Lines: one conversation per line."""
 
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from bsjax.errors import SampleError
+from bsjax.files import parse_json
 from bsjax.prompts.images import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
 from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, share_in_words
 
@@ -42,17 +42,17 @@ def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict
 
 def _read_line(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"), where, error=SampleError)
     except UnicodeDecodeError as error:
         raise SampleError(f"{where} is not text in UTF-8 ({error.reason}). {_FORM}") from error
-    except (ValueError, RecursionError) as error:  # Also for integers of thousands of digits.
+    except SampleError as error:
         hint = ""
         if line.strip() in (b"[", b"{"):
             hint = (
                 " It looks like JSON over several lines. `jq -c '.[]'` writes the items of a list "
                 "one per line."
             )
-        raise SampleError(f"{where} is not JSON: {error}.{hint or ' ' + _FORM}") from error
+        raise SampleError(f"{error}{hint or ' ' + _FORM}") from error
 
 
 def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:

@@ -219,7 +219,7 @@ def test_config_of_the_sister_family(source, refused):
 
 @pytest.mark.parametrize(
     "content, part",
-    [(None, "holds no config.json"), ("{", "cannot read"), ("[]", "not hold a JSON object"),
+    [(None, "holds no config.json"), ("{", "not JSON"), ("[]", "not hold a JSON object"),
      ("{}", "no model_type")],
 )  # fmt: skip
 def test_damaged_config(source, refused, content, part):

@@ -1,0 +1,35 @@
+"""The files of a checkpoint's folder, checked before anything opens them."""
+
+from pathlib import Path
+
+from bsjax.errors import CheckpointError
+from bsjax.files import JSON_BYTES, check_file
+
+PARAMETERS = "parameters"
+"""The folder of the weights in a converted checkpoint."""
+
+_READ_AS_TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "additional_chat_templates/*")
+_READ_IN_PIECES = ("*.safetensors", f"{PARAMETERS}/**/*")
+
+
+def files_read(folder: Path) -> dict[Path, int | None]:
+    """The files that bsjax or transformers may open in a checkpoint, converted or not.
+
+    Returns:
+      The largest size, in bytes, that each may have; None for any.
+    """
+    limits: dict[Path, int | None] = {}
+    for patterns, limit in ((_READ_AS_TEXT, JSON_BYTES), (_READ_IN_PIECES, None)):
+        for pattern in patterns:
+            limits |= {file: limit for file in folder.glob(pattern) if not file.is_dir()}
+    return limits
+
+
+def check_folder(folder: Path) -> None:
+    """Rejects a checkpoint with files that are no ordinary ones, or are too large to read.
+
+    Raises:
+      CheckpointError: names the file.
+    """
+    for file, limit in files_read(folder).items():
+        check_file(file, error=CheckpointError, limit=limit)
