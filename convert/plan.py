@@ -8,7 +8,7 @@ import numpy as np
 from bsjax.errors import CheckpointError
 from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
-from convert.source import named
+from convert.source import join_names
 
 # Rows of tied tensors to compare at a time: tens of megabytes.
 _ROWS_COMPARED = 4096
@@ -67,10 +67,12 @@ def make_plan(
     unknown = sorted(by_key.keys() - wanted - tied.keys(), key=_natural)
     problems = []
     if missing:
-        problems.append(f"lacks {len(missing)} tensors that the model needs: {named(missing)}")
+        problems.append(f"lacks {len(missing)} tensors that the model needs: {join_names(missing)}")
     if unknown:
         found = [by_key[key].key for key in unknown]
-        problems.append(f"has {len(found)} tensors that the model does not have: {named(found)}")
+        problems.append(
+            f"has {len(found)} tensors that the model does not have: {join_names(found)}"
+        )
     if problems:
         raise CheckpointError(
             f"the checkpoint {'; and it '.join(problems)}. Either its config.json belongs to "
@@ -91,7 +93,7 @@ def make_plan(
     ]
     if quantised:
         raise CheckpointError(
-            f"{len(quantised)} tensors are not {', '.join(FLOAT_DTYPES)}: {named(quantised)}. "
+            f"{len(quantised)} tensors are not {', '.join(FLOAT_DTYPES)}: {join_names(quantised)}. "
             "Quantised checkpoints are not supported: convert the original one."
         )
     for parameter in plan:
@@ -127,8 +129,8 @@ def _check_table(
     apart = sorted(".".join(path) for path in targets ^ shapes.keys())
     if apart:
         raise CheckpointError(
-            f"the family's parameter table and its model disagree about {named(apart)}: please "
-            "report this, with the config.json."
+            f"the family's parameter table and its model disagree about {join_names(apart)}: "
+            "please report this, with the config.json."
         )
 
 

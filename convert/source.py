@@ -169,7 +169,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
     missing = [shard for shard in shards if not os.path.isfile(folder / shard)]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of its {len(shards)} shards: {named(missing)}. "
+            f"{folder} lacks {len(missing)} of its {len(shards)} shards: {join_names(missing)}. "
             "Download them again."
         )
     tensors: dict[str, TensorEntry] = {}
@@ -178,18 +178,18 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorEntry]:
         twice = sorted(entries.keys() & tensors.keys())
         if twice:
             raise CheckpointError(
-                f"{named(twice)} is in both {tensors[twice[0]].file.name} and {shard}."
+                f"{join_names(twice)} is in both {tensors[twice[0]].file.name} and {shard}."
             )
         tensors |= entries
     absent = sorted(key for key in weight_map if key not in tensors)
     if absent:
         raise CheckpointError(
-            f"{index} lists tensors that their shards do not hold: {named(absent)}."
+            f"{index} lists tensors that their shards do not hold: {join_names(absent)}."
         )
     return tensors
 
 
-def named(names: list[str], limit: int = 20) -> str:
+def join_names(names: list[str], limit: int = 20) -> str:
     """Joins names for a message: at most `limit` names, then the number of omitted ones."""
     listed = ", ".join(names[:limit])
     return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

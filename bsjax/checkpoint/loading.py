@@ -98,7 +98,7 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     """Like `load`, but accepts a folder of any name: conversions are verified before being renamed.
 
     Raises:
-      CheckpointError: as `load`.
+      CheckpointError: as for `load`.
     """
     target = resolve_dtype(dtype)
     description = _read_description(folder)

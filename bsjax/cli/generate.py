@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="answer a question about images",
-        description="Answers a question about images: answer to stdout, figures to stderr.",
+        description="Answers a question about images. Prints statistics to stderr.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
@@ -38,7 +38,9 @@ def add_to(commands: Any) -> None:
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the answer as it is generated")
-    output.add_argument("--json", action="store_true", help="print answer and figures as JSON")
+    output.add_argument(
+        "--json", action="store_true", help="print the answer and its statistics as JSON"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"

@@ -173,7 +173,7 @@ class BlockMask:
         """Expands the schedule of one head to a boolean mask, in prompt order.
 
         Every pair of a full block is visible; in a partial block the predicate decides. For tests
-        and short prompts: the mask takes tokens squared bytes.
+        and short prompts: the mask takes tokens**2 bytes.
 
         Raises:
           MaskError: the head does not exist, or the schedule covers a pair twice.

@@ -86,9 +86,7 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
             f"The GPU kernel computes in bfloat16, float16 or float32, not in {element}."
         )
     if not 1 <= head_dim <= 256:
-        raise BackendError(
-            f"The GPU kernel supports head dimensions from 1 to 256, got {head_dim}."
-        )
+        raise BackendError(f"The GPU kernel supports head dimensions up to 256, got {head_dim}.")
     return _CONFIGURATIONS[max(64, pl.next_power_of_2(head_dim)), element.itemsize]
 
 

@@ -22,7 +22,7 @@ from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples, check_images
 from bsjax.profiling.progress import Progress, reporting
-from bsjax.profiling.refinement import Refinement, refined
+from bsjax.profiling.refinement import Refinement, refine_with
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from bsjax.profiling.state import State, conditions_of
 from bsjax.samples import Samples
@@ -228,7 +228,7 @@ def _choose(
         state=state,
         progress=report,
     )
-    refinement = refined(settings, measurements, evaluator, report)
+    refinement = refine_with(settings, measurements, evaluator, report)
     return _Choice(refinement.categories, thresholds, refinement)
 
 

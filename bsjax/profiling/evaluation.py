@@ -26,8 +26,8 @@ from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.prompt_inputs import (
     Shape,
+    append_tokens,
     category_schedule,
-    extended,
     kind_schedules,
     packed_inputs,
     row_of_token,
@@ -223,7 +223,7 @@ class Evaluator:
     def _prepare(self, index: int, answer: list[int]) -> _Sample:
         model, backend = self._model, self._backend
         prompt = model.prompt(self._samples.messages[index])
-        inputs = packed_inputs(model, extended(prompt, answer), self.sinks, backend)
+        inputs = packed_inputs(model, append_tokens(prompt, answer), self.sinks, backend)
         embedding = Embedding(programs_of(model), inputs, backend)
         schedules = kind_schedules(self._shape, inputs, model.dtype, backend, category_schedule)
         arguments = (inputs.position_ids, schedules)

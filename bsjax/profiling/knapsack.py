@@ -89,7 +89,7 @@ def moves_of(layer: int, head: int, options: list[Option]) -> list[Move]:
     ]
 
 
-def path(
+def greedy_path(
     damage: Float64[np.ndarray, "layers heads categories"],
     flops: Int64[np.ndarray, "layers all_categories"],
 ) -> tuple[Move, ...]:
@@ -103,7 +103,7 @@ def path(
     return tuple(sorted(moves, key=lambda move: (move.slope, move.layer, move.head, move.saved)))
 
 
-def taken(
+def apply_moves(
     moves: tuple[Move, ...] | list[Move], categories: Int8[np.ndarray, "layers heads"]
 ) -> Int8[np.ndarray, "layers heads"]:
     """A copy of `categories` with some moves applied."""

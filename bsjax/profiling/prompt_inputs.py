@@ -59,7 +59,7 @@ class Shape:
         return head_flops(template, self.visibilities, self.kinds, self.head_dim)
 
 
-def extended(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
+def append_tokens(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
     """The prompt with text tokens appended."""
     more = np.asarray(token_ids, prompt.token_ids.dtype)
     return replace(prompt, token_ids=np.concatenate([prompt.token_ids, more]))

@@ -35,7 +35,7 @@ from bsjax.masks.flops import total_flops
 from bsjax.profiling import selection
 from bsjax.profiling.evaluation import Comparison, Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
-from bsjax.profiling.knapsack import Move, hull, moves_of, path, taken
+from bsjax.profiling.knapsack import Move, apply_moves, greedy_path, hull, moves_of
 from bsjax.profiling.measurements import Measurements
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
@@ -162,10 +162,10 @@ def refine(
             backend=backend,
             progress=progress,
         )
-    return refined(settings, measurements, evaluator, progress)
+    return refine_with(settings, measurements, evaluator, progress)
 
 
-def refined(
+def refine_with(
     settings: Settings, measurements: Measurements, evaluator: Evaluator, progress: Progress
 ) -> Refinement:
     """Like `refine`, with its settings in one object. The budget must not be a threshold.
@@ -210,7 +210,7 @@ class _Refiner:
             self._one_shot_damage, self._measurements.flops, budget
         )
         damage = self._damages(threshold, afterwards=2)
-        moves = path(damage.kl, self._measurements.flops)
+        moves = greedy_path(damage.kl, self._measurements.flops)
         categories = _at(moves, self._measurements, budget)
         kl_path, kl_one_shot = self._kl(categories), self._kl(one_shot)
         if kl_one_shot < kl_path:
@@ -228,7 +228,7 @@ class _Refiner:
         # Bisection repeatedly halves a path of at most three moves per head.
         bisection = int(self._measurements.error[0].size).bit_length() + 1
         damage = self._damages(float(np.median(self._one_shot_damage)), afterwards=bisection)
-        moves = path(damage.kl, self._measurements.flops)
+        moves = greedy_path(damage.kl, self._measurements.flops)
         dense = np.zeros(damage.kl.shape[:2], np.int8)
         categories = self._farthest(moves, dense, budget.nats)
         reached = self._measurements.reduction(categories)
@@ -338,11 +338,11 @@ class _Refiner:
         within, beyond = 0, len(moves) + 1
         while beyond - within > 1 and self._left() > 1:
             middle = (within + beyond) // 2
-            if self._kl(taken(moves[:middle], start)) <= max_kl:
+            if self._kl(apply_moves(moves[:middle], start)) <= max_kl:
                 within = middle
             else:
                 beyond = middle
-        return taken(moves[:within], start)
+        return apply_moves(moves[:within], start)
 
     def _corrected(
         self, categories: np.ndarray, damage: Damage, target: float, kept: int
@@ -376,7 +376,7 @@ class _Refiner:
                 slopes[move] = gain / move.saved
                 self._progress(stage, number + 1, len(back) + len(on))
             for number, move in enumerate(on):
-                cost = self._kl(taken([move], categories)) - kl
+                cost = self._kl(apply_moves([move], categories)) - kl
                 slopes[move] = cost / move.saved
                 self._progress(stage, len(back) + number + 1, len(back) + len(on))
             back.sort(key=lambda move: (-slopes[move], move[:2]))
@@ -413,7 +413,7 @@ class _Refiner:
                 if slopes[move] >= 0 and self._measurements.reduction(exchanged) >= target:
                     break
                 if move[:2] not in undone:
-                    exchanged = taken([move], exchanged)
+                    exchanged = apply_moves([move], exchanged)
             reached = self._measurements.reduction(exchanged) >= target
             affordable = self._left() > kept or exchanged.tobytes() in self._asked
             if reached and affordable and self._kl(exchanged) < kl:
@@ -422,7 +422,7 @@ class _Refiner:
                 break
             count //= 2
         # Together, moves on may do harm that the best one alone, already measured, does not.
-        return taken(on[:1], categories) if on and slopes[on[0]] < 0 else None
+        return apply_moves(on[:1], categories) if on and slopes[on[0]] < 0 else None
 
     def _neighbours(
         self, categories: np.ndarray, damage: np.ndarray
@@ -483,5 +483,5 @@ def _at(
     for count, move in enumerate(moves):
         saved += move.saved
         if saved / dense >= budget.share:
-            return taken(moves[: count + 1], categories)
+            return apply_moves(moves[: count + 1], categories)
     raise selection.out_of_reach(budget, saved / dense)

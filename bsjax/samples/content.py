@@ -41,7 +41,7 @@ def interleave(text: str, images: Sequence[dict[str, Any]]) -> list[dict[str, An
     return content
 
 
-def drawn(count: int, limit: int | None, seed: int) -> list[int]:
+def draw_indices(count: int, limit: int | None, seed: int) -> list[int]:
     """Indices of the samples to use, in ascending order: all, or `limit` drawn with the seed."""
     if limit is None or limit >= count:
         return list(range(count))

@@ -8,7 +8,13 @@ from typing import Any
 from bsjax.errors import SampleError
 from bsjax.files import parse_json
 from bsjax.prompts.images import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
-from bsjax.samples.content import PLACEHOLDER, check_sample, drawn, interleave, share_in_words
+from bsjax.samples.content import (
+    PLACEHOLDER,
+    check_sample,
+    draw_indices,
+    interleave,
+    share_in_words,
+)
 
 _FORM = (
     'Each line holds one sample: a list of chat messages, or {"messages": [...]} with them, and '
@@ -31,7 +37,7 @@ def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict
         raise SampleError(f"{path} has no samples: it is empty. {_FORM}")
     parsed = [_read_line(line, f"{path}, line {number}") for number, line in lines]
     samples, known = [], set()
-    taken = drawn(len(parsed), limit, seed)
+    taken = draw_indices(len(parsed), limit, seed)
     for index in taken:
         where = f"{path}, line {lines[index][0]}"
         sample = _messages(parsed[index], where, path.parent)

@@ -218,8 +218,8 @@ def test_templates_of_similar_size_share_shapes():
         (lambda t: BlockMask(t, [0], block_q=0), "block_q must be at least 1"),
         (lambda t: BlockMask(t, [0], window=0), "window must be at least 1"),
         (lambda t: Visibility(window=-1), "window must be at least 1, got -1"),
-        (lambda t: BlockMask(t, [0]).to_dense(1), "no head 1"),
-        (lambda t: BlockMask(t, [0]).plot(head=3), "no head 3"),
+        (lambda t: BlockMask(t, [0]).to_dense(1), "Head 1 does not exist"),
+        (lambda t: BlockMask(t, [0]).plot(head=3), "Head 3 does not exist"),
         (lambda t: build_schedule(t, [None], block_q=1, block_kv=1, tokens=1), "Cannot pad"),
     ],
 )

@@ -15,7 +15,7 @@ from bsjax import HeadCategory, Image, ProfileError, Sinks, Template, Text
 from bsjax.masks.flops import total_flops
 from bsjax.masks.visibility import Visibility
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, Measurements
-from bsjax.profiling.knapsack import path, taken
+from bsjax.profiling.knapsack import apply_moves, greedy_path
 from bsjax.profiling.ordered_samples import OrderedSamples, fingerprint
 from bsjax.profiling.prompt_inputs import Shape
 from bsjax.profiling.selection import missing_mass
@@ -183,8 +183,8 @@ def test_the_path_is_nested_and_does_least_damage(seed):
         return saved, kl
 
     dense = np.zeros((2, 1), np.int8)
-    moves = path(damage, flops)
-    corners = [point(enumerate(taken(moves[:n], dense))) for n in range(len(moves) + 1)]
+    moves = greedy_path(damage, flops)
+    corners = [point(enumerate(apply_moves(moves[:n], dense))) for n in range(len(moves) + 1)]
     assert all(move.saved > 0 for move in moves)
     assert [move.slope for move in moves] == sorted(move.slope for move in moves)
     for layer in range(2):

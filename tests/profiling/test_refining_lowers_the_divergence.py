@@ -12,7 +12,7 @@ import bsjax
 from bsjax import HeadCategory, Profile, ProfileError, Sinks
 from bsjax.profiling import Evaluator, Measurements, refine
 from bsjax.profiling.evaluation import Comparison
-from bsjax.profiling.prompt_inputs import extended
+from bsjax.profiling.prompt_inputs import append_tokens
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
 from bsjax.runtime.scoring import Scoring
@@ -215,7 +215,7 @@ def test_divergence_is_that_of_the_models_logits(tiny_model):
     assert evaluator.evaluations == 2
 
     def log_probabilities(messages, answer, profile):
-        prompt = extended(tiny_model.prompt(messages), answer)
+        prompt = append_tokens(tiny_model.prompt(messages), answer)
         inputs = prepare_inputs(tiny_model.architecture, prompt, profile, backend="xla")
         logits = Scoring(programs_of(tiny_model), inputs, "xla").run()[-3:].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))

@@ -72,8 +72,8 @@ def checked_grids(grid_thw: np.ndarray, merge: int, patches: int) -> Int[np.ndar
     """The grids as int64, after checking that they can be merged and fit into `patches` rows.
 
     Raises:
-      TemplateError: as `vision_plan`.
-      CapacityError: as `vision_plan`.
+      TemplateError: as for `vision_plan`.
+      CapacityError: as for `vision_plan`.
     """
     grids = np.asarray(grid_thw, np.int64).reshape(-1, 3)
     bad = (grids < 1).any(axis=1) | (grids[:, 1:] % merge).any(axis=1)
