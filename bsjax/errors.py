@@ -4,16 +4,16 @@ All derive from `BsjaxError`. Errors about arguments are also `ValueError`s, so 
 guards against bad input with `except ValueError` works; errors about checkpoints are not.
 """
 
-# Names in messages come from files and messages of chats, and may be of any length.
+# Names in error messages may come from files or chat messages, and can have any length.
 _LONGEST_MESSAGE = 2000
 
 
 class BsjaxError(Exception):
     """Base of all exceptions raised on purpose by bsjax.
 
-    The message is one line that every terminal can print, whatever the names in it hold: line
-    breaks become spaces, other characters that do not print are shown as escapes, and the middle of
-    a very long message is left out.
+    The message is one line that every terminal can print, whatever the names in it contain: line
+    breaks become spaces, other non-printable characters are shown as escapes, and the middle of a
+    very long message is left out.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -1,7 +1,7 @@
 """Reads files that someone else may have written: ordinary files of a limited size, and JSON.
 
-A name that a user gives, or that a checkpoint holds, may be that of a pipe that never ends, of a
-device, or of a file too large to read. `check_file` finds out before anything is opened.
+A path that a user gives, or that a checkpoint contains, may be a pipe that never ends, a device, or
+a file that is too large to read. `check_file` finds this out before the file is opened.
 """
 
 import json
@@ -14,10 +14,10 @@ from typing import Any
 from bsjax.errors import BsjaxError
 
 JSON_BYTES = 64 * 2**20
-"""Largest JSON file that is read. The largest of published checkpoints, a tokenizer, has 33 MB."""
+"""Largest JSON file to read. The largest one in published checkpoints, a tokenizer, has 33 MB."""
 
 JSON_DEPTH = 100
-"""Deepest nesting of lists and objects in JSON. Deeper ones exhaust the stack of some reader."""
+"""Deepest nesting of lists and objects in JSON; some readers exhaust their stack beyond it."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -48,11 +48,11 @@ def check_file(
             ) from missing
         parent, name = os.path.split(os.fspath(path))
         raise error(f"{path} cannot be read: {parent or '.'} holds no {name}.") from missing
-    except (OSError, TypeError, ValueError) as failure:  # A null character is a ValueError.
+    except (OSError, TypeError, ValueError) as failure:  # ValueError: a null character in the path.
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"{path!s} cannot be read: {reason}.") from failure
     if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no ordinary file")
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a special file")
         raise error(f"{path} is {kind}, not an ordinary file. Give a file.")
     if limit is not None and found.st_size > limit:
         raise error(
@@ -64,17 +64,17 @@ def check_file(
 def read_text(
     path: str | PathLike[str], *, error: type[BsjaxError], limit: int = JSON_BYTES
 ) -> str:
-    """The text of an ordinary file in UTF-8.
+    """Reads an ordinary text file in UTF-8.
 
     Args:
       path: the file.
-      error: raised if it cannot be read; see `check_file`.
+      error: raised if the file cannot be read; see `check_file`.
       limit: the largest size, in bytes.
     """
     check_file(path, error=error, limit=limit)
     try:
         with open(path, "rb") as stream:
-            # Files of the kernel say that they are empty, and are not.
+            # The size is checked again: files of the kernel, as in /proc, claim to be empty.
             content = stream.read(limit + 1)
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror or failure}.") from failure
@@ -89,14 +89,14 @@ def read_text(
 def parse_json(
     text: str | bytes, where: str, *, error: type[BsjaxError], strict: bool = False
 ) -> Any:
-    """The value of JSON text.
+    """Parses JSON text.
 
     Args:
-      text: JSON, as text or in UTF-8.
-      where: where it is from, for the error message.
-      error: raised if it is not JSON or is nested deeper than `JSON_DEPTH`.
-      strict: also reject names that appear twice in an object, and NaN and Infinity. Readers differ
-        in what they make of both.
+      text: JSON, as a string or as bytes in UTF-8.
+      where: where the text comes from, for error messages.
+      error: raised if the text is not JSON or is nested deeper than `JSON_DEPTH`.
+      strict: also reject names that appear twice in an object, NaN and Infinity, which JSON readers
+        treat differently.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def parse_json(
         value = json.loads(text, **options)
     except RecursionError as failure:
         raise error(_too_deep(where)) from failure
-    except ValueError as failure:  # Integers of thousands of digits too.
+    except ValueError as failure:  # Also for integers of thousands of digits.
         if isinstance(failure, BsjaxError):
             raise
         raise error(f"{where} is not JSON: {failure}.") from failure
@@ -145,11 +145,11 @@ def read_json(
     limit: int = JSON_BYTES,
     strict: bool = False,
 ) -> Any:
-    """The value in a JSON file.
+    """Reads a JSON file.
 
     Args:
       path: the file.
-      error: raised if it cannot be read (see `check_file`) or is not JSON (see `parse_json`).
+      error: raised if the file cannot be read (see `check_file`) or is not JSON (see `parse_json`).
       limit: the largest size, in bytes.
       strict: as for `parse_json`.
     """
@@ -160,11 +160,11 @@ def read_json(
 def read_json_object(
     path: str | PathLike[str], *, error: type[BsjaxError], limit: int = JSON_BYTES
 ) -> dict[str, Any]:
-    """As `read_json`, for a file that holds an object.
+    """Like `read_json`, for a file that must hold an object.
 
     Args:
       path: the file.
-      error: as for `read_json`; also raised if it holds another value.
+      error: as for `read_json`; also raised if the file does not hold an object.
       limit: the largest size, in bytes.
     """
     value = read_json(path, error=error, limit=limit)

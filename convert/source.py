@@ -116,9 +116,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_links(folder: Path) -> None:
-    """Rejects links out of the folder: whoever wrote it could have any file of ours copied.
+    """Rejects links out of the folder, through which its author could have any file copied.
 
-    A snapshot in the hub's cache consists of links to the files in `blobs`, beside the snapshots.
+    A snapshot in the hub's cache consists of links to files in the cache's `blobs` folder.
     """
     own = folder.resolve()
     allowed = [own]

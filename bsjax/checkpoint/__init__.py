@@ -1,5 +1,6 @@
 """Loads checkpoints written by `python -m convert`.
 
+folder      which files a checkpoint's folder may have, checked before they are opened
 loading     `load`: from the folder of a converted checkpoint to a `LoadedModel`
 restoring   reads the weights, one parameter at a time, into arrays on a device
 """

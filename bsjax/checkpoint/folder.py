@@ -16,7 +16,7 @@ def files_read(folder: Path) -> dict[Path, int | None]:
     """The files that bsjax or transformers may open in a checkpoint, converted or not.
 
     Returns:
-      The largest size, in bytes, that each may have; None for any.
+      The largest size in bytes that each file may have; None for any size.
     """
     limits: dict[Path, int | None] = {}
     for patterns, limit in ((_READ_AS_TEXT, JSON_BYTES), (_READ_IN_PIECES, None)):
@@ -26,7 +26,7 @@ def files_read(folder: Path) -> dict[Path, int | None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Rejects a checkpoint with files that are no ordinary ones, or are too large to read.
+    """Rejects a checkpoint with files that are not ordinary files, or are too large to read.
 
     Raises:
       CheckpointError: names the file.

@@ -3,7 +3,7 @@
 `python -m convert` writes a folder:
 
     parameters/        the weights, an Orbax checkpoint of nested dictionaries of arrays
-    bsjax.json         the manifest: format version, family, dtype, fingerprint, source
+    bsjax.json         the description: format version, family, dtype, fingerprint, source
     config.json, generation_config.json, tokenizer and image processor files: as in the source
 """
 
@@ -36,7 +36,7 @@ FORMAT_VERSION = 1
 """Increased whenever older converted checkpoints can no longer be read."""
 
 DESCRIPTION = "bsjax.json"
-"""The manifest, by which a folder is recognised as a converted checkpoint."""
+"""The file by which a folder is recognised as a converted checkpoint."""
 
 UNFINISHED = ".converting-"
 """Part of the name of a folder whose conversion has not finished."""
@@ -266,7 +266,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{file} has an invalid {' and '.join(wrong)}: it is damaged. Convert the checkpoint "
             "again."
         )
-    # Unlike the method of Path, this does not raise for a name that no path can have.
+    # Unlike Path.is_file, os.path.isfile does not raise for a string that cannot be a path.
     lost = [name for name in names if not os.path.isfile(folder / name)]
     if lost:
         raise CheckpointError(
