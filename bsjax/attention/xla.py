@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +20,10 @@ from bsjax.masks.schedule import PADDING_POSITION, KeyRange, Schedule, Tile
 from bsjax.masks.visibility import TokenInfo, visible
 
 _EXACT = lax.Precision.HIGHEST
+
+# Indices are int32, as in schedules. A plain 0 would be int64 where `jax_enable_x64` is set, and
+# slices take indices of one dtype only.
+_ZERO = np.int32(0)
 
 Residuals = tuple[Array, Array, Array, Schedule, Array, Array, Array]
 """What the gradient needs: q, k, v, schedule, head_category, output, log-sum-exp."""
@@ -63,9 +68,9 @@ def xla_attention(
             )
 
         start = (
-            jnp.full(schedule.block_q, -jnp.inf),
-            jnp.zeros(schedule.block_q),
-            jnp.zeros((schedule.block_q, q.shape[-1])),
+            jnp.full(schedule.block_q, -jnp.inf, jnp.float32),
+            jnp.zeros(schedule.block_q, jnp.float32),
+            jnp.zeros((schedule.block_q, q.shape[-1]), jnp.float32),
         )
         maximum, total, accumulator = loops.blocks(head, tile, step, start)
         seen_any = total > 0
@@ -144,7 +149,7 @@ def attention_gradients(
                 ),
             )
 
-        start = (jnp.zeros((schedule.block_q, q.shape[-1])), k_gradient, v_gradient)
+        start = (jnp.zeros((schedule.block_q, q.shape[-1]), jnp.float32), k_gradient, v_gradient)
         tile_q_gradient, k_gradient, v_gradient = loops.blocks(head, tile, step, start)
         return loops.store(q_gradient, tile_q_gradient, head, tile), k_gradient, v_gradient
 
@@ -205,11 +210,11 @@ class _Loops(NamedTuple):
     def rows(self, array: Array, head: Array, first_row: Array) -> Array:
         """The `block_q` rows of a head that start at `first_row`."""
         size = (1, self.schedule.block_q, array.shape[-1])
-        return lax.dynamic_slice(array, (head, first_row, 0), size)[0]
+        return lax.dynamic_slice(array, (head, first_row, _ZERO), size)[0]
 
     def store(self, array: Array, tile_rows: Array, head: Array, tile: Tile) -> Array:
         """Writes the rows of a tile; the rows after a short tile keep their values."""
-        start = (head, tile.first_row) + (0,) * (array.ndim - 2)
+        start = (head, tile.first_row) + (_ZERO,) * (array.ndim - 2)
         old = lax.dynamic_slice(array, start, (1, *tile_rows.shape))[0]
         keep = jnp.arange(tile_rows.shape[0]) < tile.rows
         keep = keep.reshape(keep.shape + (1,) * (tile_rows.ndim - 1))
@@ -217,15 +222,16 @@ class _Loops(NamedTuple):
 
     def tiles(self, body: Callable[[Array, Tile, Any], Any], carry: Any) -> Any:
         """Folds `body(head, tile, carry)` over all heads and the tiles of each head's table."""
-        tile_count = (self.schedule.tiles.rows > 0).sum(axis=1)
+        tile_count = (self.schedule.tiles.rows > 0).sum(axis=1, dtype=jnp.int32)
 
         def head_body(head: Array, carry: Any) -> Any:
+            head = head.astype(jnp.int32)
             table = self.head_category[head]
 
             def tile_body(index: Array, carry: Any) -> Any:
                 return body(head, Tile(*self.schedule.tile_columns[table, index]), carry)
 
-            return lax.fori_loop(0, tile_count[table], tile_body, carry)
+            return lax.fori_loop(_ZERO, tile_count[table], tile_body, carry)
 
         return lax.fori_loop(0, self.q.shape[0], head_body, carry)
 
@@ -240,7 +246,7 @@ class _Loops(NamedTuple):
 
         def take(array: Array, start: Array) -> Array:
             size = (1, schedule.block_kv, array.shape[-1])
-            return lax.dynamic_slice(array, (kv_head, start, 0), size)[0]
+            return lax.dynamic_slice(array, (kv_head, start, _ZERO), size)[0]
 
         def token_info(start: Array, size: int) -> TokenInfo:
             return TokenInfo(*(lax.dynamic_slice(part, (start,), (size,)) for part in self.info))
@@ -271,8 +277,8 @@ class _Loops(NamedTuple):
             return index, jnp.where(start >= end, ranges.start[index], start), state
 
         carry = (tile.first_range, ranges.start[tile.first_range], state)
-        carry = lax.fori_loop(0, tile.full_blocks, partial(visit, False), carry)
-        carry = lax.fori_loop(0, tile.partial_blocks, partial(visit, True), carry)
+        carry = lax.fori_loop(_ZERO, tile.full_blocks, partial(visit, False), carry)
+        carry = lax.fori_loop(_ZERO, tile.partial_blocks, partial(visit, True), carry)
         return carry[2]
 
 
@@ -290,5 +296,5 @@ def _product(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]])
 
 def _add_rows(array: Array, head: Array, start: Array, rows: Array) -> Array:
     """Adds `rows` to the rows of a head that start at `start`."""
-    old = lax.dynamic_slice(array, (head, start, 0), (1, *rows.shape))
-    return lax.dynamic_update_slice(array, old + rows[None], (head, start, 0))
+    old = lax.dynamic_slice(array, (head, start, _ZERO), (1, *rows.shape))
+    return lax.dynamic_update_slice(array, old + rows[None], (head, start, _ZERO))

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.typing import DTypeLike
@@ -173,7 +174,7 @@ class _Settings(NamedTuple):
         """Which elements belong to the head rather than to the next one; None if all do."""
         if self.padded_dim == self.head_dim:
             return None
-        return jnp.arange(self.padded_dim) < self.head_dim
+        return jnp.arange(self.padded_dim, dtype=jnp.int32) < self.head_dim
 
 
 def _padded(side: int) -> int:
@@ -295,14 +296,17 @@ def _attend_split(
     # The padding of a group reaches beyond the end of the array, and is masked. JAX refuses such a
     # slice, even a masked one, if its start is a constant.
     group = pl.ds(split * 0, settings.padded_group)
+    # The other axis starts at the same kind of 0: where the kernel is interpreted, the starts of a
+    # slice must have one dtype, and that of a constant would be int64 with `jax_enable_x64`.
+    head = pl.ds(split * 0, settings.padded_dim)
     length = lengths_ref[pl.program_id(2)]
     layer = layer_ref[0]
     padded_group, padded_dim = settings.padded_group, settings.padded_dim
     block_kv = settings.compiled.block_kv
-    blocks = pl.cdiv(length, block_kv)
-    first = jax.lax.div(split * blocks, settings.splits)
-    last = jax.lax.div((split + 1) * blocks, settings.splits)
-    inside_group = jnp.arange(padded_group) < settings.group
+    blocks = jax.lax.div(length + (block_kv - 1), np.int32(block_kv))
+    first = jax.lax.div(split * blocks, np.int32(settings.splits))
+    last = jax.lax.div((split + 1) * blocks, np.int32(settings.splits))
+    inside_group = jnp.arange(padded_group, dtype=jnp.int32) < settings.group
     inside_head = settings.inside_head()
 
     def inside(rows: Array) -> Array:
@@ -312,7 +316,7 @@ def _attend_split(
     def _() -> None:
         pltriton.store(
             lse_ref.at[group],
-            jnp.full((padded_group,), -jnp.inf),
+            jnp.full((padded_group,), -jnp.inf, jnp.float32),
             mask=inside_group,
         )
 
@@ -323,7 +327,7 @@ def _attend_split(
         def attend(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, weighted = carry
             start = block * block_kv
-            valid = start + jnp.arange(block_kv) < length
+            valid = start + jnp.arange(block_kv, dtype=jnp.int32) < length
             keys, values = (
                 pltriton.load(
                     ref.at[layer, pl.ds(start, block_kv), :],
@@ -359,7 +363,7 @@ def _attend_split(
         # A split with a block has a valid key, so no total is 0.
         total = total.sum(axis=0)
         pltriton.store(
-            out_ref.at[group, :],
+            out_ref.at[group, head],
             (weighted / total).T,
             mask=inside(inside_group),
         )
@@ -379,7 +383,7 @@ def _combine_splits(
 
     def load_lse(start: Array, size: int) -> Array:
         # In powers of two; -inf where a split had no keys and its output is undefined.
-        mask = start + jnp.arange(size) < settings.splits
+        mask = start + jnp.arange(size, dtype=jnp.int32) < settings.splits
         return pltriton.load(partial_lse_ref.at[pl.ds(start, size)], mask=mask, other=-jnp.inf)
 
     every_lse = load_lse(zero, pl.next_power_of_2(settings.splits))

@@ -24,7 +24,9 @@ class Piece(NamedTuple):
     def inside(self) -> Array | None:
         """Mask [1, size] of the columns that belong to the head; None if all do."""
         # The other columns belong to the next head.
-        return None if self.valid == self.size else (jnp.arange(self.size) < self.valid)[None, :]
+        if self.valid == self.size:
+            return None
+        return (jnp.arange(self.size, dtype=jnp.int32) < self.valid)[None, :]
 
 
 def pieces_of(head_dim: int) -> tuple[Piece, ...]:

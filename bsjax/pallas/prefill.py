@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
@@ -221,9 +222,10 @@ def _attend_tile(
 ) -> None:
     """One program: the attention of a tile's rows, or of some of them, for one head."""
     table = category_ref[pl.program_id(0)]
-    tile_index = jax.lax.div(pl.program_id(1), settings.programs_per_tile)
+    programs_per_tile = np.int32(settings.programs_per_tile)
+    tile_index = jax.lax.div(pl.program_id(1), programs_per_tile)
     tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
-    earlier_rows = jax.lax.rem(pl.program_id(1), settings.programs_per_tile) * settings.block_q
+    earlier_rows = jax.lax.rem(pl.program_id(1), programs_per_tile) * settings.block_q
     first_row, rows = tile.first_row + earlier_rows, tile.rows - earlier_rows
 
     to_log2 = settings.scale * LOG2_E
@@ -276,7 +278,7 @@ def _attend_tile(
         if settings.steps_per_block > 1:
             # The schedule's last block of a range may reach beyond the range. All of its steps are
             # run, with the keys beyond the range masked.
-            done &= jax.lax.rem(step + 1, settings.steps_per_block) == 0
+            done &= jax.lax.rem(step + 1, np.int32(settings.steps_per_block)) == 0
         range_index = jnp.where(done, block.range_index + 1, block.range_index)
         return _NextBlock(
             range_index,
@@ -286,7 +288,7 @@ def _attend_tile(
 
     @pl.when(rows > 0)
     def _() -> None:
-        inside_tile = jnp.arange(settings.block_q) < rows
+        inside_tile = jnp.arange(settings.block_q, dtype=jnp.int32) < rows
         queries = load(q_ref, first_row, settings.block_q, inside_tile)
         query_position, query_image = (
             pltriton.load(ref.at[pl.ds(first_row, settings.block_q)], mask=inside_tile, other=0)[
@@ -312,7 +314,7 @@ def _attend_tile(
             # Reads are not masked by row: a block that would reach beyond the last key is read
             # from further up, and the keys before its start are masked.
             first_key = jnp.minimum(block.start, last_start)
-            key_rows = first_key + jnp.arange(settings.block_kv)
+            key_rows = first_key + jnp.arange(settings.block_kv, dtype=jnp.int32)
             in_block = (key_rows >= block.start) & (key_rows < block.end)
             keys = load(k_ref, first_key, settings.block_kv, None)
             values = load(v_ref, first_key, settings.block_kv, None)
@@ -350,9 +352,14 @@ def _attend_tile(
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
+        # The starts of a slice must have one dtype where the kernel is interpreted, and that of a
+        # constant would be int64 with `jax_enable_x64`. The compiler makes a constant of this.
+        zero = first_row * 0
         for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
             pltriton.store(
-                out_ref.at[pl.ds(first_row, settings.block_q), pl.ds(piece.start, piece.size)],
+                out_ref.at[
+                    pl.ds(first_row, settings.block_q), pl.ds(zero + piece.start, piece.size)
+                ],
                 (weighted / total[:, None]).astype(out_ref.dtype),
                 mask=_both(inside_tile[:, None], piece.inside),
             )
