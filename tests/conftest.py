@@ -12,13 +12,15 @@ from hypothesis import settings
 from tests.support.paths import ROOT
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What a test says of compilation must not depend on what ran before, nor fill the user's cache.
+# What a test finds out about compilation must not depend on earlier tests, and tests must not fill
+# the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-# Each pytest-xdist worker has a core of its own: more threads would wait for each other.
+# Each pytest-xdist worker has a core of its own; more threads would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Before bsjax: jaxtyping's import hook compiles the source of what bsjax is the first to import.
+# Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax is
+# the first to import.
 import flax.nnx  # noqa: E402, F401
 import orbax.checkpoint  # noqa: E402, F401
 
@@ -28,11 +30,12 @@ if torch is not None:
     import transformers.modeling_utils
     import transformers.processing_utils  # noqa: F401
 
-# Shells start background jobs with interrupts ignored, and children inherit that. Tests send some.
+# Shells start background jobs with interrupts ignored, and children inherit this, but some tests
+# send interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Compilation and shared machines make single examples slow now and then; that is not a failure.
+# Compilation and other load occasionally make an example slow, which is not a failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)
 settings.load_profile("bsjax")
 

@@ -1,4 +1,4 @@
-"""All backends of `sparse_attention` compute the same: the dense softmax under the predicate."""
+"""All backends of `sparse_attention` compute the same result: dense softmax under the predicate."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def arrays(tokens, q_heads, kv_heads, head_dim, dtype=np.float32, seed=0):
 
 
 def dense_softmax(q, k, v, seen, scale):
-    """float64 NumPy, head by head; takes nothing from bsjax except the answers of the predicate."""
+    """The result in float64 NumPy, head by head; uses nothing of bsjax except its predicate."""
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for head in range(q.shape[1]):
@@ -70,7 +70,7 @@ VISIBILITIES = [CAUSAL, Visibility(bidirectional_images=True), Visibility(True, 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
-def test_mixed_heads_on_a_ragged_template(backend, visibility):
+def test_every_backend_computes_mixed_heads_on_a_ragged_template(backend, visibility):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 64)
     check(RAGGED, MIXED, q, k, v, backend, 3e-6, visibility)
 
@@ -78,7 +78,7 @@ def test_mixed_heads_on_a_ragged_template(backend, visibility):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 8])
-def test_grouped_queries(backend, group_size):
+def test_query_heads_share_their_key_heads(backend, group_size):
     q, k, v = arrays(
         RAGGED.tokens, 8 if group_size != 3 else 6, (8 if group_size != 3 else 6) // group_size, 64
     )
@@ -88,7 +88,7 @@ def test_grouped_queries(backend, group_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
-def test_head_dimensions(backend, head_dim):
+def test_every_head_dimension_of_published_models_is_computed(backend, head_dim):
     q, k, v = arrays(RAGGED.tokens, 4, 2, head_dim)
     check(RAGGED, MIXED, q, k, v, backend, 3e-6, CAUSAL)
 
@@ -109,7 +109,7 @@ def test_half_precision_stays_within_its_rounding(backend, dtype):
     blocks=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     seed=st.integers(0, 99),
 )
-def test_xla_on_random_templates_and_odd_blocks(template, categories, visibility, blocks, seed):
+def test_xla_is_right_on_random_templates(template, categories, visibility, blocks, seed):
     if not template.tokens:
         return
     q, k, v = arrays(template.tokens, len(categories), 1, 8, seed=seed)
@@ -154,7 +154,7 @@ def test_gradients_survive_rows_that_see_nothing(backend):
 
 
 def test_rows_that_see_nothing_are_zero_in_every_backend():
-    # SINK, a window of 3, an image of 40: most image tokens see no sink and no text.
+    # With SINK, a window of 3 and an image of 40 tokens, most image tokens see no sink and no text.
     template = Template.from_segments([Text(2), Image(40), Text(1)])
     mask = BlockMask(template, [HeadCategory.SINK], 16, 16, window=3)
     q, k, v = arrays(template.tokens, 1, 1, 64)
@@ -214,7 +214,7 @@ def test_bad_input_is_refused_with_a_reason():
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
-def test_models_get_the_same_refusals(backend):
+def test_ragged_attention_refuses_bad_input_too(backend):
     mask = BlockMask(RAGGED, [0, 3], 16, 16)
     attend = partial(
         ragged_attention,
@@ -231,7 +231,7 @@ def test_models_get_the_same_refusals(backend):
         attend(q[:5], k[:5], v[:5], scale=1.0)
 
 
-def test_categories_by_name():
+def test_categories_can_be_given_by_name():
     names = ["dense", "Intra-Image", " INTRA_IMAGE_SINK", HeadCategory.SINK, 2]
     assert BlockMask(RAGGED, names).categories == (0, 2, 3, 1, 2)
     with pytest.raises(MaskError, match="'own' is not a valid head category; .*INTRA_IMAGE_SINK"):
@@ -239,7 +239,7 @@ def test_categories_by_name():
 
 
 @pytest.mark.parametrize("backend", ["xla", "reference", "pallas"])
-def test_empty_prompt(backend):
+def test_an_empty_prompt_gives_an_empty_output(backend):
     mask = BlockMask(Template.from_segments([]), [0, 1], 16, 16)
     q, k, v = arrays(0, 2, 1, 16)
     assert bsjax.sparse_attention(q, k, v, mask, backend=backend).shape == (0, 2, 16)

@@ -16,7 +16,7 @@ from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 from bsjax.pallas.decode import decode_configuration
 
 LAYERS = 3
-# Most of the time of an interpreted kernel is its compilation, which takes half as long with less
+# Most of an interpreted kernel's time is its compilation, which takes half as long with less
 # optimization.
 kernel = jax.jit(
     partial(pallas_decode_attention, interpret=True),
@@ -52,7 +52,7 @@ def random_arrays(lengths, rows, q_heads, kv_heads, head_dim, dtype, *, own, lay
 
 
 def dense_softmax(q, k_cache, v_cache, layer, lengths, own_k, own_v, scale):
-    """float64 NumPy, one query head at a time."""
+    """The result in float64 NumPy, one query head at a time."""
     q, k_cache, v_cache = (np.asarray(array, np.float64) for array in (q, k_cache, v_cache))
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     group = q.shape[1] // k_cache.shape[3]
@@ -92,7 +92,7 @@ def check(
     out, lse = function(*arrays, scale=scale, **options)
     wanted_out, wanted_lse = dense_softmax(*arrays, scale)
     assert out.dtype == arrays[0].dtype and lse.dtype == jnp.float32
-    # In every dtype the scores are exact products summed in float32: so is their log-sum-exp.
+    # In every dtype, scores are exact products summed in float32, and so is their log-sum-exp.
     np.testing.assert_allclose(lse, wanted_lse, atol=3e-6, rtol=3e-6)
     tolerance = 3e-6 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
@@ -115,7 +115,7 @@ def check(
         (256, "float32", 5),
     ],
 )
-def test_head_dims_dtypes_and_group_sizes(function, head_dim, dtype, group):
+def test_head_dims_dtypes_and_group_sizes_agree_with_softmax(function, head_dim, dtype, group):
     rows = 2 * decode_configuration(head_dim, dtype).block_kv + 5
     lengths = [rows, rows - 6]
     check(function, lengths, rows, head_dim=head_dim, dtype=dtype, group=group, own=True)
@@ -127,7 +127,7 @@ EDGES = (0, 1, 31, 32, 33, 64, 99, 100)
 
 @for_functions
 @pytest.mark.parametrize("own", [False, True])
-def test_every_edge_of_a_length_in_one_batch(function, own):
+def test_lengths_at_every_edge_of_a_block_share_one_batch(function, own):
     assert decode_configuration(64, jnp.float32).block_kv == 32
     check(function, EDGES, 100, own=own, kv_heads=1, group=3)
     check(function, EDGES[::-1], 100, own=own, kv_heads=1, group=3, layer=2, seed=1)
@@ -137,7 +137,7 @@ def test_every_edge_of_a_length_in_one_batch(function, own):
 @pytest.mark.parametrize(("rows", "splits", "group"), [(1, 1, 1), (7, 3, 2), (200, 3, 1)])
 @given(data=st.data())
 @settings(max_examples=25)
-def test_any_lengths(function, rows, splits, group, data):
+def test_sequences_of_any_lengths_agree_with_softmax(function, rows, splits, group, data):
     lengths = data.draw(st.lists(st.integers(0, rows), min_size=3, max_size=3))
     layer = data.draw(st.integers(0, LAYERS - 1))
     seed = data.draw(st.integers(0, 9))
@@ -145,7 +145,7 @@ def test_any_lengths(function, rows, splits, group, data):
     check(function, lengths, rows, group=group, layer=layer, seed=seed, **options)
 
 
-def test_more_splits_than_one_combining_block_holds():
+def test_more_splits_than_fit_into_one_block_are_combined():
     check(kernel, [400], 400, kv_heads=1, group=1, splits=90)
 
 
@@ -167,7 +167,7 @@ def test_scores_far_apart_do_not_overflow(function):
 
 
 @pytest.mark.parametrize("backend", ["auto", "pallas", "xla", "reference"])
-def test_backends_by_name(backend):
+def test_every_backend_can_be_chosen_by_name(backend):
     arrays = random_arrays([40, 9], 50, 4, 2, 64, "float32", own=True, layer=1)
     wanted_out, _ = dense_softmax(*arrays, 0.125)
     out = decode_attention(*arrays, scale=0.125, backend=backend)
@@ -175,7 +175,7 @@ def test_backends_by_name(backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_of_the_one_row_on_gpus(dtype):
+def test_the_product_of_one_row_is_rounded_only_once(dtype):
     generator = np.random.default_rng(0)
     row, matrix = (
         jnp.asarray(generator.normal(size=shape), dtype) for shape in ((1, 1536), (1536, 37))
@@ -183,14 +183,14 @@ def test_products_of_the_one_row_on_gpus(dtype):
     out = one_row_product(row, matrix)
     wanted = np.asarray(row, np.float64) @ np.asarray(matrix, np.float64)
     assert out.dtype == row.dtype and out.shape == (1, 37)
-    # Rounded once: products or sums in bfloat16 would be several times as far off.
+    # The result is rounded once; products or sums in bfloat16 would be several times as far off.
     tolerance = {"float32": 1e-6, "bfloat16": 0.51 * float(jnp.finfo("bfloat16").eps)}[dtype]
     np.testing.assert_allclose(
         np.asarray(out, np.float64), wanted, rtol=tolerance, atol=1e-5 * np.abs(wanted).max()
     )
 
 
-def test_refuses_what_does_not_fit():
+def test_arguments_that_do_not_fit_are_refused():
     q, k, v, layer, lengths, own_k, own_v = random_arrays(
         [40, 9], 50, 4, 2, 64, "float32", own=True, layer=1
     )

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say they do, and what is wrong or missing stays in the table."""
+"""The benchmarks measure what they say, and wrong or missing variants stay in the table."""
 
 import functools
 import json
@@ -69,7 +69,7 @@ class TestWorkloads:
                 assert len(mix) == heads
                 assert abs(1 - seen / (heads * dense) - cut) <= room
 
-    def test_masks_that_come_to_the_same_are_one(self):
+    def test_masks_with_the_same_heads_become_one(self):
         workload = Workload(SHAPES["gemma-3-4b-global"], 4096, 256)
         masks = workload.masks()
         assert len({mask.categories for mask in masks}) == len(masks) < len(MASK_NAMES)
@@ -102,7 +102,7 @@ class TestDenseRows:
         return out, lse
 
     @pytest.mark.parametrize("visibility", [CAUSAL, Visibility(True, 9)])
-    def test_are_the_softmax_under_the_predicate(self, visibility):
+    def test_expected_rows_are_the_softmax_under_the_predicate(self, visibility):
         generator = np.random.default_rng(0)
         q, k, v = (
             generator.standard_normal((self.TEMPLATE.tokens, heads, 16), np.float32)
@@ -120,7 +120,7 @@ class TestDenseRows:
         assert greatest_error(out, wanted[rows]) < 3e-6
         assert greatest_lse_error(lse, wanted_lse[rows]) < 3e-6
 
-    def test_errors_find_what_is_wrong(self):
+    def test_error_measures_find_wrong_values(self):
         wanted = np.random.default_rng(0).standard_normal((6, 2, 8))
         wanted[5] = 0
         assert greatest_error(wanted, wanted) == 0
@@ -146,12 +146,12 @@ class TestDenseRows:
 
 
 class TestTiming:
-    def test_a_loop_gives_what_one_turn_gives(self):
+    def test_a_loop_returns_what_one_iteration_returns(self):
         value = jnp.arange(8.0)
         looped = jax.jit(repeated(lambda x, y: x * y + 1, 5))
         np.testing.assert_array_equal(looped(value, value), value * value + 1)
 
-    def test_a_gpu_runs_the_kernel_in_every_turn_and_nothing_else(self):
+    def test_a_gpu_runs_only_the_kernel_in_every_iteration(self):
         require_gpu_compiler()
         template = prompt_template(2048, 400)
         schedule = build_schedule(template, category_tables([1]), block_q=128, block_kv=64)
@@ -160,7 +160,7 @@ class TestTiming:
         arguments = (q, q, q, schedule, np.ones(4, np.int32))
         program = compile_for(repeated(attend, 16), arguments).as_text()
         loop = next(line for line in program.splitlines() if " while(" in line)
-        # With a count the device need not ask the host before every turn.
+        # With a known trip count, the device need not ask the host before every iteration.
         assert '"known_trip_count":{"n":"15"}' in loop
         body = program.split(f"{loop.split('body=')[1].split(',')[0]} (")[1].split("\n}")[0]
         assert body.count("custom-call(") == 1, "the kernel is not in the loop"
@@ -178,7 +178,7 @@ class TestTiming:
 @pytest.mark.slow
 @pytest.mark.parity
 class TestFlexAttention:
-    """With the uncompiled FlexAttention: what is compared with bsjax computes the same masks."""
+    """The FlexAttention that bsjax is compared with computes the same masks (here uncompiled)."""
 
     @pytest.mark.parametrize("shape", [TINY, WINDOWED], ids=lambda shape: shape.name)
     @pytest.mark.parametrize("packed", [False, True], ids=["prompt order", "packed order"])
@@ -200,7 +200,7 @@ class TestFlexAttention:
         wanted = wanted_rows(workload, mask, arrays, order, rows)
         assert greatest_error(out, wanted) <= tolerance("float32")
 
-    def test_blocks_hold_all_visible_pairs_and_full_ones_no_other(self):
+    def test_blocks_hold_all_visible_pairs_and_full_blocks_no_others(self):
         from benchmarks import torch_variants
 
         workload = Workload(replace(TINY, q_heads=4), 900, 200)
@@ -230,7 +230,7 @@ class TestAttentionBenchmark:
         return json.loads((folder / "attention_on_cpu.json").read_text())
 
     @pytest.mark.slow
-    def test_table_json_and_plot(self, tmp_path, capsys, monkeypatch):
+    def test_broken_variants_stay_in_the_table(self, tmp_path, capsys, monkeypatch):
         real = variants.variants
 
         def with_broken_ones(workload, masks, **options):
@@ -294,14 +294,14 @@ class TestAttentionBenchmark:
         assert result["not_run"] == [] and result["environment"]["device"] == "cpu"
         assert (tmp_path / "attention_on_cpu.png").stat().st_size > 1000
 
-    def test_time_limit_leaves_out_and_says_what(self, tmp_path, capsys):
+    def test_the_time_limit_skips_workloads_and_names_them(self, tmp_path, capsys):
         assert attention.main(["--time-limit", "0", "--output", str(tmp_path)]) == 1
         printed = capsys.readouterr()
         assert "small, 4096 tokens, images of 400" in printed.out
         assert "time limit is too short" in printed.err
         assert not list(tmp_path.iterdir())
 
-    def test_options(self):
+    def test_options_choose_tokens_and_masks(self):
         options = attention.parse(["--tokens", "36K", "100", "--quick"])
         assert options.tokens == [36 * 1024]
         assert set(options.categories) < set(MASK_NAMES)
@@ -327,12 +327,12 @@ class TestGpuCheck:
         for factor, levels in gpu_cases.LEVELS.items():
             assert {getattr(case, factor) for case in cases} == set(levels), factor
         for case in cases:
-            # Every category in one launch, as far as there are heads for it.
+            # One launch has every category, if it has enough heads.
             assert case.categories == tuple(HeadCategory)
         names = [case.name for case in gpu_cases.all_cases()]
         assert len(set(names)) == len(names)
 
-    def test_random_templates_have_what_trips_kernels(self):
+    def test_random_templates_have_what_could_break_kernels(self):
         templates = [gpu_cases.random_template(seed) for seed in range(1, 41)]
         assert all(0 < template.tokens <= gpu_cases.FUZZED_TOKENS for template in templates)
         assert any(1 in template.image_tokens for template in templates)
@@ -361,7 +361,7 @@ class TestGpuCheck:
             each["name"] for each in record["records"][0]["comparisons"]
         }
 
-    def test_prefill_case_with_all_comparisons(self):
+    def test_a_prefill_case_makes_all_comparisons(self):
         prefill, decode = (case for case in gpu_cases.small_cases() if "float32" in case.name)
         assert all(each.passed for each in decode.run())
         comparisons = {each.name: each for each in prefill.run()}
@@ -400,13 +400,13 @@ class TestExitStatus:
 
 
 class TestTune:
-    def test_grid_leaves_out_what_cannot_fit_registers(self):
+    def test_the_grid_leaves_out_what_cannot_fit_into_registers(self):
         options = tune.parse([])
         grid = tune.grid(options, 128)
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
 
-    def test_times_what_is_right_and_reports_the_rest(self, tmp_path, capsys):
+    def test_valid_configurations_are_timed_and_others_reported(self, tmp_path, capsys):
         options = ["--head-dims", "16", "--dtypes", "float32", "--kinds", "sparse", "--heads", "2"]
         options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]
         options += ["--blocks-q", "16", "--blocks-kv", "16", "24", "--warps", "4", "--stages", "1"]
@@ -426,7 +426,7 @@ class TestTune:
 class TestTimeToFirstToken:
     @pytest.mark.parity
     @pytest.mark.parametrize(("size", "image_tokens"), [("tiny", 12), ("tiny-gemma-3", 4)])
-    def test_same_weights_same_token(self, size, image_tokens, tmp_path, capsys):
+    def test_transformers_chooses_the_same_token(self, size, image_tokens, tmp_path, capsys):
         from benchmarks import ttft
 
         options = ["--size", size, "--images", "2", "--image-size", "112", "84", "--rounds", "1"]
@@ -443,13 +443,13 @@ class TestTimeToFirstToken:
             assert sample["total"] == pytest.approx(parts)
         assert "transformers on torch" in capsys.readouterr().out
 
-    def test_random_weights_are_of_the_published_shapes(self):
+    def test_random_weights_have_the_published_shapes(self):
         from flax import nnx
 
         from benchmarks.random_models import model_config, random_module
         from bsjax.models import FAMILIES
 
-        # The smallest of them: tracing a model of this size takes seconds.
+        # The smallest published model: tracing even this one takes seconds.
         config = model_config("qwen2-vl-2b")
         build = FAMILIES[config.model_type].build
         module = nnx.eval_shape(lambda: build(config, jnp.bfloat16))

@@ -1,4 +1,4 @@
-"""The console script does what it says, and says what is wrong with its input."""
+"""The console script does what its help says, and says what is wrong with its input."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def images(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch):
-    """One model for all tests of this file: its compiled programs stay with it."""
+    """Loads the model once for all tests of this file, so that its compiled programs are kept."""
     monkeypatch.setattr(bsjax, "load", cached_load)
 
 
@@ -75,7 +75,7 @@ def test_generate_is_bsjax_generate(capsys, checkpoint, images):
     assert given["stats"]["attention_flops_sparse"] == given["stats"]["attention_flops_dense"]
 
 
-def test_images_are_arguments_or_options(capsys, checkpoint, images):
+def test_images_can_be_arguments_or_options(capsys, checkpoint, images):
     first, second = images
     expected = answer(capsys, checkpoint, "Compare.", first, second)["token_ids"]
     given = answer(capsys, checkpoint, "Compare.", first, "--image", second)
@@ -84,7 +84,7 @@ def test_images_are_arguments_or_options(capsys, checkpoint, images):
     assert given["token_ids"] == expected
 
 
-def test_text_alone_and_streaming(capsys, checkpoint):
+def test_text_without_images_is_answered_and_streamed(capsys, checkpoint):
     arguments = ("generate", checkpoint, "Count to ten.", "--max-new-tokens", "6")
     status, whole, figures = run(capsys, *arguments)
     assert status == 0
@@ -94,7 +94,7 @@ def test_text_alone_and_streaming(capsys, checkpoint):
     assert streamed == whole
 
 
-def test_sparse_profiles(capsys, checkpoint, images, tmp_path):
+def test_uniform_and_saved_profiles_give_the_same_answer(capsys, checkpoint, images, tmp_path):
     arguments = (checkpoint, "What is it?", *images)
     sparse = answer(capsys, *arguments, "--uniform", "intra-image")
     stats = sparse["stats"]
@@ -106,7 +106,7 @@ def test_sparse_profiles(capsys, checkpoint, images, tmp_path):
     assert again["stats"]["attention_flops_sparse"] == stats["attention_flops_sparse"]
 
 
-def test_max_pixels_scales_down(capsys, checkpoint, images):
+def test_max_pixels_scales_images_down(capsys, checkpoint, images):
     given = answer(capsys, checkpoint, "?", *images, "--max-pixels", str(28 * 28 * 4))
     assert max(given["stats"]["image_tokens"]) <= 4
 
@@ -135,7 +135,7 @@ def test_sampling_depends_on_the_seed(capsys, checkpoint):
         (["--max-new-tokens", "40000"], "positions"),
     ],
 )
-def test_bad_input_gets_one_line(capsys, checkpoint, options, words):
+def test_bad_input_gives_a_one_line_error(capsys, checkpoint, options, words):
     status, out, err = run(capsys, "generate", checkpoint, "What is it?", *options)
     assert status == 2
     assert out == ""
@@ -173,7 +173,7 @@ def test_wrong_usage_exits_with_2(capsys, arguments):
 
 
 @pytest.mark.parametrize("folder", ["source", "converted"])
-def test_mask_of_a_prompt(capsys, checkpoint, images, tmp_path, folder):
+def test_mask_draws_the_mask_of_a_prompt(capsys, checkpoint, images, tmp_path, folder):
     path = tmp_path / "mask.png"
     source = str(SOURCE) if folder == "source" else checkpoint
     status, out, err = run(capsys, "mask", source, "What is it?", *images, "--output", str(path))
@@ -183,7 +183,7 @@ def test_mask_of_a_prompt(capsys, checkpoint, images, tmp_path, folder):
         assert picture.width > 500
 
 
-def test_mask_of_segments(capsys, tmp_path, monkeypatch):
+def test_mask_draws_the_mask_of_segments(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "mask", "--segments", "text:3, image:20,image:10,text:2")
     assert status == 0
@@ -237,7 +237,7 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
+def test_it_runs_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
     completed = subprocess.run(
         [sys.executable, "-m", "bsjax.cli", "generate", checkpoint, "?", "--max-new-tokens", "20"],
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -250,7 +250,7 @@ def test_as_a_module_with_a_narrow_terminal_encoding(checkpoint):
 
 
 def test_a_command_that_succeeds_writes_nothing_to_stderr(tmp_path):
-    """Not even where JAX has its CUDA plugin, but there is no CUDA driver."""
+    """Not even where JAX has its CUDA plugin but the machine has no CUDA driver."""
     arguments = ["mask", "--segments", "text:3,image:9", "--output", str(tmp_path / "mask.png")]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(
@@ -280,7 +280,7 @@ def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
     assert (done.returncode, done.stderr) == (0, "a real error\n")
 
 
-def test_help_waits_for_nothing_heavy():
+def test_help_imports_nothing_heavy():
     program = (
         "import sys, bsjax.cli\n"
         "try:\n    bsjax.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"

@@ -1,4 +1,4 @@
-"""`bsjax profile` runs with what it is told, shows what a file says, and compares two files."""
+"""`bsjax profile` runs with the given options, shows what a file says, and compares two files."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def measured(
     evidence: dict[str, Any] | None = None,
     **changes,
 ) -> Profile:
-    """A profile as the profiler makes them, of random measurements."""
+    """A profile such as the profiler makes, with random measurements."""
     generator = np.random.default_rng(0)
     mass = generator.dirichlet([3, 1, 3, 0.5, 0.5], (layers, heads))
     statistics = {f"mass_{group.name}": mass[..., i] for i, group in enumerate(KeyGroup)}
@@ -140,7 +140,7 @@ def test_show_without_details_prints_results_and_no_internals(capsys, tmp_path):
         assert words not in out
 
 
-def test_show_keeps_to_the_width_of_a_terminal_but_for_what_cannot_break(capsys, tmp_path):
+def test_show_fits_the_terminal_except_for_what_cannot_be_wrapped(capsys, tmp_path):
     path = tmp_path / "wide.json"
     measured(40, 64, source="a folder").save(path)
     status, out, _ = run(capsys, "profile", "show", path, "--details")
@@ -149,7 +149,7 @@ def test_show_keeps_to_the_width_of_a_terminal_but_for_what_cannot_break(capsys,
     assert sum(line.startswith("layer ") for line in lines) == 41
     (ruler,) = [line for line in lines if line.startswith("layer  ") and "head" in line]
     row = next(line for line in lines if line.startswith("layer  0"))
-    # The ruler's numbers stand above the heads they name.
+    # The ruler's numbers are above the heads that they name.
     assert ruler.index("48") == row.index(json.loads(path.read_text())["categories"][0][48:56])
     tables = [
         line for line in lines if not line.startswith(("layer", "checkpoint", "offsets", str(path)))
@@ -157,7 +157,7 @@ def test_show_keeps_to_the_width_of_a_terminal_but_for_what_cannot_break(capsys,
     assert max(map(len, tables)) <= 80
 
 
-def test_show_of_a_profile_without_data(capsys, tmp_path):
+def test_show_says_that_a_profile_does_not_come_from_data(capsys, tmp_path):
     path = tmp_path / "uniform.json"
     Profile.uniform("SINK", family="qwen2_vl", layers=2, heads=3, sinks=Sinks(4)).save(path)
     picture = tmp_path / "uniform.png"
@@ -198,7 +198,7 @@ def test_pictures_show_every_head_at_any_size(tmp_path, layers, heads):
     map_axes = next(axes for axes in figure.get_axes() if axes.get_ylabel() == "layer")
     (image,) = map_axes.images
     np.testing.assert_array_equal(np.asarray(image.get_array()), profile.categories)
-    # Away from the letter in its middle, each cell has the colour of its category.
+    # Each cell has the colour of its category, except for the letter in its middle.
     for layer, head in {(0, 0), (layers - 1, heads - 1), (layers // 2, heads // 3)}:
         x, y = map_axes.transData.transform((head + 0.32, layer + 0.3)) / figure.dpi * 140
         found = pixels[round(pixels.shape[0] - y), round(x)]
@@ -206,7 +206,7 @@ def test_pictures_show_every_head_at_any_size(tmp_path, layers, heads):
         np.testing.assert_allclose(found / 255, wanted, atol=0.02)
 
 
-def test_pictures_stack_all_attention(tmp_path):
+def test_pictures_stack_attention_masses_up_to_one(tmp_path):
     figure = plot_profile(measured())
     axes = {one.get_xlabel(): one for one in figure.get_axes()}
     bars = axes["attention of image queries, mean over heads"].containers
@@ -224,13 +224,13 @@ def test_pictures_stack_all_attention(tmp_path):
     assert sinks.get_xdata().tolist() == [0, 7]
 
 
-def test_pictures_of_little_data():
+def test_pictures_can_be_drawn_from_little_data():
     given = measured(evidence={"sink_discovery": None})
     assert len(plot_profile(given).get_axes()) == 4
     assert len(plot_profile(measured()).get_axes()) == 5
     uniform = Profile.uniform("DENSE", family="gemma3", layers=2, heads=2)
     assert len(plot_profile(uniform).get_axes()) == 1
-    # Errors and curves of zero are nothing to take a logarithm of.
+    # Errors and curves of zero have no logarithm.
     found = given.evidence.statistics
     zero = {name: np.zeros_like(v) for name, v in found.items() if "error" in name}
     flat = {"statistics": found | zero, "sink_discovery": SinkDiscovery("none", (0.0,))}
@@ -240,7 +240,7 @@ def test_pictures_of_little_data():
 # --- diff
 
 
-def test_diff_of_equal_profiles(capsys, saved, tmp_path):
+def test_diff_says_that_profiles_are_equal(capsys, saved, tmp_path):
     other = tmp_path / "other.json"
     measured(versions={"bsjax": "0.2.0"}).save(other)
     status, out, _ = run(capsys, "profile", "diff", saved, other)
@@ -282,7 +282,7 @@ def test_diff_lists_heads_and_counts_categories(capsys, saved, tmp_path):
     assert difference.changed.sum() == 30 - np.trace(difference.confusion)
 
 
-def test_diff_of_statistics_names_the_head_that_changed_most(saved, tmp_path, capsys):
+def test_diff_names_the_head_whose_statistics_changed_most(saved, tmp_path, capsys):
     first = measured()
     statistics = {name: np.array(values) for name, values in first.evidence.statistics.items()}
     statistics["error_SINK"][2, 4] += 3.0
@@ -343,7 +343,7 @@ def photographs(tmp_path) -> Path:
 
 @pytest.fixture
 def profiler(monkeypatch):
-    """Stands in for `bsjax.profile`: notes what it is called with."""
+    """Replaces `bsjax.profile` and records its arguments."""
     calls = []
 
     def profile(model, samples, **options):
@@ -355,7 +355,7 @@ def profiler(monkeypatch):
     return calls
 
 
-def test_run_passes_everything_on(capsys, profiler, photographs, tmp_path):
+def test_run_passes_all_options_on(capsys, profiler, photographs, tmp_path):
     output, state = tmp_path / "out.json", tmp_path / "state"
     status, out, err = run(
         capsys, "profile", "model", photographs, "--output", output, "--limit", 3, "--seed", 5,
@@ -466,7 +466,9 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
         ("folder", ["--output", "empty.jsonl/out.json"], "there is no folder"),
     ],
 )
-def test_bad_runs_get_one_line(capsys, profiler, tmp_path, monkeypatch, source, options, words):
+def test_bad_runs_give_a_one_line_error(
+    capsys, profiler, tmp_path, monkeypatch, source, options, words
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     Path("empty.jsonl").touch()
@@ -581,7 +583,7 @@ def test_pictures_say_when_matplotlib_is_missing(saved, monkeypatch, capsys):
     assert run(capsys, "profile", "show", saved)[0] == 0
 
 
-def test_as_a_module_with_a_narrow_terminal_encoding(saved):
+def test_it_runs_as_a_module_with_a_narrow_terminal_encoding(saved):
     done = subprocess.run(
         [sys.executable, "-m", "bsjax", "profile", "show", str(saved)],
         env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin", "COLUMNS": "80"},

@@ -59,7 +59,7 @@ def assert_same_weights(source, model, dtype="float32"):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_weight_arrives(tmp_path, family, tied):
+def test_every_weight_is_converted(tmp_path, family, tied):
     source = sources.write_source(tmp_path / "hf", family, tied=tied)
     result = convert_checkpoint(source, tmp_path / "ours")
     model = load(tmp_path / "ours")
@@ -88,7 +88,7 @@ def test_layout_and_shards_do_not_matter(tmp_path, prefixes, shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prefixes", [GEMMA_HUB, GEMMA_NESTED], ids=["hub", "nested"])
-def test_layouts_of_gemma3(tmp_path, prefixes):
+def test_the_layout_of_gemma3_does_not_matter(tmp_path, prefixes):
     source = sources.write_source(tmp_path / "hf", "gemma3")
     reference = convert_checkpoint(source, tmp_path / "reference")
     changed = sources.rename_keys(shutil.copytree(source, tmp_path / "changed"), *prefixes)
@@ -98,7 +98,7 @@ def test_layouts_of_gemma3(tmp_path, prefixes):
     assert_same_weights(source, load(tmp_path / "ours"))
 
 
-def test_shards_as_transformers_writes_them(tmp_path):
+def test_shards_are_read_as_transformers_writes_them(tmp_path):
     source = sources.write_source(tmp_path / "hf", shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 3
     convert_checkpoint(source, tmp_path / "ours")
@@ -109,7 +109,7 @@ def test_shards_as_transformers_writes_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("source_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dtypes(tmp_path, source_dtype, dtype):
+def test_every_dtype_is_converted_to_every_dtype(tmp_path, source_dtype, dtype):
     source = sources.write_source(tmp_path / "hf", dtype=source_dtype)
     result = convert_checkpoint(source, tmp_path / "ours", dtype=dtype)
     assert result.dtype == dtype
@@ -208,7 +208,7 @@ def test_destination_is_self_contained(tmp_path):
     assert model.generation_config.eos_token_id == 255
 
 
-def test_image_settings_of_newer_checkpoints(tmp_path):
+def test_image_settings_of_newer_checkpoints_are_read(tmp_path):
     source = sources.write_source(tmp_path / "hf")
     settings = json.loads((source / "preprocessor_config.json").read_text())
     (source / "preprocessor_config.json").unlink()
@@ -218,7 +218,7 @@ def test_image_settings_of_newer_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
-def test_command_line_needs_no_torch(tmp_path):
+def test_the_command_line_does_not_need_torch(tmp_path):
     source = sources.write_source(tmp_path / "hf")
     # A module that is None in sys.modules cannot be imported.
     program = (

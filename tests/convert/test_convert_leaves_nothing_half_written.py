@@ -103,7 +103,7 @@ def test_interrupt_is_reported_without_traceback(source, tmp_path, monkeypatch, 
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_full_disk_while_writing(source, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(source, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -113,7 +113,7 @@ def test_full_disk_while_writing(source, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_destination_that_appears_meanwhile_is_left_alone(source, tmp_path):
+def test_a_destination_that_appears_meanwhile_is_left_alone(source, tmp_path):
     destination = tmp_path / "ours"
 
     def create(done, total):
@@ -163,6 +163,6 @@ def test_signals_that_a_callback_swallows_are_remembered(source, tmp_path, numbe
     assert signal.getsignal(number) is before
 
 
-def test_name_too_long_for_the_file_system(source, tmp_path):
+def test_a_name_too_long_for_the_file_system_is_refused(source, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be written"):
         convert_checkpoint(source, tmp_path / ("x" * 300))

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint, the error says what and where, and nothing is written."""
+"""If anything is wrong with a checkpoint, the error says what and where, and nothing is written."""
 
 import json
 import re
@@ -48,28 +48,28 @@ def refused(source, tmp_path):
     return convert
 
 
-def test_missing_shard(source, refused):
+def test_a_missing_shard_is_named_in_the_error(source, refused):
     (source / SHARD).unlink()
     message = refused()
     assert SHARD in message and "lacks 1 of its 3 shards" in message
 
 
 @pytest.mark.parametrize("kept", [0.7, 0.001], ids=["in the tensors", "in the header"])
-def test_truncated_shard(source, refused, kept):
+def test_a_truncated_shard_is_named_in_the_error(source, refused, kept):
     content = (source / SHARD).read_bytes()
     (source / SHARD).write_bytes(content[: int(len(content) * kept)])
     message = refused()
     assert SHARD in message and "truncated" in message
 
 
-def test_shard_that_is_not_a_safetensors_file(source, refused):
+def test_a_shard_that_is_not_a_safetensors_file_is_named(source, refused):
     (source / SHARD).write_bytes(b"<!DOCTYPE html>" * 1000)
     assert SHARD in refused()
     (source / SHARD).write_bytes((20).to_bytes(8, "little") + b"not a header at all, but text")
     assert "no readable safetensors header" in refused()
 
 
-def test_header_that_contradicts_itself(source, refused):
+def test_a_header_that_contradicts_itself_is_refused(source, refused):
     content = (source / SHARD).read_bytes()
     changed = content.replace(b'"shape":[64', b'"shape":[65', 1)
     assert changed != content
@@ -78,21 +78,21 @@ def test_header_that_contradicts_itself(source, refused):
     assert SHARD in message and "damaged header" in message
 
 
-def test_index_that_lists_too_much(source, refused):
+def test_a_tensor_that_only_the_index_lists_is_named(source, refused):
     index = json.loads((source / sources.INDEX).read_text())
     index["weight_map"]["model.extra.weight"] = SHARD
     (source / sources.INDEX).write_text(json.dumps(index))
     assert "model.extra.weight" in refused()
 
 
-def test_index_outside_its_folder(source, refused):
+def test_an_index_that_points_outside_its_folder_is_refused(source, refused):
     index = json.loads((source / sources.INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = "../../elsewhere.safetensors"
     (source / sources.INDEX).write_text(json.dumps(index))
     assert "'../../elsewhere.safetensors'" in refused()
 
 
-def test_shards_without_their_index(source, refused):
+def test_shards_without_their_index_are_refused(source, refused):
     (source / sources.INDEX).unlink()
     assert sources.INDEX in refused()
 
@@ -105,7 +105,7 @@ def test_shards_without_their_index(source, refused):
         ("visual.patch_embed.proj.weight", [32, 3, 2, 4, 4]),
     ],
 )
-def test_wrong_shape(source, refused, key, shape):
+def test_a_wrong_shape_is_named_with_the_expected_one(source, refused, key, shape):
     def change(tensors):
         assert list(tensors[key].shape) == shape
         tensors[key] = torch.cat([tensors[key]] * 2)
@@ -143,13 +143,13 @@ def test_unknown_keys_are_named_up_to_twenty(source, refused):
     assert "model.layers.2.adapter.weight, model.layers.3.adapter.weight" in message
 
 
-def test_missing_and_unknown_are_both_reported(source, refused):
+def test_missing_and_unknown_keys_are_both_reported(source, refused):
     sources.rename_keys(source, ("model.norm.", "model.norn."))
     message = refused()
     assert "model.language_model.norm.weight" in message and "model.norn.weight" in message
 
 
-def test_same_tensor_under_two_names(source, refused):
+def test_a_tensor_under_two_names_is_refused(source, refused):
     def change(tensors):
         tensors["model.language_model.norm.weight"] = tensors["model.norm.weight"].clone()
 
@@ -158,7 +158,7 @@ def test_same_tensor_under_two_names(source, refused):
     assert "model.norm.weight" in message and "model.language_model.norm.weight" in message
 
 
-def test_same_key_in_two_shards(source, refused):
+def test_a_key_in_two_shards_is_refused(source, refused):
     import safetensors.torch
 
     tensors = safetensors.torch.load_file(source / SHARD)
@@ -169,7 +169,7 @@ def test_same_key_in_two_shards(source, refused):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_weights_that_are_not_finite(source, refused, value, dtype):
+def test_a_weight_that_is_not_finite_is_named(source, refused, value, dtype):
     def change(tensors):
         for key in tensors:
             tensors[key] = tensors[key].to(getattr(torch, dtype))
@@ -180,7 +180,7 @@ def test_weights_that_are_not_finite(source, refused, value, dtype):
     assert "model.layers.1.mlp.down_proj.weight" in message and str(value) in message
 
 
-def test_a_dtype_that_the_family_does_not_compute_in(tmp_path):
+def test_a_dtype_that_the_family_does_not_compute_in_is_refused(tmp_path):
     source = sources.write_source(tmp_path / "hf", "gemma3")
     with pytest.raises(CheckpointError, match="cannot run in float16.*float32 or bfloat16"):
         convert_checkpoint(source, tmp_path / "ours", dtype="float16")
@@ -196,7 +196,7 @@ def test_weights_too_large_for_float16(source, refused):
     assert "model.norm.weight" in message and "float16" in message and "bfloat16" in message
 
 
-def test_quantised_weights(source, refused):
+def test_quantised_weights_are_refused(source, refused):
     def change(tensors):
         key = "model.layers.0.mlp.up_proj.weight"
         tensors[key] = tensors[key].to(torch.int8)
@@ -206,13 +206,13 @@ def test_quantised_weights(source, refused):
     assert "model.layers.0.mlp.up_proj.weight (I8)" in message and "uantised" in message
 
 
-def test_config_of_another_family(source, refused):
+def test_a_config_of_an_unknown_family_is_refused(source, refused):
     sources.edit_json(source / "config.json", model_type="llama")
     message = refused()
     assert "'llama'" in message and "qwen2_5_vl, qwen2_vl" in message
 
 
-def test_config_of_the_sister_family(source, refused):
+def test_weights_of_a_sister_family_are_refused(source, refused):
     sources.edit_json(source / "config.json", model_type="qwen2_5_vl")
     assert "tensors that the model" in refused()
 
@@ -222,7 +222,7 @@ def test_config_of_the_sister_family(source, refused):
     [(None, "holds no config.json"), ("{", "not JSON"), ("[]", "not hold a JSON object"),
      ("{}", "no model_type")],
 )  # fmt: skip
-def test_damaged_config(source, refused, content, part):
+def test_a_damaged_config_is_named_in_the_error(source, refused, content, part):
     if content is None:
         (source / "config.json").unlink()
     else:
@@ -232,7 +232,7 @@ def test_damaged_config(source, refused, content, part):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_pickled_weights(source, refused, name):
+def test_pickled_weights_are_refused(source, refused, name):
     for file in [*source.glob("*.safetensors"), source / sources.INDEX]:
         file.unlink()
     (source / name).write_bytes(b"")
@@ -240,25 +240,25 @@ def test_pickled_weights(source, refused, name):
     assert name in message and "runs whatever code" in message
 
 
-def test_no_weights(source, refused):
+def test_a_folder_without_weights_is_refused(source, refused):
     for file in [*source.glob("*.safetensors"), source / sources.INDEX]:
         file.unlink()
     assert "holds no weights" in refused()
 
 
-def test_no_tokenizer_and_no_image_settings(source, refused):
+def test_missing_tokenizer_and_image_settings_are_named(source, refused):
     (source / "tokenizer.json").unlink()
     (source / "preprocessor_config.json").unlink()
     message = refused()
     assert "tokenizer.json" in message and "preprocessor_config.json" in message
 
 
-def test_source_that_is_converted_already(source, tmp_path, refused):
+def test_a_source_that_is_already_converted_is_refused(source, tmp_path, refused):
     convert_checkpoint(source, tmp_path / "first")
     assert "converted checkpoint already" in refused(origin=tmp_path / "first")
 
 
-def test_source_that_does_not_exist(tmp_path, refused, source):
+def test_a_source_that_does_not_exist_is_refused(tmp_path, refused, source):
     assert "no folder" in refused(origin=tmp_path / "nowhere")
     assert "is a file" in refused(origin=source / "config.json")
     assert "for hub ids only" in refused(revision="main")
@@ -276,7 +276,7 @@ def hub_errors():
 
 
 @pytest.mark.parametrize("error, part", list(hub_errors()), ids=lambda value: type(value).__name__)
-def test_hub_errors(refused, monkeypatch, error, part):
+def test_errors_of_the_hub_are_explained(refused, monkeypatch, error, part):
     def fail(*_, **__):
         raise error
 
@@ -285,7 +285,7 @@ def test_hub_errors(refused, monkeypatch, error, part):
     assert part in message and "someone/something" in message
 
 
-def test_hub_id_is_fetched_without_pickles(source, tmp_path, monkeypatch):
+def test_a_hub_id_is_fetched_without_pickles(source, tmp_path, monkeypatch):
     asked = {}
 
     def fetch(name, **options):
@@ -308,7 +308,7 @@ def test_unknown_dtype(refused):
     assert "'brainfloat'" in refused(dtype="brainfloat")
 
 
-def test_destination_that_exists(source, tmp_path):
+def test_a_destination_that_is_not_empty_is_left_alone(source, tmp_path):
     destination = tmp_path / "ours"
     destination.mkdir()
     (destination / "precious").write_text("data")
@@ -320,21 +320,21 @@ def test_destination_that_exists(source, tmp_path):
     assert [file.name for file in destination.iterdir()] == ["precious"]
 
 
-def test_empty_destination_and_missing_parents_are_fine(source, tmp_path):
+def test_an_empty_destination_and_missing_parents_are_accepted(source, tmp_path):
     (tmp_path / "empty").mkdir()
     convert_checkpoint(source, tmp_path / "empty")
     convert_checkpoint(source, tmp_path / "some/where/new")
     assert load(tmp_path / "empty").fingerprint == load(tmp_path / "some/where/new").fingerprint
 
 
-def test_disk_that_is_too_small(refused, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused(refused, monkeypatch):
     usage = types.SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
     monkeypatch.setattr(convert.writing.shutil, "disk_usage", lambda folder: usage)
     message = refused()
     assert "GB" in message and "free" in message
 
 
-def test_verification_without_torch(refused, monkeypatch):
+def test_verification_without_torch_says_how_to_install_it(refused, monkeypatch):
     monkeypatch.setattr(convert.verify.importlib.util, "find_spec", lambda name: None)
     assert "pip install torch" in refused(check=True)
 
@@ -361,7 +361,7 @@ def test_help_has_an_example(capsys):
 
 
 class TestLoading:
-    """`load` explains what is wrong with folders that `convert` has not written."""
+    """`load` explains what is wrong with folders that are not what `convert` wrote."""
 
     @pytest.fixture
     def converted(self, source, tmp_path):
@@ -374,49 +374,49 @@ class TestLoading:
         assert isinstance(caught.value, CheckpointError)
         return str(caught.value)
 
-    def test_missing_folder(self, tmp_path):
+    def test_a_missing_folder_is_named(self, tmp_path):
         assert "no folder" in self.message(tmp_path / "nowhere")
         assert "python -m convert Qwen/Qwen2-VL-2B-Instruct" in self.message(
             "Qwen/Qwen2-VL-2B-Instruct"
         )
 
-    def test_unconverted_folder(self, source, tmp_path):
+    def test_an_unconverted_folder_is_refused_with_the_command(self, source, tmp_path):
         assert f"python -m convert {source}" in self.message(source)
         assert "no bsjax.json" in self.message(tmp_path)
 
-    def test_damaged_manifest(self, converted):
+    def test_a_damaged_manifest_is_refused(self, converted):
         manifest = converted / "bsjax.json"
         sources.edit_json(manifest, fingerprint=None)
         assert "lacks fingerprint" in self.message(converted)
         manifest.write_text("{")
         assert "damaged" in self.message(converted)
 
-    def test_newer_format(self, converted):
+    def test_a_newer_format_is_refused(self, converted):
         sources.edit_json(converted / "bsjax.json", format_version=2)
         assert "format version 2" in self.message(converted)
 
-    def test_other_family(self, converted):
+    def test_another_family_in_the_manifest_or_config_is_refused(self, converted):
         sources.edit_json(converted / "bsjax.json", family="qwen2_5_vl")
         assert "converted as qwen2_5_vl" in self.message(converted)
         sources.edit_json(converted / "config.json", model_type="llama")
         assert "'llama'" in self.message(converted)
 
-    def test_config_of_another_size(self, converted):
+    def test_a_config_of_another_size_is_refused(self, converted):
         text = json.loads((converted / "config.json").read_text())["text_config"]
         text |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
         sources.edit_json(converted / "config.json", text_config=text)
         assert "needs (3, 64)" in self.message(converted)
 
-    def test_missing_parameter(self, converted):
+    def test_a_missing_parameter_is_named(self, converted):
         shutil.rmtree(converted / "parameters/language_model.norm.scale")
         assert "language_model.norm.scale" in self.message(converted)
 
-    def test_missing_chunk(self, converted):
+    def test_a_parameter_with_a_missing_chunk_is_named(self, converted):
         folder = converted / "parameters/language_model.layers.mlp.up_proj.kernel"
         next(file for file in folder.rglob("*") if file.is_file() and file.suffix == "").unlink()
         assert "language_model.layers.mlp.up_proj.kernel" in self.message(converted)
 
-    def test_flipped_bit(self, converted):
+    def test_a_parameter_with_a_flipped_bit_is_named(self, converted):
         folder = converted / "parameters/language_model.layers.mlp.up_proj.kernel"
         chunk = next(file for file in folder.rglob("*") if file.is_file() and file.suffix == "")
         content = np.frombuffer(chunk.read_bytes(), np.uint8).copy()
@@ -425,13 +425,13 @@ class TestLoading:
         message = self.message(converted)
         assert "language_model.layers.mlp.up_proj.kernel" in message and "damaged" in message
 
-    def test_missing_parameters_folder(self, converted):
+    def test_a_missing_parameters_folder_is_named(self, converted):
         (converted / "parameters/_METADATA").unlink()
         assert "parameters is damaged" in self.message(converted)
         shutil.rmtree(converted / "parameters")
         assert "parameters is missing" in self.message(converted)
 
-    def test_damaged_tokenizer(self, converted):
+    def test_a_damaged_tokenizer_is_named(self, converted):
         (converted / "tokenizer.json").write_text("{")
         assert "tokenizer" in self.message(converted)
 
@@ -445,7 +445,7 @@ class TestLoading:
         assert "'int8'" in self.message(converted, dtype="int8")
 
 
-def test_tied_embedding_that_differs(tmp_path):
+def test_a_tied_embedding_that_differs_is_refused(tmp_path):
     folder = sources.write_source(tmp_path / "tied", tied=True)
     embedding = "model.embed_tokens.weight"
 
@@ -475,7 +475,7 @@ def test_tied_embedding_that_differs(tmp_path):
         ("generation_config.json", {"eos_token_id": "x"}, "end-of-sequence token 'x'"),
     ],
 )
-def test_files_that_do_not_match(source, refused, file, change, words):
+def test_settings_that_do_not_match_each_other_are_refused(source, refused, file, change, words):
     settings = json.loads((source / file).read_text())
     for key, value in change.items():
         if isinstance(value, dict):
@@ -495,6 +495,6 @@ def test_files_that_do_not_match(source, refused, file, change, words):
         "generation_config.json",
     ],
 )
-def test_damaged_files_other_than_weights(source, refused, file):
+def test_damaged_files_other_than_weights_are_refused(source, refused, file):
     (source / file).write_text("{")
     assert str(source) in refused()

@@ -35,7 +35,7 @@ def test_a_soft_cap_makes_no_difference(tmp_path, family):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 5e-2), ("float16", 1e-2)])
-def test_rounding_is_allowed_for(tmp_path, dtype, tolerance):
+def test_differences_from_rounding_are_accepted(tmp_path, dtype, tolerance):
     source = sources.write_source(tmp_path / "hf", dtype="float32")
     result = convert_checkpoint(source, tmp_path / "ours", dtype=dtype, check=True)
     assert result.verification is not None

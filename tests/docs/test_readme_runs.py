@@ -24,14 +24,14 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The words of every command of the shell blocks."""
+    """The words of each command in the shell blocks."""
     lines = [line for block in blocks("") for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture
 def working_directory(tiny_checkpoint, tmp_path, monkeypatch) -> Path:
-    """A folder that has the files which the README names."""
+    """A folder with the files that the README names."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "qwen2.5-vl-3b").symlink_to(tiny_checkpoint)
     (tmp_path / "photos").mkdir()

@@ -1,4 +1,4 @@
-"""The drawing of the packages in docs/architecture.md is what the imports are."""
+"""The drawing of the packages in docs/architecture.md agrees with the imports."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ def imports_between_packages() -> set[tuple[str, str, str]]:
     for path in PACKAGE.rglob("*.py"):
         inner = path.relative_to(PACKAGE)
         if len(inner.parts) == 1 and inner.stem in ("__init__", "__main__"):
-            continue  # They name what is public, and start the console script.
+            continue  # These list the public names and start the console script.
         importer = inner.parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def test_every_import_points_down():
     rank = {name: number for number, layer in enumerate(drawn_layers()) for name in layer}
     edges = imports_between_packages()
     assert len({edge[:2] for edge in edges}) > 20, "the imports were not found"
-    # `from bsjax import name` imports a package lazily, by its public name: none is drawn.
+    # `from bsjax import name` imports public names lazily; those are not packages of the drawing.
     wrong = [edge for edge in edges if edge[1] in rank and rank[edge[0]] >= rank[edge[1]]]
     assert not wrong
 

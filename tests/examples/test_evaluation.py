@@ -37,7 +37,7 @@ LAYERS, HEADS = 5, 6
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """What training starts from, taken the way that a trained model goes."""
+    """An untrained model, exported and converted like a trained one."""
     folder = tmp_path_factory.mktemp("small")
     config = make_config(make_tokenizer())
     module = FAMILIES[config.model_type].build(config, jnp.float32)
@@ -54,10 +54,10 @@ def prompts(small_model):
 
 
 def with_generated_answers(model, prompts, categories):
-    """Makes what `bsjax.generate` answers the right answer of every other prompt.
+    """Declares the answer of `bsjax.generate` to be the right answer of every other prompt.
 
-    Prompts are read back from the batches. Returns which ones it answers right then, and the share
-    of FLOPs that it saves.
+    Prompts are read back from the batches. Returns which prompts it then answers right, and the
+    share of FLOPs that it saves.
     """
     profile = Profile(
         family="qwen2_5_vl", categories=categories, sinks=bsjax.Sinks(first=1, offsets=(2,))
@@ -109,11 +109,11 @@ def test_prompts_are_answered_as_generate_answers_them(small_model, prompts):
     np.testing.assert_array_equal(prompts.right(categories), expected)
     assert prompts.reduction(categories) == pytest.approx(saved, abs=1e-9)
     assert 0 < expected.mean() < 1
-    # With other categories other answers come out: some of those are not right any more.
+    # Other categories give other answers, some of which are then wrong.
     assert prompts.right(np.zeros_like(categories)).sum() < expected.sum()
 
 
-def test_controls_take_what_the_profile_takes():
+def test_controls_save_what_the_profile_saves():
     random = np.random.default_rng(1)
     categories = random.integers(0, 4, (LAYERS, HEADS)).astype(np.int8)
     controls = list(control_conditions(categories, seed=0))
@@ -131,7 +131,7 @@ def test_controls_take_what_the_profile_takes():
     assert uniform == {HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK}
 
 
-def test_the_last_layer_is_free_where_the_rule_knows_that_nothing_reads_it():
+def test_the_last_layer_is_free_if_the_rule_knows_that_nothing_reads_it():
     random = np.random.default_rng(3)
     shape = (4, LAYERS, HEADS)
     measurements = Measurements(
@@ -174,14 +174,14 @@ def test_a_hybrid_is_evaluated_with_the_layers_it_was_trained_with(small_model, 
     expected = np.zeros((LAYERS, HEADS), np.int8)
     expected[[1, 3]] = HeadCategory.INTRA_IMAGE_SINK
     np.testing.assert_array_equal(hybrid.categories, expected)
-    # The groups of training are those of the categories.
+    # Training uses the key groups of these categories.
     of_layers = groups_of_layers(config, hybrid.sparse_layers)
     of_categories = [HeadCategory(category).groups for category in expected[:, 0]]
     assert of_layers[[1, 3], 0].tolist() == [of_categories[1], of_categories[3]]
     prompts = HeldOut(hybrid.model, scenes=1, images=(2,), sinks=hybrid.sinks, seed=0)
     sparse = evaluate(prompts, [Condition("hybrid", hybrid.name, hybrid.categories)], 0)
     assert 0 < sparse[0]["reduction"] < prompts.reduction(np.full_like(expected, 3))
-    # No question asks for a repeat among so few images: it is not in the tables.
+    # With so few images no question is about repeats, so the task is missing from the tables.
     asked = {list(TASKS)[index] for index in prompts.tasks.ravel()}
     assert len(asked) < len(TASKS)
     assert set(prompts.commonest()) == set(sparse[0]["change_by_task"]) == asked
@@ -214,11 +214,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         held += low <= truth <= high
         low, high = found["change"][1:]
         changed += low <= truth - 0.8 <= high
-    # Where all agree, drawing again would leave nothing in doubt, and 150 scenes leave 2.4 %.
+    # If all agree, resampling would leave no doubt, but 150 scenes leave a doubt of 2.4 %.
     certain = accuracies(np.ones(tasks.shape, bool), np.ones(tasks.shape, bool), tasks, 0)
     assert certain["accuracy"]["all"] == [1.0, pytest.approx(0.9757, abs=1e-4), 1.0]
     assert certain["change"] == [0.0, *(pytest.approx(end, abs=1e-4) for end in (-0.0243, 0.0243))]
-    # 95 % of 60 are 57; fewer than 51 happens once in 500.
+    # 95 % of 60 are 57; fewer than 51 happen once in 500.
     assert held > 50 and changed > 50
 
 
@@ -231,7 +231,7 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     rows = evaluate(prompts, conditions, 0)
     assert rows[0]["reduction"] == 0 and rows[0]["change"][0] == 0
     assert rows[1]["reduction"] > 0.3
-    # All heads alike: each of the layers saves as much.
+    # All heads have the same category, so each layer saves the same share.
     share = rows[1]["reduction"] / LAYERS
     assert rows[1]["reduction_in_last_layer"] == pytest.approx(share)
     one_set = {
@@ -256,7 +256,7 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     }
     page = report(results, "picture.png")
     for row in rows:
-        # Of both sets: all tasks, each task, and how each has changed.
+        # For both sets: one table over all tasks, one for each task, and one of changes.
         tables = 2 if row["kind"] == "dense" else 3
         assert page.count(f"| {row['kind']} | {row['name']} |") == 2 * tables
     assert "`some-profile`, chosen on 96 other prompts (somewhere)" in page

@@ -1,4 +1,4 @@
-"""The trained checkpoint that is shipped, and its profile, are what they are said to be."""
+"""The shipped trained checkpoint and its profile are what the documentation says."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def profile(model):
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_answers_as_in_transformers(model):
+def test_it_answers_as_in_transformers(model):
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         CHECKPOINT, dtype=torch.float32
     ).eval()
@@ -71,7 +71,7 @@ def test_its_files_are_those_that_training_writes(tmp_path):
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 8e6
 
 
-def test_the_log_of_its_training_is_beside_the_code():
+def test_the_log_of_its_training_is_in_the_repository():
     settings = json.loads((RUN / "settings.json").read_text())
     for stage, steps in (("tower", "tower_steps"), ("model", "steps")):
         lines = (RUN / f"{stage}.jsonl").read_text().splitlines()
@@ -79,7 +79,7 @@ def test_the_log_of_its_training_is_beside_the_code():
     assert (RUN / "curve.png").stat().st_size > 10_000
 
 
-def test_the_hybrid_differs_from_it_in_its_sparse_layers_alone():
+def test_the_hybrid_differs_from_it_only_in_its_sparse_layers():
     settings, of_hybrid = (
         json.loads((folder / "settings.json").read_text()) for folder in (RUN, RUN / "hybrid")
     )
@@ -91,9 +91,9 @@ def test_the_hybrid_differs_from_it_in_its_sparse_layers_alone():
 
 @pytest.mark.slow
 def test_it_answers_all_kinds_of_questions_dense_and_sparse(model, profile):
-    """With the profile it does less and answers as well: the claim, on few of the prompts.
+    """With the profile it answers as well at fewer FLOPs, as claimed; here on a few prompts.
 
-    The profile's own categories in other heads of the same layers do not.
+    It does not if other heads of the same layers get the profile's categories.
     """
     prompts = HeldOut(model, scenes=40, images=PROFILED_IMAGES, sinks=profile.sinks, seed=11)
     dense = prompts.right(np.zeros_like(profile.categories))

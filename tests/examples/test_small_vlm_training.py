@@ -1,4 +1,4 @@
-"""The training data say what they claim, and training computes what bsjax computes."""
+"""The training data are what they claim to be, and training computes what bsjax computes."""
 
 import dataclasses
 import json
@@ -59,17 +59,17 @@ def conversation(scene, question):
     return [{"role": "user", "content": [*images, {"type": "text", "text": question.text}]}]
 
 
-def test_no_digit_is_for_training_and_for_testing():
+def test_no_digit_is_used_for_both_training_and_testing():
     for train, test in zip(scenes.digit_images(False), scenes.digit_images(True), strict=True):
         assert len(train) > 80 and len(test) > 30
         seen = {digit.tobytes() for digit in train}
-        # A few of scikit-learn's digits are the same pixel by pixel; none of them is on both sides.
+        # A few digits of scikit-learn are equal pixel by pixel; none of these is in both sets.
         assert not [digit for digit in test if digit.tobytes() in seen]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_right(task):
-    """Checked against the scene by rules written here, from the question's text alone."""
+    """Answers are checked against the scene by separate rules, from the question's text alone."""
     random = np.random.default_rng(0)
     answers = Counter()
     for _ in range(300):
@@ -100,7 +100,7 @@ def test_answers_are_right(task):
         assert all(values[image] == values[question.images[0]] for image in question.images)
         if question.task == task:
             answers[expected] += 1
-    # No answer is right so often that a model could live on it.
+    # No answer is right so often that a model could always give it.
     assert answers.total() > 100 and max(answers.values()) < 0.6 * answers.total()
 
 
@@ -140,7 +140,7 @@ def test_patches_are_those_of_the_image_processor(encoder):
 def test_training_computes_what_inference_computes(
     module, programs, config, encoder, tokenizer, category
 ):
-    """A question of a batch has the hidden state that its prompt has alone, whatever heads see."""
+    """A question's hidden states in a batch equal those of its prompt alone, in all categories."""
     random = np.random.default_rng(2)
     scene = draw_scene(random, 4, test=False)
     questions = [ask(random, scene) for _ in range(3)]
@@ -170,14 +170,14 @@ def test_training_computes_what_inference_computes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [training.TowerStage, training.ModelStage])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+def test_a_run_that_was_stopped_continues_to_the_same_result(
     kind, module, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(training, "PHASES", (training.Phase(1.0, (2,)),))
     monkeypatch.setattr(training, "IMAGES_PER_BATCH", 4)
     monkeypatch.setattr(training, "TOWER_IMAGES_PER_BATCH", 4)
     settings = training.Settings(tower_steps=3, steps=3, warmup_steps=1)
-    # One stage for all runs, as it was at first in each: its step takes long to compile.
+    # All runs use one stage, reset to its initial state, because its step takes long to compile.
     stage = kind(module, settings, encoder)
     monkeypatch.setattr(stage, "evaluate", lambda: {})
     first = jax.tree.map(np.array, stage.state)
@@ -207,7 +207,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 
 def test_sparse_layers_see_their_own_image_and_sinks(config):
-    """What rows with such key groups see is what inference computes: tested above."""
+    """A test above checks that rows with such key groups see what they see in inference."""
     groups = forward.groups_of_layers(config, (1, 3))
     sparse = int(HeadCategory.INTRA_IMAGE_SINK.groups)
     assert groups.shape == (5, 1)
@@ -220,9 +220,9 @@ def test_sparse_layers_see_their_own_image_and_sinks(config):
 
 @pytest.mark.slow
 def test_a_run_with_sparse_layers_trains_with_them(module, config, encoder, monkeypatch):
-    """Its loss is taken with the groups of its categories, in training and when it is evaluated.
+    """Its loss uses the key groups of its categories, both in training and in evaluation.
 
-    That a loss with such groups sees what inference computes is tested above.
+    A test above checks that such key groups see what they see in inference.
     """
     used = []
 
@@ -258,7 +258,7 @@ def test_images_of_sparse_layers_are_not_taught_to_look_at_others(config, encode
 
 @pytest.mark.slow
 def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, tokenizer):
-    """The targets of every question, told as images, letters and the first row of the prompt."""
+    """The targets of every question, expressed as images, letters and the prompt's first row."""
     random = np.random.default_rng(9)
     scene = dataclasses.replace(draw_scene(random, 5, test=False), first_label=3)
     contents, colours = scene.contents, scene.colours
@@ -287,7 +287,7 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
     readings = loss.readings_of(loss.new_readers(config, 0), nothing, batch, heads)
 
     def told(name):
-        """The truth of a reading, where it is asked for; else -1."""
+        """The true value of a reading where it is asked for; -1 elsewhere."""
         _, truth, is_read = readings[name]
         return np.where(is_read, truth, -1)[0]
 
@@ -321,7 +321,7 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
                 expected = {f"asked {words[2]}" if alike else "first"}
                 assert looks["compared looks"][index] == {words[2]}
             assert looks[f"{name} compares"][index] == expected
-        # What can be read from values, beside that.
+        # The other readings.
         feature = int(of_colour)
         assert told("question known")[index] == 2 * list(TASKS).index(question.task) + feature
         if words[0] == "Is":
@@ -341,7 +341,7 @@ def test_heads_are_taught_to_look_at_what_questions_are_about(config, encoder, t
 
 
 def test_a_run_starts_with_layers_that_add_nothing(module, config):
-    """Logits are those of the embeddings alone, on the scale they have without the quiet start."""
+    """Logits are those of the embeddings alone, on the same scale as without the quiet start."""
     graph, parameters = nnx.split(module)
     quiet = nnx.merge(graph, training.quiet_start(parameters, config.text_config.hidden_size))
     ids, position_ids = jnp.arange(12), jnp.tile(jnp.arange(12), (3, 1))

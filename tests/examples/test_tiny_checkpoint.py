@@ -1,4 +1,4 @@
-"""The committed checkpoint is what its script makes, and answers as it does in transformers."""
+"""The committed checkpoint is what its script makes, and it answers as in transformers."""
 
 import json
 
@@ -20,7 +20,7 @@ def messages() -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_answers_as_in_transformers(tiny_source, tiny_model, messages):
+def test_it_answers_as_in_transformers(tiny_source, tiny_model, messages):
     model = tiny_model
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
         tiny_source, dtype=torch.float32
@@ -60,5 +60,5 @@ def test_the_script_makes_the_same_files(tiny_source, tmp_path):
         assert ours == again, name
 
 
-def test_is_small(tiny_source):
+def test_it_is_small(tiny_source):
     assert sum(file.stat().st_size for file in tiny_source.iterdir()) < 5e6

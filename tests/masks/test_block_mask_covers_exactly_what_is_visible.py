@@ -19,7 +19,7 @@ group_sets = st.integers(0, 31).map(KeyGroup)
 
 
 def walk(schedule, table):
-    """Yields (rows of a tile, [(keys, is full)]) as the kernels visit them."""
+    """Yields (rows of a tile, [(keys, is full)]) in the order in which the kernels visit them."""
     ranges = [KeyRange(*columns) for columns in schedule.range_columns[table].tolist()]
     for tile in map(Tile._make, schedule.tile_columns[table].tolist()):
         if not tile.rows:
@@ -54,7 +54,9 @@ def row_matrix(schedule, table):
     padding=st.integers(0, 20),
     visibility=visibilities,
 )
-def test_invariants(template, tables, block_q, block_kv, padding, visibility):
+def test_every_visible_pair_is_covered_once(
+    template, tables, block_q, block_kv, padding, visibility
+):
     schedule = build_schedule(
         template,
         tables,
@@ -98,7 +100,7 @@ def test_invariants(template, tables, block_q, block_kv, padding, visibility):
     block_kv=st.integers(1, 12),
     visibility=visibilities,
 )
-def test_to_dense_flops_and_density_are_the_predicates(
+def test_to_dense_flops_and_density_agree_with_the_predicate(
     template, categories, block_q, block_kv, visibility
 ):
     mask = BlockMask(
@@ -125,7 +127,7 @@ def test_to_dense_flops_and_density_are_the_predicates(
 )
 def test_probes_give_the_ranges_of_all_rows(template, groups, block_q, block_kv, visibility):
     def build():
-        # The second table makes the order packed, whatever the groups of the first one.
+        # The second table makes the order packed, whatever key groups the first one has.
         tables = [groups, HeadCategory.SINK.groups]
         return build_schedule(
             template, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
@@ -149,12 +151,12 @@ def test_few_probes_suffice_with_a_window():
 
 
 def test_with_a_window_no_tile_spans_the_whole_prompt():
-    """Such a tile would still run after all others are done. The number of tiles stays the same."""
+    """Such a tile would still run when all others are done. The number of tiles stays the same."""
     template = Template.from_segments([Text(8), Image(256)] * 400)
     blocks = {"block_q": 128, "block_kv": 64, "visibility": Visibility(True, 1024)}
     tables = [category.groups for category in HeadCategory]
     schedule = build_schedule(template, tables, **blocks)
-    # Keys of the tile's span and of the window before it; a few blocks more, as ranges are cut.
+    # Keys of the tile's span and of the window before it, and a few more because ranges are cut.
     most = (4 * 1024 + 1024 + 256) // 64 + 8
     assert schedule.tiles.blocks.max() <= most
     with mock.patch("bsjax.masks.query_rows.TILE_WINDOWS", 10**6):
@@ -166,7 +168,7 @@ def test_with_a_window_no_tile_spans_the_whole_prompt():
     assert schedule.tile_columns.shape == whole.tile_columns.shape
 
 
-def test_work_of_a_sparse_tile_is_its_ranges():
+def test_the_work_of_a_sparse_tile_is_that_of_its_ranges():
     # 40 images of 100 tokens with two text tokens each: image rows of INTRA_IMAGE see only the text
     # before them and their own image.
     template = Template.from_segments([Image(100), Text(2)] * 40)

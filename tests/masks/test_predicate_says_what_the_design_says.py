@@ -27,7 +27,7 @@ def sees(template, category, i, j, visibility):
 
 
 @given(template=templates, visibility=visibilities)
-def test_every_pair_of_every_category(template, visibility):
+def test_every_pair_of_every_category_is_seen_as_designed(template, visibility):
     for category in HeadCategory:
         seen = visible_matrix(template, category.groups, visibility)
         for i in range(template.tokens):
@@ -46,7 +46,7 @@ def test_groups_are_disjoint_and_together_dense(template, visibility):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_gemma_sees_ahead_inside_an_image_but_never_behind_the_window(window):
+def test_gemma_sees_ahead_inside_an_image_but_nothing_before_the_window(window):
     template = Template.from_segments([Text(2), Image(6), Text(2)])
     seen = visible_matrix(
         template, HeadCategory.DENSE.groups, Visibility(bidirectional_images=True, window=window)

@@ -61,7 +61,7 @@ def test_degenerate_prompts_have_a_template(segments):
     assert sorted(template.packed_order) == list(range(template.tokens))
 
 
-def test_two_hundred_images():
+def test_two_hundred_images_are_counted():
     template = Template.from_segments([Text(3)] + [Image(40), Text(2)] * 200)
     assert template.num_images == 200
     assert template.image_tokens == (40,) * 200

@@ -1,4 +1,4 @@
-"""A deep model is the same program as a shallow one, and no program holds tokens x tokens."""
+"""A deep model compiles to the same program as a shallow one, without tokens x tokens arrays."""
 
 from operator import attrgetter
 
@@ -83,7 +83,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_programs_do_not_grow_with_depth(family):
-    """Gemma 3's kinds of layers have a period of three here; both depths leave two layers over."""
+    """Gemma 3's kinds of layers repeat every three layers here; both depths have two left over."""
     shallow, deep = programs(family, 5), programs(family, 11)
     for name in shallow:
         assert [equation.primitive for equation in shallow[name]] == [
@@ -92,7 +92,7 @@ def test_programs_do_not_grow_with_depth(family):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
-def test_no_array_of_rows_by_rows(family):
+def test_no_array_has_rows_times_rows_elements(family):
     traced = programs(family, 3)
     for name, rows in (("encode_images", PATCHES), ("prefill", ROWS)):
         largest = max(

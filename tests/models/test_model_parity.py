@@ -256,7 +256,7 @@ def case_of(family: str, case: str) -> tuple[Pair, RandomPrompt]:
 @pytest.mark.slow
 @for_families
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1]])
-def test_image_features(family, case):
+def test_image_features_equal_transformers(family, case):
     models, prompt = case_of(family, case)
     expected = reference_features(models.reference, prompt)
     ours = models.port.image_features(prompt)[: len(expected)]
@@ -265,7 +265,7 @@ def test_image_features(family, case):
 
 @for_families
 @for_cases
-def test_logits_at_every_position(family, case):
+def test_logits_at_every_position_equal_transformers(family, case):
     models, prompt = case_of(family, case)
     logits, _, _ = models.port.prefill(prompt)
     assert_close(logits, reference_logits(models.reference, prompt))
@@ -274,16 +274,16 @@ def test_logits_at_every_position(family, case):
 @pytest.mark.slow
 @for_families
 @for_cases
-def test_greedy_tokens_and_their_logits(family, case):
+def test_greedy_tokens_and_their_logits_equal_transformers(family, case):
     models, prompt = case_of(family, case)
     assert_greedy_matches(models.port.greedy(prompt), models.reference, prompt)
 
 
 @pytest.mark.slow
 @for_families
-def test_adjacent_images(family):
-    """With no text between images, transformers computes no positions for Qwen's and takes Gemma's
-    for one image; it can use ours.
+def test_adjacent_images_are_separate_images(family):
+    """Without text between images, transformers cannot compute positions for Qwen and takes images
+    of Gemma for a single one, so here it uses bsjax's positions and masks.
     """
     models, _ = case_of(family, "one image")
     config = models.reference.config
@@ -303,7 +303,7 @@ def test_adjacent_images(family):
 
 @pytest.mark.slow
 @for_families
-def test_packed_order(family):
+def test_packed_order_changes_no_result(family):
     models, prompt = case_of(family, "seven images, four layers")
     logits, _, _ = models.port.prefill(prompt, packed=True)
     assert_close(logits, reference_logits(models.reference, prompt))
@@ -312,7 +312,7 @@ def test_packed_order(family):
 
 @pytest.mark.slow
 @for_families
-def test_categories_of_every_layer_and_head(family):
+def test_every_layer_and_head_uses_its_category(family):
     """Block-sparse prefill in packed order is dense attention under the masks of the predicate."""
     models, prompt = case_of(family, "seven images, four layers")
     text = models.reference.config.text_config
@@ -331,7 +331,7 @@ def test_categories_of_every_layer_and_head(family):
 
 
 @pytest.mark.slow
-def test_tower_before_its_projector():
+def test_the_tower_equals_transformers_before_its_projector():
     models, prompt = case_of("gemma3", "seven images, four layers")
     config = models.reference.config
     pixels = reference_inputs(models.reference, prompt)["pixel_values"]
@@ -346,7 +346,7 @@ def test_tower_before_its_projector():
 
 
 @pytest.mark.slow
-def test_layers_run_with_any_attention_keep_in_layer_order():
+def test_what_layers_keep_is_returned_in_layer_order():
     """With alternating kinds of layers, what they keep is returned in the order of the layers."""
     models, prompt = case_of("gemma3", "seven images, four layers")
     config = models.reference.config
@@ -370,7 +370,7 @@ def test_layers_run_with_any_attention_keep_in_layer_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [24, 4096])
-def test_windows_longer_than_an_image_and_than_the_prompt(window):
+def test_windows_may_be_longer_than_an_image_or_the_prompt(window):
     """Windows whose edges cut through images, and a ring that is limited by the cache's length."""
     shape, images = CASES["seven images, four layers"]
     models = pair(replace(shape.with_family("gemma3"), window=window))
@@ -383,7 +383,7 @@ def test_windows_longer_than_an_image_and_than_the_prompt(window):
 
 
 @pytest.mark.slow
-def test_layers_that_are_all_global():
+def test_a_model_with_only_global_layers_equals_transformers():
     shape, images = CASES["one image"]
     models = pair(replace(shape.with_family("gemma3"), pattern=1))
     prompt = random_prompt(models.reference.config, list(images))
@@ -394,7 +394,7 @@ def test_layers_that_are_all_global():
 
 
 @pytest.mark.slow
-def test_soft_cap_of_a_model_that_reads_images():
+def test_the_soft_cap_applies_to_models_that_read_images():
     """transformers' Gemma3ForConditionalGeneration ignores it; Gemma3ForCausalLM does not."""
     shape, images = CASES["one image"]
     models = pair(replace(shape.with_family("gemma3"), softcap=3.0))
@@ -407,7 +407,7 @@ def test_soft_cap_of_a_model_that_reads_images():
 
 
 @pytest.mark.slow
-def test_text_only_model_with_a_soft_cap():
+def test_a_text_only_model_with_a_soft_cap_equals_transformers():
     """Prompts of several windows, no tower, and the class of transformers that caps logits."""
     reference = random_reference(small_config(Shape("gemma3_text", layers=4, softcap=3.0)))
     port = Port(reference)
@@ -423,7 +423,7 @@ def test_text_only_model_with_a_soft_cap():
 
 @pytest.mark.slow
 @for_families
-def test_published_widths(family):
+def test_models_of_published_widths_equal_transformers(family):
     reference = random_reference(small_config(REAL_WIDTHS[family]))
     prompt = random_prompt(reference.config, [(6, 9), (1, 8)])
     port = Port(reference)

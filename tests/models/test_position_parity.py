@@ -36,7 +36,7 @@ def reference(family: str):
 @for_families
 @settings(deadline=None, max_examples=50)
 @given(sizes=sizes, seed=st.integers(0, 1000))
-def test_positions(family, sizes, seed):
+def test_positions_equal_transformers(family, sizes, seed):
     config = CONFIGS[family]
     prompt = random_prompt(config, sizes, seed=seed)
     ours, next_position = FAMILIES[family].positions(prompt.token_ids, prompt.grid_thw, config)
@@ -95,7 +95,7 @@ def test_grids_that_are_refused(family):
 @for_families
 @settings(deadline=None, max_examples=50)
 @given(sizes=sizes.filter(len), frames=st.integers(1, 2))
-def test_rows_of_the_vision_tower(family, sizes, frames):
+def test_rows_of_the_vision_tower_equal_transformers(family, sizes, frames):
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     config = CONFIGS[family]

@@ -82,7 +82,7 @@ def check(target: str, head_dim: int, dtype: str, *, fills_gpu: bool = True, **o
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("target", ["a100", "l40s", "h200", "b200"])
-def test_every_architecture(target, dtype):
+def test_it_compiles_for_every_architecture(target, dtype):
     require_gpu_compiler()
     check(target, 128, dtype)
 
@@ -98,20 +98,20 @@ def test_every_architecture(target, dtype):
         (256, "float32"),
     ],
 )
-def test_every_head_dim(head_dim, dtype):
+def test_it_compiles_for_every_head_dim(head_dim, dtype):
     require_gpu_compiler()
     check("h200", head_dim, dtype, q_heads=8)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "bfloat16"), (256, "bfloat16")])
-def test_least_shared_memory(head_dim, dtype):
+def test_it_compiles_for_the_gpu_with_least_shared_memory(head_dim, dtype):
     require_gpu_compiler()
     check("l40s", head_dim, dtype, q_heads=8)
 
 
 @pytest.mark.parametrize("target", ["a100", "h200"])
 @pytest.mark.parametrize(("head_dim", "heads"), [(256, (8, 4)), (128, (32, 16))])
-def test_rings_of_gemma3(target, head_dim, heads):
+def test_it_compiles_for_the_ring_caches_of_gemma3(target, head_dim, heads):
     require_gpu_compiler()
     # As many programs as there are blocks of 64 rows, which for 4 key heads is fewer than cores.
     check(
@@ -126,7 +126,7 @@ def test_rings_of_gemma3(target, head_dim, heads):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_caches_beyond_32_bit_offsets(dtype):
+def test_caches_may_be_larger_than_32_bit_offsets(dtype):
     require_gpu_compiler()
     check("h200", 128, dtype, rows=300_000)
 
@@ -182,7 +182,7 @@ def test_no_copy_of_cache_or_weights(decode_of_32k_tokens):
     assert sizes[largest] < min(a_layers_keys, smallest_matrix), f"%{largest[0]} [{largest[1]}]"
 
 
-def test_memory_of_a_decode_step(decode_of_32k_tokens):
+def test_a_decode_step_updates_the_cache_in_place(decode_of_32k_tokens):
     memory = decode_of_32k_tokens.memory_analysis()
     cache = 2 * 2 * LAYERS * ROWS * 2 * 128
     assert memory.alias_size_in_bytes >= cache, "the cache is updated in place"

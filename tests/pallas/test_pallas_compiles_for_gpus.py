@@ -57,7 +57,7 @@ def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix(), ids=str)
-def test_every_architecture(case):
+def test_it_compiles_for_every_architecture_as_the_page_says(case):
     require_gpu_compiler()
     chosen = compiled_kernels.default_prefill(*case[:3], sparse=case.sparse)
     report = compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
@@ -71,7 +71,7 @@ def test_every_architecture(case):
 
 @pytest.mark.parametrize(("same", "gpu"), [("rtx4090", "l40s"), ("h100", "h200")])
 def test_gpus_of_one_architecture_run_the_same_kernels(same, gpu):
-    """One of them is compiled for: what is compiled depends on nothing else of a GPU."""
+    """So the tests compile for one GPU per architecture; nothing else about a GPU matters."""
     one, other = gpu_targets.TARGETS[same], gpu_targets.TARGETS[gpu]
     assert one.architecture == other.architecture
     assert one.shared_memory_per_block == other.shared_memory_per_block
@@ -109,7 +109,7 @@ def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtyp
         ("b200", 256, "float32"),
     ],
 )
-def test_masks_built_without_asking_the_kernel(gpu, head_dim, dtype):
+def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim, dtype):
     # 128 x 64 is what `BlockMask` takes by default.
     require_gpu_compiler()
     report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64))
@@ -145,8 +145,8 @@ def test_windows_of_a_vision_tower_take_tiles_of_their_size():
 @pytest.mark.parametrize(
     ("head_dim", "heads", "tokens"), [(256, (8, 4), 131_000), (128, (32, 16), 65_536)]
 )
-def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
-    """The 4B and the 27B, at lengths that they are used at; local and global layers."""
+def test_it_compiles_for_the_layers_of_gemma3(gpu, head_dim, heads, tokens):
+    """Local and global layers of the 4B and the 27B, at prompt lengths that are used."""
     require_gpu_compiler()
     for window in (1024, None):
         report = compile_prefill(
@@ -158,7 +158,7 @@ def test_layers_of_gemma3(gpu, head_dim, heads, tokens):
 
 
 @pytest.mark.slow
-def test_siglip_on_an_a100():
+def test_it_compiles_for_siglip_on_an_a100():
     require_gpu_compiler()
     report = compile_prefill(
         "a100",
@@ -174,7 +174,7 @@ def test_siglip_on_an_a100():
 
 
 @pytest.mark.slow
-def test_arrays_beyond_32_bit_offsets():
+def test_arrays_may_be_larger_than_32_bit_offsets():
     # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
     require_gpu_compiler()
     large = compile_prefill("h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8)
@@ -184,7 +184,7 @@ def test_arrays_beyond_32_bit_offsets():
         compiled_kernels.default_prefill("h200", 128, "bfloat16"),
     )
     small = compile_prefill("h200", 128, "bfloat16")
-    # A 32-bit offset is widened at the end, to be added to a pointer.
+    # A 32-bit offset is widened at the end, before it is added to a pointer.
     widened = [
         kernel.ptx.count("mul.wide.s32") + kernel.ptx.count("cvt.s64.s32")
         for kernel in (large, small)
@@ -206,13 +206,13 @@ def test_full_blocks_evaluate_no_mask():
 
 
 @pytest.mark.slow
-def test_heads_of_80_pay_for_80():
+def test_heads_of_80_channels_do_not_pay_for_128():
     require_gpu_compiler()
     memory = {dim: compile_prefill("h200", dim, "bfloat16").shared_memory for dim in (64, 80, 128)}
     assert memory[80] < (memory[64] + memory[128]) / 2
 
 
-def test_table_has_every_entry_once():
+def test_the_table_has_every_entry_once():
     entries = read_table()
     keys = [(entry["target"], entry["width"], entry["bytes"], entry["heads"]) for entry in entries]
     wanted = [
@@ -227,7 +227,7 @@ def test_table_has_every_entry_once():
     assert min(entry["num_stages"] for entry in entries) >= 2, "copies must overlap with products"
 
 
-def test_measured_entries_are_replaced_by_measured_ones_alone(tmp_path):
+def test_measured_entries_are_replaced_only_by_measured_ones(tmp_path):
     path = tmp_path / "table.json"
     path.write_text(TABLE.read_text())
     entry = read_table(path)[5] | {"block_kv": 128, "basis": "measured"}
@@ -244,7 +244,7 @@ def test_measured_entries_are_replaced_by_measured_ones_alone(tmp_path):
     [("8.0", "sm_80"), ("8.6", "sm_89"), ("8.9", "sm_89"), ("9.0", "sm_90")]
     + [("10.0", "sm_100"), ("10.3", "sm_100"), ("12.0", "sm_89")],
 )
-def test_targets_of_gpus(capability, target):
+def test_every_gpu_has_the_target_of_its_generation(capability, target):
     assert target_of(capability) == target
 
 
@@ -254,7 +254,7 @@ def test_gpus_without_a_kernel_are_refused(capability):
         target_of(capability)
 
 
-def test_targets_are_named_for_a_while():
+def test_compiling_for_a_target_ends_with_its_block():
     before = target_in_use()
     with compiling_for("sm_80"):
         assert target_in_use() == "sm_80"

@@ -87,7 +87,7 @@ def mixed_schedule(template=RAGGED, block_q=32, block_kv=16, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_head_dims_in_every_dtype(head_dim, dtype):
+def test_every_head_dim_is_right_in_every_dtype(head_dim, dtype):
     tolerance = 3e-6 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps)
     check(
         mixed_schedule(),
@@ -102,20 +102,20 @@ def test_head_dims_in_every_dtype(head_dim, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(1, 9))
-def test_grouped_queries_with_a_category_each(group):
+def test_grouped_queries_may_have_different_categories(group):
     head_category = [(3 * head + head // 4) % 4 for head in range(2 * group)]
     check(mixed_schedule(), RAGGED.tokens, head_category, kv_heads=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (16, 128), (64, 32), (64, 64)])
-def test_block_sizes(blocks):
+def test_every_block_size_gives_the_same_result(blocks):
     schedule = mixed_schedule(block_q=blocks[0], block_kv=blocks[1])
     check(schedule, RAGGED.tokens, EVERY_CATEGORY)
 
 
 @pytest.mark.slow
-def test_blocks_used_by_default():
+def test_the_default_blocks_give_the_same_result():
     block_q, block_kv = default_blocks(128, "bfloat16", sparse=True)
     template = Template.from_segments([Text(150), Image(300), Text(5), Image(200), Text(9)])
     schedule = mixed_schedule(template, block_q, block_kv, tokens=768)
@@ -137,7 +137,7 @@ def test_blocks_used_by_default():
     visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
     seed=st.integers(0, 99),
 )
-def test_random_templates_windows_and_bidirectional_images(
+def test_random_templates_with_windows_and_bidirectional_images_agree(
     template, head_category, visibility, seed
 ):
     # One shape for all examples, so that they share their programs.
@@ -155,13 +155,13 @@ def test_random_templates_windows_and_bidirectional_images(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[1], [64, 64], [1, 100, 37, 2, 5], [16] * 9])
-def test_segments_of_a_vision_tower(lengths):
+def test_segments_of_a_vision_tower_see_only_themselves(lengths):
     schedule = segment_schedule(lengths, block_q=32, block_kv=32, tokens=sum(lengths) + 7)
     head_category = [HeadCategory.INTRA_IMAGE] * 2
     check(schedule, sum(lengths), head_category, kv_heads=2, head_dim=80)
 
 
-def test_fewer_tokens_than_one_block():
+def test_fewer_tokens_than_one_block_are_enough():
     template = Template.from_segments([Text(2), Image(3)])
     schedule = mixed_schedule(template, 128, 64)
     assert schedule.tokens == 5

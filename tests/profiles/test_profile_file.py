@@ -145,7 +145,7 @@ def test_any_categories_and_sinks_survive(layers, heads, seed, offsets):
     assert_equal(Profile.from_json(profile.to_json()), profile)
 
 
-def test_the_file_is_for_people(tmp_path):
+def test_the_file_can_be_read_by_people(tmp_path):
     categories = np.array([[0, 1, 2, 3], [3, 3, 2, 0]], np.int8)
     text = Profile(family="qwen2_vl", categories=categories).to_json()
     assert '"categories": [\n    "DSIB",\n    "BBID"\n  ],' in text
@@ -207,7 +207,7 @@ def test_another_model_is_refused():
     )
 
 
-def test_profile_arguments_resolve(tmp_path, monkeypatch):
+def test_profiles_files_and_names_resolve_to_profiles(tmp_path, monkeypatch):
     path = tmp_path / "profile.json"
     measured().save(path)
     assert Profile.resolve(None, model()) is None
@@ -246,7 +246,7 @@ def test_every_shipped_profile_is_measured_and_saves_to_the_same_bytes():
         assert profile.to_json() == (ROOT / "profiles" / f"{name}.json").read_text("utf-8")
 
 
-def test_saving_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_profile_is_saved_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "profile.json"
     measured().save(path)
     before = path.read_bytes()
@@ -443,7 +443,7 @@ def test_evidence_for_other_categories_is_refused():
         measured(fingerprint=None)
 
 
-def test_numbers_of_numpy_become_those_of_python():
+def test_numpy_numbers_become_python_numbers():
     found = evidence(thresholds={"threshold": np.float64(0.5), "quantile": 1})
     assert found.thresholds == {"threshold": 0.5, "quantile": 1}
     assert [type(value) for value in found.thresholds.values()] == [float, int]

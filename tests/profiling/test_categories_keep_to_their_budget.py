@@ -33,7 +33,7 @@ def measurements(seed=0, flops=None):
     return Measurements(
         sinks=Sinks(),
         mass=mass / mass.sum(axis=-1, keepdims=True),
-        # Errors have no bound: what a category leaves out may point against what it keeps.
+        # Errors are unbounded: what a category leaves out may point away from what it keeps.
         error=3 * generator.random((COUNT, LAYERS, HEADS, 3)).astype(np.float32),
         flops=np.asarray(flops, np.int64),
         fingerprints=tuple("abcde"),
@@ -71,8 +71,8 @@ def test_equal_flops_keep_the_head_dense():
     assert not found.one_shot(3.0).any()
 
 
-def test_dropped_mass_is_a_share_whatever_rounding_does():
-    """So that the least threshold for a reduction is one that the file and `one_shot` take."""
+def test_dropped_mass_is_a_share_in_spite_of_rounding():
+    """Otherwise the file and `one_shot` could reject the least threshold for a reduction."""
     mass = np.zeros((COUNT, LAYERS, HEADS, len(GROUPS)), np.float32)
     mass[..., [2, 4]] = 0.5000001
     found = dataclasses.replace(measurements(), mass=mass)
@@ -83,8 +83,8 @@ def test_dropped_mass_is_a_share_whatever_rounding_does():
 
 
 @pytest.mark.parametrize("criterion", ["output_error", "mass"])
-def test_samples_of_one_image_say_nothing_of_other_images(criterion):
-    """Their INTRA_IMAGE error is 0 for every head: among others it would pass for a small one."""
+def test_samples_of_one_image_say_nothing_about_other_images(criterion):
+    """Their INTRA_IMAGE error is 0 for every head, which would pass for a small error."""
     found = measurements()
     error, mass = found.error.copy(), found.mass.copy()
     error[[1, 3, 4], ..., 1:] = 0
@@ -170,8 +170,8 @@ def test_flops_are_counted_by_kind_of_layer():
 
 
 @given(seeds)
-def test_the_path_is_nested_and_does_least_damage(seed):
-    """Against all choices of two layers with one head each: no mixture of two beats the path."""
+def test_the_path_is_nested_and_does_the_least_damage(seed):
+    """Compared with all choices for two layers of one head: no mixture of two beats the path."""
     generator = np.random.default_rng(seed)
     flops = np.concatenate([np.full((2, 1), 100), generator.integers(1, 101, (2, 3))], axis=1)
     damage = generator.random((2, 1, 3)) * generator.integers(0, 2, (2, 1, 3))
@@ -199,15 +199,15 @@ def test_the_path_is_nested_and_does_least_damage(seed):
                 assert kl >= on_path - 1e-9
 
 
-def test_equal_samples_are_one(tmp_path):
-    """One of two could not be held out from what the other was chosen with."""
+def test_equal_samples_count_once(tmp_path):
+    """If one of two equal samples were held out, the other would still take part in the choice."""
     one, two = ([{"role": "user", "content": text}] for text in "ab")
     assert OrderedSamples.of([one, two, list(one)]).messages in ((one, two), (two, one))
     described = bsjax.Samples([one, two, one], "from somewhere")
     assert OrderedSamples.of(described) == OrderedSamples.of([two, one])
 
 
-def test_texts_name_no_files_and_palettes_count(tmp_path):
+def test_texts_are_not_file_names_and_palettes_matter(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("one")
     text = [{"role": "user", "content": [{"type": "text", "text": str(path)}, str(path)]}]

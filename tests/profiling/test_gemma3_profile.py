@@ -39,7 +39,7 @@ def model(tmp_path_factory):
     return bsjax.load(folder / "ours", "float32")
 
 
-def test_a_profile_of_random_weights(model, tmp_path, capsys):
+def test_a_model_with_random_weights_can_be_profiled(model, tmp_path, capsys):
     samples = [conversation(seed) for seed in range(3)]
     profile = bsjax.profile(model, samples, target_reduction=0.25, answer_tokens=2, source="random")
     assert profile.categories.shape == (4, 4)

@@ -141,7 +141,7 @@ def test_text_rows_are_visited_once():
     assert np.all(np.isfinite(partials.lse[0, :text_rows]))
 
 
-def test_together_the_groups_cost_one_dense_attention():
+def test_all_groups_together_cost_one_dense_attention():
     """Visited blocks, against those of image-aligned dense tiles."""
     template = Template.from_segments([Text(8), *([Text(4), Image(400)] * 12), Text(20)])
     groups = group_schedule(template, Visibility(), block_q=64, block_kv=32)

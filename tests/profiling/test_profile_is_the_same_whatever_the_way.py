@@ -1,4 +1,4 @@
-"""A profile depends on the model, the samples and the settings: not on order, backend or pauses."""
+"""A profile depends only on model, samples and settings, not on order, backend or interruptions."""
 
 import copy
 import dataclasses
@@ -76,7 +76,7 @@ def test_order_and_repetition_change_nothing(tiny_model, profile):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(tiny_model, tmp_path):
+def test_an_interrupted_run_continues_to_the_same_profile(tiny_model, tmp_path):
     # All stages of a run, in few evaluations.
     settings = Settings(
         Reduction(0.1), refine=True, max_evaluations=24, rounds=2, margin=3, answer_tokens=2
@@ -122,8 +122,8 @@ def state(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypatch):
-    """Thresholds and budgets choose from what is there; other samples add to it."""
+def test_what_is_in_a_state_file_is_not_measured_again(tiny_model, state, monkeypatch):
+    """Other thresholds and budgets reuse the measurements; other samples add to them."""
 
     def refuse(*_, **__):
         raise AssertionError("measured again")
@@ -142,7 +142,7 @@ def test_what_a_state_file_has_is_not_measured_again(tiny_model, state, monkeypa
             nothing.setattr(f"bsjax.profiling.{place}", refuse)
         again = bsjax.profile(tiny_model, SAMPLES, **settings, refine=True, max_evaluations=6)
         assert again.to_json() == expected.to_json()
-        # Without a check every threshold can be had from the passes alone.
+        # Without the check on held-out samples, any threshold needs only the measured passes.
         chosen_with, _ = OrderedSamples.of(SAMPLES).split(0.25, 0)
         bsjax.profile(
             tiny_model,
@@ -174,7 +174,7 @@ def test_a_state_file_of_another_run_is_refused(tiny_model, tmp_path, monkeypatc
         bsjax.profile(tiny_model, SAMPLES, **TARGET, resume=path)
 
 
-def test_files_that_are_no_state_files_are_left_alone(tmp_path):
+def test_files_that_are_not_state_files_are_left_alone(tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("these are notes, and long enough to be no database of any kind" * 20)
     others = tmp_path / "others.db"
@@ -200,8 +200,8 @@ def test_a_damaged_record_is_named(tmp_path):
                 state.recall("one", dict)
 
 
-def test_answers_are_taught_up_to_an_image_token(tiny_model, monkeypatch):
-    """What comes after it would be a prompt with another image, which there is not."""
+def test_answers_are_compared_up_to_an_image_token(tiny_model, monkeypatch):
+    """The tokens after it would belong to a prompt with another image, which does not exist."""
     image_token = tiny_model.family.image_token_id(tiny_model.config)
     categories = np.ones((tiny_model.config.text_config.num_hidden_layers, 4), np.int8)
     compared = []
@@ -253,7 +253,7 @@ def test_backends_agree_on_a_refined_profile(tiny_model):
 
 
 def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
-    """Other image settings and another chat template are other inputs to the same weights."""
+    """Other image settings or another chat template give the same weights other inputs."""
     path = tmp_path / "state"
     State(path, conditions_of(tiny_model, "xla"))
     State(path, conditions_of(tiny_model, "xla"))
@@ -269,7 +269,7 @@ def test_a_state_file_knows_how_prompts_are_made(tiny_model, tmp_path):
         State(path, conditions_of(tiny_model, "reference"))
 
 
-def test_a_source_that_is_no_text_is_refused_before_anything_is_measured(tiny_model, monkeypatch):
+def test_a_source_that_is_not_text_is_refused_before_anything_is_measured(tiny_model, monkeypatch):
     # A user's program does not check annotations, as tests do.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     monkeypatch.setattr(measurements.MeasuringPass, "run", None)
@@ -306,7 +306,7 @@ def test_what_cannot_be_profiled_is_refused(tiny_model, samples, arguments, word
 
 @pytest.mark.parametrize("seed", range(4))
 def test_samples_without_images_are_refused_before_anything_runs(tiny_model, monkeypatch, seed):
-    """Those held out too: one of the seeds holds it out."""
+    """This includes held-out samples: one of the two seeds holds the sample out."""
     monkeypatch.setattr("bsjax.checkpoint.loading.LoadedModel.prompt", None)
     text = [{"role": "user", "content": "No image here"}]
     with pytest.raises(ProfileError, match="has no image.*No image here"):

@@ -21,7 +21,7 @@ LAYERS, HEADS = 3, 4
 
 
 class KnownDamage(Evaluator):
-    """An evaluator whose KL is known: damages of heads, and of pairs of heads together."""
+    """An evaluator with a known KL: the sum of damages by heads and by pairs of heads."""
 
     def __init__(self, damage, together):
         self.damage, self.together = damage, together
@@ -45,7 +45,7 @@ class KnownDamage(Evaluator):
 
 
 def case(seed, interaction=0.0):
-    """Measurements whose one-shot errors tell little of the damage."""
+    """Measurements whose one-shot errors say little about the damage."""
     generator = np.random.default_rng(seed)
     error = 3 * np.sort(generator.random((1, LAYERS, HEADS, 3)), axis=-1)[..., ::-1]
     gain = 10.0 ** generator.uniform(-3, 1, (LAYERS, HEADS, 1))
@@ -72,7 +72,7 @@ def test_the_budget_is_kept_and_one_shot_is_never_better(seed, target, interacti
     assert refined.numbers["kl"] == refined.kl
 
 
-def test_it_dominates_where_heads_differ_in_what_they_matter():
+def test_refining_halves_the_divergence_when_heads_differ_in_importance():
     gains = []
     for seed in range(20):
         found, evaluator = case(seed)
@@ -84,7 +84,7 @@ def test_it_dominates_where_heads_differ_in_what_they_matter():
 
 @settings(max_examples=25)
 @given(seeds, st.floats(0.001, 2), st.floats(0, 3))
-def test_the_divergence_wanted_is_kept(seed, max_kl, interaction):
+def test_a_divergence_budget_is_kept(seed, max_kl, interaction):
     found, evaluator = case(seed, interaction)
     refined = refine(None, found, evaluator, max_kl=max_kl)
     assert refined.kl <= max_kl
@@ -97,7 +97,7 @@ def test_the_divergence_wanted_is_kept(seed, max_kl, interaction):
         assert evaluator.compare(first).kl > max_kl
 
 
-def test_correction_in_context_pays():
+def test_correction_in_context_lowers_the_divergence():
     better = 0
     for seed in range(10):
         found, evaluator = case(seed, interaction=3.0)
@@ -123,8 +123,8 @@ def test_evaluations_are_bounded_and_the_rest_estimated():
 
 @pytest.mark.parametrize("budget", [{"target_reduction": 0.5}, {"max_kl": 0.3}])
 @pytest.mark.parametrize("most", [2, 3, 9, 25, 50, 70])
-def test_nothing_goes_beyond_the_evaluations_allowed(budget, most):
-    """Not the damages, nor bisection, rounds of correction and exchanges."""
+def test_the_limit_on_evaluations_is_kept(budget, most):
+    """It covers damages, bisection, rounds of correction and exchanges."""
     found, evaluator = case(1, interaction=3.0)
     refined = refine(None, found, evaluator, **budget, max_evaluations=most, margin=5)
     assert evaluator.evaluations == refined.numbers["evaluations"] <= most
@@ -133,14 +133,14 @@ def test_nothing_goes_beyond_the_evaluations_allowed(budget, most):
     else:
         assert refined.reduction >= 0.5
         assert refined.kl <= evaluator.compare(found.one_shot(target_reduction=0.5)).kl
-    # What the evaluator remembers is counted alike: the same choice comes out.
+    # Evaluations that the evaluator remembers count as well, so the choice is the same.
     again = refine(None, found, evaluator, **budget, max_evaluations=most, margin=5)
     np.testing.assert_array_equal(again.categories, refined.categories)
     assert again.numbers == refined.numbers
 
 
-def test_moves_that_save_and_help_are_taken_for_their_own_sake():
-    """A head whose sparser category undoes what another does: no move back has to pay for it."""
+def test_moves_that_save_flops_and_lower_the_divergence_are_taken():
+    """A head's sparser category may undo the damage of another head; no head has to move back."""
     found, evaluator = case(0)
     flops = np.tile(np.asarray([[1000, 999, 999, 500]]), (LAYERS, 1))
     error = np.ones_like(found.error)
@@ -200,8 +200,8 @@ def conversation(seed, images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "Which one?"}]}]
 
 
-def test_divergence_is_that_of_the_models_logits(tiny_model):
-    """Against logits of whole prompts, answer appended, by the way that `forward` takes."""
+def test_the_divergence_is_that_of_the_models_logits(tiny_model):
+    """Compared with logits of whole prompts, answer appended, as `forward` computes them."""
     samples = [conversation(seed, 4) for seed in range(2)]
     sinks = Sinks(1, (2,))
     evaluator = Evaluator(tiny_model, samples, answer_tokens=2, sinks=sinks)

@@ -32,7 +32,7 @@ def offsets(template):
 
 
 @given(templates, st.sampled_from(KINDS))
-def test_pairs_are_counted(template, visibility):
+def test_pairs_are_counted_by_offset(template, visibility):
     pairs = pairs_by_offset(template, visibility)
     columns = other_images(template, visibility).sum(axis=0)
     positions, offset = offsets(template)
@@ -49,7 +49,7 @@ def measured(q, k, schedule):
 
 @settings(max_examples=15)
 @given(templates, st.sampled_from(KINDS), st.integers(0, 9))
-def test_mass_is_the_sum_of_columns(template, visibility, seed):
+def test_mass_is_the_column_sums_of_the_weights(template, visibility, seed):
     generator = np.random.default_rng(seed)
     q, k = (generator.normal(size=(ROWS, heads, 8)).astype(np.float32) for heads in (4, 2))
     schedule = category_schedule(template, visibility, block_q=16, block_kv=16, tokens=ROWS)
@@ -68,7 +68,7 @@ def test_mass_is_the_sum_of_columns(template, visibility, seed):
 
 
 @pytest.mark.parametrize(("window", "keys"), [(None, 32768), (1024, 1023 + 64)])
-def test_no_array_is_square_or_worse(window, keys):
+def test_no_array_has_tokens_times_tokens_elements(window, keys):
     """At 32K tokens, by the shapes of everything that the traced function makes: the keys that a
     chunk of 64 rows is multiplied with are those that its window may reach.
     """

@@ -84,7 +84,7 @@ OTHER_CROPS = {
 # Of four images, one is cut into two crops and one into three; else, all into two.
 @pytest.mark.parametrize(("options", "crops"), [({}, 0), (CROPS, 5), (OTHER_CROPS, 6)])
 @pytest.mark.parametrize("sizes", [[], [(64, 64)], [(700, 300), (32, 40), (280, 900), (500, 500)]])
-def test_equals_transformers(files, sizes, options, crops):
+def test_prompts_equal_those_of_transformers(files, sizes, options, crops):
     tokenizer, image_processor, config, processor = files
     pictures = [picture(*size, seed) for seed, size in enumerate(sizes)]
     prompt = prepare(conversation(pictures, **options), config, tokenizer, image_processor)
@@ -105,7 +105,7 @@ def test_equals_transformers(files, sizes, options, crops):
     np.testing.assert_array_equal(expected["token_type_ids"][0] == 1, is_image)
 
 
-def test_image_settings_have_the_precedence_of_transformers(files):
+def test_image_settings_take_precedence_as_in_transformers(files):
     tokenizer, _, config, _ = files
     image_processor = Gemma3ImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, do_pan_and_scan=True, pan_and_scan_max_num_crops=2

@@ -65,7 +65,7 @@ SIZES = [(56, 56), (640, 427), (90, 700), (1600, 200), (28, 28), (333, 517)]
 
 @pytest.mark.parametrize("images", [1, 2, 5])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
-def test_equals_transformers(images, mode):
+def test_prompts_equal_those_of_transformers(images, mode):
     pictures = [picture(*SIZES[index], mode, seed=index) for index in range(images)]
     messages = [
         {"role": "system", "content": "Answer in one word."},

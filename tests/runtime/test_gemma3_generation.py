@@ -166,7 +166,7 @@ def test_mask_of_a_prompt_is_that_of_the_requested_layer(checkpoints, tmp_path, 
     assert "Choose a layer with --layer" in capsys.readouterr().err
 
 
-def test_mask_of_segments_with_a_window(tmp_path, capsys):
+def test_mask_draws_segments_with_a_window(tmp_path, capsys):
     arguments = ["mask", "--segments", "text:4,image:8,text:4", "--output", str(tmp_path / "a.png")]
     assert main([*arguments, "--category", "dense", "--window", "3"]) == 0
     assert "in a window of 3" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def assert_float32_close(ours, expected):
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 200])
-def test_rows_in_chunks_are_the_rows(monkeypatch, rows):
+def test_rows_in_chunks_equal_rows_at_once(monkeypatch, rows):
     monkeypatch.setattr(layers, "CHUNK_ROWS", 64)
     random = np.random.default_rng(rows)
     x, kernel = (random.standard_normal(shape, np.float32) for shape in ((rows, 5), (5, 7)))
@@ -174,7 +174,7 @@ def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, answering,
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 
-def test_a_refusal_says_how_much_is_needed_where(tiny_model):
+def test_a_refusal_says_how_much_is_needed_and_in_which_stage(tiny_model):
     gib = 2**30
     stages = [
         Stage("vision", SimpleNamespace(memory=Memory(gib, gib, gib)), other_bytes=gib // 4),

@@ -1,4 +1,4 @@
-"""Samples come out as chat messages that a prompt can be made of, and bad sources are named."""
+"""Samples are read as chat messages that can become prompts, and bad sources are named."""
 
 import base64
 import dataclasses
@@ -23,7 +23,7 @@ from bsjax.samples.content import interleave
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
-    """No test asks the hub, and none writes to the user's cache of data sets."""
+    """No test connects to the hub or writes to the user's cache of data sets."""
     import datasets
     import huggingface_hub
 
@@ -38,7 +38,7 @@ def offline(tmp_path_factory):
 
 
 def picture(index: int) -> Image.Image:
-    """A small image that can be told from all others: its red is its index."""
+    """A small image that differs from all others: its red value is its index."""
     pixels = np.zeros((30 + index % 3, 40, 3), np.uint8)
     pixels[...] = (index, 100, 200)
     return Image.fromarray(pixels)
@@ -70,7 +70,7 @@ def shape_of(sample: list[dict]) -> list:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Eleven images in a folder and its sub-folders, and files that are none."""
+    """Eleven images in a folder and its sub-folders, and files that are not images."""
     folder = tmp_path_factory.mktemp("photographs")
     for index in range(11):
         place = folder / ("deep/er" if index % 2 else "")
@@ -101,7 +101,7 @@ def image(source: str, **more: object) -> dict:
 # --- placeholders
 
 
-def test_images_stand_at_their_placeholders():
+def test_images_take_the_places_of_their_placeholders():
     first, second = image("a.png"), image("b.png")
 
     def text(value):
@@ -165,7 +165,7 @@ def test_a_list_of_images_fills_the_placeholders_of_texts(tmp_path):
     assert shape_of(second) == [1, 2, "Compare."]
 
 
-def test_a_list_of_images_fills_the_parts_that_have_none(tmp_path):
+def test_a_list_of_images_fills_image_parts_without_an_image(tmp_path):
     for index in range(3):
         picture(index).save(tmp_path / f"{index}.png")
     empty = {"type": "image"}
@@ -302,7 +302,7 @@ def test_a_folder_shows_each_image_about_once(photographs):
     assert photographs.name in description and "seed 5" in description
 
 
-def test_prompts_of_a_folder_follow_the_seed_and_not_the_place(photographs, tmp_path):
+def test_prompts_of_a_folder_depend_on_the_seed_and_not_on_its_path(photographs, tmp_path):
     def shown(folder, seed):
         samples = read_samples(folder, limit=20, seed=seed, question="What?").messages
         return [shape_of(sample) for sample in samples]
@@ -315,7 +315,7 @@ def test_prompts_of_a_folder_follow_the_seed_and_not_the_place(photographs, tmp_
     elsewhere.symlink_to(photographs, target_is_directory=True)
     assert shown(photographs, 0) == first == shown(elsewhere, 0)
     assert shown(photographs, 1) != first
-    # All images have their turn before any has its second one.
+    # Every image is used once before any is used twice.
     assert sorted([n for sample in first for n in sample[:-1]][:11]) == list(range(11))
 
 
@@ -355,7 +355,7 @@ def test_sources_that_do_not_exist_are_named(tmp_path):
         read_samples([])
 
 
-def test_several_sources_are_taken_together(photographs, tmp_path):
+def test_several_sources_are_read_together(photographs, tmp_path):
     path = lines_file(tmp_path, [user("Hi")])
     samples, description = read_samples(
         [path, photographs], limit=3, max_pixels=5000, pan_and_scan=True
@@ -368,7 +368,7 @@ def test_several_sources_are_taken_together(photographs, tmp_path):
     assert description.startswith("samples.jsonl: 1 sample; 3 prompts of")
 
 
-def test_a_prompt_can_be_made_of_every_kind(photographs, tmp_path, tiny_source):
+def test_every_kind_of_source_can_become_a_prompt(photographs, tmp_path, tiny_source):
     from bsjax.checkpoint.loading import read_processor
 
     processor = read_processor(tiny_source)
@@ -385,7 +385,7 @@ def test_a_prompt_can_be_made_of_every_kind(photographs, tmp_path, tiny_source):
 
 
 def write_card(folder: Path, split: str, configurations: dict[str, str]) -> None:
-    """The README by which the hub's data sets say which files belong to which configuration."""
+    """Writes the README in which a data set says which files belong to which configuration."""
     entries = [
         f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {path}\n"
         for name, path in configurations.items()
