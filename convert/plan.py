@@ -156,9 +156,9 @@ def _check_shapes(parameter: PlannedParameter) -> None:
     transform = TRANSFORMS[parameter.rule.transform]
     expected = parameter.shape if parameter.rule.layers is None else parameter.shape[1:]
     for entry in parameter.tensors:
-        # One element with zero strides has the shape but takes no memory.
-        stand_in = np.broadcast_to(np.zeros((), np.int8), entry.shape)
         try:
+            # One element with zero strides has the shape but takes no memory.
+            stand_in = np.broadcast_to(np.zeros((), np.int8), entry.shape)
             becomes = transform(stand_in).shape
         except ValueError:
             becomes = None
