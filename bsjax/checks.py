@@ -33,8 +33,7 @@ def positive_number(name: str, value: Any, *, error: type[BsjaxError]) -> float:
       value: an int or a float.
       error: raised if it is not a finite number above 0.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not 0 < as_number(value) < math.inf:
         raise error(f"{name} must be a number above 0, got {value!r}.")
     return float(value)
 

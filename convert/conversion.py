@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from bsjax.checkpoint.loading import (
     resolve_dtype,
 )
 from bsjax.errors import CheckpointError
-from bsjax.models import Architecture
+from bsjax.models import Architecture, Family
 from bsjax.models.parameters import tied_keys
 from convert.plan import PlannedParameter, make_plan
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
@@ -111,29 +111,7 @@ def convert_checkpoint(
     check_destination(target)
     if check:
         require_torch()
-    stored = None if dtype is None else resolve_dtype(dtype)
-    opened = open_source(source, revision)
-    family = family_of(opened.config["model_type"], opened.folder)
-    copied = _files_to_copy(opened.folder, reads_images=family.reads_images)
-    if stored is None:
-        stored = _usual_dtype(opened.tensors)
-    elif stored.name not in family.dtypes:
-        raise CheckpointError(
-            f"Models of the family {family.name} cannot run in {stored.name}, and weights stored "
-            f"in it would be rounded twice. Convert with dtype {' or '.join(family.dtypes)}."
-        )
-
-    config = read_config(opened.folder)
-    module = abstract_module(Architecture(family, config, stored))
-    shapes = parameter_shapes(module)
-    plan = make_plan(
-        family.parameter_table(config),
-        {path: tuple(leaf.shape) for path, leaf in shapes.items()},
-        opened.tensors,
-        stored,
-        tied_keys(config),
-    )
-    try_prompt(opened.folder, module)
+    opened, family, plan, copied = prepare(source, revision, dtype)
     size = sum(parameter.nbytes for parameter in plan)
     check_disk_space(target, size + sum(file.stat().st_size for file in copied))
 
@@ -152,7 +130,7 @@ def convert_checkpoint(
         destination=target,
         family=family.name,
         reads_images=family.reads_images,
-        dtype=stored.name,
+        dtype=plan[0].dtype.name,
         parameters=description["parameters"]["count"],
         arrays=len(plan),
         nbytes=size,
@@ -160,6 +138,47 @@ def convert_checkpoint(
         fingerprint=fingerprint.hexdigest(),
         verification=verification,
     )
+
+
+class Preparation(NamedTuple):
+    """What a conversion will do, found out before weights are read."""
+
+    source: Source
+    family: Family
+    plan: list[PlannedParameter]
+    copied: list[Path]
+    """Files that are copied unchanged."""
+
+
+def prepare(source: str | Path, revision: str | None = None, dtype: Any = None) -> Preparation:
+    """Checks everything about a source but its weights, and plans its conversion.
+
+    Raises:
+      CheckpointError: see `convert_checkpoint`.
+    """
+    stored = None if dtype is None else resolve_dtype(dtype)
+    opened = open_source(source, revision)
+    family = family_of(opened.config["model_type"], opened.folder)
+    copied = _files_to_copy(opened.folder, reads_images=family.reads_images)
+    if stored is None:
+        stored = _usual_dtype(opened.tensors)
+    elif stored.name not in family.dtypes:
+        raise CheckpointError(
+            f"Models of the family {family.name} cannot run in {stored.name}, and weights stored "
+            f"in it would be rounded twice. Convert with dtype {' or '.join(family.dtypes)}."
+        )
+    config = read_config(opened.folder)
+    module = abstract_module(Architecture(family, config, stored))
+    shapes = parameter_shapes(module)
+    plan = make_plan(
+        family.parameter_table(config),
+        {path: tuple(leaf.shape) for path, leaf in shapes.items()},
+        opened.tensors,
+        stored,
+        tied_keys(config),
+    )
+    try_prompt(opened.folder, module)
+    return Preparation(opened, family, plan, copied)
 
 
 def _write(

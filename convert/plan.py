@@ -10,6 +10,9 @@ from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import join_names
 
+# Numbers of layers have fewer digits; longer ones take long to read.
+_DIGITS = 10
+
 # Rows of tied tensors to compare at a time: tens of megabytes.
 _ROWS_COMPARED = 4096
 
@@ -62,6 +65,7 @@ def make_plan(
     """
     _check_table(table, shapes)
     by_key = _by_canonical_key(tensors)
+    _check_layers(table, by_key)
     wanted = {key for rule in table for key in rule.sources}
     missing = sorted(wanted - by_key.keys(), key=_natural)
     unknown = sorted(by_key.keys() - wanted - tied.keys(), key=_natural)
@@ -134,6 +138,28 @@ def _check_table(
         )
 
 
+def _check_layers(table: list[ParameterRule], tensors: dict[str, TensorEntry]) -> None:
+    """Compares the numbers of layers with the tensors' names, before keys are made from them."""
+    found: dict[str, int] = {}
+    for key in tensors:
+        # "...layers.27.mlp.up_proj.weight": the first part that is a number counts the layers.
+        parts = key.split(".")
+        number = next((place for place, part in enumerate(parts) if _is_number(part)), None)
+        if number is not None:
+            stack = ".".join(parts[:number])
+            found[stack] = max(found.get(stack, 0), int(parts[number]) + 1)
+    for rule in table:
+        if rule.layers is None:
+            continue
+        stack = rule.source.partition(".{layer}")[0]
+        if rule.layers != found.get(stack, 0):
+            raise CheckpointError(
+                f"config.json describes {rule.layers} layers in {stack}, but the checkpoint's "
+                f"tensors are those of {found.get(stack, 0)}. Either it is not the tensors' "
+                "config.json, or tensors are missing."
+            )
+
+
 def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     by_key: dict[str, TensorEntry] = {}
     for key, entry in tensors.items():
@@ -149,7 +175,13 @@ def _by_canonical_key(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]
 
 def _natural(key: str) -> list[tuple[bool, int, str]]:
     """A sort key that puts layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split(".")]
+    return [
+        (_is_number(part), int(part) if _is_number(part) else 0, part) for part in key.split(".")
+    ]
+
+
+def _is_number(part: str) -> bool:
+    return part.isdecimal() and len(part) < _DIGITS
 
 
 def _check_shapes(parameter: PlannedParameter) -> None:

@@ -30,6 +30,7 @@ from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
+from bsjax.models.config_checks import check_settings
 from bsjax.prompts.prompt import Processor
 
 FORMAT_VERSION = 1
@@ -43,6 +44,9 @@ UNFINISHED = ".converting-"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which weights can be stored and used."""
+
+_OF_IMAGES = ("preprocessor_config.json", "processor_config.json")
+_OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -139,6 +143,14 @@ def read_processor(folder: Path) -> Processor:
     config = read_config(folder)
     family = family_of(config.model_type, folder)
     image_processor = family.image_processor
+    # transformers reads them again, but not with these limits.
+    for name in _OF_TOKENIZERS:
+        if (folder / name).exists():
+            read_json_object(folder / name, error=CheckpointError)
+    for name in _OF_IMAGES:
+        if (folder / name).exists():
+            settings = read_json_object(folder / name, error=CheckpointError)
+            check_settings(settings, folder / name)
     return Processor(
         config,
         family,
@@ -186,11 +198,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
       CheckpointError: it is missing or does not describe a model.
     """
+    file = folder / "config.json"
+    check_settings(read_json_object(file, error=CheckpointError), file)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         # Each field's own check in transformers raises an exception of its own kind.
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
+        raise CheckpointError(f"cannot read {file}: {error}") from error
 
 
 def abstract_module(architecture: Architecture) -> ImageTextModel:
@@ -326,6 +340,8 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def _any_generation_config(folder: Path) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
+    file = folder / "generation_config.json"
+    if file.exists():
+        read_json_object(file, error=CheckpointError)
         return _component(folder, "generation_config.json", GenerationConfig)
     return GenerationConfig.from_model_config(read_config(folder))

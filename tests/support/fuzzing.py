@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from bsjax.errors import BsjaxError
 
+LONG = "FUZZ_EXAMPLES" in os.environ
+"""Whether this is the long run."""
+
 FUZZ = settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "200")))
 """Decorates a fuzzer."""
 
