@@ -1,27 +1,33 @@
-"""Checks of numbers in arguments and configurations."""
+"""Checks of numbers in arguments and configurations, and of the process they are used in."""
 
 import math
 import operator
+import os
 from typing import Any
 
 from bsjax.errors import BsjaxError
 
 
-def whole_number(name: str, value: Any, *, least: int, error: type[BsjaxError]) -> int:
+def whole_number(
+    name: str, value: Any, *, least: int, most: int | None = None, error: type[BsjaxError]
+) -> int:
     """`value` as an int.
 
     Args:
       name: what the value is, for the error message.
       value: an int, or a NumPy integer.
       least: the smallest valid value.
-      error: raised if it is not a whole number or below `least`.
+      most: the largest valid value; None for no bound.
+      error: raised if it is not a whole number, or out of bounds.
     """
     try:
         number = operator.index(value)
     except TypeError:
-        raise error(f"{name} must be a whole number, got {value!r}.") from None
+        raise error(f"{name} must be a whole number, got {shown(value)}.") from None
     if number < least:
-        raise error(f"{name} must be at least {least}, got {number}.")
+        raise error(f"{name} must be at least {least}, got {shown(number)}.")
+    if most is not None and number > most:
+        raise error(f"{name} must be at most {most}, got {shown(number)}.")
     return number
 
 
@@ -34,7 +40,7 @@ def positive_number(name: str, value: Any, *, error: type[BsjaxError]) -> float:
       error: raised if it is not a finite number above 0.
     """
     if not 0 < as_number(value) < math.inf:
-        raise error(f"{name} must be a number above 0, got {value!r}.")
+        raise error(f"{name} must be a number above 0, got {shown(value)}.")
     return float(value)
 
 
@@ -50,3 +56,35 @@ def as_number(value: Any) -> int | float:
     except (OverflowError, TypeError, ValueError):
         return math.nan
     return value if type(value) is int else number
+
+
+def shown(value: Any) -> str:
+    """`value` as error messages show it, whatever it is."""
+    try:
+        return repr(value)
+    except Exception:  # Python refuses to write integers of thousands of digits, for example.
+        return f"a value of type {type(value).__name__}"
+
+
+_process_of_first_use: int | None = None
+
+
+def check_not_forked(error: type[BsjaxError]) -> None:
+    """Refuses to compute in a process that was forked after bsjax computed in its parent.
+
+    The threads in which JAX computes exist in the parent only: a forked child would wait for them
+    for ever. A child that was forked before the first use may compute.
+
+    Args:
+      error: raised in such a child.
+    """
+    global _process_of_first_use
+    if _process_of_first_use is None:
+        _process_of_first_use = os.getpid()
+    elif _process_of_first_use != os.getpid():
+        raise error(
+            f"This process was forked from process {_process_of_first_use} after JAX had been used "
+            "there, and JAX does not survive a fork. Start processes with "
+            "multiprocessing.get_context('spawn'), or fork before loading the model and load it in "
+            "the child."
+        )

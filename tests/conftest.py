@@ -66,6 +66,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
+@pytest.fixture
+def annotations_unchecked(monkeypatch):
+    """As in a user's program: the test suite checks annotations before bsjax sees a value."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(scope="session")
 def tiny_source() -> Path:
     """A small checkpoint with random weights, as transformers reads it."""

@@ -12,10 +12,12 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
+from bsjax.checks import as_number, check_not_forked, shown
 from bsjax.errors import BackendError, MaskError
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
@@ -36,9 +38,9 @@ def resolve_backend(backend: str) -> str:
     Raises:
       BackendError: the name is unknown.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise BackendError(
-            f"Unknown attention backend {backend!r}; choose one of {', '.join(BACKENDS)}."
+            f"Unknown attention backend {shown(backend)}; choose one of {', '.join(BACKENDS)}."
         )
     if backend != "auto":
         return backend
@@ -82,7 +84,7 @@ def sparse_attention(
     v: Array,
     mask: BlockMask,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
 ) -> Array: ...
@@ -95,7 +97,7 @@ def sparse_attention(
     v: Array,
     mask: BlockMask,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     backend: str = "auto",
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
@@ -108,7 +110,7 @@ def sparse_attention(
     v: Array,
     mask: BlockMask,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     backend: str = "auto",
     return_lse: bool,
 ) -> Array | tuple[Array, Array]: ...
@@ -120,7 +122,7 @@ def sparse_attention(
     v: Float[Array, "tokens kv_heads head_dim"],
     mask: BlockMask,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
@@ -135,7 +137,8 @@ def sparse_attention(
       k: keys, in the dtype of `q`; all finite.
       v: values, in the dtype of `q`; all finite, even where no query sees them.
       mask: which keys each query of each head sees.
-      scale: factor applied to the scores, above 0; head_dim ** -0.5 by default.
+      scale: factor applied to the scores, above 0; head_dim ** -0.5 by default. A traced scale
+        multiplies `q`, rounded to its dtype, and is not checked.
       backend: `pallas` (GPU kernel, head_dim up to 256; on a CPU it is interpreted, hence slow),
         `xla` (any device), `reference` (holds the whole score matrix), or `auto`: pallas on an
         NVIDIA GPU of the Ampere generation or later, xla elsewhere. All support first-order
@@ -152,9 +155,42 @@ def sparse_attention(
       BackendError: the backend is unknown, or does not support the head dimension, dtype or block
         sizes.
     """
-    _check(q, k, v, mask.schedule, mask.head_category, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), return_lse)
+    check_not_forked(BackendError)
+    if not isinstance(mask, BlockMask):
+        raise MaskError(f"mask must be a bsjax.BlockMask, got {type(mask).__name__}.")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise MaskError(f"{name} must be an array of JAX or NumPy, got {type(array).__name__}.")
+    if not isinstance(return_lse, bool | np.bool_):
+        raise MaskError(f"return_lse must be True or False, got {shown(return_lse)}.")
+    if isinstance(scale, Tracer):
+        _check(q, k, v, mask.schedule, mask.head_category, None)
+        q, scale = _scaled(q, scale), 1.0
+    else:
+        scale = None if scale is None else _finite_in_float32(scale)
+        _check(q, k, v, mask.schedule, mask.head_category, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), bool(return_lse))
+
+
+def _finite_in_float32(scale: Any) -> float:
+    """The scale as a number that is above 0 and finite where kernels compute, in float32."""
+    number = as_number(scale)
+    limits = np.finfo(np.float32)
+    if not float(limits.tiny) <= number <= float(limits.max):
+        raise MaskError(
+            "The scale of attention scores must be a number above 0 that float32 can hold, got "
+            f"{shown(scale)}."
+        )
+    return float(number)
+
+
+def _scaled(q: Array, scale: Any) -> Array:
+    """Queries multiplied by a traced scale, because kernels are compiled for one scale."""
+    is_real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+    if scale.shape or not is_real:
+        raise MaskError(f"A traced scale must be one number, got {scale.dtype} {scale.shape}.")
+    return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)
 
 
 @partial(jax.jit, static_argnames=("scale", "backend", "return_lse"))

@@ -7,6 +7,7 @@
     config.json, generation_config.json, tokenizer and image processor files: as in the source
 """
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import (
 
 from bsjax.checkpoint.folder import PARAMETERS, check_folder
 from bsjax.checkpoint.restoring import restore_parameters
+from bsjax.checks import check_not_forked, shown, whole_number
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
@@ -44,6 +46,10 @@ UNFINISHED = ".converting-"
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes in which weights can be stored and used."""
+
+MAX_PROGRAMS = 64
+"""How many compiled programs a model keeps, unless `load` is told otherwise. On a CPU, each takes
+about 6 MiB of memory, whatever the size of the model."""
 
 _OF_IMAGES = ("preprocessor_config.json", "processor_config.json")
 _OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -66,6 +72,7 @@ class LoadedModel(Processor):
       path: the folder that the model was loaded from.
       fingerprint: SHA-256 of the weights that the checkpoint was converted from, as 64 hexadecimal
         digits. It does not depend on the dtype of the converted checkpoint.
+      max_programs: how many compiled programs are kept for the model.
     """
 
     module: ImageTextModel
@@ -73,6 +80,7 @@ class LoadedModel(Processor):
     dtype: np.dtype
     path: Path
     fingerprint: str
+    max_programs: int = MAX_PROGRAMS
 
     @property
     def architecture(self) -> Architecture:
@@ -80,7 +88,7 @@ class LoadedModel(Processor):
         return Architecture(self.family, self.config, self.dtype)
 
 
-def load(path: str | Path, dtype: Any = None) -> LoadedModel:
+def load(path: str | Path, dtype: Any = None, *, max_programs: int = MAX_PROGRAMS) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
 
     Args:
@@ -88,14 +96,24 @@ def load(path: str | Path, dtype: Any = None) -> LoadedModel:
       dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
         it while they are read. By default float32 on a CPU, whose matrix products are fastest in
         float32, and bfloat16 elsewhere.
+      max_programs: how many compiled programs to keep in memory. There is one for every stage and
+        bucket of sizes, so that prompts of many sizes need many. Beyond this number, the program
+        that was not used for longest is dropped, and compiled again, or read from JAX's persistent
+        cache, when it is needed.
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
-        format, of an unsupported family or damaged; or `dtype` is not one of the three.
+        format, of an unsupported family or damaged; or `dtype` is not one of the three, or
+        `max_programs` is below 1; or this process was forked from one that had used JAX.
     """
-    folder = Path(path).expanduser()
+    check_not_forked(CheckpointError)
+    max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
+    try:
+        folder = Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:  # Not a path, or the home of an unknown user.
+        raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}") from error
     _refuse_unconverted(folder, path)
-    return read_folder(folder, dtype)
+    return dataclasses.replace(read_folder(folder, dtype), max_programs=max_programs)
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
@@ -331,9 +349,9 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     config = _any_generation_config(folder)
     ids = config.eos_token_id
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+        if type(token) is not int or not 0 <= token < 2**31:
             raise CheckpointError(
-                f"the generation config in {folder} has the end-of-sequence token {token!r}: "
+                f"the generation config in {folder} has the end-of-sequence token {shown(token)}: "
                 "eos_token_id must be a token id or a list of them."
             )
     return config

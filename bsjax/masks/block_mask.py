@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from bsjax.checks import shown, whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import FLOPS_PER_PAIR
@@ -75,6 +76,13 @@ class BlockMask:
         bidirectional_images: bool = False,
         window: int | None = None,
     ) -> None:
+        if not isinstance(template, Template):
+            raise MaskError(f"template must be a bsjax.Template, got {type(template).__name__}.")
+        if isinstance(categories, str) or not isinstance(categories, Sequence | np.ndarray):
+            raise MaskError(
+                "categories must be a list of one HeadCategory, or its name, per query head, got "
+                f"{shown(categories)}."
+            )
         if not len(categories):
             raise MaskError("A block mask needs the category of at least one query head.")
         try:
@@ -223,10 +231,10 @@ class BlockMask:
         return plot_mask(self.template, category, self.schedule.visibility, path)
 
     def _category_of(self, head: int) -> HeadCategory:
-        if not 0 <= head < len(self.categories):
-            raise MaskError(
-                f"Head {head} does not exist: the mask has heads 0 to {len(self.categories) - 1}."
-            )
+        head = whole_number("head", head, least=0, error=MaskError)
+        last = len(self.categories) - 1
+        if head > last:
+            raise MaskError(f"Head {shown(head)} does not exist: the mask has heads 0 to {last}.")
         return self.categories[head]
 
     def _pairs(self, category: HeadCategory) -> int:

@@ -37,6 +37,9 @@ from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 PADDING_POSITION = np.iinfo(np.int32).max
 """The position of padding rows, which no query sees."""
 
+# Backends pad their arrays by a block.
+_LARGEST_BLOCK = 65536
+
 
 class Tile(NamedTuple):
     """Query rows that are processed together, and the key ranges that they visit.
@@ -181,10 +184,10 @@ def build_schedule(
       The schedule, in prompt order if every table keeps all groups, else in packed order.
 
     Raises:
-      MaskError: a block size is below 1, or `tokens` is less than the template has.
+      MaskError: a block size is below 1 or above 65536, or `tokens` is less than the template has.
     """
     for name, value in (("block_q", block_q), ("block_kv", block_kv)):
-        whole_number(name, value, least=1, error=MaskError)
+        whole_number(name, value, least=1, most=_LARGEST_BLOCK, error=MaskError)
     tokens = template.tokens if tokens is None else tokens
     if tokens < template.tokens:
         raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")

@@ -9,14 +9,15 @@ it, its own image. In prompt order they are scattered over nearly every block.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from bsjax.checks import whole_number
+from bsjax.checks import shown, whole_number
 from bsjax.errors import TemplateError
 from bsjax.masks.visibility import TokenInfo
 
@@ -42,6 +43,10 @@ class Sinks:
     offsets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.offsets, str) or not isinstance(self.offsets, Iterable):
+            raise TemplateError(
+                f"Sinks: `offsets` must be a tuple of whole numbers, got {shown(self.offsets)}."
+            )
         first = whole_number("Sinks: `first`", self.first, least=1, error=TemplateError)
         offsets = tuple(
             whole_number(
@@ -146,16 +151,18 @@ class Template:
           TemplateError: `image_tokens` does not add up to the placeholders, or an image would be
             split by text.
         """
-        ids = np.asarray(token_ids)
+        ids = _integers("token_ids", token_ids)
         if ids.ndim != 1:
             raise TemplateError(f"token_ids must be one prompt of shape [tokens], got {ids.shape}.")
-        placeholder = ids == image_token_id
+        placeholder = ids == whole_number(
+            "image_token_id", image_token_id, least=0, error=TemplateError
+        )
         image = np.full(ids.shape, -1, np.int32)
         if image_tokens is None:
             run_starts = placeholder & ~np.concatenate(([False], placeholder[:-1]))
             image[placeholder] = (np.cumsum(run_starts) - 1)[placeholder]
         else:
-            lengths = np.asarray(image_tokens, dtype=np.int64).reshape(-1)
+            lengths = _integers("image_tokens", image_tokens).reshape(-1)
             if lengths.size and lengths.min() < 1:
                 raise TemplateError(
                     f"Every image needs at least one token, got {lengths.tolist()}."
@@ -180,6 +187,10 @@ class Template:
           TemplateError: a segment is neither Text nor Image, an image has no token, or a text's
             length is negative.
         """
+        if not isinstance(segments, Iterable):
+            raise TemplateError(
+                f"segments must be a list of Text(n) and Image(n), got {shown(segments)}."
+            )
         numbers, lengths = [], []
         images = 0
         for segment in segments:
@@ -189,20 +200,22 @@ class Template:
             elif isinstance(segment, Text):
                 least, number = 0, -1
             else:
-                raise TemplateError(f"A segment must be Text(n) or Image(n), got {segment!r}.")
+                raise TemplateError(f"A segment must be Text(n) or Image(n), got {shown(segment)}.")
             numbers.append(number)
             lengths.append(
                 whole_number(f"{segment}: tokens", segment.tokens, least=least, error=TemplateError)
             )
         if sum(lengths) > _MOST_TOKENS:
             raise TemplateError(
-                f"A prompt can have at most {_MOST_TOKENS:,} tokens, got {sum(lengths):,}."
+                f"A prompt can have at most {_MOST_TOKENS:,} tokens, got {shown(sum(lengths))}."
             )
         image = np.repeat(np.asarray(numbers, np.int32), np.asarray(lengths, np.int64))
         return cls._with_sinks(image, sinks)
 
     @classmethod
     def _with_sinks(cls, image: np.ndarray, sinks: Sinks) -> "Template":
+        if not isinstance(sinks, Sinks):
+            raise TemplateError(f"sinks must be bsjax.Sinks, got {shown(sinks)}.")
         # An image that text splits has two runs with the same number; the constructor rejects it.
         sink = np.zeros(image.shape, bool)
         borders = [*_run_starts(image).tolist(), image.size]
@@ -238,6 +251,22 @@ class Template:
             f"Template(tokens={self.tokens}, images={self.num_images}, "
             f"text={int((self.image < 0).sum())}, sinks={int(self.sink.sum())})"
         )
+
+
+def _integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
+    """Values as an array of integers.
+
+    Raises:
+      TemplateError: they are not whole numbers, or do not fit 64 bits.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        array = None
+    # An empty list becomes an array of floats.
+    if array is None or (array.size and array.dtype.kind not in "iu"):
+        raise TemplateError(f"{name} must be whole numbers, got {shown(values)}.")
+    return array.astype(np.int64)
 
 
 def _run_starts(image: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ Two things decide together: the model's own `Visibility`, which depends on the k
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bsjax.checks import whole_number
+import numpy as np
+
+from bsjax.checks import shown, whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import KeyGroup
 
@@ -32,8 +34,13 @@ class Visibility:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bidirectional_images, bool | np.bool_):
+            raise MaskError(
+                f"bidirectional_images must be True or False, got "
+                f"{shown(self.bidirectional_images)}."
+            )
         if self.window is not None:
-            window = whole_number("window", self.window, least=1, error=MaskError)
+            window = whole_number("window", self.window, least=1, most=_NEVER, error=MaskError)
             object.__setattr__(self, "window", window)
 
 

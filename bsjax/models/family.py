@@ -38,14 +38,14 @@ class Family(ABC):
       image_processor: class of the image processor. Unlike AutoProcessor, which handles videos too,
         it must not need torch or torchvision. None for a family that reads text only.
       image_options: keys that an image part of a message may have for `process_image`.
-      how_to_shorten: advice for error messages about prompts that are too long.
+      fewer_image_tokens: what makes a prompt with images shorter, as advice in error messages.
     """
 
     name: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     image_processor: ClassVar[Any] = None
     image_options: ClassVar[tuple[str, ...]] = ()
-    how_to_shorten: ClassVar[str] = "Shorten the messages or ask for fewer tokens."
+    fewer_image_tokens: ClassVar[tuple[str, ...]] = ()
 
     @property
     def reads_images(self) -> bool:

@@ -135,6 +135,10 @@ class Profile:
         if model is not None:
             if not (family is None and layers is None and heads is None):
                 raise ProfileError("Give a model, or family, layers and heads; not both.")
+            if not hasattr(model, "fingerprint"):
+                raise ProfileError(
+                    f"model must be what bsjax.load returns, got {type(model).__name__}."
+                )
             (family, layers, heads), fingerprint = _shape_of(model), model.fingerprint
         if family is None or layers is None or heads is None:
             raise ProfileError(
@@ -247,7 +251,7 @@ class Profile:
             return None
         if (
             isinstance(profile, str)
-            and not Path(profile).is_file()
+            and not os.path.isfile(profile)
             and not _looks_like_path(profile)
         ):
             profile = shipped(profile)

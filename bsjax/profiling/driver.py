@@ -25,6 +25,7 @@ from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement, refine_with
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from bsjax.profiling.state import State, conditions_of
+from bsjax.runtime.programs import check_model
 from bsjax.samples import Samples
 
 
@@ -134,6 +135,7 @@ def profile_with(
     backend: str = "auto",
 ) -> Profile:
     """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
+    check_model(model, ProfileError)
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
     if not isinstance(source, str):

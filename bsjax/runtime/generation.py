@@ -6,6 +6,7 @@ embedding -> answering, or embedding -> scoring          compiled programs, on t
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NamedTuple, overload
 
@@ -15,8 +16,8 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import whole_number
-from bsjax.errors import GenerationError, MessageError
+from bsjax.checks import shown, whole_number
+from bsjax.errors import BsjaxError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.answering import DECODE_CHUNK, MAX_END_TOKENS, Answering, AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs
@@ -26,7 +27,7 @@ from bsjax.runtime.memory import (
     check_memory,
     host_bytes_available,
 )
-from bsjax.runtime.programs import programs_of
+from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
@@ -80,9 +81,14 @@ def forward(
     Raises:
       BsjaxError: as for `generate`, for the arguments that both have.
     """
+    check_model(model, GenerationError)
     conversations, is_batch = _conversations(messages)
     backend = resolve_backend(backend)
-    logits = [_forward(model, each, profile, backend) for each in conversations]
+    resolved = Profile.resolve(profile, model)
+    logits = []
+    for number, conversation in enumerate(conversations):
+        with _naming(number if is_batch else None):
+            logits.append(_forward(model, conversation, resolved, backend))
     return logits if is_batch else logits[0]
 
 
@@ -159,18 +165,22 @@ def generate(
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     settings = _checked_settings(model, max_new_tokens, sampling, backend)
+    if stream is not None and not callable(stream):
+        raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
     conversations, is_batch = _conversations(messages)
     if stream is not None and is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
+    resolved = Profile.resolve(profile, model)
     results = []
-    for conversation in conversations:
-        for event in _generate(
-            model, conversation, profile, settings, one_by_one=stream is not None
-        ):
-            if isinstance(event, Result):
-                results.append(event)
-            elif stream is not None:
-                stream(event.text, event.token_id)
+    for number, conversation in enumerate(conversations):
+        with _naming(number if is_batch else None):
+            for event in _generate(
+                model, conversation, resolved, settings, one_by_one=stream is not None
+            ):
+                if isinstance(event, Result):
+                    results.append(event)
+                elif stream is not None:
+                    stream(event.text, event.token_id)
     return results if is_batch else results[0]
 
 
@@ -198,7 +208,8 @@ def stream(
     conversations, is_batch = _conversations(messages)
     if is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
-    events = _generate(model, conversations[0], profile, settings, one_by_one=True)
+    resolved = Profile.resolve(profile, model)
+    events = _generate(model, conversations[0], resolved, settings, one_by_one=True)
     return (event.text for event in events if isinstance(event, _Token) and event.text)
 
 
@@ -218,9 +229,21 @@ def _conversations(messages: Any) -> tuple[list[Messages], bool]:
     return [messages], False
 
 
+@contextmanager
+def _naming(number: int | None) -> Iterator[None]:
+    """Puts the number of a conversation in a batch before what is wrong with it."""
+    try:
+        yield
+    except BsjaxError as error:
+        if number is None:
+            raise
+        raise type(error)(f"conversations[{number}]: {error}") from error
+
+
 def _checked_settings(
     model: LoadedModel, max_new_tokens: int, sampling: Sampling, backend: str
 ) -> AnswerSettings:
+    check_model(model, GenerationError)
     return AnswerSettings(
         new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
         sampling=sampling,
@@ -232,7 +255,10 @@ def _checked_settings(
 def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     """The ids in the checkpoint's generation config that end an answer, padded with -1."""
     ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else np.atleast_1d(ids).tolist()
+    ids = [] if ids is None else np.atleast_1d(np.asarray(ids, object)).tolist()
+    ids = [whole_number("eos_token_id", token, least=0, error=GenerationError) for token in ids]
+    if max(ids, default=0) >= 2**31:
+        raise GenerationError(f"eos_token_id must be a token id, got {shown(max(ids))}.")
     if len(ids) > MAX_END_TOKENS:
         raise GenerationError(
             f"The checkpoint's generation config has {len(ids)} end-of-sequence tokens; at most "
@@ -241,9 +267,10 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
-def _forward(model: LoadedModel, messages: Messages, profile: ProfileLike, backend: str) -> Logits:
-    resolved = Profile.resolve(profile, model)
-    inputs = prepare_inputs(model.architecture, model.prompt(messages), resolved, backend=backend)
+def _forward(
+    model: LoadedModel, messages: Messages, profile: Profile | None, backend: str
+) -> Logits:
+    inputs = prepare_inputs(model.architecture, model.prompt(messages), profile, backend=backend)
     scoring = Scoring(programs_of(model), inputs, backend)
     check_memory(inputs, scoring.stages, bytes_available())
     # On a CPU, the programs and the result share the host's memory.
@@ -255,7 +282,7 @@ def _forward(model: LoadedModel, messages: Messages, profile: ProfileLike, backe
 def _generate(
     model: LoadedModel,
     messages: Messages,
-    profile: ProfileLike,
+    profile: Profile | None,
     settings: AnswerSettings,
     *,
     one_by_one: bool,
@@ -271,11 +298,10 @@ def _generate(
     """
     programs = programs_of(model)
     compiled_before = programs.compile_seconds
-    resolved = Profile.resolve(profile, model)
     inputs = prepare_inputs(
         model.architecture,
         model.prompt(messages),
-        resolved,
+        profile,
         backend=settings.backend,
         new_tokens=settings.new_tokens,
     )

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bsjax.attention import block_sizes
+from bsjax.checks import shown
 from bsjax.errors import CapacityError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
@@ -122,11 +123,14 @@ def prepare_inputs(
     template = family.template(prompt, config, None if profile is None else profile.sinks)
     position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
     limit = text_config.max_position_embeddings
+    how_to_shorten = _how_to_shorten(template, family.fewer_image_tokens, new_tokens)
     if next_position + new_tokens > limit:
+        if next_position < limit:
+            how_to_shorten = f"Lower max_new_tokens to {limit - next_position} or less."
+        follow = f" and up to {shown(new_tokens)} new tokens follow" if new_tokens else ""
         raise CapacityError(
             f"The prompt needs {next_position} positions ({template.tokens} tokens, "
-            f"{describe_images(template)}) and up to {new_tokens} new tokens follow, but the model "
-            f"has {limit}. {family.how_to_shorten}"
+            f"{describe_images(template)}){follow}, but the model has {limit}. {how_to_shorten}"
         )
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
@@ -182,7 +186,7 @@ def prepare_inputs(
             architecture, prompt, row_of_token[template.image >= 0], backend
         ),
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
-        how_to_shorten=family.how_to_shorten,
+        how_to_shorten=how_to_shorten,
     )
 
 
@@ -239,6 +243,19 @@ def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
             first, total = number, 0
         total += size
     return [*borders, (first, len(patches))]
+
+
+def _how_to_shorten(template: Template, fewer_image_tokens: Sequence[str], new_tokens: int) -> str:
+    """Advice for a prompt that is too long: what makes most of it, first."""
+    of_images = sum(template.image_tokens)
+    levers = list(fewer_image_tokens) if of_images else []
+    if 2 * of_images < template.tokens:
+        levers.insert(0, "shorten the text of the messages")
+    if new_tokens > 1:
+        levers.append("lower max_new_tokens")
+    *others, last = levers
+    advice = f"{', '.join(others)} or {last}" if others else last
+    return f"{advice[0].upper()}{advice[1:]}."
 
 
 def describe_images(template: Template) -> str:

@@ -1,4 +1,4 @@
-"""The jitted programs of one loaded model: compiled ahead of their first run, and counted.
+"""The jitted programs of one loaded model: compiled ahead of their first run, counted and bounded.
 
 A program is compiled once per combination of bucketed shapes and kept as long as the model. Because
 programs are compiled before they run, the memory that a prompt needs is known before it runs.
@@ -6,8 +6,10 @@ programs are compiled before they run, the memory that a prompt needs is known b
 
 import math
 import os
+import threading
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,9 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checkpoint.loading import MAX_PROGRAMS, LoadedModel
+from bsjax.checks import check_not_forked
+from bsjax.errors import BsjaxError
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes, for this machine's device or for
@@ -75,7 +79,9 @@ class Memory(NamedTuple):
 
 
 class Programs:
-    """All programs compiled for one model so far.
+    """The compiled programs of one model; the one that was not used for longest is dropped first.
+
+    A program that is dropped while a run still uses it is freed when the run ends.
 
     Attributes:
       graph: the module without its parameters.
@@ -84,13 +90,16 @@ class Programs:
       compile_seconds: the time that compilation took, reading from the cache included.
     """
 
-    def __init__(self, module: nnx.Module, compile: Compile | None = None) -> None:
+    def __init__(
+        self, module: nnx.Module, compile: Compile | None = None, *, most: int = MAX_PROGRAMS
+    ) -> None:
         """Prepares a model, without compiling any program yet.
 
         Args:
           module: the model; may be abstract (shapes in place of weights) if no program will run.
           compile: compiles the programs; by default for this machine's device, with JAX's
             persistent cache.
+          most: how many programs are kept.
         """
         if compile is None:
             use_persistent_cache()
@@ -98,7 +107,14 @@ class Programs:
         self.graph, self.parameters = nnx.split(module)
         self.compilations = 0
         self.compile_seconds = 0.0
-        self._programs: dict[Hashable, Program] = {}
+        self._most = most
+        # In the order of their last use.
+        self._programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many programs are kept now."""
+        return len(self._programs)
 
     def get(
         self,
@@ -119,20 +135,28 @@ class Programs:
         shapes = jax.tree.map(_shape, (self.parameters, *arguments))
         leaves, structure = jax.tree.flatten(shapes[1:])
         key = (function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self._programs:
-            graph = self.graph
+        with self._lock:
+            if key in self._programs:
+                self._programs.move_to_end(key)
+                return self._programs[key]
+        graph = self.graph
 
-            def run(parameters: Any, *arguments: Any) -> Any:
-                return function(nnx.merge(graph, parameters), *arguments, *static)
+        def run(parameters: Any, *arguments: Any) -> Any:
+            return function(nnx.merge(graph, parameters), *arguments, *static)
 
-            run.__name__ = function.__name__.lstrip("_")
-            start = time.perf_counter()
-            jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
-            compiled = self._compile(jitted, shapes)
-            self._programs[key] = Program(self.parameters, compiled, shapes[1:])
-            self.compile_seconds += time.perf_counter() - start
+        run.__name__ = function.__name__.lstrip("_")
+        start = time.perf_counter()
+        jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
+        program = Program(self.parameters, self._compile(jitted, shapes), shapes[1:])
+        seconds = time.perf_counter() - start
+        with self._lock:
+            self.compile_seconds += seconds
             self.compilations += 1
-        return self._programs[key]
+            self._programs[key] = program
+            self._programs.move_to_end(key)
+            while len(self._programs) > self._most:
+                self._programs.popitem(last=False)
+        return program
 
 
 def _compile_here(jitted: Any, shapes: tuple[Any, ...]) -> Any:
@@ -142,10 +166,26 @@ def _compile_here(jitted: Any, shapes: tuple[Any, ...]) -> Any:
 _programs: "weakref.WeakKeyDictionary[LoadedModel, Programs]" = weakref.WeakKeyDictionary()
 
 
+def check_model(model: Any, error: type[BsjaxError]) -> None:
+    """Refuses what is not a loaded model, and a model loaded before this process was forked.
+
+    Args:
+      model: the argument of a public function.
+      error: raised if it cannot be run.
+    """
+    if not isinstance(model, LoadedModel):
+        hint = "Load a converted checkpoint with bsjax.load."
+        if isinstance(model, str | os.PathLike):
+            hint = f"Load it first: bsjax.load({str(model)!r})."
+        kind = type(model).__name__
+        raise error(f"model must be what bsjax.load returns, got {kind}. {hint}")
+    check_not_forked(error)
+
+
 def programs_of(model: LoadedModel) -> Programs:
     """The programs of a model, kept as long as the model exists."""
     if model not in _programs:
-        _programs[model] = Programs(model.module)
+        _programs[model] = Programs(model.module, most=model.max_programs)
     return _programs[model]
 
 

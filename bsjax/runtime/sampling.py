@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bsjax.checks import whole_number
+from bsjax.checks import as_number, shown, whole_number
 from bsjax.errors import GenerationError
+
+_GREATEST = float(np.finfo(np.float32).max)
 
 
 class Sampling(NamedTuple):
@@ -32,21 +34,22 @@ class Sampling(NamedTuple):
         Raises:
           GenerationError: an argument is out of range.
         """
-        for name, value in (("temperature", temperature), ("top_p", top_p)):
-            if value is not None and not isinstance(value, int | float | np.number):
-                raise GenerationError(f"{name} must be a number, got {value!r}.")
-        seed = whole_number("seed", seed, least=0, error=GenerationError)
+        # NaN fails both comparisons.
+        if not 0.0 <= as_number(temperature) <= _GREATEST:
+            raise GenerationError(
+                f"temperature must be a number, 0 (greedy) or above, got {shown(temperature)}."
+            )
+        if top_p is not None and not 0.0 < as_number(top_p) <= 1.0:
+            raise GenerationError(
+                f"top_p must be a number above 0 and at most 1, or None, got {shown(top_p)}."
+            )
+        seed = whole_number("seed", seed, least=0, most=2**32 - 1, error=GenerationError)
         if top_k is not None:
             top_k = whole_number("top_k", top_k, least=1, error=GenerationError)
-        if not 0.0 <= temperature < float("inf"):
-            raise GenerationError(f"temperature must be 0 (greedy) or above, got {temperature}.")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise GenerationError(f"top_p must be above 0 and at most 1, got {top_p}.")
-        if seed >= 2**32:
-            raise GenerationError(f"seed must be below 2**32, got {seed}.")
         return cls(
             np.float32(temperature),
-            np.int32(top_k or 0),
+            # No vocabulary has more tokens: more than that keeps all of them.
+            np.int32(min(top_k or 0, np.iinfo(np.int32).max)),
             np.float32(1.0 if top_p is None else top_p),
             np.uint32(seed),
         )

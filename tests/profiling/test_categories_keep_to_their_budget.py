@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -129,12 +128,6 @@ def test_divergences_out_of_range_are_refused(annotations_unchecked, value):
 def test_reductions_out_of_range_are_refused(annotations_unchecked, value):
     with pytest.raises(ProfileError, match="target_reduction must be a share between 0 and 1"):
         Reduction(value)
-
-
-@pytest.fixture
-def annotations_unchecked(monkeypatch):
-    """As in a user's program: the test suite checks annotations before bsjax sees a value."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @given(seeds, st.floats(0.01, 0.99), st.sampled_from(["output_error", "mass"]))

@@ -73,10 +73,7 @@ class Gemma3Family(Gemma3TextFamily):
     name = "gemma3"
     image_processor = Gemma3ImageProcessorPil
     image_options = ("do_pan_and_scan", *_CROPS)
-    how_to_shorten = (
-        "Pass fewer images, none with do_pan_and_scan (crops are images too), or ask for fewer "
-        "tokens."
-    )
+    fewer_image_tokens = ("pass fewer images", "leave out do_pan_and_scan (crops are images too)")
 
     @override
     def build(self, config: PretrainedConfig, dtype: Any) -> Gemma3ForConditionalGeneration:

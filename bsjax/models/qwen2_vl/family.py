@@ -25,7 +25,7 @@ class Qwen2VLFamily(Family):
     name = "qwen2_vl"
     image_processor = Qwen2VLImageProcessorPil
     image_options = ("max_pixels", "min_pixels")
-    how_to_shorten = "Lower max_pixels, pass fewer images or ask for fewer tokens."
+    fewer_image_tokens = ("lower max_pixels", "pass fewer images")
 
     @override
     def build(self, config: PretrainedConfig, dtype: Any) -> Qwen2VLForConditionalGeneration:

@@ -1,0 +1,223 @@
+"""Whatever is passed to `generate` and its like, the answer is right or an error of one line."""
+
+import copy
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax import (
+    BackendError,
+    BsjaxError,
+    CapacityError,
+    CheckpointError,
+    GenerationError,
+    MessageError,
+    ProfileError,
+)
+from bsjax.checks import shown
+from convert.conversion import convert_checkpoint
+from tests.support.convert_sources import edit_json
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+HUGE = 10**5000
+"""Python refuses to write an integer of so many digits."""
+
+pytestmark = pytest.mark.usefixtures("annotations_unchecked")
+
+
+def refused(function, error, words):
+    with pytest.raises(BsjaxError) as caught:
+        function()
+    assert type(caught.value) is error
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [None, "checkpoints/model", 3, bsjax.LoadedModel])
+def test_models_that_are_not_loaded(model):
+    words = "model must be what bsjax.load returns"
+    refused(lambda: bsjax.generate(model, MESSAGES), GenerationError, words)
+    refused(lambda: bsjax.forward(model, MESSAGES), GenerationError, words)
+    refused(lambda: bsjax.stream(model, MESSAGES), GenerationError, words)
+    refused(lambda: bsjax.profile(model, [MESSAGES]), ProfileError, words)
+
+
+def test_a_path_in_place_of_a_model_is_told_how_to_load_it():
+    refused(
+        lambda: bsjax.generate("some/folder", MESSAGES),
+        GenerationError,
+        "Load it first: bsjax.load('some/folder')",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        *(
+            ({"temperature": value}, GenerationError, "temperature must be a number")
+            for value in (None, "x", -1, float("nan"), 1e39, 10**400, True, [1], 1j, HUGE)
+        ),
+        *(
+            ({"top_k": value}, GenerationError, "top_k must be")
+            for value in (0, -1, "x", 1.5, [2], np.array([2, 3]))
+        ),
+        *(
+            ({"top_p": value}, GenerationError, "top_p must be")
+            for value in (0, -1, 2, "x", float("nan"), True, [0.5], 10**400)
+        ),
+        *(
+            ({"seed": value}, GenerationError, "seed must be")
+            for value in (None, -1, 2**32, "x", 1.5, HUGE)
+        ),
+        *(
+            ({"max_new_tokens": value}, GenerationError, "max_new_tokens must be")
+            for value in (None, 0, -1, "x", 1.5)
+        ),
+        *(
+            ({"max_new_tokens": value}, CapacityError, "Lower max_new_tokens to")
+            for value in (10**6, 10**30, HUGE)
+        ),
+        *(({"stream": value}, GenerationError, "stream must be") for value in (3, "x", [1])),
+        *(
+            ({"backend": value}, BackendError, "Unknown attention backend")
+            for value in (None, 3, ["xla"], "cuda")
+        ),
+        *(
+            ({"profile": value}, ProfileError, "A profile must be")
+            for value in (3, [1], b"x", {}, 3j)
+        ),
+        *(
+            ({"profile": value}, ProfileError, "no shipped profile")
+            for value in ("", "nope", "\0", "x" * 100_000)
+        ),
+    ],
+    ids=lambda value: shown(value)[:60],
+)
+def test_arguments_of_generate(tiny_model, arguments, error, words):
+    refused(lambda: bsjax.generate(tiny_model, MESSAGES, **arguments), error, words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"top_k": 10**12},
+        {"top_k": HUGE},
+        {"top_k": np.int64(3)},
+        {"top_p": 1e-50},
+        {"temperature": np.float32(0.5)},
+        {"temperature": jnp.float32(0.5)},
+        {"seed": np.uint8(3)},
+    ],
+    ids=shown,
+)
+def test_unusual_arguments_that_are_valid(tiny_model, arguments):
+    drawn = {"temperature": 0.7, "max_new_tokens": 2}
+    assert bsjax.generate(tiny_model, MESSAGES, **(drawn | arguments)).token_ids
+
+
+def test_more_than_all_tokens_are_all_tokens(tiny_model):
+    settings = {"temperature": 1.5, "seed": 7, "max_new_tokens": 4}
+    results = [
+        bsjax.generate(tiny_model, MESSAGES, top_k=top_k, **settings).token_ids
+        for top_k in (None, 10**12)
+    ]
+    assert results[0] == results[1]
+
+
+CYCLE = []
+CYCLE.append(CYCLE)
+CYCLIC_CONTENT = {"role": "user"}
+CYCLIC_CONTENT["content"] = [CYCLIC_CONTENT]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (None, "Messages must be a list"),
+        (3, "Messages must be a list"),
+        ("hello", "Messages must be a list"),
+        (b"hello", "Messages must be a list"),
+        ({}, "Messages must be a list"),
+        (iter(MESSAGES), "Messages must be a list"),
+        (np.array([1]), "Messages must be a list"),
+        ([], "The list of messages is empty"),
+        ([[]], "conversations[0]: The list of messages is empty"),
+        ([MESSAGES, []], "conversations[1]: The list of messages is empty"),
+        ([MESSAGES, MESSAGES, 3], "conversations[2]: Messages must be a list"),
+        ([MESSAGES, None], "conversations[1]: Messages must be a list"),
+        ([MESSAGES, [3]], "conversations[1]: messages[0]"),
+        ([[MESSAGES]], "conversations[0]: messages[0]"),
+        (CYCLE, "conversations[0]: messages[0]"),
+        ([MESSAGES, CYCLE], "conversations[1]: messages[0]"),
+        ([CYCLIC_CONTENT], "messages[0]['content'][0]"),
+    ],
+)
+def test_batches(tiny_model, messages, words):
+    refused(lambda: bsjax.generate(tiny_model, messages, max_new_tokens=1), MessageError, words)
+    if not isinstance(messages, list) or messages[:1] != [MESSAGES]:
+        refused(lambda: bsjax.forward(tiny_model, messages), MessageError, words)
+
+
+WORDS = {"type": "text", "text": "word " * 200}
+PICTURES = [{"type": "image", "image": np.zeros((140, 140, 3), np.uint8)}] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        ([WORDS], "Shorten the text of the messages"),
+        (PICTURES, "Lower max_pixels or pass fewer images"),
+        ([*PICTURES, WORDS], "Shorten the text of the messages, lower max_pixels"),
+    ],
+    ids=["text", "images", "both"],
+)
+def test_a_prompt_that_is_too_long_names_the_lever_that_applies(tiny_model, content, advice):
+    config = copy.deepcopy(tiny_model.config)
+    config.get_text_config().max_position_embeddings = 16
+    model = dataclasses.replace(tiny_model, config=config)
+    messages = [{"role": "user", "content": content}]
+    with pytest.raises(CapacityError) as caught:
+        bsjax.forward(model, messages)
+    said = str(caught.value)
+    assert advice in said and "new tokens" not in said and "max_new_tokens" not in said
+    assert ("max_pixels" in said) == (PICTURES[0] in content)
+    assert ("the text" in said) == (WORDS in content)
+    with pytest.raises(CapacityError, match=r"lower max_new_tokens\.$"):
+        bsjax.generate(model, messages, max_new_tokens=2)
+
+
+def test_a_prompt_that_is_too_long_is_named_in_a_batch(tiny_model):
+    batch = [MESSAGES, [{"role": "user", "content": "word " * 20_000}]]
+    with pytest.raises(CapacityError, match=r"^conversations\[1\]: The prompt needs"):
+        bsjax.generate(tiny_model, batch, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("token", [10**30, HUGE, -1, "x", 1.5, [1, None], [[1]]], ids=shown)
+def test_end_of_sequence_tokens(tiny_model, token):
+    config = type(tiny_model.generation_config)()
+    config.eos_token_id = token
+    model = dataclasses.replace(tiny_model, generation_config=config)
+    refused(lambda: bsjax.generate(model, MESSAGES), GenerationError, "eos_token_id must be")
+
+
+def test_end_of_sequence_tokens_in_a_file(tiny_source, tmp_path):
+    folder = tmp_path / "converted"
+    convert_checkpoint(tiny_source, folder)
+    edit_json(folder / "generation_config.json", eos_token_id=10**30)
+    refused(lambda: bsjax.load(folder), CheckpointError, "eos_token_id must be a token id")
+
+
+@pytest.mark.parametrize("path", [None, 3, [1], b"x", "~nobody-of-this-name/x"])
+def test_paths_that_are_no_paths(path):
+    refused(lambda: bsjax.load(path), CheckpointError, "is not the path of a folder")
+
+
+@pytest.mark.parametrize("value", [0, -1, None, "x", 1.5])
+def test_numbers_of_programs(tiny_checkpoint, value):
+    refused(
+        lambda: bsjax.load(tiny_checkpoint, max_programs=value),
+        CheckpointError,
+        "max_programs must be",
+    )
