@@ -152,7 +152,7 @@ def _check_layers(table: list[ParameterRule], tensors: dict[str, TensorEntry]) -
         if rule.layers is None:
             continue
         stack = rule.source.partition(".{layer}")[0]
-        if rule.layers != found.get(stack, 0):
+        if rule.layers > found.get(stack, 0):
             raise CheckpointError(
                 f"config.json describes {rule.layers} layers in {stack}, but the checkpoint's "
                 f"tensors are those of {found.get(stack, 0)}. Either it is not the tensors' "

@@ -106,7 +106,7 @@ def test_load_refuses(converted, file, field, value, words):
         (converted / file).write_text(text)
 
 
-@pytest.mark.parametrize("layers", [3, 5, 1000])
+@pytest.mark.parametrize("layers", [5, 1000])
 @pytest.mark.parametrize("field", ["text_config.num_hidden_layers", "vision_config.depth"])
 def test_layers_are_compared_with_the_tensors_names(source, field, layers):
     if "text" in field:
