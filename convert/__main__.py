@@ -19,8 +19,8 @@ examples:
   python -m convert Qwen/Qwen2-VL-2B-Instruct checkpoints/qwen2-vl-2b
   python -m convert ~/models/Qwen2.5-VL-3B-Instruct checkpoints/qwen2.5-vl-3b --verify
 
-DESTINATION appears only when it is complete. An interrupted run leaves at most a folder named
-DESTINATION.converting-NUMBER, which is safe to delete.
+DESTINATION appears only when it is complete. A run that is killed leaves a folder named
+DESTINATION.converting-NUMBER, which the next run removes.
 """
 
 
@@ -88,15 +88,15 @@ def _convert(options: argparse.Namespace) -> int:
 
     import_jax(devices=True)
     from convert.conversion import convert_checkpoint
-    from convert.writing import leftovers
+    from convert.writing import remove_unfinished
 
     # Hides Orbax's message that there was nothing to merge.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    removed = remove_unfinished(options.destination)
     if not options.quiet:
-        for folder in leftovers(options.destination):
+        for folder in removed:
             print(
-                f"note: {folder} was left by a conversion that was killed (unless one is running "
-                "now); it is safe to delete",
+                f"note: removed {folder}, which a conversion that was killed had left",
                 file=sys.stderr,
             )
     with _progress_bar(options.quiet) as progress:

@@ -38,6 +38,7 @@ from convert.writing import (
     check_disk_space,
     check_stopped,
     publish,
+    remove_unfinished,
     write_parameters,
 )
 
@@ -101,6 +102,8 @@ def convert_checkpoint(
         and memory for the model in float32.
       progress: called with (bytes read, bytes to read) as the conversion goes on.
 
+    Removes what earlier conversions to `destination` left behind when they were killed.
+
     Raises:
       CheckpointError: the source is missing, damaged, pickled, incomplete or of another family, or
         it contains NaN; the family cannot run in `dtype`; the destination exists or does not fit on
@@ -109,6 +112,7 @@ def convert_checkpoint(
     started = time.monotonic()
     target = Path(destination).expanduser()
     check_destination(target)
+    remove_unfinished(target)
     if check:
         require_torch()
     opened, family, plan, copied = prepare(source, revision, dtype)

@@ -31,6 +31,7 @@ import tensorstore
 from bsjax.checkpoint.loading import UNFINISHED
 from bsjax.checkpoint.restoring import nested
 from bsjax.errors import CheckpointError
+from bsjax.unfinished import held, remove_leftovers
 
 # Space that the file system may need in addition to the sizes of the files.
 _SPARE_BYTES = 64 * 2**20
@@ -71,7 +72,7 @@ class StreamedParameterHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _write(parameter: StreamedParameter, folder: Path) -> None:
-    store = tensorstore.open(
+    opening = tensorstore.open(
         {
             "driver": "zarr3",
             # All files are flushed together, once, before they are published.
@@ -92,18 +93,31 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
             # Even chunks of zeros are written, so that a missing chunk always means damage.
             "store_data_equal_to_fill_value": True,
         }
-    ).result()
+    )
+    store = _finished(opening, folder)
     pending = None
     try:
         for index, piece in parameter.pieces():
             # This piece was read while the previous one was written: at most two are in memory.
             if pending is not None:
-                pending.result()
+                _finished(pending, folder)
             pending = store[index].write(piece, can_reference_source_data_indefinitely=True)
     finally:
         # Also after an error or an interrupt, because clean-up must not race with a write.
         if pending is not None:
-            pending.result()
+            _finished(pending, folder)
+
+
+def _finished(future: Any, folder: Path) -> Any:
+    """The result of a storage operation.
+
+    Raises:
+      CheckpointError: it failed: the disk is full, or files may not become that large.
+    """
+    try:
+        return future.result()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot write {folder.name}: {error}") from error
 
 
 def write_parameters(folder: Path, parameters: dict[tuple[str, ...], StreamedParameter]) -> None:
@@ -169,9 +183,13 @@ def check_disk_space(destination: Path, needed: int) -> None:
         )
 
 
-def leftovers(destination: Path) -> list[Path]:
-    """Temporary folders that conversions to `destination` left behind when they were killed."""
-    return sorted(destination.absolute().parent.glob(f"{destination.name}{UNFINISHED}*"))
+def remove_unfinished(destination: Path) -> list[Path]:
+    """Removes the temporary folders of conversions to `destination` that were killed.
+
+    Returns:
+      The folders removed.
+    """
+    return remove_leftovers(destination.absolute().parent, f"{destination.name}{UNFINISHED}")
 
 
 @contextlib.contextmanager
@@ -180,7 +198,8 @@ def publish(destination: Path) -> Iterator[Path]:
 
     Everything is flushed to the disk before the folder is renamed. If the block raises (also on
     Ctrl-C or SIGTERM), the temporary folder is removed. If the process is killed, the folder stays,
-    under a name that shows what it is and that `bsjax.load` rejects.
+    under a name that shows what it is and that `bsjax.load` rejects, until the next conversion to
+    `destination` removes it.
 
     Raises:
       CheckpointError: the disk is full or not writable, or someone else created `destination`.
@@ -192,7 +211,7 @@ def publish(destination: Path) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot create {temporary}: {error.strerror}") from error
-    with _stopped_by_signals():
+    with _stopped_by_signals(), held(temporary):
         try:
             yield temporary
             _flush(temporary)
@@ -202,7 +221,7 @@ def publish(destination: Path) -> Iterator[Path]:
             temporary.rename(destination.absolute())
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) or "RESOURCE_EXHAUSTED" in str(error):
+            if isinstance(error, OSError):
                 raise CheckpointError(_explain(error, destination)) from error
             raise
     _flush_entry(parent)

@@ -6,7 +6,6 @@ all heads, sorted by how much they attend to other images, with their categories
 heads within an error, for each category; and, if sinks were found in data, attention by offset.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.profiles.evidence import Evidence
 from bsjax.profiles.format import LETTERS
 from bsjax.profiles.profile import Profile
+from bsjax.unfinished import written_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,14 +127,10 @@ def _write(figure: "Figure", path: Path) -> None:
             f"The profile's picture cannot be written to {path}: end its name with the format, "
             "such as .png, .pdf or .svg."
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
-        os.replace(temporary, path)
-    except BaseException as error:  # Also on an interrupt, so that nothing is left behind.
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError | ValueError):
-            raise
+        with written_beside(path) as temporary:
+            figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
+    except (OSError, ValueError) as error:
         raise ProfileError(f"The profile's picture cannot be written to {path}: {error}") from error
 
 

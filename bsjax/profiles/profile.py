@@ -17,6 +17,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
 from bsjax.profiles import format as profile_format
 from bsjax.profiles.evidence import Evidence
+from bsjax.unfinished import write_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,17 +197,9 @@ class Profile:
         """
         path = Path(path)
         text = self.to_json()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:  # Also on an interrupt, so that nothing is left behind.
-            temporary.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
+            write_text(path, text)
+        except OSError as error:
             raise ProfileError(f"The profile cannot be written to {path}: {error}") from error
 
     def check(self, family: str, layers: int, heads: int, fingerprint: str | None = None) -> None:

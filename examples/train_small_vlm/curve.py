@@ -1,9 +1,9 @@
 """The learning curve of a run, from its logs."""
 
-import json
 from pathlib import Path
 
 from .questions import TASKS
+from .training import read_log
 
 
 def plot_curve(folder: Path, path: Path) -> None:
@@ -15,7 +15,7 @@ def plot_curve(folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     tower_panel, model_panel = figure.subplots(1, 2, width_ratios=(1, 2))
 
-    tower = _lines(folder / "tower" / "log.jsonl")
+    tower = read_log(folder / "tower" / "log.jsonl")
     for name in ("content", "colour"):
         tower_panel.plot(
             [line["step"] for line in tower],
@@ -25,7 +25,7 @@ def plot_curve(folder: Path, path: Path) -> None:
     tower_panel.set_title("vision tower: single images", fontsize=10)
     tower_panel.set_ylabel("right answers, %")
 
-    model = _lines(folder / "model" / "log.jsonl")
+    model = read_log(folder / "model" / "log.jsonl")
     for index, name in enumerate(("all", *TASKS)):
         colour = "black" if name == "all" else f"C{index - 1}"
         seen = [line for line in model if name in line["training"]]
@@ -54,7 +54,3 @@ def plot_curve(folder: Path, path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
-
-
-def _lines(log_file: Path) -> list[dict]:
-    return [json.loads(line) for line in log_file.read_text(encoding="utf-8").splitlines()]

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from bsjax.models import FAMILIES
 from bsjax.models.parameters import ParameterRule
+from bsjax.unfinished import remove_leftovers
 
 from ..qwen_files import make_generation_config
 from .files import make_image_processor, make_tokenizer
@@ -28,6 +29,7 @@ def export(parameters: Any, config: PretrainedConfig, folder: Path) -> None:
     """
     tokenizer = make_tokenizer()
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    remove_leftovers(folder.absolute().parent, f".{folder.name}.", ".tmp")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

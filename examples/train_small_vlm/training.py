@@ -17,6 +17,8 @@ from flax import nnx
 from jax.tree_util import keystr
 from jaxtyping import Array
 
+from bsjax.unfinished import write_text
+
 from .batches import Batch, Encoder, ImageBatch
 from .files import MERGE_SIZE, PATCH_SIZE
 from .forward import groups_of_layers, run_tower
@@ -394,24 +396,48 @@ def _means(entries: list[dict[str, float]]) -> dict[str, float]:
 def check_settings(file: Path, settings: Settings) -> None:
     """Writes the settings of a new run, or refuses to continue a run with other settings.
 
+    A file that is torn, as a machine that lost power leaves it, is written again.
+
     Raises:
       SystemExit: the file belongs to a run with other settings.
     """
     text = json.dumps(asdict(settings), indent=2) + "\n"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    elif json.loads(file.read_text(encoding="utf-8")) != json.loads(text):
-        raise SystemExit(
-            f"error: {file} is from a run with other settings. Choose another folder, or delete it."
-        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (RecursionError, ValueError):
+            print(f"note: {file} is torn; it is written again with this run's settings")
+        else:
+            if known != json.loads(text):
+                raise SystemExit(
+                    f"error: {file} is from a run with other settings. Choose another folder, or "
+                    "delete it."
+                )
+            return
+    write_text(file, text)
+
+
+def read_log(log_file: Path) -> list[dict[str, Any]]:
+    """The lines of a log; says which are torn, and leaves them out."""
+    if not log_file.exists():
+        return []
+    lines = []
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            int(entry["step"])
+            lines.append(entry)
+        except (KeyError, RecursionError, TypeError, ValueError):
+            print(f"note: line {number} of {log_file} is torn and left out")
+    return lines
 
 
 def _lines_until(log_file: Path, step: int) -> list[dict[str, Any]]:
     """The log up to a step. Later lines are removed from the file: their steps will run again."""
     if not log_file.exists():
         return []
-    lines: Sequence[str] = log_file.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in map(json.loads, lines) if line["step"] <= step]
-    log_file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    kept = [line for line in read_log(log_file) if line["step"] <= step]
+    write_text(log_file, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -76,11 +77,24 @@ def test_kill_leaves_a_folder_that_says_what_it_is(source, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="unfinished conversion"):
         load(left)
 
-    # The next run reports the folder, succeeds, and leaves it as it is.
+    # The next run removes the folder, says so, and succeeds.
     assert main([str(source), str(tmp_path / "ours")]) == 0
     assert left.name in capsys.readouterr().err
     assert load(tmp_path / "ours").family.name == "qwen2_vl"
-    assert left.exists()
+    assert not left.exists()
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_of_one_line(tiny_source, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        status = main([str(tiny_source), str(tmp_path / "ours"), "--quiet"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = capsys.readouterr().err
+    assert status == 2 and message.startswith("error: cannot write")
+    assert message.count("\n") == 1 and "File too large" in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), SystemExit(1)])

@@ -206,6 +206,30 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         training.check_settings(file, training.Settings(seed=1))
 
 
+@pytest.mark.parametrize("torn", ["", "{", '{"steps": 1', "[" * 5000, "null"])
+def test_torn_settings_are_written_again(tmp_path, capsys, torn):
+    file = tmp_path / "settings.json"
+    training.check_settings(file, training.Settings())
+    whole = file.read_text()
+    file.write_text(torn)
+    if torn == "null":  # Not torn, but not these settings either.
+        with pytest.raises(SystemExit, match="other settings"):
+            training.check_settings(file, training.Settings())
+        return
+    training.check_settings(file, training.Settings())
+    assert "torn" in capsys.readouterr().out and file.read_text() == whole
+
+
+def test_torn_lines_of_a_log_are_left_out(tmp_path, capsys):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2, "seco\n\xff\n3\n{}\n{"step": 5}\n{"step": 6, "tr')
+    assert training.read_log(file) == [{"step": 1}, {"step": 5}]
+    said = capsys.readouterr().out
+    assert [f"line {number} of" in said for number in range(1, 8)] == [
+        False, True, True, True, True, False, True
+    ]  # fmt: skip
+
+
 def test_sparse_layers_see_their_own_image_and_sinks(config):
     """A test above checks that rows with such key groups see what they see in inference."""
     groups = forward.groups_of_layers(config, (1, 3))
