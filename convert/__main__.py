@@ -119,6 +119,7 @@ def _convert(options: argparse.Namespace) -> int:
             f"verified     logits within {result.verification.difference:.1e} of transformers' "
             f"(allowed: {result.verification.tolerance:.0e}) at {result.verification.tokens} tokens"
         )
+    print(f"fingerprint  {result.manifest} (bsjax verify)")
     print(f"written to   {result.destination}")
     print()
     print("next:")

@@ -23,6 +23,7 @@ from bsjax.checkpoint.loading import (
     read_config,
     resolve_dtype,
 )
+from bsjax.checkpoint.manifest import MANIFEST, write_manifest
 from bsjax.errors import CheckpointError
 from bsjax.models import Architecture, Family
 from bsjax.models.parameters import tied_keys
@@ -43,7 +44,7 @@ from convert.writing import (
 )
 
 _COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*")
-_NOT_COPIED = ("*.index.json",)
+_NOT_COPIED = ("*.index.json", MANIFEST)
 _TOKENIZER = ("tokenizer.json", "vocab.json")
 _IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
@@ -64,6 +65,7 @@ class Conversion:
       nbytes: size of the weights as stored.
       seconds: duration of the conversion, without verification.
       fingerprint: SHA-256 of the source weights.
+      manifest: fingerprint of the manifest, which `bsjax verify` compares.
       verification: the result of the comparison with transformers, if it was asked for.
     """
 
@@ -76,6 +78,7 @@ class Conversion:
     nbytes: int
     seconds: float
     fingerprint: str
+    manifest: str
     verification: Verification | None
 
 
@@ -127,6 +130,7 @@ def convert_checkpoint(
         description = _description(opened, family.name, plan, fingerprint.hexdigest(), copied)
         text = json.dumps(description, indent=2) + "\n"
         (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
+        manifest = write_manifest(temporary)
         seconds = time.monotonic() - started
         verification = verify(opened.folder, temporary, _rounds(plan)) if check else None
 
@@ -140,6 +144,7 @@ def convert_checkpoint(
         nbytes=size,
         seconds=seconds,
         fingerprint=fingerprint.hexdigest(),
+        manifest=manifest,
         verification=verification,
     )
 

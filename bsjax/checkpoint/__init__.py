@@ -2,5 +2,6 @@
 
 folder      which files a checkpoint's folder may have, checked before they are opened
 loading     `load`: from the folder of a converted checkpoint to a `LoadedModel`
+manifest    size and SHA-256 of every file, and the comparison with them
 restoring   reads the weights, one parameter at a time, into arrays on a device
 """

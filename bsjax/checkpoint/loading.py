@@ -3,6 +3,7 @@
 `python -m convert` writes a folder:
 
     parameters/        the weights, an Orbax checkpoint of nested dictionaries of arrays
+    manifest.json      size and SHA-256 of every other file
     bsjax.json         the description: format version, family, dtype, fingerprint, source
     config.json, generation_config.json, tokenizer and image processor files: as in the source
 """
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from bsjax.checkpoint.folder import PARAMETERS, check_folder
+from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.checks import check_not_forked, shown, whole_number
 from bsjax.errors import CheckpointError
@@ -88,14 +90,26 @@ class LoadedModel(Processor):
         return Architecture(self.family, self.config, self.dtype)
 
 
-def load(path: str | Path, dtype: Any = None, *, max_programs: int = MAX_PROGRAMS) -> LoadedModel:
+def load(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    verify: bool = False,
+    max_programs: int = MAX_PROGRAMS,
+) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
+
+    Always checked: that all files and parameters are there, their shapes and dtypes, and a checksum
+    of every piece of the weights that is read. This finds damage, but not files that were replaced
+    by others that are whole; `verify` finds those too.
 
     Args:
       path: a folder written by `python -m convert`.
       dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
         it while they are read. By default float32 on a CPU, whose matrix products are fastest in
         float32, and bfloat16 elsewhere.
+      verify: first compare the SHA-256 of every file with the one that was written when the
+        checkpoint was converted, as `bsjax verify` does. Takes the time to read all files once.
       max_programs: how many compiled programs to keep in memory. There is one for every stage and
         bucket of sizes, so that prompts of many sizes need many. Beyond this number, the program
         that was not used for longest is dropped, and compiled again, or read from JAX's persistent
@@ -103,8 +117,9 @@ def load(path: str | Path, dtype: Any = None, *, max_programs: int = MAX_PROGRAM
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
-        format, of an unsupported family or damaged; or `dtype` is not one of the three, or
-        `max_programs` is below 1; or this process was forked from one that had used JAX.
+        format, of an unsupported family or damaged, or fails verification; or `dtype` is not one of
+        the three, or `max_programs` is below 1; or this process was forked from one that had used
+        JAX.
     """
     check_not_forked(CheckpointError)
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
@@ -113,6 +128,8 @@ def load(path: str | Path, dtype: Any = None, *, max_programs: int = MAX_PROGRAM
     except (TypeError, RuntimeError) as error:  # Not a path, or the home of an unknown user.
         raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}") from error
     _refuse_unconverted(folder, path)
+    if verify:
+        verify_manifest(folder)
     return dataclasses.replace(read_folder(folder, dtype), max_programs=max_programs)
 
 
@@ -137,7 +154,11 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
             f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
         )
     return LoadedModel(
-        module=_restore(folder / PARAMETERS, Architecture(family, processor.config, target)),
+        module=_restore(
+            folder / PARAMETERS,
+            Architecture(family, processor.config, target),
+            description["dtype"],
+        ),
         config=processor.config,
         family=family,
         tokenizer=processor.tokenizer,
@@ -307,11 +328,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _restore(folder: Path, architecture: Architecture) -> ImageTextModel:
+def _restore(folder: Path, architecture: Architecture, stored: str) -> ImageTextModel:
     module = abstract_module(architecture)
     graph, state = nnx.split(module)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = restore_parameters(folder, parameter_shapes(module), here)
+    arrays = restore_parameters(folder, parameter_shapes(module), here, stored)
     filled = {
         path: variable.replace(arrays[tuple(map(str, path))])
         for path, variable in nnx.to_flat_state(state)

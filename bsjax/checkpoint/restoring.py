@@ -83,6 +83,7 @@ def restore_parameters(
     folder: Path,
     wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     sharding: jax.sharding.Sharding,
+    stored: str,
 ) -> dict[tuple[str, ...], jax.Array]:
     """Reads exactly the wanted parameters.
 
@@ -90,6 +91,7 @@ def restore_parameters(
       folder: the Orbax checkpoint, a tree of nested dictionaries.
       wanted: shape and dtype of every parameter, by its path.
       sharding: sharding of the arrays.
+      stored: the dtype that all parameters were stored in.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
@@ -106,7 +108,9 @@ def restore_parameters(
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             metadata = checkpointer.metadata(folder.absolute()).item_metadata
-            shapes = {path: tuple(leaf.shape) for path, leaf in _flat(metadata.tree).items()}
+            leaves = _flat(metadata.tree)
+            shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+            dtypes = {path: np.dtype(leaf.dtype).name for path, leaf in leaves.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder} is damaged: its _METADATA or a zarr.json cannot be read ({error}). "
@@ -117,6 +121,11 @@ def restore_parameters(
                 raise CheckpointError(
                     f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, but the "
                     f"model in config.json needs {tuple(leaf.shape)}. {_AGAIN}"
+                )
+            if dtypes[path] != stored:
+                raise CheckpointError(
+                    f"{folder}: parameter {'.'.join(path)} is stored as {dtypes[path]}, but the "
+                    f"checkpoint was converted to {stored}: its zarr.json was changed. {_AGAIN}"
                 )
         arguments = {
             path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)

@@ -1,4 +1,4 @@
-"""The console script `bsjax`, with the commands `generate`, `mask` and `profile`."""
+"""The console script `bsjax`, with the commands `generate`, `mask`, `profile` and `verify`."""
 
 import argparse
 import io
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bsjax.cli import generate, mask, profile
+from bsjax.cli import generate, mask, profile, verify
 from bsjax.errors import BsjaxError
 
 _EPILOG = """\
@@ -16,6 +16,7 @@ examples:
   bsjax mask --segments text:12,image:256,text:5,image:300,text:9 --category sink
   bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench --limit 64 --output profile.json
   bsjax profile show profile.json --output profile.png
+  bsjax verify checkpoints/qwen2-vl-2b
 
 Checkpoints are folders written by `python -m convert`.
 """
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, mask, profile):
+    for module in (generate, mask, profile, verify):
         module.add_to(commands)
     return parser
 
