@@ -1,8 +1,10 @@
-"""Checks of numbers in arguments and configurations, and of the process they are used in."""
+"""Checks of numbers and of the process; how error messages show values and places."""
 
 import math
 import operator
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bsjax.errors import BsjaxError
@@ -64,6 +66,21 @@ def shown(value: Any) -> str:
         return repr(value)
     except Exception:  # Python refuses to write integers of thousands of digits, for example.
         return f"a value of type {type(value).__name__}"
+
+
+@contextmanager
+def naming(place: str | None) -> Iterator[None]:
+    """Puts a place before what an error says is wrong; None adds nothing.
+
+    Args:
+      place: such as the number of a conversation in a batch, or a line of a file.
+    """
+    try:
+        yield
+    except BsjaxError as error:
+        if place is None:
+            raise
+        raise type(error)(f"{place}: {error}") from error
 
 
 _process_of_first_use: int | None = None

@@ -263,7 +263,7 @@ def _run(options: argparse.Namespace) -> None:
     try:
         profile = bsjax.profile(
             model,
-            samples.messages,
+            samples,
             **chosen,
             sinks=sinks,
             source=samples.description,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import naming
 from bsjax.profiles.profile import Profile
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.ordered_samples import OrderedSamples
@@ -52,6 +53,7 @@ def check_end_to_end(
     progress("answering held-out samples", 0, len(samples.messages))
     for index, digest in enumerate(samples.fingerprints):
 
+        @naming(samples.places[index])
         def answered(index: int = index) -> dict[str, np.ndarray]:
             result = generate(
                 model,

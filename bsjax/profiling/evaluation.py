@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int8, Int64
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import whole_number
+from bsjax.checks import naming, whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
@@ -136,7 +136,8 @@ class Evaluator:
         progress(stage, 0, len(samples.messages))
         for index, digest in enumerate(samples.fingerprints):
             name = f"dense answer {digest} {self.sinks} {self.answer_tokens}"
-            self._records.append(state.recall(name, partial(self._read, index)))
+            read = naming(samples.places[index])(partial(self._read, index))
+            self._records.append(state.recall(name, read))
             progress(stage, index + 1, len(samples.messages))
         self.flops: Int64[np.ndarray, "layers all_categories"] = np.sum(
             [record["flops"] for record in self._records], axis=0
@@ -207,7 +208,8 @@ class Evaluator:
             answer = record["answer"].tolist()
             # Nothing follows the end-of-sequence token of a finished answer.
             answer = answer[:-1] if record["stopped"] else answer
-            self._prepared[index] = self._prepare(index, self._before_images(answer))
+            with naming(self._samples.places[index]):
+                self._prepared[index] = self._prepare(index, self._before_images(answer))
         return self._prepared[index]
 
     def _before_images(self, answer: list[int]) -> list[int]:

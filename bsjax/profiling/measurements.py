@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32, Float64, Int8, Int64
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import naming
 from bsjax.errors import ProfileError
 from bsjax.masks.flops import total_flops
 from bsjax.masks.template import Sinks
@@ -289,7 +290,8 @@ def _of_all(
     """One record per sample, recalled from the state or measured."""
     records = []
     progress(stage, 0, len(samples.messages))
-    for messages, digest in zip(samples.messages, samples.fingerprints, strict=True):
-        records.append(state.recall(f"{what} {digest}", partial(measured, messages)))
+    for messages, digest, place in zip(*samples, strict=True):
+        measure_one = naming(place)(partial(measured, messages))
+        records.append(state.recall(f"{what} {digest}", measure_one))
         progress(stage, len(records), len(samples.messages))
     return records

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsjax.checks import naming
 from bsjax.errors import ProfileError
 from bsjax.prompts.images import IMAGE_FILE_KEYS, image_file
 from bsjax.prompts.messages import read_messages
@@ -27,10 +28,12 @@ class OrderedSamples(NamedTuple):
     Attributes:
       messages: one conversation per sample.
       fingerprints: fingerprint of each sample, 64 hexadecimal digits.
+      places: where each sample comes from, for error messages.
     """
 
     messages: tuple[Messages, ...]
     fingerprints: tuple[str, ...]
+    places: tuple[str, ...]
 
     @classmethod
     def of(cls, samples: Any) -> "OrderedSamples":
@@ -42,8 +45,9 @@ class OrderedSamples(NamedTuple):
         Raises:
           ProfileError: there are no samples, or they are not a sequence of conversations.
         """
+        places: Sequence[str] = ()
         if isinstance(samples, Samples):
-            samples = samples.messages
+            samples, places = samples.messages, samples.places
         if isinstance(samples, str | bytes | Mapping) or not isinstance(samples, Sequence):
             raise ProfileError(
                 "Samples must be a list of conversations, each a list of chat messages, got "
@@ -56,9 +60,18 @@ class OrderedSamples(NamedTuple):
                 "Samples must be a list of conversations, each a list of chat messages, got a "
                 "single conversation. Put it into a list."
             )
-        by_fingerprint = {fingerprint(messages): messages for messages in samples}
+        if len(places) != len(samples):
+            places = [f"samples[{number}]" for number in range(len(samples))]
+        by_fingerprint: dict[str, tuple[Messages, str]] = {}
+        for messages, place in zip(samples, places, strict=True):
+            by_fingerprint.setdefault(fingerprint(messages), (messages, place))
         digests = tuple(sorted(by_fingerprint))
-        return cls(tuple(by_fingerprint[digest] for digest in digests), digests)
+        ordered = [by_fingerprint[digest] for digest in digests]
+        return cls(
+            tuple(messages for messages, _ in ordered),
+            digests,
+            tuple(place for _, place in ordered),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +105,7 @@ class OrderedSamples(NamedTuple):
         return OrderedSamples(
             tuple(self.messages[index] for index in indices),
             tuple(self.fingerprints[index] for index in indices),
+            tuple(self.places[index] for index in indices),
         )
 
 
@@ -107,13 +121,14 @@ def check_images(samples: OrderedSamples, *, several: bool) -> None:
       MessageError: `bsjax.generate` would reject the messages of a sample.
     """
     most = 0
-    for messages in samples.messages:
-        count = len(read_messages(messages)[1])
-        if not count:
-            raise ProfileError(
-                "A sample has no image, so it says nothing about what image tokens attend to. "
-                f"Leave such samples out: {str(messages)[:200]}"
-            )
+    for messages, place in zip(samples.messages, samples.places, strict=True):
+        with naming(place):
+            count = len(read_messages(messages)[1])
+            if not count:
+                raise ProfileError(
+                    "A sample has no image, so it says nothing about what image tokens attend to. "
+                    f"Leave such samples out: {str(messages)[:200]}"
+                )
         # How many crops an image has depends on its size, which is not read here.
         if _asks_for_crops(messages):
             count = max(count, 2)

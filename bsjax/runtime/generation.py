@@ -6,7 +6,6 @@ embedding -> answering, or embedding -> scoring          compiled programs, on t
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NamedTuple, overload
 
@@ -16,8 +15,8 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown, whole_number
-from bsjax.errors import BsjaxError, GenerationError, MessageError
+from bsjax.checks import naming, shown, whole_number
+from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.answering import DECODE_CHUNK, MAX_END_TOKENS, Answering, AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs
@@ -87,7 +86,7 @@ def forward(
     resolved = Profile.resolve(profile, model)
     logits = []
     for number, conversation in enumerate(conversations):
-        with _naming(number if is_batch else None):
+        with naming(f"conversations[{number}]" if is_batch else None):
             logits.append(_forward(model, conversation, resolved, backend))
     return logits if is_batch else logits[0]
 
@@ -173,7 +172,7 @@ def generate(
     resolved = Profile.resolve(profile, model)
     results = []
     for number, conversation in enumerate(conversations):
-        with _naming(number if is_batch else None):
+        with naming(f"conversations[{number}]" if is_batch else None):
             for event in _generate(
                 model, conversation, resolved, settings, one_by_one=stream is not None
             ):
@@ -227,17 +226,6 @@ def _conversations(messages: Any) -> tuple[list[Messages], bool]:
     if isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple):
         return list(messages), True
     return [messages], False
-
-
-@contextmanager
-def _naming(number: int | None) -> Iterator[None]:
-    """Puts the number of a conversation in a batch before what is wrong with it."""
-    try:
-        yield
-    except BsjaxError as error:
-        if number is None:
-            raise
-        raise type(error)(f"conversations[{number}]: {error}") from error
 
 
 def _checked_settings(

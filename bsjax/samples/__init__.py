@@ -22,13 +22,30 @@ __all__ = ["BENCHMARKS", "QUESTIONS", "Samples", "read_samples"]
 _PREFIX = "benchmark:"
 
 
-class Samples(NamedTuple):
-    """Conversations, and where they come from."""
-
+class _Samples(NamedTuple):
     messages: list[list[dict[str, Any]]]
     """One list of chat messages per sample, ending where the answer would begin."""
     description: str
     """The sources in words, for a profile's `source`."""
+
+
+class Samples(_Samples):
+    """Conversations, and where they come from: `messages, description = samples`."""
+
+    places: tuple[str, ...] = ()
+    """Where each sample comes from, such as a line of a file, for error messages."""
+
+    @classmethod
+    def of(
+        cls,
+        messages: list[list[dict[str, Any]]],
+        description: str,
+        places: Sequence[str] = (),
+    ) -> "Samples":
+        """Samples whose places are known."""
+        samples = cls(messages, description)
+        samples.places = tuple(places)
+        return samples
 
 
 def read_samples(
@@ -91,7 +108,12 @@ def read_samples(
     options = {name: value for name, value in options.items() if value is not None}
     if options:
         messages = [_with_options(sample, options) for sample in messages]
-    return Samples(messages, "; ".join(part.description for part in parts))
+    places = tuple(
+        place
+        for one, part in zip(sources, parts, strict=True)
+        for place in part.places or [f"{one}, sample {n}" for n in range(len(part.messages))]
+    )
+    return Samples.of(messages, "; ".join(part.description for part in parts), places)
 
 
 def _read(
@@ -111,7 +133,7 @@ def _read(
         if os.path.isdir(path):
             return Samples(*read_folder(path, limit, seed, question, images_per_prompt))
         if os.path.isfile(path):
-            return Samples(*read_jsonl(path, limit, seed))
+            return Samples.of(*read_jsonl(path, limit, seed))
     except OSError as error:
         raise SampleError(f"{path} cannot be read: {error}") from error
     hint = ""

@@ -22,7 +22,9 @@ _FORM = (
 )
 
 
-def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict[str, Any]]], str]:
+def read_jsonl(
+    path: Path, limit: int | None, seed: int
+) -> tuple[list[list[dict[str, Any]]], str, tuple[str, ...]]:
     """Reads a file; see `bsjax.samples.read_samples`.
 
     Raises:
@@ -43,7 +45,8 @@ def read_jsonl(path: Path, limit: int | None, seed: int) -> tuple[list[list[dict
         sample = _messages(parsed[index], where, path.parent)
         check_sample(sample, where, known)
         samples.append(sample)
-    return samples, f"{path.name}: {share_in_words(len(taken), len(parsed), 'sample', seed)}"
+    description = f"{path.name}: {share_in_words(len(taken), len(parsed), 'sample', seed)}"
+    return samples, description, tuple(f"{path}, line {lines[index][0]}" for index in taken)
 
 
 def _read_line(line: bytes, where: str) -> Any:

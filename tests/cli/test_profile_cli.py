@@ -378,7 +378,7 @@ def test_run_passes_all_options_on(capsys, profiler, photographs, tmp_path):
         max_pixels=4000,
         pan_and_scan=True,
     )
-    assert samples == expected.messages and len(samples) == 3
+    assert samples == expected and len(samples.messages) == 3
     assert options == {
         "threshold": 0.1,
         "criterion": "mass",

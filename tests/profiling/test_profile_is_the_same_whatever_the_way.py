@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sqlite3
 from contextlib import closing
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import bsjax
-from bsjax import ProfileError, Sinks
+from bsjax import MessageError, ProfileError, Sinks
 from bsjax.profiling import Evaluator, OrderedSamples, measure, measurements
 from bsjax.profiling.driver import profile_with
 from bsjax.profiling.settings import Reduction, Settings
@@ -313,6 +314,29 @@ def test_samples_without_images_are_refused_before_anything_runs(tiny_model, mon
         bsjax.profile(tiny_model, [*SAMPLES, text], seed=seed, progress=False)
     with pytest.raises(ProfileError, match="has no image.*No image here"):
         measure(tiny_model, [*SAMPLES, text])
+
+
+def test_errors_name_the_sample(tiny_model, tmp_path):
+    """Its place in the list, or its line in the file, although samples are sorted and shuffled."""
+    text = [{"role": "user", "content": "No image here"}]
+    with pytest.raises(ProfileError, match=r"^samples\[2\]: A sample has no image"):
+        bsjax.profile(tiny_model, [*SAMPLES[:2], text], progress=False)
+    with pytest.raises(MessageError, match=r"^samples\[1\]: messages\[0\] has no 'content'"):
+        bsjax.profile(tiny_model, [SAMPLES[0], [{"role": "user"}]], progress=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("good", "torn"):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(torn.read_bytes()[:5000])
+    file = tmp_path / "samples.jsonl"
+    images = (["good.png"], ["good.png", "torn.png"])
+    lines = [{"messages": [{"role": "user", "content": "?"}], "images": each} for each in images]
+    file.write_text("\n\n".join(map(json.dumps, lines)))
+    samples = bsjax.read_samples(file)
+    assert samples.places == (f"{file}, line 1", f"{file}, line 3")
+    arguments = {"sinks": Sinks(), "held_out": 0.0, "progress": False}
+    with pytest.raises(MessageError, match=r"samples\.jsonl, line 3: Image 2 of 2 .*torn\.png"):
+        bsjax.profile(tiny_model, samples, **arguments)
 
 
 def test_what_read_samples_returns_can_be_profiled(tiny_model):
