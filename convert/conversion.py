@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -113,7 +114,7 @@ def convert_checkpoint(
         the disk; or verification failed.
     """
     started = time.monotonic()
-    target = Path(destination).expanduser()
+    target = Path(os.path.expanduser(destination))
     check_destination(target)
     remove_unfinished(target)
     if check:

@@ -49,12 +49,13 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
       CheckpointError: the checkpoint does not exist, cannot be fetched or is pickled, or a file is
         missing or damaged.
     """
-    local = Path(source).expanduser()
-    if local.is_dir():
+    # Unlike the methods of Path, these do not raise for a name that no path can have.
+    local = Path(os.path.expanduser(source))
+    if os.path.isdir(local):
         if revision is not None:
             raise CheckpointError(f"{local} is a local folder: a revision is for hub ids only.")
         folder, commit = local, None
-    elif local.exists():
+    elif os.path.exists(local):
         raise CheckpointError(f"{local} is a file. Give the folder that holds config.json.")
     else:
         folder = _fetch(str(source), revision)

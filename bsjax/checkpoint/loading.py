@@ -273,15 +273,16 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
             f"{folder} is an unfinished conversion: interrupted, or still running. Delete it and "
             "convert again."
         )
-    if (folder / DESCRIPTION).is_file():
+    # Unlike the methods of Path, these do not raise for a name that no path can have.
+    if os.path.isfile(folder / DESCRIPTION):
         return
     convert = f"python -m convert {asked} DESTINATION"
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise CheckpointError(
             f"there is no folder {folder}. If this is a Hugging Face hub id, convert it first: "
             f"{convert}"
         )
-    if (folder / "config.json").is_file():
+    if os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             f"{folder} is a Hugging Face checkpoint that is not converted yet: {convert}"
         )

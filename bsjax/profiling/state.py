@@ -10,6 +10,7 @@ and arrives at the same profile.
 import hashlib
 import io
 import json
+import os
 import sqlite3
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ import numpy as np
 
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.errors import ProfileError
+from bsjax.files import check_file
 from bsjax.profiles.profile import installed_versions
 
 _FORMAT = "bsjax profiling state 2"
@@ -57,6 +59,8 @@ class State:
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
+        if os.path.lexists(self._path):
+            check_file(self._path, error=ProfileError)
         wanted = {"format": _FORMAT, **(conditions or {})}
         with self._open() as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -1,5 +1,6 @@
 """What all sources of samples share: placeholders, draws, and checking images in advance."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 from bsjax.errors import MessageError, SampleError
+from bsjax.files import check_file
 from bsjax.prompts.images import image_file
 from bsjax.prompts.messages import read_messages
 
@@ -75,6 +77,11 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
         path = image_file(image.key, image.source)
         if path is None or path in known:
             continue
+        if os.path.exists(path):
+            try:
+                check_file(path, error=SampleError)
+            except SampleError as error:
+                raise SampleError(f"{where}: {error}") from error
         try:
             with PIL.Image.open(path):
                 known.add(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bsjax.errors import SampleError
-from bsjax.files import parse_json
+from bsjax.files import check_file, parse_json
 from bsjax.prompts.images import IMAGE_FILE_KEYS, IMAGE_KEYS, image_file
 from bsjax.samples.content import (
     PLACEHOLDER,
@@ -15,6 +15,9 @@ from bsjax.samples.content import (
     interleave,
     share_in_words,
 )
+
+# All samples are in memory at once, images in base64 included.
+_LARGEST = 4 * 2**30
 
 _FORM = (
     'Each line holds one sample: a list of chat messages, or {"messages": [...]} with them, and '
@@ -30,6 +33,7 @@ def read_jsonl(
     Raises:
       SampleError: the file is empty, or a line is not a sample; the message gives the line number.
     """
+    check_file(path, error=SampleError, limit=_LARGEST)
     lines = [
         (number, line)
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
