@@ -21,14 +21,14 @@ DOCUMENTS = [
 @given(data=st.data())
 def test_fuzzed_profiles_are_read_as_they_are_or_refused(data):
     text = data.draw(damaged(data.draw(st.sampled_from(DOCUMENTS))))
-    started = time.monotonic()
+    started = time.process_time()
     try:
         profile = Profile.from_json(text)
     except ProfileError as error:
         check_message(error)
     else:
         assert json.loads(profile.to_json()) == json.loads(text)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize("field", DOCUMENTS[0])
