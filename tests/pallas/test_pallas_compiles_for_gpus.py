@@ -69,6 +69,14 @@ def test_it_compiles_for_every_architecture_as_the_page_says(case):
         assert line in page.splitlines(), f"run python -m {kernel_table.__name__}"
 
 
+@pytest.mark.slow
+def test_the_kernel_is_the_same_with_64_bit_jax():
+    require_gpu_compiler()
+    wanted = compile_prefill("h200", 128, "bfloat16", sparse=True)
+    with jax.enable_x64(True):
+        assert compiled_kernels.compile_prefill("h200", 128, "bfloat16").sass == wanted.sass
+
+
 @pytest.mark.parametrize(("same", "gpu"), [("rtx4090", "l40s"), ("h100", "h200")])
 def test_gpus_of_one_architecture_run_the_same_kernels(same, gpu):
     """So the tests compile for one GPU per architecture; nothing else about a GPU matters."""
