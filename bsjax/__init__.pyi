@@ -58,6 +58,7 @@ from .masks.template import (
 )
 from .profiles.profile import Profile as Profile
 from .profiling.driver import profile as profile
+from .prompts.sources import ImageSources as ImageSources
 from .runtime.generation import (
     forward as forward,
 )

@@ -125,6 +125,22 @@ class Family(ABC):
             prompt.image_tokens,
         )
 
+    def scaled_pixels(
+        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
+    ) -> int:
+        """How many pixels `process_image` would scale an image to, crops included.
+
+        Args:
+          height: of the image.
+          width: of the image.
+          options: the image part's options; see `image_options`.
+          image_processor: the checkpoint's image processor.
+
+        Raises:
+          MessageError: the family does not have one of the options, or its value is invalid.
+        """
+        raise MessageError("this model reads text only.")
+
     def process_image(
         self,
         image: Any,

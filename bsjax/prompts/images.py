@@ -1,22 +1,37 @@
-"""Reads the images of messages: files, URLs, data URLs, base64, PIL images and arrays."""
+"""Reads the images of messages: files, URLs, data URLs, base64, PIL images and arrays.
 
+An image becomes what transformers' image processor computes the same pixels from as transformers
+does for the same source. Images whose values are ambiguous are rejected with the reason.
+"""
+
+import base64
+import binascii
 import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 import PIL.Image
-from transformers.image_utils import load_image
+import PIL.ImageOps
+from transformers.image_transforms import convert_to_rgb
+
+from bsjax.errors import MessageError
+from bsjax.files import check_file
+from bsjax.prompts.downloads import download
+from bsjax.prompts.sources import ImageSources
 
 IMAGE_FILE_KEYS = ("image", "url", "path", "image_url")
 """Keys of an image part whose value may be a file's name or a URL."""
 IMAGE_KEYS = (*IMAGE_FILE_KEYS, "base64")
 """Keys of an image part that may hold its image."""
 
-_DOWNLOAD_SECONDS = 60.0
 _SHOWN_CHARACTERS = 80
 
 
@@ -29,10 +44,10 @@ def image_file(key: str, source: Any) -> Path | None:
     """
     if key == "base64" or not isinstance(source, str | PathLike):
         return None
-    text = str(source)
-    if text.startswith("file://"):
+    text = os.fsdecode(source)
+    if _scheme(text) == "file":
         return Path(url2pathname(urlparse(text).path))
-    if key != "path" and text.startswith(("http://", "https://", "data:")):
+    if key != "path" and _scheme(text) in ("http", "https", "data"):
         return None
     # Under "image", long text that is not the name of a file is base64 data.
     if key == "image" and len(text) >= _SHOWN_CHARACTERS and not _is_file(text):
@@ -40,50 +55,94 @@ def image_file(key: str, source: Any) -> Path | None:
     return Path(text)
 
 
-def read_image(key: str, source: Any) -> Any:
+@contextmanager
+def opened_image(
+    source: Path | bytes, max_source_pixels: int = ImageSources.max_source_pixels
+) -> Iterator[PIL.Image.Image]:
+    """An image of which only the header is read, within its limits.
+
+    Args:
+      source: an ordinary file, or the bytes of one.
+      max_source_pixels: the most pixels.
+
+    Raises:
+      MessageError: it is no ordinary file, or it has too many pixels or none.
+      Exception: it is no image; decoders raise many kinds of exceptions.
+    """
+    stream: IO[bytes]
+    if isinstance(source, Path):
+        check_file(source, error=MessageError)
+        stream = source.open("rb")
+    else:
+        stream = io.BytesIO(source)
+    with stream:
+        try:
+            image = PIL.Image.open(stream)
+        except PIL.Image.DecompressionBombError as error:
+            raise MessageError(_too_large(str(error), max_source_pixels)) from error
+        except PIL.UnidentifiedImageError as error:
+            raise MessageError("cannot identify image file: it is of no kind that is known.") from (
+                error
+            )
+        if image.format == "EPS":
+            raise MessageError("it is a program in PostScript, not an image with pixels.")
+        _check_pixels(image.width, image.height, max_source_pixels)
+        yield image
+
+
+def read_image(key: str, source: Any, sources: ImageSources) -> PIL.Image.Image | np.ndarray:
     """Reads an image into a form that transformers' image processors accept.
 
     Args:
       key: one of `IMAGE_KEYS`.
       source: the value of that key.
+      sources: which sources are allowed, and limits.
+
+    Returns:
+      A PIL image, or an array with its channels first.
 
     Raises:
-      Exception: the image cannot be read; decoders and HTTP clients raise many kinds of exceptions.
+      MessageError: the source is not allowed, exceeds a limit, or is ambiguous.
+      Exception: the image cannot be read; decoders and connections raise many kinds of exceptions.
     """
-    if key == "base64" and isinstance(source, str):
-        return load_image(source)
-    if isinstance(source, PathLike):
-        source, key = str(source), "path"
-    if isinstance(source, str):
-        if source.startswith("file://"):
-            source, key = url2pathname(urlparse(source).path), "path"
-        if source.startswith(("http://", "https://")) and key != "path":
-            return load_image(source, timeout=_DOWNLOAD_SECONDS)
-        if source.startswith("data:") and key != "path":
-            return load_image(source)
-        if not _is_file(source):
-            if key in ("url", "image_url"):
-                raise ValueError("it is neither a URL nor a file that exists.")
-            if key == "path" or len(source) < _SHOWN_CHARACTERS:
-                raise ValueError("there is no such file.")
-            return load_image(source)
-        # Read completely first, because Pillow leaves the file open if its data is broken.
-        return load_image(PIL.Image.open(io.BytesIO(Path(source).read_bytes())))
-    if hasattr(source, "getexif"):
+    if isinstance(source, str | PathLike):
+        return _read_encoded(_located(key, source, sources), sources)
+    if key in ("base64", "path"):
+        what = "base64 text" if key == "base64" else "the path of a file"
+        raise MessageError(f"'{key}' holds a {type(source).__name__} and not {what}.")
+    if isinstance(source, PIL.Image.Image):
+        _check_pixels(source.width, source.height, sources.max_source_pixels)
+        _check_mode(source)
         return source
-    return _read_array(source)
+    return _read_array(source, sources)
+
+
+def image_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
+    """Height and width of what `read_image` returned."""
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    return image.shape[1], image.shape[2]
 
 
 def shown_source(source: Any) -> str:
     """The image's path or URL, for an error message; empty for an image in memory."""
     if not isinstance(source, str | PathLike):
         return ""
-    return f", {shortened(str(source), _SHOWN_CHARACTERS)!r}"
+    return f", {shortened(os.fsdecode(source), _SHOWN_CHARACTERS)!r}"
 
 
 def shortened(text: str, characters: int) -> str:
     """The first `characters` of a text, so that messages do not contain base64 data."""
     return text if len(text) <= characters else f"{text[:characters]}..."
+
+
+def _scheme(text: str) -> str:
+    """The scheme of a URL that bsjax knows, in lower case; empty for other text."""
+    scheme, colon, rest = text[:10].partition(":")
+    scheme = scheme.lower()
+    if colon and (scheme == "data" or (scheme in ("http", "https", "file") and rest[:2] == "//")):
+        return scheme
+    return ""
 
 
 def _is_file(source: str) -> bool:
@@ -93,29 +152,138 @@ def _is_file(source: str) -> bool:
         return False
 
 
-def _read_array(source: Any) -> np.ndarray:
+def _located(key: str, source: str | PathLike[Any], sources: ImageSources) -> Path | bytes:
+    """The file that holds an encoded image, or its bytes."""
+    text = os.fsdecode(source)
+    scheme = "file" if isinstance(source, PathLike) else _scheme(text)
+    if key == "base64":
+        if isinstance(source, PathLike):
+            raise MessageError("'base64' holds a path and not base64 text.")
+        return _decoded(text, sources)
+    if key != "path" and scheme == "data":
+        _, comma, data = text.partition(",")
+        if not comma:
+            raise MessageError("a data URL has a comma before its data, and this one has none.")
+        return _decoded(data, sources)
+    if key != "path" and scheme in ("http", "https"):
+        if not sources.allow_urls:
+            raise MessageError("URLs are not allowed here (allow_urls).")
+        return download(text, sources)
+    # Where files are not allowed, not even their existence is to be found out.
+    may_be_data = key == "image" and not scheme and len(text) >= _SHOWN_CHARACTERS
+    if not sources.allow_files:
+        if may_be_data:
+            return _decoded(text, sources)
+        raise MessageError("files are not allowed here (allow_files).")
+    path = Path(text) if isinstance(source, PathLike) else image_file(key, text)
+    if path is None:
+        return _decoded(text, sources)
+    if not os.path.lexists(path) or path.is_dir():
+        if key in ("url", "image_url"):
+            raise MessageError("it is neither a URL nor a file that exists.")
+        raise MessageError("there is no such file.")
+    return path
+
+
+def _decoded(text: str, sources: ImageSources) -> bytes:
+    if len(text) * 3 // 4 > sources.max_bytes:
+        raise MessageError(f"its data has more than {sources.max_bytes:,} bytes (max_bytes).")
+    try:
+        # As transformers does: line breaks and the like are left out.
+        return base64.decodebytes(text.encode())
+    except (binascii.Error, UnicodeError) as error:
+        raise MessageError(f"it is not base64 data: {error}.") from error
+
+
+def _read_encoded(source: Path | bytes, sources: ImageSources) -> np.ndarray:
+    """The pixels of an encoded image as transformers' `load_image` gives them, channels first."""
+    with opened_image(source, sources.max_source_pixels) as image:
+        image.load()
+        # Icons may hold another image than their header says.
+        _check_pixels(image.width, image.height, sources.max_source_pixels)
+        _check_mode(image)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        pixels = image if image.mode == "RGB" else image.convert("RGB")
+        if image.has_transparency_data:
+            as_file, as_object = (
+                convert_to_rgb(each, return_numpy=True) for each in (pixels, image)
+            )
+            if not np.array_equal(as_file, as_object):
+                raise MessageError(
+                    "it has transparent pixels, which transformers shows differently in a file "
+                    "(their hidden colours) and in a PIL image (white). Say which: give "
+                    "PIL.Image.open(path), or that converted to RGB."
+                )
+            return np.moveaxis(as_file, -1, 0)
+        return np.moveaxis(np.array(pixels), -1, 0)
+
+
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if not width or not height:
+        raise MessageError(f"it has no pixels: it is {width} x {height}.")
+    if width * height > most:
+        raise MessageError(_too_large(f"it has {width} x {height} pixels", most))
+
+
+def _too_large(what: str, most: int) -> str:
+    return f"{what}: more than {most:,} (max_source_pixels). Scale it down first."
+
+
+def _check_mode(image: PIL.Image.Image) -> None:
+    """Rejects what the conversion to RGB would cut off at 255, or could mean two things."""
+    if image.mode.startswith("I;16"):
+        raise MessageError(
+            f"its values have 16 bits (mode {image.mode}), and transformers would make white of "
+            "everything above 255. Scale them to 0 to 255, as an array of uint8, first."
+        )
+    if image.mode in ("I", "F"):
+        _check_values(np.asarray(image))
+
+
+def _read_array(source: Any, sources: ImageSources) -> np.ndarray:
     if not hasattr(source, "__array__"):
-        raise TypeError(
+        raise MessageError(
             f"a {type(source).__name__} is not an image. Give a PIL image, an array, a path or a "
             "URL."
         )
     array = np.asarray(source)
     if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or not array.size or not {array.shape[0], array.shape[-1]} & {1, 3, 4}:
-        raise ValueError(
-            f"an array of shape {array.shape} is not an image: it must be height x width, with 1, "
-            "3 or 4 channels first or last."
+        array = array[None]
+    elif array.ndim == 3:
+        first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, -1))
+        if first and last and array.size:
+            raise MessageError(
+                f"an array of shape {array.shape} can be read with its channels first or last. "
+                "Give a PIL image: PIL.Image.fromarray takes channels last."
+            )
+        if last:
+            array = np.moveaxis(array, -1, 0)
+    if array.ndim != 3 or not array.size or array.shape[0] not in (1, 3, 4):
+        raise MessageError(
+            f"an array of shape {np.shape(source)} is not an image: it must be height x width, "
+            "with 1, 3 or 4 channels first or last."
         )
+    _check_pixels(array.shape[2], array.shape[1], sources.max_source_pixels)
     if array.dtype.kind not in "iuf":
-        raise ValueError(
+        raise MessageError(
             f"an array of type {array.dtype} is not an image: give values from 0 to 255."
         )
-    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
-        raise ValueError("its values must be between 0 and 255.")
-    if array.dtype.kind == "f" and 0 < array.max() <= 1:
-        raise ValueError(
+    _check_values(array)
+    return array
+
+
+def _check_values(array: np.ndarray) -> None:
+    low, high = float(array.min()), float(array.max())
+    if not math.isfinite(low) or not math.isfinite(high) or low < 0 or high > 255:
+        raise MessageError(
+            f"its values must be between 0 and 255, and they are between {low:g} and {high:g}."
+        )
+    if array.dtype.kind == "f" and 0 < high <= 1:
+        raise MessageError(
             "its values are between 0 and 1, but the checkpoint's image processor expects 0 to "
             "255: multiply by 255."
         )
-    return array
+    if array.dtype.kind == "f" and not np.array_equal(array, np.trunc(array)):
+        raise MessageError(
+            "its values are not whole, and would be cut off to whole ones: round them to uint8."
+        )

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Float32, Int32
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bsjax.errors import MessageError
 from bsjax.models.family import Family, ProcessedImage
-from bsjax.prompts.images import read_image, shortened, shown_source
+from bsjax.prompts.images import image_size, read_image, shortened, shown_source
 from bsjax.prompts.messages import ImagePart, read_messages
+from bsjax.prompts.rendering import rendered
+from bsjax.prompts.sources import ImageSources
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,18 @@ class Processor:
       family: the family of the config's `model_type`.
       tokenizer: the tokenizer, which holds the chat template.
       image_processor: the image processor, PIL version; None for a model that reads text only.
+      image_sources: where images may come from, and limits on them.
     """
 
     config: PretrainedConfig
     family: Family
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    image_sources: ImageSources = ImageSources()
 
-    def prompt(self, messages: Any) -> Prompt:
+    def prompt(
+        self, messages: Any, *, allow_files: bool | None = None, allow_urls: bool | None = None
+    ) -> Prompt:
         """Turns one conversation into a prompt that ends where the assistant's answer begins.
 
         Equals `apply_chat_template(..., add_generation_prompt=True, tokenize=True)` of the family's
@@ -68,25 +73,28 @@ class Processor:
             `"pan_and_scan_min_crop_size"`, `"pan_and_scan_max_num_crops"` and
             `"pan_and_scan_min_ratio_to_activate"`). As in transformers, images read from files are
             rotated as their EXIF data says, and PIL images are not.
+          allow_files: whether images may be files; None for what `image_sources` says.
+          allow_urls: whether images may be downloaded; None for what `image_sources` says.
 
         Raises:
           MessageError: there are no messages, a message has an invalid form, an image cannot be
             read, the model reads text only, or the placeholders in the rendered template do not
             match the images. The error says which message or image is wrong, and why.
         """
+        sources = self.image_sources.restricted(allow_files, allow_urls)
         template_messages, images = read_messages(messages)
         if images and self.image_processor is None:
             raise MessageError(
                 f"The messages hold {len(images)} image{'s' * (len(images) > 1)}, but this model "
                 "reads text only."
             )
-        text = self._render(template_messages)
+        text = rendered(self.tokenizer, template_messages)
         token_ids = self._tokenize(text)
         self._check_placeholders(token_ids, len(images))
         if not images:
             return Prompt(token_ids, None, np.zeros((0, 3), np.int32), ())
 
-        processed = self._process_images(images)
+        processed = self._process_images(images, sources)
         expanded = self.family.expand(
             text, [len(each.image_tokens) for each in processed], self.tokenizer, self.config
         )
@@ -101,23 +109,6 @@ class Processor:
             np.concatenate([each.grid_thw for each in processed]).astype(np.int32),
             tuple(image_tokens.tolist()),
         )
-
-    def _render(self, template_messages: list[dict[str, Any]]) -> str:
-        if not self.tokenizer.chat_template:
-            raise MessageError(
-                "The checkpoint's tokenizer has no chat template, so messages cannot be turned "
-                "into a prompt. Put the model's chat_template.jinja in the folder of its tokenizer "
-                "and convert again."
-            )
-        try:
-            rendered: Any = self.tokenizer.apply_chat_template(
-                template_messages, tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise MessageError(
-                f"The checkpoint's chat template cannot render these messages: {error}"
-            ) from error
-        return rendered
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
@@ -150,13 +141,16 @@ class Processor:
             f"{placeholders} image placeholder{'s' * (placeholders != 1)}. {cause}"
         )
 
-    def _process_images(self, images: Sequence[ImagePart]) -> list[ProcessedImage]:
+    def _process_images(
+        self, images: Sequence[ImagePart], sources: ImageSources
+    ) -> list[ProcessedImage]:
         """Reads images and cuts them into patches, one by one, so that errors can name them."""
         processed = []
         for number, image in enumerate(images, start=1):
             label = f"Image {number} of {len(images)} ({image.where}{shown_source(image.source)})"
             try:
-                pixels = read_image(image.key, image.source)
+                pixels = read_image(image.key, image.source, sources)
+                self._check_scaled(pixels, image, sources)
                 processed.append(
                     self.family.process_image(
                         pixels, image.options, self.image_processor, self.config
@@ -169,3 +163,11 @@ class Processor:
                     f"{label} cannot be read: {shortened(str(error), 300)}"
                 ) from error
         return processed
+
+    def _check_scaled(self, pixels: Any, image: ImagePart, sources: ImageSources) -> None:
+        scaled = self.family.scaled_pixels(*image_size(pixels), image.options, self.image_processor)
+        if scaled > sources.max_scaled_pixels:
+            raise MessageError(
+                f"it would be scaled to {scaled:,} pixels, more than "
+                f"{sources.max_scaled_pixels:,} (max_scaled_pixels)."
+            )

@@ -18,6 +18,8 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import naming, shown, whole_number
 from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.prompt import Prompt
+from bsjax.prompts.sources import ImageSources
 from bsjax.runtime.answering import DECODE_CHUNK, MAX_END_TOKENS, Answering, AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import (
@@ -45,6 +47,8 @@ def forward(
     *,
     profile: ProfileLike = None,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> Logits: ...
 
 
@@ -55,6 +59,8 @@ def forward(
     *,
     profile: ProfileLike = None,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> list[Logits]: ...
 
 
@@ -64,6 +70,8 @@ def forward(
     *,
     profile: ProfileLike = None,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> Logits | list[Logits]:
     """Logits of every token of a prompt, in prompt order.
 
@@ -73,6 +81,9 @@ def forward(
         batch).
       profile: head categories of prefill; None is dense.
       backend: attention backend, see `sparse_attention`.
+      allow_files: whether messages may name files as images; None for what the model was loaded
+        with (`bsjax.load(..., image_sources=...)`).
+      allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
       float32 [tokens, vocabulary] on the host; for a batch, a list of such arrays.
@@ -81,13 +92,14 @@ def forward(
       BsjaxError: as for `generate`, for the arguments that both have.
     """
     check_model(model, GenerationError)
+    sources = model.image_sources.restricted(allow_files, allow_urls)
     conversations, is_batch = _conversations(messages)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
     logits = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            logits.append(_forward(model, conversation, resolved, backend))
+            logits.append(_forward(model, conversation, resolved, backend, sources))
     return logits if is_batch else logits[0]
 
 
@@ -104,6 +116,8 @@ def generate(
     seed: int = 0,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> Result: ...
 
 
@@ -119,6 +133,8 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> list[Result]: ...
 
 
@@ -134,6 +150,8 @@ def generate(
     seed: int = 0,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> Result | list[Result]:
     """Answers a conversation, or each conversation of a batch.
 
@@ -150,6 +168,9 @@ def generate(
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
+      allow_files: whether messages may name files as images; None for what the model was loaded
+        with (`bsjax.load(..., image_sources=...)`).
+      allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
       The result; for a batch, a list of results.
@@ -164,6 +185,7 @@ def generate(
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     settings = _checked_settings(model, max_new_tokens, sampling, backend)
+    sources = model.image_sources.restricted(allow_files, allow_urls)
     if stream is not None and not callable(stream):
         raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
     conversations, is_batch = _conversations(messages)
@@ -174,7 +196,7 @@ def generate(
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
             for event in _generate(
-                model, conversation, resolved, settings, one_by_one=stream is not None
+                model, conversation, resolved, settings, sources, one_by_one=stream is not None
             ):
                 if isinstance(event, Result):
                     results.append(event)
@@ -194,6 +216,8 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     backend: str = "auto",
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
 ) -> Iterator[str]:
     """Like `generate`, for one conversation, but yields the text in pieces as it is generated.
 
@@ -204,11 +228,12 @@ def stream(
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
     settings = _checked_settings(model, max_new_tokens, sampling, backend)
+    sources = model.image_sources.restricted(allow_files, allow_urls)
     conversations, is_batch = _conversations(messages)
     if is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
     resolved = Profile.resolve(profile, model)
-    events = _generate(model, conversations[0], resolved, settings, one_by_one=True)
+    events = _generate(model, conversations[0], resolved, settings, sources, one_by_one=True)
     return (event.text for event in events if isinstance(event, _Token) and event.text)
 
 
@@ -255,10 +280,19 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
+def _prompt(model: LoadedModel, messages: Messages, sources: ImageSources) -> Prompt:
+    return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
+
+
 def _forward(
-    model: LoadedModel, messages: Messages, profile: Profile | None, backend: str
+    model: LoadedModel,
+    messages: Messages,
+    profile: Profile | None,
+    backend: str,
+    sources: ImageSources,
 ) -> Logits:
-    inputs = prepare_inputs(model.architecture, model.prompt(messages), profile, backend=backend)
+    prompt = _prompt(model, messages, sources)
+    inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend)
     scoring = Scoring(programs_of(model), inputs, backend)
     check_memory(inputs, scoring.stages, bytes_available())
     # On a CPU, the programs and the result share the host's memory.
@@ -272,6 +306,7 @@ def _generate(
     messages: Messages,
     profile: Profile | None,
     settings: AnswerSettings,
+    sources: ImageSources,
     *,
     one_by_one: bool,
 ) -> Iterator[_Token | Result]:
@@ -282,13 +317,14 @@ def _generate(
       messages: one conversation.
       profile: head categories of prefill.
       settings: from `_checked_settings`.
+      sources: where images may come from.
       one_by_one: whether to yield each token as soon as it is generated.
     """
     programs = programs_of(model)
     compiled_before = programs.compile_seconds
     inputs = prepare_inputs(
         model.architecture,
-        model.prompt(messages),
+        _prompt(model, messages, sources),
         profile,
         backend=settings.backend,
         new_tokens=settings.new_tokens,

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from bsjax.errors import MessageError, SampleError
-from bsjax.files import check_file
-from bsjax.prompts.images import image_file
+from bsjax.prompts.images import image_file, opened_image
 from bsjax.prompts.messages import read_messages
 
 PLACEHOLDER = "<image>"
@@ -77,18 +75,13 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
         path = image_file(image.key, image.source)
         if path is None or path in known:
             continue
-        if os.path.exists(path):
-            try:
-                check_file(path, error=SampleError)
-            except SampleError as error:
-                raise SampleError(f"{where}: {error}") from error
-        try:
-            with PIL.Image.open(path):
-                known.add(path)
-        except FileNotFoundError:
+        if not os.path.exists(path):
             raise SampleError(
                 f"{where}: there is no image {path}. Correct the path, or leave out the sample."
-            ) from None
+            )
+        try:
+            with opened_image(path):
+                known.add(path)
         except Exception as error:  # Decoders raise many kinds.
             raise SampleError(
                 f"{where}: {path} cannot be read as an image ({error}). Replace the file, or leave "

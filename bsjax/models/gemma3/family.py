@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Int32
 from transformers import Gemma3ImageProcessorPil, PretrainedConfig
 from typing_extensions import override
 
-from bsjax.checks import whole_number
+from bsjax.checks import shown, whole_number
 from bsjax.errors import MessageError
 from bsjax.masks.visibility import Visibility
 from bsjax.models.family import Family, ProcessedImage
@@ -103,6 +103,19 @@ class Gemma3Family(Gemma3TextFamily):
         return config.boi_token_index
 
     @override
+    def scaled_pixels(
+        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
+    ) -> int:
+        settings = self._settings(options)
+        crops = 0
+        if settings["do_pan_and_scan"]:
+            # An image of that size which takes no memory; crops are views of it.
+            blank = np.broadcast_to(np.uint8(0), (3, height, width))
+            crops = len(image_processor.pan_and_scan(blank, **{k: settings[k] for k in _CROPS}))
+        size = dict(image_processor.size)
+        return (1 + crops) * (size.get("height") or 1) * (size.get("width") or 1)
+
+    @override
     def process_image(
         self,
         image: Any,
@@ -120,18 +133,7 @@ class Gemma3Family(Gemma3TextFamily):
         Raises:
           MessageError: an option is unknown or has an invalid value.
         """
-        unknown = [name for name in options if name not in self.image_options]
-        if unknown:
-            raise MessageError(
-                f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan "
-                "adds crops of long ones."
-            )
-        _check_crops(options)
-        settings = _IMAGE_SETTINGS | dict(options)
-        # transformers' processors reject an int here.
-        ratio = "pan_and_scan_min_ratio_to_activate"
-        settings[ratio] = float(settings[ratio])
-        features = image_processor(images=[image], return_tensors="np", **settings)
+        features = image_processor(images=[image], return_tensors="np", **self._settings(options))
         pixel_values = np.asarray(features["pixel_values"], np.float32)
         images, _, height, width = pixel_values.shape
         size = config.vision_config.patch_size
@@ -146,6 +148,21 @@ class Gemma3Family(Gemma3TextFamily):
             np.tile(np.asarray([1, height // size, width // size], np.int64), (images, 1)),
             np.full(images, config.mm_tokens_per_image, np.int64),
         )
+
+    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of the image processor for an image part with options."""
+        unknown = [name for name in options if name not in self.image_options]
+        if unknown:
+            raise MessageError(
+                f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan "
+                "adds crops of long ones."
+            )
+        _check_crops(options)
+        settings = _IMAGE_SETTINGS | dict(options)
+        # transformers' processors reject an int here.
+        ratio = "pan_and_scan_min_ratio_to_activate"
+        settings[ratio] = float(settings[ratio])
+        return settings
 
     @override
     def expand(
@@ -209,13 +226,15 @@ def _check_crops(options: Mapping[str, Any]) -> None:
     """Rejects crop options with invalid values, or without `do_pan_and_scan`."""
     wanted = options.get("do_pan_and_scan", False)
     if not isinstance(wanted, bool):
-        raise MessageError(f"do_pan_and_scan must be true or false, got {wanted!r}.")
+        raise MessageError(f"do_pan_and_scan must be true or false, got {shown(wanted)}.")
     for name in [name for name in _CROPS if name in options]:
         value = options[name]
         if "do_pan_and_scan" not in options:
             raise MessageError(f"{name} has no effect without do_pan_and_scan in the same part.")
         if name == "pan_and_scan_min_ratio_to_activate":
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
-                raise MessageError(f"{name} is long side over short side, at least 1; got {value}.")
+                raise MessageError(
+                    f"{name} is long side over short side, at least 1; got {shown(value)}."
+                )
         else:
             whole_number(name, value, least=1, error=MessageError)

@@ -8,6 +8,7 @@ from jaxtyping import Int, Int32
 from transformers import PretrainedConfig, Qwen2VLImageProcessorPil
 from typing_extensions import override
 
+from bsjax.checks import shown
 from bsjax.errors import MessageError, TemplateError
 from bsjax.models.family import Family, ProcessedImage
 from bsjax.models.image_rows import image_starts
@@ -88,6 +89,18 @@ class Qwen2VLFamily(Family):
         return config.image_token_id
 
     @override
+    def scaled_pixels(
+        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
+    ) -> int:
+        size = self._settings(options, image_processor).get("size", dict(image_processor.size))
+        bounds = {
+            "min_pixels": size.get("shortest_edge") or 1,
+            "max_pixels": size.get("longest_edge") or height * width,
+        }
+        patches = image_processor.get_number_of_image_patches(height, width, bounds)
+        return patches * image_processor.patch_size**2
+
+    @override
     def process_image(
         self,
         image: Any,
@@ -101,12 +114,22 @@ class Qwen2VLFamily(Family):
           MessageError: an option is unknown, or the bounds are invalid or not allowed by the
             checkpoint's image settings.
         """
+        settings = self._settings(options, image_processor)
+        features = image_processor(images=[image], return_tensors="np", **settings)
+        grid = features["image_grid_thw"]
+        image_tokens = grid.prod(axis=1) // image_processor.merge_size**2
+        return ProcessedImage(features["pixel_values"], grid, image_tokens)
+
+    def _settings(self, options: Mapping[str, Any], image_processor: Any) -> dict[str, Any]:
+        """What an image part's options change in the settings of the image processor."""
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
             raise MessageError(f"{', '.join(unknown)}: Qwen's image processor has no such option.")
         for name, value in options.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MessageError(f"{name} must be a positive number of pixels, got {value!r}.")
+                raise MessageError(
+                    f"{name} must be a positive number of pixels, got {shown(value)}."
+                )
         maximum, minimum = options.get("max_pixels"), options.get("min_pixels")
         if minimum is not None and maximum is not None and minimum > maximum:
             raise MessageError(f"min_pixels ({minimum}) is above max_pixels ({maximum}).")
@@ -122,10 +145,7 @@ class Qwen2VLFamily(Family):
             maximum = maximum or max(size["longest_edge"], minimum or 0)
             minimum = minimum or min(size["shortest_edge"], maximum)
             settings["size"] = {"shortest_edge": minimum, "longest_edge": maximum}
-        features = image_processor(images=[image], return_tensors="np", **settings)
-        grid = features["image_grid_thw"]
-        image_tokens = grid.prod(axis=1) // image_processor.merge_size**2
-        return ProcessedImage(features["pixel_values"], grid, image_tokens)
+        return settings
 
     @override
     def vision_head_dim(self, config: PretrainedConfig) -> int:
