@@ -36,6 +36,7 @@ from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
 from bsjax.models.config_checks import check_settings
 from bsjax.prompts.prompt import Processor
+from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 
 FORMAT_VERSION = 1
 """Increased whenever older converted checkpoints can no longer be read."""
@@ -74,6 +75,7 @@ class LoadedModel(Processor):
       path: the folder that the model was loaded from.
       fingerprint: SHA-256 of the weights that the checkpoint was converted from, as 64 hexadecimal
         digits. It does not depend on the dtype of the converted checkpoint.
+      image_sources: where images of messages may come from, and limits on them.
       max_programs: how many compiled programs are kept for the model.
     """
 
@@ -96,6 +98,7 @@ def load(
     *,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
+    image_sources: ImageSources = DEFAULT_SOURCES,
 ) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
 
@@ -114,6 +117,8 @@ def load(
         bucket of sizes, so that prompts of many sizes need many. Beyond this number, the program
         that was not used for longest is dropped, and compiled again, or read from JAX's persistent
         cache, when it is needed.
+      image_sources: where images of messages may come from, and limits on them. A service that
+        answers the messages of others restricts them here.
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
@@ -130,7 +135,11 @@ def load(
     _refuse_unconverted(folder, path)
     if verify:
         verify_manifest(folder)
-    return dataclasses.replace(read_folder(folder, dtype), max_programs=max_programs)
+    if not isinstance(image_sources, ImageSources):
+        raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
+    return dataclasses.replace(
+        read_folder(folder, dtype), max_programs=max_programs, image_sources=image_sources
+    )
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:

@@ -1,9 +1,12 @@
 """Arguments that several subcommands share."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bsjax.masks.categories import HeadCategory
+
+if TYPE_CHECKING:
+    from bsjax.prompts.sources import ImageSources
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
@@ -30,6 +33,18 @@ def add_image_settings(parser: Any) -> None:
     parser.add_argument(
         "--pan-and-scan", action="store_true", help="add crops of long images (Gemma 3)"
     )
+    parser.add_argument(
+        "--allow-private-addresses",
+        action="store_true",
+        help="download images from this machine and its own network too",
+    )
+
+
+def image_sources_of(options: argparse.Namespace) -> "ImageSources":
+    """Where images may come from, by the arguments of `add_image_settings`."""
+    from bsjax.prompts.sources import ImageSources
+
+    return ImageSources(allow_private_addresses=options.allow_private_addresses)
 
 
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, image_sources_of, messages_of
 from bsjax.cli.cuda_noise import import_jax
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def _generate(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
 
-    model = bsjax.load(options.checkpoint, dtype=options.dtype)
+    model = bsjax.load(
+        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
+    )
     profile = options.profile
     if options.uniform is not None:
         profile = bsjax.Profile.uniform(options.uniform, model)

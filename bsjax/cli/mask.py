@@ -1,10 +1,11 @@
 """`bsjax mask`: draws which keys the queries of a prompt see."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, messages_of
+from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, image_sources_of, messages_of
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import TemplateError
 from bsjax.masks.categories import HeadCategory
@@ -106,6 +107,7 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
     from bsjax.checkpoint.loading import read_processor
 
     processor = read_processor(Path(options.checkpoint).expanduser())
+    processor = dataclasses.replace(processor, image_sources=image_sources_of(options))
     prompt = processor.prompt(messages_of(options))
     template = processor.family.template(prompt, processor.config)
     return template, _visibility(processor.family, processor.config, options.layer)

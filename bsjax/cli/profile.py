@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import add_image_settings
+from bsjax.cli.arguments import add_image_settings, image_sources_of
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
@@ -259,7 +259,9 @@ def _run(options: argparse.Namespace) -> None:
         pan_and_scan=options.pan_and_scan,
         question=options.question or QUESTIONS,
     )
-    model = bsjax.load(options.checkpoint, dtype=options.dtype)
+    model = bsjax.load(
+        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
+    )
     try:
         profile = bsjax.profile(
             model,

@@ -82,10 +82,10 @@ class _Download:
                 self._connection.request("GET", target, headers=headers)
                 # The connection forgets its socket when the server announces to close it.
                 self._socket = self._connection.sock
-                response = self._connection.getresponse()
-                location = response.getheader("Location")
-                if response.status not in _REDIRECTS or location is None:
-                    return self._body(response)
+                with self._connection.getresponse() as response:
+                    location = response.getheader("Location")
+                    if response.status not in _REDIRECTS or location is None:
+                        return self._body(response)
             finally:
                 self._connection.close()
             url = urljoin(url, location)
@@ -220,20 +220,21 @@ def _refuse_private(host: str, addresses: list[Any], sources: ImageSources) -> N
     if sources.allow_private_addresses:
         return
     for *_, address in addresses:
-        if not _is_public(ipaddress.ip_address(address[0].partition("%")[0])):
+        if not is_public(ipaddress.ip_address(address[0].partition("%")[0])):
             raise ValueError(
                 f"{host} is {address[0]}, an address of this machine or of its own network. The "
                 "setting allow_private_addresses allows it."
             )
 
 
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is neither this machine nor a network of its own, translated or not."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _TRANSLATED:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
-            return _is_public(inner)
+            return is_public(inner)
         if address.teredo is not None:
             return False
     return address.is_global and not address.is_multicast

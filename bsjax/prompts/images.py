@@ -6,11 +6,11 @@ does for the same source. Images whose values are ambiguous are rejected with th
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,7 @@ from transformers.image_transforms import convert_to_rgb
 from bsjax.errors import MessageError
 from bsjax.files import check_file
 from bsjax.prompts.downloads import download
-from bsjax.prompts.sources import ImageSources
+from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 
 IMAGE_FILE_KEYS = ("image", "url", "path", "image_url")
 """Keys of an image part whose value may be a file's name or a URL."""
@@ -55,9 +55,9 @@ def image_file(key: str, source: Any) -> Path | None:
     return Path(text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened_image(
-    source: Path | bytes, max_source_pixels: int = ImageSources.max_source_pixels
+    source: Path | bytes, max_source_pixels: int = DEFAULT_SOURCES.max_source_pixels
 ) -> Iterator[PIL.Image.Image]:
     """An image of which only the header is read, within its limits.
 
@@ -78,8 +78,9 @@ def opened_image(
     with stream:
         try:
             image = PIL.Image.open(stream)
-        except PIL.Image.DecompressionBombError as error:
-            raise MessageError(_too_large(str(error), max_source_pixels)) from error
+        except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+            reason = "it has more pixels than Pillow reads (PIL.Image.MAX_IMAGE_PIXELS)"
+            raise MessageError(_too_large(reason, max_source_pixels)) from error
         except PIL.UnidentifiedImageError as error:
             raise MessageError("cannot identify image file: it is of no kind that is known.") from (
                 error
@@ -173,7 +174,8 @@ def _located(key: str, source: str | PathLike[Any], sources: ImageSources) -> Pa
     may_be_data = key == "image" and not scheme and len(text) >= _SHOWN_CHARACTERS
     if not sources.allow_files:
         if may_be_data:
-            return _decoded(text, sources)
+            with contextlib.suppress(MessageError):
+                return _decoded(text, sources)
         raise MessageError("files are not allowed here (allow_files).")
     path = Path(text) if isinstance(source, PathLike) else image_file(key, text)
     if path is None:
@@ -205,9 +207,8 @@ def _read_encoded(source: Path | bytes, sources: ImageSources) -> np.ndarray:
         PIL.ImageOps.exif_transpose(image, in_place=True)
         pixels = image if image.mode == "RGB" else image.convert("RGB")
         if image.has_transparency_data:
-            as_file, as_object = (
-                convert_to_rgb(each, return_numpy=True) for each in (pixels, image)
-            )
+            as_file = np.asarray(convert_to_rgb(pixels, return_numpy=True))
+            as_object = np.asarray(convert_to_rgb(image, return_numpy=True))
             if not np.array_equal(as_file, as_object):
                 raise MessageError(
                     "it has transparent pixels, which transformers shows differently in a file "

@@ -19,7 +19,7 @@ from bsjax.models.family import Family, ProcessedImage
 from bsjax.prompts.images import image_size, read_image, shortened, shown_source
 from bsjax.prompts.messages import ImagePart, read_messages
 from bsjax.prompts.rendering import rendered
-from bsjax.prompts.sources import ImageSources
+from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Processor:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
-    image_sources: ImageSources = ImageSources()
+    image_sources: ImageSources = DEFAULT_SOURCES
 
     def prompt(
         self, messages: Any, *, allow_files: bool | None = None, allow_urls: bool | None = None

@@ -56,3 +56,7 @@ class ImageSources:
         return dataclasses.replace(
             self, **{name: value for name, value in changes.items() if value is not None}
         )
+
+
+DEFAULT_SOURCES = ImageSources()
+"""Everything that a user may name on their own machine."""

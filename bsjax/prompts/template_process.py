@@ -81,6 +81,7 @@ def _environment() -> Any:
     A test holds it against transformers' own.
     """
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):

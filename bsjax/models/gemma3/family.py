@@ -237,4 +237,4 @@ def _check_crops(options: Mapping[str, Any]) -> None:
                     f"{name} is long side over short side, at least 1; got {shown(value)}."
                 )
         else:
-            whole_number(name, value, least=1, error=MessageError)
+            whole_number(name, value, least=1, most=2**31, error=MessageError)

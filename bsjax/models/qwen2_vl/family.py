@@ -126,7 +126,8 @@ class Qwen2VLFamily(Family):
         if unknown:
             raise MessageError(f"{', '.join(unknown)}: Qwen's image processor has no such option.")
         for name, value in options.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if not is_number or not 1 <= value < 2**63:
                 raise MessageError(
                     f"{name} must be a positive number of pixels, got {shown(value)}."
                 )
