@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -32,7 +33,9 @@ IMAGE_FILE_KEYS = ("image", "url", "path", "image_url")
 IMAGE_KEYS = (*IMAGE_FILE_KEYS, "base64")
 """Keys of an image part that may hold its image."""
 
-_SHOWN_CHARACTERS = 80
+_LONGEST_NAME = 80
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
+_SHOWN_CHARACTERS = 200
 
 
 def image_file(key: str, source: Any) -> Path | None:
@@ -50,7 +53,7 @@ def image_file(key: str, source: Any) -> Path | None:
     if key != "path" and _scheme(text) in ("http", "https", "data"):
         return None
     # Under "image", long text that is not the name of a file is base64 data.
-    if key == "image" and len(text) >= _SHOWN_CHARACTERS and not _is_file(text):
+    if key == "image" and _may_be_data(text) and not _is_file(text):
         return None
     return Path(text)
 
@@ -146,6 +149,10 @@ def _scheme(text: str) -> str:
     return ""
 
 
+def _may_be_data(text: str) -> bool:
+    return len(text) >= _LONGEST_NAME and _BASE64.fullmatch(text) is not None
+
+
 def _is_file(source: str) -> bool:
     try:
         return Path(source).is_file()
@@ -171,7 +178,7 @@ def _located(key: str, source: str | PathLike[Any], sources: ImageSources) -> Pa
             raise MessageError("URLs are not allowed here (allow_urls).")
         return download(text, sources)
     # Where files are not allowed, not even their existence is to be found out.
-    may_be_data = key == "image" and not scheme and len(text) >= _SHOWN_CHARACTERS
+    may_be_data = key == "image" and not scheme and _may_be_data(text)
     if not sources.allow_files:
         if may_be_data:
             with contextlib.suppress(MessageError):
