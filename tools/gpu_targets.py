@@ -239,7 +239,9 @@ def compile_for(
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with _abstract_device(TARGETS[target]), _no_compilation_cache():
         lowered = jitted.trace(*shapes).lower(lowering_platforms=("cuda",))
-        return lowered.compile(compiler_options=compiler_options)
+        # XLA's default, whatever XLA_FLAGS says for the CPU.
+        options = {"xla_backend_optimization_level": 3, **(compiler_options or {})}
+        return lowered.compile(compiler_options=options)
 
 
 def kernel_reports(
