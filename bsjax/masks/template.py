@@ -142,7 +142,8 @@ class Template:
 
         Args:
           token_ids: ids of one prompt, as returned by a Hugging Face processor.
-          image_token_id: the id of the placeholder (Qwen2-VL: 151655).
+          image_token_id: the id of the placeholder (Qwen2-VL: 151655); -1 for a model that reads
+            text only.
           sinks: which tokens of every image are sinks.
           image_tokens: how many tokens each image has. By default every run of placeholders is one
             image, so this is needed only if images follow each other with no token between them.
@@ -155,7 +156,7 @@ class Template:
         if ids.ndim != 1:
             raise TemplateError(f"token_ids must be one prompt of shape [tokens], got {ids.shape}.")
         placeholder = ids == whole_number(
-            "image_token_id", image_token_id, least=0, error=TemplateError
+            "image_token_id", image_token_id, least=-1, error=TemplateError
         )
         image = np.full(ids.shape, -1, np.int32)
         if image_tokens is None:

@@ -175,3 +175,7 @@ def test_heads_that_a_mask_does_not_have(head):
 )
 def test_templates_and_sinks(build, words):
     refused(build, TemplateError, words)
+
+
+def test_a_model_that_reads_text_only_has_no_placeholder():
+    assert Template.from_tokens([1, 3, 5], image_token_id=-1).num_images == 0
