@@ -1,0 +1,242 @@
+"""Kills runs of the converter, of profiling and of training while they write.
+
+    python -m tools.kill_runs [--convert 20] [--profile 10] [--training 5] [--seed 0]
+
+Every run is killed (SIGKILL) at a random moment after it has begun to write. Afterwards its result
+must be absent, or complete and valid; the next run must clean up and go on; and the last run, which
+nobody kills, must end as one that was never killed. Takes about twenty minutes on two cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save_file
+from transformers import AutoConfig
+
+from bsjax.checkpoint.loading import load
+from bsjax.checkpoint.manifest import verify_manifest
+from bsjax.models import FAMILIES
+from bsjax.profiles.profile import Profile
+from examples.train_small_vlm.export import huggingface_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny-qwen2.5-vl"
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kill_runs", description=__doc__)
+    parser.add_argument("--convert", type=int, default=20, metavar="N", help="kills of convert")
+    parser.add_argument("--profile", type=int, default=10, metavar="N", help="kills of profiling")
+    parser.add_argument("--training", type=int, default=5, metavar="N", help="kills of training")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for count, kill in (
+            (options.convert, kill_convert),
+            (options.profile, kill_profile),
+            (options.training, kill_training),
+        ):
+            if count:
+                kill(Path(folder), count, chance)
+
+
+def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills conversions: no destination may appear, and no earlier rest may stay."""
+    source, destination = folder / "large", folder / "converted"
+    write_large_source(source)
+    command = [sys.executable, "-m", "convert", str(source), str(destination), "--quiet"]
+
+    def left() -> list[Path]:
+        return sorted(folder.glob("converted.converting-*"))
+
+    started = time.monotonic()
+    total, writing = run_whole(command, lambda: size_of(left()) > 0)
+    verify_manifest(destination)
+    complete = size_of([destination])
+    remove(destination)
+    print(f"convert: {complete:,} bytes; whole run {total:.1f} s, of it {writing:.1f} s writing")
+    finished, seen = 0, []
+    for _ in range(count):
+        before = left()
+        killed = run_killed(command, lambda before=before: size_of(left()) > size_of(before),
+                            chance.uniform(0, writing))  # fmt: skip
+        kept = left()
+        assert not set(before) & set(kept), "the next run did not remove what a killed one left"
+        if destination.exists():
+            verify_manifest(destination)
+            load(destination)
+            finished += 1
+            remove(destination)
+        else:
+            assert len(kept) == 1 and killed
+            seen.append(size_of(kept) / complete)
+    run_whole(command, lambda: True)
+    assert not left(), "a whole run left something behind"
+    verify_manifest(destination)
+    load(destination)
+    shares = ", ".join(f"{share:.0%}" for share in sorted(seen))
+    print(f"convert: {len(seen)} killed mid-write, with {shares} written; {finished} had finished")
+    print(f"convert: every later run cleaned up; {time.monotonic() - started:.0f} s")
+
+
+def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills profiling: with `--resume`, the end is that of a run that was never killed."""
+    checkpoint, photos = folder / "tiny", folder / "photos"
+    command = [sys.executable, "-m", "convert", str(TINY), str(checkpoint), "--quiet"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    photos.mkdir()
+    for number in range(24):
+        Image.effect_noise((56, 84), 40 + 5 * number).convert("RGB").save(photos / f"{number}.png")
+
+    def command_of(name: str) -> list[str]:
+        of_run = [
+            "--resume",
+            str(folder / f"{name}.state"),
+            "--output",
+            str(folder / f"{name}.json"),
+        ]
+        fixed = ["--limit", "16", "--target-reduction", "0.2", "--refine", "--answer-tokens", "2"]
+        run = [sys.executable, "-m", "bsjax", "profile", str(checkpoint), str(photos)]
+        return [*run, *fixed, *of_run]
+
+    started = time.monotonic()
+    total, writing = run_whole(command_of("whole"), lambda: (folder / "whole.state").exists())
+    expected = json.loads((folder / "whole.json").read_text())
+    print(f"profile: whole run {total:.1f} s, of it {writing:.1f} s measuring")
+    killed, records = 0, []
+    for _ in range(count):
+        result = folder / "killed.json"
+        killed += run_killed(
+            command_of("killed"), lambda: (folder / "killed.state").exists(),
+            chance.uniform(0, writing / 2),
+        )  # fmt: skip
+        if result.exists():
+            assert Profile.load(result) is not None
+            break
+        records.append(size_of([folder / "killed.state"]))
+    run_whole(command_of("killed"), lambda: True)
+    assert json.loads((folder / "killed.json").read_text()) == expected, "another profile came out"
+    assert not list(folder.glob(".killed.*")), "a temporary file stayed"
+    print(f"profile: {killed} killed, state files of {records} bytes; the same profile at the end")
+    print(f"profile: {time.monotonic() - started:.0f} s")
+
+
+def kill_training(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills training of the vision tower: it goes on from its last checkpoint."""
+    run, steps = folder / "run", 1000
+    command = [sys.executable, "-m", "examples.train_small_vlm", str(run), "--tower-steps",
+               str(steps), "--steps", "1"]  # fmt: skip
+    started = time.monotonic()
+    log = run / "tower" / "log.jsonl"
+    reached = []
+    for _ in range(count):
+        lines = size_of([log])
+        run_killed(command, lambda lines=lines: size_of([log]) > lines, chance.uniform(0, 20))
+        reached.append(json.loads(log.read_text().splitlines()[-1])["step"])
+    # Half a line, as a machine that lost power leaves it, and no settings.
+    with log.open("a") as file:
+        file.write('{"step": 7, "seco')
+    (run / "settings.json").write_text("")
+    lines = size_of([log])
+    run_killed(command, lambda: size_of([log]) > lines, 0)
+    steps_logged = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps_logged == list(range(50, steps_logged[-1] + 1, 50)), steps_logged
+    assert json.loads((run / "settings.json").read_text())["tower_steps"] == steps
+    print(f"training: killed {count} times, at the steps {reached}; then with a torn log and empty")
+    print(f"training: settings; the log is whole to step {steps_logged[-1]}; "
+          f"{time.monotonic() - started:.0f} s")  # fmt: skip
+
+
+def run_killed(command: list[str], writes: Callable[[], bool], wait: float) -> bool:
+    """Runs a command, and kills it `wait` seconds after it begins to write.
+
+    Returns:
+      Whether it was killed; False if it ended before.
+    """
+    process = start(command)
+    while not writes() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(wait)
+    ended = process.poll() is not None
+    # The group: what it started is killed with it.
+    if not ended:
+        os.killpg(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    return process.returncode != 0
+
+
+def run_whole(command: list[str], writes: Callable[[], bool]) -> tuple[float, float]:
+    """Runs a command to its end; seconds in all, and since it began to write."""
+    started = time.monotonic()
+    process = start(command)
+    while not writes() and process.poll() is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return time.monotonic() - started, time.monotonic() - began
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Starts a command in a group of its own."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def size_of(paths: list[Path]) -> int:
+    """Bytes of files and folders; those that vanish meanwhile have none."""
+    total = 0
+    for path in paths:
+        for file in [path, *path.rglob("*")]:
+            try:
+                total += 0 if file.is_dir() else file.stat().st_size
+            except OSError:
+                continue
+    return total
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder."""
+    subprocess.run(["rm", "-r", str(folder)], check=True)
+
+
+def write_large_source(folder: Path) -> None:
+    """Writes the tiny checkpoint with layers so large that converting it takes seconds."""
+    folder.mkdir()
+    for file in TINY.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = AutoConfig.from_pretrained(TINY)
+    text = config.text_config
+    text.hidden_size, text.num_attention_heads, text.intermediate_size = 1024, 16, 16384
+    config.vision_config.out_hidden_size = text.hidden_size
+    config.save_pretrained(folder)
+    module = FAMILIES[config.model_type].build(config, jnp.bfloat16)
+    tensors = huggingface_tensors(nnx.state(module), config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
