@@ -106,6 +106,7 @@ def _convert(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             revision=options.revision,
             check=options.verify,
+            trial=True,
             progress=progress,
         )
     if options.quiet:
@@ -114,6 +115,8 @@ def _convert(options: argparse.Namespace) -> int:
     print(f"parameters   {result.parameters:,} in {result.arrays} arrays")
     print(f"size         {result.nbytes:,} bytes of {result.dtype}")
     print(f"time         {result.seconds:.1f} s")
+    if not result.tried:
+        print("logits       not tried: the model is large; --verify runs and compares it")
     if result.verification is not None:
         print(
             f"verified     logits within {result.verification.difference:.1e} of transformers' "

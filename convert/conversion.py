@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import time
@@ -32,7 +33,7 @@ from convert.plan import PlannedParameter, make_plan
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import Source, open_source
 from convert.streaming import Fingerprint, chunk_shape, pieces
-from convert.trial import try_prompt
+from convert.trial import try_logits, try_prompt
 from convert.verify import Verification, require_torch, verify
 from convert.writing import (
     StreamedParameter,
@@ -43,6 +44,10 @@ from convert.writing import (
     remove_unfinished,
     write_parameters,
 )
+
+TRIAL_BYTES = 2**30
+"""Largest model, in bytes of float32, that a trial prompt is run through. Conversion is meant to
+need little memory, and this needs memory for the whole model."""
 
 _COPIED = ("*.json", "*.txt", "*.jinja", "LICENSE*")
 _NOT_COPIED = ("*.index.json", MANIFEST)
@@ -67,6 +72,7 @@ class Conversion:
       seconds: duration of the conversion, without verification.
       fingerprint: SHA-256 of the source weights.
       manifest: fingerprint of the manifest, which `bsjax verify` compares.
+      tried: whether the logits of a prompt were found finite.
       verification: the result of the comparison with transformers, if it was asked for.
     """
 
@@ -80,6 +86,7 @@ class Conversion:
     seconds: float
     fingerprint: str
     manifest: str
+    tried: bool
     verification: Verification | None
 
 
@@ -90,6 +97,7 @@ def convert_checkpoint(
     dtype: Any = None,
     revision: str | None = None,
     check: bool = False,
+    trial: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Converts a Hugging Face checkpoint into one that `bsjax.load` reads.
@@ -104,14 +112,16 @@ def convert_checkpoint(
       revision: the hub's branch, tag or commit.
       check: compare the converted model with transformers before it is published. Needs torch,
         and memory for the model in float32.
+      trial: run a small prompt through the converted model before it is published, unless its
+        weights take more than `TRIAL_BYTES` in float32, or `check` runs it anyway.
       progress: called with (bytes read, bytes to read) as the conversion goes on.
 
     Removes what earlier conversions to `destination` left behind when they were killed.
 
     Raises:
       CheckpointError: the source is missing, damaged, pickled, incomplete or of another family, or
-        it contains NaN; the family cannot run in `dtype`; the destination exists or does not fit on
-        the disk; or verification failed.
+        it contains NaN or computes it; the family cannot run in `dtype`; the destination exists or
+        does not fit on the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(os.path.expanduser(destination))
@@ -133,6 +143,9 @@ def convert_checkpoint(
         (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
         manifest = write_manifest(temporary)
         seconds = time.monotonic() - started
+        tried = trial and not check and _bytes_in_float32(plan) <= TRIAL_BYTES
+        if tried:
+            try_logits(temporary)
         verification = verify(opened.folder, temporary, _rounds(plan)) if check else None
 
     return Conversion(
@@ -146,8 +159,13 @@ def convert_checkpoint(
         seconds=seconds,
         fingerprint=fingerprint.hexdigest(),
         manifest=manifest,
+        tried=tried or check,
         verification=verification,
     )
+
+
+def _bytes_in_float32(plan: list[PlannedParameter]) -> int:
+    return sum(4 * math.prod(parameter.shape) for parameter in plan)
 
 
 class Preparation(NamedTuple):

@@ -1,13 +1,15 @@
-"""A trial run before weights are read: prepares a small prompt and traces the vision tower on it.
+"""Trial runs of a small prompt, before weights are read and after they are written.
 
-It finds mismatched files (an image processor for patches of another size, a tokenizer without the
-image token, heads that do not divide a width) before gigabytes are written.
+Before, it is prepared, and the vision tower traced on it: this finds mismatched files (an image
+processor for patches of another size, a tokenizer without the image token, heads that do not divide
+a width) before gigabytes are written. After, a model that is not large computes its logits.
 """
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import PIL.Image
 from flax import nnx
 
@@ -57,6 +59,34 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
         raise CheckpointError(
             f"the files of {folder} do not match: an image of {prompt.image_tokens[0]} "
             f"tokens in a model of width {hidden} gets features of shape {features}."
+        )
+
+
+def try_logits(converted: Path) -> None:
+    """Runs the trial prompt through a converted model, in float32.
+
+    Weights that are finite may be so large that nothing that is computed with them is.
+
+    Args:
+      converted: the converted folder, with any name.
+
+    Raises:
+      CheckpointError: logits are NaN or infinite.
+    """
+    # Imported here: most of what it needs is not needed to convert.
+    from bsjax.checkpoint.loading import read_folder
+    from bsjax.runtime.generation import forward
+
+    model = read_folder(converted, "float32")
+    content = [_IMAGE, _QUESTION] if model.family.reads_images else [_QUESTION]
+    # The backend that compiles fastest.
+    logits = forward(model, [{"role": "user", "content": content}], backend="reference")
+    bad = np.count_nonzero(~np.isfinite(logits))
+    if bad:
+        raise CheckpointError(
+            f"the model computes NaN or infinity: {bad} of the {logits.size} logits of a trial "
+            "prompt are not finite. Its weights are damaged, or config.json is another model's. "
+            "The conversion was discarded."
         )
 
 

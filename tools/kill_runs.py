@@ -209,7 +209,8 @@ def size_of(paths: list[Path]) -> int:
     """Bytes of files and folders; those that vanish meanwhile have none."""
     total = 0
     for path in paths:
-        for file in [path, *path.rglob("*")]:
+        inside = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
+        for file in [path, *inside]:
             try:
                 total += 0 if file.is_dir() else file.stat().st_size
             except OSError:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import convert.conversion
 from bsjax.checkpoint.loading import load
 from bsjax.errors import CheckpointError
+from convert.__main__ import main
 from convert.conversion import prepare
 from tests.support.fuzzing import FUZZ, LONG, check_message, damaged
 
@@ -194,3 +195,18 @@ def test_fuzzed_settings_give_the_plan_of_the_tensors_or_are_refused(
     finally:
         shutil.copyfile(tiny_source / name, fuzzed / name)
     assert time.process_time() - started < 10
+
+
+def test_weights_that_are_finite_but_compute_nan_are_refused(tiny_source, tmp_path, capsys):
+    source = shutil.copytree(tiny_source, tmp_path / "hf")
+    content = bytearray((source / "model.safetensors").read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start, end = header["model.norm.weight"]["data_offsets"]
+    # 3e38 in bfloat16: the largest power of two that is finite.
+    content[8 + length + start : 8 + length + end] = b"\x00\x7f" * ((end - start) // 2)
+    (source / "model.safetensors").write_bytes(content)
+    assert main([str(source), str(tmp_path / "ours"), "--quiet"]) == 2
+    message = capsys.readouterr().err
+    assert "computes NaN or infinity" in message and message.count("\n") == 1
+    assert not list(tmp_path.glob("ours*"))
