@@ -8,8 +8,6 @@ Two things decide together: the model's own `Visibility`, which depends on the k
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from bsjax.checks import shown, whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import KeyGroup
@@ -34,7 +32,8 @@ class Visibility:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bidirectional_images, bool | np.bool_):
+        # Python's or NumPy's, by name: the console script's help does without NumPy.
+        if type(self.bidirectional_images).__name__ not in ("bool", "bool_"):
             raise MaskError(
                 f"bidirectional_images must be True or False, got "
                 f"{shown(self.bidirectional_images)}."
