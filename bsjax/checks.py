@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,10 +61,18 @@ def as_number(value: Any) -> int | float:
     return value if type(value) is int else number
 
 
+_SHORT = reprlib.Repr()  # Python 3.11 takes no arguments here.
+_SHORT.maxlevel = 4
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 20
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def shown(value: Any) -> str:
     """`value` as error messages show it, whatever it is."""
     try:
-        return repr(value)
+        # Lists of the same lists of the same lists ... have no end when they are written out.
+        nested = isinstance(value, dict | list | tuple | set | frozenset)
+        return _SHORT.repr(value) if nested else repr(value)
     except Exception:  # Python refuses to write integers of thousands of digits, for example.
         return f"a value of type {type(value).__name__}"
 

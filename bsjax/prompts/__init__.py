@@ -1,6 +1,9 @@
 """From chat messages to a prompt: token ids, pixel values and the tokens of each image.
 
 messages    checks chat messages, and separates images from what the chat template needs
+sources     `ImageSources`: where images may come from, and limits on them
+downloads   downloads within these limits
 images      reads images from files, URLs, data and arrays
-prompt      `Processor`: renders the chat template, tokenizes it and cuts images into patches
+rendering   renders chat templates, in the process of template_process
+prompt      `Processor`: renders the chat template, tokenizes the text and cuts images into patches
 """

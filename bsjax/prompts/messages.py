@@ -3,13 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bsjax.checks import shown
 from bsjax.errors import MessageError
+from bsjax.files import JSON_DEPTH
 from bsjax.models import FAMILIES
 from bsjax.prompts.images import IMAGE_KEYS
 
 _OPTION_KEYS = tuple(
     sorted({name for family in FAMILIES.values() for name in family.image_options})
 )
+
+
+MAX_CHARACTERS = 2_000_000
+"""Most characters of text in the messages of a conversation; no model reads as many."""
+
+MAX_VALUES = 100_000
+"""Most values in the messages of a conversation: texts, numbers, lists and so on."""
 
 
 class ImagePart(NamedTuple):
@@ -51,7 +60,7 @@ def read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]
         if missing:
             raise MessageError(f"{where} has no {' and no '.join(map(repr, missing))}.")
         if not isinstance(message["role"], str):
-            raise MessageError(f"{where}['role'] must be text, got {message['role']!r}.")
+            raise MessageError(f"{where}['role'] must be text, got {shown(message['role'])}.")
         content = message["content"]
         if isinstance(content, list | tuple):
             parts = []
@@ -69,7 +78,41 @@ def read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]
                 "of text and image parts."
             )
         template_messages.append({**message, "content": content})
+    _check_values(template_messages)
     return template_messages, images
+
+
+def _check_values(messages: list[dict[str, Any]]) -> None:
+    """Rejects what no template can be given: text that is none, and values without end."""
+    left: list[tuple[Any, str, int]] = [
+        (message, f"messages[{number}]", 0) for number, message in enumerate(messages)
+    ]
+    values = characters = 0
+    while left:
+        value, where, depth = left.pop()
+        values += 1
+        if isinstance(value, str):
+            characters += len(value)
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = ascii(value[error.start])
+                raise MessageError(
+                    f"{where} holds {half}, half of a surrogate pair, which is no character: "
+                    "decode the text again from its bytes, or leave it out."
+                ) from None
+        elif isinstance(value, Mapping | list | tuple):
+            if depth == JSON_DEPTH:
+                raise MessageError(
+                    f"{where} is nested deeper than {JSON_DEPTH} levels, or contains itself."
+                )
+            inside = [*value, *value.values()] if isinstance(value, Mapping) else value
+            left += [(each, where, depth + 1) for each in inside]
+        if values + len(left) > MAX_VALUES or characters > MAX_CHARACTERS:
+            raise MessageError(
+                f"The messages are too long: more than {MAX_CHARACTERS:,} characters of text, or "
+                f"{MAX_VALUES:,} values."
+            )
 
 
 def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
@@ -94,7 +137,7 @@ def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
         raise MessageError(f"{where} is a video: bsjax reads text and images only.")
     else:
         raise MessageError(
-            f"{where} has the type {kind!r}: supported are 'text', 'image' and 'image_url'."
+            f"{where} has the type {shown(kind)}: supported are 'text', 'image' and 'image_url'."
         )
 
 
@@ -122,5 +165,5 @@ def _refuse_unknown_keys(part: dict[str, Any], where: str, known: tuple[str, ...
     if part:
         raise MessageError(
             f"{where} has the unknown key{'s' * (len(part) > 1)} "
-            f"{', '.join(repr(key) for key in part)}; known are {', '.join(known)}."
+            f"{', '.join(shown(key) for key in part)}; known are {', '.join(known)}."
         )

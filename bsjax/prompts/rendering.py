@@ -25,7 +25,7 @@ RENDER_SECONDS = 5.0
 RENDER_BYTES = 2**29
 """Most memory of the process that renders, as address space; jinja2 itself takes 30 MB."""
 
-MAX_CHARACTERS = 10_000_000
+MAX_CHARACTERS = 4_000_000
 """Most characters of a rendered template; no model reads as many."""
 
 _START_SECONDS = 60.0
