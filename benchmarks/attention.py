@@ -30,9 +30,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.attention_arrays import Arrays, random_arrays
 from benchmarks.dense_rows import greatest_error, sampled_positions, tolerance
 from benchmarks.device_timing import copy_call, jax_sampler, matrix_rate_call
-from benchmarks.inputs import Arrays, random_arrays
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import (
     BSJAX,

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from benchmarks.attention_arrays import Arrays
 from benchmarks.device_timing import Sampler, torch_sampler
-from benchmarks.inputs import Arrays
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.masks.categories import HeadCategory, KeyGroup
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_arrays import Arrays
 from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
-from benchmarks.inputs import Arrays
 from benchmarks.workloads import HeadMask, Workload
 from bsjax.attention import block_sizes, ragged_attention, resolve_backend
 from bsjax.masks.schedule import build_schedule, category_tables

@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.attention_arrays import Arrays, random_arrays
 from benchmarks.dense_rows import greatest_error, tolerance
 from benchmarks.device_timing import jax_sampler, repeated, repeats_for
-from benchmarks.inputs import Arrays, random_arrays
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload

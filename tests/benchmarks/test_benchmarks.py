@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention, variants
+from benchmarks.attention_arrays import random_arrays
 from benchmarks.dense_rows import (
     dense_rows,
     greatest_error,
@@ -22,7 +23,6 @@ from benchmarks.dense_rows import (
     tolerance,
 )
 from benchmarks.device_timing import repeated
-from benchmarks.inputs import random_arrays
 from benchmarks.measure import interleaved_samples, markdown_table
 from benchmarks.variants import NotAvailable, wanted_rows
 from benchmarks.workloads import (
