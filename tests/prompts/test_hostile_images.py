@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import bsjax
 from bsjax.errors import MessageError
 from bsjax.models import FAMILIES
 from bsjax.prompts.prompt import Processor
@@ -194,3 +195,18 @@ def test_crops_are_counted_before_they_are_made():
     }
     assert family.scaled_pixels(1, 10_000, options, image_processor) == 10_001 * 896**2
     assert family.scaled_pixels(500, 500, options, image_processor) == 896**2
+
+
+def test_generate_forward_and_stream_take_the_settings(tiny_model, tmp_path):
+    path = tmp_path / "small.png"
+    path.write_bytes(encoded(SMALL))
+    messages = user(image=path)
+    for call in (
+        lambda: bsjax.generate(tiny_model, messages, allow_files=False),
+        lambda: bsjax.forward(tiny_model, messages, allow_files=False),
+        lambda: list(bsjax.stream(tiny_model, messages, allow_files=False)),
+        lambda: tiny_model.prompt(messages, allow_files=False),
+        lambda: bsjax.generate(tiny_model, user(url="http://a.b/c"), allow_urls=False),
+    ):
+        with pytest.raises(MessageError, match="allow_"):
+            call()

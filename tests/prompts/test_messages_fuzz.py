@@ -112,11 +112,11 @@ def messages(draw):
             parent = parent[key]
         match draw(st.sampled_from(["replace", "replace", "remove", "add", "repeat"])):
             case "replace":
-                parent[last] = draw(VALUES)
+                parent[last] = copy.deepcopy(draw(VALUES))
             case "remove":
                 del parent[last]
             case "add" if isinstance(parent, dict):
-                parent[draw(KEYS)] = draw(VALUES)
+                parent[draw(KEYS)] = copy.deepcopy(draw(VALUES))
             case "repeat" if isinstance(parent, list):
                 parent += copy.copy(parent)
     return result
