@@ -71,9 +71,13 @@ def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
     print(f"convert: {complete:,} bytes; whole run {total:.1f} s, of it {writing:.1f} s writing")
     finished, seen = 0, []
     for _ in range(count):
-        before = left()
-        killed = run_killed(command, lambda before=before: size_of(left()) > size_of(before),
-                            chance.uniform(0, writing))  # fmt: skip
+        before, share = left(), chance.uniform(0, 1)
+
+        def writes(before: list[Path] = before, share: float = share) -> bool:
+            new = [folder for folder in left() if folder not in before]
+            return size_of(new) > share * complete
+
+        killed = run_killed(command, writes, 0)
         kept = left()
         assert not set(before) & set(kept), "the next run did not remove what a killed one left"
         if destination.exists():
@@ -109,7 +113,7 @@ def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
             "--output",
             str(folder / f"{name}.json"),
         ]
-        fixed = ["--limit", "16", "--target-reduction", "0.2", "--refine", "--answer-tokens", "2"]
+        fixed = ["--limit", "16", "--target-reduction", "0.1", "--refine", "--answer-tokens", "2"]
         run = [sys.executable, "-m", "bsjax", "profile", str(checkpoint), str(photos)]
         return [*run, *fixed, *of_run]
 
