@@ -125,15 +125,17 @@ def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
     # Records from a table have every column, with None where it does not apply.
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.pop("type", None)
-    if kind == "text":
+    # What is no text is no known kind; comparing an array gives neither true nor false.
+    name = kind if isinstance(kind, str) else ""
+    if name == "text":
         text = part.pop("text", None)
         if not isinstance(text, str):
             raise MessageError(f"{where} is of type 'text' and needs a string under 'text'.")
         _refuse_unknown_keys(part, where, ("text",))
         yield text
-    elif kind in ("image", "image_url"):
+    elif name in ("image", "image_url"):
         yield _read_image_part(part, where)
-    elif kind in ("video", "video_url"):
+    elif name in ("video", "video_url"):
         raise MessageError(f"{where} is a video: bsjax reads text and images only.")
     else:
         raise MessageError(
