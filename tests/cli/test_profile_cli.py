@@ -351,7 +351,7 @@ def profiler(monkeypatch):
         return measured()
 
     monkeypatch.setattr(bsjax, "profile", profile)
-    monkeypatch.setattr(bsjax, "load", lambda path, dtype=None: (path, dtype))
+    monkeypatch.setattr(bsjax, "load", lambda path, dtype=None, image_sources=None: (path, dtype))
     return calls
 
 
