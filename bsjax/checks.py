@@ -70,7 +70,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 def shown(value: Any) -> str:
     """`value` as error messages show it, whatever it is."""
     try:
-        # Lists of the same lists of the same lists ... have no end when they are written out.
+        # Lists that hold the same list many times grow exponentially when they are written out.
         nested = isinstance(value, dict | list | tuple | set | frozenset)
         return _SHORT.repr(value) if nested else repr(value)
     except Exception:  # Python refuses to write integers of thousands of digits, for example.
@@ -99,7 +99,7 @@ def check_not_forked(error: type[BsjaxError]) -> None:
     """Refuses to compute in a process that was forked after bsjax computed in its parent.
 
     The threads in which JAX computes exist in the parent only: a forked child would wait for them
-    for ever. A child that was forked before the first use may compute.
+    forever. A child that was forked before the first use may compute.
 
     Args:
       error: raised in such a child.

@@ -1,7 +1,7 @@
-"""Writes files that are never half there, and removes what killed processes left behind.
+"""Writes files completely or not at all, and removes what killed processes left behind.
 
-What is not complete has a name with the number of its process in it, and is locked by that process.
-If the process is killed, `remove_leftovers` of the next run removes it.
+An incomplete file or folder has its process's number in its name and is locked by that process. If
+the process is killed, the next run's `remove_leftovers` removes it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # There are no such locks on Windows: nothing is removed there.
+except ImportError:  # Windows lacks these locks, so nothing is removed there.
     fcntl = None
 
 _STARTED = time.time()
@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    with written_beside(path) as temporary:
+    with atomic_replacement(path) as temporary:
         with open(temporary, "x", encoding="utf-8") as file, held(temporary):
             file.write(text)
             file.flush()
@@ -34,11 +34,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
+def atomic_replacement(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder, and renames it to `path` if the block succeeds.
 
-    If the block raises, the temporary file is removed. Also removes those that other processes left
-    behind for the same `path`.
+    If the block raises, the temporary file is removed. Temporary files that killed processes left
+    for the same `path` are removed too.
 
     Raises:
       OSError: the file cannot be renamed.
@@ -85,7 +85,7 @@ def remove_leftovers(folder: Path, before: str, after: str = "") -> list[Path]:
     for path in _temporaries(folder, before, after):
         number = int(path.name[len(before) : len(path.name) - len(after)])
         with contextlib.suppress(OSError):
-            # This process may have the number of one that was killed before it started.
+            # This process may have the number of an earlier one that was killed.
             ours = number == os.getpid() and os.stat(path).st_mtime < _STARTED
             if _runs(number) and not ours:
                 continue
@@ -110,7 +110,7 @@ def _temporaries(folder: Path, before: str, after: str) -> list[Path]:
             for name in os.listdir(folder)
             if name.startswith(before)
             and name.endswith(after)
-            # A pattern would give a meaning to characters of the name.
+            # Not a glob pattern: the name may contain its special characters.
             and name[len(before) : len(name) - len(after)].isdecimal()
         ]
         return [folder / name for name in sorted(names) if fcntl is not None]
@@ -122,7 +122,7 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # It is someone else's, or no number of a process.
+    except (OSError, OverflowError):  # Another user's, or not a valid process number.
         return True
     return True
 

@@ -3,14 +3,16 @@
     python -m tools.kill_runs [--convert 20] [--profile 10] [--training 5] [--seed 0]
 
 Every run is killed (SIGKILL) at a random moment after it has begun to write. Afterwards its result
-must be absent, or complete and valid; the next run must clean up and go on; and the last run, which
-nobody kills, must end as one that was never killed. Takes about twenty minutes on two cores.
+must be absent, or complete and valid. The next run must clean up and continue, and the last run,
+which is not killed, must give the result of a run that was never interrupted. Takes about twenty
+minutes on two cores.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +57,7 @@ def main() -> None:
 
 
 def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
-    """Kills conversions: no destination may appear, and no earlier rest may stay."""
+    """Kills conversions: no destination may appear, and the next run must remove what is left."""
     source, destination = folder / "large", folder / "converted"
     write_large_source(source)
     command = [sys.executable, "-m", "convert", str(source), str(destination), "--quiet"]
@@ -67,7 +69,7 @@ def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
     total, writing = run_whole(command, lambda: size_of(left()) > 0)
     verify_manifest(destination)
     complete = size_of([destination])
-    remove(destination)
+    shutil.rmtree(destination)
     print(f"convert: {complete:,} bytes; whole run {total:.1f} s, of it {writing:.1f} s writing")
     finished, seen = 0, []
     for _ in range(count):
@@ -84,7 +86,7 @@ def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
             verify_manifest(destination)
             load(destination)
             finished += 1
-            remove(destination)
+            shutil.rmtree(destination)
         else:
             assert len(kept) == 1 and killed
             seen.append(size_of(kept) / complete)
@@ -146,7 +148,7 @@ def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
 
 
 def kill_training(folder: Path, count: int, chance: random.Random) -> None:
-    """Kills training of the vision tower: it goes on from its last checkpoint."""
+    """Kills training of the vision tower: it continues from its last checkpoint."""
     run, steps = folder / "run", 1000
     command = [sys.executable, "-m", "examples.train_small_vlm", str(run), "--tower-steps",
                str(steps), "--steps", "1"]  # fmt: skip
@@ -216,7 +218,7 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def size_of(paths: list[Path]) -> int:
-    """Bytes of files and folders; those that vanish meanwhile have none."""
+    """Bytes of files and folders; those that disappear meanwhile count as empty."""
     total = 0
     for path in paths:
         inside = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
@@ -226,11 +228,6 @@ def size_of(paths: list[Path]) -> int:
             except OSError:
                 continue
     return total
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder."""
-    subprocess.run(["rm", "-r", str(folder)], check=True)
 
 
 def write_large_source(folder: Path) -> None:

@@ -114,9 +114,9 @@ def load(
       verify: first compare the SHA-256 of every file with the one that was written when the
         checkpoint was converted, as `bsjax verify` does. Takes the time to read all files once.
       max_programs: how many compiled programs to keep in memory. There is one for every stage and
-        bucket of sizes, so that prompts of many sizes need many. Beyond this number, the program
-        that was not used for longest is dropped, and compiled again, or read from JAX's persistent
-        cache, when it is needed.
+        bucket of sizes, so that prompts of many sizes need many. Beyond this number, the least
+        recently used program is dropped. When it is needed again, it is compiled, or read from
+        JAX's persistent cache.
       image_sources: where images of messages may come from, and limits on them. A service that
         answers the messages of others restricts them here.
 
@@ -128,6 +128,8 @@ def load(
     """
     check_not_forked(CheckpointError)
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
+    if not isinstance(image_sources, ImageSources):
+        raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
     try:
         folder = Path(path).expanduser()
     except (TypeError, RuntimeError) as error:  # Not a path, or the home of an unknown user.
@@ -135,8 +137,6 @@ def load(
     _refuse_unconverted(folder, path)
     if verify:
         verify_manifest(folder)
-    if not isinstance(image_sources, ImageSources):
-        raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
     return dataclasses.replace(
         read_folder(folder, dtype), max_programs=max_programs, image_sources=image_sources
     )

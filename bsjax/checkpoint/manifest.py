@@ -41,7 +41,7 @@ def write_manifest(folder: Path) -> str:
     """Writes the manifest of all files in a folder; returns its fingerprint.
 
     Raises:
-      CheckpointError: a file cannot be read, or is no ordinary one.
+      CheckpointError: a file cannot be read, or is not an ordinary file.
     """
     entries = _entries(folder, _names(folder))
     manifest = {
@@ -63,8 +63,8 @@ def verify_manifest(folder: Path) -> Verified:
     """
     if not (folder / MANIFEST).exists():
         raise CheckpointError(
-            f"{folder} holds no {MANIFEST}: it is no converted checkpoint, or was converted by an "
-            "older bsjax. Convert it again."
+            f"{folder} holds no {MANIFEST}: it is not a converted checkpoint, or was converted "
+            "by an older bsjax. Convert it again."
         )
     stated = _read(folder / MANIFEST)
     names = _names(folder)

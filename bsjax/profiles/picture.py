@@ -18,7 +18,7 @@ from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.profiles.evidence import Evidence
 from bsjax.profiles.format import LETTERS
 from bsjax.profiles.profile import Profile
-from bsjax.unfinished import written_beside
+from bsjax.unfinished import atomic_replacement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,7 +128,7 @@ def _write(figure: "Figure", path: Path) -> None:
             "such as .png, .pdf or .svg."
         )
     try:
-        with written_beside(path) as temporary:
+        with atomic_replacement(path) as temporary:
             figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
     except (OSError, ValueError) as error:
         raise ProfileError(f"The profile's picture cannot be written to {path}: {error}") from error

@@ -20,15 +20,15 @@ from bsjax.prompts.sources import ImageSources
 _CHUNK = 64 * 1024
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Addresses that stand for an IPv4 address behind a translator.
+# Addresses that contain the IPv4 address to which a translator forwards.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 
 def download(url: str, sources: ImageSources) -> bytes:
-    """What a URL leads to.
+    """Downloads what a URL leads to.
 
-    A thread of its own downloads, and this one waits for it no longer than `max_seconds`, however
-    slowly names are resolved, connections are made or bytes arrive.
+    Another thread downloads, and this one waits for it no longer than `max_seconds`, however slowly
+    names are resolved, connections are made or bytes arrive.
 
     Args:
       url: starts with `http://` or `https://`, in any case.
@@ -228,7 +228,7 @@ def _refuse_private(host: str, addresses: list[Any], sources: ImageSources) -> N
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is neither this machine nor a network of its own, translated or not."""
+    """Whether an address is public, also if it is an IPv4 address inside an IPv6 one."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _TRANSLATED:

@@ -69,8 +69,8 @@ def opened_image(
       max_source_pixels: the most pixels.
 
     Raises:
-      MessageError: it is no ordinary file, or it has too many pixels or none.
-      Exception: it is no image; decoders raise many kinds of exceptions.
+      MessageError: the file is not an ordinary one, or the image has no pixels or too many.
+      Exception: it is not an image; decoders raise many kinds of exceptions.
     """
     stream: IO[bytes]
     if isinstance(source, Path):

@@ -83,7 +83,7 @@ def read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]
 
 
 def _check_values(messages: list[dict[str, Any]]) -> None:
-    """Rejects what no template can be given: text that is none, and values without end."""
+    """Rejects text that is not valid Unicode, and values that are too long, too deep or cyclic."""
     left: list[tuple[Any, str, int]] = [
         (message, f"messages[{number}]", 0) for number, message in enumerate(messages)
     ]
@@ -98,7 +98,7 @@ def _check_values(messages: list[dict[str, Any]]) -> None:
             except UnicodeEncodeError as error:
                 half = ascii(value[error.start])
                 raise MessageError(
-                    f"{where} holds {half}, half of a surrogate pair, which is no character: "
+                    f"{where} holds {half}, half of a surrogate pair, which is not a character: "
                     "decode the text again from its bytes, or leave it out."
                 ) from None
         elif isinstance(value, Mapping | list | tuple):
@@ -125,7 +125,7 @@ def _read_part(part: Any, where: str) -> Iterator[ImagePart | str]:
     # Records from a table have every column, with None where it does not apply.
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.pop("type", None)
-    # What is no text is no known kind; comparing an array gives neither true nor false.
+    # Comparing an array with a string gives neither true nor false.
     name = kind if isinstance(kind, str) else ""
     if name == "text":
         text = part.pop("text", None)

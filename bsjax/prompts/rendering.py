@@ -1,7 +1,8 @@
 """Renders chat templates in a process of their own, which is ended when they exceed their limits.
 
-A chat template comes with the checkpoint and is a program. transformers' sandbox keeps it from
-reaching anything, but not from running for ever or filling the memory: see `template_process`.
+A chat template comes with the checkpoint and is a program. transformers' sandbox keeps it
+from reaching files and the network, but not from running forever or filling the memory: see
+`template_process`.
 """
 
 import atexit

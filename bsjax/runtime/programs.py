@@ -79,7 +79,7 @@ class Memory(NamedTuple):
 
 
 class Programs:
-    """The compiled programs of one model; the one that was not used for longest is dropped first.
+    """The compiled programs of one model; the least recently used is dropped first.
 
     A program that is dropped while a run still uses it is freed when the run ends.
 
@@ -91,7 +91,11 @@ class Programs:
     """
 
     def __init__(
-        self, module: nnx.Module, compile: Compile | None = None, *, most: int = MAX_PROGRAMS
+        self,
+        module: nnx.Module,
+        compile: Compile | None = None,
+        *,
+        max_programs: int = MAX_PROGRAMS,
     ) -> None:
         """Prepares a model, without compiling any program yet.
 
@@ -99,7 +103,7 @@ class Programs:
           module: the model; may be abstract (shapes in place of weights) if no program will run.
           compile: compiles the programs; by default for this machine's device, with JAX's
             persistent cache.
-          most: how many programs are kept.
+          max_programs: how many programs are kept.
         """
         if compile is None:
             use_persistent_cache()
@@ -107,7 +111,7 @@ class Programs:
         self.graph, self.parameters = nnx.split(module)
         self.compilations = 0
         self.compile_seconds = 0.0
-        self._most = most
+        self._max_programs = max_programs
         # In the order of their last use.
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
         self._lock = threading.Lock()
@@ -154,7 +158,7 @@ class Programs:
             self.compilations += 1
             self._programs[key] = program
             self._programs.move_to_end(key)
-            while len(self._programs) > self._most:
+            while len(self._programs) > self._max_programs:
                 self._programs.popitem(last=False)
         return program
 
@@ -185,7 +189,7 @@ def check_model(model: Any, error: type[BsjaxError]) -> None:
 def programs_of(model: LoadedModel) -> Programs:
     """The programs of a model, kept as long as the model exists."""
     if model not in _programs:
-        _programs[model] = Programs(model.module, most=model.max_programs)
+        _programs[model] = Programs(model.module, max_programs=model.max_programs)
     return _programs[model]
 
 

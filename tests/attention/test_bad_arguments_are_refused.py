@@ -9,7 +9,6 @@ import bsjax
 from bsjax import (
     BackendError,
     BlockMask,
-    BsjaxError,
     Image,
     MaskError,
     Sinks,
@@ -18,21 +17,13 @@ from bsjax import (
     Text,
 )
 from bsjax.checks import shown
+from tests.support.refusals import HUGE, refused
 
 TEMPLATE = Template.from_segments([Text(3), Image(5)])
 MASK = BlockMask(TEMPLATE, ["DENSE", "SINK"], 16, 16)
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 16)), jnp.float32)
-HUGE = 10**5000
-"""Python refuses to write an integer of so many digits."""
 
 pytestmark = pytest.mark.usefixtures("annotations_unchecked")
-
-
-def refused(function, error, words):
-    with pytest.raises(BsjaxError) as caught:
-        function()
-    assert type(caught.value) is error
-    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 import bsjax
 from bsjax import (
     BackendError,
-    BsjaxError,
     CapacityError,
     CheckpointError,
     GenerationError,
@@ -20,19 +19,11 @@ from bsjax import (
 from bsjax.checks import shown
 from convert.conversion import convert_checkpoint
 from tests.support.convert_sources import edit_json
+from tests.support.refusals import HUGE, refused
 
 MESSAGES = [{"role": "user", "content": "hello"}]
-HUGE = 10**5000
-"""Python refuses to write an integer of so many digits."""
 
 pytestmark = pytest.mark.usefixtures("annotations_unchecked")
-
-
-def refused(function, error, words):
-    with pytest.raises(BsjaxError) as caught:
-        function()
-    assert type(caught.value) is error
-    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("model", [None, "checkpoints/model", 3, bsjax.LoadedModel])

@@ -33,7 +33,7 @@ def rows(count):
 
 
 def test_the_programs_that_were_used_last_are_kept():
-    programs = small_programs(most=3)
+    programs = small_programs(max_programs=3)
 
     def compiles(count):
         before = programs.compilations
@@ -51,7 +51,7 @@ def test_the_programs_that_were_used_last_are_kept():
 
 
 def test_what_is_dropped_is_freed():
-    programs = small_programs(most=2)
+    programs = small_programs(max_programs=2)
     client = jax.devices()[0].client
     before = len(client.live_executables())
     for count in range(1, 30):
@@ -60,14 +60,14 @@ def test_what_is_dropped_is_freed():
 
 
 def test_a_program_in_use_outlives_its_place():
-    programs = small_programs(most=1)
+    programs = small_programs(max_programs=1)
     first = programs.get(double, rows(1))
     programs.get(double, rows(2))
     assert len(programs) == 1 and first(*rows(1)).shape == (1, 2)
 
 
 def test_threads_share_programs_within_the_bound():
-    programs = small_programs(most=2)
+    programs = small_programs(max_programs=2)
     with ThreadPoolExecutor(8) as pool:
         results = pool.map(lambda n: programs.get(double, rows(n))(*rows(n)), [1, 2, 3] * 16)
         assert [result.shape[0] for result in results] == [1, 2, 3] * 16
