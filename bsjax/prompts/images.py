@@ -85,9 +85,7 @@ def opened_image(
             reason = "it has more pixels than Pillow reads (PIL.Image.MAX_IMAGE_PIXELS)"
             raise MessageError(_too_large(reason, max_source_pixels)) from error
         except PIL.UnidentifiedImageError as error:
-            raise MessageError("cannot identify image file: it is of no kind that is known.") from (
-                error
-            )
+            raise MessageError("cannot identify image file: its format is not known.") from error
         if image.format == "EPS":
             raise MessageError("it is a program in PostScript, not an image with pixels.")
         _check_pixels(image.width, image.height, max_source_pixels)

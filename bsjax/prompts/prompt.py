@@ -111,7 +111,9 @@ class Processor:
         )
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        # `verbose` would warn of long prompts, whose length is checked later with a better message.
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return np.asarray(encoded["input_ids"], np.int32)
 
     def _check_placeholders(self, token_ids: Int32[np.ndarray, "tokens"], images: int) -> None:
         video_token_id = getattr(self.config, "video_token_id", None)

@@ -126,11 +126,13 @@ def prepare_inputs(
     how_to_shorten = _how_to_shorten(template, family.fewer_image_tokens, new_tokens)
     if next_position + new_tokens > limit:
         if next_position < limit:
-            how_to_shorten = f"Lower max_new_tokens to {limit - next_position} or less."
+            advice = f"Lower max_new_tokens to {limit - next_position} or less."
+        else:  # Without new tokens it does not fit either.
+            advice = _how_to_shorten(template, family.fewer_image_tokens, new_tokens=0)
         follow = f" and up to {shown(new_tokens)} new tokens follow" if new_tokens else ""
         raise CapacityError(
             f"The prompt needs {next_position} positions ({template.tokens} tokens, "
-            f"{describe_images(template)}){follow}, but the model has {limit}. {how_to_shorten}"
+            f"{describe_images(template)}){follow}, but the model has {limit}. {advice}"
         )
 
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
