@@ -16,6 +16,8 @@ class KernelReached(Exception):
     """Raised in the kernel's place, so that nothing is compiled or run."""
 
 
+# transformers writes the checkpoint, which needs torch.
+@pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 def test_generate_reaches_the_kernel_in_seven_files(family, tmp_path, monkeypatch):
     source = sources.write_source(tmp_path / "hugging-face", family, tied=True, layers=4)
