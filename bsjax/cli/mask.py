@@ -62,20 +62,16 @@ def add_to(commands: Any) -> None:
 
 def _mask(options: argparse.Namespace) -> None:
     import_jax()
-    from bsjax.masks.block_mask import BlockMask
+    from bsjax.masks.picture import plot_mask
+    from bsjax.masks.query_rows import density
 
     template, visibility = template_and_visibility(options)
-    mask = BlockMask(
-        template,
-        [options.category],
-        bidirectional_images=visibility.bidirectional_images,
-        window=visibility.window,
-    )
-    mask.plot(options.output)
-    images = mask.template.num_images
+    plot_mask(template, options.category, visibility, options.output)
+    images = template.num_images
     print(
-        f"{mask.template.tokens} tokens, {images} image{'' if images == 1 else 's'}, "
-        f"{options.category.name}: {mask.density:.1%} of the dense attention"
+        f"{template.tokens} tokens, {images} image{'' if images == 1 else 's'}, "
+        f"{options.category.name}: {density(template, options.category, visibility):.1%} of the "
+        "dense attention"
         + (f" in a window of {visibility.window}" if visibility.window is not None else "")
     )
     print(options.output)

@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.query_rows import visible_pairs
+from bsjax.masks.query_rows import density
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
@@ -58,13 +58,9 @@ def plot_mask(
         axes.set_title(name)
         axes.set_xlabel("key")
         axes.set_ylabel("query")
-    pairs, dense_pairs = (
-        visible_pairs(template, shown.groups, visibility)
-        for shown in (category, HeadCategory.DENSE)
-    )
     figure.suptitle(
         f"{category.name}: {template.tokens} tokens, {template.num_images} images, "
-        f"{pairs / max(dense_pairs, 1):.1%} of the pairs a dense head sees"
+        f"{density(template, category, visibility):.1%} of the pairs a dense head sees"
     )
     handles = [_patch(color) for color in _COLORS.values()]
     figure.legend(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, KeyGroup
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, Visibility
 
@@ -201,3 +201,12 @@ def visible_pairs(template: Template, groups: KeyGroup, visibility: Visibility =
     every_row = np.arange(rows.tokens)
     ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]
     return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)
+
+
+def density(template: Template, category: HeadCategory, visibility: Visibility) -> float:
+    """The pairs that a head of this category sees, divided by those that a DENSE head sees."""
+    pairs, dense_pairs = (
+        visible_pairs(template, counted.groups, visibility)
+        for counted in (category, HeadCategory.DENSE)
+    )
+    return pairs / max(dense_pairs, 1)
