@@ -165,13 +165,13 @@ def sparse_attention(
             raise MaskError(f"{name} must be an array of JAX or NumPy, got {type(array).__name__}.")
     if not isinstance(return_lse, bool | np.bool_):
         raise MaskError(f"return_lse must be True or False, got {shown(return_lse)}.")
-    if isinstance(scale, Tracer):
-        _check(q, k, v, mask.schedule, mask.head_category, None)
+    _check(q, k, v, mask.schedule, mask.head_category)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif isinstance(scale, Tracer):
         q, scale = _scaled(q, scale), 1.0
     else:
-        scale = None if scale is None else _finite_in_float32(scale)
-        _check(q, k, v, mask.schedule, mask.head_category, scale)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale = _finite_in_float32(scale)
     return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), bool(return_lse))
 
 
@@ -267,7 +267,9 @@ def ragged_attention(
       BackendError: the backend is unknown, or does not support the head dimension, dtype or block
         sizes.
     """
-    _check(q, k, v, schedule, head_category, scale)
+    _check(q, k, v, schedule, head_category)
+    if not scale > 0:
+        raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
     head_category = jnp.asarray(head_category)
     result = _attend(q, k, v, schedule, head_category, scale, resolve_backend(backend))
     return result if return_lse else result[0]
@@ -323,12 +325,7 @@ _pallas_attention.defvjp(_pallas_forward, attention_gradients)
 
 
 def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    schedule: Schedule,
-    head_category: Array | np.ndarray,
-    scale: float | None,
+    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array | np.ndarray
 ) -> None:
     """Rejects arrays that do not match each other or the schedule, before anything is indexed.
 
@@ -354,5 +351,3 @@ def _check(
             "q, k and v must have one dtype, float32, bfloat16 or float16, got "
             f"{q.dtype}, {k.dtype} and {v.dtype}."
         )
-    if scale is not None and not scale > 0:
-        raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")

@@ -114,8 +114,7 @@ def decode_attend(
     cached_k, cached_v = cache.k[:, None], cache.v[:, None]
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
-        # Without `return_lse` only the output is returned.
-        attended: Any = decode_attention(
+        attended = decode_attention(
             q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
         )
         return attended, (k, v)
