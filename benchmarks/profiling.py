@@ -119,14 +119,14 @@ def show(result: dict[str, Any]) -> None:
         title=f"{result['model']}: {result['tokens']} tokens, {result['images']} images of "
         f"{result['image_tokens']}; vision tower {result['vision_seconds']:.2f} s"
     )
-    for column in ("program", "median s", "time / dense prefill", "temporaries, MiB"):
+    for column in ("program", "median s", "time / dense prefill", "temporaries, MB"):
         table.add_column(column, justify="left" if column == "program" else "right")
     for row in result["rows"]:
         table.add_row(
             row["program"],
             f"{row['median_seconds']:.3f}",
             f"{row['time_over_dense_prefill']:.2f}",
-            f"{row['temporary_bytes'] / 2**20:.0f}",
+            f"{row['temporary_bytes'] / 1e6:.0f}",
         )
     Console(width=100).print(table)
 

@@ -49,7 +49,6 @@ CANDIDATES = {
 
 # Multiply-adds per cycle and multiprocessor on half-precision tensor cores, from the data sheets.
 _TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
-_FLOAT32_RATE = {"sm_80": 64, "sm_89": 128, "sm_90": 128, "sm_100": 128}
 # For all multiprocessors together; assumed to be three fifths of the figures in the data sheets.
 _L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
 _EXPONENTIALS_PER_CYCLE = 16
@@ -89,8 +88,8 @@ def cycles_per_pair(
     full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
     gpu = GPUS[GPU_OF[target]]
     pairs = candidate.block_q * candidate.block_kv
-    rate = _TENSOR_RATE[target] if itemsize == 2 else _FLOAT32_RATE[target]
-    tensor = 2 * pairs * width / rate if itemsize == 2 else 0.0
+    # Float32 products do not use the tensor cores; their instructions are counted.
+    tensor = 2 * pairs * width / _TENSOR_RATE[target] if itemsize == 2 else 0.0
     special = pairs / _EXPONENTIALS_PER_CYCLE
     memory = 2 * candidate.block_kv * width * itemsize / (_L2_BYTES_PER_CYCLE[target] / gpu.cores)
     resident = report.resident(gpu)
