@@ -6,7 +6,7 @@
 # Each installs what it needs into .venv first. PYTHON chooses the interpreter:
 # make demo PYTHON=python3.12
 #
-# make train        trains a small model from scratch, or continues: an hour (TRAIN_OPTIONS)
+# make train        trains a small model from scratch, or continues: 50 minutes (TRAIN_OPTIONS)
 # make profile      finds the head categories of the model in examples/, or of yours (TRAINED)
 # make evaluate     its accuracy on held-out prompts, dense and sparse: docs/evaluation.md
 # make wheel-check  builds the wheel, installs it into a new environment and tries it there
