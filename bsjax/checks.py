@@ -79,10 +79,11 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def naming(place: str | None) -> Iterator[None]:
-    """Puts a place before what an error says is wrong; None adds nothing.
+    """Adds a place to the message of any error of bsjax that is raised inside the block.
 
     Args:
-      place: such as the number of a conversation in a batch, or a line of a file.
+      place: such as the number of a conversation in a batch, or a line of a file; None adds
+        nothing.
     """
     try:
         yield

@@ -74,7 +74,7 @@ def read_text(
     check_file(path, error=error, limit=limit)
     try:
         with open(path, "rb") as stream:
-            # The size is checked again: files of the kernel, as in /proc, claim to be empty.
+            # The size is checked again: the kernel's files, as in /proc, claim to be empty.
             content = stream.read(limit + 1)
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror or failure}.") from failure

@@ -135,6 +135,6 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # A file system without locks: the number of the process has to do.
+    except OSError:  # A file system without locks: rely on the number of the process alone.
         return True
     return True

@@ -103,7 +103,8 @@ def convert_checkpoint(
     """Converts a Hugging Face checkpoint into one that `bsjax.load` reads.
 
     Needs memory for about the largest tensor, whatever the size of the model. `destination` appears
-    only when everything in it is on the disk.
+    only when everything in it is on the disk. What earlier conversions to `destination` left behind
+    when they were killed is removed.
 
     Args:
       source: a local folder or a hub id.
@@ -116,12 +117,10 @@ def convert_checkpoint(
         weights take more than `TRIAL_BYTES` in float32, or `check` runs it anyway.
       progress: called with (bytes read, bytes to read) as the conversion goes on.
 
-    Removes what earlier conversions to `destination` left behind when they were killed.
-
     Raises:
-      CheckpointError: the source is missing, damaged, pickled, incomplete or of another family, or
-        it contains NaN or computes it; the family cannot run in `dtype`; the destination exists or
-        does not fit on the disk; or verification failed.
+      CheckpointError: the source is missing, damaged, pickled, incomplete or of another family; its
+        weights or its logits are not finite; the family cannot run in `dtype`; the destination
+        exists or does not fit on the disk; or verification failed.
     """
     started = time.monotonic()
     target = Path(os.path.expanduser(destination))

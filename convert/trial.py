@@ -1,8 +1,9 @@
 """Trial runs of a small prompt, before weights are read and after they are written.
 
-Before, it is prepared, and the vision tower traced on it: this finds mismatched files (an image
-processor for patches of another size, a tokenizer without the image token, heads that do not divide
-a width) before gigabytes are written. After, a model that is not large computes its logits.
+Before, the prompt is prepared, and the vision tower traced on it. This finds mismatched files (an
+image processor for patches of another size, a tokenizer without the image token, heads that do not
+divide a width) before gigabytes are written. After, the model computes the prompt's logits, unless
+it is large.
 """
 
 from pathlib import Path
@@ -65,7 +66,7 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
 def try_logits(converted: Path) -> None:
     """Runs the trial prompt through a converted model, in float32.
 
-    Weights that are finite may be so large that nothing that is computed with them is.
+    Finite weights may be so large that everything computed with them is infinite or NaN.
 
     Args:
       converted: the converted folder, with any name.

@@ -103,8 +103,8 @@ def load(
     """Loads a converted checkpoint onto the default device.
 
     Always checked: that all files and parameters are there, their shapes and dtypes, and a checksum
-    of every piece of the weights that is read. This finds damage, but not files that were replaced
-    by others that are whole; `verify` finds those too.
+    of every piece of the weights that is read. This finds damaged files, but not intact files that
+    replaced the original ones; `verify` finds those too.
 
     Args:
       path: a folder written by `python -m convert`.
@@ -118,7 +118,7 @@ def load(
         recently used program is dropped. When it is needed again, it is compiled, or read from
         JAX's persistent cache.
       image_sources: where images of messages may come from, and limits on them. A service that
-        answers the messages of others restricts them here.
+        answers other people's messages should restrict them here.
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer

@@ -1,8 +1,8 @@
 """The manifest of a converted checkpoint: size and SHA-256 of every file in its folder.
 
-It finds files that are missing, added or changed, whatever was done to them. It does not find who
-changed them: whoever can write the folder can write a new manifest too. The manifest's own
-fingerprint, kept somewhere else, is what tells the two apart.
+Comparing the files with it reveals any that are missing, added or changed. This alone is no
+protection against someone who can write to the folder, because they can write a new manifest too.
+Keep the manifest's fingerprint somewhere else, and compare that as well.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Entries = dict[str, dict[str, Any]]
 
 
 class Verified(NamedTuple):
-    """A checkpoint whose files are those of its manifest."""
+    """A checkpoint whose files match its manifest."""
 
     files: int
     nbytes: int
@@ -108,7 +108,7 @@ def _read(file: Path) -> Entries:
 
 
 def _names(folder: Path) -> set[str]:
-    """The paths of all files in a folder but the manifest's, relative to it.
+    """The paths of all files in a folder except the manifest, relative to the folder.
 
     A link to a folder counts as a file: nothing behind it was converted.
     """

@@ -110,7 +110,7 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
 
 
 def _visibility(family: Any, config: Any, layer: int | None) -> Visibility:
-    """The visibility of a layer; for None, that of the model's last kind of layer: a global one."""
+    """The visibility of a layer; for None, that of the last kind of layer, which is global."""
     visibilities = family.visibilities(config)
     kinds = family.layer_kinds(config)
     if layer is None:

@@ -32,7 +32,7 @@ class Visibility:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # Python's or NumPy's, by name: the console script's help does without NumPy.
+        # Python's or NumPy's bool, by name: the console script's help must not import NumPy.
         if type(self.bidirectional_images).__name__ not in ("bool", "bool_"):
             raise MaskError(
                 f"bidirectional_images must be True or False, got "

@@ -7,8 +7,8 @@ from transformers import PretrainedConfig
 from bsjax.checks import as_number, positive_number
 from bsjax.errors import CheckpointError
 
-# Sizes, and the largest that is believed: far above those of published models. transformers makes
-# lists as long as some of them, before they can be compared with the checkpoint's tensors.
+# The largest value accepted for each size: far above those of published models. transformers makes
+# lists as long as some of these sizes, before they can be compared with the checkpoint's tensors.
 _LARGEST_SIZES = {
     **dict.fromkeys(("num_hidden_layers", "depth"), 1024),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 4096),
@@ -47,11 +47,12 @@ _LONGEST_LIST = 4096
 
 
 def check_settings(settings: Any, file: Any) -> None:
-    """Rejects settings of a checkpoint that no model has, by the names of their fields.
+    """Rejects settings of a checkpoint with values that no real model has.
 
     Called with the contents of a JSON file, before anything is made from them: sizes must be whole
-    numbers from 1 to a limit, scales and epsilons finite numbers above 0, and lists not long.
-    Fields that are null or absent have defaults, and other fields are not looked at.
+    numbers from 1 to a limit, scales and epsilons finite numbers above 0, and lists short. Fields
+    are recognised by their names. Those that are null or absent have defaults, and all others are
+    ignored.
 
     Args:
       settings: the contents, nested objects and lists included.

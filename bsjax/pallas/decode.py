@@ -296,8 +296,8 @@ def _attend_split(
     # The padding of a group reaches beyond the end of the array, and is masked. JAX refuses such a
     # slice, even a masked one, if its start is a constant.
     group = pl.ds(split * 0, settings.padded_group)
-    # The other axis starts at the same kind of 0: where the kernel is interpreted, the starts of a
-    # slice must have one dtype, and that of a constant would be int64 with `jax_enable_x64`.
+    # The other axis also starts at a computed 0. In interpret mode, all starts of a slice must have
+    # the same dtype, and a constant's would be int64 with `jax_enable_x64`.
     head = pl.ds(split * 0, settings.padded_dim)
     length = lengths_ref[pl.program_id(2)]
     layer = layer_ref[0]

@@ -352,8 +352,8 @@ def _attend_tile(
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
-        # The starts of a slice must have one dtype where the kernel is interpreted, and that of a
-        # constant would be int64 with `jax_enable_x64`. The compiler makes a constant of this.
+        # A computed 0, which the compiler turns into a constant. In interpret mode, all starts of
+        # a slice must have the same dtype, and a constant's would be int64 with `jax_enable_x64`.
         zero = first_row * 0
         for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
             pltriton.store(

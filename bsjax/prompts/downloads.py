@@ -20,25 +20,25 @@ from bsjax.prompts.sources import ImageSources
 _CHUNK = 64 * 1024
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Addresses that contain the IPv4 address to which a translator forwards.
+# IPv6 addresses that contain an IPv4 address, to which a translator (NAT64) forwards.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 
 def download(url: str, sources: ImageSources) -> bytes:
-    """Downloads what a URL leads to.
+    """Downloads the file at a URL.
 
-    Another thread downloads, and this one waits for it no longer than `max_seconds`, however slowly
-    names are resolved, connections are made or bytes arrive.
+    The download runs in another thread. This one stops waiting after `max_seconds`, even if it is
+    resolving the name or connecting that takes so long.
 
     Args:
       url: starts with `http://` or `https://`, in any case.
       sources: the limits.
 
     Raises:
-      ValueError: a limit is exceeded, an address is private, or the server answers something else
-        than a file. The message says which.
+      ValueError: a limit is exceeded, an address is private, or the answer is not a file. The
+        message says which.
       OSError: the connection fails.
-      http.client.HTTPException: the server does not answer as HTTP asks.
+      http.client.HTTPException: the answer is not valid HTTP.
     """
     work = _Download(url, sources)
     result: Future[bytes] = Future()
@@ -46,7 +46,7 @@ def download(url: str, sources: ImageSources) -> bytes:
     def run() -> None:
         try:
             result.set_result(work.run())
-        except BaseException as error:  # Of any kind: raised in the thread that waits.
+        except BaseException as error:  # Raised again in the thread that waits.
             result.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="bsjax-download").start()
@@ -80,7 +80,7 @@ class _Download:
                 break
             try:
                 self._connection.request("GET", target, headers=headers)
-                # The connection forgets its socket when the server announces to close it.
+                # The connection drops its socket if the server announces that it will close it.
                 self._socket = self._connection.sock
                 with self._connection.getresponse() as response:
                     location = response.getheader("Location")
@@ -124,7 +124,7 @@ class _Download:
 
 
 class _Checked(http.client.HTTPConnection):
-    """Connects to addresses that were checked, and not to what the name means a moment later."""
+    """Connects to addresses that were checked; resolving the name again may give others."""
 
     addresses: list[Any]
 
@@ -144,13 +144,13 @@ class _Checked(http.client.HTTPConnection):
 
 
 class _CheckedSecure(http.client.HTTPSConnection, _Checked):
-    """The same with TLS, which is for the name."""
+    """The same over TLS. The certificate must be for the host name."""
 
 
 def _connection(
     url: str, sources: ImageSources
 ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """What to ask, where: a connection that is not open yet, the target and the headers."""
+    """A connection that is not open yet, and the target and headers of the request."""
     parts = urlsplit(url)
     if parts.scheme not in _DEFAULT_PORTS:
         raise ValueError(f"a redirect leads to {parts.scheme}:, which is neither http nor https.")
@@ -160,7 +160,7 @@ def _connection(
     port = parts.port or _DEFAULT_PORTS[parts.scheme]
     path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
     target = path + (f"?{quote(parts.query, safe='/%:@!$&()*+,;=~-._?')}" if parts.query else "")
-    # Without compression, bytes that arrive are bytes of the file.
+    # Without compression, `max_bytes` limits what arrives and the file alike.
     headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "bsjax"}
     proxy = None if proxy_bypass(host) else getproxies().get(parts.scheme)
     if proxy:
@@ -185,11 +185,11 @@ def _by_proxy(
     headers: dict[str, str],
     sources: ImageSources,
 ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """The same by the proxy of the environment, which connects to where it likes."""
+    """The same through the environment's proxy, which resolves the name itself."""
     host, port, target = asked
     try:
         addresses = _resolved(host, port)
-    except OSError:  # Behind a proxy, names outside often have no meaning.
+    except OSError:  # Behind a proxy, this machine often cannot resolve external names.
         addresses = []
     _refuse_private(host, addresses, sources)
     via = urlsplit(proxy if "//" in proxy else f"//{proxy}")
@@ -212,7 +212,7 @@ def _by_proxy(
 def _resolved(host: str, port: int) -> list[Any]:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except UnicodeError as error:  # Of labels that no name can have.
+    except UnicodeError as error:  # A label that no host name can have.
         raise OSError(f"{host!r} is not the name of a host.") from error
 
 

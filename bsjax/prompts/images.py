@@ -1,7 +1,7 @@
 """Reads the images of messages: files, URLs, data URLs, base64, PIL images and arrays.
 
-An image becomes what transformers' image processor computes the same pixels from as transformers
-does for the same source. Images whose values are ambiguous are rejected with the reason.
+Images are read in such a way that the image processor computes the same pixels from them as it does
+in transformers. Images whose values are ambiguous are rejected with the reason.
 """
 
 import base64
@@ -62,7 +62,7 @@ def image_file(key: str, source: Any) -> Path | None:
 def opened_image(
     source: Path | bytes, max_source_pixels: int = DEFAULT_SOURCES.max_source_pixels
 ) -> Iterator[PIL.Image.Image]:
-    """An image of which only the header is read, within its limits.
+    """Opens an image, reading no more than its header, and checks its size.
 
     Args:
       source: an ordinary file, or the bytes of one.
@@ -175,7 +175,7 @@ def _located(key: str, source: str | PathLike[Any], sources: ImageSources) -> Pa
         if not sources.allow_urls:
             raise MessageError("URLs are not allowed here (allow_urls).")
         return download(text, sources)
-    # Where files are not allowed, not even their existence is to be found out.
+    # Where files are not allowed, no message may reveal whether one exists.
     may_be_data = key == "image" and not scheme and _may_be_data(text)
     if not sources.allow_files:
         if may_be_data:
@@ -196,7 +196,7 @@ def _decoded(text: str, sources: ImageSources) -> bytes:
     if len(text) * 3 // 4 > sources.max_bytes:
         raise MessageError(f"its data has more than {sources.max_bytes:,} bytes (max_bytes).")
     try:
-        # As transformers does: line breaks and the like are left out.
+        # As in transformers, line breaks and other foreign characters are ignored.
         return base64.decodebytes(text.encode())
     except (binascii.Error, UnicodeError) as error:
         raise MessageError(f"it is not base64 data: {error}.") from error
@@ -206,7 +206,7 @@ def _read_encoded(source: Path | bytes, sources: ImageSources) -> np.ndarray:
     """The pixels of an encoded image as transformers' `load_image` gives them, channels first."""
     with opened_image(source, sources.max_source_pixels) as image:
         image.load()
-        # Icons may hold another image than their header says.
+        # An icon may hold an image of another size than its header says.
         _check_pixels(image.width, image.height, sources.max_source_pixels)
         _check_mode(image)
         PIL.ImageOps.exif_transpose(image, in_place=True)
@@ -236,7 +236,7 @@ def _too_large(what: str, most: int) -> str:
 
 
 def _check_mode(image: PIL.Image.Image) -> None:
-    """Rejects what the conversion to RGB would cut off at 255, or could mean two things."""
+    """Rejects images that the conversion to RGB would clip at 255, or that are ambiguous."""
     if image.mode.startswith("I;16"):
         raise MessageError(
             f"its values have 16 bits (mode {image.mode}), and transformers would make white of "

@@ -31,7 +31,7 @@ MAX_CHARACTERS = 4_000_000
 
 _START_SECONDS = 60.0
 
-# transformers shows templates more than messages. With this template it renders all that it shows.
+# transformers may change messages before a template gets them. This template prints what it gets.
 _MESSAGES = "{{ messages | tojson }}"
 
 
@@ -95,18 +95,18 @@ class _RenderingProcess:
         atexit.register(self.end)
 
     def reset(self) -> None:
-        """Forgets the process: it is the parent's."""
+        """Forgets the process, which belongs to the parent after a fork."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, line: str, seconds: float) -> dict[str, Any]:
-        """The answer to a request; at worst, which limit ended the process."""
+        """The answer to a request; if the process was ended, an error that says why."""
         with self._lock:
             try:
                 process = self._started()
                 reply, late = _exchange(process, line, seconds)
             except BaseException as error:
-                # Interrupted: what it answers later would be taken for another answer.
+                # Interrupted: its late answer would be mistaken for that of the next request.
                 self.end()
                 if isinstance(error, OSError):
                     return {"error": f"the process that renders it fails: {error}."}
@@ -164,7 +164,7 @@ def _exchange(process: subprocess.Popen[bytes], line: str, seconds: float) -> tu
     timer = threading.Timer(seconds, kill)
     timer.start()
     try:
-        with contextlib.suppress(BrokenPipeError):  # It has ended: there is nothing to read.
+        with contextlib.suppress(BrokenPipeError):  # It has ended, which the read shows.
             process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
         return process.stdout.readline(), late.is_set()

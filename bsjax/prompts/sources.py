@@ -11,8 +11,9 @@ from bsjax.errors import MessageError
 class ImageSources:
     """Which images a prompt may read, and limits on them.
 
-    The defaults are for a program that runs on its user's own messages. A service that answers the
-    messages of others sets `allow_files=False`, and `allow_urls=False` unless it needs URLs.
+    The defaults are for a program that runs on its user's own messages. A service that answers
+    other people's messages should set `allow_files=False`, and `allow_urls=False` unless it needs
+    URLs.
 
     Attributes:
       allow_files: whether messages may name files of this machine.
@@ -51,7 +52,7 @@ class ImageSources:
     def restricted(
         self, allow_files: bool | None = None, allow_urls: bool | None = None
     ) -> "ImageSources":
-        """These settings, with what one call asks for in place of them; None changes nothing."""
+        """These settings, overridden by the arguments of one call; None keeps a setting."""
         changes = {"allow_files": allow_files, "allow_urls": allow_urls}
         return dataclasses.replace(
             self, **{name: value for name, value in changes.items() if value is not None}

@@ -1,10 +1,11 @@
-"""The process that renders chat templates: a script that needs jinja2 and nothing of bsjax.
+"""The process that renders chat templates: a script that needs jinja2 but nothing from bsjax.
 
-A template is a program of whoever made the checkpoint. Its operations run in C where nothing can
-interrupt them (`10**10**10`), so that only a process of its own has bounds that hold: on memory,
-which this script sets, and on time, which ends the process.
+A template is a program written by the author of the checkpoint. Some operations, such as
+`10**10**10`, run in C, where nothing can interrupt them. Limits on memory and time can therefore
+only be enforced on a separate process: this script limits its own memory, and the parent kills it
+when its time is up.
 
-Reads requests from stdin and answers each on stdout, both one line of JSON.
+Reads requests from stdin and answers each on stdout, both as one line of JSON.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ from typing import Any
 def main() -> None:
     """Answers requests until stdin ends.
 
-    The first line has `path`, where to import jinja2 from, and `bytes`, the most memory. Each
-    other line has `template`, `variables`, `seconds` and `characters`, and is answered by `text` or
-    `error`, with `ends` if it is the last answer.
+    The first line has `path`, where to import jinja2 from, and `bytes`, the limit on memory. Each
+    further line has `template`, `variables`, `seconds` and `characters`, and is answered by `text`
+    or `error`, with `ends` if it is the last answer.
     """
     settings = json.loads(sys.stdin.readline())
     sys.path[:] = settings["path"]
@@ -52,7 +53,7 @@ def main() -> None:
         except RecursionError:
             _write({"error": "it calls itself without end.", "ends": True})
             return
-        except Exception as error:  # Whatever operations of a template raise.
+        except Exception as error:  # A template's operations can raise anything.
             reason = str(error)[:1000] or type(error).__name__
             line_number = getattr(error, "lineno", None)
             _write({"error": f"line {line_number}: {reason}" if line_number else reason})
@@ -76,16 +77,13 @@ def _rendered(template: Any, variables: dict[str, Any], most: int) -> dict[str, 
 
 
 def _environment() -> Any:
-    """An environment in which templates mean what they mean in transformers.
-
-    A test holds it against transformers' own.
-    """
+    """An environment in which templates render as in transformers, which a test verifies."""
     import jinja2.ext
     import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks the assistant's words for training: its body."""
+        """`{% generation %}` marks the assistant's text for training. Here it has no effect."""
 
         tags = {"generation"}
 
@@ -115,7 +113,7 @@ def _environment() -> Any:
     def _refuse_private(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(
-                f"a namespace holds no name with an underscore first: {name!r}."
+                f"names in a namespace cannot start with an underscore: {name!r}."
             )
 
     class MakeDict:

@@ -127,7 +127,7 @@ def prepare_inputs(
     if next_position + new_tokens > limit:
         if next_position < limit:
             advice = f"Lower max_new_tokens to {limit - next_position} or less."
-        else:  # Without new tokens it does not fit either.
+        else:  # It would not fit even without new tokens.
             advice = _how_to_shorten(template, family.fewer_image_tokens, new_tokens=0)
         follow = f" and up to {shown(new_tokens)} new tokens follow" if new_tokens else ""
         raise CapacityError(
@@ -248,7 +248,7 @@ def group_borders(patches: Sequence[int], limit: int) -> list[tuple[int, int]]:
 
 
 def _how_to_shorten(template: Template, fewer_image_tokens: Sequence[str], new_tokens: int) -> str:
-    """Advice for a prompt that is too long: what makes most of it, first."""
+    """How to shorten a prompt: first what reduces its larger part, text or images."""
     of_images = sum(template.image_tokens)
     levers = list(fewer_image_tokens) if of_images else []
     if 2 * of_images < template.tokens:
