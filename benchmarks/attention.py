@@ -60,7 +60,7 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-#: The implementation whose dense run each implementation's sparse runs are compared with.
+# The implementation whose dense run each implementation's sparse runs are compared with.
 _OWN_DENSE = {BSJAX: BSJAX, FLEX: FLEX, FLEX_PACKED: FLEX}
 _MATRIX, _COPY = "matrix product", "copy"
 

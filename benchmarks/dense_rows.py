@@ -14,14 +14,15 @@ from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
-#: The largest allowed error of a row of one head, ||out - wanted|| / ||wanted||, in units of the
-#: dtype's epsilon. In half precision, the output and the weights are rounded once each, by at most
-#: half an epsilon per element. A float32 sum over n keys that cancel has an error of the order of
-#: sqrt(n) epsilons: 256 covers 64K keys.
 TOLERANCE_IN_EPSILONS = {"bfloat16": 1, "float16": 1, "float32": 256}
-#: The largest allowed error of a log-sum-exp, relative to max(1, |wanted|): float32 holds the
-#: products exactly, but they are summed over the head dimension in another order.
+"""The largest allowed error of a row of one head, ||out - wanted|| / ||wanted||, in units of the
+dtype's epsilon. In half precision, the output and the weights are rounded once each, by at most
+half an epsilon per element. A float32 sum over n keys that cancel has an error of the order of
+sqrt(n) epsilons: 256 covers 64K keys."""
+
 LSE_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
+"""The largest allowed error of a log-sum-exp, relative to max(1, |wanted|): float32 holds the
+products exactly, but they are summed over the head dimension in another order."""
 
 
 def tolerance(dtype: jax.typing.DTypeLike) -> float:

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 Sampler = Callable[[], float]
 """Each call returns the seconds of one more sample."""
 
-#: The least time that n calls should take.
+# The least time that n calls should take.
 _BATCH_SECONDS = 0.03
-#: If n calls take longer than this, the round trip is not subtracted.
+# If n calls take longer than this, the round trip is not subtracted.
 _LONG_SECONDS = 0.2
-#: A call that takes less is repeated inside one program: the host may need 0.1 ms to launch it.
+# A call that takes less is repeated inside one program: the host may need 0.1 ms to launch it.
 _SHORT_SECONDS = 2e-3
 _REPEATS = 16
 

@@ -16,11 +16,14 @@ from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
 
-#: Text tokens before each image, by the image's number of tokens, as in chat templates.
 TEXT_TOKENS = {256: 10}
+"""Text tokens before each image, by the image's number of tokens, as in chat templates."""
+
 OTHER_TEXT_TOKENS = 8
-#: Text tokens of the question at the end.
+"""Text tokens before each image of any other number of tokens."""
+
 LAST_TEXT_TOKENS = 8
+"""Text tokens of the question at the end."""
 
 SPARSE_CATEGORIES = (
     HeadCategory.INTRA_IMAGE_SINK,
@@ -28,8 +31,6 @@ SPARSE_CATEGORIES = (
     HeadCategory.SINK,
 )
 
-#: Share of the dense attention FLOPs that each mix cuts. The first three are the paper's; the
-#: others are named by their ideal speed-up.
 MIXES = {
     "cut 32 %": 0.32,
     "cut 36 %": 0.36,
@@ -37,8 +38,11 @@ MIXES = {
     "ideal 1.8x": 1 - 1 / 1.8,
     "ideal 3.2x": 1 - 1 / 3.2,
 }
-#: All masks, by the name that options take.
+"""Share of the dense attention FLOPs that each mix cuts. The first three are the paper's; the
+others are named by their ideal speed-up."""
+
 MASK_NAMES = (*(category.name for category in HeadCategory), *MIXES)
+"""All masks, by the name that options take."""
 
 
 @dataclass(frozen=True)

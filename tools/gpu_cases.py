@@ -32,9 +32,9 @@ from bsjax.masks.template import Image, Sinks, Template, Text
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 _CATEGORIES = tuple(HeadCategory)
-#: The most rows of a prompt that are compared.
+# The most rows of a prompt that are compared.
 _MOST_ROWS = 1024
-#: The value of padding rows of keys and values, large enough to show if it leaks into a sum.
+# The value of padding rows of keys and values, large enough to show if it leaks into a sum.
 _PADDING_VALUE = 1e4
 
 
@@ -326,14 +326,14 @@ FUZZED_TOKENS = 1024
 HEAD_DIMS = (64, 72, 80, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 GROUPS = tuple(range(1, 9))
-#: The values that the covering cases must contain, in addition to all pairs of head dimension and
-#: dtype.
 LEVELS: dict[str, tuple[Any, ...]] = {
     "group": GROUPS,
     "visibility": tuple(VISIBILITIES),
     "template": tuple(name for name in TEMPLATES if name not in (SMALL_TEMPLATE, "8K tokens")),
     "return_lse": (True, False),
 }
+"""The values that the covering cases must contain, in addition to all pairs of head dimension and
+dtype."""
 
 
 def covering_cases() -> list[PrefillCase]:

@@ -319,7 +319,7 @@ def _readable_by(ptxas: Path, ptx: str) -> str:
 
 @functools.cache
 def _newest_ptx_version(ptxas: Path) -> tuple[int, int]:
-    """The newest PTX version that `ptxas` reads, from its complaint about one that is too new."""
+    """The newest PTX version that `ptxas` reads, from its error about one that is too new."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "too_new.ptx"
         file.write_text(".version 99.0\n.target sm_80\n.address_size 64\n")

@@ -100,7 +100,7 @@ def kill_convert(folder: Path, count: int, chance: random.Random) -> None:
 
 
 def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
-    """Kills profiling: with `--resume`, the end is that of a run that was never killed."""
+    """Kills profiling: with `--resume`, the result is that of a run that was never killed."""
     checkpoint, photos = folder / "tiny", folder / "photos"
     command = [sys.executable, "-m", "convert", str(TINY), str(checkpoint), "--quiet"]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -42,7 +42,7 @@ BLOCKS_Q = (64, 128, 256)
 BLOCKS_KV = (16, 32, 64, 128)
 WARPS = (4, 8, 16)
 STAGES = (1, 2, 3, 4)
-#: The most elements of scores and output per thread; with more, a kernel is certain to spill.
+# The most elements of scores and output per thread; with more, a kernel is certain to spill.
 _MOST_ELEMENTS_PER_THREAD = 256
 
 

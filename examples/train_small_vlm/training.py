@@ -396,7 +396,7 @@ def _means(entries: list[dict[str, float]]) -> dict[str, float]:
 def check_settings(file: Path, settings: Settings) -> None:
     """Writes the settings of a new run, or refuses to continue a run with other settings.
 
-    A file that is torn, as a machine that lost power leaves it, is written again.
+    A file that is torn, for instance by a power failure, is written again.
 
     Raises:
       SystemExit: the file belongs to a run with other settings.
