@@ -52,7 +52,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_keeps_what_no_process_here_has_the_number_of(writer, tmp_path):
+def test_a_lock_keeps_what_a_process_elsewhere_writes(writer, tmp_path):
     """As for a process in another container, or on another machine."""
     process, folder = writer
     elsewhere = folder.rename(tmp_path / f"made.part-{_unused_number()}")

@@ -54,7 +54,7 @@ def converted(tiny_checkpoint, tmp_path):
     "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors",
              "LICENSE", "merges.txt"]
 )  # fmt: skip
-def test_convert_refuses_what_is_no_ordinary_file(source, name, kind):
+def test_convert_refuses_what_is_not_an_ordinary_file(source, name, kind):
     replace(source / name, kind)
     assert name in refused(lambda: prepare(source), CheckpointError)
 
@@ -119,7 +119,7 @@ def test_a_snapshot_may_not_link_to_other_folders_of_the_cache(tiny_source, tmp_
     "name", ["bsjax.json", "config.json", "tokenizer.json",
              "parameters/language_model.norm.scale/c/0"]
 )  # fmt: skip
-def test_load_refuses_what_is_no_ordinary_file(converted, name, kind):
+def test_load_refuses_what_is_not_an_ordinary_file(converted, name, kind):
     replace(converted / name, kind)
     refused(lambda: bsjax.load(converted), CheckpointError)
     refused(lambda: bsjax.load(converted, verify=True), CheckpointError)

@@ -120,7 +120,7 @@ def test_fuzzed_headers_are_read_as_the_library_reads_them_or_refused(
         entries = read_header(file)
     except CheckpointError as error:
         check_message(error)
-        # What the library accepts is refused for a reason that readers differ in.
+        # What the library accepts is refused only for what readers treat differently.
         with contextlib.suppress(SafetensorError), safe_open(file, framework="numpy"):
             assert any(words in str(error) for words in ("twice", "nested deeper"))
         return

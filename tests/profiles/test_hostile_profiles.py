@@ -1,4 +1,4 @@
-"""Whatever a profile's file holds, it is read, and as itself, or refused in one line."""
+"""A file with any contents is read as it is, or refused with a one-line error."""
 
 import json
 import time

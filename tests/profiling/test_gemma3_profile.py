@@ -60,7 +60,7 @@ def test_a_model_with_random_weights_can_be_profiled(model, tmp_path, capsys):
 
 
 def softmax_of(scores, seen):
-    """Weights of keys that are seen; zeros where none is."""
+    """Softmax weights of the keys that are seen; zeros if there are none."""
     weights = np.where(seen, np.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
     total = weights.sum(axis=-1, keepdims=True)
     return weights / np.where(total > 0, total, 1)

@@ -1,4 +1,4 @@
-"""Downloads keep to their limits, and lead only to public addresses unless a setting says more."""
+"""Downloads stay within limits, and reach only public addresses unless a setting allows more."""
 
 import gzip
 import http.server
@@ -83,7 +83,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def dripping_headers():
-    """A server whose headers never end, a byte at a time."""
+    """A server that sends endless headers, one byte at a time."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:
@@ -184,7 +184,7 @@ def test_each_hop_is_checked(server, monkeypatch):
 
 
 def test_it_connects_to_the_address_that_was_checked(server, monkeypatch):
-    """A name that means another address at every question is asked once."""
+    """A host name that resolves to a different address each time is resolved only once."""
     port = int(server.rpartition(":")[2])
     real = socket.getaddrinfo
     questions = []
@@ -205,7 +205,7 @@ def test_a_proxy_of_the_environment_is_used(server, monkeypatch):
         download("http://127.0.0.1:1/good.png", ImageSources())
 
 
-def test_a_refused_connection_is_an_error_of_the_connection():
+def test_a_refused_connection_is_a_connection_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ConnectionError):

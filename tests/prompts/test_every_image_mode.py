@@ -1,4 +1,4 @@
-"""Every mode, dtype and layout gives the pixels of transformers' image processor, or a reason."""
+"""Every mode, dtype and layout gives the pixels of transformers, or is refused with a reason."""
 
 import base64
 import io
@@ -124,11 +124,11 @@ def test_a_file(name, tmp_path):
         ours = read_image("path", str(path), LIMITS)
         equal(ours, load_image(str(path)))
         with Image.open(path) as opened:
-            # No matter whether it is given as a file or as a PIL image.
+            # A file and a PIL image give the same pixels.
             equal(ours, opened)
 
 
-def test_an_unused_transparent_color_is_no_reason(tmp_path):
+def test_an_unused_transparent_color_is_accepted(tmp_path):
     path = tmp_path / "image.gif"
     palette().save(path, transparency=200)
     with Image.open(path) as opened:

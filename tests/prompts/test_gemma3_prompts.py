@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 
 @pytest.fixture(scope="module")
 def files():
-    """Tokenizer, image processor, configuration, and transformers' processor of the same."""
+    """Tokenizer, image processor, configuration, and the transformers processor made from them."""
     folder = ROOT / "examples" / "tiny-qwen2.5-vl"
     names = {
         "bos_token": "<bos>",
@@ -81,7 +81,7 @@ OTHER_CROPS = {
 }
 
 
-# Of four images, one is cut into two crops and one into three; else, all into two.
+# CROPS cuts one of the four images into two crops and one into three; OTHER_CROPS three into two.
 @pytest.mark.parametrize(("options", "crops"), [({}, 0), (CROPS, 5), (OTHER_CROPS, 6)])
 @pytest.mark.parametrize("sizes", [[], [(64, 64)], [(700, 300), (32, 40), (280, 900), (500, 500)]])
 def test_prompts_equal_those_of_transformers(files, sizes, options, crops):

@@ -1,4 +1,4 @@
-"""Small inputs that would take much memory, and sources that are no images, are refused at once."""
+"""Small inputs that would need a lot of memory, and sources that are not images, are refused."""
 
 import base64
 import io

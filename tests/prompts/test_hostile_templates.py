@@ -1,4 +1,4 @@
-"""Whatever a chat template does, rendering ends soon, and a failure is one line that names it."""
+"""Rendering ends soon whatever a chat template does; a failure is one line that names it."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Whatever messages hold, they become a prompt or an error of one line."""
+"""Any messages become either a prompt or a one-line error."""
 
 import base64
 import copy
@@ -56,7 +56,7 @@ def cyclic() -> list:
 
 
 def shared(levels: int = 60) -> list:
-    """Two to the power of `levels` values in as many lists."""
+    """`levels` lists inside each other that, written out, hold 2**levels values."""
     value: list = ["x"]
     for _ in range(levels):
         value = [value, value]
@@ -125,7 +125,7 @@ def messages(draw):
 
 
 def places_within(value):
-    """The first 200 places of values inside: lists that hold themselves have no end."""
+    """The paths of the first 200 values inside; a list that contains itself has no last one."""
     found = []
     left = [((), value)]
     while left and len(found) < 200:
@@ -178,7 +178,7 @@ def test_the_fuzzer_starts_from_messages_that_are_valid():
         ({"content": [{"type": "image", "image": Image.new("L", (0, 5))}]}, "no pixels"),
     ],
 )
-def test_a_message_is_refused_by_its_place(change, reason):
+def test_an_error_names_the_place_in_the_messages(change, reason):
     with pytest.raises(MessageError, match=reason) as caught:
         PROCESSOR.prompt([{"role": "user", "content": "a", **change}])
     check_message(caught.value)

@@ -1,4 +1,4 @@
-"""Whatever is passed to `generate` and its like, the answer is right or an error of one line."""
+"""`generate`, `forward` and `stream` refuse bad arguments of any kind with a one-line error."""
 
 import copy
 import dataclasses
@@ -203,7 +203,7 @@ def test_end_of_sequence_tokens_in_a_file(tiny_source, tmp_path):
 
 
 @pytest.mark.parametrize("path", [None, 3, [1], b"x", "~nobody-of-this-name/x"])
-def test_paths_that_are_no_paths(path):
+def test_paths_that_are_not_valid(path):
     refused(lambda: bsjax.load(path), CheckpointError, "is not the path of a folder")
 
 

@@ -1,4 +1,4 @@
-"""A process that runs for long keeps few programs; one that was forked after loading says so."""
+"""Long-running processes keep few programs; processes forked after loading refuse to compute."""
 
 import os
 import select
@@ -86,7 +86,7 @@ def in_a_forked_child(function):
     """What `function` raises in a forked child, as text; fails if that takes more than 10 s."""
     read, write = os.pipe()
     with warnings.catch_warnings():
-        # JAX itself warns, of every fork.
+        # JAX itself warns of every fork.
         warnings.simplefilter("ignore")
         child = os.fork()
     if not child:
@@ -120,7 +120,7 @@ def in_a_forked_child(function):
     ],
     ids=["generate", "forward", "profile", "load", "sparse_attention"],
 )
-def test_a_process_that_was_forked_after_loading_is_told(tiny_model, call, error):
+def test_a_process_that_was_forked_after_loading_refuses_to_compute(tiny_model, call, error):
     said = in_a_forked_child(lambda: call(tiny_model))
     assert said.startswith(f"{error.__name__}: This process was forked from process {os.getpid()} ")
     assert "multiprocessing.get_context('spawn')" in said and "\n" not in said

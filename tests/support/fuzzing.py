@@ -1,4 +1,4 @@
-"""What fuzzers share.
+"""Damaged JSON documents, and other tools that fuzzers share.
 
 `FUZZ_EXAMPLES=10000 pytest tests -k fuzz` is the long run; the suite runs a few hundred examples of
 each.
@@ -56,7 +56,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 @st.composite
 def damaged(draw: Callable, document: Any, values: st.SearchStrategy = ODD_VALUES) -> str:
-    """JSON text of a document of which a few values were replaced, removed, added or repeated."""
+    """A document as JSON text, with a few values replaced, removed, added or repeated."""
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 3))):
         all_places = list(places(document))
@@ -77,7 +77,7 @@ def damaged(draw: Callable, document: Any, values: st.SearchStrategy = ODD_VALUE
                 parent += parent * draw(st.integers(1, 3))
     text = json.dumps(document)
     if draw(st.integers(0, 9)) == 0 and text:
-        # Damage below the level of values: bytes of the file.
+        # Damage to the text itself, not to a value.
         start = draw(st.integers(0, len(text) - 1))
         length = draw(st.integers(0, 8))
         middle = draw(st.sampled_from(["", "{", "]", '"', ",", "NaN", "\0", "[" * 2000]))
@@ -86,6 +86,6 @@ def damaged(draw: Callable, document: Any, values: st.SearchStrategy = ODD_VALUE
 
 
 def check_message(error: BsjaxError) -> None:
-    """A message is one line, not empty, and says more than a library's exception."""
+    """Asserts that the message is one printable line, neither empty nor very long."""
     text = str(error)
     assert text.strip() and text.isprintable() and len(text) < 3000, repr(text)

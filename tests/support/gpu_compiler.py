@@ -1,4 +1,4 @@
-"""What tests that compile for GPUs need of the environment."""
+"""What tests that compile for GPUs need from the environment."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""torch where it is installed: conftest.py skips tests marked `parity` where it is not."""
+"""torch, or None if it is not installed; conftest.py then skips the tests marked `parity`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Bad arguments are refused with one line."""
+"""Asserts that bad arguments are refused with a one-line error."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random models of transformers, small by default, and our ports with the same parameters.
+"""Random transformers models, small by default, and our ports with the same parameters.
 
 The ports are filled through their families' parameter tables, so that whatever uses these models
 tests the tables as well.
@@ -159,7 +159,7 @@ def _qwen_config(shape: Shape) -> transformers.PretrainedConfig:
 
 
 def random_reference(config: transformers.PretrainedConfig, seed: int = 0) -> torch.nn.Module:
-    """A model of transformers in float32 with random values for all parameters.
+    """A transformers model in float32 with random values for all parameters.
 
     Biases are not 0 and norms are not 1, so that a test notices a missing one.
     """
@@ -222,7 +222,7 @@ def _reset_buffers(model: torch.nn.Module) -> None:
 
 
 def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
-    """Our port with the parameters of `reference`. Checks that all are used and all of ours set."""
+    """Our port with the parameters of `reference`. Checks that all are used and none is missing."""
     config = reference.config
     family = FAMILIES[config.model_type]
     source = {
@@ -247,7 +247,7 @@ def ported(reference: torch.nn.Module, dtype: Any = jnp.float32) -> nnx.Module:
 
 
 def reference_inputs(reference: torch.nn.Module, prompt: Any) -> dict[str, torch.Tensor]:
-    """What a model of transformers takes for a prompt."""
+    """The arguments of a transformers model for a prompt."""
     inputs = FAMILIES[reference.config.model_type].reference_inputs(prompt, reference.config)
     return {name: torch.tensor(array) for name, array in inputs.items()}
 
