@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from bsjax.masks.categories import HeadCategory
+from bsjax.masks.flops import FLOPS_PER_PAIR
 from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
@@ -153,10 +154,8 @@ class Workload:
         return sum(self.pairs[category] for category in mask.categories)
 
     def flops(self, pairs: int) -> int:
-        """FLOPs of visible pairs: a multiplication and an addition per channel for the scores, and
-        the same for the output.
-        """
-        return 4 * self.shape.head_dim * pairs
+        """Attention FLOPs of visible pairs."""
+        return FLOPS_PER_PAIR * self.shape.head_dim * pairs
 
     @property
     def dense_flops(self) -> int:

@@ -75,6 +75,13 @@ def total_flops(
     return int(np.take_along_axis(flops, categories.astype(np.int64), axis=1).sum())
 
 
+def dense_flops(
+    categories: Int[np.ndarray, "layers heads"], flops: Int64[np.ndarray, "layers all_categories"]
+) -> int:
+    """Attention FLOPs of as many heads if all of them were DENSE."""
+    return total_flops(np.full_like(categories, HeadCategory.DENSE), flops)
+
+
 def flops_per_kind(
     categories: Int[np.ndarray, "layers heads"],
     flops: Int64[np.ndarray, "layers all_categories"],
@@ -94,7 +101,6 @@ def flops_per_kind(
         layers = layer_kinds == kind
         if layers.any():
             chosen, of_kind = categories[layers], flops[layers]
-            dense = total_flops(np.full_like(chosen, HeadCategory.DENSE), of_kind)
-            sparse = total_flops(chosen, of_kind)
+            dense, sparse = dense_flops(chosen, of_kind), total_flops(chosen, of_kind)
             result.append(LayerFlops(visibility, int(layers.sum()), dense, sparse))
     return tuple(result)

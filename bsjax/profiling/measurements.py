@@ -12,7 +12,7 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import naming
 from bsjax.errors import ProfileError
-from bsjax.masks.flops import total_flops
+from bsjax.masks.flops import dense_flops, total_flops
 from bsjax.masks.template import Sinks
 from bsjax.profiles.evidence import AttentionFlops, SinkDiscovery
 from bsjax.profiling import computations, selection
@@ -144,7 +144,7 @@ class Measurements:
     def attention_flops(self, categories: Int8[np.ndarray, "layers heads"]) -> AttentionFlops:
         """Attention FLOPs over the samples, all layers and heads."""
         return AttentionFlops(
-            dense=total_flops(np.zeros_like(categories), self.flops),
+            dense=dense_flops(categories, self.flops),
             sparse=total_flops(categories, self.flops),
         )
 

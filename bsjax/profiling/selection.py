@@ -10,7 +10,7 @@ from jaxtyping import Float, Int8, Int64
 
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory
-from bsjax.masks.flops import total_flops
+from bsjax.masks.flops import dense_flops, total_flops
 from bsjax.profiling.groups import GROUPS, SPARSE_CATEGORIES
 from bsjax.profiling.settings import Reduction, Threshold
 
@@ -64,7 +64,7 @@ def reduction_of(
     flops: Int64[np.ndarray, "layers all_categories"],
 ) -> float:
     """The share of dense attention's FLOPs that the categories save."""
-    dense = total_flops(np.zeros_like(categories), flops)
+    dense = dense_flops(categories, flops)
     return (dense - total_flops(categories, flops)) / dense
 
 

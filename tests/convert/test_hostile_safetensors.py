@@ -56,7 +56,7 @@ REFUSED = {
     "no JSON": ("not a header at all", "invalid JSON"),
     "nested": ("[" * 100_000, "invalid"),
     "a lone surrogate": ('{"\\ud800": ' + json.dumps(ONE) + "}", "invalid JSON"),
-    "metadata that is no text": ({"__metadata__": {"a": 1}, "b": ONE}, "expected a string"),
+    "metadata that is not text": ({"__metadata__": {"a": 1}, "b": ONE}, "expected a string"),
 }
 
 
