@@ -244,11 +244,12 @@ def _add_diff(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
+    from bsjax.profiling.driver import profile_with
     from bsjax.samples import QUESTIONS
 
+    # Invalid values are rejected before samples and model are read.
     sinks = _sinks(options)
-    chosen = {name: getattr(options, name) for name in _SETTINGS}
-    Settings.of(**chosen)  # Rejects invalid values before samples and model are read.
+    settings = Settings.of(**{name: getattr(options, name) for name in _SETTINGS})
     _check_writable(options.output)
     samples = bsjax.read_samples(
         options.sources,
@@ -263,10 +264,10 @@ def _run(options: argparse.Namespace) -> None:
         options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
     )
     try:
-        profile = bsjax.profile(
+        profile = profile_with(
+            settings,
             model,
             samples,
-            **chosen,
             sinks=sinks,
             source=samples.description,
             resume=options.resume,

@@ -1,6 +1,7 @@
 """`bsjax profile` runs with the given options, shows what a file says, and compares two files."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from bsjax.profiles.difference import compare
 from bsjax.profiles.evidence import AttentionFlops, Evidence, SinkDiscovery
 from bsjax.profiles.picture import plot_profile
 from bsjax.profiles.profile import Profile
+from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from tests.support.paths import ROOT
 
 LAYERS, HEADS = 3, 10
@@ -343,14 +345,14 @@ def photographs(tmp_path) -> Path:
 
 @pytest.fixture
 def profiler(monkeypatch):
-    """Replaces `bsjax.profile` and records its arguments."""
+    """Replaces the profiler and records its arguments."""
     calls = []
 
-    def profile(model, samples, **options):
-        calls.append((model, samples, options))
+    def profile_with(settings, model, samples, **options):
+        calls.append((model, samples, settings, options))
         return measured()
 
-    monkeypatch.setattr(bsjax, "profile", profile)
+    monkeypatch.setattr("bsjax.profiling.driver.profile_with", profile_with)
     monkeypatch.setattr(bsjax, "load", lambda path, dtype=None, image_sources=None: (path, dtype))
     return calls
 
@@ -367,7 +369,7 @@ def test_run_passes_all_options_on(capsys, profiler, photographs, tmp_path):
         "--resume", state, "--dtype", "float32", "--backend", "xla",
     )  # fmt: skip
     assert status == 0, err
-    ((model, samples, options),) = profiler
+    ((model, samples, settings, options),) = profiler
     assert model == ("model", "float32")
     expected = bsjax.read_samples(
         photographs,
@@ -379,18 +381,18 @@ def test_run_passes_all_options_on(capsys, profiler, photographs, tmp_path):
         pan_and_scan=True,
     )
     assert samples == expected and len(samples.messages) == 3
+    assert settings == Settings(
+        budget=Reduction(0.4),
+        criterion="mass",
+        quantile=0.75,
+        refine=True,
+        max_evaluations=50,
+        held_out=0.5,
+        answer_tokens=4,
+        seed=5,
+    )
     assert options == {
-        "threshold": 0.1,
-        "criterion": "mass",
-        "quantile": 0.75,
-        "target_reduction": 0.4,
-        "refine": True,
-        "max_kl": None,
-        "max_evaluations": 50,
         "sinks": Sinks(2, (9, 4)),
-        "held_out": 0.5,
-        "answer_tokens": 4,
-        "seed": 5,
         "source": expected.description,
         "resume": state,
         "progress": None,
@@ -411,15 +413,28 @@ def test_run_can_be_named_and_options_may_come_first(capsys, profiler, photograp
     first, second, third = profiler
     assert first[0] == second[0] == ("model", None)
     assert third[0] == ("show", None)
-    assert first[2]["sinks"] is None
-    assert first[2]["progress"] is None and second[2]["progress"] is False
-    import inspect
+    *_, settings, options = first
+    assert settings == Settings()
+    assert options["sinks"] is None
+    assert options["progress"] is None and second[-1]["progress"] is False
+    # The remaining defaults are those of `bsjax.profile`.
+    parameters = inspect.signature(bsjax.profile).parameters
+    assert options | {"source": ""} == {name: parameters[name].default for name in options}
 
-    from bsjax.profiling import profile
 
-    given = first[2] | {"source": ""}
-    parameters = list(inspect.signature(profile).parameters.values())[2:]
-    assert given == {parameter.name: parameter.default for parameter in parameters}
+@pytest.mark.parametrize(
+    ("arguments", "budget"),
+    [
+        (("--threshold", 0.1), Threshold(0.1)),
+        (("--target-reduction", 0.4), Reduction(0.4)),
+        (("--refine", "--max-kl", 0.02), Divergence(0.02)),
+    ],
+)
+def test_run_has_one_budget(capsys, profiler, photographs, tmp_path, arguments, budget):
+    output = tmp_path / "out.json"
+    assert run(capsys, "profile", "model", photographs, "--output", output, *arguments)[0] == 0
+    ((_, _, settings, _),) = profiler
+    assert settings.budget == budget
 
 
 @pytest.mark.slow
@@ -491,7 +506,7 @@ def test_an_interrupted_run_says_where_its_measurements_are(
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bsjax, "profile", interrupted)
+    monkeypatch.setattr("bsjax.profiling.driver.profile_with", interrupted)
     output = tmp_path / "out.json"
     status, out, err = run(capsys, "profile", "model", photographs, "--output", output)
     assert (status, out, err) == (130, "", "interrupted\n")
