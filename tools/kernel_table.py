@@ -1,6 +1,8 @@
-"""Writes docs/kernels.md, what the assembler reports about every kernel; runs on any machine.
+"""Writes docs/kernels.md: what the assembler reports about every kernel.
 
-python -m tools.kernel_table
+    python -m tools.kernel_table
+
+Compiles all kernels ahead of time, which needs no GPU.
 """
 
 import argparse

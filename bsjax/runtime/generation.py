@@ -1,7 +1,9 @@
 """`forward`, `generate` and `stream`: from chat messages to logits or an answer.
 
-messages -> prompt -> inputs (packed, padded)            on the host
-embedding -> answering, or embedding -> scoring          compiled programs, on the device
+    messages -> prompt -> inputs (packed, padded)            on the host
+    embedding -> answering, or embedding -> scoring          compiled programs, on the device
+
+`docs/architecture.md` describes each step.
 """
 
 import time

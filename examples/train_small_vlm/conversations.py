@@ -1,6 +1,8 @@
 """Scenes and questions as chat messages, and as files to profile on.
 
-python -m examples.train_small_vlm.conversations FOLDER [--count N] [--images 4,5,6,7,8]
+    python -m examples.train_small_vlm.conversations FOLDER [--count N] [--images 4,5,6,7,8]
+
+The command writes one JSON Lines file, and the images that it names.
 """
 
 import argparse
