@@ -81,6 +81,7 @@ def test_a_traced_scale_is_the_same_scale(backend):
     refused(lambda: jax.jit(attend)(jnp.ones(3)), MaskError, "A traced scale must be one number")
 
 
+@pytest.mark.slow
 def test_a_traced_scale_has_a_gradient():
     def loss(scale):
         out = bsjax.sparse_attention(Q, Q, Q, MASK, scale=scale, backend="xla")

@@ -361,6 +361,7 @@ class TestGpuCheck:
             each["name"] for each in record["records"][0]["comparisons"]
         }
 
+    @pytest.mark.slow
     def test_a_prefill_case_makes_all_comparisons(self):
         prefill, decode = (case for case in gpu_cases.small_cases() if "float32" in case.name)
         assert all(each.passed for each in decode.run())
@@ -406,6 +407,7 @@ class TestTune:
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
 
+    @pytest.mark.slow
     def test_valid_configurations_are_timed_and_others_reported(self, tmp_path, capsys):
         options = ["--head-dims", "16", "--dtypes", "float32", "--kinds", "sparse", "--heads", "2"]
         options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]

@@ -94,6 +94,7 @@ def test_text_without_images_is_answered_and_streamed(capsys, checkpoint):
     assert streamed == whole
 
 
+@pytest.mark.slow
 def test_uniform_and_saved_profiles_give_the_same_answer(capsys, checkpoint, images, tmp_path):
     arguments = (checkpoint, "What is it?", *images)
     sparse = answer(capsys, *arguments, "--uniform", "intra-image")

@@ -178,6 +178,7 @@ def right_plan(tiny_source):
         yield plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 @FUZZ
 @given(data=st.data())

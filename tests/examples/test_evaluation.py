@@ -153,6 +153,7 @@ def test_the_last_layer_is_free_if_the_rule_knows_that_nothing_reads_it():
     assert (free[:-1] == HeadCategory.DENSE).sum() > (plain[:-1] == HeadCategory.DENSE).sum()
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_recalled(prompts, tmp_path, monkeypatch):
     state = State(tmp_path / "state")
     categories = np.ones((LAYERS, HEADS), np.int8)
@@ -222,6 +223,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert held > 50 and changed > 50
 
 
+@pytest.mark.slow
 def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     conditions = [
         Condition("dense", "", np.zeros((LAYERS, HEADS), np.int8)),

@@ -107,6 +107,7 @@ def test_it_answers_all_kinds_of_questions_dense_and_sparse(model, profile):
     assert prompts.right(dealt.categories).mean() < sparse.mean() - 0.01
 
 
+@pytest.mark.slow
 def test_its_profile_was_measured_on_it(model, profile):
     assert profile.from_data and profile.fingerprint == model.fingerprint
     assert profile.evidence.refinement is not None and profile.evidence.end_to_end is not None

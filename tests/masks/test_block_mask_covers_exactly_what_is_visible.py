@@ -117,6 +117,7 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
     assert mask.flops == total == sum(mask.flops_per_category.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(
     template=templates,

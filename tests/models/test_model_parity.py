@@ -81,7 +81,11 @@ REAL_WIDTHS = {
 }  # fmt: skip
 
 for_families = pytest.mark.parametrize("family", FAMILY_NAMES)
-for_cases = pytest.mark.parametrize("case", CASES)
+SLOW_CASES = ("no image", "two images, one layer")
+for_cases = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in SLOW_CASES else ()) for case in CASES],
+)
 
 
 class Port:

@@ -130,6 +130,7 @@ def test_the_default_blocks_give_the_same_result():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     template=templates,

@@ -67,6 +67,7 @@ def schedules(template, visibility):
     return groups, categories
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     templates.templates,
@@ -92,7 +93,9 @@ PROMPT = Template.from_segments(
 )
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference", "pallas"])
+@pytest.mark.parametrize(
+    "backend", ["xla", "reference", pytest.param("pallas", marks=pytest.mark.slow)]
+)
 def test_statistics_are_those_of_the_attention_matrix(backend):
     q, k, v = arrays()
     visibility = Visibility()

@@ -200,6 +200,7 @@ def conversation(seed, images):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "Which one?"}]}]
 
 
+@pytest.mark.slow
 def test_the_divergence_is_that_of_the_models_logits(tiny_model):
     """Compared with logits of whole prompts, answer appended, as `forward` computes them."""
     samples = [conversation(seed, 4) for seed in range(2)]

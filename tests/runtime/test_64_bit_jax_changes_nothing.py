@@ -66,6 +66,7 @@ def test_attention(backend):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "xla"])
 def test_gradients(backend):
     q, k = heads(TEMPLATE.tokens, 4, 16), heads(TEMPLATE.tokens, 2, 16, seed=1)
@@ -77,6 +78,7 @@ def test_gradients(backend):
     same_with_64_bits(lambda: jax.grad(loss, (0, 1))(q, k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
 def test_decoding(backend):
     cache = heads(2, 2, 20, 2, 16)
@@ -89,6 +91,7 @@ def test_decoding(backend):
     )
 
 
+@pytest.mark.slow
 def test_generation_and_scoring(models):
     def run(model):
         greedy = bsjax.generate(model, conversation(0), max_new_tokens=3)
@@ -101,6 +104,7 @@ def test_generation_and_scoring(models):
     same_with_64_bits(run, *models)
 
 
+@pytest.mark.slow
 def test_profiling(models):
     samples = [conversation(seed, images=2) for seed in range(2)]
 

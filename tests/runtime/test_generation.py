@@ -114,6 +114,7 @@ def test_mixed_heads_with_learned_sinks(tiny_model, photographs):
     np.testing.assert_allclose(sparse, reference, atol=1e-4 * np.abs(reference).max())
 
 
+@pytest.mark.slow
 def test_a_batch_equals_single_runs(tiny_model, photographs):
     conversations = [
         conversation(photographs[:2]),
@@ -187,6 +188,7 @@ def test_drawing_depends_only_on_the_seed(tiny_model, photographs):
     assert draw(temperature=1.0, top_p=1e-6, seed=3) == draw()
 
 
+@pytest.mark.slow
 def test_another_template_in_the_same_buckets_compiles_nothing(tiny_model, photographs):
     events = []
     profile = Profile.uniform("intra_image_sink", tiny_model)

@@ -84,6 +84,7 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch, rows):
     assert products == (2 if rows > 64 and rows % 64 else 1)
 
 
+@pytest.mark.slow
 def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
     messages = conversation([], "Which one of the words of this question is the longest one? " * 3)
     expected = bsjax.forward(tiny_model, messages)
@@ -121,6 +122,7 @@ def test_groups_of_images_change_no_logits(tiny_model, logits, monkeypatch, limi
     assert programs_of(tiny_model).compilations == compilations
 
 
+@pytest.mark.slow
 def test_vision_memory_does_not_grow_with_images(tiny_model, monkeypatch):
     monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
     few, many = (
