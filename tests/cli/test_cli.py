@@ -273,8 +273,10 @@ def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
     )
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import ctypes\n"
         "from bsjax.cli import cuda_noise\n"
-        "cuda_noise._has_driver = lambda: False\n"
+        "def no_driver(name):\n    raise OSError(name)\n"
+        "ctypes.CDLL = no_driver\n"
         "cuda_noise.import_jax()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
