@@ -162,7 +162,7 @@ def sparse_attention(
         raise MaskError(f"mask must be a bsjax.BlockMask, got {type(mask).__name__}.")
     for name, array in (("q", q), ("k", k), ("v", v)):
         if not isinstance(array, jax.Array | np.ndarray):
-            raise MaskError(f"{name} must be an array of JAX or NumPy, got {type(array).__name__}.")
+            raise MaskError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}.")
     if not isinstance(return_lse, bool | np.bool_):
         raise MaskError(f"return_lse must be True or False, got {shown(return_lse)}.")
     _check(q, k, v, mask.schedule, mask.head_category)

@@ -1,4 +1,4 @@
-"""Whatever is passed to masks and attention, the answer is right or an error of one line."""
+"""Masks and attention refuse bad arguments of any kind with a one-line error."""
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("annotations_unchecked")
     [
         ((Q, Q, Q, None), "mask must be a bsjax.BlockMask, got NoneType"),
         ((Q, Q, Q, TEMPLATE), "mask must be a bsjax.BlockMask, got Template"),
-        ((Q.tolist(), Q, Q, MASK), "q must be an array of JAX or NumPy, got list"),
-        ((Q, None, Q, MASK), "k must be an array of JAX or NumPy, got NoneType"),
-        ((Q, Q, "v", MASK), "v must be an array of JAX or NumPy, got str"),
+        ((Q.tolist(), Q, Q, MASK), "q must be a JAX or NumPy array, got list"),
+        ((Q, None, Q, MASK), "k must be a JAX or NumPy array, got NoneType"),
+        ((Q, Q, "v", MASK), "v must be a JAX or NumPy array, got str"),
         ((np.float64(Q),) * 3 + (MASK,), "must have one dtype"),
         ((np.array(Q, object), Q, Q, MASK), "must have one dtype"),
         ((Q[0], Q, Q, MASK), "Attention needs q [tokens, q_heads, head_dim]"),
@@ -63,7 +63,7 @@ def test_arrays_and_masks(arguments, words):
     ],
     ids=shown,
 )
-def test_scales_that_are_no_scales(backend, scale):
+def test_scales_that_are_not_valid(backend, scale):
     refused(
         lambda: bsjax.sparse_attention(Q, Q, Q, MASK, scale=scale, backend=backend),
         MaskError,
@@ -103,7 +103,7 @@ def test_backends_that_do_not_exist(backend):
 
 
 @pytest.mark.parametrize("value", [None, 3, [1], "yes"])
-def test_flags_that_are_no_flags(value):
+def test_flags_that_are_not_valid(value):
     refused(
         lambda: bsjax.sparse_attention(Q, Q, Q, MASK, return_lse=value),
         MaskError,

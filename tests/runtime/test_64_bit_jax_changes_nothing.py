@@ -1,4 +1,4 @@
-"""With `jax_enable_x64` all of bsjax works, computes the same to the bit, and returns 32 bits."""
+"""With `jax_enable_x64`, everything works, and arrays have the same bits and 32-bit dtypes."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ TEMPLATE = Template.from_segments([Text(3), Image(17), Text(2), Image(9), Text(4
 
 
 def same_with_64_bits(function, *models):
-    """Calls it without, and with each model with, 64 bits: all arrays must be the same."""
+    """Calls `function` without 64 bits, then with 64 bits for each model; results must be equal."""
     wanted = jax.tree.leaves(function(*models[:1]))
     with jax.enable_x64(True):
         assert jnp.arange(1).dtype == jnp.int64

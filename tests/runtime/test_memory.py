@@ -48,7 +48,7 @@ def answering_of(model, messages, new_tokens=8):
 
 @pytest.fixture(scope="module")
 def logits(tiny_model):
-    """Of a prompt with one group of images, which fits into one chunk of rows."""
+    """Logits of a prompt with one group of images, which fits into one chunk of rows."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1
     assert inputs.rows < min(layers.CHUNK_ROWS, LOGIT_ROWS)
@@ -57,7 +57,7 @@ def logits(tiny_model):
 
 @pytest.fixture(scope="module")
 def answering(tiny_model):
-    """Of the same prompt."""
+    """The stages of answering the same prompt."""
     return answering_of(tiny_model, conversation())
 
 
@@ -145,7 +145,7 @@ def test_stages_count_everything_on_the_device(answering):
     (group,) = answering.embedding.inputs.image_groups
     memory = {name: stage.program.memory for name, stage in stages.items()}
     assert memory["embed"].results == embeddings
-    # Embeddings are updated in place, so that they count as argument only; in decode, the cache.
+    # Embeddings are updated in place, so they count only as an argument; so does decode's cache.
     assert memory["vision"].arguments >= embeddings + group.pixel_values().nbytes
     assert memory["vision"].results < 2**10
     assert memory["prefill"].arguments >= embeddings
