@@ -15,6 +15,7 @@ _LARGEST_SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "out_hidden_size"), 2**20),
     "head_dim": 2**14,
     "vocab_size": 2**24,
+    "num_labels": 2**16,
     **dict.fromkeys(("in_channels", "num_channels"), 64),
     **dict.fromkeys(("patch_size", "temporal_patch_size", "spatial_merge_size"), 512),
     "merge_size": 512,

@@ -22,6 +22,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 addresses that contain an IPv4 address, to which a translator (NAT64) forwards.
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+# All that has been allotted to the public: the rest is reserved, local or an IPv4 address inside.
+_PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 
 
 def download(url: str, sources: ImageSources) -> bytes:
@@ -235,6 +237,6 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
-        if address.teredo is not None:
+        if address not in _PUBLIC_IPV6 or address.teredo is not None:
             return False
     return address.is_global and not address.is_multicast

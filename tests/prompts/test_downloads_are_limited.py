@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import io
+import ipaddress
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 from PIL import Image
 
-from bsjax.prompts.downloads import download
+from bsjax.prompts.downloads import download, is_public
 from bsjax.prompts.sources import ImageSources
 
 HERE = ImageSources(
@@ -153,7 +154,11 @@ def test_headers_that_drip_end(dripping_headers):
         "[::ffff:127.0.0.1]",
         "[fe80::1]",
         "[fc00::1]",
+        "[fec0::1]",
+        "[::127.0.0.1]",
+        "[::ffff:0:127.0.0.1]",
         "[64:ff9b::7f00:1]",
+        "[64:ff9b:1::7f00:1]",
         "[2002:7f00:1::]",
     ],
 )
@@ -210,3 +215,10 @@ def test_a_refused_connection_is_a_connection_error():
         port = taken.getsockname()[1]
     with pytest.raises(ConnectionError):
         download(f"http://127.0.0.1:{port}/", HERE)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"]
+)
+def test_addresses_that_are_public(address):
+    assert is_public(ipaddress.ip_address(address))
