@@ -8,6 +8,9 @@ change without notice. A name is imported when it is first used, so that a progr
 
 import lazy_loader
 
+# At once, because it has to see every fork.
+import bsjax.checks as _checks  # noqa: F401
+
 __version__ = "0.1.0"
 __getattr__, _public_names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

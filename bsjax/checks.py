@@ -4,6 +4,7 @@ import math
 import operator
 import os
 import reprlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +19,14 @@ def whole_number(
 
     Args:
       name: what the value is, for the error message.
-      value: an int, or a NumPy integer.
+      value: an int, or a NumPy integer; truth values are not numbers.
       least: the smallest valid value.
       most: the largest valid value; None for no bound.
       error: raised if it is not a whole number, or out of bounds.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise error(f"{name} must be a whole number, got {shown(value)}.") from None
@@ -34,16 +37,34 @@ def whole_number(
     return number
 
 
-def positive_number(name: str, value: Any, *, error: type[BsjaxError]) -> float:
+def truth_value(name: str, value: Any, *, error: type[BsjaxError]) -> bool:
+    """`value` as a bool.
+
+    Args:
+      name: what the value is, for the error message.
+      value: a bool of Python or NumPy. Nothing else is taken for one: `"no"` would be true.
+      error: raised if it is something else.
+    """
+    # NumPy's by name: the console script's help does without NumPy.
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise error(f"{name} must be True or False, got {shown(value)}.")
+    return bool(value)
+
+
+def positive_number(
+    name: str, value: Any, *, most: float = sys.float_info.max, error: type[BsjaxError]
+) -> float:
     """`value` as a float.
 
     Args:
       name: what the value is, for the error message.
       value: an int or a float.
-      error: raised if it is not a finite number above 0.
+      most: the largest valid value; by default any finite one.
+      error: raised if it is not a number above 0, or out of bounds.
     """
-    if not 0 < as_number(value) < math.inf:
-        raise error(f"{name} must be a number above 0, got {shown(value)}.")
+    if not 0 < as_number(value) <= most:
+        bound = "" if most == sys.float_info.max else f", at most {most:g}"
+        raise error(f"{name} must be a number above 0{bound}, got {shown(value)}.")
     return float(value)
 
 
@@ -93,25 +114,38 @@ def naming(place: str | None) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
-_process_of_first_use: int | None = None
+_in_use = False
+_forked_from: int | None = None
 
 
 def check_not_forked(error: type[BsjaxError]) -> None:
-    """Refuses to compute in a process that was forked after bsjax computed in its parent.
+    """Refuses to compute in a process that was forked from one that had computed.
 
     The threads in which JAX computes exist in the parent only: a forked child would wait for them
-    forever. A child that was forked before the first use may compute.
+    forever. A child that was forked before JAX was used, by bsjax or without it, may compute.
 
     Args:
       error: raised in such a child.
     """
-    global _process_of_first_use
-    if _process_of_first_use is None:
-        _process_of_first_use = os.getpid()
-    elif _process_of_first_use != os.getpid():
+    global _in_use
+    if _forked_from is not None:
         raise error(
-            f"This process was forked from process {_process_of_first_use} after JAX had been used "
+            f"This process was forked from process {_forked_from} after JAX had been used "
             "there, and JAX does not survive a fork. Start processes with "
             "multiprocessing.get_context('spawn'), or fork before loading the model and load it in "
             "the child."
         )
+    _in_use = True
+
+
+def _after_fork() -> None:
+    """Remembers in a child whether its parent had used JAX. Called by Python."""
+    global _forked_from
+    bridge: Any = sys.modules.get("jax._src.xla_bridge")
+    started = getattr(bridge, "backends_are_initialized", None)
+    if _forked_from is None and (_in_use or (started is not None and started())):
+        _forked_from = os.getppid()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no forks.
+    os.register_at_fork(after_in_child=_after_fork)

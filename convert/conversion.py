@@ -26,6 +26,7 @@ from bsjax.checkpoint.loading import (
     resolve_dtype,
 )
 from bsjax.checkpoint.manifest import MANIFEST, write_manifest
+from bsjax.checks import check_not_forked
 from bsjax.errors import CheckpointError
 from bsjax.models import Architecture, Family
 from bsjax.models.parameters import tied_keys
@@ -120,8 +121,10 @@ def convert_checkpoint(
     Raises:
       CheckpointError: the source is missing, damaged, pickled, incomplete or of another family; its
         weights or its logits are not finite; the family cannot run in `dtype`; the destination
-        exists or does not fit on the disk; or verification failed.
+        exists or does not fit on the disk; verification failed; or this process was forked from one
+        that had used JAX.
     """
+    check_not_forked(CheckpointError)
     started = time.monotonic()
     target = Path(os.path.expanduser(destination))
     check_destination(target)

@@ -26,8 +26,8 @@ RENDER_SECONDS = 5.0
 RENDER_BYTES = 2**29
 """Most memory of the process that renders, as address space; jinja2 itself takes 30 MB."""
 
-MAX_CHARACTERS = 4_000_000
-"""Most characters of a rendered template; no model reads as many."""
+MAX_CHARACTERS = 1_200_000
+"""Most characters of a rendered template: those of the messages, and what a template adds."""
 
 _START_SECONDS = 60.0
 
@@ -91,7 +91,8 @@ class _RenderingProcess:
 
     def __init__(self) -> None:
         self.reset()
-        os.register_at_fork(after_in_child=self.reset)
+        if hasattr(os, "register_at_fork"):  # Windows has no forks.
+            os.register_at_fork(after_in_child=self.reset)
         atexit.register(self.end)
 
     def reset(self) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import naming, shown, whole_number
+from bsjax.checks import check_not_forked, naming, shown, whole_number
 from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
@@ -322,6 +322,8 @@ def _generate(
       sources: where images may come from.
       one_by_one: whether to yield each token as soon as it is generated.
     """
+    # Again, because a stream may be asked for its next piece in a forked child.
+    check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds
     inputs = prepare_inputs(
@@ -354,6 +356,7 @@ def _generate(
             break
         left = settings.new_tokens - len(token_ids)
         limit = 1 if one_by_one else min(DECODE_CHUNK, left)
+        check_not_forked(GenerationError)
         start = time.perf_counter()
         new_ids, state = answering.decode(state, limit)
         decode_seconds += time.perf_counter() - start

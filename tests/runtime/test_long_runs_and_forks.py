@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 import bsjax
-from bsjax import BackendError, BlockMask, CheckpointError, GenerationError, ProfileError
+from bsjax import BackendError, BlockMask, CheckpointError, GenerationError, ProfileError, checks
 from bsjax.runtime.embedding import embed
 from bsjax.runtime.programs import Programs, programs_of
+from convert.conversion import convert_checkpoint
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -116,9 +117,10 @@ def in_a_forked_child(function):
         (lambda model: bsjax.forward(model, MESSAGES), GenerationError),
         (lambda model: bsjax.profile(model, [MESSAGES]), ProfileError),
         (lambda model: bsjax.load(model.path), CheckpointError),
+        (lambda model: convert_checkpoint(model.path, "unused"), CheckpointError),
         (lambda model: attend(), BackendError),
     ],
-    ids=["generate", "forward", "profile", "load", "sparse_attention"],
+    ids=["generate", "forward", "profile", "load", "convert", "sparse_attention"],
 )
 def test_a_process_that_was_forked_after_loading_refuses_to_compute(tiny_model, call, error):
     said = in_a_forked_child(lambda: call(tiny_model))
@@ -133,6 +135,20 @@ def attend():
     template = bsjax.Template.from_segments([bsjax.Text(4)])
     q = QUERIES
     return bsjax.sparse_attention(q, q, q, BlockMask(template, ["DENSE"]))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stream_does_not_go_on_in_a_forked_child(tiny_model, begun):
+    pieces = bsjax.stream(tiny_model, MESSAGES, max_new_tokens=32)
+    if begun:
+        next(pieces)
+    said = in_a_forked_child(lambda: list(pieces))
+    assert said.startswith("GenerationError: This process was forked from")
+
+
+def test_a_process_that_was_forked_after_jax_was_used_without_bsjax_is_told(monkeypatch):
+    monkeypatch.setattr(checks, "_in_use", False)
+    assert in_a_forked_child(attend).startswith("BackendError: This process was forked from")
 
 
 def test_masks_and_prompts_can_be_made_in_a_forked_child(tiny_model):
