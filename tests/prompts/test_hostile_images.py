@@ -67,12 +67,23 @@ def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
+# Text of which a part is base64, and which readers that leave out the rest take for another image.
+NOT_BASE64 = [
+    ("base64", f"{TEXT}!!!!"),
+    ("base64", f"{TEXT}{TEXT}="),
+    ("base64", TEXT[:40] + "-_-_" + TEXT[40:]),
+    ("url", f"data:image/png;base64,{TEXT[:40]}%2B%2F{TEXT[40:]}"),
+]
+
+
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
         ({"url": data_url(black_png(13_000, 13_000))}, "max_source_pixels"),
         ({"url": data_url(black_png(10**6, 10**6))}, "max_source_pixels"),
         ({"url": data_url(black_png(0, 0))}, "cannot|no pixels"),
+        ({"url": data_url(black_png(1, 8 * 10**7))}, "more than 1,048,576 on a side"),
+        ({"image": np.broadcast_to(np.uint8(9), (3, 1, 8 * 10**7))}, "on a side"),
         ({"image": SMALL, "min_pixels": 10**8}, r"1\d\d,\d{3},\d{3} pixels.*max_scaled_pixels"),
         ({"image": SMALL, "min_pixels": 10**30}, "min_pixels must be"),
         ({"image": SMALL, "max_pixels": 10**5000}, "max_pixels must be"),
@@ -88,6 +99,7 @@ def data_url(data: bytes) -> str:
         ({"base64": "http://127.0.0.1/a.png"}, "cannot|not base64"),
         ({"base64": str(FOLDER / "missing.png")}, "cannot|not base64"),
         ({"base64": "\ud800"}, "not base64"),
+        *(({key: text}, "not base64 data") for key, text in NOT_BASE64),
         ({"base64": SMALL}, "holds a Image and not base64 text"),
         ({"base64": FOLDER}, "holds a path"),
         ({"path": SMALL}, "not the path of a file"),
