@@ -14,8 +14,9 @@ _OPTION_KEYS = tuple(
 )
 
 
-MAX_CHARACTERS = 2_000_000
-"""Most characters of text in the messages of a conversation; no model reads as many."""
+MAX_CHARACTERS = 1_000_000
+"""Most characters of text in the messages of a conversation. No model reads as many, and tokenizers
+take 3 seconds for as many emojis."""
 
 MAX_VALUES = 100_000
 """Most values in the messages of a conversation: texts, numbers, lists and so on."""
