@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from bsjax.checkpoint.folder import check_folder, files_read
+from bsjax.checkpoint.loading import HUB_ID
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from convert.safetensors_file import TensorEntry, read_header
@@ -14,7 +14,6 @@ from convert.safetensors_file import TensorEntry, read_header
 DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*"]
 """Files to download from the hub. Pickled weights are not among them."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
 
@@ -68,7 +67,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"there is no folder {name}.")
     # Imported here, because a local conversion does not need the hub's client.
     from huggingface_hub import snapshot_download

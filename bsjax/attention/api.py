@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
-from bsjax.checks import as_number, check_not_forked, shown
+from bsjax.checks import as_number, check_not_forked, shown, truth_value
 from bsjax.errors import BackendError, MaskError
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
@@ -163,8 +163,7 @@ def sparse_attention(
     for name, array in (("q", q), ("k", k), ("v", v)):
         if not isinstance(array, jax.Array | np.ndarray):
             raise MaskError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}.")
-    if not isinstance(return_lse, bool | np.bool_):
-        raise MaskError(f"return_lse must be True or False, got {shown(return_lse)}.")
+    return_lse = truth_value("return_lse", return_lse, error=MaskError)
     _check(q, k, v, mask.schedule, mask.head_category)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -172,7 +171,7 @@ def sparse_attention(
         q, scale = _scaled(q, scale), 1.0
     else:
         scale = _finite_in_float32(scale)
-    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), bool(return_lse))
+    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), return_lse)
 
 
 def _finite_in_float32(scale: Any) -> float:

@@ -30,7 +30,7 @@ from transformers import (
 from bsjax.checkpoint.folder import PARAMETERS, check_folder
 from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.checkpoint.restoring import restore_parameters
-from bsjax.checks import check_not_forked, shown, whole_number
+from bsjax.checks import check_not_forked, shown, truth_value, whole_number
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
@@ -56,6 +56,9 @@ about 6 MiB of memory, whatever the size of the model."""
 
 _OF_IMAGES = ("preprocessor_config.json", "processor_config.json")
 _OF_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""The form of a checkpoint's name on the Hugging Face hub, such as "Qwen/Qwen2-VL-2B-Instruct"."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -127,6 +130,7 @@ def load(
         JAX.
     """
     check_not_forked(CheckpointError)
+    verify = truth_value("verify", verify, error=CheckpointError)
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
     if not isinstance(image_sources, ImageSources):
         raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
@@ -219,10 +223,10 @@ def resolve_dtype(dtype: Any) -> np.dtype:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     try:
         resolved = jnp.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         resolved = None
     if resolved is None or resolved.name not in DTYPES:
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        raise CheckpointError(f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}.")
     return resolved
 
 
@@ -234,7 +238,7 @@ def family_of(model_type: Any, folder: Path) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{folder / 'config.json'} is for a {model_type!r} model. Supported: "
+            f"{folder / 'config.json'} is for a {shown(model_type)} model. Supported: "
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[model_type]
@@ -287,10 +291,10 @@ def _refuse_unconverted(folder: Path, asked: str | Path) -> None:
         return
     convert = f"python -m convert {asked} DESTINATION"
     if not os.path.exists(folder):
-        raise CheckpointError(
-            f"there is no folder {folder}. If this is a Hugging Face hub id, convert it first: "
-            f"{convert}"
-        )
+        hint = "Give the folder that python -m convert wrote."
+        if HUB_ID.fullmatch(str(asked)):
+            hint = f"If this is a Hugging Face hub id, convert it first: {convert}"
+        raise CheckpointError(f"there is no folder {folder}. {hint}")
     if os.path.isfile(folder / "config.json"):
         raise CheckpointError(
             f"{folder} is a Hugging Face checkpoint that is not converted yet: {convert}"
@@ -304,7 +308,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {version!r}, but this bsjax reads {FORMAT_VERSION}. "
+            f"{folder} has format version {shown(version)}, but this bsjax reads {FORMAT_VERSION}. "
             "Convert the checkpoint again, or use the bsjax that wrote it."
         )
     absent = [key for key in ("family", "dtype", "fingerprint") if key not in description]

@@ -16,6 +16,8 @@ import enum
 import operator
 from typing import Any
 
+from bsjax.checks import shown
+
 
 class KeyGroup(enum.IntFlag):
     """A set of key groups, relative to a query token of one image."""
@@ -59,7 +61,7 @@ class HeadCategory(enum.IntEnum):
         except (KeyError, TypeError, ValueError):
             names = ", ".join(f"{category.name} ({category.value})" for category in cls)
             raise ValueError(
-                f"{value!r} is not a valid head category; the categories are {names}."
+                f"{shown(value)} is not a valid head category; the categories are {names}."
             ) from None
 
     @property

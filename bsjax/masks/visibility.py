@@ -8,7 +8,7 @@ Two things decide together: the model's own `Visibility`, which depends on the k
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bsjax.checks import shown, whole_number
+from bsjax.checks import truth_value, whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import KeyGroup
 
@@ -32,12 +32,7 @@ class Visibility:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        # Python's or NumPy's bool, by name: the console script's help must not import NumPy.
-        if type(self.bidirectional_images).__name__ not in ("bool", "bool_"):
-            raise MaskError(
-                f"bidirectional_images must be True or False, got "
-                f"{shown(self.bidirectional_images)}."
-            )
+        truth_value("bidirectional_images", self.bidirectional_images, error=MaskError)
         if self.window is not None:
             window = whole_number("window", self.window, least=1, most=_NEVER, error=MaskError)
             object.__setattr__(self, "window", window)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from bsjax.checks import as_number, whole_number
+from bsjax.checks import as_number, shown, whole_number
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.masks.flops import LayerFlops
@@ -112,7 +112,7 @@ class Evidence:
         if self.criterion not in MEASURED_CRITERIA:
             raise ProfileError(
                 f"`criterion` of evidence must be one of {', '.join(MEASURED_CRITERIA)}, got "
-                f"{self.criterion!r}."
+                f"{shown(self.criterion)}."
             )
         whole_number("`sample_count`", self.sample_count, least=1, error=ProfileError)
         whole_number("`held_out_count`", self.held_out_count, least=0, error=ProfileError)
@@ -207,5 +207,5 @@ def _numbers(name: str, values: Mapping[str, Any]) -> dict[str, int | float]:
     numbers = {key: as_number(value) for key, value in values.items()}
     for key, number in numbers.items():
         if not math.isfinite(number):
-            raise ProfileError(f"`{name}.{key}` must be a finite number, got {values[key]!r}.")
+            raise ProfileError(f"`{name}.{key}` must be a finite number, got {shown(values[key])}.")
     return numbers

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from bsjax.checks import whole_number
+from bsjax.checks import shown, whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.files import read_text
 from bsjax.masks.categories import HeadCategory
@@ -53,7 +53,7 @@ class Profile:
     def __post_init__(self) -> None:
         if not isinstance(self.family, str) or not self.family:
             raise ProfileError(
-                f"`family` must be a model type such as 'qwen2_vl', got {self.family!r}."
+                f"`family` must be a model type such as 'qwen2_vl', got {shown(self.family)}."
             )
         categories = np.array(self.categories)
         if categories.ndim != 2 or not categories.size:
@@ -144,7 +144,7 @@ class Profile:
         if family is None or layers is None or heads is None:
             raise ProfileError(
                 f"Profile.uniform needs a model, or family, layers and heads; got "
-                f"family={family!r}, layers={layers!r}, heads={heads!r}."
+                f"family={shown(family)}, layers={shown(layers)}, heads={shown(heads)}."
             )
         layers = whole_number("layers", layers, least=1, error=ProfileError)
         heads = whole_number("heads", heads, least=1, error=ProfileError)

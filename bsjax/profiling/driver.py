@@ -10,6 +10,7 @@ from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import shown
 from bsjax.errors import ProfileError
 from bsjax.masks.flops import flops_per_kind
 from bsjax.masks.template import Sinks
@@ -137,9 +138,9 @@ def profile_with(
     """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
     check_model(model, ProfileError)
     if sinks is not None and not isinstance(sinks, Sinks):
-        raise ProfileError(f"sinks must be bsjax.Sinks or None, got {sinks!r}.")
+        raise ProfileError(f"sinks must be bsjax.Sinks or None, got {shown(sinks)}.")
     if not isinstance(source, str):
-        raise ProfileError(f"source must be text, got {source!r}.")
+        raise ProfileError(f"source must be text, got {shown(source)}.")
     if isinstance(samples, Samples):
         source = source or samples.description
     backend = resolve_backend(backend)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bsjax.checks import as_number, whole_number
+from bsjax.checks import as_number, shown, whole_number
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 
@@ -27,7 +27,9 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not 0 <= as_number(self.value) < math.inf:
-            raise ProfileError(f"threshold must be a number of at least 0, got {self.value!r}.")
+            raise ProfileError(
+                f"threshold must be a number of at least 0, got {shown(self.value)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Reduction:
     def __post_init__(self) -> None:
         if not 0 < as_number(self.share) < 1:
             raise ProfileError(
-                f"target_reduction must be a share between 0 and 1, got {self.share!r}."
+                f"target_reduction must be a share between 0 and 1, got {shown(self.share)}."
             )
 
 
@@ -59,7 +61,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if not 0 < as_number(self.nats) < math.inf:
-            raise ProfileError(f"max_kl must be a number of nats above 0, got {self.nats!r}.")
+            raise ProfileError(f"max_kl must be a number of nats above 0, got {shown(self.nats)}.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.criterion not in MEASURED_CRITERIA:
             raise ProfileError(
-                f"criterion must be one of {', '.join(MEASURED_CRITERIA)}, got {self.criterion!r}."
+                f"criterion must be one of {', '.join(MEASURED_CRITERIA)}, got "
+                f"{shown(self.criterion)}."
             )
         # A share of attention is at most 1. Relative errors have no bound: what is left out of an
         # output may point in the opposite direction to what is kept.
@@ -106,14 +109,14 @@ class Settings:
             if self.budget.value > 1:
                 raise ProfileError(
                     "threshold must be a share from 0 to 1 for the criterion 'mass', got "
-                    f"{self.budget.value!r}."
+                    f"{shown(self.budget.value)}."
                 )
         if isinstance(self.budget, Divergence) and not self.refine:
             raise ProfileError("max_kl is a budget for refinement: pass refine=True with it.")
         if not 0 <= as_number(self.quantile) <= 1:
-            raise ProfileError(f"quantile must be a share from 0 to 1, got {self.quantile!r}.")
+            raise ProfileError(f"quantile must be a share from 0 to 1, got {shown(self.quantile)}.")
         if not 0 <= as_number(self.held_out) < 1:
-            raise ProfileError(f"held_out must be a share in [0, 1), got {self.held_out!r}.")
+            raise ProfileError(f"held_out must be a share in [0, 1), got {shown(self.held_out)}.")
         for name, least in (
             ("max_evaluations", LEAST_EVALUATIONS),
             ("rounds", 0),

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import shown
 from bsjax.errors import ProfileError
 from bsjax.files import check_file
 from bsjax.profiles.profile import installed_versions
@@ -55,7 +56,7 @@ class State:
             conditions.
         """
         if not isinstance(path, str | PathLike | None):
-            raise ProfileError(f"resume must be the path of a state file, got {path!r}.")
+            raise ProfileError(f"resume must be the path of a state file, got {shown(path)}.")
         self._path = None if path is None else Path(path)
         if self._path is None:
             return

@@ -3,8 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from bsjax.checks import positive_number, shown, whole_number
+from bsjax.checks import positive_number, truth_value, whole_number
 from bsjax.errors import MessageError
+
+_MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,12 @@ class ImageSources:
 
     def __post_init__(self) -> None:
         for name in ("allow_files", "allow_urls", "allow_private_addresses"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise MessageError(f"{name} must be true or false, got {shown(value)}.")
+            truth_value(name, getattr(self, name), error=MessageError)
         for name in ("max_bytes", "max_source_pixels", "max_scaled_pixels"):
             whole_number(name, getattr(self, name), least=1, error=MessageError)
         whole_number("max_redirects", self.max_redirects, least=0, error=MessageError)
-        positive_number("max_seconds", self.max_seconds, error=MessageError)
+        # Clocks of operating systems do not count much further than this, which is centuries.
+        positive_number("max_seconds", self.max_seconds, most=_MOST_SECONDS, error=MessageError)
 
     def restricted(
         self, allow_files: bool | None = None, allow_urls: bool | None = None

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsjax.checks import whole_number
+from bsjax.checks import shown, whole_number
 from bsjax.errors import SampleError
 from bsjax.samples.benchmarks import BENCHMARKS, read_benchmark
 from bsjax.samples.folder import QUESTIONS, read_folder
@@ -99,7 +99,7 @@ def read_samples(
     if not isinstance(sources, Sequence) or not all(
         isinstance(one, str | PathLike) for one in sources
     ):
-        raise SampleError(f"source must be a path, a name or a list of these, got {source!r}.")
+        raise SampleError(f"source must be a path, a name or a list of these, got {shown(source)}.")
     if not sources:
         raise SampleError("There is no source of samples: give a file, folder or benchmark.")
     parts = [_read(one, limit, seed, question, images_per_prompt) for one in sources]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.checks import whole_number
+from bsjax.checks import shown, whole_number
 from bsjax.errors import SampleError
 from bsjax.samples.content import check_sample, interleave
 
@@ -54,15 +54,15 @@ def read_folder(
     samples: list[list[dict[str, Any]]] = []
     known: set[Path] = set()
     waiting: list[int] = []
-    shown = 0
-    while len(samples) < limit if limit is not None else shown < len(paths):
+    covered = 0
+    while len(samples) < limit if limit is not None else covered < len(paths):
         count = int(generator.integers(least, min(most, len(paths)) + 1))
         if len(waiting) < count:
             # Every image is used once before any is used again, and never twice in a prompt.
             left = set(waiting)
             waiting += [i for i in generator.permutation(len(paths)).tolist() if i not in left]
         chosen, waiting = waiting[:count], waiting[count:]
-        shown += count
+        covered += count
         images = [{"type": "image", "image": str(paths[index])} for index in chosen]
         text = questions[int(generator.integers(len(questions)))]
         try:
@@ -101,7 +101,7 @@ def _checked_range(images_per_prompt: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(images_per_prompt, Sequence) or len(images_per_prompt) != 2:
         raise SampleError(
             "images_per_prompt must be a pair, the smallest and the largest number, got "
-            f"{images_per_prompt!r}."
+            f"{shown(images_per_prompt)}."
         )
     least, most = images_per_prompt
     least = whole_number("the fewest images per prompt", least, least=1, error=SampleError)

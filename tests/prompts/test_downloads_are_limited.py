@@ -218,7 +218,8 @@ def test_a_refused_connection_is_a_connection_error():
 
 
 @pytest.mark.parametrize(
-    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"]
+    "address",
+    ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"],
 )
 def test_addresses_that_are_public(address):
     assert is_public(ipaddress.ip_address(address))

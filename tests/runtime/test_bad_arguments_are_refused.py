@@ -17,8 +17,10 @@ from bsjax import (
     ProfileError,
 )
 from bsjax.checks import shown
+from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from convert.conversion import convert_checkpoint
 from tests.support.convert_sources import edit_json
+from tests.support.fuzzing import check_message
 from tests.support.refusals import HUGE, refused
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -60,11 +62,11 @@ def test_a_path_in_place_of_a_model_is_told_how_to_load_it():
         ),
         *(
             ({"seed": value}, GenerationError, "seed must be")
-            for value in (None, -1, 2**32, "x", 1.5, HUGE)
+            for value in (None, -1, 2**32, "x", 1.5, HUGE, True)
         ),
         *(
             ({"max_new_tokens": value}, GenerationError, "max_new_tokens must be")
-            for value in (None, 0, -1, "x", 1.5)
+            for value in (None, 0, -1, "x", 1.5, True)
         ),
         *(
             ({"max_new_tokens": value}, CapacityError, "Lower max_new_tokens to")
@@ -207,10 +209,47 @@ def test_paths_that_are_not_valid(path):
     refused(lambda: bsjax.load(path), CheckpointError, "is not the path of a folder")
 
 
-@pytest.mark.parametrize("value", [0, -1, None, "x", 1.5])
-def test_numbers_of_programs(tiny_checkpoint, value):
-    refused(
-        lambda: bsjax.load(tiny_checkpoint, max_programs=value),
-        CheckpointError,
-        "max_programs must be",
-    )
+@pytest.mark.parametrize("path, hint", [("Qwen/Qwen2-VL-2B", True), ("/nowhere/to/be", False)])
+def test_only_what_can_be_a_name_on_the_hub_is_taken_for_one(path, hint):
+    with pytest.raises(CheckpointError, match="there is no folder") as caught:
+        bsjax.load(path)
+    assert ("hub id" in str(caught.value)) == hint
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("max_programs", value) for value in (0, -1, None, "x", 1.5, True)),
+        *(("verify", value) for value in (None, 0, "no", np.zeros(2), HUGE)),
+        *(("dtype", value) for value in ("int8", [1], HUGE)),
+    ],
+    ids=lambda value: shown(value)[:60],
+)
+def test_options_of_load(tiny_checkpoint, option, value):
+    refused(lambda: bsjax.load(tiny_checkpoint, **{option: value}), CheckpointError, option)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bsjax.Profile.uniform(HUGE),
+        lambda: bsjax.Profile.uniform("SINK", family=HUGE),
+        lambda: bsjax.Profile(HUGE, np.zeros((1, 1), np.int8)),
+        lambda: bsjax.read_samples(HUGE),
+        lambda: bsjax.read_samples("x", images_per_prompt=HUGE),
+        lambda: bsjax.ImageSources(max_seconds=HUGE),
+        lambda: bsjax.ImageSources(max_seconds=1e300),
+        lambda: bsjax.ImageSources(max_bytes=True),
+        *(
+            lambda name=name: Settings(**{name: HUGE})
+            for name in ("criterion", "quantile", "held_out")
+        ),
+        lambda: Threshold(HUGE),
+        lambda: Reduction(HUGE),
+        lambda: Divergence(HUGE),
+    ],
+)
+def test_values_that_cannot_be_written_out(call):
+    with pytest.raises(bsjax.BsjaxError) as caught:
+        call()
+    check_message(caught.value)
