@@ -21,10 +21,17 @@ class BsjaxError(Exception):
 
 
 def _one_line(text: str) -> str:
-    if len(text) > _LONGEST_MESSAGE:
-        half = _LONGEST_MESSAGE // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]} ... ({left_out} characters left out) ... {text[-half:]}"
+    half = _LONGEST_MESSAGE // 2
+    if len(text) <= _LONGEST_MESSAGE:
+        line = _printable(text)
+        if len(line) <= _LONGEST_MESSAGE:
+            return line
+    # Cut before the rest is read, which may be long, and again because escapes are longer.
+    first, last = _printable(text[:half])[:half], _printable(text[-half:])[-half:]
+    return f"{first} ... (cut out of {len(text):,} characters) ... {last}"
+
+
+def _printable(text: str) -> str:
     if text.isprintable():
         return text
     text = " ".join(text.split())
