@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import block_sizes
 from bsjax.checks import shown
-from bsjax.errors import CapacityError
+from bsjax.errors import CapacityError, MessageError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
 from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables
@@ -115,11 +115,13 @@ def prepare_inputs(
       new_tokens: how many tokens may follow the prompt.
 
     Raises:
+      MessageError: the tokenizer makes tokens that the model does not know.
       CapacityError: the prompt and the new tokens need more positions than the model has.
       TemplateError: image tokens and images do not match.
     """
     family, config, dtype = architecture
     text_config = config.get_text_config()
+    _check_vocabulary(prompt.token_ids, family.image_token_id(config), text_config.vocab_size)
     template = family.template(prompt, config, None if profile is None else profile.sinks)
     position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
     limit = text_config.max_position_embeddings
@@ -190,6 +192,19 @@ def prepare_inputs(
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
         how_to_shorten=how_to_shorten,
     )
+
+
+def _check_vocabulary(
+    token_ids: Int32[np.ndarray, "tokens"], image_token_id: int, vocabulary: int
+) -> None:
+    """Rejects tokens without an embedding: it would be NaN, and so would all logits."""
+    unknown = token_ids[(token_ids >= vocabulary) & (token_ids != image_token_id)]
+    if unknown.size:
+        raise MessageError(
+            f"The tokenizer makes the token {unknown[0]} of a text, but the model knows only those "
+            f"up to {vocabulary - 1}. Either the tokenizer's files are another model's, or the "
+            "text names a token that this model does not have: leave it out."
+        )
 
 
 def cache_rows(tokens: int) -> int:

@@ -183,6 +183,14 @@ def test_a_prompt_that_is_too_long_names_the_lever_that_applies(tiny_model, cont
     assert advice in str(caught.value) and "max_new_tokens" not in str(caught.value)
 
 
+def test_tokens_that_the_model_does_not_know_are_refused(tiny_model):
+    config = copy.deepcopy(tiny_model.config)
+    config.get_text_config().vocab_size = 20
+    model = dataclasses.replace(tiny_model, config=config)
+    with pytest.raises(MessageError, match=r"makes the token \d+ .* up to 19"):
+        bsjax.forward(model, MESSAGES)
+
+
 def test_a_prompt_that_is_too_long_is_named_in_a_batch(tiny_model):
     batch = [MESSAGES, [{"role": "user", "content": "word " * 20_000}]]
     with pytest.raises(CapacityError, match=r"^conversations\[1\]: The prompt needs"):
