@@ -5,7 +5,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bsjax.checkpoint.folder import PARAMETERS
+from bsjax.checkpoint.folder import PARAMETERS, folder_path
 from bsjax.checkpoint.loading import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -126,7 +125,7 @@ def convert_checkpoint(
     """
     check_not_forked(CheckpointError)
     started = time.monotonic()
-    target = Path(os.path.expanduser(destination))
+    target = folder_path(destination)
     check_destination(target)
     remove_unfinished(target)
     if check:

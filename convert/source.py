@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bsjax.checkpoint.folder import check_folder, files_read
+from bsjax.checkpoint.folder import check_folder, files_read, folder_path
 from bsjax.checkpoint.loading import HUB_ID
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
@@ -49,7 +49,7 @@ def open_source(source: str | Path, revision: str | None = None) -> Source:
         missing or damaged.
     """
     # Unlike the methods of Path, these do not raise for a name that no path can have.
-    local = Path(os.path.expanduser(source))
+    local = folder_path(source)
     if os.path.isdir(local):
         if revision is not None:
             raise CheckpointError(f"{local} is a local folder: a revision is for hub ids only.")

@@ -153,8 +153,12 @@ def check_destination(destination: Path) -> None:
         destination.lstat()
     except FileNotFoundError:
         pass
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error.strerror}.") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: a null character or half of a surrogate pair.
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{destination} cannot be written: {reason}.") from error
     if destination.is_symlink() or destination.is_file():
         raise CheckpointError(f"{destination} exists and is not a folder. Choose another name.")
     if destination.is_dir() and any(destination.iterdir()):

@@ -1,7 +1,9 @@
 """The files of a checkpoint's folder, checked before anything opens them."""
 
 from pathlib import Path
+from typing import Any
 
+from bsjax.checks import shown
 from bsjax.errors import CheckpointError
 from bsjax.files import JSON_BYTES, check_file
 
@@ -10,6 +12,18 @@ PARAMETERS = "parameters"
 
 _READ_AS_TEXT = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*", "additional_chat_templates/*")
 _READ_IN_PIECES = ("*.safetensors", f"{PARAMETERS}/**/*")
+
+
+def folder_path(path: Any) -> Path:
+    """The path of a folder that a user names; `~` is the user's home.
+
+    Raises:
+      CheckpointError: it is not a path, or in the home of an unknown user.
+    """
+    try:
+        return Path(path).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}") from error
 
 
 def files_read(folder: Path) -> dict[Path, int | None]:

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bsjax.checkpoint.folder import PARAMETERS, check_folder
+from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.checks import check_not_forked, shown, truth_value, whole_number
@@ -134,10 +134,7 @@ def load(
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
     if not isinstance(image_sources, ImageSources):
         raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
-    try:
-        folder = Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:  # Not a path, or the home of an unknown user.
-        raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}") from error
+    folder = folder_path(path)
     _refuse_unconverted(folder, path)
     if verify:
         verify_manifest(folder)

@@ -100,9 +100,10 @@ def template_and_visibility(options: argparse.Namespace) -> "tuple[Template, Vis
         )
     if options.question is None:
         raise TemplateError("Give a checkpoint and a question, or --segments.")
+    from bsjax.checkpoint.folder import folder_path
     from bsjax.checkpoint.loading import read_processor
 
-    processor = read_processor(Path(options.checkpoint).expanduser())
+    processor = read_processor(folder_path(options.checkpoint))
     processor = dataclasses.replace(processor, image_sources=image_sources_of(options))
     prompt = processor.prompt(messages_of(options))
     template = processor.family.template(prompt, processor.config)

@@ -1,7 +1,6 @@
 """`bsjax verify`: compares every file of a converted checkpoint with its manifest."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from bsjax.errors import CheckpointError
@@ -27,9 +26,10 @@ def add_to(commands: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from bsjax.checkpoint.folder import folder_path
     from bsjax.checkpoint.manifest import verify_manifest
 
-    verified = verify_manifest(Path(options.checkpoint).expanduser())
+    verified = verify_manifest(folder_path(options.checkpoint))
     expected = options.fingerprint
     if expected is not None and expected.strip().lower() != verified.fingerprint:
         raise CheckpointError(

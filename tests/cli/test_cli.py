@@ -208,6 +208,7 @@ def test_mask_draws_the_mask_of_segments(capsys, tmp_path, monkeypatch):
         (["--segments", "image:0"], "at least 1"),
         (["--segments", "text:3", "--output", "no folder/mask.png"], "no folder"),
         (["no folder", "?"], "no config.json"),
+        (["~nobody-of-this-name/x", "?"], "not the path of a folder"),
         ([str(SOURCE), "?", "missing.png"], "Image 1 of 1"),
     ],
 )

@@ -320,6 +320,14 @@ def test_a_destination_that_is_not_empty_is_left_alone(source, tmp_path):
     assert [file.name for file in destination.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("path", [None, 3, b"x", "~nobody-of-this-name/x", "a\0b", "\ud800"])
+def test_paths_that_are_no_paths(source, tmp_path, path):
+    with pytest.raises(CheckpointError, match="not the path of a folder|cannot be written"):
+        convert_checkpoint(source, path)
+    with pytest.raises(CheckpointError, match="not the path of a folder|there is no folder"):
+        convert_checkpoint(path, tmp_path / "ours")
+
+
 def test_an_empty_destination_and_missing_parents_are_accepted(source, tmp_path):
     (tmp_path / "empty").mkdir()
     convert_checkpoint(source, tmp_path / "empty")
