@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -33,6 +34,19 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
 
 
+def write_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a figure of matplotlib completely or not at all, in the format of the name's suffix.
+
+    Raises:
+      OSError: it cannot be written.
+      ValueError: the name has no suffix, or that of no format.
+    """
+    if not path.suffix:
+        raise ValueError("end its name with the format, such as .png, .pdf or .svg.")
+    with atomic_replacement(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower())
+
+
 @contextlib.contextmanager
 def atomic_replacement(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder, and renames it to `path` if the block succeeds.
@@ -41,8 +55,11 @@ def atomic_replacement(path: Path) -> Iterator[Path]:
     for the same `path` are removed too.
 
     Raises:
-      OSError: the file cannot be renamed.
+      OSError: the file cannot be renamed, or `path` is a device, a pipe or a folder.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        # Renaming would put an ordinary file in the place of /dev/null.
+        raise OSError("it exists and is not an ordinary file")
     before, after = f".{path.name}.", ".tmp"
     remove_leftovers(path.absolute().parent, before, after)
     temporary = path.with_name(f"{before}{os.getpid()}{after}")

@@ -102,3 +102,18 @@ def _unused_number():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+def test_only_files_are_replaced(tmp_path, kind):
+    path = tmp_path / "there.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    before = os.lstat(path)
+    with pytest.raises(OSError, match="not an ordinary file"):
+        write_text(path, "text")
+    assert os.lstat(path) == before and list(tmp_path.iterdir()) == [path]

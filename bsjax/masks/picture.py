@@ -11,6 +11,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.query_rows import density
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from bsjax.unfinished import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
 _PIXELS = 720
+_DPI = 130
 _COLORS = {
     "not visible": "#f4f4f2",
     "text": "#4c6a92",
@@ -68,7 +70,7 @@ def plot_mask(
     )
     if path is not None:
         try:
-            figure.savefig(path, dpi=130)
+            write_figure(figure, Path(path), _DPI)
         except (OSError, ValueError) as error:
             raise MaskError(
                 f"The picture of the mask cannot be written to {path}: {error}"

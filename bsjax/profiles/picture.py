@@ -18,7 +18,7 @@ from bsjax.masks.categories import HeadCategory, KeyGroup
 from bsjax.profiles.evidence import Evidence
 from bsjax.profiles.format import LETTERS
 from bsjax.profiles.profile import Profile
-from bsjax.unfinished import atomic_replacement
+from bsjax.unfinished import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,14 +122,8 @@ def plot_profile(profile: Profile, path: str | Path | None = None) -> "Figure":
 
 def _write(figure: "Figure", path: Path) -> None:
     """Writes the picture. An interrupted write leaves any earlier file as it was."""
-    if not path.suffix:
-        raise ProfileError(
-            f"The profile's picture cannot be written to {path}: end its name with the format, "
-            "such as .png, .pdf or .svg."
-        )
     try:
-        with atomic_replacement(path) as temporary:
-            figure.savefig(temporary, dpi=_DPI, format=path.suffix[1:].lower())
+        write_figure(figure, path, _DPI)
     except (OSError, ValueError) as error:
         raise ProfileError(f"The profile's picture cannot be written to {path}: {error}") from error
 
