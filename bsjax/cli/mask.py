@@ -128,7 +128,8 @@ def _segments(text: str) -> list[Any]:
     segments = []
     for part in text.split(","):
         kind, _, tokens = part.strip().partition(":")
-        if kind not in kinds or not tokens.isdecimal():
+        # No prompt has a number of tokens with more digits, and Python reads at most 4300.
+        if kind not in kinds or not tokens.isdecimal() or len(tokens) > 18:
             raise TemplateError(
                 f"--segments: {part.strip()!r} is not text:N or image:N. "
                 "Example: text:12,image:256,text:5"

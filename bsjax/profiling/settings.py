@@ -124,7 +124,8 @@ class Settings:
             ("answer_tokens", 1),
             ("seed", 0),
         ):
-            whole_number(name, getattr(self, name), least=least, error=ProfileError)
+            most = 2**64 - 1
+            whole_number(name, getattr(self, name), least=least, most=most, error=ProfileError)
 
     @classmethod
     def of(

@@ -94,7 +94,7 @@ def read_samples(
         whole_number("limit", limit, least=1, error=SampleError)
     if max_pixels is not None:
         whole_number("max_pixels", max_pixels, least=1, error=SampleError)
-    whole_number("seed", seed, least=0, error=SampleError)
+    whole_number("seed", seed, least=0, most=2**64 - 1, error=SampleError)
     sources = [source] if isinstance(source, str | PathLike) else source
     if not isinstance(sources, Sequence) or not all(
         isinstance(one, str | PathLike) for one in sources

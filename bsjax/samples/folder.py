@@ -19,6 +19,8 @@ QUESTIONS = (
 )
 """The questions to draw from if none is given."""
 
+# All prompts are in memory at once, and a folder could make any number of them.
+_MOST = 100_000
 _ENDINGS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
@@ -43,6 +45,8 @@ def read_folder(
     ):
         raise SampleError("question must be a text that is not empty, or a list of such texts.")
     least, most = _checked_range(images_per_prompt)
+    if limit is not None:
+        whole_number("limit of a folder of images", limit, least=1, most=_MOST, error=SampleError)
     paths = _image_files(folder)
     if len(paths) < least:
         raise SampleError(

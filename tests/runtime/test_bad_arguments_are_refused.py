@@ -244,13 +244,15 @@ def test_options_of_load(tiny_checkpoint, option, value):
         lambda: bsjax.Profile.uniform("SINK", family=HUGE),
         lambda: bsjax.Profile(HUGE, np.zeros((1, 1), np.int8)),
         lambda: bsjax.read_samples(HUGE),
+        lambda: bsjax.read_samples(".", seed=HUGE),
+        lambda: bsjax.read_samples(".", limit=10**9),
         lambda: bsjax.read_samples("x", images_per_prompt=HUGE),
         lambda: bsjax.ImageSources(max_seconds=HUGE),
         lambda: bsjax.ImageSources(max_seconds=1e300),
         lambda: bsjax.ImageSources(max_bytes=True),
         *(
             lambda name=name: Settings(**{name: HUGE})
-            for name in ("criterion", "quantile", "held_out")
+            for name in ("criterion", "quantile", "held_out", "answer_tokens", "seed")
         ),
         lambda: Threshold(HUGE),
         lambda: Reduction(HUGE),
