@@ -11,6 +11,9 @@ from typing import Any
 
 from bsjax.errors import BsjaxError
 
+LARGEST_WRITTEN = 2**64 - 1
+"""The largest whole number that goes into files: Python writes out none of over 4,300 digits."""
+
 
 def whole_number(
     name: str, value: Any, *, least: int, most: int | None = None, error: type[BsjaxError]
@@ -52,18 +55,19 @@ def truth_value(name: str, value: Any, *, error: type[BsjaxError]) -> bool:
 
 
 def positive_number(
-    name: str, value: Any, *, most: float = sys.float_info.max, error: type[BsjaxError]
+    name: str, value: Any, *, most: float | None = None, error: type[BsjaxError]
 ) -> float:
     """`value` as a float.
 
     Args:
       name: what the value is, for the error message.
       value: an int or a float.
-      most: the largest valid value; by default any finite one.
+      most: the largest valid value; None for any finite one.
       error: raised if it is not a number above 0, or out of bounds.
     """
-    if not 0 < as_number(value) <= most:
-        bound = "" if most == sys.float_info.max else f", at most {most:g}"
+    number = as_number(value)
+    if not 0 < number < math.inf or (most is not None and number > most):
+        bound = "" if most is None else f", at most {most:g}"
         raise error(f"{name} must be a number above 0{bound}, got {shown(value)}.")
     return float(value)
 
@@ -141,6 +145,8 @@ def check_not_forked(error: type[BsjaxError]) -> None:
 def _after_fork() -> None:
     """Remembers in a child whether its parent had used JAX. Called by Python."""
     global _forked_from
+    # JAX has no public way to ask this, and must not be imported here: most programs that fork
+    # have not used it.
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
     started = getattr(bridge, "backends_are_initialized", None)
     if _forked_from is None and (_in_use or (started is not None and started())):

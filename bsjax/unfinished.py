@@ -39,7 +39,7 @@ def write_figure(figure: Any, path: Path, dpi: int) -> None:
 
     Raises:
       OSError: it cannot be written.
-      ValueError: the name has no suffix, or that of no format.
+      ValueError: the name has no suffix, or one that is not a format of matplotlib.
     """
     if not path.suffix:
         raise ValueError("end its name with the format, such as .png, .pdf or .svg.")

@@ -153,10 +153,8 @@ def check_destination(destination: Path) -> None:
         destination.lstat()
     except FileNotFoundError:
         pass
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: a null character or half of a surrogate pair.
+    except (OSError, ValueError) as error:
+        # A name with a null character or half of a surrogate pair is a ValueError.
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{destination} cannot be written: {reason}.") from error
     if destination.is_symlink() or destination.is_file():

@@ -129,9 +129,9 @@ def sparse_attention(
     """Attention of one prompt under a block mask; invisible blocks are never computed.
 
     Works inside and outside `jax.jit`. A mask is a pytree and can be an argument of the jitted
-    function, so that masks of the same shapes share one compiled program. Outside
-    of `jax.jit`, JAX still compiles a program for each number of tokens and each scale, and keeps
-    it until `jax.clear_caches()`.
+    function, so that masks of the same shapes share one compiled program. Outside of `jax.jit`, JAX
+    still compiles a program for each number of tokens and each scale, and keeps it until
+    `jax.clear_caches()`.
 
     Args:
       q: queries in prompt order; bfloat16, float16 or float32. Query head h reads key-value head

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bsjax.checks import as_number, shown, whole_number
+from bsjax.checks import LARGEST_WRITTEN, as_number, shown, whole_number
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 
@@ -124,8 +124,8 @@ class Settings:
             ("answer_tokens", 1),
             ("seed", 0),
         ):
-            most = 2**64 - 1
-            whole_number(name, getattr(self, name), least=least, most=most, error=ProfileError)
+            value = getattr(self, name)
+            whole_number(name, value, least=least, most=LARGEST_WRITTEN, error=ProfileError)
 
     @classmethod
     def of(

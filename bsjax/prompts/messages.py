@@ -15,8 +15,8 @@ _OPTION_KEYS = tuple(
 
 
 MAX_CHARACTERS = 1_000_000
-"""Most characters of text in the messages of a conversation. No model reads as many, and tokenizers
-take 3 seconds for as many emojis."""
+"""Most characters of text in the messages of a conversation: more than any model reads. Tokenizers
+take up to 5 seconds for that many."""
 
 MAX_VALUES = 100_000
 """Most values in the messages of a conversation: texts, numbers, lists and so on."""

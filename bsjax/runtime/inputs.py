@@ -115,7 +115,7 @@ def prepare_inputs(
       new_tokens: how many tokens may follow the prompt.
 
     Raises:
-      MessageError: the tokenizer makes tokens that the model does not know.
+      MessageError: the prompt has tokens that the model has no embeddings for.
       CapacityError: the prompt and the new tokens need more positions than the model has.
       TemplateError: image tokens and images do not match.
     """
@@ -197,13 +197,14 @@ def prepare_inputs(
 def _check_vocabulary(
     token_ids: Int32[np.ndarray, "tokens"], image_token_id: int, vocabulary: int
 ) -> None:
-    """Rejects tokens without an embedding: it would be NaN, and so would all logits."""
+    """Rejects tokens without an embedding, which would make all logits NaN."""
     unknown = token_ids[(token_ids >= vocabulary) & (token_ids != image_token_id)]
     if unknown.size:
         raise MessageError(
-            f"The tokenizer makes the token {unknown[0]} of a text, but the model knows only those "
-            f"up to {vocabulary - 1}. Either the tokenizer's files are another model's, or the "
-            "text names a token that this model does not have: leave it out."
+            f"The tokenizer makes the token {unknown[0]} from the text, but the model has "
+            f"embeddings only up to {vocabulary - 1}. Either the tokenizer's files belong to "
+            "another model, or the text names a special token that this model does not have: leave "
+            "it out."
         )
 
 

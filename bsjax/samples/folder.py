@@ -20,7 +20,7 @@ QUESTIONS = (
 """The questions to draw from if none is given."""
 
 # All prompts are in memory at once, and a folder could make any number of them.
-_MOST = 100_000
+_MOST_PROMPTS = 100_000
 _ENDINGS = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
@@ -46,7 +46,9 @@ def read_folder(
         raise SampleError("question must be a text that is not empty, or a list of such texts.")
     least, most = _checked_range(images_per_prompt)
     if limit is not None:
-        whole_number("limit of a folder of images", limit, least=1, most=_MOST, error=SampleError)
+        whole_number(
+            "limit of a folder of images", limit, least=1, most=_MOST_PROMPTS, error=SampleError
+        )
     paths = _image_files(folder)
     if len(paths) < least:
         raise SampleError(

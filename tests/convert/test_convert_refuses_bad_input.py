@@ -321,7 +321,7 @@ def test_a_destination_that_is_not_empty_is_left_alone(source, tmp_path):
 
 
 @pytest.mark.parametrize("path", [None, 3, b"x", "~nobody-of-this-name/x", "a\0b", "\ud800"])
-def test_paths_that_are_no_paths(source, tmp_path, path):
+def test_paths_that_are_not_valid(source, tmp_path, path):
     with pytest.raises(CheckpointError, match="not the path of a folder|cannot be written"):
         convert_checkpoint(source, path)
     with pytest.raises(CheckpointError, match="not the path of a folder|there is no folder"):
