@@ -50,7 +50,7 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
             block_q=_BLOCK,
             block_kv=_BLOCK,
         )
-        features = _feature_shape(module, prompt.pixel_values, plan)
+        features = feature_shape(module, prompt.pixel_values, plan)
     except (BsjaxError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the files of {folder} do not match; a trial prompt failed: {error}"
@@ -91,7 +91,8 @@ def try_logits(converted: Path) -> None:
         )
 
 
-def _feature_shape(module: nnx.Module, pixel_values: Any, plan: Any) -> tuple[int, ...]:
+def feature_shape(module: nnx.Module, pixel_values: Any, plan: Any) -> tuple[int, ...]:
+    """The shape of the features of a prompt's images, [tokens, width], found by tracing."""
     graph, state = nnx.split(module)
 
     def encode(state: Any, pixel_values: Any, plan: Any) -> Any:

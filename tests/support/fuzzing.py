@@ -1,7 +1,9 @@
 """Damaged JSON documents, and other tools that fuzzers share.
 
-`FUZZ_EXAMPLES=10000 pytest tests -k fuzz` is the long run; the suite runs a few hundred examples of
-each.
+The suite runs a few hundred examples of each fuzzer. The long run, in which a test takes longer than
+the suite allows and annotations are not checked:
+
+    FUZZ_EXAMPLES=10000 pytest tests -k fuzz -o addopts= -o faulthandler_timeout=0
 """
 
 import copy
