@@ -1,11 +1,12 @@
 """Kills runs of the converter, of profiling and of training while they write.
 
-    python -m tools.kill_runs [--convert 20] [--profile 10] [--training 5] [--seed 0]
+    python -m tools.kill_runs [--convert 20] [--profile 10] [--tower 5] [--model 5]
 
-Every run is killed (SIGKILL) at a random moment after it has begun to write. Afterwards its result
-must be absent, or complete and valid. The next run must clean up and continue, and the last run,
-which is not killed, must give the result of a run that was never interrupted. Takes about twenty
-minutes on two cores.
+Training has two stages: `--tower` kills it while it trains the vision tower alone, `--model` while
+it trains the whole model. Every run is killed (SIGKILL) at a random moment after it has begun to
+write. Afterwards its result must be absent, or complete and valid. The next run must clean up and
+continue, and the last run, which is not killed, must give the result of a run that was never
+interrupted. Takes about half an hour on two cores.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.kill_runs", description=__doc__)
     parser.add_argument("--convert", type=int, default=20, metavar="N", help="kills of convert")
     parser.add_argument("--profile", type=int, default=10, metavar="N", help="kills of profiling")
-    parser.add_argument("--training", type=int, default=5, metavar="N", help="kills of training")
+    parser.add_argument("--tower", type=int, default=5, metavar="N", help="kills of stage one")
+    parser.add_argument("--model", type=int, default=5, metavar="N", help="kills of stage two")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -50,7 +52,8 @@ def main() -> None:
         for count, kill in (
             (options.convert, kill_convert),
             (options.profile, kill_profile),
-            (options.training, kill_training),
+            (options.tower, kill_tower_training),
+            (options.model, kill_model_training),
         ):
             if count:
                 kill(Path(folder), count, chance)
@@ -147,7 +150,7 @@ def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
     print(f"profile: {time.monotonic() - started:.0f} s")
 
 
-def kill_training(folder: Path, count: int, chance: random.Random) -> None:
+def kill_tower_training(folder: Path, count: int, chance: random.Random) -> None:
     """Kills training of the vision tower: it continues from its last checkpoint."""
     run, steps = folder / "run", 1000
     command = [sys.executable, "-m", "examples.train_small_vlm", str(run), "--tower-steps",
@@ -168,9 +171,58 @@ def kill_training(folder: Path, count: int, chance: random.Random) -> None:
     steps_logged = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps_logged == list(range(50, steps_logged[-1] + 1, 50)), steps_logged
     assert json.loads((run / "settings.json").read_text())["tower_steps"] == steps
-    print(f"training: killed {count} times, at the steps {reached}; then with a torn log and empty")
-    print(f"training: settings; the log is whole to step {steps_logged[-1]}; "
+    print(f"tower: killed {count} times, at the steps {reached}; then with a torn log and empty")
+    print(f"tower: settings; the log is whole to step {steps_logged[-1]}; "
           f"{time.monotonic() - started:.0f} s")  # fmt: skip
+
+
+def kill_model_training(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills training of the whole model: log and weights are those of a run never killed."""
+    # With this seed, all batches of this many steps have the same shapes: there is one program.
+    steps, seed = 7, 141
+
+    def command_of(name: str) -> list[str]:
+        run = [sys.executable, "-m", "examples.train_small_vlm", str(folder / name)]
+        fixed = ["--tower-steps", "1", "--steps", str(steps), "--seed", str(seed)]
+        return [*run, *fixed, "--log-every", "1", "--save-every", "1"]
+
+    def written(name: str) -> int:
+        return size_of([folder / name / "model"])
+
+    def logged(name: str) -> list[dict]:
+        log = folder / name / "model" / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [json.loads(line) | {"seconds": 0} for line in lines]
+
+    def weights(name: str) -> bytes:
+        return (folder / name / "checkpoint" / "model.safetensors").read_bytes()
+
+    started = time.monotonic()
+    run_whole(command_of("first"), lambda: True)
+    # Once more, with the compiled programs of the first run in JAX's persistent cache.
+    total, writing = run_whole(command_of("again"), lambda: written("again") > 0)
+    expected = logged("first"), weights("first")
+    assert (logged("again"), weights("again")) == expected
+    print(f"model: whole run {total:.1f} s, of it {writing:.1f} s writing")
+    killed, reached = 0, []
+    for _ in range(count):
+        before = written("stopped")
+        killed += run_killed(
+            command_of("stopped"),
+            lambda before=before: written("stopped") > before,
+            chance.uniform(0, 1.5 * writing / count),
+        )
+        reached.append(len(logged("stopped")))
+        if (folder / "stopped" / "checkpoint").exists():
+            assert weights("stopped") == expected[1], "a checkpoint is torn"
+            break
+    run_whole(command_of("stopped"), lambda: True)
+    assert (logged("stopped"), weights("stopped")) == expected, "another model came out"
+    assert not list((folder / "stopped").glob(".checkpoint.*")), "a temporary folder stayed"
+    print(
+        f"model: {killed} killed, after {reached} of {steps} steps; the last run gave the log and"
+    )
+    print(f"model: weights of one that was never killed; {time.monotonic() - started:.0f} s")
 
 
 def run_killed(command: list[str], writes: Callable[[], bool], wait: float) -> bool:

@@ -61,11 +61,12 @@ def main() -> None:
             restore(stage, manager, options.export)
         result = options.folder / f"checkpoint-{options.export}"
     else:
+        every = {"log_every": options.log_every, "save_every": options.save_every}
         tower = TowerStage(module, settings, encoder)
-        run_stage(tower, options.folder / "tower")
+        run_stage(tower, options.folder / "tower", **every)
         nnx.update(module.visual, tower.state.parameters[0])
         stage = ModelStage(module, settings, encoder)
-        run_stage(stage, options.folder / "model")
+        run_stage(stage, options.folder / "model", **every)
         plot_curve(options.folder, options.folder / "curve.png")
         result = options.folder / "checkpoint"
     export(stage.model, config, result)
@@ -91,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         help="number of steps that train the whole model afterwards",
     )
     parser.add_argument("--seed", type=whole(0), default=defaults.seed)
+    parser.add_argument(
+        "--log-every", type=whole(1), default=50, metavar="N", help="steps between lines of the log"
+    )
+    parser.add_argument(
+        "--save-every", type=whole(1), default=200, metavar="N", help="steps between checkpoints"
+    )
     parser.add_argument(
         "--sparse-layers",
         type=_layers,
