@@ -1,7 +1,7 @@
 """Damaged JSON documents, and other tools that fuzzers share.
 
-The suite runs a few hundred examples of each fuzzer. The long run, in which a test takes longer than
-the suite allows and annotations are not checked:
+The suite runs a few hundred examples of each fuzzer. This is the long run, without the suite's
+limit on the time of a test and without its checks of annotations:
 
     FUZZ_EXAMPLES=10000 pytest tests -k fuzz -o addopts= -o faulthandler_timeout=0
 """
