@@ -1,5 +1,6 @@
 """Downloads stay within limits, and reach only public addresses unless a setting allows more."""
 
+import errno
 import gzip
 import http.server
 import io
@@ -128,6 +129,23 @@ def test_a_limit_ends_a_download(server, path, reason):
     with pytest.raises(ValueError, match=reason):
         download(server + path, HERE)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "reason"),
+    [
+        (TimeoutError("timed out"), ValueError, r"longer than 30 s \(max_seconds\)"),
+        (TimeoutError(errno.ETIMEDOUT, "no answer"), TimeoutError, "no answer"),
+    ],
+    ids=["of the socket", "of the system"],
+)
+def test_whichever_limit_ends_first_is_named(monkeypatch, error, raised, reason):
+    def run(self):
+        raise error
+
+    monkeypatch.setattr("bsjax.prompts.downloads._Download.run", run)
+    with pytest.raises(raised, match=reason):
+        download("http://127.0.0.1/", ImageSources())
 
 
 def test_headers_that_drip_end(dripping_headers):
