@@ -210,7 +210,7 @@ def kill_model_training(folder: Path, count: int, chance: random.Random) -> None
         killed += run_killed(
             command_of("stopped"),
             lambda before=before: written("stopped") > before,
-            chance.uniform(0, 1.5 * writing / count),
+            chance.uniform(0, writing / count),
         )
         reached.append(len(logged("stopped")))
         if (folder / "stopped" / "checkpoint").exists():
