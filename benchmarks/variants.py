@@ -179,7 +179,7 @@ def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
         attend = _bsjax_attention(shape.head_dim**-0.5, backend)
         return _prepared_jax(attend, (arrays.q, arrays.k, arrays.v, *on_device), flops)
 
-    return _variant(workload, BSJAX, mask, np.asarray(schedule.position), prepare)
+    return _variant(workload, BSJAX, mask, np.asarray(schedule.queries.position), prepare)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
-from bsjax.masks.visibility import CAUSAL, Visibility
+from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from bsjax.pallas.configurations import (
     KernelConfiguration,
     compiling_for,
@@ -66,10 +66,11 @@ def compile_prefill(
         block_q, block_kv = blocks
         running = chosen or configuration(head_dim, dtype, block_q, block_kv)
         tiles = 2 * tokens // block_q
+        integers = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        info = TokenInfo(integers, integers, jax.ShapeDtypeStruct((tokens,), jnp.bool_), integers)
         schedule = Schedule(
-            position=jax.ShapeDtypeStruct((tokens,), jnp.int32),
-            image=jax.ShapeDtypeStruct((tokens,), jnp.int32),
-            sink=jax.ShapeDtypeStruct((tokens,), jnp.bool_),
+            queries=info,
+            keys=info,
             groups=jax.ShapeDtypeStruct((4,), jnp.int32),
             tile_columns=jax.ShapeDtypeStruct((4, tiles, len(Tile._fields)), jnp.int32),
             range_columns=jax.ShapeDtypeStruct((4, 4 * tiles, len(KeyRange._fields)), jnp.int32),

@@ -114,10 +114,10 @@ class PrefillCase:
             visibility=VISIBILITIES[self.visibility],
             tokens=FUZZED_TOKENS if fuzzed else template.tokens + self.padding,
         )
-        rows = np.arange(schedule.tokens)
-        if schedule.tokens > _MOST_ROWS:
+        rows = np.arange(schedule.query_rows)
+        if schedule.query_rows > _MOST_ROWS:
             positions = sampled_positions(template, _MOST_ROWS, self.seed)
-            rows = np.argsort(schedule.position, kind="stable")[positions]
+            rows = np.argsort(schedule.queries.position, kind="stable")[positions]
         return compare(
             schedule,
             np.asarray(categories, np.int32),
@@ -152,7 +152,7 @@ class SegmentCase:
         schedule = segment_schedule(
             self.lengths, block_q=blocks[0], block_kv=blocks[1], tokens=sum(self.lengths) + 19
         )
-        rows = np.arange(schedule.tokens)
+        rows = np.arange(schedule.query_rows)
         if rows.size > _MOST_ROWS:
             rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_ROWS, replace=False))
         return compare(
@@ -253,7 +253,7 @@ def compare(
     # and its reference.
     generator = np.random.default_rng(seed)
     q, k, v = (
-        generator.standard_normal((schedule.tokens, heads, head_dim), np.float32).astype(
+        generator.standard_normal((schedule.query_rows, heads, head_dim), np.float32).astype(
             jnp.dtype(dtype)
         )
         for heads in (head_category.size, kv_heads, kv_heads)
@@ -262,7 +262,7 @@ def compare(
     result = attend(q, k, v, schedule, head_category, scale=scale, return_lse=return_lse)
     out, lse = map(np.asarray, result) if return_lse else (np.asarray(result), None)
     out = out.astype(np.float32)
-    info = schedule.info
+    info = schedule.queries
     wanted, wanted_lse = dense_rows(
         q[rows],
         k,

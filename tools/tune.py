@@ -179,7 +179,7 @@ def _sampler(
     )
     rows = np.linspace(0, workload.tokens - 1, 32).astype(np.int64)
     out = np.asarray(jax.jit(attend)(*operands)[rows].astype(np.float32))
-    wanted = wanted_rows(workload, mask, arrays, np.asarray(schedule.position), rows)
+    wanted = wanted_rows(workload, mask, arrays, np.asarray(schedule.queries.position), rows)
     error, limit = greatest_error(out, wanted), tolerance(workload.shape.dtype)
     if not error <= limit:
         raise ValueError(f"wrong: error {error:.1e}, {limit:.1e} allowed")

@@ -117,16 +117,16 @@ def sparse_attention(
 
 
 def sparse_attention(
-    q: Float[Array, "tokens q_heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
     mask: BlockMask,
     *,
     scale: float | Float[Array, ""] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Attention of one prompt under a block mask; invisible blocks are never computed.
+    """Attention under a block mask; invisible blocks are never computed.
 
     Works inside and outside `jax.jit`. A mask is a pytree and can be an argument of the jitted
     function, so that masks of the same shapes share one compiled program. Outside of `jax.jit`, JAX
@@ -134,9 +134,10 @@ def sparse_attention(
     `jax.clear_caches()`.
 
     Args:
-      q: queries in prompt order; bfloat16, float16 or float32. Query head h reads key-value head
-        h // (q_heads // kv_heads).
-      k: keys, in the dtype of `q`; all finite.
+      q: the mask's queries in prompt order; bfloat16, float16 or float32. Query head h reads
+        key-value head h // (q_heads // kv_heads).
+      k: keys of all tokens in prompt order, in the dtype of `q`; all finite. Where the mask has
+        several prompts, the arrays hold one after the other.
       v: values, in the dtype of `q`; all finite, even where no query sees them.
       mask: which keys each query of each head sees.
       scale: factor applied to the scores, above 0; head_dim ** -0.5 by default. A traced scale
@@ -148,8 +149,8 @@ def sparse_attention(
       return_lse: also return the log-sum-exp.
 
     Returns:
-      The output [tokens, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
-      log-sum-exp [tokens, q_heads] of the scaled scores, float32. A query that sees no key yields
+      The output [queries, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
+      log-sum-exp [queries, q_heads] of the scaled scores, float32. A query that sees no key yields
       zeros and -inf.
 
     Raises:
@@ -164,7 +165,7 @@ def sparse_attention(
         if not isinstance(array, jax.Array | np.ndarray):
             raise MaskError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}.")
     return_lse = truth_value("return_lse", return_lse, error=MaskError)
-    _check(q, k, v, mask.schedule, mask.head_category)
+    _check(q, k, v, None, mask.schedule, mask.head_category)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif isinstance(scale, Tracer):
@@ -198,8 +199,11 @@ def _scaled(q: Array, scale: Any) -> Array:
 def _in_prompt_order(
     q: Array, k: Array, v: Array, mask: BlockMask, scale: float, backend: str, return_lse: bool
 ) -> Array | tuple[Array, Array]:
-    rows_q, rows_k, rows_v = (array[mask.order] for array in (q, k, v))
-    out, lse = _attend(rows_q, rows_k, rows_v, mask.schedule, mask.head_category, scale, backend)
+    rows_q = q[mask.order]
+    rows_k, rows_v = (array[mask.key_order][None] for array in (k, v))
+    out, lse = _attend(
+        rows_q, rows_k, rows_v, mask.schedule, mask.head_category, jnp.int32(0), scale, backend
+    )
     return (out[mask.row], lse[mask.row]) if return_lse else out[mask.row]
 
 
@@ -210,6 +214,7 @@ def ragged_attention(
     v: Array,
     schedule: Schedule,
     head_category: Array,
+    layer: Array | None = None,
     *,
     scale: float,
     backend: str = "auto",
@@ -224,6 +229,7 @@ def ragged_attention(
     v: Array,
     schedule: Schedule,
     head_category: Array,
+    layer: Array | None = None,
     *,
     scale: float,
     backend: str = "auto",
@@ -232,11 +238,12 @@ def ragged_attention(
 
 
 def ragged_attention(
-    q: Float[Array, "tokens q_heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "*layers keys kv_heads head_dim"],
+    v: Float[Array, "*layers keys kv_heads head_dim"],
     schedule: Schedule,
     head_category: Int[Array, "q_heads"],
+    layer: Int[Array, ""] | None = None,
     *,
     scale: float,
     backend: str = "auto",
@@ -244,20 +251,25 @@ def ragged_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention over a schedule, rows in its order: what language models and vision towers call.
 
+    Keys and values may be the cache of all layers: the rows of one layer are read where they are.
+
     Args:
-      q: queries; bfloat16, float16 or float32. Query head h reads key-value head
-        h // (q_heads // kv_heads).
-      k: keys, in the dtype of `q`; all finite.
+      q: queries, `schedule.query_rows` rows, padding included; bfloat16, float16 or float32. Query
+        head h reads key-value head h // (q_heads // kv_heads).
+      k: keys, `schedule.key_rows` rows, in the dtype of `q`; all finite. With `layer`, keys of all
+        layers.
       v: values, in the dtype of `q`; all finite, even in padding rows and where no query sees them.
-      schedule: which blocks to visit, for `schedule.tokens` rows, padding included.
+      schedule: which blocks to visit.
       head_category: int32, the table of the schedule that each query head uses; may be traced.
+      layer: int32, the layer whose keys and values are read; may be traced. None if there is no
+        axis of layers.
       scale: factor applied to the scores, above 0.
       backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow.
       return_lse: also return the log-sum-exp.
 
     Returns:
-      The output [tokens, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
-      log-sum-exp [tokens, q_heads] of the scaled scores, float32. Rows that see nothing, such as
+      The output [queries, q_heads, head_dim] in the dtype of `q`. With `return_lse` also the
+      log-sum-exp [queries, q_heads] of the scaled scores, float32. Rows that see nothing, such as
       padding rows, are zeros and -inf.
 
     Raises:
@@ -266,11 +278,13 @@ def ragged_attention(
       BackendError: the backend is unknown, or does not support the head dimension, dtype or block
         sizes.
     """
-    _check(q, k, v, schedule, head_category)
+    _check(q, k, v, layer, schedule, head_category)
     if not scale > 0:
         raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
+    if layer is None:
+        k, v, layer = k[None], v[None], jnp.int32(0)
     head_category = jnp.asarray(head_category)
-    result = _attend(q, k, v, schedule, head_category, scale, resolve_backend(backend))
+    result = _attend(q, k, v, schedule, head_category, layer, scale, resolve_backend(backend))
     return result if return_lse else result[0]
 
 
@@ -280,6 +294,7 @@ def _attend(
     v: Array,
     schedule: Schedule,
     head_category: Array,
+    layer: Any,
     scale: float,
     backend: str,
 ) -> tuple[Array, Array]:
@@ -288,17 +303,23 @@ def _attend(
     match backend:
         case "pallas":
             schedule = jax.tree.map(jnp.asarray, schedule)
-            result = _pallas_attention(q, k, v, schedule, head_category, scale)
+            result = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
         case "xla":
-            result = xla_attention(q, k, v, schedule, head_category, scale)
+            result = xla_attention(q, k, v, schedule, head_category, layer, scale)
         case _:
-            result = reference_attention(q, k, v, schedule, head_category, scale)
+            result = reference_attention(q, k[layer], v[layer], schedule, head_category, scale)
     return result
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _pallas_attention(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    layer: Array,
+    scale: float,
 ) -> Any:
     # Chosen by the platform being compiled for, which this machine may not have.
     return jax.lax.platform_dependent(
@@ -307,24 +328,36 @@ def _pallas_attention(
         v,
         schedule,
         head_category,
+        layer,
         cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
         default=partial(prefill_attention, scale=scale, return_lse=True),
     )
 
 
 def _pallas_forward(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    layer: Array,
+    scale: float,
 ) -> tuple[tuple[Array, Array], Residuals]:
-    result: Any = _pallas_attention(q, k, v, schedule, head_category, scale)
+    result: Any = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
     out, lse = result
-    return (out, lse), (q, k, v, schedule, head_category, out, lse)
+    return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)
 
 
 _pallas_attention.defvjp(_pallas_forward, attention_gradients)
 
 
 def _check(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array | np.ndarray
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Any,
+    schedule: Schedule,
+    head_category: Array | np.ndarray,
 ) -> None:
     """Rejects arrays that do not match each other or the schedule, before anything is indexed.
 
@@ -332,19 +365,29 @@ def _check(
       MaskError: names the shapes or dtypes given and those expected.
     """
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if q.ndim == k.ndim == 3 and 0 in (*q.shape[1:], *k.shape[1:]):
-        raise MaskError(f"Attention needs at least one head of one element, got {shapes}.")
-    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[::2] != k.shape[::2]:
+    axes, names = (3, "keys") if layer is None else (4, "layers, keys")
+    if q.ndim != 3 or k.ndim != axes or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise MaskError(
-            f"Attention needs q [tokens, q_heads, head_dim] and "
-            f"k, v [tokens, kv_heads, head_dim], got {shapes}."
+            f"Attention needs q [queries, q_heads, head_dim] and "
+            f"k, v [{names}, kv_heads, head_dim], got {shapes}."
         )
-    if q.shape[1] % k.shape[1]:
+    keys, kv_heads = k.shape[-3:-1]
+    if 0 in (*q.shape[1:], kv_heads):
+        raise MaskError(f"Attention needs at least one head of one element, got {shapes}.")
+    if q.shape[1] % kv_heads:
         raise MaskError(f"The query heads must be a multiple of the key-value heads, got {shapes}.")
-    if q.shape[0] != schedule.tokens:
-        raise MaskError(f"The mask is for {schedule.tokens} tokens, but got {shapes}.")
+    if (q.shape[0], keys) != (schedule.query_rows, schedule.key_rows):
+        raise MaskError(
+            f"The mask is for {schedule.query_rows} queries and {schedule.key_rows} keys, but got "
+            f"{shapes}."
+        )
     if head_category.shape != (q.shape[1],):
         raise MaskError(f"The mask is for {head_category.shape[0]} query heads, but got {shapes}.")
+    if schedule.stacked_heads not in (0, q.shape[1] // kv_heads):
+        raise MaskError(
+            f"The schedule stacks {schedule.stacked_heads} query heads for each key head, but got "
+            f"{shapes}."
+        )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise MaskError(
             "q, k and v must have one dtype, float32, bfloat16 or float16, got "

@@ -9,22 +9,21 @@ from bsjax.masks.visibility import TokenInfo, visible
 
 
 def reference_attention(
-    q: Float[Array, "tokens q_heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "keys kv_heads head_dim"],
+    v: Float[Array, "keys kv_heads head_dim"],
     schedule: Schedule,
     head_category: Int[Array, "q_heads"],
     scale: float,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]:
+) -> tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]:
     """Dense softmax under the predicate; does not use the tiles and ranges of the schedule.
 
     Returns:
       The output, in the dtype of `q`, and the log-sum-exp of the scaled scores, float32. A query
       that sees nothing yields zeros and -inf.
     """
-    position, image, sink = schedule.info
-    query = TokenInfo(*(jnp.asarray(part)[None, :, None] for part in (position, image, sink)))
-    key = TokenInfo(*(jnp.asarray(part)[None, None, :] for part in (position, image, sink)))
+    query = TokenInfo(*(jnp.asarray(part)[None, :, None] for part in schedule.queries))
+    key = TokenInfo(*(jnp.asarray(part)[None, None, :] for part in schedule.keys))
     groups = jnp.asarray(schedule.groups)[head_category][:, None, None]
     seen = visible(query, key, groups, schedule.visibility)
     seen = seen & (query.position != PADDING_POSITION)

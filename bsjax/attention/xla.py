@@ -1,12 +1,18 @@
 """Attention over a schedule in plain JAX: differentiable, block by block, on any device.
 
 Three nested loops: over heads, over the tiles of the head's table, over the blocks of a tile. Trip
-counts are read from the schedule, so sparser schedules take less time. The gradient visits the
-same tiles and blocks again and recomputes the weights from the log-sum-exp, as flash attention
-does.
+counts are read from the schedule, so sparser schedules take less time. If the schedule stacks the
+heads of text rows, a second loop goes over key heads and the tiles of the table of text rows.
+
+Keys and values may be the cache of all layers. Blocks are sliced out of it where they are: neither
+the cache nor a layer of it is copied.
+
+The gradient visits the same tiles and blocks again and recomputes the weights from the log-sum-exp,
+as flash attention does.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from bsjax.masks.schedule import PADDING_POSITION, KeyRange, Schedule, Tile
-from bsjax.masks.visibility import TokenInfo, visible
+from bsjax.masks.schedule import PADDING, KeyRange, Schedule, Tile
+from bsjax.masks.visibility import TokenInfo, key_visibility, sees
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -25,30 +31,31 @@ _EXACT = lax.Precision.HIGHEST
 # slices take indices of one dtype only.
 _ZERO = np.int32(0)
 
-Residuals = tuple[Array, Array, Array, Schedule, Array, Array, Array]
-"""What the gradient needs: q, k, v, schedule, head_category, output, log-sum-exp."""
+Residuals = tuple[Array, Array, Array, Schedule, Array, Array, Array, Array]
+"""What the gradient needs: q, k, v, schedule, head_category, layer, output, log-sum-exp."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def xla_attention(
-    q: Float[Array, "tokens q_heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "layers keys kv_heads head_dim"],
+    v: Float[Array, "layers keys kv_heads head_dim"],
     schedule: Schedule,
     head_category: Int[Array, "q_heads"],
+    layer: Int[Array, ""],
     scale: float,
-) -> tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]:
-    """Block-sparse attention, rows in the order of the schedule.
+) -> tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]:
+    """Block-sparse attention to the keys of one layer, rows in the order of the schedule.
 
     Returns:
       The output, in the dtype of `q`, and the log-sum-exp of the scaled scores, float32. A query
       that sees nothing yields zeros and -inf.
     """
-    loops = _Loops.of(q, k, v, schedule, head_category)
+    loops = _Loops.of(q, k, v, layer, schedule, head_category)
 
-    def tile_body(head: Array, tile: Tile, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def tile_body(work: "_Work", carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, lse = carry
-        q_tile = loops.rows(loops.q, head, tile.first_row)
+        q_tile = loops.rows(loops.q, work)
 
         def step(block: "_Block", state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, accumulator = state
@@ -68,64 +75,67 @@ def xla_attention(
             )
 
         start = (
-            jnp.full(schedule.block_q, -jnp.inf, jnp.float32),
-            jnp.zeros(schedule.block_q, jnp.float32),
-            jnp.zeros((schedule.block_q, q.shape[-1]), jnp.float32),
+            jnp.full(q_tile.shape[0], -jnp.inf, jnp.float32),
+            jnp.zeros(q_tile.shape[0], jnp.float32),
+            jnp.zeros(q_tile.shape, jnp.float32),
         )
-        maximum, total, accumulator = loops.blocks(head, tile, step, start)
+        maximum, total, accumulator = loops.blocks(work, step, start)
         seen_any = total > 0
         tile_out = accumulator / jnp.where(seen_any, total, 1.0)[:, None]
         tile_lse = jnp.where(seen_any, maximum + jnp.log(jnp.where(seen_any, total, 1.0)), -jnp.inf)
         return (
-            loops.store(out, tile_out.astype(out.dtype), head, tile),
-            loops.store(lse, tile_lse, head, tile),
+            loops.store(out, tile_out.astype(out.dtype), work),
+            loops.store(lse, tile_lse[:, None], work),
         )
 
     out = jnp.zeros_like(loops.q)
-    lse = jnp.full(loops.q.shape[:2], -jnp.inf, jnp.float32)
+    lse = jnp.full((*loops.q.shape[:2], 1), -jnp.inf, jnp.float32)
     out, lse = loops.tiles(tile_body, (out, lse))
-    tokens = q.shape[0]
-    return out[:, :tokens].transpose(1, 0, 2), lse[:, :tokens].T
+    queries = q.shape[0]
+    return out[:queries], lse[:queries, :, 0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    schedule: Schedule,
+    head_category: Array,
+    layer: Array,
+    scale: float,
 ) -> tuple[tuple[Array, Array], Residuals]:
-    result: Any = xla_attention(q, k, v, schedule, head_category, scale)
+    result: Any = xla_attention(q, k, v, schedule, head_category, layer, scale)
     out, lse = result
-    return (out, lse), (q, k, v, schedule, head_category, out, lse)
+    return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)
 
 
 def attention_gradients(
     scale: float, residuals: Residuals, gradients: tuple[Array, Array]
-) -> tuple[Array, Array, Array, None, None]:
+) -> tuple[Array, Array, Array, None, None, None]:
     """Gradients of q, k and v, whichever backend computed the output.
 
     With weights P and scores S, dS = P * (dO V^T - rowsum(dO O) + dlse).
     """
-    q, k, v, schedule, head_category, out, lse = residuals
+    q, k, v, schedule, head_category, layer, out, lse = residuals
     out_gradient, lse_gradient = gradients
-    loops = _Loops.of(q, k, v, schedule, head_category)
+    loops = _Loops.of(q, k, v, layer, schedule, head_category)
     out_gradient32 = out_gradient.astype(jnp.float32)
     # The log-sum-exp of a row that saw nothing is a constant: its gradient is ignored.
     lse_gradient = jnp.where(jnp.isneginf(lse), 0.0, lse_gradient)
     offset = lse_gradient - (out_gradient32 * out.astype(jnp.float32)).sum(axis=-1)
-    out_gradient_rows = loops.by_head(out_gradient)
+    out_gradient_rows = loops.padded(out_gradient)
     # A log-sum-exp of +inf makes all weights 0: here for rows that saw nothing, below for rows
     # beyond the end of the tile.
-    lse_rows = loops.by_head(jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None])
-    offset_rows = loops.by_head(offset[..., None])
+    lse_rows = loops.padded(jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None])
+    offset_rows = loops.padded(offset[..., None])
 
-    def tile_body(
-        head: Array, tile: Tile, carry: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
+    def tile_body(work: "_Work", carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         q_gradient, k_gradient, v_gradient = carry
-        kv_head = head // loops.group_size
-        in_tile = (jnp.arange(schedule.block_q) < tile.rows)[:, None]
-        q_tile = loops.rows(loops.q, head, tile.first_row)
-        tile_gradient = loops.rows(out_gradient_rows, head, tile.first_row)
-        tile_lse = jnp.where(in_tile, loops.rows(lse_rows, head, tile.first_row), jnp.inf)
-        tile_offset = jnp.where(in_tile, loops.rows(offset_rows, head, tile.first_row), 0.0)
+        q_tile = loops.rows(loops.q, work)
+        in_tile = (jnp.arange(q_tile.shape[0]) < work.tile.rows * work.heads)[:, None]
+        tile_gradient = loops.rows(out_gradient_rows, work)
+        tile_lse = jnp.where(in_tile, loops.rows(lse_rows, work), jnp.inf)
+        tile_offset = jnp.where(in_tile, loops.rows(offset_rows, work), 0.0)
 
         def step(block: "_Block", state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             tile_q_gradient, k_gradient, v_gradient = state
@@ -136,32 +146,42 @@ def attention_gradients(
             weight_gradient = _product(tile_gradient, block.v, ((1,), (1,)))
             score_gradient = weights * (weight_gradient + tile_offset) * scale
             score_gradient = score_gradient.astype(q.dtype)
+            add = partial(loops.add_keys, work=work, start=block.start)
             return (
                 tile_q_gradient + _product(score_gradient, block.k, ((1,), (0,))),
-                _add_rows(
-                    k_gradient, kv_head, block.start, _product(score_gradient, q_tile, ((0,), (0,)))
-                ),
-                _add_rows(
-                    v_gradient,
-                    kv_head,
-                    block.start,
-                    _product(weights.astype(q.dtype), tile_gradient, ((0,), (0,))),
-                ),
+                add(k_gradient, _product(score_gradient, q_tile, ((0,), (0,)))),
+                add(v_gradient, _product(weights.astype(q.dtype), tile_gradient, ((0,), (0,)))),
             )
 
-        start = (jnp.zeros((schedule.block_q, q.shape[-1]), jnp.float32), k_gradient, v_gradient)
-        tile_q_gradient, k_gradient, v_gradient = loops.blocks(head, tile, step, start)
-        return loops.store(q_gradient, tile_q_gradient, head, tile), k_gradient, v_gradient
+        start = (jnp.zeros(q_tile.shape, jnp.float32), k_gradient, v_gradient)
+        tile_q_gradient, k_gradient, v_gradient = loops.blocks(work, step, start)
+        return loops.store(q_gradient, tile_q_gradient, work), k_gradient, v_gradient
 
     start = tuple(jnp.zeros(rows.shape, jnp.float32) for rows in (loops.q, loops.k, loops.v))
+    q_gradient, k_gradient, v_gradient = loops.tiles(tile_body, start)
     q_gradient, k_gradient, v_gradient = (
-        rows[:, : q.shape[0]].transpose(1, 0, 2).astype(q.dtype)
-        for rows in loops.tiles(tile_body, start)
+        gradient[tuple(map(slice, of.shape))].astype(of.dtype)
+        for gradient, of in ((q_gradient, q), (k_gradient, k), (v_gradient, v))
     )
-    return q_gradient, k_gradient, v_gradient, None, None
+    return q_gradient, k_gradient, v_gradient, None, None, None
 
 
 xla_attention.defvjp(_forward, attention_gradients)
+
+
+class _Work(NamedTuple):
+    """A tile of one head, or of the query heads that share a key head."""
+
+    tile: Tile
+    table: Array
+    """The tile's table."""
+    first_head: Array
+    """The first query head."""
+    heads: int
+    """How many query heads, stacked row by row."""
+    kv_head: Array
+    most_rows: int
+    """Query rows of a tile, at most."""
 
 
 class _Block(NamedTuple):
@@ -178,98 +198,152 @@ class _Block(NamedTuple):
 class _Loops(NamedTuple):
     """The loops over tiles and blocks, and the arrays that they slice.
 
-    Arrays are laid out by head and padded, so that slices of tiles and blocks stay in bounds.
+    Queries are padded, so that slices of tiles stay in bounds. Keys are not, because they may be a
+    whole cache: a block that would reach beyond the last key is read from further up.
     """
 
-    q: Float[Array, "q_heads padded_tokens head_dim"]
-    k: Float[Array, "kv_heads padded_tokens head_dim"]
-    v: Float[Array, "kv_heads padded_tokens head_dim"]
-    info: TokenInfo
+    q: Float[Array, "padded_queries q_heads head_dim"]
+    k: Float[Array, "layers keys kv_heads head_dim"]
+    v: Float[Array, "layers keys kv_heads head_dim"]
+    layer: Int[Array, ""]
+    queries: TokenInfo
     schedule: Schedule
     head_category: Int[Array, "q_heads"]
 
     @classmethod
-    def of(cls, q: Array, k: Array, v: Array, schedule: Schedule, head_category: Array) -> "_Loops":
-        margin = max(schedule.block_q, schedule.block_kv)
-        info = TokenInfo(
-            jnp.pad(schedule.position, (0, margin), constant_values=PADDING_POSITION),
-            jnp.pad(schedule.image, (0, margin), constant_values=-1),
-            jnp.pad(schedule.sink, (0, margin)),
-        )
+    def of(
+        cls,
+        q: Array,
+        k: Array,
+        v: Array,
+        layer: Array,
+        schedule: Schedule,
+        head_category: Array,
+    ) -> "_Loops":
+        margin = schedule.block_q
         schedule = jax.tree.map(jnp.asarray, schedule)
-        rows_q, rows_k, rows_v = (_by_head(array, margin) for array in (q, k, v))
-        return cls(rows_q, rows_k, rows_v, info, schedule, jnp.asarray(head_category))
+        queries = TokenInfo(
+            *(
+                jnp.pad(part, (0, margin), constant_values=value)
+                for part, value in zip(schedule.queries, PADDING, strict=True)
+            )
+        )
+        # Only a prompt that is shorter than one block needs padding.
+        missing = max(0, schedule.block_kv - k.shape[1])
+        if missing:
+            k, v = (jnp.pad(rows, ((0, 0), (0, missing), (0, 0), (0, 0))) for rows in (k, v))
+            keys = TokenInfo(
+                *(
+                    jnp.pad(part, (0, missing), constant_values=value)
+                    for part, value in zip(schedule.keys, PADDING, strict=True)
+                )
+            )
+            schedule = replace(schedule, keys=keys)
+        return cls(
+            _padded(q, margin),
+            k,
+            v,
+            jnp.asarray(layer, jnp.int32),
+            queries,
+            schedule,
+            jnp.asarray(head_category),
+        )
 
-    @property
-    def group_size(self) -> int:
-        return self.q.shape[0] // self.k.shape[0]
+    def padded(self, array: Float[Array, "queries q_heads channels"]) -> Array:
+        return _padded(array, self.schedule.block_q)
 
-    def by_head(self, array: Float[Array, "tokens heads channels"]) -> Array:
-        return _by_head(array, max(self.schedule.block_q, self.schedule.block_kv))
+    def rows(self, array: Array, work: _Work) -> Array:
+        """The rows of a tile, head by head within each row; those after a short tile are others."""
+        size = (work.most_rows, work.heads, array.shape[-1])
+        start = (work.tile.first_row, work.first_head, _ZERO)
+        return lax.dynamic_slice(array, start, size).reshape(-1, array.shape[-1])
 
-    def rows(self, array: Array, head: Array, first_row: Array) -> Array:
-        """The `block_q` rows of a head that start at `first_row`."""
-        size = (1, self.schedule.block_q, array.shape[-1])
-        return lax.dynamic_slice(array, (head, first_row, _ZERO), size)[0]
-
-    def store(self, array: Array, tile_rows: Array, head: Array, tile: Tile) -> Array:
+    def store(self, array: Array, tile_rows: Array, work: _Work) -> Array:
         """Writes the rows of a tile; the rows after a short tile keep their values."""
-        start = (head, tile.first_row) + (_ZERO,) * (array.ndim - 2)
-        old = lax.dynamic_slice(array, start, (1, *tile_rows.shape))[0]
-        keep = jnp.arange(tile_rows.shape[0]) < tile.rows
-        keep = keep.reshape(keep.shape + (1,) * (tile_rows.ndim - 1))
-        return lax.dynamic_update_slice(array, jnp.where(keep, tile_rows, old)[None], start)
+        size = (work.most_rows, work.heads, array.shape[-1])
+        start = (work.tile.first_row, work.first_head, _ZERO)
+        old = lax.dynamic_slice(array, start, size)
+        keep = (jnp.arange(work.most_rows) < work.tile.rows)[:, None, None]
+        return lax.dynamic_update_slice(array, jnp.where(keep, tile_rows.reshape(size), old), start)
 
-    def tiles(self, body: Callable[[Array, Tile, Any], Any], carry: Any) -> Any:
-        """Folds `body(head, tile, carry)` over all heads and the tiles of each head's table."""
-        tile_count = (self.schedule.tiles.rows > 0).sum(axis=1, dtype=jnp.int32)
+    def add_keys(self, array: Array, rows: Array, work: _Work, start: Array) -> Array:
+        """Adds `rows` to the rows of a block that starts at `start`."""
+        index = (self.layer, start, work.kv_head, _ZERO)
+        rows = rows[None, :, None]
+        return lax.dynamic_update_slice(
+            array, lax.dynamic_slice(array, index, rows.shape) + rows, index
+        )
 
-        def head_body(head: Array, carry: Any) -> Any:
-            head = head.astype(jnp.int32)
-            table = self.head_category[head]
+    def tiles(self, body: Callable[[_Work, Any], Any], carry: Any) -> Any:
+        """Folds `body(work, carry)` over all heads and the tiles of each head's table."""
+        schedule = self.schedule
+        tile_count = (schedule.tiles.rows > 0).sum(axis=1, dtype=jnp.int32)
+        q_heads, kv_heads = self.q.shape[1], self.k.shape[2]
+        group = np.int32(q_heads // kv_heads)
+
+        def over_tiles(
+            table: Array, first_head: Array, kv_head: Array, heads: int, carry: Any
+        ) -> Any:
+            most_rows = max(1, schedule.block_q // heads)
 
             def tile_body(index: Array, carry: Any) -> Any:
-                return body(head, Tile(*self.schedule.tile_columns[table, index]), carry)
+                tile = Tile(*schedule.tile_columns[table, index])
+                return body(_Work(tile, table, first_head, heads, kv_head, most_rows), carry)
 
             return lax.fori_loop(_ZERO, tile_count[table], tile_body, carry)
 
-        return lax.fori_loop(0, self.q.shape[0], head_body, carry)
+        def head_body(head: Array, carry: Any) -> Any:
+            head = head.astype(jnp.int32)
+            return over_tiles(self.head_category[head], head, head // group, 1, carry)
 
-    def blocks(
-        self, head: Array, tile: Tile, step: Callable[[_Block, Any], Any], state: Any
-    ) -> Any:
+        def kv_head_body(kv_head: Array, carry: Any) -> Any:
+            kv_head = kv_head.astype(jnp.int32)
+            table = jnp.int32(schedule.tile_columns.shape[0] - 1)
+            return over_tiles(table, kv_head * group, kv_head, int(group), carry)
+
+        carry = lax.fori_loop(0, q_heads, head_body, carry)
+        if schedule.stacked_heads:
+            carry = lax.fori_loop(0, kv_heads, kv_head_body, carry)
+        return carry
+
+    def blocks(self, work: _Work, step: Callable[[_Block, Any], Any], state: Any) -> Any:
         """Folds `step(block, state)` over the full blocks of a tile, then over its partial ones."""
-        schedule = self.schedule
-        kv_head = head // self.group_size
-        table = self.head_category[head]
+        schedule, table, tile = self.schedule, work.table, work.tile
         ranges = KeyRange(*(bound[table] for bound in schedule.ranges))
+        last_start = np.int32(self.k.shape[1] - schedule.block_kv)
 
         def take(array: Array, start: Array) -> Array:
-            size = (1, schedule.block_kv, array.shape[-1])
-            return lax.dynamic_slice(array, (kv_head, start, _ZERO), size)[0]
+            size = (1, schedule.block_kv, 1, array.shape[-1])
+            return lax.dynamic_slice(array, (self.layer, start, work.kv_head, _ZERO), size)[0, :, 0]
 
-        def token_info(start: Array, size: int) -> TokenInfo:
-            return TokenInfo(*(lax.dynamic_slice(part, (start,), (size,)) for part in self.info))
-
-        def seen(start: Array, end: Array) -> Array:
-            query = token_info(tile.first_row, schedule.block_q)
-            key = token_info(start, schedule.block_kv)
-            in_range = start + jnp.arange(schedule.block_kv) < end
-            return in_range[None, :] & visible(
-                TokenInfo(*(part[:, None] for part in query)),
-                TokenInfo(*(part[None, :] for part in key)),
-                schedule.groups[table],
-                schedule.visibility,
+        def seen(first: Array, start: Array, end: Array) -> Array:
+            query_position, query_image = (
+                jnp.repeat(
+                    lax.dynamic_slice(part, (tile.first_row,), (work.most_rows,)), work.heads
+                )[:, None]
+                for part in (self.queries.position, self.queries.image)
             )
+            key = TokenInfo(
+                *(
+                    lax.dynamic_slice(part, (first,), (schedule.block_kv,))[None, :]
+                    for part in schedule.keys
+                )
+            )
+            rows = first + jnp.arange(schedule.block_kv, dtype=jnp.int32)
+            in_range = (rows >= start) & (rows < end)
+            visibility = schedule.visibility
+            keys = key_visibility(key, schedule.groups[table], visibility)
+            return in_range[None, :] & sees(query_position, query_image, keys, visibility)
 
         def visit(masked: bool, _: Array, carry: Any) -> Any:
             index, start, state = carry
             end = ranges.end[index]
+            first = jnp.minimum(start, last_start) if masked else start
             block = _Block(
-                start,
-                take(self.k, start),
-                take(self.v, start),
-                seen(start, end) if masked else None,
+                first,
+                take(self.k, first),
+                take(self.v, first),
+                seen(first, start, end) if masked else None,
             )
             state = step(block, state)
             start = start + schedule.block_kv
@@ -282,9 +356,8 @@ class _Loops(NamedTuple):
         return carry[2]
 
 
-def _by_head(array: Float[Array, "tokens heads channels"], margin: int) -> Array:
-    """The rows of each head next to each other, with `margin` more rows of padding."""
-    return jnp.pad(array.transpose(1, 0, 2), ((0, 0), (0, margin), (0, 0)))
+def _padded(array: Float[Array, "queries heads channels"], margin: int) -> Array:
+    return jnp.pad(array, ((0, margin), (0, 0), (0, 0)))
 
 
 def _product(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
@@ -292,9 +365,3 @@ def _product(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]])
     return lax.dot_general(
         left, right, (contract, ((), ())), precision=_EXACT, preferred_element_type=jnp.float32
     )
-
-
-def _add_rows(array: Array, head: Array, start: Array, rows: Array) -> Array:
-    """Adds `rows` to the rows of a head that start at `start`."""
-    old = lax.dynamic_slice(array, (head, start, _ZERO), (1, *rows.shape))
-    return lax.dynamic_update_slice(array, old + rows[None], (head, start, _ZERO))

@@ -15,7 +15,7 @@ which are cut into blocks. See `bsjax.masks.visibility` for what a query sees an
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,14 @@ from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import FLOPS_PER_PAIR
 from bsjax.masks.query_rows import visible_pairs
-from bsjax.masks.schedule import Schedule, Tile, build_schedule, category_tables
+from bsjax.masks.rows import Rows, Span
+from bsjax.masks.schedule import (
+    Schedule,
+    Tile,
+    build_span_schedule,
+    category_tables,
+    uses_packed_order,
+)
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
@@ -40,44 +47,64 @@ if TYPE_CHECKING:
 class BlockMask:
     """The block mask of one prompt and the heads of one layer. Built on the host; a pytree.
 
+    Queries are all tokens of the prompt, or some of them: those of a chunk of the prompt, or of the
+    next turn of a conversation whose earlier keys and values are known. A mask of several prompts
+    is a batch: no token sees a token of another prompt.
+
     Inside a jitted function a mask has only its arrays. Everything that describes the prompt
     (`template`, `categories`, `flops`, `density`, `to_dense`, `plot`) is available only outside.
 
     Args:
-      template: the prompt.
+      template: the prompt, or a list of prompts that do not see each other.
       categories: one `HeadCategory`, or its name, per query head.
       block_q: query rows of a tile, at most. The `pallas` backend needs a power of two.
       block_kv: keys of a block. The `pallas` backend needs a power of two.
       bidirectional_images: whether all tokens of an image see each other (Gemma 3).
       window: how many positions back a query sees, its own included; None for all.
+      queries: the positions of the queries, such as `range(2048, 4096)`; None for all tokens. For
+        several prompts, a list of ranges, one for each.
 
     Attributes:
       schedule: tiles and ranges, see `bsjax.masks.schedule.Schedule`.
       head_category: int32 [q_heads].
-      order: int32 [tokens], the prompt position of each row of the schedule.
-      row: int32 [tokens], the row of each prompt token in the schedule.
+      order: int32 [queries], the query in each row of the schedule. Queries and keys are counted in
+        prompt order, prompt by prompt.
+      row: int32 [queries], the row of each query.
+      key_order: int32 [keys], the key in each row of the schedule.
 
     Raises:
-      MaskError: `categories` is empty or names an unknown category, or a block size or the window
-        is below 1.
+      MaskError: `categories` is empty or names an unknown category, a block size or the window is
+        below 1, or `queries` are not positions of the prompt.
+
+    Example:
+      The second half of a prompt, as queries against the keys and values of all of it:
+
+      >>> template = bsjax.Template.from_segments([bsjax.Image(64), bsjax.Text(8)] * 4)
+      >>> mask = bsjax.BlockMask(template, ["INTRA_IMAGE"] * 4, queries=range(144, 288))
+      >>> q = jnp.ones((144, 4, 64))
+      >>> k = v = jnp.ones((288, 2, 64))
+      >>> bsjax.sparse_attention(q, k, v, mask).shape
+      (144, 4, 64)
     """
 
     schedule: Schedule
     head_category: Any
     order: Any
     row: Any
+    key_order: Any
 
     def __init__(
         self,
-        template: Template,
+        template: Template | Sequence[Template],
         categories: Sequence[HeadCategory | int | str] | Int[np.ndarray, "q_heads"],
         block_q: int = 128,
         block_kv: int = 64,
         bidirectional_images: bool = False,
         window: int | None = None,
+        queries: range | Sequence[range] | None = None,
     ) -> None:
-        if not isinstance(template, Template):
-            raise MaskError(f"template must be a bsjax.Template, got {type(template).__name__}.")
+        templates = _checked_templates(template)
+        spans = _checked_queries(queries, templates)
         if isinstance(categories, str) or not isinstance(categories, Sequence | np.ndarray):
             raise MaskError(
                 "categories must be a list of one HeadCategory, or its name, per query head, got "
@@ -90,31 +117,39 @@ class BlockMask:
         except ValueError as error:
             raise MaskError(str(error)) from None
         self._template = template
-        self.schedule = build_schedule(
-            template,
-            category_tables(self._categories),
+        self._query_spans = spans
+        visibility = Visibility(bidirectional_images, window)
+        tables = category_tables(self._categories)
+        rows = partial(Rows, templates, packed=uses_packed_order(tables))
+        query_rows = rows(spans)
+        key_rows = rows([Span(0, of.tokens, index) for index, of in enumerate(templates)])
+        self.schedule = build_span_schedule(
+            query_rows,
+            key_rows,
+            tables,
             block_q=block_q,
             block_kv=block_kv,
-            visibility=Visibility(bidirectional_images, window),
+            visibility=visibility,
         )
         self.head_category = np.asarray(self._categories, np.int32)
-        self.order = self.schedule.position
+        self.order = _in_prompt_order(query_rows)
         self.row = np.argsort(self.order).astype(np.int32)
+        self.key_order = _in_prompt_order(key_rows)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """For JAX: only the arrays are part of the pytree."""
-        return (self.schedule, self.head_category, self.order, self.row), None
+        return (self.schedule, self.head_category, self.order, self.row, self.key_order), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, ...]) -> "BlockMask":
         """For JAX: rebuilds a mask from its arrays alone, which are all that attention needs."""
         mask = object.__new__(cls)
-        mask.schedule, mask.head_category, mask.order, mask.row = children
+        mask.schedule, mask.head_category, mask.order, mask.row, mask.key_order = children
         return mask
 
     @property
-    def template(self) -> Template:
-        """The prompt this mask was built for.
+    def template(self) -> Template | Sequence[Template]:
+        """The prompt, or the prompts, that this mask was built for.
 
         Raises:
           MaskError: inside a jitted function, where a mask has only its arrays.
@@ -177,21 +212,20 @@ class BlockMask:
         """Visible pairs of all heads, divided by those of as many DENSE heads."""
         return float(self.density_per_head.mean())
 
-    def to_dense(self, head: int) -> Bool[np.ndarray, "tokens tokens"]:
+    def to_dense(self, head: int) -> Bool[np.ndarray, "queries keys"]:
         """Expands the schedule of one head to a boolean mask, in prompt order.
 
         Every pair of a full block is visible; in a partial block the predicate decides. For tests
-        and short prompts: the mask takes tokens**2 bytes.
+        and short prompts: the mask takes queries * keys bytes.
 
         Raises:
           MaskError: the head does not exist, or the schedule covers a pair twice.
         """
         schedule, table = self.schedule, int(self._category_of(head))
-        tokens = self.template.tokens
-        covered = np.zeros((tokens, tokens), np.uint8)
+        covered = np.zeros((schedule.query_rows, schedule.key_rows), np.uint8)
         for tile in map(Tile._make, schedule.tile_columns[table].tolist()):
             rows = slice(tile.first_row, tile.first_row + tile.rows)
-            query = TokenInfo(*(part[rows, None] for part in schedule.info))
+            query = TokenInfo(*(part[rows, None] for part in schedule.queries))
             index, blocks_left = tile.first_range, tile.blocks if tile.rows else 0
             while blocks_left > 0:
                 start, end = schedule.range_columns[table, index]
@@ -200,7 +234,7 @@ class BlockMask:
                 else:
                     covered[rows, start:end] += visible(
                         query,
-                        TokenInfo(*(part[None, start:end] for part in schedule.info)),
+                        TokenInfo(*(part[None, start:end] for part in schedule.keys)),
                         int(schedule.groups[table]),
                         schedule.visibility,
                     )
@@ -208,7 +242,7 @@ class BlockMask:
                 index += 1
         if covered.max(initial=0) > 1:
             raise MaskError("The schedule covers a pair twice; this is a bug in bsjax.")
-        return covered.astype(bool)[np.ix_(self.row, self.row)]
+        return covered.astype(bool)[np.ix_(self.row, np.argsort(self.key_order))]
 
     def plot(self, path: str | Path | None = None, head: int = 0) -> "Figure":
         """Draws what one head sees, in prompt order and in packed order.
@@ -222,12 +256,14 @@ class BlockMask:
           The matplotlib figure.
 
         Raises:
-          MaskError: the head does not exist, matplotlib is not installed, or the file cannot be
-            written.
+          MaskError: the head does not exist, the mask is of several prompts, matplotlib is not
+            installed, or the file cannot be written.
         """
         from bsjax.masks.picture import plot_mask
 
         category = self._category_of(head)
+        if not isinstance(self.template, Template):
+            raise MaskError("A mask of several prompts has no picture: plot each prompt's mask.")
         return plot_mask(self.template, category, self.schedule.visibility, path)
 
     def _category_of(self, head: int) -> HeadCategory:
@@ -238,19 +274,83 @@ class BlockMask:
         return self.categories[head]
 
     def _pairs(self, category: HeadCategory) -> int:
-        return visible_pairs(self.template, category.groups, self.schedule.visibility)
+        templates = _checked_templates(self.template)
+        return sum(
+            visible_pairs(
+                templates[span.conversation],
+                category.groups,
+                self.schedule.visibility,
+                span._replace(conversation=0),
+            )
+            for span in self._query_spans
+        )
 
     def __repr__(self) -> str:
         if "_template" not in self.__dict__:
-            return f"BlockMask(tokens={self.schedule.tokens}, heads={self.head_category.shape[0]})"
+            return (
+                f"BlockMask(queries={self.schedule.query_rows}, keys={self.schedule.key_rows}, "
+                f"heads={self.head_category.shape[0]})"
+            )
         counts = {
             category.name: self.categories.count(category)
             for category in sorted(set(self.categories))
         }
+        queries = sum(span.end - span.start for span in self._query_spans)
         return (
-            f"BlockMask({self.template}, heads={counts}, block_q={self.schedule.block_q}, "
-            f"block_kv={self.schedule.block_kv}, density={self.density:.3f})"
+            f"BlockMask({self.template}, queries={queries}, heads={counts}, "
+            f"block_q={self.schedule.block_q}, block_kv={self.schedule.block_kv}, "
+            f"density={self.density:.3f})"
         )
+
+
+def _checked_templates(template: Any) -> tuple[Template, ...]:
+    """The templates that an argument of `BlockMask` gives."""
+    if isinstance(template, Template):
+        return (template,)
+    if not isinstance(template, list | tuple) or not template:
+        raise MaskError(
+            "template must be a bsjax.Template or a list of at least one, got "
+            f"{type(template).__name__}."
+        )
+    for item in template:
+        if not isinstance(item, Template):
+            raise MaskError(
+                f"template must be a list of bsjax.Template, got {type(item).__name__} in it."
+            )
+    return tuple(template)
+
+
+def _checked_queries(queries: Any, templates: Sequence[Template]) -> list[Span]:
+    """The spans that an argument of `BlockMask` gives: one for each template."""
+    if queries is None:
+        return [Span(0, template.tokens, index) for index, template in enumerate(templates)]
+    ranges = [queries] if isinstance(queries, range) else queries
+    if not isinstance(ranges, list | tuple) or len(ranges) != len(templates):
+        raise MaskError(
+            f"queries must be a range of positions for each of {len(templates)} prompts, got "
+            f"{shown(queries)}."
+        )
+    spans = []
+    for index, (positions, template) in enumerate(zip(ranges, templates, strict=True)):
+        if not isinstance(positions, range) or positions.step != 1:
+            raise MaskError(
+                f"queries must be ranges of consecutive positions, got {shown(positions)}."
+            )
+        if not 0 <= positions.start <= positions.stop <= template.tokens:
+            raise MaskError(
+                f"queries {shown(positions)} are not positions of a prompt of {template.tokens} "
+                "tokens."
+            )
+        spans.append(Span(positions.start, positions.stop, index))
+    return spans
+
+
+def _in_prompt_order(rows: Rows) -> Int[np.ndarray, "rows"]:
+    """The index of each row among the same tokens in prompt order, prompt by prompt."""
+    index = rows.position.copy()
+    for number, span in enumerate(rows.spans):
+        index[rows.rows_of(number)] += int(rows.first_row[number]) - span.start
+    return index
 
 
 def _outside_only(name: str) -> MaskError:

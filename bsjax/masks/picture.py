@@ -94,9 +94,8 @@ def _draw(
         if tokens
         else order
     )
-    position, image, sink = template.info
-    query = TokenInfo(position[rows, None], image[rows, None], sink[rows, None])
-    key = TokenInfo(position[None, rows], image[None, rows], sink[None, rows])
+    query = TokenInfo(*(part[rows, None] for part in template.info))
+    key = TokenInfo(*(part[None, rows] for part in template.info))
     seen = visible(query, key, category.groups, visibility)
     kind = np.where(
         key.image < 0, 1, np.where(key.sink, 2, np.where(key.image == query.image, 3, 4))

@@ -1,46 +1,25 @@
 """Which key rows each query row sees: at most one range per key segment.
 
-Rows are tokens in the order of a schedule: packed order, or prompt order when every head is dense.
-The key rows of one *segment* (text, sinks, or the other image tokens; in prompt order there is one
-segment of all rows) are sorted by position. A query row therefore sees one range [low, high) of a
-segment, and from one row of a tile to the next neither end ever decreases.
+The key rows of one segment are sorted by position (`bsjax.masks.rows`). A query row therefore sees
+one range [low, high) of a segment, and from one row of a tile to the next neither end ever
+decreases.
 
 Everything here is NumPy on the host, and linear in the number of tokens.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
+from bsjax.masks.rows import KeySegment, Rows, Span
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, Visibility
 
 TILE_WINDOWS = 4
 """In packed order and with a window, a tile spans at most this many windows of prompt positions (or
 this many times its own length, where that is longer)."""
-
-
-class KeySegment(NamedTuple):
-    """Key rows sorted by position, so that a query row sees one range of them.
-
-    Attributes:
-      first_row: first key row.
-      end_row: one past the last key row.
-      before: first key row of the segment at or after each prompt position.
-      own: the group of its keys for queries of their own image; all groups where keys of all groups
-        are mixed.
-      other: the group of its keys for all other image queries.
-    """
-
-    first_row: int
-    end_row: int
-    before: Int[np.ndarray, "tokens+1"]
-    own: KeyGroup
-    other: KeyGroup
 
 
 class RowRanges(NamedTuple):
@@ -51,60 +30,52 @@ class RowRanges(NamedTuple):
 
 
 class QueryRows:
-    """Query rows in the order of a schedule.
+    """The query rows of one span, and the key rows of their conversation.
+
+    Rows are counted from the first row of the span.
 
     Args:
-      template: the prompt.
-      tables: the key groups of each table of the schedule, None for an empty table. The order is
-        prompt order if every table keeps all groups, else packed order.
+      queries: rows of queries.
+      index: which span of `queries`.
+      keys: rows of keys, in the same kind of order.
       visibility: what the model itself lets a query see.
 
     Attributes:
-      tokens: how many rows there are.
-      packed: whether the order is packed order.
-      order: int32 [tokens], the prompt position of each row.
+      tokens: how many query rows there are.
+      text_rows: how many of them, the first ones, are text. In prompt order, all of them.
+      position: int32 [tokens], the position of each row.
       image: int32 [tokens], the image number of each row; -1 for text.
-      runs: the first row of each run of rows that belong to one image, or to the text.
-      segments: the key segments, in the order of their rows.
+      segments: the key segments of the conversation.
     """
 
-    def __init__(
-        self, template: Template, tables: Sequence[KeyGroup | None], visibility: Visibility
-    ) -> None:
-        self.tokens = template.tokens
-        self.packed = any(groups not in (None, ALL_KEY_GROUPS) for groups in tables)
-        if self.packed:
-            text = template.image < 0
-            parts = [
-                (text, KeyGroup.TEXT, KeyGroup.TEXT),
-                (template.sink, KeyGroup.OWN_SINK, KeyGroup.OTHER_SINK),
-                (~text & ~template.sink, KeyGroup.OWN, KeyGroup.OTHER),
-            ]
-            self.order = template.packed_order
-        else:
-            parts = [(np.ones(self.tokens, bool), ALL_KEY_GROUPS, ALL_KEY_GROUPS)]
-            self.order = np.arange(self.tokens, dtype=np.int32)
-        self.image = template.image[self.order]
-        self.runs = np.flatnonzero(np.append(-2, self.image[:-1]) != self.image)
-
-        self.segments: list[KeySegment] = []
-        first_row = 0
-        for member, own, other in parts:
-            before = np.zeros(self.tokens + 1, np.int32)
-            np.cumsum(member, out=before[1:])
-            end_row = first_row + int(before[-1])
-            self.segments.append(KeySegment(first_row, end_row, before + first_row, own, other))
-            first_row = end_row
-
+    def __init__(self, queries: Rows, index: int, keys: Rows, visibility: Visibility) -> None:
+        rows, span = queries.rows_of(index), queries.spans[index]
+        info = queries.info
+        self.position, self.image = info.position[rows], info.image[rows]
+        self.tokens = self.position.size
+        self.segments = keys.segments[span.conversation]
+        self._packed = queries.packed
         self._visibility = visibility
+        self._span = span
+        self._key_spans = [of for of in keys.spans if of.conversation == span.conversation]
+        self._template = template = queries.templates[span.conversation]
         self._image_first = template.image_first
         self._image_end = template.image_first + np.asarray(template.image_tokens, np.int64)
+        # The first row of each run of rows that belong to one image, or to the text.
+        self._runs = np.flatnonzero(np.append(-2, self.image[:-1]) != self.image)
+        if queries.packed:
+            self.text_rows = int(np.count_nonzero(self.image < 0))
+            sinks = int(np.count_nonzero(info.sink[rows]))
+            self._borders = (0, self.text_rows, self.text_rows + sinks)
+        else:
+            self.text_rows = self.tokens
+            self._borders = (0,)
 
     def ranges(
         self, segment: KeySegment, groups: KeyGroup, rows: Int[np.ndarray, "rows"]
     ) -> RowRanges:
         """The key rows of a segment that each of `rows` sees in a head that keeps `groups`."""
-        position, image = self.order[rows], self.image[rows]
+        position, image = self.position[rows], self.image[rows]
         is_image = image >= 0
         begin = np.zeros_like(position)
         if self._visibility.window is not None:
@@ -112,11 +83,11 @@ class QueryRows:
         end = position + 1
         if self._visibility.bidirectional_images and self._image_end.size:
             end = np.where(is_image, self._image_end[image], end)
-        low, high = segment.before[begin], segment.before[end]
+        low, high = segment.first_at(begin), segment.first_at(end)
         own, other = bool(groups & segment.own), bool(groups & segment.other)
         if not (own and other) and self._image_first.size:
             # For text rows, the index -1 reads the last image; they keep their ranges.
-            image_first = segment.before[self._image_first[image]]
+            image_first = segment.first_at(self._image_first[image])
             if own:
                 low = np.where(is_image, np.maximum(low, image_first), low)
             elif other:
@@ -125,7 +96,9 @@ class QueryRows:
                 high = np.where(is_image, low, high)
         return RowRanges(low, np.maximum(low, high))
 
-    def tile_starts(self, groups: KeyGroup, block_q: int) -> Int[np.ndarray, "tiles"]:
+    def tile_starts(
+        self, groups: KeyGroup, block_q: int, rows: range | None = None
+    ) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles of a table.
 
         Tiles of a sparse table never hold rows of two images, with one exception: sink rows, as
@@ -134,23 +107,31 @@ class QueryRows:
         With a window, rows far apart have no keys in common. In packed order, a tile of sink rows
         could reach over the whole prompt, and visit all of it after the other tiles are done.
         Tiles therefore also end after `TILE_WINDOWS` windows.
+
+        Args:
+          groups: the key groups of the table.
+          block_q: query rows of a tile, at most.
+          rows: the rows that the table has tiles for; None for all.
         """
-        if not self.tokens:
+        rows = range(self.tokens) if rows is None else rows
+        if not rows:
             return np.zeros(0, np.int64)
-        borders = [np.asarray([segment.first_row for segment in self.segments])]
+        borders = [np.asarray([rows.start, *self._borders])]
         if groups != ALL_KEY_GROUPS:
-            borders.append(self.runs[self.runs >= self.segments[-1].first_row])
-        if self.packed and self._visibility.window is not None:
-            span = self.order // (TILE_WINDOWS * max(self._visibility.window, block_q))
-            borders.append(np.flatnonzero(np.diff(span)) + 1)
+            borders.append(self._runs[self._runs >= self._borders[-1]])
+        if self._packed and self._visibility.window is not None:
+            stretch = self.position // (TILE_WINDOWS * max(self._visibility.window, block_q))
+            borders.append(np.flatnonzero(np.diff(stretch)) + 1)
         starts = np.unique(np.concatenate(borders))
-        starts = starts[starts < self.tokens]
-        lengths = np.diff(starts, append=self.tokens)
+        starts = starts[(starts >= rows.start) & (starts < rows.stop)]
+        lengths = np.diff(starts, append=rows.stop)
         tiles = -(-lengths // block_q)
         index_in_run = np.arange(tiles.sum()) - np.repeat(np.cumsum(tiles) - tiles, tiles)
         return np.repeat(starts, tiles) + index_in_run * block_q
 
-    def probes(self, starts: Int[np.ndarray, "tiles"], block_q: int) -> Int[np.ndarray, "probes"]:
+    def probes(
+        self, starts: Int[np.ndarray, "tiles"], block_q: int, rows: range | None = None
+    ) -> Int[np.ndarray, "probes"]:
         """Rows whose ranges suffice to know what all rows of each tile see.
 
         Without a window, all rows of one image, and all rows of the text, start at the same key.
@@ -166,38 +147,51 @@ class QueryRows:
         Args:
           starts: first rows of the tiles.
           block_q: query rows of a tile, at most.
+          rows: the rows that the tiles cover; None for all.
         """
-        if not self.tokens:
+        rows = range(self.tokens) if rows is None else rows
+        if not rows:
             return np.arange(0)
-        first = np.concatenate([starts, self.runs])
-        if self._visibility.window is not None:
-            if self._visibility.window < block_q:
-                return np.arange(self.tokens)
-            # Positions at which a run of text, of sinks or of other image tokens begins. The rows
-            # of one segment and one image are consecutive in either order.
-            begins = np.sort(self.order[np.append(0, self._steps)])
-            far = begins + self._visibility.window - 1
-            enters = self._row_at[far[far < self.tokens]]
-            first = np.concatenate([first, self._steps, enters, enters + 1])
-            first = first[first < self.tokens]
-        return np.unique(np.concatenate([first, first[first > 0] - 1, [self.tokens - 1]]))
+        first = np.concatenate([starts, self._runs])
+        window = self._visibility.window
+        if window is not None:
+            if window < block_q:
+                return np.arange(rows.start, rows.stop)
+            far = self._run_positions() + window - 1 - self._span.start
+            row_at = np.empty(self.tokens, np.int64)
+            row_at[self.position - self._span.start] = np.arange(self.tokens)
+            enters = row_at[far[(far >= 0) & (far < self.tokens)]]
+            steps = np.flatnonzero(np.diff(self.position) != 1) + 1
+            first = np.concatenate([first, steps, enters, enters + 1])
+        probes = np.unique(np.concatenate([first, first - 1, [rows.stop - 1]]))
+        return probes[(probes >= rows.start) & (probes < rows.stop)]
 
-    @cached_property
-    def _steps(self) -> Int[np.ndarray, "steps"]:
-        """Rows whose position is not one more than that of the previous row."""
-        return np.flatnonzero(np.diff(self.order) != 1) + 1
-
-    @cached_property
-    def _row_at(self) -> Int[np.ndarray, "tokens"]:
-        """The row of each prompt position."""
-        row = np.empty(self.tokens, np.int64)
-        row[self.order] = np.arange(self.tokens)
-        return row
+    def _run_positions(self) -> Int[np.ndarray, "runs"]:
+        """Positions at which a run of text, of sinks or of an image's other tokens begins."""
+        image, sink = self._template.image, self._template.sink
+        changes = np.flatnonzero((image[1:] != image[:-1]) | (sink[1:] != sink[:-1])) + 1
+        ends = [border for span in self._key_spans for border in (span.start, span.end)]
+        return np.unique(np.concatenate([[0], changes, ends]))
 
 
-def visible_pairs(template: Template, groups: KeyGroup, visibility: Visibility = CAUSAL) -> int:
-    """The exact number of (query, key) pairs that a head sees if it keeps `groups`."""
-    rows = QueryRows(template, [groups], visibility)
+def visible_pairs(
+    template: Template,
+    groups: KeyGroup,
+    visibility: Visibility = CAUSAL,
+    queries: Span | None = None,
+) -> int:
+    """The exact number of (query, key) pairs that a head sees if it keeps `groups`.
+
+    Args:
+      template: the prompt.
+      groups: the key groups that the head keeps.
+      visibility: what the model itself lets a query see.
+      queries: the tokens that look; None for all.
+    """
+    whole = Span(0, template.tokens)
+    packed = groups != ALL_KEY_GROUPS
+    keys = Rows([template], [whole], packed=packed)
+    rows = QueryRows(Rows([template], [queries or whole], packed=packed), 0, keys, visibility)
     every_row = np.arange(rows.tokens)
     ranges = [rows.ranges(segment, groups, every_row) for segment in rows.segments]
     return sum(int((high - low).sum(dtype=np.int64)) for low, high in ranges)

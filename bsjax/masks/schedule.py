@@ -1,8 +1,10 @@
 """From a template to the work of a kernel: tiles of query rows, and the key ranges each one visits.
 
-Rows are tokens in the order of the schedule: packed order, or prompt order when every head is
-dense. A query row sees at most one range [low, high) of each key segment, and both ends only grow
-from row to row (see `bsjax.masks.query_rows`). A tile visits the union of what its rows see:
+Query rows and key rows are tokens in packed order, or in prompt order when every head is dense (see
+`bsjax.masks.rows`). They are the same rows when a whole prompt runs at once; otherwise the queries
+are those of a chunk or of a turn, or belong to several conversations. A query row sees at most one
+range [low, high) of each key segment, and both ends only grow from row to row (see
+`bsjax.masks.query_rows`). A tile visits the union of what its rows see:
 
     first row of a tile    . . # # # # # # # # . . . .     [low, high) of the first row
     ...                    . . . # # # # # # # # . . .
@@ -13,7 +15,12 @@ from row to row (see `bsjax.masks.query_rows`). A tile visits the union of what 
 Every row of the tile sees all keys from the last row's low to the first row's high. Blocks inside
 that range are *full* and need no element mask. The others are *partial*: the predicate decides pair
 by pair. Where consecutive rows of a tile leave a gap of keys that neither sees, the tile has
-several ranges.
+several ranges. Tiles and ranges never leave a conversation.
+
+All heads see the same keys of a text row, whatever their categories. In a schedule for grouped
+heads, text rows therefore have a table of their own, in which a tile stacks the query heads that
+share a key head: 18 rows x 7 heads in a tile of 128. A chunk of a prompt has few text rows, which
+see everything, and keys are read once for all of those heads.
 
 Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
@@ -21,7 +28,7 @@ blocks.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,13 +36,17 @@ from jaxtyping import Int
 
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
-from bsjax.masks.categories import HeadCategory, KeyGroup
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.query_rows import QueryRows, RowRanges
+from bsjax.masks.rows import Rows, Span
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 
 PADDING_POSITION = np.iinfo(np.int32).max
 """The position of padding rows, which no query sees."""
+
+PADDING = TokenInfo(PADDING_POSITION, -1, False, -1)
+"""What the predicate is told about padding rows."""
 
 # Backends pad their arrays by a block.
 _LARGEST_BLOCK = 65536
@@ -93,47 +104,50 @@ class KeyRange(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The tiles and key ranges that attention over one template visits, as a pytree.
+    """The tiles of some query rows, and the ranges of key rows that they visit, as a pytree.
 
     Arrays are padded to buckets: another template of similar size has the same shapes, so that
-    nothing is compiled again. Each query head uses one of the tables.
+    nothing is compiled again. Each query head uses one of the tables. If heads are stacked, the
+    last table is for text rows, and the others have no tiles for them.
 
     Attributes:
-      position: int32 [tokens], prompt position of each row; `PADDING_POSITION` for padding.
-      image: int32 [tokens], image number of each row; -1 for text and padding.
-      sink: bool [tokens], whether the row is a sink token.
+      queries: arrays [query rows]: what the predicate needs to know about them. The position of
+        padding rows is `PADDING_POSITION`.
+      keys: the same for the key rows, arrays [key rows].
       groups: int32 [tables], the `KeyGroup` bits of each table.
       tile_columns: int32 [tables, tiles, fields of `Tile`], the tiles with the most blocks first.
-        In each table that is not empty, every row is in exactly one tile; padding rows are in tiles
-        without blocks. Entries after a table's last tile have no rows.
+        In each table that is not empty, every query row is in exactly one tile; padding rows are in
+        tiles without blocks. Entries after a table's last tile have no rows.
       range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
         has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
         step by `block_kv` from a range's start; the last block of a partial range is cut at the end
         of the range. One extra entry lets kernels look one range ahead without leaving the bounds.
-      block_q: query rows of a tile, at most.
+      block_q: query rows of a tile, at most, times the heads that are stacked.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
+      stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
+        like image rows.
     """
 
-    position: Any
-    image: Any
-    sink: Any
+    queries: TokenInfo
+    keys: TokenInfo
     groups: Any
     tile_columns: Any
     range_columns: Any
     block_q: int = field(metadata={"static": True})
     block_kv: int = field(metadata={"static": True})
     visibility: Visibility = field(metadata={"static": True})
+    stacked_heads: int = field(default=0, metadata={"static": True})
 
     @property
-    def tokens(self) -> int:
-        """Rows of the schedule, padding included."""
-        return self.position.shape[0]
+    def query_rows(self) -> int:
+        """Rows of queries, padding included."""
+        return self.queries.position.shape[0]
 
     @property
-    def info(self) -> TokenInfo:
-        """What the predicate needs to know about every row."""
-        return TokenInfo(self.position, self.image, self.sink)
+    def key_rows(self) -> int:
+        """Rows of keys, padding included."""
+        return self.keys.position.shape[0]
 
     @property
     def tiles(self) -> Tile:
@@ -161,6 +175,13 @@ def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
     return -(-size // step) * step
 
 
+class Capacity(NamedTuple):
+    """How many entries the arrays of a schedule have room for."""
+
+    tiles: int
+    ranges: int
+
+
 def build_schedule(
     template: Template,
     tables: Sequence[KeyGroup | None],
@@ -170,7 +191,7 @@ def build_schedule(
     visibility: Visibility = CAUSAL,
     tokens: int | None = None,
 ) -> Schedule:
-    """Computes the tiles and ranges of a template for several sets of key groups.
+    """The schedule of a whole template: all its tokens are queries and keys.
 
     Args:
       template: the prompt.
@@ -186,35 +207,113 @@ def build_schedule(
     Raises:
       MaskError: a block size is below 1 or above 65536, or `tokens` is less than the template has.
     """
-    for name, value in (("block_q", block_q), ("block_kv", block_kv)):
-        whole_number(name, value, least=1, most=_LARGEST_BLOCK, error=MaskError)
-    tokens = template.tokens if tokens is None else tokens
-    if tokens < template.tokens:
-        raise MaskError(f"Cannot pad a template of {template.tokens} tokens to {tokens}.")
-
-    rows = QueryRows(template, tables, visibility)
-    built = [_build_table(rows, groups, block_q, block_kv, tokens) for groups in tables]
-    # Enough for images of 2 * block_q tokens or more, so that nearly all templates padded to the
-    # same length share their shapes.
-    usual_tiles = bucket(2 * tokens // block_q + 4, smallest=16, steps=1)
-    max_tiles = bucket(
-        max((len(tiles) for tiles, _ in built), default=0), smallest=usual_tiles, steps=1
-    )
-    # One extra entry, because kernels read the range after a tile's last one.
-    most_ranges = 1 + max((len(ranges) for _, ranges in built), default=0)
-    max_ranges = bucket(most_ranges, smallest=4 * usual_tiles, steps=1)
-    padding = (0, tokens - template.tokens)
-    return Schedule(
-        position=np.pad(rows.order, padding, constant_values=PADDING_POSITION),
-        image=np.pad(rows.image, padding, constant_values=-1),
-        sink=np.pad(template.sink[rows.order], padding),
-        groups=np.asarray([int(groups or 0) for groups in tables], np.int32),
-        tile_columns=_stack([tiles for tiles, _ in built], max_tiles),
-        range_columns=_stack([ranges for _, ranges in built], max_ranges),
+    rows = Rows([template], [Span(0, template.tokens)], packed=uses_packed_order(tables))
+    return build_span_schedule(
+        rows,
+        rows,
+        tables,
         block_q=block_q,
         block_kv=block_kv,
         visibility=visibility,
+        query_rows=tokens,
+        key_rows=tokens,
     )
+
+
+def build_span_schedule(
+    queries: Rows,
+    keys: Rows,
+    tables: Sequence[KeyGroup | None],
+    *,
+    block_q: int,
+    block_kv: int,
+    visibility: Visibility = CAUSAL,
+    query_rows: int | None = None,
+    key_rows: int | None = None,
+    stacked_heads: int = 0,
+    capacity: Capacity | None = None,
+) -> Schedule:
+    """The schedule of any queries and keys.
+
+    Args:
+      queries: the query rows, in packed order unless every table keeps all groups.
+      keys: the key rows, of the same templates and in the same kind of order.
+      tables: the key groups of each table; None for a table that no head uses, which stays empty.
+      block_q: query rows of a tile, at most.
+      block_kv: keys of a block.
+      visibility: what the model itself lets a query see.
+      query_rows: query rows to pad to; None pads nothing.
+      key_rows: key rows to pad to; None pads nothing.
+      stacked_heads: how many query heads share a key head, for a table of text rows; 0 for none.
+      capacity: the entries that the arrays have room for; by default enough for most templates of
+        this many rows. More entries are padded to buckets.
+
+    Raises:
+      MaskError: a block size is below 1 or above 65536, or there are more rows than `query_rows` or
+        `key_rows`.
+    """
+    for name, value in (("block_q", block_q), ("block_kv", block_kv)):
+        whole_number(name, value, least=1, most=_LARGEST_BLOCK, error=MaskError)
+    query_rows = queries.tokens if query_rows is None else query_rows
+    key_rows = keys.tokens if key_rows is None else key_rows
+    for rows, padded in ((queries, query_rows), (keys, key_rows)):
+        if padded < rows.tokens:
+            raise MaskError(f"Cannot pad {rows.tokens} tokens to {padded}.")
+    if stacked_heads and not queries.packed:
+        raise MaskError("Heads are stacked for text rows, which only packed order keeps together.")
+
+    spans = [QueryRows(queries, index, keys, visibility) for index in range(len(queries.spans))]
+    first_rows = queries.first_row.tolist()
+
+    def build(
+        groups: KeyGroup | None, most_rows: int, part: Literal["all", "text", "images"]
+    ) -> _Table:
+        if groups is None:
+            return _Table.of([], np.zeros((0, 2), np.int64), block_kv)
+        parts = [
+            _tiles_of_span(span, first_row, groups, most_rows, block_kv, part)
+            for span, first_row in zip(spans, first_rows, strict=False)
+        ]
+        end = queries.tokens if part == "text" else query_rows
+        padding = np.arange(queries.tokens, end, most_rows)
+        padding_tiles = np.stack([padding, np.diff(padding, append=end)], axis=1)
+        return _Table.of(parts, padding_tiles, block_kv)
+
+    built = [build(groups, block_q, "images" if stacked_heads else "all") for groups in tables]
+    all_groups = [int(groups or 0) for groups in tables]
+    if stacked_heads:
+        built.append(build(ALL_KEY_GROUPS, max(1, block_q // stacked_heads), "text"))
+        all_groups.append(int(ALL_KEY_GROUPS))
+    if capacity is None:
+        # Enough for images of 2 * block_q tokens or more, so that nearly all templates padded to
+        # the same length share their shapes.
+        usual_tiles = bucket(2 * query_rows // block_q + 4, smallest=16, steps=1)
+        capacity = Capacity(usual_tiles, 4 * usual_tiles)
+    most_tiles = max((len(table.tiles) for table in built), default=0)
+    # One extra entry, because kernels read the range after a tile's last one.
+    most_ranges = 1 + max((len(table.ranges) for table in built), default=0)
+    return Schedule(
+        queries=_padded(queries.info, query_rows),
+        keys=_padded(keys.info, key_rows),
+        groups=np.asarray(all_groups, np.int32),
+        tile_columns=_stack(
+            [table.tiles for table in built],
+            bucket(most_tiles, smallest=capacity.tiles, steps=1),
+        ),
+        range_columns=_stack(
+            [table.ranges for table in built],
+            bucket(most_ranges, smallest=capacity.ranges, steps=1),
+        ),
+        block_q=block_q,
+        block_kv=block_kv,
+        visibility=visibility,
+        stacked_heads=stacked_heads,
+    )
+
+
+def uses_packed_order(tables: Iterable[KeyGroup | None]) -> bool:
+    """Whether any table leaves out a key group, so that packed order pays."""
+    return any(groups not in (None, ALL_KEY_GROUPS) for groups in tables)
 
 
 def category_tables(categories: Sequence[int] | np.ndarray) -> list[KeyGroup | None]:
@@ -237,7 +336,7 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
       MaskError: the schedule is in prompt order, where a tile may have rows of both text and
         images.
     """
-    text_rows = np.append(0, np.cumsum(schedule.image < 0))
+    text_rows = np.append(0, np.cumsum(schedule.queries.image < 0))
     changed = replace(schedule, tile_columns=schedule.tile_columns.copy())
     for table in tables:
         tiles = Tile(*(field[table] for field in changed.tiles))
@@ -294,46 +393,87 @@ class _TileRanges(NamedTuple):
     end: Int[np.ndarray, "ranges"]
 
 
-def _build_table(
-    rows: QueryRows, groups: KeyGroup | None, block_q: int, block_kv: int, tokens: int
-) -> tuple[Int[np.ndarray, "tiles fields"], Int[np.ndarray, "ranges bounds"]]:
-    """The tiles and ranges of one table, as columns."""
-    if groups is None:
-        empty = np.zeros(0, np.int32)
-        return _columns(Tile.read(lambda _: empty)), _columns(KeyRange(empty, empty))
-    starts = rows.tile_starts(groups, block_q)
-    probes = rows.probes(starts, block_q)
-    first_probes = np.searchsorted(probes, starts)
+class _SpanTiles(NamedTuple):
+    """The tiles of one span: first row and rows of each, and their full and partial ranges."""
+
+    rows: Int[np.ndarray, "tiles 2"]
+    full: list[_TileRanges]
+    partial: list[_TileRanges]
+
+
+class _Table(NamedTuple):
+    """A table, as columns."""
+
+    tiles: Int[np.ndarray, "tiles fields"]
+    ranges: Int[np.ndarray, "ranges bounds"]
+
+    @classmethod
+    def of(
+        cls, spans: Sequence[_SpanTiles], padding: Int[np.ndarray, "tiles 2"], block_kv: int
+    ) -> "_Table":
+        """Puts the tiles of all spans into one table, those with the most blocks first.
+
+        Args:
+          spans: the tiles of each span.
+          padding: first row and rows of the tiles of padding rows.
+          block_kv: keys of a block.
+        """
+        rows = np.concatenate([np.zeros((0, 2), np.int64), *(of.rows for of in spans), padding])
+        first_tile = np.cumsum([0, *(len(of.rows) for of in spans)]).tolist()
+        full, partial = (
+            [
+                part._replace(tile=part.tile + first)
+                for of, first in zip(spans, first_tile, strict=False)
+                for part in parts(of)
+            ]
+            for parts in (lambda of: of.full, lambda of: of.partial)
+        )
+        full_blocks = _blocks_per_tile(full, block_kv, len(rows))
+        partial_blocks = _blocks_per_tile(partial, block_kv, len(rows))
+        order = np.argsort(-(full_blocks + partial_blocks), kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(order.size)
+
+        tile = np.concatenate([order[:0], *(rank[part.tile] for part in full + partial)])
+        is_partial = np.repeat(
+            [0, 1], [sum(len(part.tile) for part in kind) for kind in (full, partial)]
+        )
+        by_tile = np.argsort(tile * 2 + is_partial, kind="stable")
+        ranges = KeyRange(
+            np.concatenate([order[:0], *(part.start for part in full + partial)]),
+            np.concatenate([order[:0], *(part.end for part in full + partial)]),
+        )
+        first_range = np.searchsorted(tile[by_tile], np.arange(order.size))
+        tiles = Tile(rows[:, 0], rows[:, 1], first_range[rank], full_blocks, partial_blocks)
+        return cls(_columns(tiles)[order], _columns(ranges)[by_tile])
+
+
+def _tiles_of_span(
+    span: QueryRows,
+    first_row: int,
+    groups: KeyGroup,
+    block_q: int,
+    block_kv: int,
+    part: Literal["all", "text", "images"],
+) -> _SpanTiles:
+    """The tiles of a span's rows, or of its text rows or image rows only."""
+    rows = range(
+        span.text_rows if part == "images" else 0,
+        span.text_rows if part == "text" else span.tokens,
+    )
+    starts = span.tile_starts(groups, block_q, rows)
     full: list[_TileRanges] = []
     partial: list[_TileRanges] = []
-    for segment in rows.segments:
-        if segment.first_row < segment.end_row:
-            seen = rows.ranges(segment, groups, probes)
+    if starts.size:
+        probes = span.probes(starts, block_q, rows)
+        first_probes = np.searchsorted(probes, starts)
+        for segment in span.segments:
+            seen = span.ranges(segment, groups, probes)
             segment_full, *segment_partial = _cut_ranges(seen, first_probes, block_kv)
             full.append(segment_full)
             partial.extend(segment_partial)
-
-    starts_padding = np.arange(rows.tokens, tokens, block_q)
-    first_row = np.concatenate([starts, starts_padding])
-    tile_rows = np.diff(first_row, append=tokens)
-    full_blocks = _blocks_per_tile(full, block_kv, len(first_row))
-    partial_blocks = _blocks_per_tile(partial, block_kv, len(first_row))
-    order = np.argsort(-(full_blocks + partial_blocks), kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-
-    tile = np.concatenate([rank[part.tile] for part in full + partial] or [order[:0]])
-    is_partial = np.repeat(
-        [0, 1], [sum(len(part.tile) for part in kind) for kind in (full, partial)]
-    )
-    by_tile = np.argsort(tile * 2 + is_partial, kind="stable")
-    ranges = KeyRange(
-        np.concatenate([part.start for part in full + partial] or [order[:0]]),
-        np.concatenate([part.end for part in full + partial] or [order[:0]]),
-    )
-    first_range = np.searchsorted(tile[by_tile], np.arange(order.size))
-    tiles = Tile(first_row, tile_rows, first_range[rank], full_blocks, partial_blocks)
-    return _columns(tiles)[order], _columns(ranges)[by_tile]
+    lengths = np.diff(starts, append=rows.stop)
+    return _SpanTiles(np.stack([starts + first_row, lengths], axis=1), full, partial)
 
 
 def _columns(fields: Tile | KeyRange) -> Int[np.ndarray, "entries fields"]:
@@ -387,6 +527,17 @@ def _blocks_per_tile(
     for part in parts:
         np.add.at(blocks, part.tile, -(-(part.end - part.start) // block_kv))
     return blocks
+
+
+def _padded(info: TokenInfo, rows: int) -> TokenInfo:
+    """The tokens of all rows, followed by padding."""
+    padding = (0, rows - info.position.size)
+    return TokenInfo(
+        *(
+            np.pad(part, padding, constant_values=value)
+            for part, value in zip(info, PADDING, strict=True)
+        )
+    )
 
 
 def _stack(tables: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -237,15 +237,21 @@ class Template:
 
     @property
     def info(self) -> TokenInfo:
-        """Position, image and sink of every token, in prompt order, for the predicate."""
-        return TokenInfo(np.arange(self.tokens, dtype=np.int32), self.image, self.sink)
+        """What the predicate needs to know about every token, in prompt order."""
+        position = np.arange(self.tokens, dtype=np.int32)
+        return TokenInfo(position, self.image, self.sink, np.zeros_like(position))
 
     @cached_property
     def packed_order(self) -> Int[np.ndarray, "tokens"]:
         """The prompt position of every row in packed order: text, then sinks, then the rest."""
-        text = self.image < 0
-        parts = (text, self.sink, ~(text | self.sink))
-        return np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])
+        return self.packed_order_of(0, self.tokens)
+
+    def packed_order_of(self, start: int, end: int) -> Int[np.ndarray, "span"]:
+        """The positions `start` to `end` in packed order."""
+        sink = self.sink[start:end]
+        text = self.image[start:end] < 0
+        parts = (text, sink, ~(text | sink))
+        return start + np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])
 
     def __repr__(self) -> str:
         return (

@@ -49,11 +49,13 @@ class TokenInfo(NamedTuple):
       position: int32, index in prompt order.
       image: int32, image number; -1 for text.
       sink: bool, whether the token is a sink, which later images may look at.
+      conversation: int32, which of several conversations the token belongs to.
     """
 
     position: Any
     image: Any
     sink: Any
+    conversation: Any
 
 
 class KeyVisibility(NamedTuple):
@@ -84,7 +86,8 @@ def visible(query: TokenInfo, key: TokenInfo, groups: Any, visibility: Visibilit
     Returns:
       A boolean array of the shape that the arguments broadcast to.
     """
-    return sees(query.position, query.image, key_visibility(key, groups, visibility), visibility)
+    seen = sees(query.position, query.image, key_visibility(key, groups, visibility), visibility)
+    return seen & (query.conversation == key.conversation)
 
 
 def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVisibility:
@@ -104,7 +107,10 @@ def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVi
 
 
 def sees(query_position: Any, query_image: Any, key: KeyVisibility, visibility: Visibility) -> Any:
-    """The half of the predicate that depends on pairs: two selects and a comparison for each."""
+    """The half of the predicate that depends on pairs: two selects and a comparison for each.
+
+    For queries and keys of one conversation: the ranges of a schedule never leave it.
+    """
     where = key.image.__array_namespace__().where
     seen_from = where(key.image == query_image, key.own_from, key.other_from)
     seen_from = where(query_image < 0, key.position, seen_from)

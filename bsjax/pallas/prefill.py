@@ -19,8 +19,12 @@ starts, and where the range ends.
 
 All heads, whatever their categories, run in one launch. The first axis of the grid, which runs
 fastest, is the head: the query heads that share a key head read the same keys at about the same
-time, from L2. The second axis is the tile; schedules list the longest tiles first. Where a tile has
-more rows than the registers hold, several programs share it.
+time, from L2. If the schedule stacks the heads of text rows, key heads follow the query heads on
+that axis, and the rows of their tiles are (row, query head) pairs. The second axis is the tile;
+schedules list the longest tiles first. Where a tile has more rows than the registers hold, several
+programs share it.
+
+Keys and values are read from the cache of all layers, at the index of one.
 
 Reads of keys and values are never masked by row, so that the pipelined loops can copy them straight
 to shared memory. Masked reads, together with the predicate's reads, would also make Triton's
@@ -51,21 +55,22 @@ from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 
 
 def prefill_attention(
-    q: Float[Array, "tokens q_heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "*layers keys kv_heads head_dim"],
+    v: Float[Array, "*layers keys kv_heads head_dim"],
     schedule: Schedule,
     head_category: Int[Array, "q_heads"],
+    layer: Int[Array, ""] | None = None,
     *,
     scale: float,
     return_lse: bool = False,
     interpret: bool = False,
     configuration: KernelConfiguration | None = None,
 ) -> (
-    Float[Array, "tokens q_heads head_dim"]
-    | tuple[Float[Array, "tokens q_heads head_dim"], Float[Array, "tokens q_heads"]]
+    Float[Array, "queries q_heads head_dim"]
+    | tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]
 ):
-    """Block-sparse attention over a whole prompt, for NVIDIA GPUs.
+    """Block-sparse attention to the keys of one layer, for NVIDIA GPUs.
 
     The arrays must match each other and the schedule; `bsjax.attention.ragged_attention` checks
     that.
@@ -77,6 +82,7 @@ def prefill_attention(
       v: values, of the shape and dtype of `k`; all finite.
       schedule: which blocks to visit. Both block sizes are powers of two, 16 or more.
       head_category: int32, the table of the schedule that each query head uses.
+      layer: the layer whose keys and values are read; None if there is no axis of layers.
       scale: factor applied to the scores, above 0.
       return_lse: also return the log-sum-exp of the scores.
       interpret: run in plain JAX on any device, slowly, for tests.
@@ -85,8 +91,8 @@ def prefill_attention(
 
     Returns:
       The output in the dtype of `q`. With `return_lse` also the natural log-sum-exp of every row's
-      scores, float32 [tokens, q_heads]. A row that sees no key, such as a padding row, yields zeros
-      and -inf. Sums are in float32; float32 inputs are multiplied in float32, not in TF32.
+      scores, float32 [queries, q_heads]. A row that sees no key, such as a padding row, yields
+      zeros and -inf. Sums are in float32; float32 inputs are multiplied in float32, not in TF32.
 
     Raises:
       BackendError: the kernel does not support the block sizes, head dimension or dtype.
@@ -97,8 +103,11 @@ def prefill_attention(
                 f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
                 f"got {block}: build the mask with the sizes of `bsjax.pallas.default_blocks`."
             )
-    tokens, q_heads, head_dim = q.shape
-    group = q_heads // k.shape[1]
+    if layer is None:
+        k, v, layer = k[None], v[None], jnp.int32(0)
+    rows, q_heads, head_dim = q.shape
+    layers, key_rows, kv_heads, _ = k.shape
+    group = q_heads // kv_heads
     pieces = pieces_of(head_dim)
     width = width_of(pieces)
     if configuration is None:
@@ -119,34 +128,49 @@ def prefill_attention(
         block_kv=configuration.block_kv,
         steps_per_block=schedule.block_kv // configuration.block_kv,
         visibility=schedule.visibility,
+        q_heads=q_heads,
+        stacked_heads=schedule.stacked_heads,
         scale=scale,
         interpret=interpret,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
 
     groups = jnp.asarray(schedule.groups)[:, None]
-    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.info))
+    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
     keys = key_visibility(info, groups, schedule.visibility)
     # Blocks of keys are read whole. Only a prompt that is shorter than one block needs padding.
-    missing = max(0, configuration.block_kv - tokens)
-    k, v = (jnp.pad(array, ((0, missing), (0, 0), (0, 0))) for array in (k, v))
-    keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
+    missing = max(0, configuration.block_kv - key_rows)
+    if missing:
+        k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
+        keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
 
-    def of_head(rows: int, heads_per_row: int) -> pl.BlockSpec:
-        return pl.BlockSpec((rows, None, width), lambda head, tile: (0, head // heads_per_row, 0))
+    def kv_head(head: Any) -> Any:
+        of_query_head = head // group
+        if not schedule.stacked_heads:
+            return of_query_head
+        return jnp.where(head < q_heads, of_query_head, head - q_heads)
 
-    row_of_head = pl.BlockSpec((tokens, None), lambda head, tile: (0, head))
+    of_key_head = pl.BlockSpec(
+        (layers, key_rows + missing, None, width), lambda head, tile: (0, 0, kv_head(head), 0)
+    )
+    if schedule.stacked_heads:
+        of_rows = pl.BlockSpec((rows, q_heads, width), lambda head, tile: (0, 0, 0))
+        lse_of_rows = pl.BlockSpec()
+    else:
+        of_rows = pl.BlockSpec((rows, None, width), lambda head, tile: (0, head, 0))
+        lse_of_rows = pl.BlockSpec((rows, None), lambda head, tile: (0, head))
     whole = pl.BlockSpec()
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    out_specs = [of_head(tokens, 1)]
+    out_specs = [of_rows]
     if return_lse:
-        out_shape.append(jax.ShapeDtypeStruct((tokens, q_heads), jnp.float32))
-        out_specs.append(row_of_head)
+        out_shape.append(jax.ShapeDtypeStruct((rows, q_heads), jnp.float32))
+        out_specs.append(lse_of_rows)
+    heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
     outputs = pl.pallas_call(
         functools.partial(_attend_tile, settings),
         out_shape=out_shape,
-        grid=(q_heads, schedule.tile_columns.shape[1] * programs_per_tile),
-        in_specs=[of_head(tokens, 1)] + [of_head(k.shape[0], group)] * 2 + [whole] * 7,
+        grid=(heads, schedule.tile_columns.shape[1] * programs_per_tile),
+        in_specs=[of_rows, of_key_head, of_key_head] + [whole] * 10,
         out_specs=out_specs,
         compiler_params=pltriton.CompilerParams(
             num_warps=configuration.num_warps, num_stages=configuration.num_stages
@@ -157,10 +181,13 @@ def prefill_attention(
         q,
         k,
         v,
+        jnp.asarray(schedule.queries.position),
+        jnp.asarray(schedule.queries.image),
         keys.position[0],
         keys.image[0],
         keys.own_from,
         keys.other_from,
+        jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.asarray(head_category),
         jnp.asarray(schedule.tile_columns),
         jnp.asarray(schedule.range_columns),
@@ -178,6 +205,8 @@ class _Settings(NamedTuple):
     steps_per_block: int
     """How many blocks of the kernel make one block of the schedule."""
     visibility: Visibility
+    q_heads: int
+    stacked_heads: int
     scale: float
     interpret: bool
     precision: jax.lax.Precision | None
@@ -205,43 +234,110 @@ class _Softmax(NamedTuple):
     """For each piece of the head, float32 [block_q, size]: sum of exp2(score - maximum) * value."""
 
 
+class _TileRows(NamedTuple):
+    """The rows of a program: of one head, or pairs of a row and a head that share a key head."""
+
+    table: Array
+    tile: Tile
+    count: Array
+    """How many rows there are: 0 or less if there is nothing to do."""
+    inside: Array
+    """bool [block_q]: which rows belong to the tile."""
+    first_row: Array
+    row: Array | None
+    """int32 [block_q], the query row; None for consecutive rows of one head."""
+    head: Array | None
+    """int32 [block_q], the query head."""
+
+    def vector(self, array: Any) -> Any:
+        """The entries of an array [rows] that belong to the program's rows."""
+        if self.row is None:
+            return array.at[pl.ds(self.first_row, self.inside.size)]
+        return array.at[self.row]
+
+    def of_heads(self, array: Any) -> Any:
+        """The entries of an array [rows, heads] or, of one head, [rows]."""
+        return self.vector(array) if self.row is None else array.at[self.row, self.head]
+
+    def matrix(self, array: Any, piece: Piece) -> Any:
+        """One piece of the rows of an array [rows, heads, head_dim] or [rows, head_dim]."""
+        if self.row is None or self.head is None:
+            # A computed 0, which the compiler turns into a constant. In interpret mode, all starts
+            # of a slice must have the same dtype, and a constant's would be int64 with
+            # `jax_enable_x64`.
+            start = self.first_row * 0 + piece.start
+            return array.at[pl.ds(self.first_row, self.inside.size), pl.ds(start, piece.size)]
+        columns = piece.start + jnp.arange(piece.size, dtype=jnp.int32)
+        return array.at[self.row[:, None], self.head[:, None], columns[None, :]]
+
+
+def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileRows:
+    """What the program with these indices has to do."""
+    head = pl.program_id(0)
+    programs_per_tile = np.int32(settings.programs_per_tile)
+    tile_index = jax.lax.div(pl.program_id(1), programs_per_tile)
+    earlier = jax.lax.rem(pl.program_id(1), programs_per_tile) * settings.block_q
+    indices = jnp.arange(settings.block_q, dtype=jnp.int32)
+    if not settings.stacked_heads:
+        table = category_ref[head]
+        tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
+        count = tile.rows - earlier
+        first_row = tile.first_row + earlier
+        return _TileRows(table, tile, count, indices < count, first_row, None, None)
+    q_heads, group = np.int32(settings.q_heads), np.int32(settings.stacked_heads)
+    of_text = head >= q_heads
+    of_head = category_ref[jnp.minimum(head, q_heads - 1)]
+    table = jnp.where(of_text, np.int32(tiles_ref.shape[0] - 1), of_head)
+    tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
+    stacked = jnp.where(of_text, group, np.int32(1))
+    first_head = jnp.where(of_text, (head - q_heads) * group, head)
+    index = earlier + indices
+    count = tile.rows * stacked - earlier
+    return _TileRows(
+        table,
+        tile,
+        count,
+        indices < count,
+        tile.first_row,
+        tile.first_row + jax.lax.div(index, jnp.broadcast_to(stacked, index.shape)),
+        first_head + jax.lax.rem(index, jnp.broadcast_to(stacked, index.shape)),
+    )
+
+
 def _attend_tile(
     settings: _Settings,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
+    query_position_ref: Any,
+    query_image_ref: Any,
     position_ref: Any,
     image_ref: Any,
     own_from_ref: Any,
     other_from_ref: Any,
+    layer_ref: Any,
     category_ref: Any,
     tiles_ref: Any,
     ranges_ref: Any,
     out_ref: Any,
     lse_ref: Any = None,
 ) -> None:
-    """One program: the attention of a tile's rows, or of some of them, for one head."""
-    table = category_ref[pl.program_id(0)]
-    programs_per_tile = np.int32(settings.programs_per_tile)
-    tile_index = jax.lax.div(pl.program_id(1), programs_per_tile)
-    tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
-    earlier_rows = jax.lax.rem(pl.program_id(1), programs_per_tile) * settings.block_q
-    first_row, rows = tile.first_row + earlier_rows, tile.rows - earlier_rows
+    """One program: the attention of a tile's rows, or of some of them."""
+    work = _tile_rows(settings, category_ref, tiles_ref)
+    table, tile = work.table, work.tile
+    layer = layer_ref[0]
 
     to_log2 = settings.scale * LOG2_E
 
-    def load(ref: Any, start: Array, size: int, inside: Array | None) -> list[Array]:
-        """Rows of one head, piece by piece."""
-        rows_and_columns = [
-            (
-                ref.at[pl.ds(start, size), pl.ds(piece.start, piece.size)],
-                _both(None if inside is None else inside[:, None], piece.inside),
+    def load(ref: Any, start: Array) -> list[Array]:
+        """Rows of a block of keys or values, piece by piece."""
+        return [
+            pltriton.load(
+                ref.at[layer, pl.ds(start, settings.block_kv), pl.ds(piece.start, piece.size)],
+                mask=piece.inside,
+                other=None if piece.inside is None else 0.0,
             )
             for piece in settings.pieces
-        ]
-        return [
-            pltriton.load(part, mask=mask, other=None if mask is None else 0.0)
-            for part, mask in rows_and_columns
         ]
 
     def product(left: Array, right: Array) -> Array:
@@ -286,24 +382,26 @@ def _attend_tile(
             bound(range_index, "end"),
         )
 
-    @pl.when(rows > 0)
+    @pl.when(work.count > 0)
     def _() -> None:
-        inside_tile = jnp.arange(settings.block_q, dtype=jnp.int32) < rows
-        queries = load(q_ref, first_row, settings.block_q, inside_tile)
+        queries = [
+            pltriton.load(
+                work.matrix(q_ref, piece), mask=_both(work.inside[:, None], piece.inside), other=0.0
+            )
+            for piece in settings.pieces
+        ]
         query_position, query_image = (
-            pltriton.load(ref.at[pl.ds(first_row, settings.block_q)], mask=inside_tile, other=0)[
-                :, None
-            ]
-            for ref in (position_ref, image_ref)
+            pltriton.load(work.vector(ref), mask=work.inside, other=0)[:, None]
+            for ref in (query_position_ref, query_image_ref)
         )
-        last_start = k_ref.shape[0] - settings.block_kv
+        last_start = k_ref.shape[1] - settings.block_kv
 
         def full_block(
             step: Array, carry: tuple[_NextBlock, _Softmax]
         ) -> tuple[_NextBlock, _Softmax]:
             block, softmax = carry
-            keys = load(k_ref, block.start, settings.block_kv, None)
-            values = load(v_ref, block.start, settings.block_kv, None)
+            keys = load(k_ref, block.start)
+            values = load(v_ref, block.start)
             softmax = attend(softmax, scores_of(queries, keys), values)
             return advance(step, block), softmax
 
@@ -316,8 +414,8 @@ def _attend_tile(
             first_key = jnp.minimum(block.start, last_start)
             key_rows = first_key + jnp.arange(settings.block_kv, dtype=jnp.int32)
             in_block = (key_rows >= block.start) & (key_rows < block.end)
-            keys = load(k_ref, first_key, settings.block_kv, None)
-            values = load(v_ref, first_key, settings.block_kv, None)
+            keys = load(k_ref, first_key)
+            values = load(v_ref, first_key)
             in_memory = pl.ds(first_key, settings.block_kv)
             key = KeyVisibility(
                 *(
@@ -352,28 +450,21 @@ def _attend_tile(
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
-        # A computed 0, which the compiler turns into a constant. In interpret mode, all starts of
-        # a slice must have the same dtype, and a constant's would be int64 with `jax_enable_x64`.
-        zero = first_row * 0
         for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
             pltriton.store(
-                out_ref.at[
-                    pl.ds(first_row, settings.block_q), pl.ds(zero + piece.start, piece.size)
-                ],
+                work.matrix(out_ref, piece),
                 (weighted / total[:, None]).astype(out_ref.dtype),
-                mask=_both(inside_tile[:, None], piece.inside),
+                mask=_both(work.inside[:, None], piece.inside),
             )
         if lse_ref is not None:
             lse = (softmax.maximum + jnp.log2(total)) / LOG2_E
             pltriton.store(
-                lse_ref.at[pl.ds(first_row, settings.block_q)],
+                work.of_heads(lse_ref),
                 jnp.where(softmax.total > 0, lse, -jnp.inf),
-                mask=inside_tile,
+                mask=work.inside,
             )
 
 
-def _both(rows: Array | None, columns: Array | None) -> Array | None:
+def _both(rows: Array, columns: Array | None) -> Array:
     """The mask of a block from those of its rows and of its columns; None masks nothing."""
-    if rows is None or columns is None:
-        return columns if rows is None else rows
-    return rows & columns
+    return rows if columns is None else rows & columns

@@ -43,7 +43,7 @@ def measure_heads(
                 q, k, v, schedule, scale=module.language_model.scale, backend=backend
             )
             dense, lse = dense_output(partials)
-            is_image = jnp.asarray(schedule.image) >= 0
+            is_image = jnp.asarray(schedule.queries.image) >= 0
             return dense.astype(q.dtype), head_statistics(partials, dense, lse, is_image)
 
         return attend

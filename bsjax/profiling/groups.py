@@ -124,7 +124,7 @@ def group_partials(
     # A loop over the tables compiles attention once instead of five times.
     out, lse = jax.lax.map(over_table, jnp.arange(len(GROUPS)))
     # The reference backend ignores tiles and computes text rows in every table.
-    repeated = (jnp.arange(len(GROUPS)) > 0)[:, None] & (schedule.image < 0)
+    repeated = (jnp.arange(len(GROUPS)) > 0)[:, None] & (schedule.queries.image < 0)
     return GroupPartials(out, jnp.where(repeated[..., None], -jnp.inf, lse))
 
 

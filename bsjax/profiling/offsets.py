@@ -64,7 +64,7 @@ def other_image_mass(
         span = min(span, schedule.visibility.window - 1 + chunk)
 
     # In prompt order a row's index is its position; padding has the greatest, so it stays last.
-    order = jnp.argsort(jnp.asarray(schedule.position))
+    order = jnp.argsort(jnp.asarray(schedule.keys.position))
 
     def in_prompt_order(array: Any, padding: int) -> Array:
         widths = ((0, spare),) + ((0, 0),) * (array.ndim - 1)
@@ -72,9 +72,10 @@ def other_image_mass(
 
     q, k, lse = (in_prompt_order(array, 0) for array in (q, k, lse))
     info = TokenInfo(
-        in_prompt_order(schedule.position, PADDING_POSITION),
-        in_prompt_order(schedule.image, -1),
-        in_prompt_order(schedule.sink, False),
+        in_prompt_order(schedule.keys.position, PADDING_POSITION),
+        in_prompt_order(schedule.keys.image, -1),
+        in_prompt_order(schedule.keys.sink, False),
+        in_prompt_order(schedule.keys.conversation, -1),
     )
 
     def add_chunk(index: Array, total: Array) -> Array:

@@ -168,7 +168,7 @@ def prepare_inputs(
         head_dim,
         [HeadCategory.DENSE, *np.unique(head_category).tolist()],
     )
-    order = schedules[0].position[: template.tokens]
+    order = schedules[0].queries.position[: template.tokens]
 
     def by_row(values: np.ndarray, padding: int) -> np.ndarray:
         padded = np.full((*values.shape[:-1], rows), padding, np.int32)

@@ -54,7 +54,8 @@ def hidden_states(
     embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
         features.reshape(*image_rows.shape, -1), mode="drop"
     )
-    info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink)))
+    one_conversation = np.zeros_like(batch.image)
+    info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink, one_conversation)))
 
     def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
         def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
@@ -82,7 +83,9 @@ def run_tower(
         return lambda q, k, v: _masked_attention(q, k, v, same, q.shape[-1] ** -0.5)
 
     assert plan.window_schedule is not None
-    attends = (attend_within(plan.schedule.image), attend_within(plan.window_schedule.image))
+    attends = tuple(
+        attend_within(schedule.queries.image) for schedule in (plan.schedule, plan.window_schedule)
+    )
     return tower.run_blocks(pixel_values, plan, attends)
 
 

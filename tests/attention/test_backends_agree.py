@@ -1,5 +1,6 @@
 """All backends of `sparse_attention` compute the same result: dense softmax under the predicate."""
 
+import os
 from functools import partial
 
 import jax
@@ -12,13 +13,16 @@ from hypothesis import strategies as st
 import bsjax
 from bsjax import BackendError, BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
 from bsjax.attention import ragged_attention
-from bsjax.masks.visibility import CAUSAL, Visibility
-from tests.support.templates import categories, templates, visibilities, visible_matrix
+from bsjax.masks.rows import Rows
+from bsjax.masks.schedule import Capacity, build_span_schedule
+from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility, visible
+from tests.support.templates import categories, spans, templates, visibilities, visible_matrix
 
 RAGGED = Template.from_segments(
     [Text(5), Image(37), Text(3), Image(1), Image(20), Text(9), Image(50), Text(1)],
     Sinks(first=1, offsets=(4,)),
 )
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 MIXED = [
     HeadCategory.DENSE,
     HeadCategory.SINK,
@@ -116,11 +120,94 @@ def test_xla_is_right_on_random_templates(template, categories, visibility, bloc
     check(template, categories, q, k, v, "xla", 5e-6, visibility, blocks)
 
 
+QUERY_ROWS, KEY_ROWS = 256, 704
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
-def test_xla_gradients_are_those_of_the_reference(visibility):
+def test_chunks_turns_and_batches_read_one_layer_of_a_cache(backend, visibility):
+    """Some queries of several conversations against the rows of one layer, heads stacked or not."""
+    q, k, v = arrays(KEY_ROWS, 4, 2, 16)
+    q, k, v = q[:QUERY_ROWS], jnp.stack([k, -k]), jnp.stack([v, 2 * v])
+    attend = jax.jit(partial(ragged_attention, scale=0.25, backend=backend, return_lse=True))
+
+    @settings(max_examples=EXAMPLES)
+    @given(
+        of=spans,
+        stacked_heads=st.sampled_from([0, 2]),
+        categories=st.lists(st.sampled_from(HeadCategory), min_size=4, max_size=4),
+        layer=st.integers(0, 1),
+    )
+    def run(of, stacked_heads, categories, layer):
+        queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+        schedule = build_span_schedule(
+            queries,
+            keys,
+            [category.groups for category in HeadCategory],
+            block_q=16,
+            block_kv=16,
+            visibility=visibility,
+            query_rows=QUERY_ROWS,
+            key_rows=KEY_ROWS,
+            stacked_heads=stacked_heads,
+            capacity=Capacity(256, 4096),
+        )
+        real = queries.tokens
+        out, lse = attend(q, k, v, schedule, jnp.asarray(categories, jnp.int32), jnp.int32(layer))
+        query, key = schedule.queries, schedule.keys
+        seen = [
+            visible(
+                TokenInfo(*(part[:real, None] for part in query)),
+                TokenInfo(*(part[None, :] for part in key)),
+                category.groups,
+                visibility,
+            )
+            for category in categories
+        ]
+        wanted_out, wanted_lse = dense_softmax(q[:real], k[layer], v[layer], seen, 0.25)
+        np.testing.assert_allclose(out[:real], wanted_out, atol=5e-6, rtol=5e-6)
+        np.testing.assert_allclose(lse[:real], wanted_lse, atol=5e-6, rtol=5e-6)
+        assert (out[real:] == 0).all() and np.isneginf(lse[real:]).all(), "padding rows"
+
+    run()
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
+def test_queries_of_a_chunk_equal_those_of_the_whole_prompt(backend):
+    q, k, v = arrays(RAGGED.tokens, 4, 2, 64)
+    whole = bsjax.sparse_attention(q, k, v, BlockMask(RAGGED, MIXED, 16, 16), backend="reference")
+    for chunk in (range(0, 40), range(40, 41), range(41, RAGGED.tokens)):
+        mask = BlockMask(RAGGED, MIXED, 16, 16, queries=chunk)
+        out = bsjax.sparse_attention(q[chunk.start : chunk.stop], k, v, mask, backend=backend)
+        np.testing.assert_allclose(out, whole[chunk.start : chunk.stop], atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
+def test_prompts_of_a_batch_do_not_see_each_other(backend):
+    other = Template.from_segments([Image(30), Text(17)])
+    alone = [
+        arrays(template.tokens, 4, 2, 64, seed=i) for i, template in enumerate((RAGGED, other))
+    ]
+    q, k, v = map(jnp.concatenate, zip(*alone, strict=True))
+    mask = BlockMask([RAGGED, other], MIXED, 16, 16, queries=[range(3, 126), range(20, 47)])
+    out = bsjax.sparse_attention(jnp.concatenate([q[3:126], q[146:]]), k, v, mask, backend=backend)
+    expected = [
+        bsjax.sparse_attention(*of, BlockMask(template, MIXED, 16, 16), backend="reference")
+        for template, of in zip((RAGGED, other), alone, strict=True)
+    ]
+    np.testing.assert_allclose(out, jnp.concatenate([expected[0][3:], expected[1][20:]]), atol=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [None, range(30, 90)], ids=["whole", "chunk"])
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=["causal", "bidirectional", "windowed"])
+def test_xla_gradients_are_those_of_the_reference(visibility, queries):
     q, k, v = arrays(RAGGED.tokens, 4, 2, 16)
-    mask = BlockMask(RAGGED, MIXED, 16, 8, visibility.bidirectional_images, visibility.window)
+    q = q if queries is None else q[queries.start : queries.stop]
+    mask = BlockMask(
+        RAGGED, MIXED, 16, 8, visibility.bidirectional_images, visibility.window, queries
+    )
     weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
 
     def loss(q, k, v, backend):
@@ -199,7 +286,7 @@ def test_bad_input_is_refused_with_a_reason():
     q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
     with pytest.raises(BackendError, match="cuda.*auto, pallas, xla, reference"):
         bsjax.sparse_attention(q, k, v, mask, backend="cuda")
-    with pytest.raises(MaskError, match="mask is for 126 tokens"):
+    with pytest.raises(MaskError, match="mask is for 126 queries and 126 keys"):
         bsjax.sparse_attention(q[:5], k[:5], v[:5], mask)
     with pytest.raises(MaskError, match="mask is for 2 query heads"):
         bsjax.sparse_attention(q[:, :1], k, v, mask)
@@ -227,7 +314,7 @@ def test_ragged_attention_refuses_bad_input_too(backend):
         attend(q, k, v, scale=-1.0)
     with pytest.raises(MaskError, match="one dtype"):
         attend(q, k.astype(jnp.bfloat16), v, scale=1.0)
-    with pytest.raises(MaskError, match="mask is for 126 tokens"):
+    with pytest.raises(MaskError, match="mask is for 126 queries and 126 keys"):
         attend(q[:5], k[:5], v[:5], scale=1.0)
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("annotations_unchecked")
         ((Q, Q, "v", MASK), "v must be a JAX or NumPy array, got str"),
         ((np.float64(Q),) * 3 + (MASK,), "must have one dtype"),
         ((np.array(Q, object), Q, Q, MASK), "must have one dtype"),
-        ((Q[0], Q, Q, MASK), "Attention needs q [tokens, q_heads, head_dim]"),
+        ((Q[0], Q, Q, MASK), "Attention needs q [queries, q_heads, head_dim]"),
     ],
 )
 def test_arrays_and_masks(arguments, words):

@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 from bsjax import BlockMask, HeadCategory, Image, MaskError, Sinks, Template, Text
 from bsjax.masks.categories import KeyGroup
 from bsjax.masks.query_rows import QueryRows, visible_pairs
-from bsjax.masks.schedule import KeyRange, Tile, build_schedule, segment_schedule
+from bsjax.masks.rows import Rows, Span
+from bsjax.masks.schedule import (
+    PADDING_POSITION,
+    KeyRange,
+    Tile,
+    build_schedule,
+    build_span_schedule,
+    segment_schedule,
+    uses_packed_order,
+)
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
-from tests.support.templates import categories, templates, visibilities, visible_matrix
+from tests.support.templates import categories, spans, templates, visibilities, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
 
@@ -38,17 +47,64 @@ def walk(schedule, table):
 
 
 def row_matrix(schedule, table):
-    query = TokenInfo(*(part[:, None] for part in schedule.info))
-    key = TokenInfo(*(part[None, :] for part in schedule.info))
-    return visible(query, key, int(schedule.groups[table]), schedule.visibility)
+    query = TokenInfo(*(part[:, None] for part in schedule.queries))
+    key = TokenInfo(*(part[None, :] for part in schedule.keys))
+    seen = visible(query, key, int(schedule.groups[table]), schedule.visibility)
+    return seen & (query.position != PADDING_POSITION)
+
+
+tables_of_key_groups = st.lists(
+    st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets, min_size=1, max_size=4
+)
+
+
+def check_invariants(schedule, tables, block_q):
+    """Compares the tiles and ranges of each table with the predicate."""
+    is_text = schedule.queries.image < 0
+    for table in range(tables):
+        of_text = schedule.stacked_heads > 0 and table == tables - 1
+        most_rows = max(1, block_q // schedule.stacked_heads) if of_text else block_q
+        seen = row_matrix(schedule, table)
+        covered = np.zeros(seen.shape, int)
+        tiled = np.zeros(schedule.query_rows, int)
+        work = []
+        for rows, blocks in walk(schedule, table):
+            assert len(rows) <= most_rows
+            tiled[rows] += 1
+            work.append(len(blocks))
+            needed = seen[rows].any(axis=0)
+            for keys, full in blocks:
+                covered[np.ix_(rows, keys)] += 1
+                assert not full or (
+                    len(keys) == schedule.block_kv and seen[np.ix_(rows, keys)].all()
+                )
+            # A range is a maximal run of needed keys within one segment of the key rows: where two
+            # segments meet, a run is visited as two ranges.
+            runs = np.flatnonzero(np.diff(np.concatenate(([0], needed, [0]))))
+            lengths = runs[1::2] - runs[::2]
+            assert len(blocks) <= sum(-(-lengths // schedule.block_kv)) + schedule_borders(schedule)
+        expected = np.ones(schedule.query_rows, int)
+        if schedule.stacked_heads:
+            real_text = is_text & (schedule.queries.position != PADDING_POSITION)
+            expected = np.where(real_text, of_text, not of_text)
+        np.testing.assert_array_equal(tiled, expected, "every row is in exactly one tile")
+        assert covered.max(initial=0) <= 1, "no pair is covered twice"
+        assert (covered[seen & (expected > 0)[:, None]] == 1).all(), "every visible pair is covered"
+        assert work == sorted(work, reverse=True), "longest tiles first"
+
+
+def schedule_borders(schedule):
+    """How many borders there are between segments of the key rows."""
+    keys = schedule.keys
+    kind = np.where(keys.image < 0, 0, np.where(keys.sink, 1, 2))
+    grows = np.diff(keys.position) > 0
+    return int((~grows | (np.diff(kind) != 0) | (np.diff(keys.conversation) != 0)).sum()) + 1
 
 
 @settings(max_examples=300)
 @given(
     template=templates,
-    tables=st.lists(
-        st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets, min_size=1, max_size=4
-    ),
+    tables=tables_of_key_groups,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
     padding=st.integers(0, 20),
@@ -65,31 +121,74 @@ def test_every_visible_pair_is_covered_once(
         tokens=template.tokens + padding,
         visibility=visibility,
     )
-    real = template.tokens
+    check_invariants(schedule, len(tables), block_q)
     for table, groups in enumerate(tables):
-        seen = row_matrix(schedule, table)
-        seen[real:] = False
-        assert visible_pairs(template, groups, visibility) == seen.sum()
-        covered = np.zeros(seen.shape, int)
-        tiled = np.zeros(schedule.tokens, int)
-        work = []
-        for rows, blocks in walk(schedule, table):
-            assert len(rows) <= block_q
-            tiled[rows] += 1
-            work.append(len(blocks))
-            needed = seen[rows].any(axis=0)
-            for keys, full in blocks:
-                covered[np.ix_(rows, keys)] += 1
-                assert not full or (len(keys) == block_kv and seen[np.ix_(rows, keys)].all())
-            # A range is a maximal run of needed keys within one part of the order; the order has
-            # three parts, so at most two runs of needed keys are visited as more than one range.
-            runs = np.flatnonzero(np.diff(np.concatenate(([0], needed, [0]))))
-            lengths = runs[1::2] - runs[::2]
-            assert len(blocks) <= sum(-(-lengths // block_kv)) + 2
-        assert (tiled == 1).all(), "every row is in exactly one tile"
-        assert covered.max(initial=0) <= 1, "no pair is covered twice"
-        assert (covered[seen] == 1).all(), "every visible pair is covered"
-        assert work == sorted(work, reverse=True), "longest tiles first"
+        pairs = visible_pairs(template, groups, visibility)
+        assert pairs == row_matrix(schedule, table).sum()
+
+
+@settings(max_examples=300)
+@given(
+    of=spans,
+    tables=tables_of_key_groups,
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 12),
+    padding=st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    stacked_heads=st.integers(0, 4),
+    visibility=visibilities,
+)
+def test_chunks_turns_and_batches_are_covered_once(
+    of, tables, block_q, block_kv, padding, stacked_heads, visibility
+):
+    """Queries of some tokens, keys in rows of several turns, conversations in any order."""
+    packed = uses_packed_order(tables)
+    queries, keys = (Rows(of.templates, part, packed=packed) for part in (of.queries, of.keys))
+    schedule = build_span_schedule(
+        queries,
+        keys,
+        tables,
+        block_q=block_q,
+        block_kv=block_kv,
+        query_rows=queries.tokens + padding[0],
+        key_rows=keys.tokens + padding[1],
+        visibility=visibility,
+        stacked_heads=stacked_heads if packed else 0,
+    )
+    check_invariants(schedule, schedule.tile_columns.shape[0], block_q)
+    assert schedule.query_rows == queries.tokens + padding[0]
+    assert schedule.key_rows == keys.tokens + padding[1]
+
+
+@settings(max_examples=100)
+@given(of=spans, categories=categories, visibility=visibilities)
+def test_a_mask_of_some_queries_is_that_part_of_the_whole(of, categories, visibility):
+    def mask(queries):
+        return BlockMask(
+            list(of.templates),
+            categories,
+            8,
+            4,
+            visibility.bidirectional_images,
+            visibility.window,
+            queries=queries,
+        )
+
+    spans = [
+        next((range(s.start, s.end) for s in of.queries if s.conversation == index), range(0))
+        for index in range(len(of.templates))
+    ]
+    some, whole = mask(spans), mask(None)
+    firsts = np.cumsum([0, *(template.tokens for template in of.templates)]).tolist()
+    rows = [first + p for first, span in zip(firsts, spans, strict=False) for p in span]
+    for head, category in enumerate(categories):
+        np.testing.assert_array_equal(some.to_dense(head), whole.to_dense(head)[rows])
+        assert some.visible_pairs[head] == whole.to_dense(head)[rows].sum()
+        for first, template in zip(firsts, of.templates, strict=False):
+            own = slice(first, first + template.tokens)
+            np.testing.assert_array_equal(
+                whole.to_dense(head)[own, own],
+                visible_matrix(template, category.groups, visibility),
+            )
 
 
 @pytest.mark.slow
@@ -120,23 +219,24 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
 @pytest.mark.slow
 @settings(max_examples=400)
 @given(
-    template=templates,
+    of=spans,
     groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
     visibility=visibilities,
 )
-def test_probes_give_the_ranges_of_all_rows(template, groups, block_q, block_kv, visibility):
+def test_probes_give_the_ranges_of_all_rows(of, groups, block_q, block_kv, visibility):
     def build():
         # The second table makes the order packed, whatever key groups the first one has.
         tables = [groups, HeadCategory.SINK.groups]
-        return build_schedule(
-            template, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
+        queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+        return build_span_schedule(
+            queries, keys, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
         )
 
     few = build()
     with mock.patch.object(
-        QueryRows, "probes", lambda rows, starts, block_q: np.arange(rows.tokens)
+        QueryRows, "probes", lambda of, starts, block_q, rows: np.arange(rows.start, rows.stop)
     ):
         every = build()
     np.testing.assert_array_equal(few.tile_columns, every.tile_columns)
@@ -145,7 +245,8 @@ def test_probes_give_the_ranges_of_all_rows(template, groups, block_q, block_kv,
 
 def test_few_probes_suffice_with_a_window():
     template = Template.from_segments([Text(8), Image(256)] * 50)
-    rows = QueryRows(template, [HeadCategory.SINK.groups], Visibility(True, 1024))
+    whole = Rows([template], [Span(0, template.tokens)], packed=True)
+    rows = QueryRows(whole, 0, whole, Visibility(True, 1024))
     starts = rows.tile_starts(HeadCategory.SINK.groups, 128)
     assert rows.probes(starts, 128).size < rows.tokens / 10
     assert rows.probes(starts, 2048).size == rows.tokens, "a tile longer than the window"
@@ -224,6 +325,14 @@ def test_templates_of_similar_size_share_shapes():
         (lambda t: BlockMask(t, [0]).to_dense(1), "Head 1 does not exist"),
         (lambda t: BlockMask(t, [0]).plot(head=3), "Head 3 does not exist"),
         (lambda t: build_schedule(t, [None], block_q=1, block_kv=1, tokens=1), "Cannot pad"),
+        (lambda t: BlockMask([], [0]), "a list of at least one"),
+        (lambda t: BlockMask([t, 3], [0]), "got int in it"),
+        (lambda t: BlockMask(t, [0], queries=range(3, 6)), "not positions of a prompt of 5 tokens"),
+        (lambda t: BlockMask(t, [0], queries=range(4, 2)), "not positions of a prompt of 5 tokens"),
+        (lambda t: BlockMask(t, [0], queries=range(0, 4, 2)), "consecutive positions"),
+        (lambda t: BlockMask([t, t], [0], queries=range(2)), "for each of 2 prompts"),
+        (lambda t: BlockMask([t, t], [0], queries=[range(2), 4]), "consecutive positions, got 4"),
+        (lambda t: BlockMask([t, t], [0]).plot(), "several prompts has no picture"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(call, words):

@@ -141,8 +141,8 @@ class Port:
             )
             for visibility in family.visibilities(config)
         )
-        order = schedules[0].position[:tokens]
-        assert all(np.array_equal(of.position[:tokens], order) for of in schedules)
+        order = schedules[0].queries.position[:tokens]
+        assert all(np.array_equal(of.queries.position[:tokens], order) for of in schedules)
         if packed:
             assert not np.array_equal(order, np.arange(tokens))
         if categories is None:

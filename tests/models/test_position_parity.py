@@ -121,11 +121,11 @@ def test_rows_of_the_vision_tower_equal_transformers(family, sizes, frames):
             plan.merged_row[plan.order[::unit] // unit], np.arange(padded // unit)
         )
         windows = np.repeat(np.arange(len(window_ends) - 1), np.diff(window_ends))
-        np.testing.assert_array_equal(plan.window_schedule.image[:patches], windows)
+        np.testing.assert_array_equal(plan.window_schedule.queries.image[:patches], windows)
         expected = expected[order]
     np.testing.assert_array_equal(plan.positions[:patches], expected)
-    np.testing.assert_array_equal(plan.schedule.image[:patches], frame_of_row)
-    assert (plan.schedule.image[patches:] == -1).all()
+    np.testing.assert_array_equal(plan.schedule.queries.image[:patches], frame_of_row)
+    assert (plan.schedule.queries.image[patches:] == -1).all()
 
 
 @settings(deadline=None, max_examples=20)

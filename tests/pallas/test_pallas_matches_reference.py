@@ -38,9 +38,9 @@ def random_arrays(tokens, q_heads, kv_heads, head_dim, dtype, seed=0):
 def dense_softmax(q, k, v, schedule, head_category, scale, real_tokens):
     """float64 NumPy with the whole score matrix, rows in the schedule's order."""
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
-    query = TokenInfo(*(np.asarray(field)[:, None] for field in schedule.info))
-    key = TokenInfo(*(np.asarray(field)[None, :] for field in schedule.info))
-    real = np.arange(schedule.tokens) < real_tokens
+    query = TokenInfo(*(np.asarray(field)[:, None] for field in schedule.queries))
+    key = TokenInfo(*(np.asarray(field)[None, :] for field in schedule.queries))
+    real = np.arange(schedule.query_rows) < real_tokens
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for head, category in enumerate(head_category):
         seen = visible(query, key, int(schedule.groups[category]), schedule.visibility)
@@ -64,7 +64,9 @@ def check(
     tolerance: float = 3e-6,
     seed: int = 0,
 ):
-    q, k, v = random_arrays(schedule.tokens, len(head_category), kv_heads, head_dim, dtype, seed)
+    q, k, v = random_arrays(
+        schedule.query_rows, len(head_category), kv_heads, head_dim, dtype, seed
+    )
     scale = head_dim**-0.5
     out, lse = interpreted(
         q, k, v, schedule, jnp.asarray(head_category, jnp.int32), scale=scale, return_lse=True
@@ -165,7 +167,7 @@ def test_segments_of_a_vision_tower_see_only_themselves(lengths):
 def test_fewer_tokens_than_one_block_are_enough():
     template = Template.from_segments([Text(2), Image(3)])
     schedule = mixed_schedule(template, 128, 64)
-    assert schedule.tokens == 5
+    assert schedule.query_rows == 5
     check(schedule, 5, EVERY_CATEGORY)
 
 
@@ -190,7 +192,7 @@ def test_rows_that_see_nothing_and_padding_are_zero():
 
 def test_large_scores_do_not_overflow():
     schedule = mixed_schedule()
-    q, k, v = random_arrays(schedule.tokens, 4, 1, 64, "float32")
+    q, k, v = random_arrays(schedule.query_rows, 4, 1, 64, "float32")
     head_category = jnp.arange(4)
     out = prefill_attention(1e3 * q, k, v, schedule, head_category, scale=10.0, interpret=True)
     wanted, _ = dense_softmax(1e3 * q, k, v, schedule, range(4), 10.0, RAGGED.tokens)
@@ -211,7 +213,7 @@ def test_another_template_of_the_same_shape_compiles_nothing():
 
 def test_what_the_kernel_cannot_do_is_refused():
     schedule = mixed_schedule()
-    tokens = schedule.tokens
+    tokens = schedule.query_rows
     q, k, v = random_arrays(tokens, 4, 2, 64, "float32")
     every = jnp.arange(4)
     with pytest.raises(BackendError, match="power of two of at least 16, got 24"):

@@ -42,7 +42,7 @@ def partials_of(q, k, v, schedule, backend):
     partials = group_partials(q, k, v, schedule, scale=SCALE, backend=backend)
     dense, lse = dense_output(partials)
     combined = [partials.combined(category.groups) for category in HeadCategory]
-    is_image = jnp.asarray(schedule.image) >= 0
+    is_image = jnp.asarray(schedule.queries.image) >= 0
     return partials, combined, head_statistics(partials, dense, lse, is_image)
 
 
@@ -77,7 +77,7 @@ def schedules(template, visibility):
 def test_every_category_comes_out_of_one_pass(template, visibility, seed):
     q, k, v = arrays(seed)
     groups, categories = schedules(template, visibility)
-    np.testing.assert_array_equal(groups.position, categories.position)
+    np.testing.assert_array_equal(groups.queries.position, categories.queries.position)
     _, combined, _ = partials_of(q, k, v, groups, "xla")
     for (out, lse), (wanted, wanted_lse) in zip(
         combined, expected_of(q, k, v, categories), strict=True

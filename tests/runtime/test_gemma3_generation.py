@@ -109,8 +109,8 @@ def test_schedules_share_one_row_order(model):
         model.architecture, model.prompt(conversation()), profile, backend="xla", new_tokens=4
     )
     local, everywhere = inputs.schedules
-    np.testing.assert_array_equal(local.position, everywhere.position)
-    np.testing.assert_array_equal(local.position[: inputs.tokens], inputs.order)
+    np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
+    np.testing.assert_array_equal(local.queries.position[: inputs.tokens], inputs.order)
     assert not np.array_equal(inputs.order, np.arange(inputs.tokens)), "packed"
     assert (local.visibility.window, everywhere.visibility.window) == (12, None)
 

@@ -1,10 +1,14 @@
 """Random templates and masks for property tests, and what every mask must equal."""
 
+import itertools
+from typing import NamedTuple
+
 import numpy as np
 from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Sinks, Template, Text
 from bsjax.masks.categories import KeyGroup
+from bsjax.masks.rows import Span
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility, visible
 
 segments = st.lists(
@@ -15,6 +19,32 @@ sinks = st.builds(
 )
 templates = st.builds(Template.from_segments, segments, sinks)
 categories = st.lists(st.sampled_from(HeadCategory), min_size=1, max_size=4)
+
+
+class Spans(NamedTuple):
+    """What a batch of chunks or of turns may look like."""
+
+    templates: tuple[Template, ...]
+    queries: tuple[Span, ...]
+    keys: tuple[Span, ...]
+
+
+@st.composite
+def _spans(draw) -> Spans:
+    """Some tokens of up to three conversations, against keys in rows of up to three turns each."""
+    several = tuple(draw(st.lists(templates, min_size=1, max_size=3)))
+    queries, keys = [], []
+    for index, template in enumerate(several):
+        positions = st.integers(0, template.tokens)
+        cuts = sorted({0, template.tokens, *draw(st.lists(positions, max_size=2))})
+        keys += [Span(start, end, index) for start, end in itertools.pairwise(cuts)]
+        start, end = sorted(draw(st.tuples(positions, positions)))
+        if draw(st.booleans()):
+            queries.append(Span(start, end, index))
+    return Spans(several, tuple(draw(st.permutations(queries))), tuple(draw(st.permutations(keys))))
+
+
+spans = _spans()
 visibilities = st.builds(Visibility, st.booleans(), st.none() | st.integers(1, 40))
 
 

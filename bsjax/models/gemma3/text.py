@@ -271,7 +271,7 @@ class Gemma3TextModel(LanguageModel):
     ) -> tuple[Float[Array, "tokens hidden"], Caches]:
         local_schedule, global_schedule = schedules
         ring = min(max(self.window - 1, 1), cache_length)
-        row_of_slot = rows_of_ring(jnp.asarray(local_schedule.position), ring)
+        row_of_slot = rows_of_ring(jnp.asarray(local_schedule.queries.position), ring)
         attend = partial(prefill_attend, scale=self.scale, backend=backend)
         attends = (
             attend(local_schedule, lambda x: x[row_of_slot]),

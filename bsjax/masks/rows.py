@@ -1,0 +1,151 @@
+"""Rows: tokens in the order in which the model runs them, packed span by span.
+
+    prompt order   T T A a a a T T B b b T | T C c c T      two spans: a prompt and its next turn
+    rows           T T T T T A B a a a b b | T T T C c c
+
+A *span* is a run of tokens of one conversation that are packed together. One span holds a whole
+prompt; queries of a chunk are a span that begins and ends inside it; rows of several conversations
+are as many spans. Queries and keys are two lists of spans, and need not be of the same tokens.
+
+The keys of a span form *segments*: text, sinks and other image tokens, each sorted by position.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from bsjax.errors import MaskError
+from bsjax.masks.categories import ALL_KEY_GROUPS, KeyGroup
+from bsjax.masks.template import Template
+from bsjax.masks.visibility import TokenInfo
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a conversation whose rows are packed together.
+
+    Attributes:
+      start: position of the first token.
+      end: one past the position of the last token.
+      conversation: index of the conversation's template.
+    """
+
+    start: int
+    end: int
+    conversation: int = 0
+
+
+class KeySegment(NamedTuple):
+    """Key rows sorted by position, so that a query row sees one range of them.
+
+    Attributes:
+      start: position at which the segment's span starts.
+      before: int32; first key row of the segment at or after each position of the span, and after
+        its end.
+      own: the group of its keys for queries of their own image; all groups where keys of all groups
+        are mixed.
+      other: the group of its keys for all other image queries.
+    """
+
+    start: int
+    before: Int[np.ndarray, "tokens+1"]
+    own: KeyGroup
+    other: KeyGroup
+
+    def first_at(self, position: Int[np.ndarray, "rows"]) -> Int[np.ndarray, "rows"]:
+        """The first key row of the segment at or after each position."""
+        return self.before[np.clip(position - self.start, 0, self.before.size - 1)]
+
+
+class Rows:
+    """The tokens of some spans, one span after the other.
+
+    Args:
+      templates: one for each conversation.
+      spans: the spans, in the order of their rows.
+      packed: whether each span is in packed order, or else in prompt order.
+
+    Attributes:
+      templates: as given.
+      spans: as given.
+      packed: as given.
+      first_row: the first row of each span, and the number of rows.
+
+    Raises:
+      MaskError: a span is not within its template.
+    """
+
+    def __init__(
+        self, templates: Sequence[Template], spans: Sequence[Span], *, packed: bool
+    ) -> None:
+        self.templates, self.spans, self.packed = tuple(templates), tuple(spans), packed
+        for span in self.spans:
+            tokens = self.templates[span.conversation].tokens
+            if not 0 <= span.start <= span.end <= tokens:
+                raise MaskError(
+                    f"Tokens {span.start} to {span.end} are not within a template of {tokens} "
+                    "tokens."
+                )
+        self.first_row = np.cumsum([0, *(span.end - span.start for span in self.spans)])
+
+    @property
+    def tokens(self) -> int:
+        """How many rows there are."""
+        return int(self.first_row[-1])
+
+    @cached_property
+    def position(self) -> Int[np.ndarray, "rows"]:
+        """int32: the position of each row in its conversation."""
+        parts = [np.zeros(0, np.int32)]
+        for start, end, conversation in self.spans:
+            if self.packed:
+                parts.append(self.templates[conversation].packed_order_of(start, end))
+            else:
+                parts.append(np.arange(start, end, dtype=np.int32))
+        return np.concatenate(parts)
+
+    @cached_property
+    def info(self) -> TokenInfo:
+        """What the predicate needs to know about each row."""
+        conversation = np.repeat(
+            np.asarray([span.conversation for span in self.spans], np.int32),
+            np.diff(self.first_row),
+        )
+        image = np.empty(self.tokens, np.int32)
+        sink = np.empty(self.tokens, bool)
+        for index, span in enumerate(self.spans):
+            rows = self.rows_of(index)
+            template = self.templates[span.conversation]
+            image[rows] = template.image[self.position[rows]]
+            sink[rows] = template.sink[self.position[rows]]
+        return TokenInfo(self.position, image, sink, conversation)
+
+    def rows_of(self, index: int) -> slice:
+        """The rows of one span."""
+        return slice(int(self.first_row[index]), int(self.first_row[index + 1]))
+
+    @cached_property
+    def segments(self) -> tuple[tuple[KeySegment, ...], ...]:
+        """For each conversation, its key segments."""
+        segments: list[list[KeySegment]] = [[] for _ in self.templates]
+        for first_row, span in zip(self.first_row.tolist(), self.spans, strict=False):
+            template = self.templates[span.conversation]
+            image = template.image[span.start : span.end]
+            sink = template.sink[span.start : span.end]
+            if self.packed:
+                parts = [
+                    (image < 0, KeyGroup.TEXT, KeyGroup.TEXT),
+                    (sink, KeyGroup.OWN_SINK, KeyGroup.OTHER_SINK),
+                    ((image >= 0) & ~sink, KeyGroup.OWN, KeyGroup.OTHER),
+                ]
+            else:
+                parts = [(np.ones(image.size, bool), ALL_KEY_GROUPS, ALL_KEY_GROUPS)]
+            for member, own, other in parts:
+                before = np.full(image.size + 1, first_row, np.int32)
+                before[1:] += np.cumsum(member, dtype=np.int32)
+                first_row = int(before[-1])
+                if before[0] < before[-1]:
+                    segments[span.conversation].append(KeySegment(span.start, before, own, other))
+        return tuple(map(tuple, segments))
