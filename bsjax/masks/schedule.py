@@ -126,7 +126,7 @@ class Schedule:
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
       stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
-        like image rows.
+        like image rows. In prompt order, all rows are stacked.
     """
 
     queries: TokenInfo
@@ -245,6 +245,7 @@ def build_span_schedule(
       query_rows: query rows to pad to; None pads nothing.
       key_rows: key rows to pad to; None pads nothing.
       stacked_heads: how many query heads share a key head, for a table of text rows; 0 for none.
+        In prompt order, where every head is dense, all rows are in that table.
       capacity: the entries that the arrays have room for; by default enough for most templates of
         this many rows. More entries are padded to buckets.
 
@@ -259,9 +260,6 @@ def build_span_schedule(
     for rows, padded in ((queries, query_rows), (keys, key_rows)):
         if padded < rows.tokens:
             raise MaskError(f"Cannot pad {rows.tokens} tokens to {padded}.")
-    if stacked_heads and not queries.packed:
-        raise MaskError("Heads are stacked for text rows, which only packed order keeps together.")
-
     spans = [QueryRows(queries, index, keys, visibility) for index in range(len(queries.spans))]
     first_rows = queries.first_row.tolist()
 

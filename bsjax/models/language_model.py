@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bsjax.masks.schedule import Schedule
+from bsjax.models.cache import CachedRows
 from bsjax.models.layers import LayerAttend
 
 
@@ -30,31 +30,34 @@ class LanguageModel(nnx.Module):
         """Embeds tokens. The caller replaces the rows of image tokens with image features."""
 
     @abstractmethod
+    def empty_cache(self, rows: int) -> Any:
+        """A cache for `rows` tokens: a pytree of arrays, with one `Cache` or None for each kind of
+        layers (the family's `visibilities`).
+        """
+
+    @abstractmethod
     def prefill(
         self,
-        embeddings: Float[Array, "tokens hidden"],
-        position_ids: Int[Array, "axes tokens"],
-        schedules: Sequence[Schedule],
+        embeddings: Float[Array, "rows hidden"],
+        position_ids: Int[Array, "axes rows"],
+        cached_rows: Sequence[CachedRows],
         head_category: Int[Array, "layers q_heads"],
+        cache: Any,
         *,
-        cache_length: int,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """Runs a prompt, padding rows included. Holds no array of tokens x tokens elements.
+    ) -> tuple[Float[Array, "rows hidden"], Any]:
+        """Runs a chunk of a prompt after the chunks before it.
 
         Args:
-          embeddings: from `embed`, with image features in the rows of image tokens; rows in the
-            order of the schedules.
+          embeddings: from `embed`, with image features in the rows of image tokens.
           position_ids: position ids of each row, from the family's `positions`.
-          schedules: which keys each row sees, by head category: one schedule for each of the
-            family's `visibilities`, all with the same row order.
+          cached_rows: where each kind of layers finds the chunk's keys, and those before it.
           head_category: `HeadCategory` of every query head of every layer.
-          cache_length: rows of the cache; 0 if no token will be decoded. The first `cache_length`
-            rows of the prompt are kept, so it must be at least the number of rows before padding.
+          cache: from `empty_cache` or the previous chunk. Donate it so that it is updated in place.
           backend: attention backend.
 
         Returns:
-          Hidden states of all rows after the final norm, and the cache for `decode_step`.
+          Hidden states of the chunk's rows after the final norm, and the cache with these rows.
         """
 
     @abstractmethod
@@ -65,10 +68,10 @@ class LanguageModel(nnx.Module):
         attends: Sequence[LayerAttend],
         scanned: Any,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """Runs a prompt with the caller's attention functions, for profiling and training.
+        """Runs a whole prompt with the caller's attention functions, for profiling and training.
 
         Args:
-          embeddings: as for `prefill`.
+          embeddings: embeddings of all tokens, as for `prefill`.
           position_ids: position ids of each row, from the family's `positions`.
           attends: one function for each of the family's `visibilities`. What they keep from a layer
             must have the same structure and shapes.
@@ -95,7 +98,8 @@ class LanguageModel(nnx.Module):
           embedding: the token's embedding.
           position: the token's position, the same on all position axes.
           cache: from `prefill` or the previous step. Donate it so that it is updated in place.
-          cache_index: how many tokens the cache holds; this token becomes the next.
+          cache_index: how many tokens the cache holds, in its first rows; this token becomes the
+            next.
           backend: attention backend.
 
         Returns:

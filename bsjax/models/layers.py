@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
-from bsjax.masks.schedule import Schedule
-from bsjax.models.cache import Cache
+from bsjax.models.cache import Cache, CachedRows, GlobalRows, WindowRows
 
 Attend = Callable[[Array, Array, Array], Array]
 """Attention of one layer: maps q [rows, q_heads, head_dim] and k, v [rows, kv_heads, head_dim] to
@@ -30,11 +29,11 @@ arrays that are scanned over together with the layers."""
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-LayerStep = Callable[[Layer, Array, Any], tuple[Array, Any]]
-"""Runs one layer: `step(layer, hidden, scanned_of_layer)` returns the next hidden state and the
-layer's output."""
+LayerStep = Callable[[Layer, Any, Any], tuple[Any, Any]]
+"""Runs one layer: `step(layer, carry, scanned_of_layer)` returns the next carry, such as the hidden
+state, and the layer's output."""
 
-CHUNK_ROWS = 8192
+MLP_ROWS = 8192
 """Rows that `by_rows` passes to a function at a time; enough to keep a GPU's matrix units busy."""
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -73,28 +72,51 @@ def _in_float32(function: Callable[[Array], Array], x: Array) -> Array:
     return function(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def prefill_attend(
-    schedule: Schedule,
-    kept_rows: Callable[[Float[Array, "rows kv_heads head_dim"]], Array],
-    *,
-    scale: float,
-    backend: str,
-) -> LayerAttend:
-    """Attention of prefill. Head categories are scanned over, one slice per layer.
+CachingAttend = Callable[[Array, Array, Array, Array, Array, Cache], tuple[Array, Cache]]
+"""Attention of one layer to a cache: `attend(q, k, v, categories, layer, cache)` returns the output
+and the cache with the layer's keys and values. `layer` counts the layers that share the cache."""
+
+
+def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAttend:
+    """Attention of a chunk of a prompt to the chunks before it and to itself.
+
+    The whole cache is carried from layer to layer, so that it is updated in place.
 
     Args:
-      schedule: what each row sees, by head category.
-      kept_rows: selects the rows of a layer's keys, and of its values, that go into the cache. It
-        is applied layer by layer, so that the keys and values of all rows never exist at once.
+      rows: where the chunk's keys, and those before it, are in the cache.
       scale: factor applied to the scores.
       backend: attention backend.
     """
+    attention = partial(ragged_attention, scale=scale, backend=backend)
 
-    def attend(q: Array, k: Array, v: Array, categories: Array) -> tuple[Array, Any]:
-        attended = ragged_attention(q, k, v, schedule, categories, scale=scale, backend=backend)
-        return attended, (kept_rows(k), kept_rows(v))
+    def attend_to_all(
+        q: Array, k: Array, v: Array, categories: Array, layer: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Writes the chunk's keys and values, then reads the rows of the cache where they are."""
+        assert isinstance(rows, GlobalRows)
+        cache = Cache(
+            cache.k.at[layer, rows.rows].set(k, mode="drop"),
+            cache.v.at[layer, rows.rows].set(v, mode="drop"),
+        )
+        return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
 
-    return attend
+    def attend_to_window(
+        q: Array, k: Array, v: Array, categories: Array, layer: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Attends to the window before the chunk and to the chunk, then moves the ring on."""
+        assert isinstance(rows, WindowRows)
+        known_k, known_v = (
+            jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
+            for ring, new in ((cache.k, k), (cache.v, v))
+        )
+        keys, values = known_k[rows.key_rows], known_v[rows.key_rows]
+        cache = Cache(
+            cache.k.at[layer].set(known_k[rows.ring_rows]),
+            cache.v.at[layer].set(known_v[rows.ring_rows]),
+        )
+        return attention(q, keys, values, rows.schedule, categories), cache
+
+    return attend_to_all if isinstance(rows, GlobalRows) else attend_to_window
 
 
 def decode_attend(
@@ -136,36 +158,36 @@ def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rng
 def scan_layers(
     stacked: Layer,
     step: LayerStep[Layer],
-    hidden: Float[Array, "*rows width"],
+    carry: Any,
     scanned: Any = None,
-) -> tuple[Float[Array, "*rows width"], Any]:
+) -> tuple[Any, Any]:
     """Runs stacked layers one after the other; compiled only once, whatever their number.
 
     Args:
       stacked: a module made by `stack_layers`.
       step: runs one layer.
-      hidden: the first layer's input.
+      carry: the first layer's input: the hidden state, alone or with a cache.
       scanned: pytree of arrays with a leading layer axis; `step` is given a layer's slice.
 
     Returns:
-      The last hidden state, and the layers' outputs stacked on a leading axis.
+      The last carry, and the layers' outputs stacked on a leading axis.
     """
     graph, parameters = nnx.split(stacked)
 
-    def body(hidden: Array, slices: tuple[Any, Any]) -> tuple[Array, Any]:
+    def body(carry: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
         parameters_of_layer, scanned_of_layer = slices
-        return step(nnx.merge(graph, parameters_of_layer), hidden, scanned_of_layer)
+        return step(nnx.merge(graph, parameters_of_layer), carry, scanned_of_layer)
 
-    return jax.lax.scan(body, hidden, (parameters, scanned))
+    return jax.lax.scan(body, carry, (parameters, scanned))
 
 
 def scan_layers_of_kinds(
     stacked: Layer,
     kinds: Sequence[int],
     steps: Sequence[LayerStep[Layer]],
-    hidden: Float[Array, "*rows width"],
+    carry: Any,
     scanned: Any = None,
-) -> tuple[Float[Array, "*rows width"], tuple[Any, ...]]:
+) -> tuple[Any, tuple[Any, ...]]:
     """Like `scan_layers`, for layers of several alternating kinds.
 
     Kinds repeat with a period, such as five local layers and a global one. The program contains one
@@ -176,56 +198,54 @@ def scan_layers_of_kinds(
       stacked: a module made by `stack_layers`.
       kinds: the kind of each layer, counted from 0.
       steps: one function for each kind. Their outputs may differ in structure and shape.
-      hidden: the first layer's input.
+      carry: the first layer's input: the hidden state, alone or with caches.
       scanned: pytree of arrays with a leading layer axis; steps are given a layer's slice.
 
     Returns:
-      The last hidden state and, for each kind, the outputs of its layers stacked on a leading axis;
+      The last carry and, for each kind, the outputs of its layers stacked on a leading axis;
       None for a kind that no layer has.
     """
     graph, parameters = nnx.split(stacked)
 
-    def one_layer(kind: int, layer: Any, hidden: Array) -> tuple[Array, Any]:
+    def one_layer(kind: int, layer: Any, carry: Any) -> tuple[Any, Any]:
         # Indexed in place: cutting the whole periods out of the stack would copy the weights.
         parameters_of_layer, scanned_of_layer = jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False),
             (parameters, scanned),
         )
-        return steps[kind](nnx.merge(graph, parameters_of_layer), hidden, scanned_of_layer)
+        return steps[kind](nnx.merge(graph, parameters_of_layer), carry, scanned_of_layer)
 
-    def run(kind: int, first: Any, count: int, hidden: Array) -> tuple[Array, Any]:
+    def run(kind: int, first: Any, count: int, carry: Any) -> tuple[Any, Any]:
         """Runs `count` layers of one kind from layer `first` on."""
         if count == 1:
-            hidden, output = one_layer(kind, first, hidden)
-            return hidden, jax.tree.map(lambda array: array[None], output)
+            carry, output = one_layer(kind, first, carry)
+            return carry, jax.tree.map(lambda array: array[None], output)
         return jax.lax.scan(
-            lambda hidden, layer: one_layer(kind, layer, hidden), hidden, first + jnp.arange(count)
+            lambda carry, layer: one_layer(kind, layer, carry), carry, first + jnp.arange(count)
         )
 
-    def run_in_turn(
-        kinds: Sequence[int], first: Any, hidden: Array
-    ) -> tuple[Array, dict[int, Any]]:
+    def run_in_turn(kinds: Sequence[int], first: Any, carry: Any) -> tuple[Any, dict[int, Any]]:
         """Runs consecutive layers of these kinds, starting at layer `first`."""
         outputs: dict[int, list[Any]] = {}
         for kind, members in itertools.groupby(kinds):
             count = len(list(members))
-            hidden, output = run(kind, first, count, hidden)
+            carry, output = run(kind, first, count, carry)
             outputs.setdefault(kind, []).append(output)
             first = first + count
-        return hidden, {kind: _concatenated(parts) for kind, parts in outputs.items()}
+        return carry, {kind: _concatenated(parts) for kind, parts in outputs.items()}
 
     period = period_of(kinds)
     periods = len(kinds) // period
-    hidden, outputs = jax.lax.scan(
-        lambda hidden, first: run_in_turn(kinds[:period], first, hidden),
-        hidden,
+    carry, outputs = jax.lax.scan(
+        lambda carry, first: run_in_turn(kinds[:period], first, carry),
+        carry,
         period * jnp.arange(periods),
     )
     outputs = jax.tree.map(
         lambda array: array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]), outputs
     )
-    hidden, rest = run_in_turn(kinds[periods * period :], periods * period, hidden)
-    return hidden, tuple(
+    carry, rest = run_in_turn(kinds[periods * period :], periods * period, carry)
+    return carry, tuple(
         _concatenated([part[kind] for part in (outputs, rest) if kind in part])
         for kind in range(len(steps))
     )
@@ -287,15 +307,15 @@ def by_rows(
 ) -> Float[Array, "rows out"]:
     """`function(x)` in bounded memory, for a function that treats each row independently.
 
-    Up to `CHUNK_ROWS` rows are one call. More rows run chunk by chunk, the remainder last, so that
-    temporaries are never larger than a chunk's: the inner width of an MLP is about five times the
-    model's, and a prompt can have 300K rows.
+    Up to `MLP_ROWS` rows, such as a chunk of a prompt, are one call. More rows, where profiling
+    runs a whole prompt, are several calls, the remainder last: the inner width of an MLP is about
+    five times the model's.
     """
     rows = x.shape[0]
-    if rows <= CHUNK_ROWS:
+    if rows <= MLP_ROWS:
         return function(x)
-    in_chunks = rows // CHUNK_ROWS * CHUNK_ROWS
-    chunks = jax.lax.map(function, x[:in_chunks].reshape(-1, CHUNK_ROWS, x.shape[1]))
+    in_chunks = rows // MLP_ROWS * MLP_ROWS
+    chunks = jax.lax.map(function, x[:in_chunks].reshape(-1, MLP_ROWS, x.shape[1]))
     result = chunks.reshape(in_chunks, -1)
     if in_chunks < rows:
         result = jnp.concatenate([result, function(x[in_chunks:])])

@@ -62,6 +62,11 @@ def compiling_for(target: str) -> Iterator[None]:
         _named_target.reset(token)
 
 
+def compiles_for_gpus() -> bool:
+    """Whether programs are compiled for a GPU: that of `compiling_for`, or this machine's."""
+    return _named_target.get() is not None or jax.default_backend() == "gpu"
+
+
 def target_in_use() -> str:
     """The target of `compiling_for`, or else of the GPU in this machine.
 

@@ -25,19 +25,17 @@ from bsjax.profiling import computations, selection
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
 from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.prompt_inputs import (
+    PackedPrompt,
+    PromptEmbedding,
     Shape,
     append_tokens,
     category_schedule,
-    kind_schedules,
-    packed_inputs,
-    row_of_token,
 )
 from bsjax.profiling.settings import Settings
 from bsjax.profiling.state import NO_STATE, State
-from bsjax.runtime.embedding import Embedding
 from bsjax.runtime.generation import generate
-from bsjax.runtime.memory import Stage, bytes_available, check_memory
-from bsjax.runtime.programs import programs_of
+from bsjax.runtime.memory import bytes_available, check_memory
+from bsjax.runtime.programs import Stage, programs_of
 from bsjax.samples import Samples
 
 
@@ -225,18 +223,21 @@ class Evaluator:
     def _prepare(self, index: int, answer: list[int]) -> _Sample:
         model, backend = self._model, self._backend
         prompt = model.prompt(self._samples.messages[index])
-        inputs = packed_inputs(model, append_tokens(prompt, answer), self.sinks, backend)
-        embedding = Embedding(programs_of(model), inputs, backend)
-        schedules = kind_schedules(self._shape, inputs, model.dtype, backend, category_schedule)
-        arguments = (inputs.position_ids, schedules)
+        whole = append_tokens(prompt, answer)
+        packed = PackedPrompt.of(model.architecture, whole, self.sinks, backend)
+        embedding = PromptEmbedding(programs_of(model), packed, backend)
+        schedules = packed.schedules(self._shape, model.dtype, backend, category_schedule)
+        arguments = (packed.position_ids, schedules)
 
         states = np.minimum(np.arange(self.answer_tokens + 1), len(answer))
-        rows = row_of_token(inputs)[prompt.token_ids.size - 1 + states].astype(np.int32)
+        rows = packed.row[prompt.token_ids.size - 1 + states].astype(np.int32)
         dense = np.zeros((self._shape.layers, self._shape.heads), np.int8)
         program = self._program(embedding.output, dense, *arguments, rows)
-        check_memory(inputs, [*embedding.stages, Stage("comparing", program)], bytes_available())
+        check_memory(
+            packed.inputs, [*embedding.stages, Stage("comparing", program)], bytes_available()
+        )
 
-        embeddings = np.asarray(embedding.run()[0])
+        embeddings = np.asarray(embedding.run())
         return _Sample(
             embeddings,
             arguments,

@@ -26,16 +26,15 @@ from bsjax.profiling.ordered_samples import (
 )
 from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.prompt_inputs import (
+    PackedPrompt,
+    PromptEmbedding,
     Shape,
     category_schedule,
-    kind_schedules,
-    packed_inputs,
 )
 from bsjax.profiling.settings import Reduction, Settings, Threshold
 from bsjax.profiling.state import NO_STATE, State
-from bsjax.runtime.embedding import Embedding
-from bsjax.runtime.memory import Stage, bytes_available, check_memory
-from bsjax.runtime.programs import programs_of
+from bsjax.runtime.memory import bytes_available, check_memory
+from bsjax.runtime.programs import Stage, programs_of
 from bsjax.samples import Samples
 
 
@@ -262,21 +261,22 @@ class MeasuringPass:
     ) -> None:
         programs = programs_of(model)
         prompt = model.prompt(messages)
-        inputs = packed_inputs(model, prompt, sinks, backend)
-        self.template = inputs.template
-        self._embedding = Embedding(programs, inputs, backend)
-        schedules = kind_schedules(shape, inputs, model.dtype, backend, build)
-        self._arguments = (inputs.position_ids, schedules)
+        packed = PackedPrompt.of(model.architecture, prompt, sinks, backend)
+        self.template = packed.template
+        self._embedding = PromptEmbedding(programs, packed, backend)
+        self._arguments = (
+            packed.position_ids,
+            packed.schedules(shape, model.dtype, backend, build),
+        )
         self._program = programs.get(
             step, (self._embedding.output, *self._arguments), static=(backend,)
         )
         stages = [*self._embedding.stages, Stage("measuring", self._program)]
-        check_memory(inputs, stages, bytes_available())
+        check_memory(packed.inputs, stages, bytes_available())
 
     def run(self) -> Any:
         """Runs the pass and returns what its program returns."""
-        embeddings, _ = self._embedding.run()
-        return self._program(embeddings, *self._arguments)
+        return self._program(self._embedding.run(), *self._arguments)
 
 
 def _of_all(

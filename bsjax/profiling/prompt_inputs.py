@@ -1,24 +1,33 @@
-"""Inputs of the profiling programs: prompts in packed order, and one schedule per kind of layer."""
+"""Inputs of the profiling programs: whole prompts in packed order, and schedules of all rows.
+
+Unlike the runtime, which runs prompts chunk by chunk, profiling compares the rows of a whole prompt
+under several head categories.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Array, Float, Int, Int32, Int64
 from transformers import PretrainedConfig
 
 from bsjax.attention import block_sizes
-from bsjax.checkpoint.loading import LoadedModel
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import head_flops
-from bsjax.masks.schedule import Schedule, build_schedule, category_tables
+from bsjax.masks.schedule import Schedule, bucket, build_schedule, category_tables
 from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
-from bsjax.models import Family
-from bsjax.profiles.profile import Profile
+from bsjax.models import Architecture, Family, ImageTextModel
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.images import ImageEncoder
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
+from bsjax.runtime.programs import Programs, Stage
+
+_SMALLEST_ROWS = 64
+# Eight sizes per power of two: padding adds at most 12.5 %.
+_BUCKETS = 8
 
 BuildSchedule = Callable[..., Schedule]
 """`build(template, visibility, *, block_q, block_kv, tokens)`, for one kind of layer."""
@@ -65,32 +74,102 @@ def append_tokens(prompt: Prompt, token_ids: Sequence[int]) -> Prompt:
     return replace(prompt, token_ids=np.concatenate([prompt.token_ids, more]))
 
 
-def packed_inputs(model: LoadedModel, prompt: Prompt, sinks: Sinks, backend: str) -> ModelInputs:
-    """Prepares a prompt's inputs, with rows in packed order.
+@dataclass(frozen=True, eq=False)
+class PackedPrompt:
+    """A whole prompt, its rows in packed order and padded to a bucket.
 
-    Raises:
-      CapacityError: the prompt needs more positions than the model has.
+    Attributes:
+      inputs: the prompt.
+      order: int32 [tokens], the prompt position of each row before the padding.
+      row: int32 [tokens], the row of each token.
+      token_ids: int32 [rows], padded.
+      position_ids: int32 [axes, rows], padded.
     """
-    # Any sparse category gives packed order. Profiling builds its own schedules.
-    packed = Profile.uniform(HeadCategory.INTRA_IMAGE_SINK, model, sinks=sinks)
-    return prepare_inputs(model.architecture, prompt, packed, backend=backend)
 
+    inputs: ModelInputs
+    order: Int32[np.ndarray, "tokens"]
+    row: Int32[np.ndarray, "tokens"]
+    token_ids: Int32[np.ndarray, "rows"]
+    position_ids: Int32[np.ndarray, "axes rows"]
 
-def kind_schedules(
-    shape: Shape, inputs: ModelInputs, dtype: Any, backend: str, build: BuildSchedule
-) -> tuple[Schedule, ...]:
-    """One schedule per kind of layer, over the inputs' rows."""
-    block_q, block_kv = block_sizes(backend, shape.head_dim, dtype, sparse=True)
-    return tuple(
-        build(
-            inputs.template,
-            visibility,
-            block_q=block_q,
-            block_kv=block_kv,
-            tokens=inputs.token_ids.size,
+    @classmethod
+    def of(
+        cls, model: Architecture, prompt: Prompt, sinks: Sinks | None, backend: str
+    ) -> "PackedPrompt":
+        """Packs a prompt.
+
+        Raises:
+          CapacityError: the prompt needs more positions than the model has.
+        """
+        inputs = prepare_inputs(model, prompt, None, sinks=sinks, backend=backend)
+        order = inputs.template.packed_order
+        rows = bucket(order.size, smallest=_SMALLEST_ROWS, steps=_BUCKETS)
+
+        def by_row(values: np.ndarray) -> np.ndarray:
+            padded = np.zeros((*values.shape[:-1], rows), np.int32)
+            padded[..., : order.size] = values[..., order]
+            return padded
+
+        return cls(
+            inputs,
+            order,
+            np.argsort(order).astype(np.int32),
+            by_row(inputs.token_ids),
+            by_row(inputs.position_ids),
         )
-        for visibility in shape.visibilities
-    )
+
+    @property
+    def template(self) -> Template:
+        """The prompt's structure."""
+        return self.inputs.template
+
+    def schedules(
+        self, shape: Shape, dtype: Any, backend: str, build: BuildSchedule
+    ) -> tuple[Schedule, ...]:
+        """One schedule for each kind of layer, over all rows."""
+        block_q, block_kv = block_sizes(backend, shape.head_dim, dtype, sparse=True)
+        return tuple(
+            build(
+                self.template,
+                visibility,
+                block_q=block_q,
+                block_kv=block_kv,
+                tokens=self.token_ids.size,
+            )
+            for visibility in shape.visibilities
+        )
+
+
+def embed(module: ImageTextModel, token_ids: Int[Array, "rows"]) -> Float[Array, "rows hidden"]:
+    """Embeddings of all rows; those of image tokens are placeholders."""
+    return module.language_model.embed(token_ids)
+
+
+class PromptEmbedding:
+    """The stages that turn a whole prompt's token ids and pixels into embeddings.
+
+    Attributes:
+      stages: all stages, in the order in which they run.
+      output: shape and dtype of the embeddings.
+    """
+
+    def __init__(self, programs: Programs, prompt: PackedPrompt, backend: str) -> None:
+        self._token_ids = prompt.token_ids
+        self._embed = programs.get(embed, (prompt.token_ids,))
+        self.output = self._embed.output
+        row_of_image_token = prompt.row[prompt.template.image >= 0]
+        self._images = ImageEncoder(
+            programs,
+            prompt.inputs.image_groups,
+            self.output,
+            lambda tokens: row_of_image_token[tokens],
+            backend,
+        )
+        self.stages = [Stage("embed", self._embed), *self._images.stages]
+
+    def run(self) -> jax.Array:
+        """The embeddings [rows, hidden], images included."""
+        return self._images.encode(self._embed(self._token_ids))
 
 
 def category_schedule(
@@ -105,8 +184,3 @@ def category_schedule(
         visibility=visibility,
         tokens=tokens,
     )
-
-
-def row_of_token(inputs: ModelInputs) -> Int[np.ndarray, "tokens"]:
-    """The row of each token of the prompt."""
-    return np.argsort(inputs.template.packed_order)

@@ -1,7 +1,7 @@
 """`forward`, `generate` and `stream`: from chat messages to logits or an answer.
 
-    messages -> prompt -> inputs (packed, padded)            on the host
-    embedding -> answering, or embedding -> scoring          compiled programs, on the device
+    messages -> prompt -> inputs -> chunks                   on the host
+    prefill -> decode, or scoring, chunk by chunk            compiled programs, on the device
 
 `docs/architecture.md` describes each step.
 """
@@ -22,7 +22,13 @@ from bsjax.errors import GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.prompts.sources import ImageSources
-from bsjax.runtime.answering import DECODE_CHUNK, MAX_END_TOKENS, Answering, AnswerSettings
+from bsjax.runtime.decoding import (
+    DECODE_CHUNK,
+    MAX_END_TOKENS,
+    AnswerSettings,
+    DecodeState,
+    Decoding,
+)
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import (
     bytes_available,
@@ -30,6 +36,7 @@ from bsjax.runtime.memory import (
     check_memory,
     host_bytes_available,
 )
+from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats
 from bsjax.runtime.sampling import Sampling
@@ -300,7 +307,7 @@ def _forward(
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
-    return scoring.run()
+    return scoring.logits()
 
 
 def _generate(
@@ -333,15 +340,18 @@ def _generate(
         backend=settings.backend,
         new_tokens=settings.new_tokens,
     )
-    answering = Answering(programs, inputs, settings)
-    check_memory(inputs, answering.stages, bytes_available())
-    compile_seconds = programs.compile_seconds - compiled_before
-
-    embeddings, vision_seconds = answering.embedding.run()
-    start = time.perf_counter()
-    state = answering.prefill(embeddings)
-    new_ids = [int(state.token)]
-    prefill_seconds = time.perf_counter() - start
+    prefill = Prefill(
+        programs,
+        inputs,
+        new_tokens=settings.new_tokens,
+        sampling=settings.sampling,
+        backend=settings.backend,
+    )
+    decoding = Decoding(programs, inputs, prefill.cache, settings)
+    check_memory(inputs, [*prefill.stages, *decoding.stages], bytes_available())
+    token, cache = prefill.first_token()
+    state = DecodeState(token, np.int32(1), cache)
+    new_ids = [int(token)]
 
     token_ids: list[int] = []
     text = IncrementalText(model.tokenizer)
@@ -358,7 +368,7 @@ def _generate(
         limit = 1 if one_by_one else min(DECODE_CHUNK, left)
         check_not_forked(GenerationError)
         start = time.perf_counter()
-        new_ids, state = answering.decode(state, limit)
+        new_ids, state = decoding.run(state, limit)
         decode_seconds += time.perf_counter() - start
 
     yield Result(
@@ -371,10 +381,10 @@ def _generate(
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            vision_seconds=vision_seconds,
-            prefill_seconds=prefill_seconds,
+            vision_seconds=prefill.vision_seconds,
+            prefill_seconds=prefill.seconds,
             decode_seconds=decode_seconds,
-            compile_seconds=compile_seconds,
+            compile_seconds=programs.compile_seconds - compiled_before,
             backend=settings.backend,
             attention_flops_per_kind=inputs.flops_per_kind,
         ),

@@ -6,27 +6,12 @@ each stage is known: the stage's arguments, its temporaries and its results.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from bsjax.errors import CapacityError
 from bsjax.runtime.inputs import ModelInputs, describe_images
-from bsjax.runtime.programs import Program
-
-
-class Stage(NamedTuple):
-    """A program as one step of a run."""
-
-    name: str
-    program: Program
-    other_bytes: int = 0
-    """Bytes on the device while the program runs, other than weights and its own memory."""
-
-    @property
-    def peak(self) -> int:
-        """The most bytes on the device during this stage, weights excluded."""
-        return self.program.memory.total + self.other_bytes
+from bsjax.runtime.programs import Stage
 
 
 def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | None) -> None:

@@ -78,12 +78,27 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class Stage(NamedTuple):
+    """A program as one step of a run."""
+
+    name: str
+    program: Program
+    other_bytes: int = 0
+    """Bytes on the device while the program runs, other than weights and its own memory."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes on the device during this stage, weights excluded."""
+        return self.program.memory.total + self.other_bytes
+
+
 class Programs:
     """The compiled programs of one model; the least recently used is dropped first.
 
     A program that is dropped while a run still uses it is freed when the run ends.
 
     Attributes:
+      module: the model.
       graph: the module without its parameters.
       parameters: the module's parameters, the first argument of every program.
       compilations: how many programs have been compiled, or read from the persistent cache.
@@ -92,7 +107,7 @@ class Programs:
 
     def __init__(
         self,
-        module: nnx.Module,
+        module: Any,
         compile: Compile | None = None,
         *,
         max_programs: int = MAX_PROGRAMS,
@@ -108,6 +123,7 @@ class Programs:
         if compile is None:
             use_persistent_cache()
         self._compile = compile or _compile_here
+        self.module = module
         self.graph, self.parameters = nnx.split(module)
         self.compilations = 0
         self.compile_seconds = 0.0

@@ -9,11 +9,10 @@ import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from bsjax.masks.categories import HeadCategory
-from bsjax.masks.schedule import build_schedule
-from bsjax.masks.template import Template
 from bsjax.models import FAMILIES
-from tests.support.small_models import IMAGE, Shape, random_prompt, small_config
+from bsjax.runtime.sizes import cache_rows
+from tests.support.chunks import chunks_of
+from tests.support.small_models import Shape, random_prompt, small_config
 
 ROWS = 512
 PATCHES = 1024
@@ -43,14 +42,6 @@ def programs(family: str, depth: int) -> dict[str, list]:
     plan = FAMILIES[family].vision_plan(
         prompt.grid_thw, config, patches=PATCHES, block_q=64, block_kv=64
     )
-    template = Template.from_tokens(prompt.token_ids, IMAGE)
-    tables = [category.groups for category in HeadCategory]
-    schedules = tuple(
-        build_schedule(
-            template, tables, block_q=64, block_kv=64, visibility=visibility, tokens=ROWS
-        )
-        for visibility in FAMILIES[family].visibilities(config)
-    )
     text = config.text_config
     heads = text.num_attention_heads
 
@@ -62,21 +53,25 @@ def programs(family: str, depth: int) -> dict[str, list]:
     def trace(function, *arguments):
         return list(equations(jax.make_jaxpr(function)(state, *arguments).jaxpr))
 
-    prefill = call("language_model.prefill", cache_length=ROWS, backend="xla")
-    of_prefill = (
-        np.zeros((ROWS, text.hidden_size), np.float32),
-        np.zeros((3 if family.startswith("qwen") else 1, ROWS), np.int32),
-        schedules,
-        np.zeros((depth, heads), np.int32),
-    )
-    _, cache = jax.eval_shape(prefill, state, *of_prefill)
+    categories = np.arange(depth * heads, dtype=np.int32).reshape(depth, heads) % 4
+    chunks = chunks_of(FAMILIES[family], config, prompt, categories, rows=(ROWS,))
+    (chunk,) = chunks
+    language_model = nnx.merge(graph, state).language_model
+    cache = jax.eval_shape(lambda: language_model.empty_cache(chunks.cache_rows))
     return {
         "encode_images": trace(
             call("encode_images"),
             np.zeros((PATCHES, prompt.pixel_values.shape[1]), np.float32),
             plan,
         ),
-        "prefill": trace(prefill, *of_prefill),
+        "prefill": trace(
+            call("language_model.prefill", backend="xla"),
+            np.zeros((ROWS, text.hidden_size), np.float32),
+            chunk.position_ids,
+            chunk.cached_rows,
+            categories,
+            cache,
+        ),
         "decode_step": trace(call("decode_step"), np.int32(0), np.int32(0), cache, np.int32(4)),
     }
 
@@ -94,8 +89,11 @@ def test_programs_do_not_grow_with_depth(family):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_no_array_has_rows_times_rows_elements(family):
     traced = programs(family, 3)
-    for name, rows in (("encode_images", PATCHES), ("prefill", ROWS)):
+    for name, rows, keys in (
+        ("encode_images", PATCHES, PATCHES),
+        ("prefill", ROWS, cache_rows(ROWS)),
+    ):
         largest = max(
             variable.aval.size for equation in traced[name] for variable in equation.outvars
         )
-        assert largest < rows * rows, name
+        assert largest < rows * keys, name

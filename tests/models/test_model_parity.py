@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
-from bsjax.masks.schedule import bucket, build_schedule
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.schedule import bucket
 from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import visible
 from bsjax.models import FAMILIES
+from bsjax.models.cache import PADDING_ROW
 from bsjax.models.gemma3.vision_plan import patch_order
+from tests.support.chunks import EVERY_TOKEN, chunks_of
 from tests.support.parity import torch
 from tests.support.small_models import (
     IMAGE,
@@ -94,7 +96,8 @@ class Port:
     def __init__(self, reference: torch.nn.Module, dtype=jnp.float32, **compiler_options) -> None:
         self.config = reference.config
         self.family = FAMILIES[self.config.model_type]
-        self.split = graph, self.state = nnx.split(ported(reference, dtype))
+        self.module = ported(reference, dtype)
+        self.split = graph, self.state = nnx.split(self.module)
 
         @cache
         def jitted(method: str, **options):
@@ -121,49 +124,47 @@ class Port:
         pixels[: len(prompt.pixel_values)] = prompt.pixel_values
         return self.encode(pixels.astype(np.float32), plan)
 
-    def prefill(self, prompt: RandomPrompt, *, categories=None, packed=False, sinks=None):
-        """Logits [tokens, vocabulary] in prompt order, the cache, and the position that follows."""
-        config, text = self.config, self.config.get_text_config()
-        family = self.family
-        template = Template.from_tokens(
-            prompt.token_ids, IMAGE, sinks or Sinks(), prompt.image_tokens
-        )
-        tokens = template.tokens
-        rows = bucket(tokens + 1, smallest=64)
-        every_table = [category.groups for category in HeadCategory]
-        schedules = tuple(
-            build_schedule(
-                template,
-                every_table if packed else [ALL_KEY_GROUPS],
-                tokens=rows,
-                **BLOCKS,
-                visibility=visibility,
-            )
-            for visibility in family.visibilities(config)
-        )
-        order = schedules[0].queries.position[:tokens]
-        assert all(np.array_equal(of.queries.position[:tokens], order) for of in schedules)
-        if packed:
-            assert not np.array_equal(order, np.arange(tokens))
+    def prefill(
+        self, prompt: RandomPrompt, *, categories=None, packed=False, sinks=None, chunk_rows=None
+    ):
+        """Logits [tokens, vocabulary] in prompt order, the cache, and the position that follows.
+
+        Packed without categories, all heads are SINK heads and all image tokens sinks, which is
+        dense. By default the prompt is one chunk.
+        """
+        text = self.config.get_text_config()
+        tokens = len(prompt.token_ids)
         if categories is None:
-            categories = np.zeros((text.num_hidden_layers, text.num_attention_heads), np.int32)
-
-        position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
-
-        def in_rows(array, fill):
-            padding = [(0, 0)] * (array.ndim - 1) + [(0, rows - tokens)]
-            return np.pad(array[..., order], padding, constant_values=fill)
-
-        embeddings = self.embed(in_rows(prompt.token_ids, 7))
+            dense = HeadCategory.SINK if packed else HeadCategory.DENSE
+            sinks = EVERY_TOKEN if packed else sinks
+            shape = (text.num_hidden_layers, text.num_attention_heads)
+            categories = np.full(shape, dense, np.int32)
+        chunks = chunks_of(
+            self.family,
+            self.config,
+            prompt,
+            categories,
+            sinks=sinks,
+            blocks=tuple(BLOCKS.values()),
+            rows=[bucket(tokens + 1, smallest=64)] if chunk_rows is None else chunk_rows,
+            new_tokens=NEW_TOKENS,
+        )
         features = self.image_features(prompt)
-        if features is not None:
-            image_rows = np.argsort(order)[prompt.token_ids == IMAGE]
-            embeddings = embeddings.at[image_rows].set(features[: image_rows.size])
-        run = self.jitted("language_model.prefill", cache_length=rows + NEW_TOKENS, backend="xla")
-        hidden, cache = run(embeddings, in_rows(position_ids, 0), schedules, categories)
+        run = self.jitted("language_model.prefill", backend="xla")
+        cache = self.module.language_model.empty_cache(chunks.cache_rows)
         logits = np.empty((tokens, text.vocab_size), np.float32)
-        logits[order] = self.logits_of(hidden)[:tokens]
-        return logits, cache, next_position
+        for chunk in chunks:
+            embeddings = self.embed(chunk.token_ids)
+            if features is not None:
+                image_token = chunk.image_token
+                is_image = (image_token != PADDING_ROW)[:, None]
+                embeddings = np.where(is_image, features[image_token % len(features)], embeddings)
+            hidden, cache = run(
+                embeddings, chunk.position_ids, chunk.cached_rows, categories, cache
+            )
+            logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
+        assert packed == any(np.any(np.diff(chunk.order) < 0) for chunk in chunks)
+        return logits, cache, chunks.inputs.next_position
 
     def greedy(self, prompt: RandomPrompt, *, packed: bool = False) -> tuple[list[int], np.ndarray]:
         """The tokens, and the logits [new tokens, vocabulary] that they were chosen from."""
@@ -314,6 +315,20 @@ def test_packed_order_changes_no_result(family):
     assert_greedy_matches(models.port.greedy(prompt, packed=True), models.reference, prompt)
 
 
+@for_families
+@pytest.mark.parametrize("packed", [False, True], ids=["prompt order", "packed order"])
+def test_chunks_change_no_result(family, packed):
+    """Chunks of two sizes, which cut through images where the family allows it."""
+    models, prompt = case_of(family, "seven images, four layers")
+    logits, cache, _ = models.port.prefill(prompt, packed=packed, chunk_rows=(16, 32))
+    whole_logits, whole, _ = models.port.prefill(prompt, packed=packed)
+    expected = reference_logits(models.reference, prompt)
+    assert_close(logits, expected)
+    assert_close(whole_logits, expected)
+    for ours, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.slow
 @for_families
 def test_every_layer_and_head_uses_its_category(family):
@@ -328,8 +343,11 @@ def test_every_layer_and_head_uses_its_category(family):
     with attending_as(models.reference, template, categories):
         expected = reference_logits(models.reference, prompt)
 
-    logits, _, _ = models.port.prefill(prompt, categories=categories, packed=True, sinks=sinks)
-    assert_close(logits, expected)
+    for chunk_rows in (None, (16,)):
+        logits, _, _ = models.port.prefill(
+            prompt, categories=categories, packed=True, sinks=sinks, chunk_rows=chunk_rows
+        )
+        assert_close(logits, expected)
     dense = reference_logits(models.reference, prompt)
     assert np.abs(dense - expected).max() > 100 * TOLERANCE * np.abs(expected).max()
 

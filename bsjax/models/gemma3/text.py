@@ -19,8 +19,7 @@ from typing_extensions import override
 
 from bsjax.checks import positive_number
 from bsjax.errors import CheckpointError
-from bsjax.masks.schedule import PADDING_POSITION, Schedule
-from bsjax.models.cache import Cache, fit_rows
+from bsjax.models.cache import Cache, CachedRows
 from bsjax.models.config_checks import check_attention_heads, check_positive
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -29,10 +28,10 @@ from bsjax.models.layers import (
     LayerAttend,
     LayerStep,
     by_rows,
+    chunk_attend,
     decode_attend,
     dot_general,
     frequencies,
-    prefill_attend,
     rotate,
     scan_layers_of_kinds,
     stack_layers,
@@ -87,8 +86,7 @@ class Caches(NamedTuple):
     Attributes:
       of_local: a ring buffer of the rows within the window: position p is in row p modulo the
         number of rows. None if there is no local layer.
-      of_global: prefill's rows in their order, then decoded tokens. None if there is no global
-        layer.
+      of_global: all tokens. None if there is no global layer.
     """
 
     of_local: Cache | None
@@ -239,6 +237,9 @@ class Gemma3TextModel(LanguageModel):
         check_config(config)
         self.kinds = tuple(layer_kinds(config).tolist())
         self.window = config.sliding_window
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.dtype = dtype
         self.scale = float(config.query_pre_attn_scalar) ** -0.5
         self.embed_scale = config.hidden_size**0.5
         self.rotary_embs = tuple(
@@ -259,26 +260,51 @@ class Gemma3TextModel(LanguageModel):
         return embedded * jnp.asarray(self.embed_scale, embedded.dtype)
 
     @override
+    def empty_cache(self, rows: int) -> Caches:
+        of_kind = (min(max(self.window - 1, 1), rows), rows)
+        layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
+        return Caches(
+            *(
+                Cache.empty(count, length, self.kv_heads, self.head_dim, self.dtype)
+                if count
+                else None
+                for count, length in zip(layers, of_kind, strict=True)
+            )
+        )
+
+    @override
     def prefill(
         self,
-        embeddings: Float[Array, "tokens hidden"],
-        position_ids: Int[Array, "1 tokens"],
-        schedules: Sequence[Schedule],
+        embeddings: Float[Array, "rows hidden"],
+        position_ids: Int[Array, "1 rows"],
+        cached_rows: Sequence[CachedRows],
         head_category: Int[Array, "layers q_heads"],
+        cache: Caches,
         *,
-        cache_length: int,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "tokens hidden"], Caches]:
-        local_schedule, global_schedule = schedules
-        ring = min(max(self.window - 1, 1), cache_length)
-        row_of_slot = rows_of_ring(jnp.asarray(local_schedule.queries.position), ring)
-        attend = partial(prefill_attend, scale=self.scale, backend=backend)
-        attends = (
-            attend(local_schedule, lambda x: x[row_of_slot]),
-            attend(global_schedule, partial(fit_rows, rows=cache_length)),
+    ) -> tuple[Float[Array, "rows hidden"], Caches]:
+        def step_of(kind: int) -> LayerStep:
+            cos, sin = self.rotary_embs[kind](position_ids[0])
+            attend = chunk_attend(cached_rows[kind], scale=self.scale, backend=backend)
+
+            def step(
+                layer: DecoderLayer, carry: tuple[Array, Caches], of_layer: tuple[Array, Array]
+            ) -> tuple[tuple[Array, Caches], None]:
+                hidden, caches = carry
+                cache: Any = caches[kind]
+                hidden, of_kind = layer(
+                    hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache)
+                )
+                return (hidden, caches._replace(**{Caches._fields[kind]: of_kind})), None
+
+            return step
+
+        steps = [step_of(kind) for kind in range(len(LAYER_TYPES))]
+        scanned = (head_category, self._index_in_kind())
+        (hidden, cache), _ = scan_layers_of_kinds(
+            self.layers, self.kinds, steps, (embeddings, cache), scanned
         )
-        hidden, kept = self._run_kinds(embeddings, position_ids[0], attends, head_category)
-        return self.norm(hidden), Caches(*(of and Cache(*of) for of in kept))
+        return self.norm(hidden), cache
 
     @override
     def run_layers(
@@ -353,16 +379,3 @@ class Gemma3TextModel(LanguageModel):
             for rotary_emb, attend in zip(self.rotary_embs, attends, strict=True)
         ]
         return scan_layers_of_kinds(self.layers, self.kinds, steps, hidden, scanned)
-
-
-def rows_of_ring(position: Int[Array, "rows"], ring: int) -> Int[Array, "ring"]:
-    """The row that goes into each slot of a ring buffer of the last `ring` positions.
-
-    Position p goes into slot p % ring. Prefill's rows may be in packed order, so the last rows are
-    not always those of the last positions.
-    """
-    real = position != PADDING_POSITION
-    kept = real & (position >= jnp.sum(real) - ring)
-    slot = jnp.where(kept, position % max(ring, 1), ring)
-    rows = jnp.arange(position.shape[0], dtype=jnp.int32)
-    return jnp.zeros(ring, jnp.int32).at[slot].set(rows, mode="drop")

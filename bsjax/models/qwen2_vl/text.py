@@ -13,8 +13,7 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from bsjax.errors import CheckpointError
-from bsjax.masks.schedule import Schedule
-from bsjax.models.cache import Cache, fit_rows
+from bsjax.models.cache import Cache, CachedRows
 from bsjax.models.config_checks import check_attention_heads
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -22,10 +21,10 @@ from bsjax.models.layers import (
     KeepingAttend,
     LayerAttend,
     by_rows,
+    chunk_attend,
     decode_attend,
     dot_general,
     frequencies,
-    prefill_attend,
     rotate,
     scan_layers,
     stack_layers,
@@ -161,7 +160,11 @@ class Qwen2VLTextModel(LanguageModel):
                 f"The config's hidden_size {config.hidden_size} is not a multiple of its "
                 f"{config.num_attention_heads} attention heads."
             )
-        self.scale = head_dim(config) ** -0.5
+        self.num_layers = config.num_hidden_layers
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = head_dim(config)
+        self.dtype = dtype
+        self.scale = self.head_dim**-0.5
         self.rotary_emb = RotaryEmbedding.from_config(config)
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs
@@ -178,22 +181,33 @@ class Qwen2VLTextModel(LanguageModel):
         return self.embed_tokens(token_ids)
 
     @override
+    def empty_cache(self, rows: int) -> tuple[Cache]:
+        return (Cache.empty(self.num_layers, rows, self.kv_heads, self.head_dim, self.dtype),)
+
+    @override
     def prefill(
         self,
-        embeddings: Float[Array, "tokens hidden"],
-        position_ids: Int[Array, "3 tokens"],
-        schedules: Sequence[Schedule],
+        embeddings: Float[Array, "rows hidden"],
+        position_ids: Int[Array, "3 rows"],
+        cached_rows: Sequence[CachedRows],
         head_category: Int[Array, "layers q_heads"],
+        cache: tuple[Cache],
         *,
-        cache_length: int,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
-        (schedule,) = schedules
-        attend = prefill_attend(
-            schedule, partial(fit_rows, rows=cache_length), scale=self.scale, backend=backend
-        )
-        hidden, (k, v) = self.run_layers(embeddings, position_ids, (attend,), head_category)
-        return hidden, Cache(k, v)
+    ) -> tuple[Float[Array, "rows hidden"], tuple[Cache]]:
+        (rows,) = cached_rows
+        attend = chunk_attend(rows, scale=self.scale, backend=backend)
+        cos, sin = self.rotary_emb(position_ids)
+
+        def step(
+            layer: DecoderLayer, carry: tuple[Array, Cache], of_layer: tuple[Array, Array]
+        ) -> tuple[tuple[Array, Cache], None]:
+            hidden, cache = carry
+            return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache)), None
+
+        scanned = (head_category, jnp.arange(self.num_layers, dtype=jnp.int32))
+        (hidden, of_all), _ = scan_layers(self.layers, step, (embeddings, cache[0]), scanned)
+        return self.norm(hidden), (of_all,)
 
     @override
     def run_layers(
@@ -217,12 +231,13 @@ class Qwen2VLTextModel(LanguageModel):
         self,
         embedding: Float[Array, "1 hidden"],
         position: Int[Array, ""],
-        cache: Cache,
+        cache: tuple[Cache],
         cache_index: Int[Array, ""],
         *,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "1 hidden"], Cache]:
-        attend = decode_attend(cache, cache_index, scale=self.scale, backend=backend)
-        layers = jnp.arange(cache.k.shape[0])
+    ) -> tuple[Float[Array, "1 hidden"], tuple[Cache]]:
+        (of_all,) = cache
+        attend = decode_attend(of_all, cache_index, scale=self.scale, backend=backend)
+        layers = jnp.arange(self.num_layers)
         hidden, (k, v) = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
-        return hidden, cache.written(k, v, cache_index)
+        return hidden, (of_all.written(k, v, cache_index),)

@@ -1,0 +1,221 @@
+"""A prompt, chunk by chunk: where chunks end, and what the programs are given for each.
+
+    prompt order   T T A a a a T T | B b b T C c c T | ...     chunks of at most C tokens
+    cache          T T T T T T ... | A B C ... | a a a | b b | c c | ...
+
+The rows of the cache are those of the whole prompt in packed order, which is known before the first
+chunk runs: text, sinks and the images of all chunks stay together, whatever the chunks. The rows of
+a chunk are its own tokens in packed order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, Int32
+
+from bsjax.masks.rows import Rows, Span
+from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
+from bsjax.masks.template import Template
+from bsjax.masks.visibility import TokenInfo, Visibility
+from bsjax.models.cache import PADDING_ROW, CachedRows, GlobalRows, WindowRows
+from bsjax.runtime.inputs import ModelInputs
+from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """The arguments of one chunk.
+
+    Attributes:
+      start: position of the chunk's first token.
+      end: one past the position of its last token.
+      order: the prompt position of each row before the padding.
+      token_ids: int32 [rows], padded.
+      position_ids: int32 [axes, rows], padded.
+      image_token: int32 [rows], index of each row's token among all image tokens of the prompt;
+        `PADDING_ROW` for text and padding.
+      cached_rows: for each kind of layers, how it writes and reads the cache.
+      last_row: the row of the chunk's last token.
+      images_end: how many image tokens of the prompt the chunk and those before it have.
+    """
+
+    start: int
+    end: int
+    order: Int32[np.ndarray, "tokens"]
+    token_ids: Int32[np.ndarray, "rows"]
+    position_ids: Int32[np.ndarray, "axes rows"]
+    image_token: Int32[np.ndarray, "rows"]
+    cached_rows: tuple[CachedRows, ...]
+    last_row: np.int32
+    images_end: int
+
+
+class Chunks:
+    """The chunks of a prompt.
+
+    Args:
+      inputs: the prompt.
+      sizes: sizes of chunks.
+      stacked_heads: how many query heads share a key head.
+      new_tokens: how many tokens may follow the prompt.
+
+    Attributes:
+      borders: first and end position of each chunk, and the rows that it is padded to.
+      cache_rows: rows of the cache.
+    """
+
+    def __init__(
+        self, inputs: ModelInputs, sizes: Sizes, stacked_heads: int, new_tokens: int
+    ) -> None:
+        self.inputs = inputs
+        self.cache_rows = cache_rows(inputs.tokens + new_tokens)
+        # Where tokens of an image see each other, its keys must be there before its queries run.
+        whole_images = any(of.bidirectional_images for of in inputs.visibilities)
+        self.borders = chunk_borders(inputs.template, sizes.chunks, whole_images=whole_images)
+        self._stacked_heads = stacked_heads
+        self._tables = category_tables(inputs.head_category)
+        self._device_keys: TokenInfo | None = None
+        self._keys = Rows([inputs.template], [Span(0, inputs.tokens)], packed=inputs.is_sparse)
+        is_image = inputs.template.image >= 0
+        self._images_before = np.append(0, np.cumsum(is_image))
+        image_token = np.where(is_image, self._images_before[:-1], PADDING_ROW)
+        self._image_token = image_token.astype(np.int32)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Builds one chunk after the other."""
+        return (self.chunk(*borders) for borders in self.borders)
+
+    @cached_property
+    def _row_of_token(self) -> Int[np.ndarray, "tokens"]:
+        row = np.empty(self.inputs.tokens, np.int32)
+        row[self._keys.position] = np.arange(self.inputs.tokens, dtype=np.int32)
+        return row
+
+    def chunk(self, start: int, end: int, rows: int) -> Chunk:
+        """The arguments of the tokens `start` to `end`, padded to `rows` rows."""
+        inputs = self.inputs
+        queries = Rows([inputs.template], [Span(start, end)], packed=inputs.is_sparse)
+        order = queries.position
+
+        def by_row(values: Any, padding: int) -> Int32[np.ndarray, "*axes rows"]:
+            padded = np.full((*values.shape[:-1], rows), padding, np.int32)
+            padded[..., : order.size] = values[..., order]
+            return padded
+
+        return Chunk(
+            start=start,
+            end=end,
+            order=order,
+            token_ids=by_row(inputs.token_ids, 0),
+            position_ids=by_row(inputs.position_ids, 0),
+            image_token=by_row(self._image_token, PADDING_ROW),
+            cached_rows=tuple(
+                self._cached_rows(visibility, queries, rows) for visibility in inputs.visibilities
+            ),
+            last_row=np.int32(np.flatnonzero(order == end - 1)[0]),
+            images_end=int(self._images_before[end]),
+        )
+
+    def _cached_rows(self, visibility: Visibility, queries: Rows, rows: int) -> CachedRows:
+        ((start, end, _),) = queries.spans
+        if visibility.window is None:
+            schedule = self._schedule(visibility, queries, self._keys, rows, self.cache_rows)
+            written = np.full(rows, PADDING_ROW, np.int32)
+            written[: queries.tokens] = self._row_of_token[queries.position]
+            return GlobalRows(schedule, written)
+        ring = min(max(visibility.window - 1, 1), self.cache_rows)
+        first = max(0, start - (visibility.window - 1))
+        keys = Rows([self.inputs.template], [Span(first, end)], packed=queries.packed)
+        schedule = self._schedule(visibility, queries, keys, rows, ring + rows)
+        # Where each position from `first` on is: in the ring, or behind it in the chunk.
+        place = np.arange(first, end) % ring
+        place[queries.position - first] = ring + np.arange(queries.tokens)
+        key_rows = np.zeros(ring + rows, np.int32)
+        key_rows[: keys.tokens] = place[keys.position - first]
+        ring_rows = np.arange(ring, dtype=np.int32)
+        kept = np.arange(max(start, end - ring), end)
+        ring_rows[kept % ring] = place[kept - first]
+        return WindowRows(schedule, key_rows, ring_rows)
+
+    def _schedule(
+        self, visibility: Visibility, queries: Rows, keys: Rows, rows: int, key_rows: int
+    ) -> Schedule:
+        block_q, block_kv = self.inputs.blocks
+        schedule = build_span_schedule(
+            queries,
+            keys,
+            self._tables,
+            block_q=block_q,
+            block_kv=block_kv,
+            visibility=visibility,
+            query_rows=rows,
+            key_rows=key_rows,
+            stacked_heads=self._stacked_heads,
+            capacity=schedule_capacity(rows, block_q, self._stacked_heads),
+        )
+        if keys is self._keys:
+            # On the device once, not for each chunk again.
+            self._device_keys = self._device_keys or jax.device_put(schedule.keys)
+            schedule = replace(schedule, keys=self._device_keys)
+        return schedule
+
+
+def schedule_capacity(rows: int, block_q: int, stacked_heads: int) -> Capacity:
+    """Room for the schedule of any chunk of up to `MOST_IMAGES` images.
+
+    Args:
+      rows: rows of the chunk.
+      block_q: rows of a tile, at most.
+      stacked_heads: how many query heads the tiles of text rows stack.
+    """
+    # A tile may also end where another segment or another stretch of a window begins.
+    of_images = -(-rows // block_q) + MOST_IMAGES
+    of_text = -(-rows // max(1, block_q // stacked_heads))
+    tiles = max(of_images, of_text) + 16
+    # Each tile has a few ranges in each of three segments; a tile of sinks some for each image.
+    return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
+
+
+def chunk_borders(
+    template: Template, sizes: Sequence[int], *, whole_images: bool
+) -> list[tuple[int, int, int]]:
+    """First and end position of each chunk, and the rows that it is padded to.
+
+    A chunk has the largest size that the tokens left would fill, if they were padded to the
+    smallest one. It ends earlier after `MOST_IMAGES` images.
+
+    Args:
+      template: the prompt.
+      sizes: rows of a chunk, ascending.
+      whole_images: whether a chunk must not end inside an image. An image that is larger than all
+        sizes is then a chunk of its own size.
+    """
+    firsts = np.asarray(template.image_first)
+    ends = firsts + np.asarray(template.image_tokens, np.int64)
+    borders = []
+    start = 0
+    while start < template.tokens:
+        left = template.tokens - start
+        padded = -(-left // sizes[0]) * sizes[0]
+        size = max(size for size in sizes if size <= padded)
+        while True:
+            end = min(start + size, template.tokens)
+            first_image = int(np.searchsorted(ends, start, side="right"))
+            if first_image + MOST_IMAGES < firsts.size:
+                end = min(end, int(firsts[first_image + MOST_IMAGES]))
+            cut = int(np.searchsorted(firsts, end, side="left")) - 1
+            if whole_images and cut >= 0 and firsts[cut] < end < ends[cut]:
+                end = int(firsts[cut])
+            if end > start:
+                break
+            # The first image does not fit.
+            larger = [bigger for bigger in sizes if bigger > size]
+            own = int(ends[first_image] - start)
+            size = larger[0] if larger else -(-own // sizes[-1]) * sizes[-1]
+        borders.append((start, end, size))
+        start = end
+    return borders

@@ -1,0 +1,226 @@
+"""Images of a prompt, group by group: from pixels to the rows of an array of features.
+
+A group is as many consecutive images as fit into one of a few sizes, so that one program or two
+encode the images of all prompts, and only a group's pixels are on the device at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from bsjax.attention import block_sizes
+from bsjax.masks.schedule import bucket
+from bsjax.models import Architecture, ImageTextModel
+from bsjax.models.cache import PADDING_ROW
+from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+from bsjax.runtime.sizes import sizes_in_use
+
+# Patches along each side of a square. Images count as whole squares: a group has room for tiles of
+# that size, such as the windows of a tower, not for many smaller ones.
+_SQUARE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroup:
+    """Consecutive images of a prompt that go through the vision tower together.
+
+    Attributes:
+      patches: patches of these images; a view of the prompt's patches.
+      plan: the family's `vision_plan` for these images, padded.
+      first: index of the group's first token among all image tokens of the prompt.
+      tokens: how many image tokens the group has.
+      padded_tokens: the same with padding.
+      patches_per_token: patches that are merged into one image token.
+    """
+
+    patches: Float32[np.ndarray, "patches pixels"]
+    plan: Any
+    first: int
+    tokens: int
+    padded_tokens: int
+    patches_per_token: int
+
+    def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
+        """The padded patches, made on demand: for all groups together they could take gigabytes."""
+        padded = np.zeros(self._shape, np.float32)
+        padded[: len(self.patches)] = self.patches
+        return padded
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.padded_tokens * self.patches_per_token, self.patches.shape[1]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The shapes of the arguments of `encode_images` after the features."""
+        rows = jax.ShapeDtypeStruct((self.padded_tokens,), np.int32)
+        return jax.ShapeDtypeStruct(self._shape, np.float32), self.plan, rows
+
+    def rows(self, row_of: Callable[[Any], Any]) -> Int[np.ndarray, "padded_tokens"]:
+        """The row for each of the group's tokens; `PADDING_ROW` for padding.
+
+        Args:
+          row_of: the rows of image tokens, given their indices among all of the prompt.
+        """
+        rows = np.full(self.padded_tokens, PADDING_ROW, np.int32)
+        rows[: self.tokens] = row_of(np.arange(self.first, self.first + self.tokens))
+        return rows
+
+
+def image_groups(
+    architecture: Architecture, prompt: Prompt, backend: str
+) -> tuple[ImageGroup, ...]:
+    """Divides the images of a prompt into groups for the vision tower."""
+    if prompt.pixel_values is None:
+        return ()
+    family, config, dtype = architecture
+    block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
+    patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
+    first_patch = np.append(0, np.cumsum(patches))
+    first_token = np.append(0, np.cumsum(prompt.image_tokens))
+    patches_per_token = int(first_patch[-1] // first_token[-1])
+    groups = []
+    squares = (-(-prompt.grid_thw[:, 1:] // _SQUARE)).prod(axis=1) * prompt.grid_thw[:, 0]
+    weights = np.maximum(patches, squares * _SQUARE**2) // patches_per_token
+    for first, end, padded_tokens in group_borders(weights.tolist(), sizes_in_use().image_tokens):
+        plan = family.vision_plan(
+            prompt.grid_thw[first:end],
+            config,
+            patches=padded_tokens * patches_per_token,
+            block_q=block_q,
+            block_kv=block_kv,
+        )
+        groups.append(
+            ImageGroup(
+                prompt.pixel_values[first_patch[first] : first_patch[end]],
+                plan,
+                int(first_token[first]),
+                int(first_token[end] - first_token[first]),
+                padded_tokens,
+                patches_per_token,
+            )
+        )
+    return tuple(groups)
+
+
+def group_borders(image_tokens: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First and end image of each group, and the tokens that it is padded to.
+
+    Groups have the largest size while enough images are left to fill it, then the smaller ones. An
+    image that is larger than all sizes is a group of its own.
+
+    Args:
+      image_tokens: how many tokens each image has.
+      sizes: sizes of groups, ascending.
+    """
+    groups = []
+    first, left = 0, sum(image_tokens)
+    while first < len(image_tokens):
+        own = image_tokens[first]
+        filled = [size for size in sizes if own <= size <= left]
+        fitting = [size for size in sizes if own <= size]
+        if filled:
+            size = filled[-1]
+        elif fitting:
+            size = fitting[0]
+        else:
+            size = bucket(own, smallest=sizes[-1], steps=1)
+        end, total = first, 0
+        while end < len(image_tokens) and total + image_tokens[end] <= size:
+            total += image_tokens[end]
+            end += 1
+        groups.append((first, end, size))
+        first, left = end, left - total
+    return groups
+
+
+def encode_images(
+    module: ImageTextModel,
+    features: Float[Array, "rows hidden"],
+    pixel_values: Float[Array, "patches pixels"],
+    plan: Any,
+    image_rows: Int[Array, "merged"],
+    backend: str,
+) -> Float[Array, "rows hidden"]:
+    """Encodes a group of images and writes their features into rows of an array.
+
+    Donate `features` so that they are updated in place.
+
+    Args:
+      module: the model.
+      features: features of other images, or embeddings of a prompt.
+      pixel_values: patches of the images, padded.
+      plan: from the family's `vision_plan`.
+      image_rows: the row of each image token; `PADDING_ROW` for tokens made of padding.
+      backend: attention backend.
+    """
+    encoded = module.encode_images(pixel_values, plan, backend=backend)
+    return features.at[image_rows].set(encoded.astype(features.dtype), mode="drop")
+
+
+class ImageEncoder:
+    """The vision tower's stages of a prompt.
+
+    Attributes:
+      groups: the groups that have not been encoded yet.
+      stages: one for each size of groups.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        groups: Sequence[ImageGroup],
+        features: jax.ShapeDtypeStruct | None,
+        row_of: Callable[[Any], Any],
+        backend: str,
+        *,
+        other_bytes: int = 0,
+    ) -> None:
+        """Compiles the programs that are needed.
+
+        Args:
+          programs: the programs of the model.
+          groups: the groups of a prompt.
+          features: shape of the array that the features are written to; None if the model reads no
+            images.
+          row_of: the rows of image tokens in that array, given their indices among all of the
+            prompt.
+          backend: attention backend.
+          other_bytes: bytes on the device while images are encoded.
+        """
+        self.groups = list(groups)
+        self._row_of = row_of
+        self._programs = {
+            group.padded_tokens: programs.get(
+                encode_images, (features, *group.arguments()), static=(backend,), donate=(0,)
+            )
+            for group in groups
+        }
+        # The pixels of the next group are copied to the device while one is encoded.
+        copied = max((size_in_bytes(group.arguments()[0]) for group in self.groups[1:]), default=0)
+        self.stages = [
+            Stage("vision", program, other_bytes + copied) for program in self._programs.values()
+        ]
+
+    def encode(self, features: jax.Array, end: int | None = None) -> jax.Array:
+        """Encodes the next groups and returns the features with theirs written; donates `features`.
+
+        Args:
+          features: the array to write to.
+          end: one past the last image token that is needed; None for all.
+        """
+        for group in self._next_groups(end):
+            pixel_values = jax.device_put(group.pixel_values())
+            # At most two groups' pixels are on the device: the next ones and those being encoded.
+            jax.block_until_ready(features)
+            program = self._programs[group.padded_tokens]
+            features = program(features, pixel_values, group.plan, group.rows(self._row_of))
+        return features
+
+    def _next_groups(self, end: int | None) -> Iterator[ImageGroup]:
+        while self.groups and (end is None or self.groups[0].first < end):
+            yield self.groups.pop(0)

@@ -1,0 +1,252 @@
+"""Prefill: a prompt runs chunk by chunk over one cache, and its last chunk chooses a token.
+
+    images of the chunk -> chunk -> images of the next chunk -> next chunk -> ...
+
+The cache is allocated once and updated in place by each chunk. Image features wait in an array that
+is used as a ring: it has room for the images of a chunk and for those of a group.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from bsjax.models import ImageTextModel
+from bsjax.models.cache import PADDING_ROW, CachedRows
+from bsjax.runtime.chunks import Chunk, Chunks
+from bsjax.runtime.images import ImageEncoder
+from bsjax.runtime.inputs import ModelInputs
+from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+from bsjax.runtime.sampling import Sampling, sample
+from bsjax.runtime.sizes import Sizes, sizes_in_use
+
+
+def prefill(
+    module: ImageTextModel,
+    cache: Any,
+    features: Float[Array, "features hidden"] | None,
+    token_ids: Int[Array, "rows"],
+    image_token: Int[Array, "rows"],
+    position_ids: Int[Array, "axes rows"],
+    cached_rows: Sequence[CachedRows],
+    head_category: Int[Array, "layers q_heads"],
+    last_row: Int[Array, ""],
+    sampling: Sampling,
+    backend: str,
+) -> tuple[Int[Array, ""], Any]:
+    """Runs a chunk and chooses the token that follows it. Donate `cache`.
+
+    Returns:
+      The token, which only the last chunk's caller reads, and the cache.
+    """
+    hidden, cache = _run_chunk(
+        module,
+        cache,
+        features,
+        token_ids,
+        image_token,
+        position_ids,
+        cached_rows,
+        head_category,
+        backend,
+    )
+    return sample(module.logits(hidden[last_row]), sampling, jnp.int32(0)), cache
+
+
+def score(
+    module: ImageTextModel,
+    cache: Any,
+    features: Float[Array, "features hidden"] | None,
+    token_ids: Int[Array, "rows"],
+    image_token: Int[Array, "rows"],
+    position_ids: Int[Array, "axes rows"],
+    cached_rows: Sequence[CachedRows],
+    head_category: Int[Array, "layers q_heads"],
+    backend: str,
+) -> tuple[Float32[Array, "rows vocabulary"], Any]:
+    """Runs a chunk. Returns the logits of all its rows, and the cache. Donate `cache`."""
+    hidden, cache = _run_chunk(
+        module,
+        cache,
+        features,
+        token_ids,
+        image_token,
+        position_ids,
+        cached_rows,
+        head_category,
+        backend,
+    )
+    return module.logits(hidden), cache
+
+
+def _run_chunk(
+    module: ImageTextModel,
+    cache: Any,
+    features: Float[Array, "features hidden"] | None,
+    token_ids: Int[Array, "rows"],
+    image_token: Int[Array, "rows"],
+    position_ids: Int[Array, "axes rows"],
+    cached_rows: Sequence[CachedRows],
+    head_category: Int[Array, "layers q_heads"],
+    backend: str,
+) -> tuple[Float[Array, "rows hidden"], Any]:
+    """Embeds the rows of a chunk and runs the layers."""
+    embeddings = module.language_model.embed(token_ids)
+    if features is not None:
+        is_image = (image_token != PADDING_ROW)[:, None]
+        embeddings = jnp.where(is_image, features[image_token % features.shape[0]], embeddings)
+    return module.language_model.prefill(
+        embeddings, position_ids, cached_rows, head_category, cache, backend=backend
+    )
+
+
+class ChunkedRun:
+    """A prompt, chunk by chunk: what answering and scoring it have in common.
+
+    Attributes:
+      chunks: the chunks of the prompt.
+      cache: shapes and dtypes of the cache.
+      stages: all stages: an image group and a chunk of each size.
+      vision_seconds: time in the vision tower so far.
+      seconds: time in the language model so far.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        inputs: ModelInputs,
+        step: Callable[..., Any],
+        backend: str,
+        *,
+        sizes: Sizes,
+        new_tokens: int,
+        arguments: Callable[[Chunk], tuple[Any, ...]],
+    ) -> None:
+        """Compiles the programs that are needed.
+
+        Args:
+          programs: the programs of the model.
+          inputs: the prompt.
+          step: the function that runs a chunk: `prefill` or `score`.
+          backend: attention backend.
+          sizes: sizes of chunks.
+          new_tokens: how many tokens may follow the prompt.
+          arguments: arguments of `step` after the head categories, for a chunk.
+        """
+        self._programs, self._step, self._backend = programs, step, backend
+        self._arguments = arguments
+        language_model = programs.module.language_model
+        stacked_heads = inputs.head_category.shape[1] // language_model.kv_heads
+        self.chunks = Chunks(inputs, sizes, stacked_heads, new_tokens)
+        self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
+        self._features: jax.ShapeDtypeStruct | None = None
+        rows = 1
+        if inputs.reads_images:
+            groups = [sizes.image_tokens[-1], *(of.padded_tokens for of in inputs.image_groups)]
+            rows = sizes.chunks[-1] + max(groups)
+            self._features = jax.ShapeDtypeStruct(
+                (rows, language_model.embed_tokens.features), language_model.dtype
+            )
+        self._images = ImageEncoder(
+            programs,
+            inputs.image_groups,
+            self._features,
+            lambda tokens: tokens % rows,
+            backend,
+            other_bytes=size_in_bytes(self.cache),
+        )
+        # One chunk of each size is built for its shapes.
+        of_size = {rows: (start, end, rows) for start, end, rows in self.chunks.borders}
+        self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
+        self.stages = [
+            *self._images.stages,
+            *(
+                Stage("prefill", self._program(chunk, self.cache, self._features))
+                for chunk in self._built.values()
+            ),
+        ]
+        self.vision_seconds = 0.0
+        self.seconds = 0.0
+
+    def run(self) -> Iterator[tuple[Chunk, Any, Any]]:
+        """Runs one chunk after the other; yields the chunk, what its program returns, the cache."""
+        features = None
+        if self._features is not None:
+            features = jnp.zeros(self._features.shape, self._features.dtype)
+        cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
+        for start, end, rows in self.chunks.borders:
+            began = time.perf_counter()
+            chunk = self._built.pop(start, None) or self.chunks.chunk(start, end, rows)
+            host = time.perf_counter() - began
+            if features is not None:
+                began = time.perf_counter()
+                features = self._images.encode(features, chunk.images_end)
+                jax.block_until_ready(features)
+                self.vision_seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            program = self._program(chunk, cache, features)
+            result, cache = program(*self._all_arguments(chunk, cache, features))
+            jax.block_until_ready(result)
+            self.seconds += host + time.perf_counter() - began
+            yield chunk, result, cache
+
+    def _program(self, chunk: Chunk, cache: Any, features: Any) -> Any:
+        return self._programs.get(
+            self._step,
+            self._all_arguments(chunk, cache, features),
+            static=(self._backend,),
+            donate=(0,),
+        )
+
+    def _all_arguments(self, chunk: Chunk, cache: Any, features: Any) -> tuple[Any, ...]:
+        return (
+            cache,
+            features,
+            chunk.token_ids,
+            chunk.image_token,
+            chunk.position_ids,
+            chunk.cached_rows,
+            self.chunks.inputs.head_category,
+            *self._arguments(chunk),
+        )
+
+
+class Prefill(ChunkedRun):
+    """The stages from a prompt to the first token of its answer."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        inputs: ModelInputs,
+        *,
+        new_tokens: int,
+        sampling: Sampling,
+        backend: str,
+    ) -> None:
+        """Compiles the programs that are needed.
+
+        Args:
+          programs: the programs of the model.
+          inputs: the prompt.
+          new_tokens: how many tokens may follow the prompt.
+          sampling: how the first token is chosen.
+          backend: attention backend.
+        """
+        super().__init__(
+            programs,
+            inputs,
+            prefill,
+            backend,
+            sizes=sizes_in_use(),
+            new_tokens=new_tokens,
+            arguments=lambda chunk: (chunk.last_row, sampling),
+        )
+
+    def first_token(self) -> tuple[jax.Array, Any]:
+        """Runs all chunks; returns the first token of the answer, int32, and the cache."""
+        *_, (_, token, cache) = self.run()
+        return token, cache

@@ -1,0 +1,46 @@
+"""The few sizes that programs are compiled for: chunks, caches and groups of images.
+
+Every size that varies with the prompt is rounded up to one of these, so that a handful of programs
+serves all prompts.
+"""
+
+from typing import NamedTuple
+
+from bsjax.masks.schedule import bucket
+from bsjax.pallas.configurations import compiles_for_gpus
+
+MOST_IMAGES = 48
+"""The most images in a chunk. Its schedules have room for the tiles of that many."""
+
+# Caches have few lengths where they are small, and waste at most a quarter where they are large.
+_SHORT_CACHES = (2048, 8192)
+
+
+class Sizes(NamedTuple):
+    """Sizes for one kind of device, ascending; each is a multiple of the one before.
+
+    Attributes:
+      chunks: rows of a chunk of a prompt.
+      image_tokens: image tokens of a group of images.
+    """
+
+    chunks: tuple[int, ...]
+    image_tokens: tuple[int, ...]
+
+
+_ON_CPU = Sizes(chunks=(128, 1024), image_tokens=(256, 2048))
+# A chunk must keep the matrix units busy for longer than it takes to read the weights.
+_ON_GPU = Sizes(chunks=(512, 4096), image_tokens=(1024, 16384))
+
+
+def sizes_in_use() -> Sizes:
+    """The sizes for the devices that programs are compiled for."""
+    return _ON_GPU if compiles_for_gpus() else _ON_CPU
+
+
+def cache_rows(tokens: int) -> int:
+    """The number of rows of a cache for `tokens` tokens, prompt and answer included."""
+    for rows in _SHORT_CACHES:
+        if tokens <= rows:
+            return rows
+    return bucket(tokens, smallest=_SHORT_CACHES[-1], steps=2 if tokens <= 65536 else 4)
