@@ -10,6 +10,7 @@ statistics of all heads have the same attention FLOPs.
 
 import argparse
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,12 @@ from bsjax.attention import resolve_backend
 from bsjax.profiling import computations
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.prompt_inputs import (
+    PackedPrompt,
+    PromptEmbedding,
     Shape,
     category_schedule,
-    kind_schedules,
-    packed_inputs,
 )
-from bsjax.runtime.embedding import Embedding
-from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
-from bsjax.runtime.scoring import hidden_states
 
 DENSE = "dense prefill"
 HEADS = "statistics of all heads"
@@ -58,22 +56,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     programs, shape = programs_of(model), Shape.of(model.family, model.config)
     prompt = model.prompt(conversation(arguments.images, tuple(arguments.image_size)))
 
-    dense = prepare_inputs(model.architecture, prompt, None, backend=backend)
-    packed = packed_inputs(model, prompt, Sinks(), backend)
+    packed = PackedPrompt.of(model.architecture, prompt, Sinks(), backend)
     groups, categories = (
-        kind_schedules(shape, packed, model.dtype, backend, build)
+        packed.schedules(shape, model.dtype, backend, build)
         for build in (group_schedule, category_schedule)
     )
-    embed_dense, embed_packed = (Embedding(programs, i, backend) for i in (dense, packed))
-    embed_packed.run()
-    vision_seconds = [embed_packed.run()[1] for _ in range(arguments.rounds)]
-    from_dense, from_packed = embed_dense.run()[0], embed_packed.run()[0]
+    embedding = PromptEmbedding(programs, packed, backend)
+    jax.block_until_ready(embedding.run())
+    vision_seconds = []
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        from_packed = jax.block_until_ready(embedding.run())
+        vision_seconds.append(time.perf_counter() - start)
+    dense = np.full((shape.layers, shape.heads), HeadCategory.DENSE, np.int32)
     sparse = np.full((shape.layers, shape.heads), HeadCategory.INTRA_IMAGE_SINK, np.int32)
     rows = np.zeros(9, np.int32)
     calls = {
         DENSE: (
-            hidden_states,
-            (from_dense, dense.position_ids, dense.schedules, dense.head_category),
+            computations.states_at,
+            (from_packed, packed.position_ids, categories, dense, rows),
         ),
         HEADS: (computations.measure_heads, (from_packed, packed.position_ids, groups)),
         OFFSETS: (computations.measure_offsets, (from_packed, packed.position_ids, categories)),
@@ -97,7 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.size,
         "backend": backend,
         "dtype": str(np.dtype(dtype)),
-        "tokens": packed.tokens,
+        "tokens": packed.template.tokens,
         "images": arguments.images,
         "image_tokens": packed.template.image_tokens[0],
         "vision_seconds": statistics.median(vision_seconds),

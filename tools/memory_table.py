@@ -24,15 +24,23 @@ from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES, Architecture
 from bsjax.models.gemma3.vision_plan import grid_side
+from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
-from bsjax.profiling.prompt_inputs import Shape, category_schedule, kind_schedules
+from bsjax.profiling.prompt_inputs import (
+    PackedPrompt,
+    PromptEmbedding,
+    Shape,
+    category_schedule,
+)
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.answering import Answering, AnswerSettings
-from bsjax.runtime.embedding import Embedding
-from bsjax.runtime.inputs import ModelInputs, cache_rows, prepare_inputs
-from bsjax.runtime.memory import Stage
-from bsjax.runtime.programs import Programs, size_in_bytes
+from bsjax.runtime.decoding import AnswerSettings, Decoding
+from bsjax.runtime.inputs import ModelInputs, prepare_inputs
+from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+from bsjax.runtime.sampling import GREEDY
+from bsjax.runtime.sizes import cache_rows, sizes_in_use
+from tools.compiled_kernels import target_name
 from tools.gpu_targets import TARGETS, compile_for
 from tools.published_models import PUBLISHED_MODELS
 
@@ -48,12 +56,12 @@ PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
 """Tokens of the sample that each model is profiled on."""
 GPUS = ("h200", "a100")
 NEW_TOKENS = 64
-STAGES = ("embed", "vision", "prefill", "decode")
+STAGES = ("vision", "prefill", "decode")
 
 GOALS = {
-    ("Qwen2.5-VL-7B", 300_000): 12 * 2**30,
-    ("Gemma-3-4B", 131_000): 6 * 2**30,
-    ("Gemma-3-27B", 65_536): 6 * 2**30,
+    ("Qwen2.5-VL-7B", 300_000): 3 * 2**30,
+    ("Gemma-3-4B", 131_000): 3 * 2**30,
+    ("Gemma-3-27B", 131_000): 3 * 2**30,
 }
 """Largest number of bytes in addition to weights and cache, at any stage and on any GPU."""
 
@@ -74,18 +82,16 @@ class Measurement(NamedTuple):
     inputs: ModelInputs
     weights: int
     cache: int
+    chunk_rows: int
     stages: tuple[Stage, ...]
 
     def temporaries(self, name: str | None = None) -> int:
         """Peak bytes in addition to weights and cache, at one stage or over all stages.
 
-        They include embeddings, pixel values, schedules, results and the program's temporaries.
+        They include image features, pixel values, schedules, results and the program's
+        temporaries.
         """
-        return max(
-            stage.peak - (self.cache if stage.name in ("prefill", "decode") else 0)
-            for stage in self.stages
-            if name in (None, stage.name)
-        )
+        return max(stage.peak - self.cache for stage in self.stages if name in (None, stage.name))
 
     @property
     def full_cache(self) -> int:
@@ -153,16 +159,23 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)
     mixed = np.arange(np.prod(shape), dtype=np.int8) % len(HeadCategory)
-    inputs = prepare_inputs(
-        architecture,
-        image_prompt(config, tokens),
-        Profile(family=family.name, categories=mixed.reshape(shape)),
-        backend="pallas",
-        new_tokens=NEW_TOKENS,
-    )
-    run = Answering(programs, inputs, AnswerSettings(NEW_TOKENS, "pallas"))
-    weights, cache = size_in_bytes(programs.parameters), size_in_bytes(run.cache)
-    return Measurement(target, model, inputs, weights, cache, tuple(run.stages))
+    # Sizes of chunks and of groups of images are those of the GPU.
+    with compiling_for(target_name(target)):
+        inputs = prepare_inputs(
+            architecture,
+            image_prompt(config, tokens),
+            Profile(family=family.name, categories=mixed.reshape(shape)),
+            backend="pallas",
+            new_tokens=NEW_TOKENS,
+        )
+        prefill = Prefill(
+            programs, inputs, new_tokens=NEW_TOKENS, sampling=GREEDY, backend="pallas"
+        )
+        chunk_rows = sizes_in_use().chunks[-1]
+    decoding = Decoding(programs, inputs, prefill.cache, AnswerSettings(NEW_TOKENS, "pallas"))
+    weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.cache)
+    stages = (*prefill.stages, *decoding.stages)
+    return Measurement(target, model, inputs, weights, cache, chunk_rows, stages)
 
 
 def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[Stage, ...]:
@@ -172,18 +185,13 @@ def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[S
     shape = Shape.of(family, config)
     architecture = Architecture(family, config, DTYPE)
     programs = Programs(abstract_module(architecture), partial(_compile, target))
-    packed = Profile.uniform(
-        HeadCategory.INTRA_IMAGE_SINK,
-        family=family.name,
-        layers=shape.layers,
-        heads=shape.heads,
-    )
-    inputs = prepare_inputs(architecture, image_prompt(config, tokens), packed, backend="pallas")
-    embedding = Embedding(programs, inputs, "pallas")
+    with compiling_for(target_name(target)):
+        packed = PackedPrompt.of(architecture, image_prompt(config, tokens), None, "pallas")
+        embedding = PromptEmbedding(programs, packed, "pallas")
 
     def stage(name: str, step: Any, build: Any, *more_arguments: Any) -> Stage:
-        schedules = kind_schedules(shape, inputs, DTYPE, "pallas", build)
-        arguments = (embedding.output, inputs.position_ids, schedules, *more_arguments)
+        schedules = packed.schedules(shape, DTYPE, "pallas", build)
+        arguments = (embedding.output, packed.position_ids, schedules, *more_arguments)
         return Stage(name, programs.get(step, arguments, static=("pallas",)))
 
     dense, states = np.zeros((shape.layers, shape.heads), np.int32), np.zeros(9, np.int32)
@@ -213,7 +221,7 @@ def markdown(
         f"| {found.model} | {found.inputs.tokens:,} | {_gib(found.cache)} | "
         f"{_gib(found.full_cache)} | {found.cache / found.full_cache:.2f} |"
         for found in measurements
-        if len(found.inputs.schedules) > 1 and found.target == measurements[0].target
+        if len(found.inputs.visibilities) > 1 and found.target == measurements[0].target
     )
     goals = "\n".join(
         f"- {model} with {tokens:,} tokens: "
@@ -231,17 +239,16 @@ The tool that writes this page fails if one of these goals is missed:
 
 {goals}
 
-`embed`, `vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and
-cache; they include embeddings and pixel values. `vision` handles a group of at most 64K patches at
-a time, however many images the prompt has. `peak` is the weights plus the largest stage, where
-prefill and decode also count the cache. A prompt `fits` if its peak is below
+`vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and cache;
+they include image features and pixel values. `vision` handles a group of images at a time and
+`prefill` a chunk of at most {measurements[0].chunk_rows:,} rows, however long the prompt is. `peak` is
+the weights, the cache and the largest stage. A prompt `fits` if its peak is below
 {_MEMORY_FRACTION:.0%} of the GPU's memory, the share that JAX takes by default
 (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 
 Prompts consist of 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with
 {_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. The four categories are
-mixed over the heads. Rows of the prompt and of the cache are padded to buckets:
-{_largest(measurements)}.
+mixed over the heads. The cache has one of a few lengths: {_largest(measurements)}.
 
 ## Caches of layers with a window
 
@@ -303,7 +310,8 @@ def _table(target: str, measurements: Sequence[Measurement]) -> str:
 
 def _largest(measurements: Sequence[Measurement]) -> str:
     inputs = max((found.inputs for found in measurements), key=lambda inputs: inputs.tokens)
-    return f"{inputs.tokens:,} tokens run as {inputs.rows:,}"
+    rows = cache_rows(inputs.tokens + NEW_TOKENS)
+    return f"{rows:,} rows for {inputs.tokens:,} tokens"
 
 
 def _compile(target: str, jitted: Any, arguments: tuple[Any, ...]) -> jax.stages.Compiled:

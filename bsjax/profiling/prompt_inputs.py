@@ -157,10 +157,11 @@ class PromptEmbedding:
         self._token_ids = prompt.token_ids
         self._embed = programs.get(embed, (prompt.token_ids,))
         self.output = self._embed.output
+        self._groups = prompt.inputs.image_groups
         row_of_image_token = prompt.row[prompt.template.image >= 0]
         self._images = ImageEncoder(
             programs,
-            prompt.inputs.image_groups,
+            self._groups,
             self.output,
             lambda tokens: row_of_image_token[tokens],
             backend,
@@ -169,7 +170,7 @@ class PromptEmbedding:
 
     def run(self) -> jax.Array:
         """The embeddings [rows, hidden], images included."""
-        return self._images.encode(self._embed(self._token_ids))
+        return self._images.encode(self._embed(self._token_ids), self._groups)
 
 
 def category_schedule(

@@ -4,7 +4,7 @@ A group is as many consecutive images as fit into one of a few sizes, so that on
 encode the images of all prompts, and only a group's pixels are on the device at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +166,6 @@ class ImageEncoder:
     """The vision tower's stages of a prompt.
 
     Attributes:
-      groups: the groups that have not been encoded yet.
       stages: one for each size of groups.
     """
 
@@ -192,7 +191,6 @@ class ImageEncoder:
           backend: attention backend.
           other_bytes: bytes on the device while images are encoded.
         """
-        self.groups = list(groups)
         self._row_of = row_of
         self._programs = {
             group.padded_tokens: programs.get(
@@ -201,26 +199,17 @@ class ImageEncoder:
             for group in groups
         }
         # The pixels of the next group are copied to the device while one is encoded.
-        copied = max((size_in_bytes(group.arguments()[0]) for group in self.groups[1:]), default=0)
+        copied = max((size_in_bytes(group.arguments()[0]) for group in groups[1:]), default=0)
         self.stages = [
             Stage("vision", program, other_bytes + copied) for program in self._programs.values()
         ]
 
-    def encode(self, features: jax.Array, end: int | None = None) -> jax.Array:
-        """Encodes the next groups and returns the features with theirs written; donates `features`.
-
-        Args:
-          features: the array to write to.
-          end: one past the last image token that is needed; None for all.
-        """
-        for group in self._next_groups(end):
+    def encode(self, features: jax.Array, groups: Iterable[ImageGroup]) -> jax.Array:
+        """Encodes groups and returns the features with theirs written; donates `features`."""
+        for group in groups:
             pixel_values = jax.device_put(group.pixel_values())
             # At most two groups' pixels are on the device: the next ones and those being encoded.
             jax.block_until_ready(features)
             program = self._programs[group.padded_tokens]
             features = program(features, pixel_values, group.plan, group.rows(self._row_of))
         return features
-
-    def _next_groups(self, end: int | None) -> Iterator[ImageGroup]:
-        while self.groups and (end is None or self.groups[0].first < end):
-            yield self.groups.pop(0)

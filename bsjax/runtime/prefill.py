@@ -178,13 +178,19 @@ class ChunkedRun:
         if self._features is not None:
             features = jnp.zeros(self._features.shape, self._features.dtype)
         cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
+        groups = self.chunks.inputs.image_groups
         for start, end, rows in self.chunks.borders:
             began = time.perf_counter()
             chunk = self._built.pop(start, None) or self.chunks.chunk(start, end, rows)
             host = time.perf_counter() - began
             if features is not None:
                 began = time.perf_counter()
-                features = self._images.encode(features, chunk.images_end)
+                ready = next(
+                    (i for i, group in enumerate(groups) if group.first >= chunk.images_end),
+                    len(groups),
+                )
+                features = self._images.encode(features, groups[:ready])
+                groups = groups[ready:]
                 jax.block_until_ready(features)
                 self.vision_seconds += time.perf_counter() - began
             began = time.perf_counter()

@@ -164,7 +164,7 @@ def test_training_computes_what_inference_computes(
         prompt = processor.prompt(conversation(scene, question))
         architecture = Architecture(family, config, np.float32)
         inputs = prepare_inputs(architecture, prompt, profile, backend="xla")
-        alone = Scoring(programs, inputs, "xla").run()[-1]
+        alone = Scoring(programs, inputs, "xla").logits()[-1]
         np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -414,5 +414,5 @@ def test_the_exported_checkpoint_is_what_transformers_reads(module, config, enco
         )
     architecture = Architecture(family, config, np.float32)
     inputs = prepare_inputs(architecture, prompt, None, backend="xla")
-    ours = Scoring(Programs(rounded), inputs, "xla").run()
+    ours = Scoring(Programs(rounded), inputs, "xla").logits()
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())

@@ -10,8 +10,7 @@ from bsjax import HeadCategory, Profile, Sinks
 from bsjax.masks.visibility import visible
 from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
-from bsjax.runtime.embedding import Embedding
-from bsjax.runtime.inputs import prepare_inputs
+from bsjax.profiling.prompt_inputs import PackedPrompt, PromptEmbedding
 from bsjax.runtime.programs import programs_of
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
@@ -71,9 +70,9 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
     messages = conversation(0)
     measured = measure(model, [messages], sinks=Sinks())
     prompt = model.prompt(messages)
-    inputs = prepare_inputs(model.architecture, prompt, None, backend="xla")
-    embeddings, _ = Embedding(programs_of(model), inputs, "xla").run()
-    info, tokens = inputs.template.info, inputs.tokens
+    packed = PackedPrompt.of(model.architecture, prompt, None, "xla")
+    embeddings = PromptEmbedding(programs_of(model), packed, "xla").run()[packed.row]
+    info = packed.template.info
     query = type(info)(*(field[:, None] for field in info))
     visibilities = model.family.visibilities(model.config)
     scale = model.module.language_model.scale
@@ -97,8 +96,8 @@ def test_measurements_are_those_of_dense_softmax_under_the_predicate(model):
         return weights / weights.sum(axis=-1, keepdims=True)
 
     _, (scores, values) = model.module.language_model.run_layers(
-        embeddings[:tokens],
-        jnp.asarray(inputs.position_ids[:, :tokens]),
+        embeddings,
+        jnp.asarray(packed.inputs.position_ids),
         [attend_with(0), attend_with(1)],
         None,
     )

@@ -1,7 +1,5 @@
 """`bsjax.generate` and `bsjax.forward` with Gemma 3: answers, crops, FLOPs by kind, cache."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -14,10 +12,10 @@ from bsjax.cli.mask import template_and_visibility
 from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.visibility import Visibility
-from bsjax.models.gemma3.text import rows_of_ring
-from bsjax.runtime.answering import Answering, AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import programs_of
+from bsjax.runtime.sampling import GREEDY
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.parity import torch
@@ -103,35 +101,49 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
     assert everywhere.sparse / everywhere.dense < local.sparse / local.dense < 1
 
 
-def test_schedules_share_one_row_order(model):
-    profile = Profile.uniform(HeadCategory.SINK, model)
+def prefill_of(model, profile=None, new_tokens=2):
     inputs = prepare_inputs(
-        model.architecture, model.prompt(conversation()), profile, backend="xla", new_tokens=4
+        model.architecture,
+        model.prompt(conversation()),
+        profile,
+        backend="xla",
+        new_tokens=new_tokens,
     )
-    local, everywhere = inputs.schedules
-    np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
-    np.testing.assert_array_equal(local.queries.position[: inputs.tokens], inputs.order)
-    assert not np.array_equal(inputs.order, np.arange(inputs.tokens)), "packed"
-    assert (local.visibility.window, everywhere.visibility.window) == (12, None)
+    return Prefill(
+        programs_of(model), inputs, new_tokens=new_tokens, sampling=GREEDY, backend="xla"
+    )
+
+
+def test_kinds_of_layers_run_the_same_rows(model):
+    for chunk in prefill_of(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
+        local, everywhere = (of.schedule for of in chunk.cached_rows)
+        np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
+        np.testing.assert_array_equal(local.queries.position[: chunk.order.size], chunk.order)
+        assert np.any(np.diff(chunk.order) < 0), "packed"
+        assert (local.visibility.window, everywhere.visibility.window) == (12, None)
 
 
 def test_local_layers_cache_only_their_window(model):
-    inputs = prepare_inputs(
-        model.architecture, model.prompt(conversation()), None, backend="xla", new_tokens=2
-    )
-    cache = Answering(programs_of(model), inputs, AnswerSettings(2, "xla")).cache
+    cache = prefill_of(model).cache
     assert cache.of_local.k.shape == (3, 11, 2, 16)
     assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
 
 
-@pytest.mark.parametrize(("tokens", "ring"), [(0, 4), (3, 4), (4, 4), (9, 4), (9, 1), (9, 0)])
-def test_a_ring_holds_the_last_positions_at_their_remainders(tokens, ring):
-    position = np.full(12, PADDING_POSITION, np.int32)
-    position[:tokens] = np.random.default_rng(tokens).permutation(tokens)
-    rows = np.asarray(jax.jit(rows_of_ring, static_argnums=1)(jnp.asarray(position), ring))
-    assert rows.shape == (ring,)
-    for kept in range(max(tokens - ring, 0), tokens if ring else 0):
-        assert position[rows[kept % ring]] == kept
+def test_a_ring_holds_the_last_positions_at_their_remainders(model):
+    """Whatever the chunks, and wherever the rows of a position are in packed order."""
+    prefill = prefill_of(model, Profile.uniform(HeadCategory.SINK, model))
+    ring = np.full(11, -1)
+    for chunk in prefill.chunks:
+        local, _ = chunk.cached_rows
+        known = np.concatenate([ring, local.schedule.queries.position])
+        before = np.arange(max(0, chunk.start - 11), chunk.start)
+        np.testing.assert_array_equal(ring[before % 11], before)
+        keys = known[local.key_rows]
+        real = local.schedule.keys.position != PADDING_POSITION
+        np.testing.assert_array_equal(keys[real], local.schedule.keys.position[real])
+        ring = known[local.ring_rows]
+    last = np.arange(max(0, chunk.end - 11), chunk.end)
+    np.testing.assert_array_equal(ring[last % 11], last)
 
 
 def test_command_line_adds_crops(checkpoints, tmp_path, capsys):

@@ -14,7 +14,7 @@ from flax import nnx
 
 import bsjax
 from bsjax import BackendError, BlockMask, CheckpointError, GenerationError, ProfileError, checks
-from bsjax.runtime.embedding import embed
+from bsjax.profiling.prompt_inputs import embed
 from bsjax.runtime.programs import Programs, programs_of
 from convert.conversion import convert_checkpoint
 

@@ -1,6 +1,5 @@
 """Memory is bounded and known before anything runs; bounding it does not change results."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -12,14 +11,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import bsjax
-from bsjax import CapacityError
+from bsjax import CapacityError, Template, Text
+from bsjax import Image as ImageTokens
 from bsjax.models import layers
-from bsjax.runtime.answering import Answering, AnswerSettings
-from bsjax.runtime.embedding import Embedding
-from bsjax.runtime.inputs import group_borders, prepare_inputs
-from bsjax.runtime.memory import Stage, check_memory
-from bsjax.runtime.programs import Memory, programs_of, size_in_bytes
-from bsjax.runtime.scoring import LOGIT_ROWS, Scoring
+from bsjax.runtime.chunks import chunk_borders
+from bsjax.runtime.decoding import AnswerSettings, Decoding
+from bsjax.runtime.images import group_borders
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.memory import check_memory
+from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.programs import Memory, Stage, programs_of, size_in_bytes
+from bsjax.runtime.sampling import GREEDY
+from bsjax.runtime.scoring import Scoring
+from bsjax.runtime.sizes import MOST_IMAGES, Sizes, sizes_in_use
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.published_memory import measured
 from tools import memory_table
@@ -41,24 +45,21 @@ def inputs_of(model, messages, new_tokens=8):
     )
 
 
-def answering_of(model, messages, new_tokens=8):
-    inputs = inputs_of(model, messages, new_tokens)
-    return Answering(programs_of(model), inputs, AnswerSettings(new_tokens, "xla"))
+def stages_of(model, messages, new_tokens=8):
+    """The stages of answering, and prefill's object."""
+    inputs, programs = inputs_of(model, messages, new_tokens), programs_of(model)
+    prefill = Prefill(programs, inputs, new_tokens=new_tokens, sampling=GREEDY, backend="xla")
+    settings = AnswerSettings(new_tokens, "xla")
+    decoding = Decoding(programs, inputs, prefill.cache, settings)
+    return [*prefill.stages, *decoding.stages], prefill
 
 
 @pytest.fixture(scope="module")
 def logits(tiny_model):
-    """Logits of a prompt with one group of images, which fits into one chunk of rows."""
+    """Logits of a prompt with one group of images, which is one chunk."""
     inputs = inputs_of(tiny_model, conversation())
-    assert len(inputs.image_groups) == 1
-    assert inputs.rows < min(layers.CHUNK_ROWS, LOGIT_ROWS)
+    assert len(inputs.image_groups) == 1 and inputs.tokens <= sizes_in_use().chunks[0]
     return bsjax.forward(tiny_model, conversation())
-
-
-@pytest.fixture(scope="module")
-def answering(tiny_model):
-    """The stages of answering the same prompt."""
-    return answering_of(tiny_model, conversation())
 
 
 def assert_float32_close(ours, expected):
@@ -67,7 +68,7 @@ def assert_float32_close(ours, expected):
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 200])
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch, rows):
-    monkeypatch.setattr(layers, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(layers, "MLP_ROWS", 64)
     random = np.random.default_rng(rows)
     x, kernel = (random.standard_normal(shape, np.float32) for shape in ((rows, 5), (5, 7)))
 
@@ -84,89 +85,110 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch, rows):
     assert products == (2 if rows > 64 and rows % 64 else 1)
 
 
-@pytest.mark.slow
-def test_rows_and_logits_in_chunks_change_no_logits(tiny_model, monkeypatch):
-    messages = conversation([], "Which one of the words of this question is the longest one? " * 3)
-    expected = bsjax.forward(tiny_model, messages)
-    monkeypatch.setattr(layers, "CHUNK_ROWS", 24)
-    monkeypatch.setattr("bsjax.runtime.scoring.LOGIT_ROWS", 30)
-    # The same model, but without compiled programs.
-    model = dataclasses.replace(tiny_model)
-    scoring = Scoring(programs_of(model), inputs_of(model, messages, 0), "xla")
-    program = scoring.stages[-1].program
-    assert program.output.shape == (30, expected.shape[1])
-    assert program.memory.results == 4 * 30 * expected.shape[1]
-    assert len(expected) % 24 and len(expected) % 30 and len(expected) > 60
-    assert_float32_close(scoring.run(), expected)
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Chunks and groups of images so small that short prompts have many of them."""
 
+    def use(chunks=(16, 32), image_tokens=(16, 32)):
+        sizes = Sizes(chunks, image_tokens)
+        for module in ("prefill", "scoring", "images"):
+            monkeypatch.setattr(f"bsjax.runtime.{module}.sizes_in_use", lambda: sizes)
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 60))
-def test_groups_are_runs_of_images_within_the_limit(patches, limit):
-    borders = group_borders(patches, limit)
-    assert [first for first, _ in borders] == [0, *(end for _, end in borders[:-1])]
-    assert borders[-1][1] == len(patches)
-    for first, end in borders:
-        assert first < end
-        assert sum(patches[first:end]) <= limit or end == first + 1
-        if end < len(patches):
-            assert sum(patches[first : end + 1]) > limit, "one more image would fit"
-
-
-@pytest.mark.parametrize(("limit", "groups"), [(1, 5), (64, 3), (100, 2)])
-def test_groups_of_images_change_no_logits(tiny_model, logits, monkeypatch, limit, groups):
-    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", limit)
-    assert len(inputs_of(tiny_model, conversation()).image_groups) == groups
-    compilations = programs_of(tiny_model).compilations
-    assert_float32_close(bsjax.forward(tiny_model, conversation()), logits)
-    # Groups of the same padded size share a program, here that of all images together.
-    assert programs_of(tiny_model).compilations == compilations
+    return use
 
 
 @pytest.mark.slow
-def test_vision_memory_does_not_grow_with_images(tiny_model, monkeypatch):
-    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
+@pytest.mark.parametrize("category", [None, "INTRA_IMAGE_SINK"])
+def test_chunks_and_groups_change_no_logits(tiny_model, small_sizes, category):
+    messages = conversation([0, 1, 2, 3, 4, 0, 1], "Which one of these is the brightest? " * 3)
+    profile = category and bsjax.Profile.uniform(category, tiny_model)
+    expected = bsjax.forward(tiny_model, messages, profile=profile)
+    answer = bsjax.generate(tiny_model, messages, profile=profile, max_new_tokens=6)
+    small_sizes()
+    inputs = inputs_of(tiny_model, messages)
+    assert len(inputs.image_groups) > 2 and inputs.tokens > 3 * 32
+    assert_float32_close(bsjax.forward(tiny_model, messages, profile=profile), expected)
+    again = bsjax.generate(tiny_model, messages, profile=profile, max_new_tokens=6)
+    assert again.token_ids == answer.token_ids
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.lists(st.integers(1, 60), min_size=1, max_size=3, unique=True).map(sorted),
+)
+def test_groups_are_runs_of_images_within_their_size(tokens, sizes):
+    borders = group_borders(tokens, sizes)
+    assert [first for first, _, _ in borders] == [0, *(end for _, end, _ in borders[:-1])]
+    assert borders[-1][1] == len(tokens)
+    for first, end, size in borders:
+        assert first < end and sum(tokens[first:end]) <= size
+        if tokens[first] <= sizes[-1]:
+            assert size in sizes
+        if end < len(tokens):
+            assert sum(tokens[first : end + 1]) > size, "one more image would fit"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_images(tiny_model, small_sizes):
+    small_sizes()
     few, many = (
-        Embedding(programs_of(tiny_model), inputs_of(tiny_model, conversation(order)), "xla")
+        stages_of(tiny_model, conversation(order))
         for order in ([0, 1, 3, 4, 0], [0, 1, 3, 4, 0] * 4)
     )
-    assert len(many.stages) > 3 * len(few.stages)
-
-    def beyond_embeddings(embedding):
-        most = max(stage.peak for stage in embedding.stages[1:])
-        return most - size_in_bytes(embedding.output)
-
-    assert beyond_embeddings(many) == pytest.approx(beyond_embeddings(few), rel=0.01)
+    assert len(many[1].chunks.borders) > 3 * len(few[1].chunks.borders)
+    peaks = [max(stage.peak for stage in stages) for stages, _ in (few, many)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
-def test_stages_count_everything_on_the_device(answering):
-    stages = {stage.name: stage for stage in answering.stages}
-    assert list(stages) == ["embed", "vision", "prefill", "decode"]
-    embeddings, cache = size_in_bytes(answering.embedding.output), size_in_bytes(answering.cache)
-    (group,) = answering.embedding.inputs.image_groups
-    memory = {name: stage.program.memory for name, stage in stages.items()}
-    assert memory["embed"].results == embeddings
-    # Embeddings are updated in place, so they count only as an argument; so does decode's cache.
-    assert memory["vision"].arguments >= embeddings + group.pixel_values().nbytes
-    assert memory["vision"].results < 2**10
-    assert memory["prefill"].arguments >= embeddings
-    assert cache <= memory["prefill"].results < cache + 2**10
+def test_stages_count_everything_on_the_device(tiny_model):
+    stages, prefill = stages_of(tiny_model, conversation())
+    assert [stage.name for stage in stages] == ["vision", "prefill", "decode"]
+    by_name = {stage.name: stage for stage in stages}
+    memory = {name: stage.program.memory for name, stage in by_name.items()}
+    cache = size_in_bytes(prefill.cache)
+    (group,) = prefill.chunks.inputs.image_groups
+    features = size_in_bytes(by_name["vision"].program.output)
+    # Features and the cache are updated in place, so they count only as arguments.
+    assert memory["vision"].arguments >= features + group.pixel_values().nbytes
+    assert by_name["vision"].other_bytes == cache
+    assert memory["prefill"].arguments >= features + cache
     assert memory["decode"].arguments >= cache
-    assert memory["decode"].results < 2**10
-    for name, stage in stages.items():
-        assert stage.peak == sum(memory[name]), name
+    for name, stage in by_name.items():
+        assert memory[name].results < 2**10, name
+        assert stage.peak == sum(memory[name]) + stage.other_bytes, name
 
 
-def test_the_next_groups_pixels_are_counted(tiny_model, monkeypatch):
-    monkeypatch.setattr("bsjax.runtime.inputs.GROUP_PATCHES", 64)
-    run = answering_of(tiny_model, conversation())
-    vision = [stage for stage in run.stages if stage.name == "vision"]
-    pixels = [group.pixel_values().nbytes for group in run.embedding.inputs.image_groups]
-    assert [stage.other_bytes for stage in vision] == [*pixels[1:], 0]
+def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
+    small_sizes()
+    stages, prefill = stages_of(tiny_model, conversation())
+    pixels = [group.pixel_values().nbytes for group in prefill.chunks.inputs.image_groups]
+    for stage in stages:
+        if stage.name == "vision":
+            assert stage.other_bytes == size_in_bytes(prefill.cache) + max(pixels[1:])
 
 
-def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, answering, monkeypatch):
+@given(
+    segments=st.lists(st.integers(0, 40).map(Text) | st.integers(1, 90).map(ImageTokens)),
+    whole_images=st.booleans(),
+)
+def test_chunks_cover_the_prompt_and_may_keep_images_whole(segments, whole_images):
+    template = Template.from_segments(segments)
+    borders = chunk_borders(template, (16, 64), whole_images=whole_images)
+    assert [0, *(end for _, end, _ in borders)] == [*(s for s, _, _ in borders), template.tokens]
+    for start, end, rows in borders:
+        assert start < end <= start + rows and rows % 16 == 0
+        inside = 0 < end < template.tokens and template.image[end - 1] == template.image[end] >= 0
+        assert not (whole_images and inside)
+        images = np.unique(template.image[start:end])
+        assert (images >= 0).sum() <= MOST_IMAGES + 1
+    if not whole_images and template.num_images <= MOST_IMAGES:
+        padded = sum(rows for _, _, rows in borders)
+        assert padded < template.tokens + 16, "less padding than the smallest chunk"
+
+
+def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, monkeypatch):
     messages = conversation()
-    peak = max(stage.peak for stage in answering.stages)
+    peak = max(stage.peak for stage in stages_of(tiny_model, messages)[0])
     monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak)
     assert len(bsjax.generate(tiny_model, messages, max_new_tokens=8).token_ids) == 8
     monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak - 1)

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from bsjax.runtime.inputs import cache_rows
+from bsjax.runtime.sizes import cache_rows
 from tests.support.published_memory import measured
 from tools.memory_table import NEW_TOKENS
 
@@ -29,8 +29,8 @@ def largest_array(compiled) -> int:
 )
 def test_no_program_holds_a_square_array(model, tokens):
     found = measured(model, tokens)
-    patches = max(group.padded_patches for group in found.inputs.image_groups)
-    side = {"embed": tokens, "vision": patches, "prefill": tokens, "decode": tokens}
+    patches = max(len(group.pixel_values()) for group in found.inputs.image_groups)
+    side = {"vision": patches, "prefill": tokens, "decode": tokens}
     programs = {stage.program: stage.name for stage in found.stages}
     assert set(programs.values()) == set(side)
     for program, name in programs.items():
@@ -42,10 +42,17 @@ def test_no_program_holds_a_square_array(model, tokens):
         assert program.memory.temporaries < one_head_of_scores, name
 
 
-def test_prefill_returns_the_cache_and_nothing_else():
+def test_no_chunk_copies_the_cache():
+    """Neither the whole cache nor a layer of it: not even a copy that is soon dropped."""
     found = measured("Qwen2.5-VL-7B", 300_000)
-    (prefill,) = (stage for stage in found.stages if stage.name == "prefill")
-    assert found.cache <= prefill.program.memory.results < found.cache + 2**20
+    rows = cache_rows(300_000 + NEW_TOKENS)
+    of_layer = rows * 4 * 128
+    chunks = [stage.program for stage in found.stages if stage.name == "prefill"]
+    assert len(chunks) == 2, "two sizes"
+    for chunk in chunks:
+        assert chunk.memory.results < 2**10, "the cache is updated in place"
+        for shape in re.findall(r" = \w+\[([\d,]+)\]\S* copy\(", chunk.compiled.as_text()):
+            assert math.prod(map(int, shape.split(","))) < of_layer
 
 
 def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
