@@ -41,7 +41,7 @@ def test_it_answers_as_in_transformers(model):
         CHECKPOINT, dtype=torch.float32
     ).eval()
     random = np.random.default_rng(1)
-    for images in (1, 5, 12):
+    for images in (1, 12):
         scene = draw_scene(random, images, test=True)
         question = messages(scene, ask(random, scene))
         prompt = model.prompt(question)
@@ -95,7 +95,9 @@ def test_it_answers_all_kinds_of_questions_dense_and_sparse(model, profile):
 
     It does not if other heads of the same layers get the profile's categories.
     """
-    prompts = HeldOut(model, scenes=40, images=PROFILED_IMAGES, sinks=profile.sinks, seed=11)
+    # Each number of images has a program of its own.
+    few_programs = PROFILED_IMAGES[::2]
+    prompts = HeldOut(model, scenes=40, images=few_programs, sinks=profile.sinks, seed=11)
     dense = prompts.right(np.zeros_like(profile.categories))
     for index, (task, chance) in enumerate(prompts.commonest().items()):
         assert dense[prompts.tasks == index].mean() > chance + 0.1, task

@@ -174,7 +174,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_result(
     kind, module, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(training, "PHASES", (training.Phase(1.0, (2,)),))
-    monkeypatch.setattr(training, "IMAGES_PER_BATCH", 4)
+    monkeypatch.setattr(training, "IMAGES_PER_BATCH", 2)
     monkeypatch.setattr(training, "TOWER_IMAGES_PER_BATCH", 4)
     settings = training.Settings(tower_steps=3, steps=3, warmup_steps=1)
     # All runs use one stage, reset to its initial state, because its step takes long to compile.
