@@ -13,8 +13,8 @@ from bsjax.models import FAMILIES
 from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
 from bsjax.runtime import answering
-from bsjax.runtime.sizes import cache_rows
 from bsjax.runtime.sampling import Sampling
+from bsjax.runtime.sizes import cache_rows
 from tests.support.gpu_compiler import require_gpu_compiler
 from tools.compiled_kernels import compile_decode
 from tools.gpu_targets import TARGETS, KernelReport, compile_for
