@@ -241,8 +241,8 @@ The tool that writes this page fails if one of these goals is missed:
 
 `vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and cache;
 they include image features and pixel values. `vision` handles a group of images at a time and
-`prefill` a chunk of at most {measurements[0].chunk_rows:,} rows, however long the prompt is. `peak` is
-the weights, the cache and the largest stage. A prompt `fits` if its peak is below
+`prefill` a chunk of at most {measurements[0].chunk_rows:,} rows, however long the prompt is.
+`peak` is the weights, the cache and the largest stage. A prompt `fits` if its peak is below
 {_MEMORY_FRACTION:.0%} of the GPU's memory, the share that JAX takes by default
 (`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
 

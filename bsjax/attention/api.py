@@ -202,7 +202,14 @@ def _in_prompt_order(
     rows_q = q[mask.order]
     rows_k, rows_v = (array[mask.key_order][None] for array in (k, v))
     out, lse = _attend(
-        rows_q, rows_k, rows_v, mask.schedule, mask.head_category, jnp.int32(0), scale, backend
+        rows_q,
+        rows_k,
+        rows_v,
+        mask.schedule,
+        mask.head_category,
+        jnp.asarray(0, jnp.int32),
+        scale,
+        backend,
     )
     return (out[mask.row], lse[mask.row]) if return_lse else out[mask.row]
 

@@ -31,7 +31,7 @@ _EXACT = lax.Precision.HIGHEST
 # slices take indices of one dtype only.
 _ZERO = np.int32(0)
 
-Residuals = tuple[Array, Array, Array, Schedule, Array, Array, Array, Array]
+Residuals = tuple[Array, Array, Array, Schedule, Array, Any, Array, Array]
 """What the gradient needs: q, k, v, schedule, head_category, layer, output, log-sum-exp."""
 
 
@@ -216,7 +216,7 @@ class _Loops(NamedTuple):
         q: Array,
         k: Array,
         v: Array,
-        layer: Array,
+        layer: Any,
         schedule: Schedule,
         head_category: Array,
     ) -> "_Loops":

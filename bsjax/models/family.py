@@ -179,6 +179,10 @@ class Family(ABC):
 
     # How images become the vision tower's inputs.
 
+    def patches_per_token(self, config: PretrainedConfig) -> int:
+        """How many patches the vision tower merges into one image token."""
+        raise NotImplementedError
+
     def vision_head_dim(self, config: PretrainedConfig) -> int:
         """The head dimension of the vision tower, which its block sizes depend on."""
         raise NotImplementedError

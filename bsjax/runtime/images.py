@@ -82,15 +82,15 @@ def image_groups(
     patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
     first_patch = np.append(0, np.cumsum(patches))
     first_token = np.append(0, np.cumsum(prompt.image_tokens))
-    patches_per_token = int(first_patch[-1] // first_token[-1])
+    patches_per_token = family.patches_per_token(config)
     groups = []
     squares = (-(-prompt.grid_thw[:, 1:] // _SQUARE)).prod(axis=1) * prompt.grid_thw[:, 0]
-    weights = np.maximum(patches, squares * _SQUARE**2) // patches_per_token
-    for first, end, padded_tokens in group_borders(weights.tolist(), sizes_in_use().image_tokens):
+    weights = np.maximum(patches, squares * _SQUARE**2)
+    for first, end, padded in group_borders(weights.tolist(), sizes_in_use().patches):
         plan = family.vision_plan(
             prompt.grid_thw[first:end],
             config,
-            patches=padded_tokens * patches_per_token,
+            patches=padded,
             block_q=block_q,
             block_kv=block_kv,
         )
@@ -100,27 +100,36 @@ def image_groups(
                 plan,
                 int(first_token[first]),
                 int(first_token[end] - first_token[first]),
-                padded_tokens,
+                padded // patches_per_token,
                 patches_per_token,
             )
         )
     return tuple(groups)
 
 
-def group_borders(image_tokens: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """First and end image of each group, and the tokens that it is padded to.
+def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) -> int:
+    """The most image tokens of any group of usual size, or of these; 0 if the model reads text."""
+    family, config, _ = architecture
+    if not family.reads_images:
+        return 0
+    usual = sizes_in_use().patches[-1] // family.patches_per_token(config)
+    return max(usual, *(group.padded_tokens for group in groups), 0)
+
+
+def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First and end image of each group, and the patches that it is padded to.
 
     Groups have the largest size while enough images are left to fill it, then the smaller ones. An
     image that is larger than all sizes is a group of its own.
 
     Args:
-      image_tokens: how many tokens each image has.
+      patches: how many patches each image has.
       sizes: sizes of groups, ascending.
     """
     groups = []
-    first, left = 0, sum(image_tokens)
-    while first < len(image_tokens):
-        own = image_tokens[first]
+    first, left = 0, sum(patches)
+    while first < len(patches):
+        own = patches[first]
         filled = [size for size in sizes if own <= size <= left]
         fitting = [size for size in sizes if own <= size]
         if filled:
@@ -130,8 +139,8 @@ def group_borders(image_tokens: Sequence[int], sizes: Sequence[int]) -> list[tup
         else:
             size = bucket(own, smallest=sizes[-1], steps=1)
         end, total = first, 0
-        while end < len(image_tokens) and total + image_tokens[end] <= size:
-            total += image_tokens[end]
+        while end < len(patches) and total + patches[end] <= size:
+            total += patches[end]
             end += 1
         groups.append((first, end, size))
         first, left = end, left - total

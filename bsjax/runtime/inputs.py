@@ -16,7 +16,7 @@ from bsjax.masks.visibility import Visibility
 from bsjax.models import Architecture
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.images import ImageGroup, image_groups
+from bsjax.runtime.images import ImageGroup, image_groups, most_group_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class ModelInputs:
       head_category: the `HeadCategory` of every head.
       visibilities: what each kind of layer lets a query see.
       blocks: block_q and block_kv of the language model's schedules.
-      reads_images: whether the model has a vision tower.
+      group_tokens: the most image tokens of a group of images; 0 if the model reads text only.
       image_groups: the images, as the vision tower takes them.
       flops_per_kind: attention FLOPs of the language model, by kind of layer.
       how_to_shorten: advice for error messages about prompts that are too long.
@@ -44,7 +44,7 @@ class ModelInputs:
     head_category: Int32[np.ndarray, "layers q_heads"]
     visibilities: tuple[Visibility, ...]
     blocks: tuple[int, int]
-    reads_images: bool
+    group_tokens: int
     image_groups: tuple[ImageGroup, ...]
     flops_per_kind: tuple[LayerFlops, ...]
     how_to_shorten: str
@@ -128,6 +128,7 @@ def prepare_inputs(
         head_dim,
         [HeadCategory.DENSE, *np.unique(head_category).tolist()],
     )
+    groups = image_groups(architecture, prompt, backend)
     return ModelInputs(
         template=template,
         next_position=next_position,
@@ -136,8 +137,8 @@ def prepare_inputs(
         head_category=head_category,
         visibilities=visibilities,
         blocks=block_sizes(backend, head_dim, dtype, sparse=sparse),
-        reads_images=family.reads_images,
-        image_groups=image_groups(architecture, prompt, backend),
+        group_tokens=most_group_tokens(architecture, groups),
+        image_groups=groups,
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
         how_to_shorten=how_to_shorten,
     )

@@ -145,9 +145,8 @@ class ChunkedRun:
         self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
         self._features: jax.ShapeDtypeStruct | None = None
         rows = 1
-        if inputs.reads_images:
-            groups = [sizes.image_tokens[-1], *(of.padded_tokens for of in inputs.image_groups)]
-            rows = sizes.chunks[-1] + max(groups)
+        if inputs.group_tokens:
+            rows = sizes.chunks[-1] + inputs.group_tokens
             self._features = jax.ShapeDtypeStruct(
                 (rows, language_model.embed_tokens.features), language_model.dtype
             )

@@ -21,16 +21,16 @@ class Sizes(NamedTuple):
 
     Attributes:
       chunks: rows of a chunk of a prompt.
-      image_tokens: image tokens of a group of images.
+      patches: patches of a group of images.
     """
 
     chunks: tuple[int, ...]
-    image_tokens: tuple[int, ...]
+    patches: tuple[int, ...]
 
 
-_ON_CPU = Sizes(chunks=(128, 1024), image_tokens=(256, 2048))
+_ON_CPU = Sizes(chunks=(128, 1024), patches=(1024, 8192))
 # A chunk must keep the matrix units busy for longer than it takes to read the weights.
-_ON_GPU = Sizes(chunks=(512, 4096), image_tokens=(1024, 16384))
+_ON_GPU = Sizes(chunks=(512, 4096), patches=(4096, 65536))
 
 
 def sizes_in_use() -> Sizes:

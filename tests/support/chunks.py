@@ -43,7 +43,7 @@ def chunks_of(
         head_category=head_category,
         visibilities=family.visibilities(config),
         blocks=blocks,
-        reads_images=family.reads_images,
+        group_tokens=0,
         image_groups=(),
         flops_per_kind=(),
         how_to_shorten="",

@@ -17,6 +17,7 @@ from bsjax.models.gemma3.parameters import language_rules, parameter_table
 from bsjax.models.gemma3.text import layer_kinds
 from bsjax.models.gemma3.vision_plan import (
     grid_side,
+    pooled_side,
     to_images,
     to_patches,
     vision_plan,
@@ -195,6 +196,10 @@ class Gemma3Family(Gemma3TextFamily):
                 pieces.append(whole)
             pieces.append(following)
         return "".join(pieces)
+
+    @override
+    def patches_per_token(self, config: PretrainedConfig) -> int:
+        return pooled_side(config) ** 2
 
     @override
     def vision_head_dim(self, config: PretrainedConfig) -> int:

@@ -149,6 +149,10 @@ class Qwen2VLFamily(Family):
         return settings
 
     @override
+    def patches_per_token(self, config: PretrainedConfig) -> int:
+        return config.vision_config.spatial_merge_size**2
+
+    @override
     def vision_head_dim(self, config: PretrainedConfig) -> int:
         return config.vision_config.embed_dim // config.vision_config.num_heads
 
