@@ -17,6 +17,13 @@ from bsjax.pallas.prefill import prefill_attention
 from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
 
+TOWER_HEAD_DIMS = (72, 80)
+"""Channels per head of published vision towers; no language model has that many."""
+
+CHUNK_ROWS = 4096
+"""Query rows of a chunk of a prompt."""
+
+
 def target_name(gpu: str) -> str:
     """The target in `bsjax.pallas.configurations` for a GPU in `gpu_targets`."""
     major, minor = TARGETS[gpu].compute_capability
@@ -44,6 +51,7 @@ def compile_prefill(
     kv_heads: int = 4,
     return_lse: bool = False,
     visibility: Visibility = CAUSAL,
+    whole: bool | None = None,
 ) -> KernelReport:
     """Compiles the prefill kernel and returns the report on it.
 
@@ -54,51 +62,68 @@ def compile_prefill(
       chosen: the kernel configuration; by default the table's for the block sizes.
       blocks: (block_q, block_kv) of the schedule; by default those of `chosen`, or the table's.
       sparse: whether to take the table's block sizes for sparse or for dense launches.
-      tokens: number of rows of the schedule.
+      tokens: number of key rows.
       q_heads: number of query heads.
       kv_heads: number of key-value heads.
       return_lse: whether the kernel writes the log-sum-exp.
       visibility: visibility of the schedule.
+      whole: whether all rows are queries, as in vision towers, or else a chunk of them, whose text
+        rows stack the heads of a group, against the cache of several layers, as in language models.
+        By default as in the models that have this head dimension.
     """
+    whole = head_dim in TOWER_HEAD_DIMS if whole is None else whole
+    chunk = None if whole else CHUNK_ROWS
     with compiling_for(target_name(gpu)):
         if blocks is None:
             blocks = chosen[:2] if chosen else default_blocks(head_dim, dtype, sparse=sparse)
         block_q, block_kv = blocks
         running = chosen or configuration(head_dim, dtype, block_q, block_kv)
-        tiles = 2 * tokens // block_q
-        integers = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-        info = TokenInfo(integers, integers, jax.ShapeDtypeStruct((tokens,), jnp.bool_), integers)
+        queries = tokens if chunk is None else chunk
+        tables = 4 if chunk is None else 5
+        tiles = 2 * queries // block_q
+
+        def info(rows: int) -> TokenInfo:
+            integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+            return TokenInfo(integers, integers, jax.ShapeDtypeStruct((rows,), jnp.bool_), integers)
+
         schedule = Schedule(
-            queries=info,
-            keys=info,
-            groups=jax.ShapeDtypeStruct((4,), jnp.int32),
-            tile_columns=jax.ShapeDtypeStruct((4, tiles, len(Tile._fields)), jnp.int32),
-            range_columns=jax.ShapeDtypeStruct((4, 4 * tiles, len(KeyRange._fields)), jnp.int32),
+            queries=info(queries),
+            keys=info(tokens),
+            groups=jax.ShapeDtypeStruct((tables,), jnp.int32),
+            tile_columns=jax.ShapeDtypeStruct((tables, tiles, len(Tile._fields)), jnp.int32),
+            range_columns=jax.ShapeDtypeStruct(
+                (tables, 4 * tiles, len(KeyRange._fields)), jnp.int32
+            ),
             block_q=block_q,
             block_kv=block_kv,
             visibility=visibility,
+            stacked_heads=0 if chunk is None else q_heads // kv_heads,
         )
 
-        def attend(q, k, v, schedule, head_category):
+        def attend(q, k, v, schedule, head_category, layer=None):
             return prefill_attention(
                 q,
                 k,
                 v,
                 schedule,
                 head_category,
+                layer,
                 scale=head_dim**-0.5,
                 return_lse=return_lse,
                 configuration=running,
             )
 
-        q = jax.ShapeDtypeStruct((tokens, q_heads, head_dim), dtype)
-        k = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), dtype)
+        layers = () if chunk is None else (2,)
+        q = jax.ShapeDtypeStruct((queries, q_heads, head_dim), dtype)
+        k = jax.ShapeDtypeStruct((*layers, tokens, kv_heads, head_dim), dtype)
         head_category = jax.ShapeDtypeStruct((q_heads,), jnp.int32)
-        report = kernel_reports(attend, (q, k, k, schedule, head_category), gpu)[
+        layer = () if chunk is None else (jax.ShapeDtypeStruct((), jnp.int32),)
+        report = kernel_reports(attend, (q, k, k, schedule, head_category, *layer), gpu)[
             "prefill_attention"
         ]
     programs_per_tile = block_q // running.block_q
-    assert report.grid == (q_heads, tiles * programs_per_tile, 1), "heads must run fastest"
+    heads = q_heads + (0 if chunk is None else kv_heads)
+    assert report.grid == (heads, tiles * programs_per_tile, 1), "heads must run fastest"
     return report
 
 

@@ -185,13 +185,15 @@ def test_it_compiles_for_siglip_on_an_a100():
 def test_arrays_may_be_larger_than_32_bit_offsets():
     # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
     require_gpu_compiler()
-    large = compile_prefill("h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8)
+    large = compile_prefill(
+        "h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8, whole=True
+    )
     check(
         large,
         Case("h200", 128, "bfloat16"),
         compiled_kernels.default_prefill("h200", 128, "bfloat16"),
     )
-    small = compile_prefill("h200", 128, "bfloat16")
+    small = compile_prefill("h200", 128, "bfloat16", whole=True)
     # A 32-bit offset is widened at the end, before it is added to a pointer.
     widened = [
         kernel.ptx.count("mul.wide.s32") + kernel.ptx.count("cvt.s64.s32")
