@@ -16,7 +16,6 @@ from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
 from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
-
 TOWER_HEAD_DIMS = (72, 80)
 """Channels per head of published vision towers; no language model has that many."""
 

@@ -325,7 +325,8 @@ def _attend_tile(
     """One program: the attention of a tile's rows, or of some of them."""
     work = _tile_rows(settings, category_ref, tiles_ref)
     table, tile = work.table, work.tile
-    layer = layer_ref[0]
+    # A constant index of the only layer saves a register.
+    layer = layer_ref[0] if k_ref.shape[0] > 1 else table * 0
 
     to_log2 = settings.scale * LOG2_E
 

@@ -43,4 +43,4 @@ def cache_rows(tokens: int) -> int:
     for rows in _SHORT_CACHES:
         if tokens <= rows:
             return rows
-    return bucket(tokens, smallest=_SHORT_CACHES[-1], steps=2 if tokens <= 65536 else 4)
+    return bucket(tokens, smallest=_SHORT_CACHES[-1], steps=4)

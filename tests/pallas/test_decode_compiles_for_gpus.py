@@ -12,7 +12,7 @@ from flax import nnx
 from bsjax.models import FAMILIES
 from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
-from bsjax.runtime import answering
+from bsjax.runtime import decoding
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.sizes import cache_rows
 from tests.support.gpu_compiler import require_gpu_compiler
@@ -142,14 +142,14 @@ def decode_of_32k_tokens():
     assert cache.shape[1] == ROWS
 
     def decode(parameters, *arguments):
-        return answering.decode(nnx.merge(graph, parameters), *arguments, "pallas")
+        return decoding.decode(nnx.merge(graph, parameters), *arguments, "pallas")
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
     return compile_for(
         jax.jit(decode, donate_argnums=1),
         (
             parameters,
-            answering.DecodeState(number, number, Cache(cache, cache)),
+            decoding.DecodeState(number, number, (Cache(cache, cache),)),
             number,
             number,
             number,
