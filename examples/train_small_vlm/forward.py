@@ -54,7 +54,7 @@ def hidden_states(
     embeddings = embeddings.at[jnp.arange(prompts)[:, None], image_rows].set(
         features.reshape(*image_rows.shape, -1), mode="drop"
     )
-    one_conversation = np.zeros_like(batch.image)
+    one_conversation = jnp.zeros_like(batch.image)
     info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink, one_conversation)))
 
     def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:

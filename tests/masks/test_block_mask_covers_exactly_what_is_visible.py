@@ -331,7 +331,6 @@ def test_templates_of_similar_size_share_shapes():
         (lambda t: BlockMask(t, [0], queries=range(4, 2)), "not positions of a prompt of 5 tokens"),
         (lambda t: BlockMask(t, [0], queries=range(0, 4, 2)), "consecutive positions"),
         (lambda t: BlockMask([t, t], [0], queries=range(2)), "for each of 2 prompts"),
-        (lambda t: BlockMask([t, t], [0], queries=[range(2), 4]), "consecutive positions, got 4"),
         (lambda t: BlockMask([t, t], [0]).plot(), "several prompts has no picture"),
     ],
 )

@@ -23,7 +23,7 @@ from tools.sass import opcodes
 
 pytestmark = pytest.mark.slow
 
-LAYERS, ROWS = 28, 36_864
+LAYERS, ROWS = 28, 40_960
 
 
 def compiled_kernels(
