@@ -43,6 +43,23 @@ def test_arrays_and_masks(arguments, words):
     refused(lambda: bsjax.sparse_attention(*arguments), MaskError, words)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"template": [TEMPLATE, 3]}, "got int in it"),
+        ({"template": 3}, "template must be a bsjax.Template or a list of at least one, got int"),
+        ({"queries": 3}, "a range of positions for each of 1 prompts, got 3"),
+        ({"queries": [3]}, "consecutive positions, got 3"),
+    ],
+)
+def test_templates_and_queries(arguments, words):
+    refused(
+        lambda: BlockMask(**({"template": TEMPLATE, "categories": [0]} | arguments)),
+        MaskError,
+        words,
+    )
+
+
 @pytest.mark.parametrize("backend", ["xla", "pallas", "reference"])
 @pytest.mark.parametrize(
     "scale",
