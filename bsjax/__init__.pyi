@@ -74,6 +74,12 @@ from .runtime.results import (
 from .runtime.results import (
     Stats as Stats,
 )
+from .runtime.warmup import (
+    Warmup as Warmup,
+)
+from .runtime.warmup import (
+    warmup as warmup,
+)
 from .samples import (
     Samples as Samples,
 )

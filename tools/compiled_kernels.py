@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bsjax.masks.schedule import KeyRange, Schedule, Tile
+from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from bsjax.pallas.configurations import (
     KernelConfiguration,
@@ -96,6 +96,7 @@ def compile_prefill(
             block_q=block_q,
             block_kv=block_kv,
             visibility=visibility,
+            parts=None if chunk is None else Parts(*[jax.ShapeDtypeStruct((64,), jnp.int32)] * 3),
             stacked_heads=0 if chunk is None else q_heads // kv_heads,
         )
 

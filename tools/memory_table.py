@@ -23,7 +23,6 @@ from transformers import PretrainedConfig
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES, Architecture
-from bsjax.models.gemma3.vision_plan import grid_side
 from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -127,13 +126,10 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
 
     Images have 1000 tokens, or 256 for Gemma 3. Pixel values are zeros and take no memory.
     """
-    vision = config.vision_config
-    if config.model_type == "gemma3":
-        side, image_tokens = grid_side(config), config.mm_tokens_per_image
-        grid, pixels = (1, side, side), vision.num_channels * vision.patch_size**2
-    else:
-        grid, image_tokens = _GRID, _GRID[1] * _GRID[2] // vision.spatial_merge_size**2
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    family = FAMILIES[config.model_type]
+    grid = family.smallest_grid(config) if config.model_type == "gemma3" else _GRID
+    image_tokens = int(np.prod(grid)) // family.patches_per_token(config)
+    pixels = family.patch_values(config)
     text, image = [0] * _TEXT_TOKENS, [config.image_token_id] * image_tokens
     images = (tokens - _TEXT_TOKENS) // (len(text) + len(image))
     ids = (text + image) * images

@@ -288,10 +288,15 @@ def ragged_attention(
     _check(q, k, v, layer, schedule, head_category)
     if not scale > 0:
         raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
+    backend = resolve_backend(backend)
+    if schedule.parts is not None and backend != "pallas":
+        raise MaskError(
+            f"Only the backend pallas combines the parts of split tiles, not {backend}."
+        )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
     head_category = jnp.asarray(head_category)
-    result = _attend(q, k, v, schedule, head_category, layer, scale, resolve_backend(backend))
+    result = _attend(q, k, v, schedule, head_category, layer, scale, backend)
     return result if return_lse else result[0]
 
 
@@ -350,6 +355,8 @@ def _pallas_forward(
     layer: Array,
     scale: float,
 ) -> tuple[tuple[Array, Array], Residuals]:
+    if schedule.parts is not None:
+        raise MaskError("A schedule whose tiles are split has no gradient.")
     result: Any = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
     out, lse = result
     return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)

@@ -11,6 +11,9 @@ from bsjax.attention.api import resolve_backend
 from bsjax.errors import MaskError
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 
+_XLA_BLOCK = 1024
+"""Rows of the cache that the `xla` backend holds the scores of at a time."""
+
 
 @overload
 def decode_attention(
@@ -76,7 +79,7 @@ def decode_attention(
       own_v: the tokens' own values; required with `own_k`.
       scale: factor applied to the scores, above 0.
       backend: `pallas`, `xla` or `auto`, as in `sparse_attention`. `reference` is the same as `xla`
-        here: both hold all scores of the token.
+        here.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -119,35 +122,60 @@ def _xla_decode_attention(
     own_v: Array | None,
     scale: float,
 ) -> tuple[Array, Array]:
-    """Plain JAX, with all scores of a token at once."""
+    """Plain JAX, block by block up to the longest valid length, whatever the cache's capacity."""
     batch, q_heads, head_dim = q.shape
     rows, kv_heads = k_cache.shape[2:4]
+    block = min(rows, _XLA_BLOCK)
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
     product = partial(
         jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    k, v = (
-        jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (k_cache, v_cache)
-    )
-    valid = jnp.arange(rows) < lengths[:, None]
-    # Invalid rows may hold infinities or NaN, which a weight of 0 would not remove.
-    v = jnp.where(valid[:, :, None, None], v, 0)
 
-    scores = scale * product("bkgd,bckd->bkgc", grouped, k)
-    scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
-    # Finite even where no key is seen, so that no infinities are subtracted.
-    greatest = jnp.max(scores, axis=-1, keepdims=True, initial=float(jnp.finfo(jnp.float32).min))
-    own_score = None
-    if own_k is not None:
-        own_score = scale * product("bkgd,bkd->bkg", grouped, own_k)[..., None]
-        greatest = jnp.maximum(greatest, own_score)
-    weights = jnp.exp(scores - greatest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    output = product("bkgc,bckd->bkgd", weights.astype(v.dtype), v)
-    if own_score is not None and own_v is not None:
-        own_weight = jnp.exp(own_score - greatest)
-        total = total + own_weight
-        output = output + own_weight * own_v[:, :, None, :].astype(jnp.float32)
+    def attend(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        greatest, total, output = carry
+        # The last block may be read from further up: rows before its start are left out.
+        first = index * block
+        start = jnp.minimum(first, rows - block)
+        k, v = (
+            jax.lax.dynamic_slice(
+                cache, (layer, zero, start, zero, zero), (1, batch, block, kv_heads, head_dim)
+            )[0]
+            for cache in (k_cache, v_cache)
+        )
+        row = start + jnp.arange(block, dtype=jnp.int32)
+        valid = (row >= first) & (row < lengths[:, None])
+        # Invalid rows may hold infinities or NaN, which a weight of 0 would not remove.
+        v = jnp.where(valid[:, :, None, None], v, 0)
+        scores = scale * product("bkgd,bckd->bkgc", grouped, k)
+        scores = jnp.where(valid[:, None, None, :], scores, -jnp.inf)
+        maximum = jnp.maximum(greatest, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - maximum)
+        rescale = jnp.exp(greatest - maximum)
+        return (
+            maximum,
+            total * rescale + jnp.sum(weights, axis=-1, keepdims=True),
+            output * rescale + product("bkgc,bckd->bkgd", weights.astype(v.dtype), v),
+        )
+
+    zero = jnp.int32(0)
+    layer = layer.astype(jnp.int32)
+    lengths = lengths.astype(jnp.int32)
+    if own_k is not None and own_v is not None:
+        greatest = scale * product("bkgd,bkd->bkg", grouped, own_k)[..., None]
+        total = jnp.ones_like(greatest)
+        output = jnp.broadcast_to(
+            own_v[:, :, None, :].astype(jnp.float32), (*greatest.shape[:3], head_dim)
+        )
+    else:
+        # Finite even where no key is seen, so that no infinities are subtracted.
+        shape = (*grouped.shape[:3], 1)
+        greatest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
+        total, output = jnp.zeros(shape, jnp.float32), jnp.zeros(grouped.shape, jnp.float32)
+    blocks = (jnp.max(lengths, initial=0) + (block - 1)) // max(block, 1)
+    if rows:
+        greatest, total, output = jax.lax.fori_loop(
+            zero, blocks.astype(jnp.int32), attend, (greatest, total, output)
+        )
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, greatest + jnp.log(total), -jnp.inf)

@@ -1,4 +1,4 @@
-"""The console script `bsjax`, with the commands `generate`, `mask`, `profile` and `verify`."""
+"""The console script `bsjax`: `generate`, `mask`, `profile`, `verify` and `warmup`."""
 
 import argparse
 import io
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bsjax.cli import generate, mask, profile, verify
+from bsjax.cli import generate, mask, profile, verify, warmup
 from bsjax.errors import BsjaxError
 
 _EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench --limit 64 --output profile.json
   bsjax profile show profile.json --output profile.png
   bsjax verify checkpoints/qwen2-vl-2b
+  bsjax warmup checkpoints/qwen2-vl-2b --max-tokens 32768
 
 Checkpoints are folders written by `python -m convert`.
 """
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, mask, profile, verify):
+    for module in (generate, mask, profile, verify, warmup):
         module.add_to(commands)
     return parser
 

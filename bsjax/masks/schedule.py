@@ -22,10 +22,14 @@ heads, text rows therefore have a table of their own, in which a tile stacks the
 share a key head: 18 rows x 7 heads in a tile of 128. A chunk of a prompt has few text rows, which
 see everything, and keys are read once for all of those heads.
 
+Where those few tiles are much longer than all others, a GPU would wait for them. They can be split
+along the keys into *parts*, whose results are combined by their log-sum-exps.
+
 Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -48,6 +52,9 @@ PADDING_POSITION = np.iinfo(np.int32).max
 PADDING = TokenInfo(PADDING_POSITION, -1, False, -1)
 """What the predicate is told about padding rows."""
 
+LONGEST_TILE = 256
+"""Blocks of a tile of text rows beyond which it may be split along the keys."""
+
 # Backends pad their arrays by a block.
 _LARGEST_BLOCK = 65536
 
@@ -65,6 +72,7 @@ class Tile(NamedTuple):
       first_range: index of the tile's first range among those of its table.
       full_blocks: blocks of keys in its full ranges.
       partial_blocks: blocks of keys in its partial ranges, which follow the full ones.
+      part: which part it is of those that have to be combined; -1 if it is a whole tile.
     """
 
     first_row: Any
@@ -72,6 +80,7 @@ class Tile(NamedTuple):
     first_range: Any
     full_blocks: Any
     partial_blocks: Any
+    part: Any
 
     @classmethod
     def read(cls, column: Callable[[int], Any]) -> "Tile":
@@ -101,6 +110,25 @@ class KeyRange(NamedTuple):
         return cls(*map(column, range(len(cls._fields))))
 
 
+class Parts(NamedTuple):
+    """What belongs to each part of a split tile: int32 arrays [parts].
+
+    Attributes:
+      tile: which split tile, counted from 0; the number of parts for entries after the last part.
+      first_row: the tile's first query row.
+      rows: the tile's query rows.
+    """
+
+    tile: Any
+    first_row: Any
+    rows: Any
+
+    @property
+    def count(self) -> int:
+        """Room for how many parts there is."""
+        return self.tile.shape[0]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -125,6 +153,7 @@ class Schedule:
       block_q: query rows of a tile, at most, times the heads that are stacked.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
+      parts: the parts of split tiles of text rows; None if no tile may be split.
       stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
         like image rows. In prompt order, all rows are stacked.
     """
@@ -137,6 +166,7 @@ class Schedule:
     block_q: int = field(metadata={"static": True})
     block_kv: int = field(metadata={"static": True})
     visibility: Visibility = field(metadata={"static": True})
+    parts: Parts | None = None
     stacked_heads: int = field(default=0, metadata={"static": True})
 
     @property
@@ -232,6 +262,7 @@ def build_span_schedule(
     key_rows: int | None = None,
     stacked_heads: int = 0,
     capacity: Capacity | None = None,
+    most_parts: int = 0,
 ) -> Schedule:
     """The schedule of any queries and keys.
 
@@ -248,6 +279,7 @@ def build_span_schedule(
         In prompt order, where every head is dense, all rows are in that table.
       capacity: the entries that the arrays have room for; by default enough for most templates of
         this many rows. More entries are padded to buckets.
+      most_parts: how many parts long tiles of text rows may be split into, all together.
 
     Raises:
       MaskError: a block size is below 1 or above 65536, or there are more rows than `query_rows` or
@@ -282,6 +314,9 @@ def build_span_schedule(
     if stacked_heads:
         built.append(build(ALL_KEY_GROUPS, max(1, block_q // stacked_heads), "text"))
         all_groups.append(int(ALL_KEY_GROUPS))
+    parts = None
+    if most_parts and stacked_heads:
+        built[-1], parts = _split_long_tiles(built[-1], block_kv, most_parts)
     if capacity is None:
         # Enough for images of 2 * block_q tokens or more, so that nearly all templates padded to
         # the same length share their shapes.
@@ -305,6 +340,7 @@ def build_span_schedule(
         block_q=block_q,
         block_kv=block_kv,
         visibility=visibility,
+        parts=parts,
         stacked_heads=stacked_heads,
     )
 
@@ -442,8 +478,70 @@ class _Table(NamedTuple):
             np.concatenate([order[:0], *(part.end for part in full + partial)]),
         )
         first_range = np.searchsorted(tile[by_tile], np.arange(order.size))
-        tiles = Tile(rows[:, 0], rows[:, 1], first_range[rank], full_blocks, partial_blocks)
+        tiles = Tile(
+            rows[:, 0],
+            rows[:, 1],
+            first_range[rank],
+            full_blocks,
+            partial_blocks,
+            np.full(len(rows), -1),
+        )
         return cls(_columns(tiles)[order], _columns(ranges)[by_tile])
+
+
+def _split_long_tiles(table: _Table, block_kv: int, most_parts: int) -> tuple[_Table, Parts]:
+    """Splits tiles that are much longer than the others along their keys.
+
+    Args:
+      table: the table of text rows.
+      block_kv: keys of a block.
+      most_parts: how many parts there may be.
+    """
+    blocks = Tile.read(lambda column: table.tiles[:, column]).blocks
+    # No more than half of the parts are whole multiples of this, and no more than half are rests.
+    most_blocks = max(LONGEST_TILE, -(-2 * int(blocks.sum()) // most_parts))
+    tiles, ranges = [table.tiles[blocks <= most_blocks]], [table.ranges]
+    parts = Parts(*(np.zeros(most_parts, np.int32) for _ in Parts._fields))
+    parts.tile[:] = most_parts
+    next_range, next_part = len(table.ranges), 0
+    for split, columns in enumerate(table.tiles[blocks > most_blocks].tolist()):
+        tile = Tile(*columns)
+        # Where each of its blocks begins and ends.
+        bounds = []
+        index, left = tile.first_range, tile.blocks
+        while left:
+            start, end = table.ranges[index].tolist()
+            starts = range(start, end, block_kv)
+            bounds += [(first, min(first + block_kv, end)) for first in starts]
+            left -= len(starts)
+            index += 1
+        count = -(-tile.blocks // most_blocks)
+        for first, end in itertools.pairwise(np.linspace(0, tile.blocks, count + 1).astype(int)):
+            full = max(0, min(end, tile.full_blocks) - first)
+            own = [
+                *_united(bounds[first : first + full], block_kv),
+                *_united(bounds[first + full : end], block_kv),
+            ]
+            ranges.append(np.asarray(own, np.int32))
+            part = Tile(tile.first_row, tile.rows, next_range, full, end - first - full, next_part)
+            tiles.append(np.asarray([part], np.int32))
+            for column, value in zip(parts, (split, tile.first_row, tile.rows), strict=True):
+                column[next_part] = value
+            next_range, next_part = next_range + len(own), next_part + 1
+    all_tiles = np.concatenate(tiles)
+    order = np.argsort(-Tile.read(lambda column: all_tiles[:, column]).blocks, kind="stable")
+    return _Table(all_tiles[order], np.concatenate(ranges)), parts
+
+
+def _united(blocks: Sequence[tuple[int, int]], block_kv: int) -> list[tuple[int, int]]:
+    """Blocks as ranges: only whole blocks are continued by the next one."""
+    ranges: list[tuple[int, int]] = []
+    for start, end in blocks:
+        if ranges and ranges[-1][1] == start and (start - ranges[-1][0]) % block_kv == 0:
+            ranges[-1] = (ranges[-1][0], end)
+        else:
+            ranges.append((start, end))
+    return ranges
 
 
 def _tiles_of_span(

@@ -179,6 +179,14 @@ class Family(ABC):
 
     # How images become the vision tower's inputs.
 
+    def smallest_grid(self, config: PretrainedConfig) -> tuple[int, int, int]:
+        """Frames, rows and columns of patches of the smallest image."""
+        raise NotImplementedError
+
+    def patch_values(self, config: PretrainedConfig) -> int:
+        """How many numbers a patch has."""
+        raise NotImplementedError
+
     def patches_per_token(self, config: PretrainedConfig) -> int:
         """How many patches the vision tower merges into one image token."""
         raise NotImplementedError

@@ -22,7 +22,8 @@ fastest, is the head: the query heads that share a key head read the same keys a
 time, from L2. If the schedule stacks the heads of text rows, key heads follow the query heads on
 that axis, and the rows of their tiles are (row, query head) pairs. The second axis is the tile;
 schedules list the longest tiles first. Where a tile has more rows than the registers hold, several
-programs share it.
+programs share it. The parts of a tile that is split along the keys are written to an array of their
+own, and combined afterwards.
 
 Keys and values are read from the cache of all layers, at the index of one.
 
@@ -46,7 +47,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
-from bsjax.masks.schedule import KeyRange, Schedule, Tile
+from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
@@ -160,12 +161,23 @@ def prefill_attention(
         of_rows = pl.BlockSpec((rows, None, width), lambda head, tile: (0, head, 0))
         lse_of_rows = pl.BlockSpec((rows, None), lambda head, tile: (0, head))
     whole = pl.BlockSpec()
+    parts = schedule.parts
     out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
     out_specs = [of_rows]
-    if return_lse:
+    if return_lse or parts is not None:
         out_shape.append(jax.ShapeDtypeStruct((rows, q_heads), jnp.float32))
         out_specs.append(lse_of_rows)
     heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
+    if parts is not None:
+        shape = (parts.count, kv_heads, schedule.block_q)
+        out_shape += [
+            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ]
+        out_specs += [
+            pl.BlockSpec((*shape, width), lambda head, tile: (0, 0, 0, 0)),
+            pl.BlockSpec(),
+        ]
     outputs = pl.pallas_call(
         functools.partial(_attend_tile, settings),
         out_shape=out_shape,
@@ -192,7 +204,48 @@ def prefill_attention(
         jnp.asarray(schedule.tile_columns),
         jnp.asarray(schedule.range_columns),
     )
+    if parts is not None:
+        out, lse, *of_parts = outputs
+        outputs = _combined(out, lse, *of_parts, parts, schedule.stacked_heads)
     return tuple(outputs) if return_lse else outputs[0]
+
+
+def _combined(
+    out: Float[Array, "queries q_heads head_dim"],
+    lse: Float[Array, "queries q_heads"],
+    part_out: Float[Array, "parts kv_heads block_q head_dim"],
+    part_lse: Float[Array, "parts kv_heads block_q"],
+    parts: Parts,
+    stacked_heads: int,
+) -> tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]:
+    """The outputs with the rows of split tiles, from the outputs of their parts."""
+    count, kv_heads, block_q, _ = part_out.shape
+    over_tiles = functools.partial(
+        jax.ops.segment_sum, segment_ids=parts.tile, num_segments=count, indices_are_sorted=True
+    )
+    greatest = jax.ops.segment_max(part_lse, parts.tile, count, indices_are_sorted=True)
+    # Finite even where no key is seen, so that no infinities are subtracted.
+    greatest = jnp.maximum(greatest, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(part_lse - greatest[jnp.minimum(parts.tile, count - 1)])
+    total = over_tiles(weights)
+    seen = total > 0
+    divisor = jnp.where(seen, total, 1.0)
+    of_tile = over_tiles(weights[..., None] * part_out) / divisor[..., None]
+    lse_of_tile = jnp.where(seen, greatest + jnp.log(divisor), -jnp.inf)
+
+    # Each tile's first row and rows, from any of its parts. Out of bounds: dropped.
+    first_row, rows = (
+        jnp.full(count, value, jnp.int32).at[parts.tile].set(field, mode="drop")
+        for value, field in ((out.shape[0], parts.first_row), (0, parts.rows))
+    )
+    index = jnp.arange(block_q, dtype=jnp.int32)
+    row = first_row[:, None] + index // stacked_heads
+    row = jnp.where(index // stacked_heads < rows[:, None], row, out.shape[0])[:, None, :]
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * stacked_heads + index % stacked_heads
+    return (
+        out.at[row, head].set(of_tile.astype(out.dtype), mode="drop"),
+        lse.at[row, head].set(lse_of_tile, mode="drop"),
+    )
 
 
 class _Settings(NamedTuple):
@@ -239,6 +292,8 @@ class _TileRows(NamedTuple):
 
     table: Array
     tile: Tile
+    earlier: Array
+    """How many rows of the tile other programs have."""
     count: Array
     """How many rows there are: 0 or less if there is nothing to do."""
     inside: Array
@@ -283,7 +338,7 @@ def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileR
         tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
         count = tile.rows - earlier
         first_row = tile.first_row + earlier
-        return _TileRows(table, tile, count, indices < count, first_row, None, None)
+        return _TileRows(table, tile, earlier, count, indices < count, first_row, None, None)
     q_heads, group = np.int32(settings.q_heads), np.int32(settings.stacked_heads)
     of_text = head >= q_heads
     of_head = category_ref[jnp.minimum(head, q_heads - 1)]
@@ -296,6 +351,7 @@ def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileR
     return _TileRows(
         table,
         tile,
+        earlier,
         count,
         indices < count,
         tile.first_row,
@@ -321,6 +377,8 @@ def _attend_tile(
     ranges_ref: Any,
     out_ref: Any,
     lse_ref: Any = None,
+    part_out_ref: Any = None,
+    part_lse_ref: Any = None,
 ) -> None:
     """One program: the attention of a tile's rows, or of some of them."""
     work = _tile_rows(settings, category_ref, tiles_ref)
@@ -451,19 +509,33 @@ def _attend_tile(
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
-        for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
+        outputs = [weighted / total[:, None] for weighted in softmax.weighted]
+        lse = (softmax.maximum + jnp.log2(total)) / LOG2_E
+        lse = jnp.where(softmax.total > 0, lse, -jnp.inf)
+        inside = work.inside
+        if part_out_ref is not None:
+            # Each row is written either as a part or as a whole.
+            inside = work.inside & (tile.part < 0)
+            of_part = work.inside & (tile.part >= 0)
+            part = jnp.maximum(tile.part, 0)
+            kv_head = jnp.maximum(pl.program_id(0) - np.int32(settings.q_heads), 0)
+            own_rows = pl.ds(work.earlier, settings.block_q)
+            for piece, output in zip(settings.pieces, outputs, strict=True):
+                columns = pl.ds(part * 0 + piece.start, piece.size)
+                pltriton.store(
+                    part_out_ref.at[part, kv_head, own_rows, columns],
+                    output,
+                    mask=_both(of_part[:, None], piece.inside),
+                )
+            pltriton.store(part_lse_ref.at[part, kv_head, own_rows], lse, mask=of_part)
+        for piece, output in zip(settings.pieces, outputs, strict=True):
             pltriton.store(
                 work.matrix(out_ref, piece),
-                (weighted / total[:, None]).astype(out_ref.dtype),
-                mask=_both(work.inside[:, None], piece.inside),
+                output.astype(out_ref.dtype),
+                mask=_both(inside[:, None], piece.inside),
             )
         if lse_ref is not None:
-            lse = (softmax.maximum + jnp.log2(total)) / LOG2_E
-            pltriton.store(
-                work.of_heads(lse_ref),
-                jnp.where(softmax.total > 0, lse, -jnp.inf),
-                mask=work.inside,
-            )
+            pltriton.store(work.of_heads(lse_ref), lse, mask=inside)
 
 
 def _both(rows: Array, columns: Array | None) -> Array:

@@ -62,6 +62,7 @@ class Chunks:
       sizes: sizes of chunks.
       stacked_heads: how many query heads share a key head.
       new_tokens: how many tokens may follow the prompt.
+      most_parts: how many parts long tiles of text rows may be split into.
 
     Attributes:
       borders: first and end position of each chunk, and the rows that it is padded to.
@@ -69,7 +70,13 @@ class Chunks:
     """
 
     def __init__(
-        self, inputs: ModelInputs, sizes: Sizes, stacked_heads: int, new_tokens: int
+        self,
+        inputs: ModelInputs,
+        sizes: Sizes,
+        stacked_heads: int,
+        new_tokens: int,
+        *,
+        most_parts: int = 0,
     ) -> None:
         self.inputs = inputs
         self.cache_rows = cache_rows(inputs.tokens + new_tokens)
@@ -77,6 +84,7 @@ class Chunks:
         whole_images = any(of.bidirectional_images for of in inputs.visibilities)
         self.borders = chunk_borders(inputs.template, sizes.chunks, whole_images=whole_images)
         self._stacked_heads = stacked_heads
+        self._most_parts = most_parts
         self._tables = category_tables(inputs.head_category)
         self._device_keys: TokenInfo | None = None
         self._keys = Rows([inputs.template], [Span(0, inputs.tokens)], packed=inputs.is_sparse)
@@ -155,7 +163,8 @@ class Chunks:
             query_rows=rows,
             key_rows=key_rows,
             stacked_heads=self._stacked_heads,
-            capacity=schedule_capacity(rows, block_q, self._stacked_heads),
+            capacity=schedule_capacity(rows, block_q, self._stacked_heads, self._most_parts),
+            most_parts=self._most_parts,
         )
         if keys is self._keys:
             # On the device once, not for each chunk again.
@@ -164,18 +173,19 @@ class Chunks:
         return schedule
 
 
-def schedule_capacity(rows: int, block_q: int, stacked_heads: int) -> Capacity:
+def schedule_capacity(rows: int, block_q: int, stacked_heads: int, most_parts: int) -> Capacity:
     """Room for the schedule of any chunk of up to `MOST_IMAGES` images.
 
     Args:
       rows: rows of the chunk.
       block_q: rows of a tile, at most.
       stacked_heads: how many query heads the tiles of text rows stack.
+      most_parts: how many parts these tiles may be split into.
     """
     # A tile may also end where another segment or another stretch of a window begins.
     of_images = -(-rows // block_q) + MOST_IMAGES
     of_text = -(-rows // max(1, block_q // stacked_heads))
-    tiles = max(of_images, of_text) + 16
+    tiles = max(of_images, of_text) + most_parts + 16
     # Each tile has a few ranges in each of three segments; a tile of sinks some for each image.
     return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
 

@@ -332,7 +332,7 @@ def _generate(
     # Again, because a stream may be asked for its next piece in a forked child.
     check_not_forked(GenerationError)
     programs = programs_of(model)
-    compiled_before = programs.compile_seconds
+    compiled_before = programs.compile_seconds, programs.compilations
     inputs = prepare_inputs(
         model.architecture,
         _prompt(model, messages, sources),
@@ -384,7 +384,8 @@ def _generate(
             vision_seconds=prefill.vision_seconds,
             prefill_seconds=prefill.seconds,
             decode_seconds=decode_seconds,
-            compile_seconds=programs.compile_seconds - compiled_before,
+            compile_seconds=programs.compile_seconds - compiled_before[0],
+            compiled_programs=programs.compilations - compiled_before[1],
             backend=settings.backend,
             attention_flops_per_kind=inputs.flops_per_kind,
         ),

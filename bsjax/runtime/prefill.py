@@ -20,9 +20,9 @@ from bsjax.models.cache import PADDING_ROW, CachedRows
 from bsjax.runtime.chunks import Chunk, Chunks
 from bsjax.runtime.images import ImageEncoder
 from bsjax.runtime.inputs import ModelInputs
-from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Sampling, sample
-from bsjax.runtime.sizes import Sizes, sizes_in_use
+from bsjax.runtime.sizes import MOST_PARTS, Sizes, sizes_in_use
 
 
 def prefill(
@@ -141,7 +141,14 @@ class ChunkedRun:
         self._arguments = arguments
         language_model = programs.module.language_model
         stacked_heads = inputs.head_category.shape[1] // language_model.kv_heads
-        self.chunks = Chunks(inputs, sizes, stacked_heads, new_tokens)
+        self.chunks = Chunks(
+            inputs,
+            sizes,
+            stacked_heads,
+            new_tokens,
+            # Where tiles run one after the other, none has to wait for the longest.
+            most_parts=MOST_PARTS if backend == "pallas" else 0,
+        )
         self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
         self._features: jax.ShapeDtypeStruct | None = None
         rows = 1
@@ -163,10 +170,7 @@ class ChunkedRun:
         self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
         self.stages = [
             *self._images.stages,
-            *(
-                Stage("prefill", self._program(chunk, self.cache, self._features))
-                for chunk in self._built.values()
-            ),
+            *(Stage("prefill", self.program_of(chunk)) for chunk in self._built.values()),
         ]
         self.vision_seconds = 0.0
         self.seconds = 0.0
@@ -193,16 +197,17 @@ class ChunkedRun:
                 jax.block_until_ready(features)
                 self.vision_seconds += time.perf_counter() - began
             began = time.perf_counter()
-            program = self._program(chunk, cache, features)
+            program = self.program_of(chunk)
             result, cache = program(*self._all_arguments(chunk, cache, features))
             jax.block_until_ready(result)
             self.seconds += host + time.perf_counter() - began
             yield chunk, result, cache
 
-    def _program(self, chunk: Chunk, cache: Any, features: Any) -> Any:
+    def program_of(self, chunk: Chunk) -> Program:
+        """The program that runs a chunk: the same for all chunks of one size."""
         return self._programs.get(
             self._step,
-            self._all_arguments(chunk, cache, features),
+            self._all_arguments(chunk, self.cache, self._features),
             static=(self._backend,),
             donate=(0,),
         )

@@ -4,13 +4,15 @@ A program is compiled once per combination of bucketed shapes and kept as long a
 programs are compiled before they run, the memory that a prompt needs is known before it runs.
 """
 
+import contextlib
 import math
 import os
+import sys
 import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,7 +169,8 @@ class Programs:
         run.__name__ = function.__name__.lstrip("_")
         start = time.perf_counter()
         jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
-        program = Program(self.parameters, self._compile(jitted, shapes), shapes[1:])
+        with _said_on_a_terminal(f"bsjax: compiling {run.__name__} ..."):
+            program = Program(self.parameters, self._compile(jitted, shapes), shapes[1:])
         seconds = time.perf_counter() - start
         with self._lock:
             self.compile_seconds += seconds
@@ -177,6 +180,20 @@ class Programs:
             while len(self._programs) > self._max_programs:
                 self._programs.popitem(last=False)
         return program
+
+
+@contextlib.contextmanager
+def _said_on_a_terminal(line: str) -> Iterator[None]:
+    """Shows a line while something takes long, if stderr is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        # To the start of the line, and clears it.
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _compile_here(jitted: Any, shapes: tuple[Any, ...]) -> Any:

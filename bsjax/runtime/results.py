@@ -20,6 +20,7 @@ class Stats:
       prefill_seconds: time in prefill, including the choice of the first token.
       decode_seconds: time to generate all tokens after the first.
       compile_seconds: time to compile programs, or to read them from the persistent cache.
+      compiled_programs: how many programs that were; `bsjax.warmup` compiles them ahead.
       backend: the attention backend.
       attention_flops_per_kind: these FLOPs for each kind of layer, local or global.
     """
@@ -34,6 +35,7 @@ class Stats:
     compile_seconds: float
     backend: str
     attention_flops_per_kind: tuple[LayerFlops, ...] = ()
+    compiled_programs: int = 0
 
 
 @dataclass(frozen=True)

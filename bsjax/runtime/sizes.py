@@ -12,6 +12,9 @@ from bsjax.pallas.configurations import compiles_for_gpus
 MOST_IMAGES = 48
 """The most images in a chunk. Its schedules have room for the tiles of that many."""
 
+MOST_PARTS = 64
+"""The most parts that a chunk's long tiles of text rows are split into, for each key head."""
+
 # Caches have few lengths where they are small, and waste at most a quarter where they are large.
 _SHORT_CACHES = (2048, 8192)
 

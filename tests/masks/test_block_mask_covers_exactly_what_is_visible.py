@@ -1,5 +1,6 @@
 """The invariants of a schedule, on random templates, against the predicate."""
 
+from functools import partial
 from unittest import mock
 
 import jax
@@ -157,6 +158,56 @@ def test_chunks_turns_and_batches_are_covered_once(
     check_invariants(schedule, schedule.tile_columns.shape[0], block_q, packed)
     assert schedule.query_rows == queries.tokens + padding[0]
     assert schedule.key_rows == keys.tokens + padding[1]
+
+
+@settings(max_examples=100)
+@given(
+    of=spans,
+    block_q=st.integers(1, 12),
+    block_kv=st.integers(1, 5),
+    stacked_heads=st.integers(1, 4),
+    most_parts=st.integers(2, 20),
+    visibility=visibilities,
+)
+def test_split_tiles_cover_what_whole_ones_do(
+    of, block_q, block_kv, stacked_heads, most_parts, visibility
+):
+    queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+    build = partial(
+        build_span_schedule,
+        queries,
+        keys,
+        [HeadCategory.SINK.groups],
+        block_q=block_q,
+        block_kv=block_kv,
+        visibility=visibility,
+        stacked_heads=stacked_heads,
+    )
+
+    def blocks_of(schedule):
+        """Each block of the text table, with its rows."""
+        return sorted(
+            (tuple(rows), tuple(keys), full)
+            for rows, blocks in walk(schedule, 1)
+            for keys, full in blocks
+        )
+
+    whole = build()
+    with mock.patch("bsjax.masks.schedule.LONGEST_TILE", 3):
+        split = build(most_parts=most_parts)
+    assert blocks_of(split) == blocks_of(whole)
+    tiles, parts = split.tiles, split.parts
+    of_parts = tiles.part[1][tiles.rows[1] > 0]
+    used = np.sort(of_parts[of_parts >= 0])
+    np.testing.assert_array_equal(used, np.arange(used.size))
+    assert used.size <= most_parts == parts.count
+    assert (parts.tile[used.size :] == most_parts).all()
+    longest = max(3, -(-2 * int(whole.tiles.blocks[1].sum()) // most_parts))
+    assert tiles.blocks[1].max(initial=0) <= longest
+    assert (np.diff(tiles.blocks[1][tiles.rows[1] > 0]) <= 0).all(), "longest tiles first"
+    for tile in map(Tile._make, split.tile_columns[1].tolist()):
+        if tile.rows and tile.part >= 0:
+            assert (parts.first_row[tile.part], parts.rows[tile.part]) == tile[:2]
 
 
 @settings(max_examples=100)

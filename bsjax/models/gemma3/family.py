@@ -198,6 +198,15 @@ class Gemma3Family(Gemma3TextFamily):
         return "".join(pieces)
 
     @override
+    def smallest_grid(self, config: PretrainedConfig) -> tuple[int, int, int]:
+        return 1, grid_side(config), grid_side(config)
+
+    @override
+    def patch_values(self, config: PretrainedConfig) -> int:
+        vision = config.vision_config
+        return vision.num_channels * vision.patch_size**2
+
+    @override
     def patches_per_token(self, config: PretrainedConfig) -> int:
         return pooled_side(config) ** 2
 

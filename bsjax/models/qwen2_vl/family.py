@@ -149,6 +149,16 @@ class Qwen2VLFamily(Family):
         return settings
 
     @override
+    def smallest_grid(self, config: PretrainedConfig) -> tuple[int, int, int]:
+        merge = config.vision_config.spatial_merge_size
+        return 1, merge, merge
+
+    @override
+    def patch_values(self, config: PretrainedConfig) -> int:
+        vision = config.vision_config
+        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    @override
     def patches_per_token(self, config: PretrainedConfig) -> int:
         return config.vision_config.spatial_merge_size**2
 

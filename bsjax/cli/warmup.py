@@ -1,0 +1,53 @@
+"""`bsjax warmup`: compiles a checkpoint's programs into JAX's persistent cache."""
+
+import argparse
+from typing import Any
+
+from bsjax.cli.cuda_noise import import_jax
+
+
+def add_to(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "warmup",
+        help="compile a checkpoint's programs ahead of time",
+        description="Compiles the programs that answer prompts up to a length, and keeps them in "
+        "JAX's persistent cache, so that later processes only read them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="the most tokens of a prompt and its answer; default: 8192",
+    )
+    parser.add_argument("--no-images", action="store_true", help="prompts have no images")
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="also compile for prompts with this profile; default: dense attention only",
+    )
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
+    parser.add_argument(
+        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
+    )
+    parser.set_defaults(run=_warmup)
+
+
+def _warmup(options: argparse.Namespace) -> None:
+    import_jax(devices=True)
+    import bsjax
+
+    model = bsjax.load(options.checkpoint, dtype=options.dtype)
+    for profile in dict.fromkeys([None, options.profile]):
+        done = bsjax.warmup(
+            model,
+            max_tokens=options.max_tokens,
+            images=not options.no_images,
+            profile=profile,
+            backend=options.backend,
+        )
+        kind = "dense" if profile is None else profile
+        print(f"{kind}: {done.programs} programs in {done.seconds:.1f} s")

@@ -1,0 +1,135 @@
+"""Compiles the programs of a model before the first prompt arrives."""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bsjax.attention import resolve_backend
+from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import truth_value, whole_number
+from bsjax.errors import CapacityError, GenerationError
+from bsjax.profiles.profile import Profile
+from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.decoding import AnswerSettings, Decoding
+from bsjax.runtime.generation import ProfileLike
+from bsjax.runtime.images import ImageGroup, image_groups
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.programs import check_model, programs_of
+from bsjax.runtime.sampling import GREEDY
+from bsjax.runtime.sizes import cache_rows, sizes_in_use
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What `warmup` did.
+
+    Attributes:
+      programs: how many programs were compiled, or read from the persistent cache.
+      seconds: how long that took.
+    """
+
+    programs: int
+    seconds: float
+
+
+def warmup(
+    model: LoadedModel,
+    *,
+    max_tokens: int = 8192,
+    images: bool = True,
+    profile: ProfileLike = None,
+    backend: str = "auto",
+) -> Warmup:
+    """Compiles what `generate` needs, so that no prompt has to wait for it.
+
+    A handful of programs serves all prompts up to a length: chunks, caches and groups of images
+    have few sizes. They are kept with the model, and in JAX's persistent cache for later processes.
+
+    Args:
+      model: from `bsjax.load`.
+      max_tokens: the most tokens that a prompt and its answer have.
+      images: whether prompts have images, for a model that reads them.
+      profile: as for `generate`. Dense prompts and prompts with a profile, whichever it is, have
+        programs of their own: call this once for each.
+      backend: attention backend, see `sparse_attention`.
+
+    Raises:
+      GenerationError: an argument is out of range.
+      CapacityError: the model has fewer positions than `max_tokens`.
+      ProfileError: the profile is malformed, or was made for another model.
+      BackendError: the backend is unknown.
+
+    Example:
+      >>> bsjax.warmup(model, max_tokens=2048)
+      Warmup(programs=5, seconds=...)
+    """
+    check_model(model, GenerationError)
+    max_tokens = whole_number("max_tokens", max_tokens, least=1, error=GenerationError)
+    images = truth_value("images", images, error=GenerationError)
+    limit = model.config.get_text_config().max_position_embeddings
+    if max_tokens > limit:
+        raise CapacityError(
+            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
+            "or less."
+        )
+    backend = resolve_backend(backend)
+    resolved = Profile.resolve(profile, model)
+    programs = programs_of(model)
+    before, start = programs.compilations, time.perf_counter()
+    groups = _groups_of_every_size(model, backend) if images else ()
+    for rows in cache_lengths(min(max_tokens, limit)):
+        # A chunk of each size that a prompt for this cache has.
+        sizes = sizes_in_use()
+        tokens = min(sizes.chunks[-1] + 1, rows, limit)
+        prompt = Prompt(
+            token_ids=np.zeros(tokens, np.int32),
+            pixel_values=None,
+            grid_thw=np.zeros((0, 3), np.int32),
+            image_tokens=(),
+        )
+        inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
+        settings = AnswerSettings(rows - tokens, backend)
+        prefill = Prefill(
+            programs,
+            replace(inputs, image_groups=groups),
+            new_tokens=settings.new_tokens,
+            sampling=GREEDY,
+            backend=backend,
+        )
+        Decoding(programs, inputs, prefill.cache, settings)
+    return Warmup(programs.compilations - before, time.perf_counter() - start)
+
+
+def cache_lengths(max_tokens: int) -> list[int]:
+    """The rows of all caches for up to `max_tokens` tokens."""
+    lengths = [cache_rows(1)]
+    while lengths[-1] < max_tokens:
+        lengths.append(cache_rows(lengths[-1] + 1))
+    return lengths
+
+
+def _groups_of_every_size(model: LoadedModel, backend: str) -> tuple[ImageGroup, ...]:
+    """Groups of the smallest images, one of each size that such an image fits into."""
+    family, config = model.family, model.config
+    if not family.reads_images:
+        return ()
+    groups: dict[int, ImageGroup] = {}
+    grid = family.smallest_grid(config)
+    patches_per_image = int(np.prod(grid))
+    for patches in sizes_in_use().patches:
+        count = patches // patches_per_image
+        if not count:
+            continue
+        prompt = Prompt(
+            token_ids=np.zeros(0, np.int32),
+            pixel_values=np.broadcast_to(
+                np.float32(0), (count * patches_per_image, family.patch_values(config))
+            ),
+            grid_thw=np.tile(np.asarray(grid, np.int32), (count, 1)),
+            image_tokens=(patches_per_image // family.patches_per_token(config),) * count,
+        )
+        for group in image_groups(model.architecture, prompt, backend):
+            groups[group.padded_tokens] = group
+    return tuple(groups.values())

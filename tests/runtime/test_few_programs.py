@@ -1,0 +1,123 @@
+"""A handful of programs serves all prompts, and `warmup` compiles them before the first one."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bsjax
+from bsjax import CapacityError, GenerationError, Profile
+from bsjax.cli import main
+from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.decoding import AnswerSettings, Decoding
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.programs import Programs, programs_of
+from bsjax.runtime.sampling import GREEDY, Sampling
+from bsjax.runtime.sizes import cache_rows
+from bsjax.runtime.warmup import cache_lengths
+
+MOST_PROGRAMS = 12
+
+
+def shapes_only(jitted, shapes):
+    """In place of compiling: what is asked for is known without it."""
+    return SimpleNamespace(out_info=jitted.eval_shape(*shapes), memory_analysis=lambda: None)
+
+
+def random_prompt(model, generator) -> Prompt:
+    """50 to 8,000 tokens, 0 to 30 images of any size, and text between some of them."""
+    config = model.config
+    vision = config.vision_config
+    length = int(generator.integers(50, 8000))
+    grids, pieces, used = [], [], 0
+    for _ in range(generator.integers(0, 31)):
+        rows, columns = generator.integers(1, 24, 2)
+        text = int(generator.integers(0, 30))
+        if used + text + rows * columns > length:
+            break
+        used += text + int(rows * columns)
+        pieces += [0] * text + [config.image_token_id] * int(rows * columns)
+        merge = vision.spatial_merge_size
+        grids.append((1, rows * merge, columns * merge))
+    pieces += [0] * (length - used)
+    grids = np.asarray(grids, np.int32).reshape(-1, 3)
+    patches = int(grids.prod(axis=1).sum())
+    values = model.family.patch_values(config)
+    return Prompt(
+        token_ids=np.asarray(pieces, np.int32),
+        pixel_values=np.broadcast_to(np.float32(0), (patches, values)) if patches else None,
+        grid_thw=grids,
+        image_tokens=tuple((grids.prod(axis=1) // vision.spatial_merge_size**2).tolist()),
+    )
+
+
+@pytest.mark.slow
+def test_a_hundred_unlike_prompts_need_twelve_programs(tiny_model):
+    programs = Programs(tiny_model.module, shapes_only)
+    generator = np.random.default_rng(0)
+    sparse = Profile.uniform("INTRA_IMAGE_SINK", tiny_model)
+    drawn = Sampling.checked(0.7, 20, 0.9, 3)
+    chunks = 0
+    for number in range(100):
+        profile, sampling = (None, sparse)[number % 2], (GREEDY, drawn)[number // 2 % 2]
+        inputs = prepare_inputs(
+            tiny_model.architecture,
+            random_prompt(tiny_model, generator),
+            profile,
+            backend="xla",
+            new_tokens=64,
+        )
+        prefill = Prefill(programs, inputs, new_tokens=64, sampling=sampling, backend="xla")
+        for chunk in prefill.chunks:
+            prefill.program_of(chunk)
+            chunks += 1
+        Decoding(programs, inputs, prefill.cache, AnswerSettings(64, "xla", sampling))
+    assert chunks > 500
+    assert programs.compilations <= MOST_PROGRAMS
+
+
+@pytest.mark.slow
+def test_after_warmup_no_prompt_compiles(tiny_checkpoint):
+    model = bsjax.load(tiny_checkpoint)
+    done = bsjax.warmup(model, max_tokens=2000)
+    assert done.programs == programs_of(model).compilations and done.seconds > 0
+    picture = np.full((84, 112, 3), 99, np.uint8)
+    for images in (0, 1, 7):
+        parts = [{"type": "image", "image": picture}] * images
+        text = {"type": "text", "text": "What is this? " * 5 * (images + 1)}
+        messages = [{"role": "user", "content": [*parts, text]}]
+        stats = bsjax.generate(model, messages, max_new_tokens=3, temperature=0.5).stats
+        assert (stats.compiled_programs, stats.compile_seconds) == (0, 0.0)
+    assert bsjax.warmup(model, max_tokens=2000).programs == 0
+    assert bsjax.warmup(model, max_tokens=2000, profile=Profile.uniform("sink", model)).programs
+
+
+@given(st.integers(1, 400_000), st.integers(1, 400_000))
+@settings(max_examples=200)
+def test_caches_have_few_lengths_and_waste_little(tokens, more):
+    rows = cache_rows(tokens)
+    assert tokens <= rows <= max(8192, 1.25 * tokens)
+    assert cache_rows(rows) == rows and cache_rows(tokens + more) >= rows
+    assert rows in cache_lengths(tokens)
+
+
+def test_bad_arguments_of_warmup_are_refused(tiny_model, annotations_unchecked):
+    limit = tiny_model.config.text_config.max_position_embeddings
+    with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):
+        bsjax.warmup(tiny_model, max_tokens=limit + 1)
+    for arguments in ({"max_tokens": 0}, {"max_tokens": 2.5}, {"images": "no"}):
+        with pytest.raises(GenerationError, match=next(iter(arguments))):
+            bsjax.warmup(tiny_model, **arguments)
+    with pytest.raises(GenerationError, match=r"bsjax\.load"):
+        bsjax.warmup("checkpoint")
+
+
+@pytest.mark.slow
+def test_the_command_line_warms_up(tiny_checkpoint, capsys):
+    assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "300", "--no-images"]) == 0
+    assert "dense: 3 programs in" in capsys.readouterr().out
+    assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "0"]) == 2
+    assert "max_tokens must be at least 1" in capsys.readouterr().err
