@@ -178,7 +178,7 @@ def prefill_attention(
             pl.BlockSpec((*shape, width), lambda head, tile: (0, 0, 0, 0)),
             pl.BlockSpec(),
         ]
-    outputs = pl.pallas_call(
+    outputs: Any = pl.pallas_call(
         functools.partial(_attend_tile, settings),
         out_shape=out_shape,
         grid=(heads, schedule.tile_columns.shape[1] * programs_per_tile),
@@ -205,8 +205,8 @@ def prefill_attention(
         jnp.asarray(schedule.range_columns),
     )
     if parts is not None:
-        out, lse, *of_parts = outputs
-        outputs = _combined(out, lse, *of_parts, parts, schedule.stacked_heads)
+        out, lse, part_out, part_lse = outputs
+        outputs = _combined(out, lse, part_out, part_lse, parts, schedule.stacked_heads)
     return tuple(outputs) if return_lse else outputs[0]
 
 
@@ -292,6 +292,8 @@ class _TileRows(NamedTuple):
 
     table: Array
     tile: Tile
+    kv_head: Array
+    """The key head of stacked rows."""
     earlier: Array
     """How many rows of the tile other programs have."""
     count: Array
@@ -338,7 +340,7 @@ def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileR
         tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
         count = tile.rows - earlier
         first_row = tile.first_row + earlier
-        return _TileRows(table, tile, earlier, count, indices < count, first_row, None, None)
+        return _TileRows(table, tile, head, earlier, count, indices < count, first_row, None, None)
     q_heads, group = np.int32(settings.q_heads), np.int32(settings.stacked_heads)
     of_text = head >= q_heads
     of_head = category_ref[jnp.minimum(head, q_heads - 1)]
@@ -351,6 +353,7 @@ def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileR
     return _TileRows(
         table,
         tile,
+        jnp.maximum(head - q_heads, 0),
         earlier,
         count,
         indices < count,
@@ -518,16 +521,15 @@ def _attend_tile(
             inside = work.inside & (tile.part < 0)
             of_part = work.inside & (tile.part >= 0)
             part = jnp.maximum(tile.part, 0)
-            kv_head = jnp.maximum(pl.program_id(0) - np.int32(settings.q_heads), 0)
             own_rows = pl.ds(work.earlier, settings.block_q)
             for piece, output in zip(settings.pieces, outputs, strict=True):
                 columns = pl.ds(part * 0 + piece.start, piece.size)
                 pltriton.store(
-                    part_out_ref.at[part, kv_head, own_rows, columns],
+                    part_out_ref.at[part, work.kv_head, own_rows, columns],
                     output,
                     mask=_both(of_part[:, None], piece.inside),
                 )
-            pltriton.store(part_lse_ref.at[part, kv_head, own_rows], lse, mask=of_part)
+            pltriton.store(part_lse_ref.at[part, work.kv_head, own_rows], lse, mask=of_part)
         for piece, output in zip(settings.pieces, outputs, strict=True):
             pltriton.store(
                 work.matrix(out_ref, piece),

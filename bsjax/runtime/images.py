@@ -84,9 +84,8 @@ def image_groups(
     first_token = np.append(0, np.cumsum(prompt.image_tokens))
     patches_per_token = family.patches_per_token(config)
     groups = []
-    squares = (-(-prompt.grid_thw[:, 1:] // _SQUARE)).prod(axis=1) * prompt.grid_thw[:, 0]
-    weights = np.maximum(patches, squares * _SQUARE**2)
-    for first, end, padded in group_borders(weights.tolist(), sizes_in_use().patches):
+    counted = counted_patches(prompt.grid_thw).tolist()
+    for first, end, padded in group_borders(counted, sizes_in_use().patches):
         plan = family.vision_plan(
             prompt.grid_thw[first:end],
             config,
@@ -105,6 +104,12 @@ def image_groups(
             )
         )
     return tuple(groups)
+
+
+def counted_patches(grid_thw: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "images"]:
+    """How many patches of a group each image takes up: whole squares."""
+    squares = (-(-grid_thw[:, 1:] // _SQUARE)).prod(axis=1, dtype=np.int64) * grid_thw[:, 0]
+    return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), squares * _SQUARE**2)
 
 
 def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) -> int:

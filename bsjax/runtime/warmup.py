@@ -13,7 +13,7 @@ from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.generation import ProfileLike
-from bsjax.runtime.images import ImageGroup, image_groups
+from bsjax.runtime.images import ImageGroup, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
@@ -116,10 +116,10 @@ def _groups_of_every_size(model: LoadedModel, backend: str) -> tuple[ImageGroup,
     if not family.reads_images:
         return ()
     groups: dict[int, ImageGroup] = {}
-    grid = family.smallest_grid(config)
-    patches_per_image = int(np.prod(grid))
+    grid = np.asarray([family.smallest_grid(config)], np.int32)
+    patches_per_image = int(grid.prod())
     for patches in sizes_in_use().patches:
-        count = patches // patches_per_image
+        count = patches // int(counted_patches(grid)[0])
         if not count:
             continue
         prompt = Prompt(
@@ -127,7 +127,7 @@ def _groups_of_every_size(model: LoadedModel, backend: str) -> tuple[ImageGroup,
             pixel_values=np.broadcast_to(
                 np.float32(0), (count * patches_per_image, family.patch_values(config))
             ),
-            grid_thw=np.tile(np.asarray(grid, np.int32), (count, 1)),
+            grid_thw=np.tile(grid, (count, 1)),
             image_tokens=(patches_per_image // family.patches_per_token(config),) * count,
         )
         for group in image_groups(model.architecture, prompt, backend):
