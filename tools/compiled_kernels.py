@@ -14,6 +14,7 @@ from bsjax.pallas.configurations import (
 )
 from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
+from bsjax.runtime.sizes import most_parts
 from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
 
 TOWER_HEAD_DIMS = (72, 80)
@@ -79,6 +80,7 @@ def compile_prefill(
         running = chosen or configuration(head_dim, dtype, block_q, block_kv)
         queries = tokens if chunk is None else chunk
         tables = 4 if chunk is None else 5
+        parts = 0 if chunk is None else most_parts("pallas", dtype)
         tiles = 2 * queries // block_q
 
         def info(rows: int) -> TokenInfo:
@@ -96,7 +98,7 @@ def compile_prefill(
             block_q=block_q,
             block_kv=block_kv,
             visibility=visibility,
-            parts=None if chunk is None else Parts(*[jax.ShapeDtypeStruct((64,), jnp.int32)] * 3),
+            parts=Parts(*[jax.ShapeDtypeStruct((parts,), jnp.int32)] * 3) if parts else None,
             stacked_heads=0 if chunk is None else q_heads // kv_heads,
         )
 

@@ -512,32 +512,41 @@ def _attend_tile(
         )
 
         total = jnp.where(softmax.total > 0, softmax.total, 1.0)
-        outputs = [weighted / total[:, None] for weighted in softmax.weighted]
         lse = (softmax.maximum + jnp.log2(total)) / LOG2_E
         lse = jnp.where(softmax.total > 0, lse, -jnp.inf)
-        inside = work.inside
-        if part_out_ref is not None:
-            # Each row is written either as a part or as a whole.
-            inside = work.inside & (tile.part < 0)
-            of_part = work.inside & (tile.part >= 0)
-            part = jnp.maximum(tile.part, 0)
-            own_rows = pl.ds(work.earlier, settings.block_q)
-            for piece, output in zip(settings.pieces, outputs, strict=True):
-                columns = pl.ds(part * 0 + piece.start, piece.size)
+
+        def store_rows(inside: Array) -> None:
+            for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
                 pltriton.store(
-                    part_out_ref.at[part, work.kv_head, own_rows, columns],
-                    output,
-                    mask=_both(of_part[:, None], piece.inside),
+                    work.matrix(out_ref, piece),
+                    (weighted / total[:, None]).astype(out_ref.dtype),
+                    mask=_both(inside[:, None], piece.inside),
                 )
-            pltriton.store(part_lse_ref.at[part, work.kv_head, own_rows], lse, mask=of_part)
-        for piece, output in zip(settings.pieces, outputs, strict=True):
+            if lse_ref is not None:
+                pltriton.store(work.of_heads(lse_ref), lse, mask=inside)
+
+        if part_out_ref is None:
+            store_rows(work.inside)
+            return
+
+        # Branches, because the addresses of both ways together would not fit into registers.
+        @pl.when(tile.part < 0)
+        def _() -> None:
+            store_rows(work.inside)
+
+        @pl.when(tile.part >= 0)
+        def _() -> None:
+            own_rows = pl.ds(work.earlier, settings.block_q)
+            for piece, weighted in zip(settings.pieces, softmax.weighted, strict=True):
+                columns = pl.ds(tile.part * 0 + piece.start, piece.size)
+                pltriton.store(
+                    part_out_ref.at[tile.part, work.kv_head, own_rows, columns],
+                    weighted / total[:, None],
+                    mask=_both(work.inside[:, None], piece.inside),
+                )
             pltriton.store(
-                work.matrix(out_ref, piece),
-                output.astype(out_ref.dtype),
-                mask=_both(inside[:, None], piece.inside),
+                part_lse_ref.at[tile.part, work.kv_head, own_rows], lse, mask=work.inside
             )
-        if lse_ref is not None:
-            pltriton.store(work.of_heads(lse_ref), lse, mask=inside)
 
 
 def _both(rows: Array, columns: Array | None) -> Array:

@@ -22,7 +22,7 @@ from bsjax.runtime.images import ImageEncoder
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Sampling, sample
-from bsjax.runtime.sizes import MOST_PARTS, Sizes, sizes_in_use
+from bsjax.runtime.sizes import Sizes, most_parts, sizes_in_use
 
 
 def prefill(
@@ -146,8 +146,7 @@ class ChunkedRun:
             sizes,
             stacked_heads,
             new_tokens,
-            # Where tiles run one after the other, none has to wait for the longest.
-            most_parts=MOST_PARTS if backend == "pallas" else 0,
+            most_parts=most_parts(backend, language_model.dtype),
         )
         self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
         self._features: jax.ShapeDtypeStruct | None = None

@@ -4,7 +4,9 @@ Every size that varies with the prompt is rounded up to one of these, so that a 
 serves all prompts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bsjax.masks.schedule import bucket
 from bsjax.pallas.configurations import compiles_for_gpus
@@ -12,8 +14,17 @@ from bsjax.pallas.configurations import compiles_for_gpus
 MOST_IMAGES = 48
 """The most images in a chunk. Its schedules have room for the tiles of that many."""
 
-MOST_PARTS = 64
-"""The most parts that a chunk's long tiles of text rows are split into, for each key head."""
+_MOST_PARTS = 64
+
+
+def most_parts(backend: str, dtype: Any) -> int:
+    """The most parts that a chunk's long tiles of text rows are split into, for each key head.
+
+    Only on a GPU does a launch wait for its longest tiles. In float32, which is for comparisons,
+    the kernel has no registers to spare.
+    """
+    return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
+
 
 # Caches have few lengths where they are small, and waste at most a quarter where they are large.
 _SHORT_CACHES = (2048, 8192)
