@@ -120,7 +120,7 @@ def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtyp
 def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim, dtype):
     # 128 x 64 is what `BlockMask` takes by default.
     require_gpu_compiler()
-    report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64))
+    report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64), whole=True)
     with compiling_for(compiled_kernels.target_name(gpu)):
         chosen = configuration(head_dim, dtype, 128, 64)
     check(report, Case(gpu, head_dim, dtype), chosen)
@@ -131,7 +131,7 @@ def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim, dty
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_larger_blocks_are_walked_in_steps(head_dim, blocks):
     require_gpu_compiler()
-    report = compile_prefill("h200", head_dim, "bfloat16", blocks=blocks)
+    report = compile_prefill("h200", head_dim, "bfloat16", blocks=blocks, whole=True)
     with compiling_for("sm_90"):
         chosen = configuration(head_dim, "bfloat16", *blocks)
     assert chosen.block_kv < 128
