@@ -135,7 +135,7 @@ def _xla_decode_attention(
         greatest, total, output = carry
         # The last block may be read from further up: rows before its start are left out.
         first = index * block
-        start = jnp.minimum(first, rows - block)
+        start = jnp.minimum(first, rows - block).astype(jnp.int32)
         k, v = (
             jax.lax.dynamic_slice(
                 cache, (layer, zero, start, zero, zero), (1, batch, block, kv_heads, head_dim)

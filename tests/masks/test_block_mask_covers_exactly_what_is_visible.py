@@ -210,7 +210,7 @@ def test_split_tiles_cover_what_whole_ones_do(
             assert (parts.first_row[tile.part], parts.rows[tile.part]) == tile[:2]
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(of=spans, categories=categories, visibility=visibilities)
 def test_a_mask_of_some_queries_is_that_part_of_the_whole(of, categories, visibility):
     def mask(queries):
@@ -268,7 +268,7 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
 
 
 @pytest.mark.slow
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(
     of=spans,
     groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
