@@ -4,8 +4,9 @@
 
 The model has random weights, and the prompt random images. All programs start from embeddings and
 end with the last layer. The vision tower, which profiling runs once per pass like any prefill, is
-not included; its time is printed separately. The dense prefill and the pass that computes the
-statistics of all heads have the same attention FLOPs.
+not included; its time is printed separately. The dense prefill runs all rows at a time, like the
+other passes and unlike the chunks of `generate`. It and the pass that computes the statistics of
+all heads have the same attention FLOPs.
 """
 
 import argparse

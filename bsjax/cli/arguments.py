@@ -40,6 +40,14 @@ def add_image_settings(parser: Any) -> None:
     )
 
 
+def add_device_options(parser: Any) -> None:
+    """Adds the options for how a model runs; `parser` is a parser or an argument group."""
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
+    parser.add_argument(
+        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
+    )
+
+
 def image_sources_of(options: argparse.Namespace) -> "ImageSources":
     """Where images may come from, by the arguments of `add_image_settings`."""
     from bsjax.prompts.sources import ImageSources

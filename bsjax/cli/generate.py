@@ -6,7 +6,14 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, image_sources_of, messages_of
+from bsjax.cli.arguments import (
+    CATEGORY_NAMES,
+    add_device_options,
+    add_images,
+    category,
+    image_sources_of,
+    messages_of,
+)
 from bsjax.cli.cuda_noise import import_jax
 
 if TYPE_CHECKING:
@@ -53,10 +60,7 @@ def add_to(commands: Any) -> None:
         help="draw from the likeliest tokens whose total probability is P",
     )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
-    parser.add_argument(
-        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
-    )
+    add_device_options(parser)
     parser.set_defaults(run=_generate)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import add_image_settings, image_sources_of
+from bsjax.cli.arguments import add_device_options, add_image_settings, image_sources_of
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
@@ -195,10 +195,7 @@ def _add_run(commands: Any) -> None:
         type=Path,
         help="keep measurements in FILE, from which the same command continues",
     )
-    running.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
-    running.add_argument(
-        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
-    )
+    add_device_options(running)
     running.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
     parser.set_defaults(run=_run)
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from bsjax.cli.arguments import add_device_options
 from bsjax.cli.cuda_noise import import_jax
 
 
@@ -29,10 +30,7 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="also compile for prompts with this profile; default: dense attention only",
     )
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
-    parser.add_argument(
-        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
-    )
+    add_device_options(parser)
     parser.set_defaults(run=_warmup)
 
 

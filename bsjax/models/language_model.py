@@ -19,10 +19,16 @@ class LanguageModel(nnx.Module):
 
     Attributes:
       embed_tokens: the embedding table.
+      kv_heads: how many key heads a layer has.
+      head_dim: channels of a head.
+      dtype: dtype of the parameters, the hidden states and the cache.
       scale: factor applied to the attention scores.
     """
 
     embed_tokens: nnx.Embed
+    kv_heads: int
+    head_dim: int
+    dtype: Any
     scale: float
 
     @abstractmethod

@@ -88,35 +88,50 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
       backend: attention backend.
     """
     attention = partial(ragged_attention, scale=scale, backend=backend)
+    if isinstance(rows, GlobalRows):
+        return partial(_attend_to_all, rows, attention)
+    return partial(_attend_to_window, rows, attention)
 
-    def attend_to_all(
-        q: Array, k: Array, v: Array, categories: Array, layer: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Writes the chunk's keys and values, then reads the rows of the cache where they are."""
-        assert isinstance(rows, GlobalRows)
-        cache = Cache(
-            cache.k.at[layer, rows.rows].set(k, mode="drop"),
-            cache.v.at[layer, rows.rows].set(v, mode="drop"),
-        )
-        return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
 
-    def attend_to_window(
-        q: Array, k: Array, v: Array, categories: Array, layer: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        """Attends to the window before the chunk and to the chunk, then moves the ring on."""
-        assert isinstance(rows, WindowRows)
-        known_k, known_v = (
-            jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
-            for ring, new in ((cache.k, k), (cache.v, v))
-        )
-        keys, values = known_k[rows.key_rows], known_v[rows.key_rows]
-        cache = Cache(
-            cache.k.at[layer].set(known_k[rows.ring_rows]),
-            cache.v.at[layer].set(known_v[rows.ring_rows]),
-        )
-        return attention(q, keys, values, rows.schedule, categories), cache
+def _attend_to_all(
+    rows: GlobalRows,
+    attention: Callable[..., Array],
+    q: Float[Array, "rows q_heads head_dim"],
+    k: Float[Array, "rows kv_heads head_dim"],
+    v: Float[Array, "rows kv_heads head_dim"],
+    categories: Int[Array, "q_heads"],
+    layer: Int[Array, ""],
+    cache: Cache,
+) -> tuple[Float[Array, "rows q_heads head_dim"], Cache]:
+    """Writes the chunk's keys and values, then reads the rows of the cache where they are."""
+    cache = Cache(
+        cache.k.at[layer, rows.rows].set(k, mode="drop"),
+        cache.v.at[layer, rows.rows].set(v, mode="drop"),
+    )
+    return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
 
-    return attend_to_all if isinstance(rows, GlobalRows) else attend_to_window
+
+def _attend_to_window(
+    rows: WindowRows,
+    attention: Callable[..., Array],
+    q: Float[Array, "rows q_heads head_dim"],
+    k: Float[Array, "rows kv_heads head_dim"],
+    v: Float[Array, "rows kv_heads head_dim"],
+    categories: Int[Array, "q_heads"],
+    layer: Int[Array, ""],
+    cache: Cache,
+) -> tuple[Float[Array, "rows q_heads head_dim"], Cache]:
+    """Attends to the window before the chunk and to the chunk, then moves the ring on."""
+    known_k, known_v = (
+        jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
+        for ring, new in ((cache.k, k), (cache.v, v))
+    )
+    keys, values = known_k[rows.key_rows], known_v[rows.key_rows]
+    cache = Cache(
+        cache.k.at[layer].set(known_k[rows.ring_rows]),
+        cache.v.at[layer].set(known_v[rows.ring_rows]),
+    )
+    return attention(q, keys, values, rows.schedule, categories), cache
 
 
 def decode_attend(

@@ -11,7 +11,7 @@ a chunk are its own tokens in packed order.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,31 +26,41 @@ from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
 
 
+class ChunkArguments(NamedTuple):
+    """What the programs are given about a chunk: a pytree, padded to one of the chunks' sizes.
+
+    Attributes:
+      token_ids: int32 [rows].
+      position_ids: int32 [axes, rows].
+      feature_row: int32 [rows], the row of each image token's features; `PADDING_ROW` for text and
+        padding.
+      cached_rows: for each kind of layers, how it writes and reads the cache.
+      last_row: int32, the row of the chunk's last token.
+    """
+
+    token_ids: Any
+    position_ids: Any
+    feature_row: Any
+    cached_rows: tuple[CachedRows, ...]
+    last_row: Any
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The arguments of one chunk.
+    """One chunk of a prompt.
 
     Attributes:
       start: position of the chunk's first token.
       end: one past the position of its last token.
       order: the prompt position of each row before the padding.
-      token_ids: int32 [rows], padded.
-      position_ids: int32 [axes, rows], padded.
-      image_token: int32 [rows], index of each row's token among all image tokens of the prompt;
-        `PADDING_ROW` for text and padding.
-      cached_rows: for each kind of layers, how it writes and reads the cache.
-      last_row: the row of the chunk's last token.
+      arguments: what the programs are given.
       images_end: how many image tokens of the prompt the chunk and those before it have.
     """
 
     start: int
     end: int
     order: Int32[np.ndarray, "tokens"]
-    token_ids: Int32[np.ndarray, "rows"]
-    position_ids: Int32[np.ndarray, "axes rows"]
-    image_token: Int32[np.ndarray, "rows"]
-    cached_rows: tuple[CachedRows, ...]
-    last_row: np.int32
+    arguments: ChunkArguments
     images_end: int
 
 
@@ -67,6 +77,8 @@ class Chunks:
     Attributes:
       borders: first and end position of each chunk, and the rows that it is padded to.
       cache_rows: rows of the cache.
+      feature_rows: rows for image features, those of a chunk and those of a group of images. Image
+        tokens take them in turn.
     """
 
     def __init__(
@@ -80,6 +92,7 @@ class Chunks:
     ) -> None:
         self.inputs = inputs
         self.cache_rows = cache_rows(inputs.tokens + new_tokens)
+        self.feature_rows = sizes.chunks[-1] + inputs.group_tokens
         # Where tokens of an image see each other, its keys must be there before its queries run.
         whole_images = any(of.bidirectional_images for of in inputs.visibilities)
         self.borders = chunk_borders(inputs.template, sizes.chunks, whole_images=whole_images)
@@ -90,12 +103,18 @@ class Chunks:
         self._keys = Rows([inputs.template], [Span(0, inputs.tokens)], packed=inputs.is_sparse)
         is_image = inputs.template.image >= 0
         self._images_before = np.append(0, np.cumsum(is_image))
-        image_token = np.where(is_image, self._images_before[:-1], PADDING_ROW)
-        self._image_token = image_token.astype(np.int32)
+        feature_row = self.feature_row(self._images_before[:-1])
+        self._feature_row = np.where(is_image, feature_row, PADDING_ROW)
 
     def __iter__(self) -> Iterator[Chunk]:
         """Builds one chunk after the other."""
         return (self.chunk(*borders) for borders in self.borders)
+
+    def feature_row(
+        self, image_tokens: Int[np.ndarray, "image_tokens"]
+    ) -> Int[np.ndarray, "image_tokens"]:
+        """The rows of image tokens' features, given their indices among all image tokens."""
+        return image_tokens % self.feature_rows
 
     @cached_property
     def _row_of_token(self) -> Int[np.ndarray, "tokens"]:
@@ -114,19 +133,16 @@ class Chunks:
             padded[..., : order.size] = values[..., order]
             return padded
 
-        return Chunk(
-            start=start,
-            end=end,
-            order=order,
+        arguments = ChunkArguments(
             token_ids=by_row(inputs.token_ids, 0),
             position_ids=by_row(inputs.position_ids, 0),
-            image_token=by_row(self._image_token, PADDING_ROW),
+            feature_row=by_row(self._feature_row, PADDING_ROW),
             cached_rows=tuple(
                 self._cached_rows(visibility, queries, rows) for visibility in inputs.visibilities
             ),
             last_row=np.int32(np.flatnonzero(order == end - 1)[0]),
-            images_end=int(self._images_before[end]),
         )
+        return Chunk(start, end, order, arguments, int(self._images_before[end]))
 
     def _cached_rows(self, visibility: Visibility, queries: Rows, rows: int) -> CachedRows:
         ((start, end, _),) = queries.spans

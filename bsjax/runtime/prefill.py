@@ -2,12 +2,12 @@
 
     images of the chunk -> chunk -> images of the next chunk -> next chunk -> ...
 
-The cache is allocated once and updated in place by each chunk. Image features wait in an array that
-is used as a ring: it has room for the images of a chunk and for those of a group.
+The cache is allocated once and updated in place by each chunk. Image features wait in an array with
+room for those of a chunk and those of a group, whose rows image tokens take in turn.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
-from bsjax.models.cache import PADDING_ROW, CachedRows
-from bsjax.runtime.chunks import Chunk, Chunks
+from bsjax.models.cache import PADDING_ROW
+from bsjax.runtime.chunks import Chunk, ChunkArguments, Chunks
 from bsjax.runtime.images import ImageEncoder
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
@@ -29,12 +29,8 @@ def prefill(
     module: ImageTextModel,
     cache: Any,
     features: Float[Array, "features hidden"] | None,
-    token_ids: Int[Array, "rows"],
-    image_token: Int[Array, "rows"],
-    position_ids: Int[Array, "axes rows"],
-    cached_rows: Sequence[CachedRows],
+    chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
-    last_row: Int[Array, ""],
     sampling: Sampling,
     backend: str,
 ) -> tuple[Int[Array, ""], Any]:
@@ -43,43 +39,20 @@ def prefill(
     Returns:
       The token, which only the last chunk's caller reads, and the cache.
     """
-    hidden, cache = _run_chunk(
-        module,
-        cache,
-        features,
-        token_ids,
-        image_token,
-        position_ids,
-        cached_rows,
-        head_category,
-        backend,
-    )
-    return sample(module.logits(hidden[last_row]), sampling, jnp.int32(0)), cache
+    hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
+    return sample(module.logits(hidden[chunk.last_row]), sampling, jnp.int32(0)), cache
 
 
 def score(
     module: ImageTextModel,
     cache: Any,
     features: Float[Array, "features hidden"] | None,
-    token_ids: Int[Array, "rows"],
-    image_token: Int[Array, "rows"],
-    position_ids: Int[Array, "axes rows"],
-    cached_rows: Sequence[CachedRows],
+    chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
     backend: str,
 ) -> tuple[Float32[Array, "rows vocabulary"], Any]:
     """Runs a chunk. Returns the logits of all its rows, and the cache. Donate `cache`."""
-    hidden, cache = _run_chunk(
-        module,
-        cache,
-        features,
-        token_ids,
-        image_token,
-        position_ids,
-        cached_rows,
-        head_category,
-        backend,
-    )
+    hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
     return module.logits(hidden), cache
 
 
@@ -87,20 +60,23 @@ def _run_chunk(
     module: ImageTextModel,
     cache: Any,
     features: Float[Array, "features hidden"] | None,
-    token_ids: Int[Array, "rows"],
-    image_token: Int[Array, "rows"],
-    position_ids: Int[Array, "axes rows"],
-    cached_rows: Sequence[CachedRows],
+    chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
     backend: str,
 ) -> tuple[Float[Array, "rows hidden"], Any]:
     """Embeds the rows of a chunk and runs the layers."""
-    embeddings = module.language_model.embed(token_ids)
+    embeddings = module.language_model.embed(chunk.token_ids)
     if features is not None:
-        is_image = (image_token != PADDING_ROW)[:, None]
-        embeddings = jnp.where(is_image, features[image_token % features.shape[0]], embeddings)
+        is_image = (chunk.feature_row != PADDING_ROW)[:, None]
+        of_images = features.at[chunk.feature_row].get(mode="clip")
+        embeddings = jnp.where(is_image, of_images, embeddings)
     return module.language_model.prefill(
-        embeddings, position_ids, cached_rows, head_category, cache, backend=backend
+        embeddings,
+        chunk.position_ids,
+        chunk.cached_rows,
+        head_category,
+        cache,
+        backend=backend,
     )
 
 
@@ -124,7 +100,7 @@ class ChunkedRun:
         *,
         sizes: Sizes,
         new_tokens: int,
-        arguments: Callable[[Chunk], tuple[Any, ...]],
+        more_arguments: tuple[Any, ...] = (),
     ) -> None:
         """Compiles the programs that are needed.
 
@@ -135,10 +111,10 @@ class ChunkedRun:
           backend: attention backend.
           sizes: sizes of chunks.
           new_tokens: how many tokens may follow the prompt.
-          arguments: arguments of `step` after the head categories, for a chunk.
+          more_arguments: arguments of `step` after the head categories.
         """
         self._programs, self._step, self._backend = programs, step, backend
-        self._arguments = arguments
+        self._more_arguments = more_arguments
         language_model = programs.module.language_model
         stacked_heads = inputs.head_category.shape[1] // language_model.kv_heads
         self.chunks = Chunks(
@@ -150,17 +126,14 @@ class ChunkedRun:
         )
         self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
         self._features: jax.ShapeDtypeStruct | None = None
-        rows = 1
         if inputs.group_tokens:
-            rows = sizes.chunks[-1] + inputs.group_tokens
-            self._features = jax.ShapeDtypeStruct(
-                (rows, language_model.embed_tokens.features), language_model.dtype
-            )
+            shape = (self.chunks.feature_rows, language_model.embed_tokens.features)
+            self._features = jax.ShapeDtypeStruct(shape, language_model.dtype)
         self._images = ImageEncoder(
             programs,
             inputs.image_groups,
             self._features,
-            lambda tokens: tokens % rows,
+            self.chunks.feature_row,
             backend,
             other_bytes=size_in_bytes(self.cache),
         )
@@ -212,16 +185,8 @@ class ChunkedRun:
         )
 
     def _all_arguments(self, chunk: Chunk, cache: Any, features: Any) -> tuple[Any, ...]:
-        return (
-            cache,
-            features,
-            chunk.token_ids,
-            chunk.image_token,
-            chunk.position_ids,
-            chunk.cached_rows,
-            self.chunks.inputs.head_category,
-            *self._arguments(chunk),
-        )
+        categories = self.chunks.inputs.head_category
+        return (cache, features, chunk.arguments, categories, *self._more_arguments)
 
 
 class Prefill(ChunkedRun):
@@ -252,7 +217,7 @@ class Prefill(ChunkedRun):
             backend,
             sizes=sizes_in_use(),
             new_tokens=new_tokens,
-            arguments=lambda chunk: (chunk.last_row, sampling),
+            more_arguments=(sampling,),
         )
 
     def first_token(self) -> tuple[jax.Array, Any]:

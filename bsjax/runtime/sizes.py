@@ -11,24 +11,6 @@ import numpy as np
 from bsjax.masks.schedule import bucket
 from bsjax.pallas.configurations import compiles_for_gpus
 
-MOST_IMAGES = 48
-"""The most images in a chunk. Its schedules have room for the tiles of that many."""
-
-_MOST_PARTS = 64
-
-
-def most_parts(backend: str, dtype: Any) -> int:
-    """The most parts that a chunk's long tiles of text rows are split into, for each key head.
-
-    Only on a GPU does a launch wait for its longest tiles. In float32, which is for comparisons,
-    the kernel has no registers to spare.
-    """
-    return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
-
-
-# Caches have few lengths where they are small, and waste at most a quarter where they are large.
-_SHORT_CACHES = (2048, 8192)
-
 
 class Sizes(NamedTuple):
     """Sizes for one kind of device, ascending; each is a multiple of the one before.
@@ -50,6 +32,25 @@ _ON_GPU = Sizes(chunks=(512, 4096), patches=(4096, 65536))
 def sizes_in_use() -> Sizes:
     """The sizes for the devices that programs are compiled for."""
     return _ON_GPU if compiles_for_gpus() else _ON_CPU
+
+
+MOST_IMAGES = 48
+"""The most images in a chunk. Its schedules have room for the tiles of that many."""
+
+_MOST_PARTS = 64
+
+
+def most_parts(backend: str, dtype: Any) -> int:
+    """The most parts that a chunk's long tiles of text rows are split into, for each key head.
+
+    Only on a GPU does a launch wait for its longest tiles. In float32, which is for comparisons,
+    the kernel has no registers to spare.
+    """
+    return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
+
+
+# Caches have few lengths where they are small, and waste at most a quarter where they are large.
+_SHORT_CACHES = (2048, 8192)
 
 
 def cache_rows(tokens: int) -> int:

@@ -79,10 +79,9 @@ def warmup(
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     groups = _groups_of_every_size(model, backend) if images else ()
-    for rows in cache_lengths(min(max_tokens, limit)):
-        # A chunk of each size that a prompt for this cache has.
-        sizes = sizes_in_use()
-        tokens = min(sizes.chunks[-1] + 1, rows, limit)
+    for rows in cache_lengths(max_tokens):
+        # Long enough for a chunk of each size that fits into this cache.
+        tokens = min(sizes_in_use().chunks[-1] + 1, rows, limit)
         prompt = Prompt(
             token_ids=np.zeros(tokens, np.int32),
             pixel_values=None,

@@ -67,8 +67,8 @@ def programs(family: str, depth: int) -> dict[str, list]:
         "prefill": trace(
             call("language_model.prefill", backend="xla"),
             np.zeros((ROWS, text.hidden_size), np.float32),
-            chunk.position_ids,
-            chunk.cached_rows,
+            chunk.arguments.position_ids,
+            chunk.arguments.cached_rows,
             categories,
             cache,
         ),

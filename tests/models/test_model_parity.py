@@ -154,13 +154,14 @@ class Port:
         cache = self.module.language_model.empty_cache(chunks.cache_rows)
         logits = np.empty((tokens, text.vocab_size), np.float32)
         for chunk in chunks:
-            embeddings = self.embed(chunk.token_ids)
+            embeddings = self.embed(chunk.arguments.token_ids)
             if features is not None:
-                image_token = chunk.image_token
-                is_image = (image_token != PADDING_ROW)[:, None]
-                embeddings = np.where(is_image, features[image_token % len(features)], embeddings)
+                row = chunk.arguments.feature_row
+                is_image = (row != PADDING_ROW)[:, None]
+                embeddings = np.where(is_image, features[row % len(features)], embeddings)
+            arguments = chunk.arguments
             hidden, cache = run(
-                embeddings, chunk.position_ids, chunk.cached_rows, categories, cache
+                embeddings, arguments.position_ids, arguments.cached_rows, categories, cache
             )
             logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
         assert packed == any(np.any(np.diff(chunk.order) < 0) for chunk in chunks)

@@ -116,7 +116,7 @@ def prefill_of(model, profile=None, new_tokens=2):
 
 def test_kinds_of_layers_run_the_same_rows(model):
     for chunk in prefill_of(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
-        local, everywhere = (of.schedule for of in chunk.cached_rows)
+        local, everywhere = (of.schedule for of in chunk.arguments.cached_rows)
         np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
         np.testing.assert_array_equal(local.queries.position[: chunk.order.size], chunk.order)
         assert np.any(np.diff(chunk.order) < 0), "packed"
@@ -134,7 +134,7 @@ def test_a_ring_holds_the_last_positions_at_their_remainders(model):
     prefill = prefill_of(model, Profile.uniform(HeadCategory.SINK, model))
     ring = np.full(11, -1)
     for chunk in prefill.chunks:
-        local, _ = chunk.cached_rows
+        local, _ = chunk.arguments.cached_rows
         known = np.concatenate([ring, local.schedule.queries.position])
         before = np.arange(max(0, chunk.start - 11), chunk.start)
         np.testing.assert_array_equal(ring[before % 11], before)

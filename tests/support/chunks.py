@@ -43,7 +43,8 @@ def chunks_of(
         head_category=head_category,
         visibilities=family.visibilities(config),
         blocks=blocks,
-        group_tokens=0,
+        # Each image token has a row of its own for its features.
+        group_tokens=10**6,
         image_groups=(),
         flops_per_kind=(),
         how_to_shorten="",
