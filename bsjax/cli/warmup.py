@@ -39,7 +39,11 @@ def _warmup(options: argparse.Namespace) -> None:
     import bsjax
 
     model = bsjax.load(options.checkpoint, dtype=options.dtype)
-    for profile in dict.fromkeys([None, options.profile]):
+    profiles: dict[str, Any] = {"dense": None}
+    if options.profile is not None:
+        # Read before anything is compiled, which takes long.
+        profiles[options.profile] = bsjax.Profile.resolve(options.profile, model)
+    for name, profile in profiles.items():
         done = bsjax.warmup(
             model,
             max_tokens=options.max_tokens,
@@ -47,5 +51,4 @@ def _warmup(options: argparse.Namespace) -> None:
             profile=profile,
             backend=options.backend,
         )
-        kind = "dense" if profile is None else profile
-        print(f"{kind}: {done.programs} programs in {done.seconds:.1f} s")
+        print(f"{name}: {done.programs} programs in {done.seconds:.1f} s")

@@ -119,5 +119,8 @@ def test_bad_arguments_of_warmup_are_refused(tiny_model, annotations_unchecked):
 def test_the_command_line_warms_up(tiny_checkpoint, capsys):
     assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "300", "--no-images"]) == 0
     assert "dense: 3 programs in" in capsys.readouterr().out
+    assert main(["warmup", str(tiny_checkpoint), "--profile", "no-such-profile"]) == 2
+    said = capsys.readouterr()
+    assert "no-such-profile" in said.err and not said.out, "before anything is compiled"
     assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "0"]) == 2
     assert "max_tokens must be at least 1" in capsys.readouterr().err
