@@ -7,6 +7,7 @@ prefill, from the embeddings to the first token.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ from PIL import Image
 from rich.table import Table
 
 import bsjax
-from bsjax.attention import block_sizes
+from bsjax.attention import ragged_attention, resolve_backend
+from bsjax.runtime.chunks import ChunkArguments, Chunks
+from bsjax.runtime.inputs import ModelInputs, prepare_inputs
+from bsjax.runtime.sizes import sizes_in_use
 
 from .train_small_vlm.files import PATCH_SIZE
 from .train_small_vlm.scenes import COLOURS, CONTENTS, draw_picture
@@ -70,62 +74,63 @@ def time_prompts(
     random = np.random.default_rng(0)
     for length in lengths:
         messages = long_prompt(random, length)
-        prompt = model.prompt(messages)
-        template = model.family.template(prompt, model.config, profile.sinks)
-        dense, sparse = (
-            _all_layers(model, template, categories)
-            for categories in (np.zeros_like(profile.categories), profile.categories)
-        )
+        dense, sparse = (inputs_of(model, messages, used) for used in (None, profile))
         yield Timing(
-            tokens=template.tokens,
-            images=template.num_images,
-            flops=(dense.flops, sparse.flops),
-            attention=_medians(_attention_calls(model, dense, sparse)),
+            tokens=dense.tokens,
+            images=dense.template.num_images,
+            flops=(sparse.flops_dense, sparse.flops_sparse),
+            attention=_medians([_attention_call(model, inputs) for inputs in (dense, sparse)]),
             prefill=_medians(_prefill_calls(model, profile, messages)),
         )
 
 
-def _all_layers(
-    model: bsjax.LoadedModel, template: bsjax.Template, categories: np.ndarray
-) -> bsjax.BlockMask:
-    """One mask for the heads of all layers: only their categories differ."""
-    blocks = block_sizes("auto", _head_dim(model), model.dtype, sparse=bool(categories.any()))
-    return bsjax.BlockMask(template, categories.ravel(), *blocks)
+def inputs_of(
+    model: bsjax.LoadedModel, messages: Any, profile: bsjax.Profile | None
+) -> ModelInputs:
+    """The messages as `generate` prepares them."""
+    backend = resolve_backend("auto")
+    return prepare_inputs(model.architecture, model.prompt(messages), profile, backend=backend)
 
 
-def _head_dim(model: bsjax.LoadedModel) -> int:
-    text = model.config.get_text_config()
-    return text.hidden_size // text.num_attention_heads
-
-
-def _attention_calls(
-    model: bsjax.LoadedModel, *masks: bsjax.BlockMask
-) -> list[Callable[[], float]]:
-    """Calls that return the seconds of attention in all layers, on random values."""
-    text = model.config.get_text_config()
+def _attention_call(model: bsjax.LoadedModel, inputs: ModelInputs) -> Callable[[], float]:
+    """A call that returns the seconds of attention in all layers and chunks, on random values."""
+    language_model = model.module.language_model
+    layers, q_heads = inputs.head_category.shape
+    kv_heads, head_dim = language_model.kv_heads, language_model.head_dim
+    chunks = Chunks(inputs, sizes_in_use(), q_heads // kv_heads, new_tokens=1)
     random = np.random.default_rng(0)
-    q, k, v = (
-        jnp.asarray(
-            random.normal(
-                size=(masks[0].template.tokens, text.num_hidden_layers * heads, _head_dim(model))
-            ),
-            model.dtype,
-        )
-        for heads in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
-    )
 
-    def call(mask: bsjax.BlockMask) -> Callable[[], float]:
-        arrays = (q, k, v, jax.device_put(mask))
-        attend = jax.jit(bsjax.sparse_attention).lower(*arrays).compile()
+    def values(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=(*shape, head_dim)), language_model.dtype)
 
-        def seconds() -> float:
-            start = time.perf_counter()
-            attend(*arrays).block_until_ready()
-            return time.perf_counter() - start
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, chunk: ChunkArguments) -> jax.Array:
+        (rows,), outputs = chunk.cached_rows, chunk.outputs
+        assert outputs is not None
+        attention = partial(ragged_attention, scale=language_model.scale, backend="auto")
 
-        return seconds
+        def layer(index: jax.Array) -> jax.Array:
+            return attention(q, k, v, rows.schedule, categories[index], index).sum()
 
-    return [call(mask) for mask in masks]
+        last = attention(q[:1], k, v, outputs.schedule, categories[-1], jnp.int32(layers - 1)).sum()
+        return jax.lax.map(layer, jnp.arange(layers - 1)).sum() + last
+
+    categories = jnp.asarray(inputs.head_category)
+    k, v = (values(layers, chunks.cache_rows, kv_heads) for _ in range(2))
+    arguments = [
+        (values(rows, q_heads), k, v, jax.device_put(chunk.arguments))
+        for chunk, (_, _, rows) in zip(chunks, chunks.borders, strict=True)
+    ]
+    for of_chunk in arguments:
+        attend(*of_chunk)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for of_chunk in arguments:
+            attend(*of_chunk).block_until_ready()
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def _prefill_calls(

@@ -65,7 +65,7 @@ class QueryRows:
         self._runs = np.flatnonzero(np.append(-2, self.image[:-1]) != self.image)
         if queries.packed:
             self.text_rows = int(np.count_nonzero(self.image < 0))
-            sinks = int(np.count_nonzero(info.sink[rows]))
+            sinks = int(np.count_nonzero(info.sink[rows])) if queries.sinks_apart else 0
             self._borders = (0, self.text_rows, self.text_rows + sinks)
         else:
             self.text_rows = self.tokens
@@ -101,8 +101,8 @@ class QueryRows:
     ) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles of a table.
 
-        Tiles of a sparse table never hold rows of two images, with one exception: sink rows, as
-        each image has few of them and they share most of their keys.
+        Tiles of a sparse table never hold rows of two images, with one exception: sink rows that
+        are kept apart, as each image has few of them and they share most of their keys.
 
         With a window, rows far apart have no keys in common. In packed order, a tile of sink rows
         could reach over the whole prompt, and visit all of it after the other tiles are done.

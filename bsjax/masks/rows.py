@@ -8,6 +8,9 @@ prompt; queries of a chunk are a span that begins and ends inside it; rows of se
 are as many spans. Queries and keys are two lists of spans, and need not be of the same tokens.
 
 The keys of a span form *segments*: text, sinks and other image tokens, each sorted by position.
+
+Queries that are other rows than the keys may leave sinks in their images: T T T A a a a B b b b. A
+few sinks per chunk would fill hardly any of a tile that sees as many keys as a full one.
 """
 
 from collections.abc import Sequence
@@ -66,11 +69,14 @@ class Rows:
       templates: one for each conversation.
       spans: the spans, in the order of their rows.
       packed: whether each span is in packed order, or else in prompt order.
+      sinks_apart: whether packed order puts sinks before all other image tokens, which keys need,
+        or leaves them in their images.
 
     Attributes:
       templates: as given.
       spans: as given.
       packed: as given.
+      sinks_apart: as given.
       first_row: the first row of each span, and the number of rows.
 
     Raises:
@@ -78,9 +84,15 @@ class Rows:
     """
 
     def __init__(
-        self, templates: Sequence[Template], spans: Sequence[Span], *, packed: bool
+        self,
+        templates: Sequence[Template],
+        spans: Sequence[Span],
+        *,
+        packed: bool,
+        sinks_apart: bool = True,
     ) -> None:
-        self.templates, self.spans, self.packed = tuple(templates), tuple(spans), packed
+        self.templates, self.spans = tuple(templates), tuple(spans)
+        self.packed, self.sinks_apart = packed, sinks_apart
         for span in self.spans:
             tokens = self.templates[span.conversation].tokens
             if not 0 <= span.start <= span.end <= tokens:
@@ -101,7 +113,8 @@ class Rows:
         parts = [np.zeros(0, np.int32)]
         for start, end, conversation in self.spans:
             if self.packed:
-                parts.append(self.templates[conversation].packed_order_of(start, end))
+                template = self.templates[conversation]
+                parts.append(template.packed_order_of(start, end, sinks_apart=self.sinks_apart))
             else:
                 parts.append(np.arange(start, end, dtype=np.int32))
         return np.concatenate(parts)
@@ -128,7 +141,8 @@ class Rows:
 
     @cached_property
     def segments(self) -> tuple[tuple[KeySegment, ...], ...]:
-        """For each conversation, its key segments."""
+        """For each conversation, its key segments. Packed keys need `sinks_apart`."""
+        assert self.sinks_apart or not self.packed
         segments: list[list[KeySegment]] = [[] for _ in self.templates]
         for first_row, span in zip(self.first_row.tolist(), self.spans, strict=False):
             template = self.templates[span.conversation]

@@ -246,9 +246,11 @@ class Template:
         """The prompt position of every row in packed order: text, then sinks, then the rest."""
         return self.packed_order_of(0, self.tokens)
 
-    def packed_order_of(self, start: int, end: int) -> Int[np.ndarray, "span"]:
-        """The positions `start` to `end` in packed order."""
-        sink = self.sink[start:end]
+    def packed_order_of(
+        self, start: int, end: int, *, sinks_apart: bool = True
+    ) -> Int[np.ndarray, "span"]:
+        """Positions `start` to `end` in packed order, or with the sinks left in their images."""
+        sink = self.sink[start:end] & sinks_apart
         text = self.image[start:end] < 0
         parts = (text, sink, ~(text | sink))
         return start + np.concatenate([np.flatnonzero(part).astype(np.int32) for part in parts])

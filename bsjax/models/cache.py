@@ -15,6 +15,24 @@ PADDING_ROW = np.iinfo(np.int32).max
 """The row of padding in any array: out of bounds, so that what is written there is dropped."""
 
 
+class Runs(NamedTuple):
+    """Where the rows of a chunk are in a cache: a few runs of consecutive rows of the cache.
+
+    In packed order, a chunk has at most three: text, sinks and other image tokens.
+
+    Attributes:
+      order: int32 [rows], the chunk's rows in the order of their rows of the cache.
+      first: int32 [runs], the index in `order` of each run's first row.
+      cache_row: int32 [runs], its row of the cache.
+      rows: int32 [runs], rows of the run; 0 for entries after the last run.
+    """
+
+    order: Any
+    first: Any
+    cache_row: Any
+    rows: Any
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far.
 
@@ -42,6 +60,42 @@ class Cache(NamedTuple):
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=1)
         return Cache(write(self.k, k), write(self.v, v))
 
+    def chunk_written(
+        self,
+        layer: Int[Array, ""],
+        k: Float[Array, "rows kv_heads head_dim"],
+        v: Float[Array, "rows kv_heads head_dim"],
+        runs: Runs,
+    ) -> "Cache":
+        """The cache with the rows of a chunk written in one layer, in place if it is donated."""
+        write = partial(_runs_written, layer=layer, runs=runs)
+        return Cache(write(self.k, k), write(self.v, v))
+
+
+def _runs_written(
+    cache: Float[Array, "layers cache_rows kv_heads head_dim"],
+    chunk: Float[Array, "rows kv_heads head_dim"],
+    layer: Int[Array, ""],
+    runs: Runs,
+) -> Float[Array, "layers cache_rows kv_heads head_dim"]:
+    """Writes each run with as many rows around it, which keep their values, as a chunk has.
+
+    A scatter would go row by row on a CPU.
+    """
+    cache_rows, rows = cache.shape[1], min(chunk.shape[0], cache.shape[1])
+    zero = np.int32(0)
+    for first, cache_row, count in zip(*runs[1:], strict=True):
+        # The row of the cache in which the first row of all would be, if it were in this run.
+        origin = cache_row - first
+        start = jnp.clip(origin, 0, cache_rows - rows)
+        index = start - origin + jnp.arange(rows, dtype=jnp.int32)
+        in_run = (index >= first) & (index < first + count)
+        of_chunk = chunk[jnp.asarray(runs.order).at[index].get(mode="clip")]
+        old = jax.lax.dynamic_slice(cache, (layer, start, zero, zero), (1, rows, *cache.shape[2:]))
+        new = jnp.where(in_run[None, :, None, None], of_chunk[None], old)
+        cache = jax.lax.dynamic_update_slice(cache, new, (layer, start, zero, zero))
+    return cache
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -50,11 +104,11 @@ class GlobalRows:
 
     Attributes:
       schedule: queries are the chunk's rows, keys the rows of the cache.
-      rows: int32 [rows], the row of the cache for each row of the chunk; `PADDING_ROW` for padding.
+      runs: where the chunk's rows are in the cache.
     """
 
     schedule: Schedule
-    rows: Any
+    runs: Runs
 
 
 @jax.tree_util.register_dataclass
@@ -77,3 +131,17 @@ class WindowRows:
 
 CachedRows = GlobalRows | WindowRows
 """How the layers of one kind write and read a chunk."""
+
+
+class OutputRows(NamedTuple):
+    """The rows of a chunk whose hidden states are wanted.
+
+    The last layer needs keys and values of all rows, but everything else for these rows only.
+
+    Attributes:
+      rows: int32 [outputs], rows of the chunk.
+      schedule: queries are these rows; keys are those of the last layer's kind.
+    """
+
+    rows: Any
+    schedule: Schedule

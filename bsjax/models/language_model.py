@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bsjax.models.cache import CachedRows
+from bsjax.models.cache import CachedRows, OutputRows
 from bsjax.models.layers import LayerAttend
 
 
@@ -50,8 +50,9 @@ class LanguageModel(nnx.Module):
         head_category: Int[Array, "layers q_heads"],
         cache: Any,
         *,
+        only: OutputRows | None = None,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "rows hidden"], Any]:
+    ) -> tuple[Float[Array, "outputs hidden"], Any]:
         """Runs a chunk of a prompt after the chunks before it.
 
         Args:
@@ -60,10 +61,11 @@ class LanguageModel(nnx.Module):
           cached_rows: where each kind of layers finds the chunk's keys, and those before it.
           head_category: `HeadCategory` of every query head of every layer.
           cache: from `empty_cache` or the previous chunk. Donate it so that it is updated in place.
+          only: the rows whose hidden states are wanted; None is all rows of the chunk.
           backend: attention backend.
 
         Returns:
-          Hidden states of the chunk's rows after the final norm, and the cache with these rows.
+          Hidden states of these rows after the final norm, and the cache with all of the chunk's.
         """
 
     @abstractmethod

@@ -96,31 +96,28 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
 def _attend_to_all(
     rows: GlobalRows,
     attention: Callable[..., Array],
-    q: Float[Array, "rows q_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
     k: Float[Array, "rows kv_heads head_dim"],
     v: Float[Array, "rows kv_heads head_dim"],
     categories: Int[Array, "q_heads"],
     layer: Int[Array, ""],
     cache: Cache,
-) -> tuple[Float[Array, "rows q_heads head_dim"], Cache]:
+) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
     """Writes the chunk's keys and values, then reads the rows of the cache where they are."""
-    cache = Cache(
-        cache.k.at[layer, rows.rows].set(k, mode="drop"),
-        cache.v.at[layer, rows.rows].set(v, mode="drop"),
-    )
+    cache = cache.chunk_written(layer, k, v, rows.runs)
     return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
 
 
 def _attend_to_window(
     rows: WindowRows,
     attention: Callable[..., Array],
-    q: Float[Array, "rows q_heads head_dim"],
+    q: Float[Array, "queries q_heads head_dim"],
     k: Float[Array, "rows kv_heads head_dim"],
     v: Float[Array, "rows kv_heads head_dim"],
     categories: Int[Array, "q_heads"],
     layer: Int[Array, ""],
     cache: Cache,
-) -> tuple[Float[Array, "rows q_heads head_dim"], Cache]:
+) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
     """Attends to the window before the chunk and to the chunk, then moves the ring on."""
     known_k, known_v = (
         jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
@@ -175,6 +172,8 @@ def scan_layers(
     step: LayerStep[Layer],
     carry: Any,
     scanned: Any = None,
+    *,
+    layers: int | None = None,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after the other; compiled only once, whatever their number.
 
@@ -183,10 +182,17 @@ def scan_layers(
       step: runs one layer.
       carry: the first layer's input: the hidden state, alone or with a cache.
       scanned: pytree of arrays with a leading layer axis; `step` is given a layer's slice.
+      layers: how many layers run, from the first one on; None is all.
 
     Returns:
       The last carry, and the layers' outputs stacked on a leading axis.
     """
+    if layers is not None:
+        return jax.lax.scan(
+            lambda carry, layer: run_layer(stacked, layer, step, carry, scanned),
+            carry,
+            jnp.arange(layers),
+        )
     graph, parameters = nnx.split(stacked)
 
     def body(carry: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -211,7 +217,7 @@ def scan_layers_of_kinds(
 
     Args:
       stacked: a module made by `stack_layers`.
-      kinds: the kind of each layer, counted from 0.
+      kinds: the kind of each layer, counted from 0. Layers after these do not run.
       steps: one function for each kind. Their outputs may differ in structure and shape.
       carry: the first layer's input: the hidden state, alone or with caches.
       scanned: pytree of arrays with a leading layer axis; steps are given a layer's slice.
@@ -220,15 +226,9 @@ def scan_layers_of_kinds(
       The last carry and, for each kind, the outputs of its layers stacked on a leading axis;
       None for a kind that no layer has.
     """
-    graph, parameters = nnx.split(stacked)
 
     def one_layer(kind: int, layer: Any, carry: Any) -> tuple[Any, Any]:
-        # Indexed in place: cutting the whole periods out of the stack would copy the weights.
-        parameters_of_layer, scanned_of_layer = jax.tree.map(
-            lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False),
-            (parameters, scanned),
-        )
-        return steps[kind](nnx.merge(graph, parameters_of_layer), carry, scanned_of_layer)
+        return run_layer(stacked, layer, steps[kind], carry, scanned)
 
     def run(kind: int, first: Any, count: int, carry: Any) -> tuple[Any, Any]:
         """Runs `count` layers of one kind from layer `first` on."""
@@ -266,12 +266,36 @@ def scan_layers_of_kinds(
     )
 
 
+def run_layer(
+    stacked: Layer,
+    layer: Int[Array, ""] | int,
+    step: LayerStep[Layer],
+    carry: Any,
+    scanned: Any = None,
+) -> tuple[Any, Any]:
+    """Runs one of stacked layers, as `scan_layers` would.
+
+    Returns:
+      The next carry and the layer's output.
+    """
+    graph, parameters = nnx.split(stacked)
+    # Indexed in place: cutting layers out of the stack would copy the weights.
+    parameters_of_layer, scanned_of_layer = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, layer, keepdims=False),
+        (parameters, scanned),
+    )
+    return step(nnx.merge(graph, parameters_of_layer), carry, scanned_of_layer)
+
+
 def period_of(kinds: Sequence[int]) -> int:
-    """The smallest number of layers after which the kinds repeat."""
+    """The smallest number of layers after which the kinds repeat; 1 if there are no layers."""
     return next(
-        period
-        for period in range(1, len(kinds) + 1)
-        if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds))
+        (
+            period
+            for period in range(1, len(kinds) + 1)
+            if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds))
+        ),
+        1,
     )
 
 
@@ -335,6 +359,11 @@ def by_rows(
     if in_chunks < rows:
         result = jnp.concatenate([result, function(x[in_chunks:])])
     return result
+
+
+def take_rows(array: Float[Array, "rows *axes"], rows: Int[Array, "taken"] | None) -> Array:
+    """Some rows of an array, or all of them if `rows` is None."""
+    return array if rows is None else array[rows]
 
 
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:

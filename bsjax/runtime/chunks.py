@@ -5,7 +5,7 @@
 
 The rows of the cache are those of the whole prompt in packed order, which is known before the first
 chunk runs: text, sinks and the images of all chunks stay together, whatever the chunks. The rows of
-a chunk are its own tokens in packed order.
+a chunk are its own tokens in packed order, but with the sinks left in their images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,12 @@ from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility
-from bsjax.models.cache import PADDING_ROW, CachedRows, GlobalRows, WindowRows
+from bsjax.models.cache import PADDING_ROW, CachedRows, GlobalRows, OutputRows, Runs, WindowRows
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
+
+MOST_RUNS = 3
+"""The most runs of a chunk's rows: text, sinks and other image tokens."""
 
 
 class ChunkArguments(NamedTuple):
@@ -35,14 +38,15 @@ class ChunkArguments(NamedTuple):
       feature_row: int32 [rows], the row of each image token's features; `PADDING_ROW` for text and
         padding.
       cached_rows: for each kind of layers, how it writes and reads the cache.
-      last_row: int32, the row of the chunk's last token.
+      outputs: the row of the prompt's last token, for a program that needs no other hidden state;
+        in chunks before the last, a row that sees nothing. None if all rows are wanted.
     """
 
     token_ids: Any
     position_ids: Any
     feature_row: Any
     cached_rows: tuple[CachedRows, ...]
-    last_row: Any
+    outputs: OutputRows | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,7 @@ class Chunks:
       stacked_heads: how many query heads share a key head.
       new_tokens: how many tokens may follow the prompt.
       most_parts: how many parts long tiles of text rows may be split into.
+      all_outputs: whether the hidden states of all rows are wanted, not only the last one's.
 
     Attributes:
       borders: first and end position of each chunk, and the rows that it is padded to.
@@ -89,15 +94,19 @@ class Chunks:
         new_tokens: int,
         *,
         most_parts: int = 0,
+        all_outputs: bool = False,
     ) -> None:
         self.inputs = inputs
         self.cache_rows = cache_rows(inputs.tokens + new_tokens)
         self.feature_rows = sizes.chunks[-1] + inputs.group_tokens
         # Where tokens of an image see each other, its keys must be there before its queries run.
         whole_images = any(of.bidirectional_images for of in inputs.visibilities)
-        self.borders = chunk_borders(inputs.template, sizes.chunks, whole_images=whole_images)
+        self.borders = chunk_borders(
+            inputs.template, sizes.chunks_for(self.cache_rows), whole_images=whole_images
+        )
         self._stacked_heads = stacked_heads
         self._most_parts = most_parts
+        self._all_outputs = all_outputs
         self._tables = category_tables(inputs.head_category)
         self._device_keys: TokenInfo | None = None
         self._keys = Rows([inputs.template], [Span(0, inputs.tokens)], packed=inputs.is_sparse)
@@ -125,7 +134,9 @@ class Chunks:
     def chunk(self, start: int, end: int, rows: int) -> Chunk:
         """The arguments of the tokens `start` to `end`, padded to `rows` rows."""
         inputs = self.inputs
-        queries = Rows([inputs.template], [Span(start, end)], packed=inputs.is_sparse)
+        queries = Rows(
+            [inputs.template], [Span(start, end)], packed=inputs.is_sparse, sinks_apart=False
+        )
         order = queries.position
 
         def by_row(values: Any, padding: int) -> Int32[np.ndarray, "*axes rows"]:
@@ -140,33 +151,66 @@ class Chunks:
             cached_rows=tuple(
                 self._cached_rows(visibility, queries, rows) for visibility in inputs.visibilities
             ),
-            last_row=np.int32(np.flatnonzero(order == end - 1)[0]),
+            outputs=None if self._all_outputs else self._last_row(queries, rows),
         )
         return Chunk(start, end, order, arguments, int(self._images_before[end]))
 
-    def _cached_rows(self, visibility: Visibility, queries: Rows, rows: int) -> CachedRows:
-        ((start, end, _),) = queries.spans
+    def _last_row(self, queries: Rows, rows: int) -> OutputRows:
+        """The row of the prompt's last token, if it is in the chunk."""
+        inputs = self.inputs
+        ((_, end, _),) = queries.spans
+        is_last = end == inputs.tokens
+        last = Rows(queries.templates, [Span(end - 1, end)] * is_last, packed=queries.packed)
+        visibility = inputs.visibilities[inputs.last_kind]
+        keys, key_rows = self._keys_of(visibility, queries, rows)
+        # A row has a tile of its own, or the parts of one.
+        capacity = _room_for(1 + self._most_parts)
+        schedule = self._schedule(visibility, last, keys, 1, key_rows, capacity)
+        return OutputRows(np.flatnonzero(queries.position == end - 1).astype(np.int32), schedule)
+
+    def _ring(self, visibility: Visibility) -> int:
+        """Rows of the ring of layers with a window."""
+        assert visibility.window is not None
+        return min(max(visibility.window - 1, 1), self.cache_rows)
+
+    def _keys_of(self, visibility: Visibility, queries: Rows, rows: int) -> tuple[Rows, int]:
+        """The keys that a chunk sees, and the rows that they are padded to."""
         if visibility.window is None:
-            schedule = self._schedule(visibility, queries, self._keys, rows, self.cache_rows)
-            written = np.full(rows, PADDING_ROW, np.int32)
-            written[: queries.tokens] = self._row_of_token[queries.position]
-            return GlobalRows(schedule, written)
-        ring = min(max(visibility.window - 1, 1), self.cache_rows)
+            return self._keys, self.cache_rows
+        ((start, end, _),) = queries.spans
         first = max(0, start - (visibility.window - 1))
-        keys = Rows([self.inputs.template], [Span(first, end)], packed=queries.packed)
-        schedule = self._schedule(visibility, queries, keys, rows, ring + rows)
+        keys = Rows(queries.templates, [Span(first, end)], packed=queries.packed)
+        return keys, self._ring(visibility) + rows
+
+    def _cached_rows(self, visibility: Visibility, queries: Rows, rows: int) -> CachedRows:
+        keys, key_rows = self._keys_of(visibility, queries, rows)
+        capacity = schedule_capacity(
+            rows, self.inputs.blocks[0], self._stacked_heads, self._most_parts
+        )
+        schedule = self._schedule(visibility, queries, keys, rows, key_rows, capacity)
+        if visibility.window is None:
+            return GlobalRows(schedule, runs_of(self._row_of_token[queries.position], rows))
+        ((first, _, _),) = keys.spans
+        ((start, end, _),) = queries.spans
+        ring = self._ring(visibility)
         # Where each position from `first` on is: in the ring, or behind it in the chunk.
         place = np.arange(first, end) % ring
         place[queries.position - first] = ring + np.arange(queries.tokens)
-        key_rows = np.zeros(ring + rows, np.int32)
-        key_rows[: keys.tokens] = place[keys.position - first]
+        place_of_key = np.zeros(key_rows, np.int32)
+        place_of_key[: keys.tokens] = place[keys.position - first]
         ring_rows = np.arange(ring, dtype=np.int32)
         kept = np.arange(max(start, end - ring), end)
         ring_rows[kept % ring] = place[kept - first]
-        return WindowRows(schedule, key_rows, ring_rows)
+        return WindowRows(schedule, place_of_key, ring_rows)
 
     def _schedule(
-        self, visibility: Visibility, queries: Rows, keys: Rows, rows: int, key_rows: int
+        self,
+        visibility: Visibility,
+        queries: Rows,
+        keys: Rows,
+        rows: int,
+        key_rows: int,
+        capacity: Capacity,
     ) -> Schedule:
         block_q, block_kv = self.inputs.blocks
         schedule = build_span_schedule(
@@ -179,7 +223,7 @@ class Chunks:
             query_rows=rows,
             key_rows=key_rows,
             stacked_heads=self._stacked_heads,
-            capacity=schedule_capacity(rows, block_q, self._stacked_heads, self._most_parts),
+            capacity=capacity,
             most_parts=self._most_parts,
         )
         if keys is self._keys:
@@ -201,9 +245,29 @@ def schedule_capacity(rows: int, block_q: int, stacked_heads: int, most_parts: i
     # A tile may also end where another segment or another stretch of a window begins.
     of_images = -(-rows // block_q) + MOST_IMAGES
     of_text = -(-rows // max(1, block_q // stacked_heads))
-    tiles = max(of_images, of_text) + most_parts + 16
+    return _room_for(max(of_images, of_text) + most_parts + 16)
+
+
+def _room_for(tiles: int) -> Capacity:
     # Each tile has a few ranges in each of three segments; a tile of sinks some for each image.
     return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
+
+
+def runs_of(cache_row: Int[np.ndarray, "tokens"], rows: int) -> Runs:
+    """The runs of a chunk, given the cache row of each of its tokens.
+
+    Args:
+      cache_row: the row of the cache of each row of the chunk, without padding.
+      rows: rows of the chunk, padding included.
+    """
+    order = np.zeros(rows, np.int32)
+    order[: cache_row.size] = np.argsort(cache_row)
+    in_order = cache_row[order[: cache_row.size]]
+    firsts = np.append(0, np.flatnonzero(np.diff(in_order) != 1) + 1)
+    assert firsts.size <= MOST_RUNS
+    columns = np.zeros((3, MOST_RUNS), np.int32)
+    columns[:, : firsts.size] = firsts, in_order[firsts], np.diff(firsts, append=in_order.size)
+    return Runs(order, *columns)
 
 
 def chunk_borders(

@@ -30,6 +30,7 @@ class ModelInputs:
       position_ids: the position ids of each token.
       head_category: the `HeadCategory` of every head.
       visibilities: what each kind of layer lets a query see.
+      last_kind: the kind of the last layer.
       blocks: block_q and block_kv of the language model's schedules.
       group_tokens: the most image tokens of a group of images; 0 if the model reads text only.
       image_groups: the images, as the vision tower takes them.
@@ -43,6 +44,7 @@ class ModelInputs:
     position_ids: Int32[np.ndarray, "axes tokens"]
     head_category: Int32[np.ndarray, "layers q_heads"]
     visibilities: tuple[Visibility, ...]
+    last_kind: int
     blocks: tuple[int, int]
     group_tokens: int
     image_groups: tuple[ImageGroup, ...]
@@ -136,6 +138,7 @@ def prepare_inputs(
         position_ids=position_ids,
         head_category=head_category,
         visibilities=visibilities,
+        last_kind=int(layer_kinds[-1]),
         blocks=block_sizes(backend, head_dim, dtype, sparse=sparse),
         group_tokens=most_group_tokens(architecture, groups),
         image_groups=groups,

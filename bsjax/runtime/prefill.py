@@ -40,7 +40,7 @@ def prefill(
       The token, which only the last chunk's caller reads, and the cache.
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
-    return sample(module.logits(hidden[chunk.last_row]), sampling, jnp.int32(0)), cache
+    return sample(module.logits(hidden[0]), sampling, jnp.int32(0)), cache
 
 
 def score(
@@ -63,7 +63,7 @@ def _run_chunk(
     chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
     backend: str,
-) -> tuple[Float[Array, "rows hidden"], Any]:
+) -> tuple[Float[Array, "outputs hidden"], Any]:
     """Embeds the rows of a chunk and runs the layers."""
     embeddings = module.language_model.embed(chunk.token_ids)
     if features is not None:
@@ -76,6 +76,7 @@ def _run_chunk(
         chunk.cached_rows,
         head_category,
         cache,
+        only=chunk.outputs,
         backend=backend,
     )
 
@@ -100,6 +101,7 @@ class ChunkedRun:
         *,
         sizes: Sizes,
         new_tokens: int,
+        all_outputs: bool = False,
         more_arguments: tuple[Any, ...] = (),
     ) -> None:
         """Compiles the programs that are needed.
@@ -111,6 +113,7 @@ class ChunkedRun:
           backend: attention backend.
           sizes: sizes of chunks.
           new_tokens: how many tokens may follow the prompt.
+          all_outputs: whether `step` needs the hidden states of all rows, not only of the last one.
           more_arguments: arguments of `step` after the head categories.
         """
         self._programs, self._step, self._backend = programs, step, backend
@@ -123,6 +126,7 @@ class ChunkedRun:
             stacked_heads,
             new_tokens,
             most_parts=most_parts(backend, language_model.dtype),
+            all_outputs=all_outputs,
         )
         self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
         self._features: jax.ShapeDtypeStruct | None = None
@@ -154,10 +158,11 @@ class ChunkedRun:
             features = jnp.zeros(self._features.shape, self._features.dtype)
         cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
         groups = self.chunks.inputs.image_groups
-        for start, end, rows in self.chunks.borders:
-            began = time.perf_counter()
-            chunk = self._built.pop(start, None) or self.chunks.chunk(start, end, rows)
-            host = time.perf_counter() - began
+        began = time.perf_counter()
+        chunks = self._build()
+        chunk = next(chunks, None)
+        self.seconds += time.perf_counter() - began
+        while chunk is not None:
             if features is not None:
                 began = time.perf_counter()
                 ready = next(
@@ -171,9 +176,16 @@ class ChunkedRun:
             began = time.perf_counter()
             program = self.program_of(chunk)
             result, cache = program(*self._all_arguments(chunk, cache, features))
+            # The host builds a chunk while the device runs the one before it.
+            following = next(chunks, None)
             jax.block_until_ready(result)
-            self.seconds += host + time.perf_counter() - began
+            self.seconds += time.perf_counter() - began
             yield chunk, result, cache
+            chunk = following
+
+    def _build(self) -> Iterator[Chunk]:
+        for start, end, rows in self.chunks.borders:
+            yield self._built.pop(start, None) or self.chunks.chunk(start, end, rows)
 
     def program_of(self, chunk: Chunk) -> Program:
         """The program that runs a chunk: the same for all chunks of one size."""

@@ -31,6 +31,7 @@ class Scoring(ChunkedRun):
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
             new_tokens=0,
+            all_outputs=True,
         )
         logits, _ = self.stages[-1].program.output
         self._vocabulary = logits.shape[1]

@@ -23,8 +23,17 @@ class Sizes(NamedTuple):
     chunks: tuple[int, ...]
     patches: tuple[int, ...]
 
+    def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
+        """The one or two sizes of chunks that are used with a cache of so many rows.
 
-_ON_CPU = Sizes(chunks=(128, 1024), patches=(1024, 8192))
+        They are the smallest, and the largest that is not more than half of the cache: short
+        prompts would seldom fill a larger one.
+        """
+        fitting = [rows for rows in self.chunks if 2 * rows <= cache_rows]
+        return tuple(sorted({self.chunks[0], *fitting[-1:]}))
+
+
+_ON_CPU = Sizes(chunks=(128, 512, 2048), patches=(1024, 8192))
 # A chunk must keep the matrix units busy for longer than it takes to read the weights.
 _ON_GPU = Sizes(chunks=(512, 4096), patches=(4096, 65536))
 

@@ -81,7 +81,7 @@ def warmup(
     groups = _groups_of_every_size(model, backend) if images else ()
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that fits into this cache.
-        tokens = min(sizes_in_use().chunks[-1] + 1, rows, limit)
+        tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
         prompt = Prompt(
             token_ids=np.zeros(tokens, np.int32),
             pixel_values=None,

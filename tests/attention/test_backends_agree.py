@@ -139,9 +139,11 @@ def test_chunks_turns_and_batches_read_one_layer_of_a_cache(backend, visibility)
         stacked_heads=st.sampled_from([0, 2]),
         categories=st.lists(st.sampled_from(HeadCategory), min_size=4, max_size=4),
         layer=st.integers(0, 1),
+        sinks_apart=st.booleans(),
     )
-    def run(of, stacked_heads, categories, layer):
-        queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+    def run(of, stacked_heads, categories, layer, sinks_apart):
+        queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
+        keys = Rows(of.templates, of.keys, packed=True)
         schedule = build_span_schedule(
             queries,
             keys,

@@ -137,13 +137,15 @@ def test_every_visible_pair_is_covered_once(
     padding=st.tuples(st.integers(0, 20), st.integers(0, 20)),
     stacked_heads=st.integers(0, 4),
     visibility=visibilities,
+    sinks_apart=st.booleans(),
 )
 def test_chunks_turns_and_batches_are_covered_once(
-    of, tables, block_q, block_kv, padding, stacked_heads, visibility
+    of, tables, block_q, block_kv, padding, stacked_heads, visibility, sinks_apart
 ):
     """Queries of some tokens, keys in rows of several turns, conversations in any order."""
     packed = uses_packed_order(tables)
-    queries, keys = (Rows(of.templates, part, packed=packed) for part in (of.queries, of.keys))
+    queries = Rows(of.templates, of.queries, packed=packed, sinks_apart=sinks_apart)
+    keys = Rows(of.templates, of.keys, packed=packed)
     schedule = build_span_schedule(
         queries,
         keys,
@@ -275,12 +277,14 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
     visibility=visibilities,
+    sinks_apart=st.booleans(),
 )
-def test_probes_give_the_ranges_of_all_rows(of, groups, block_q, block_kv, visibility):
+def test_probes_give_the_ranges_of_all_rows(of, groups, block_q, block_kv, visibility, sinks_apart):
     def build():
         # The second table makes the order packed, whatever key groups the first one has.
         tables = [groups, HeadCategory.SINK.groups]
-        queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+        queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
+        keys = Rows(of.templates, of.keys, packed=True)
         return build_span_schedule(
             queries, keys, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
         )

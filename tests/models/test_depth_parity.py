@@ -46,15 +46,17 @@ def programs(family: str, depth: int) -> dict[str, list]:
     heads = text.num_attention_heads
 
     def call(method, **options):
-        return lambda state, *arguments: attrgetter(method)(nnx.merge(graph, state))(
-            *arguments, **options
+        return lambda state, *arguments, **more: attrgetter(method)(nnx.merge(graph, state))(
+            *arguments, **options, **more
         )
 
-    def trace(function, *arguments):
-        return list(equations(jax.make_jaxpr(function)(state, *arguments).jaxpr))
+    def trace(function, *arguments, **more):
+        return list(equations(jax.make_jaxpr(function)(state, *arguments, **more).jaxpr))
 
     categories = np.arange(depth * heads, dtype=np.int32).reshape(depth, heads) % 4
-    chunks = chunks_of(FAMILIES[family], config, prompt, categories, rows=(ROWS,))
+    chunks = chunks_of(
+        FAMILIES[family], config, prompt, categories, rows=(ROWS,), all_outputs=False
+    )
     (chunk,) = chunks
     language_model = nnx.merge(graph, state).language_model
     cache = jax.eval_shape(lambda: language_model.empty_cache(chunks.cache_rows))
@@ -71,6 +73,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
             chunk.arguments.cached_rows,
             categories,
             cache,
+            only=chunk.arguments.outputs,
         ),
         "decode_step": trace(call("decode_step"), np.int32(0), np.int32(0), cache, np.int32(4)),
     }

@@ -101,8 +101,8 @@ class Port:
 
         @cache
         def jitted(method: str, **options):
-            def call(state, *arguments):
-                return attrgetter(method)(nnx.merge(graph, state))(*arguments, **options)
+            def call(state, *arguments, **more):
+                return attrgetter(method)(nnx.merge(graph, state))(*arguments, **options, **more)
 
             return partial(jax.jit(call, compiler_options=compiler_options), self.state)
 
@@ -125,9 +125,18 @@ class Port:
         return self.encode(pixels.astype(np.float32), plan)
 
     def prefill(
-        self, prompt: RandomPrompt, *, categories=None, packed=False, sinks=None, chunk_rows=None
+        self,
+        prompt: RandomPrompt,
+        *,
+        categories=None,
+        packed=False,
+        sinks=None,
+        chunk_rows=None,
+        all_outputs=True,
     ):
-        """Logits [tokens, vocabulary] in prompt order, the cache, and the position that follows.
+        """Logits in prompt order, the cache, and the position that follows.
+
+        Logits are [tokens, vocabulary], or [1, vocabulary] of the last token without `all_outputs`.
 
         Packed without categories, all heads are SINK heads and all image tokens sinks, which is
         dense. By default the prompt is one chunk.
@@ -148,6 +157,7 @@ class Port:
             blocks=tuple(BLOCKS.values()),
             rows=[bucket(tokens + 1, smallest=64)] if chunk_rows is None else chunk_rows,
             new_tokens=NEW_TOKENS,
+            all_outputs=all_outputs,
         )
         features = self.image_features(prompt)
         run = self.jitted("language_model.prefill", backend="xla")
@@ -161,10 +171,19 @@ class Port:
                 embeddings = np.where(is_image, features[row % len(features)], embeddings)
             arguments = chunk.arguments
             hidden, cache = run(
-                embeddings, arguments.position_ids, arguments.cached_rows, categories, cache
+                embeddings,
+                arguments.position_ids,
+                arguments.cached_rows,
+                categories,
+                cache,
+                only=arguments.outputs,
             )
-            logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
-        assert packed == any(np.any(np.diff(chunk.order) < 0) for chunk in chunks)
+            if all_outputs:
+                logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
+            elif chunk.end == tokens:
+                logits = np.asarray(self.logits_of(hidden))
+        keys = chunk.arguments.cached_rows[-1].schedule.keys.position[:tokens]
+        assert packed == bool(np.any(np.diff(keys) < 0))
         return logits, cache, chunks.inputs.next_position
 
     def greedy(
@@ -331,8 +350,13 @@ def test_chunks_change_no_result(family, packed):
     expected = reference_logits(models.reference, prompt)
     assert_close(logits, expected)
     assert_close(whole_logits, expected)
-    for ours, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
+    last, of_last, _ = models.port.prefill(
+        prompt, packed=packed, chunk_rows=(16, 32), all_outputs=False
+    )
+    assert_close(last, expected[-1:])
+    for other in (whole, of_last):
+        for ours, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def chunks_of(
     blocks: tuple[int, int] = (16, 16),
     rows: Sequence[int] = (64,),
     new_tokens: int = 0,
+    all_outputs: bool = True,
 ) -> Chunks:
     """The chunks of a prompt with these head categories, of at most `rows[-1]` rows."""
     text = config.get_text_config()
@@ -42,6 +43,7 @@ def chunks_of(
         position_ids=position_ids,
         head_category=head_category,
         visibilities=family.visibilities(config),
+        last_kind=int(family.layer_kinds(config)[-1]),
         blocks=blocks,
         # Each image token has a row of its own for its features.
         group_tokens=10**6,
@@ -50,4 +52,5 @@ def chunks_of(
         how_to_shorten="",
     )
     stacked_heads = text.num_attention_heads // text.num_key_value_heads
-    return Chunks(inputs, Sizes(tuple(rows), (256,)), stacked_heads, new_tokens)
+    sizes = Sizes(tuple(rows), (256,))
+    return Chunks(inputs, sizes, stacked_heads, new_tokens, all_outputs=all_outputs)

@@ -5,7 +5,7 @@ own base visibility, rotary embedding and cache.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from bsjax.checks import positive_number
 from bsjax.errors import CheckpointError
-from bsjax.models.cache import Cache, CachedRows
+from bsjax.models.cache import Cache, CachedRows, OutputRows
 from bsjax.models.config_checks import check_attention_heads, check_positive
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -33,8 +33,10 @@ from bsjax.models.layers import (
     dot_general,
     frequencies,
     rotate,
+    run_layer,
     scan_layers_of_kinds,
     stack_layers,
+    take_rows,
 )
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -180,14 +182,19 @@ class Attention(nnx.Module):
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
-    ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output and what `attend`, given rotated queries and keys, keeps."""
+        only: Int[Array, "queries"] | None = None,
+    ) -> tuple[Float[Array, "queries hidden"], Any]:
+        """The attention output and what `attend`, given rotated queries and keys, keeps.
+
+        Queries are the tokens `only`, or all of them.
+        """
         tokens = hidden.shape[0]
-        q = self.q_norm(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim))
+        queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
+        q = self.q_norm(self.q_proj(queries).reshape(-1, self.q_heads, self.head_dim))
         k = self.k_norm(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim))
         v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
-        attended, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(attended.reshape(tokens, -1)), kept
+        attended, kept = attend(rotate(q, q_cos, q_sin), rotate(k, cos, sin), v)
+        return self.o_proj(attended.reshape(attended.shape[0], -1)), kept
 
 
 class DecoderLayer(nnx.Module):
@@ -215,10 +222,11 @@ class DecoderLayer(nnx.Module):
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
-    ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The next hidden state and what `attend` keeps."""
-        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
-        hidden = hidden + self.post_attention_layernorm(attended)
+        only: Int[Array, "queries"] | None = None,
+    ) -> tuple[Float[Array, "queries hidden"], Any]:
+        """The next hidden state, of all tokens or of `only` these, and what `attend` keeps."""
+        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, only)
+        hidden = take_rows(hidden, only) + self.post_attention_layernorm(attended)
 
         def feed_forward(rows):
             return self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(rows)))
@@ -281,11 +289,14 @@ class Gemma3TextModel(LanguageModel):
         head_category: Int[Array, "layers q_heads"],
         cache: Caches,
         *,
+        only: OutputRows | None = None,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "rows hidden"], Caches]:
-        def step_of(kind: int) -> LayerStep:
+    ) -> tuple[Float[Array, "outputs hidden"], Caches]:
+        def step_of(
+            kind: int, rows: CachedRows, only: Int[Array, "outputs"] | None = None
+        ) -> LayerStep:
             cos, sin = self.rotary_embs[kind](position_ids[0])
-            attend = chunk_attend(cached_rows[kind], scale=self.scale, backend=backend)
+            attend = chunk_attend(rows, scale=self.scale, backend=backend)
 
             def step(
                 layer: DecoderLayer, carry: tuple[Array, Caches], of_layer: tuple[Array, Array]
@@ -293,17 +304,22 @@ class Gemma3TextModel(LanguageModel):
                 hidden, caches = carry
                 cache: Any = caches[kind]
                 hidden, of_kind = layer(
-                    hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache)
+                    hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache), only
                 )
                 return (hidden, caches._replace(**{Caches._fields[kind]: of_kind})), None
 
             return step
 
-        steps = [step_of(kind) for kind in range(len(LAYER_TYPES))]
+        steps = [step_of(kind, rows) for kind, rows in enumerate(cached_rows)]
         scanned = (head_category, self._index_in_kind())
-        (hidden, cache), _ = scan_layers_of_kinds(
-            self.layers, self.kinds, steps, (embeddings, cache), scanned
-        )
+        last = len(self.kinds) - 1
+        kinds = self.kinds if only is None else self.kinds[:last]
+        carry, _ = scan_layers_of_kinds(self.layers, kinds, steps, (embeddings, cache), scanned)
+        if only is not None:
+            rows = replace(cached_rows[self.kinds[last]], schedule=only.schedule)
+            last_step = step_of(self.kinds[last], rows, only.rows)
+            carry, _ = run_layer(self.layers, last, last_step, carry, scanned)
+        hidden, cache = carry
         return self.norm(hidden), cache
 
     @override

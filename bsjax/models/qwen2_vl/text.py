@@ -1,7 +1,7 @@
 """The language model of Qwen2-VL and Qwen2.5-VL (transformers: Qwen2VLTextModel)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,21 +13,24 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from bsjax.errors import CheckpointError
-from bsjax.models.cache import Cache, CachedRows
+from bsjax.models.cache import Cache, CachedRows, OutputRows
 from bsjax.models.config_checks import check_attention_heads
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
     GatedMLP,
     KeepingAttend,
     LayerAttend,
+    LayerStep,
     by_rows,
     chunk_attend,
     decode_attend,
     dot_general,
     frequencies,
     rotate,
+    run_layer,
     scan_layers,
     stack_layers,
+    take_rows,
 )
 
 
@@ -101,14 +104,19 @@ class Attention(nnx.Module):
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
-    ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The attention output and what `attend`, given rotated queries and keys, keeps."""
+        only: Int[Array, "queries"] | None = None,
+    ) -> tuple[Float[Array, "queries hidden"], Any]:
+        """The attention output and what `attend`, given rotated queries and keys, keeps.
+
+        Queries are the tokens `only`, or all of them.
+        """
         tokens = hidden.shape[0]
-        q = rotate(self.q_proj(hidden).reshape(tokens, self.q_heads, self.head_dim), cos, sin)
+        queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
+        q = rotate(self.q_proj(queries).reshape(-1, self.q_heads, self.head_dim), q_cos, q_sin)
         k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)
         v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
         attended, kept = attend(q, k, v)
-        return self.o_proj(attended.reshape(tokens, -1)), kept
+        return self.o_proj(attended.reshape(attended.shape[0], -1)), kept
 
 
 class DecoderLayer(nnx.Module):
@@ -130,10 +138,11 @@ class DecoderLayer(nnx.Module):
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
         attend: KeepingAttend,
-    ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """The next hidden state and what `attend` keeps."""
-        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
-        hidden = hidden + attended
+        only: Int[Array, "queries"] | None = None,
+    ) -> tuple[Float[Array, "queries hidden"], Any]:
+        """The next hidden state, of all tokens or of `only` these, and what `attend` keeps."""
+        attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, only)
+        hidden = take_rows(hidden, only) + attended
         hidden = hidden + by_rows(
             lambda rows: self.mlp(self.post_attention_layernorm(rows)), hidden
         )
@@ -193,20 +202,35 @@ class Qwen2VLTextModel(LanguageModel):
         head_category: Int[Array, "layers q_heads"],
         cache: tuple[Cache],
         *,
+        only: OutputRows | None = None,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "rows hidden"], tuple[Cache]]:
-        (rows,) = cached_rows
-        attend = chunk_attend(rows, scale=self.scale, backend=backend)
+    ) -> tuple[Float[Array, "outputs hidden"], tuple[Cache]]:
         cos, sin = self.rotary_emb(position_ids)
 
-        def step(
-            layer: DecoderLayer, carry: tuple[Array, Cache], of_layer: tuple[Array, Array]
-        ) -> tuple[tuple[Array, Cache], None]:
-            hidden, cache = carry
-            return layer(hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache)), None
+        def step_of(rows: CachedRows, only: Int[Array, "outputs"] | None = None) -> LayerStep:
+            attend = chunk_attend(rows, scale=self.scale, backend=backend)
 
+            def step(
+                layer: DecoderLayer, carry: tuple[Array, Cache], of_layer: tuple[Array, Array]
+            ) -> tuple[tuple[Array, Cache], None]:
+                hidden, cache = carry
+                return layer(
+                    hidden, cos, sin, lambda q, k, v: attend(q, k, v, *of_layer, cache), only
+                ), None
+
+            return step
+
+        (rows,) = cached_rows
+        carry = (embeddings, cache[0])
         scanned = (head_category, jnp.arange(self.num_layers, dtype=jnp.int32))
-        (hidden, of_all), _ = scan_layers(self.layers, step, (embeddings, cache[0]), scanned)
+        if only is None:
+            carry, _ = scan_layers(self.layers, step_of(rows), carry, scanned)
+        else:
+            last = self.num_layers - 1
+            last_step = step_of(replace(rows, schedule=only.schedule), only.rows)
+            carry, _ = scan_layers(self.layers, step_of(rows), carry, scanned, layers=last)
+            carry, _ = run_layer(self.layers, last, last_step, carry, scanned)
+        hidden, of_all = carry
         return self.norm(hidden), (of_all,)
 
     @override
