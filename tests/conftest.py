@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import beartype  # noqa: F401
@@ -64,6 +65,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(pytest.mark.skip(reason=NO_TORCH))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escapes lone surrogates, which fuzzers put into logs: pytest-xdist would end the session."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

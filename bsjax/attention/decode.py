@@ -126,6 +126,9 @@ def _xla_decode_attention(
     batch, q_heads, head_dim = q.shape
     rows, kv_heads = k_cache.shape[2:4]
     block = min(rows, _XLA_BLOCK)
+    # For an axis of length 1, XLA may choose another layout and copy the whole cache into it.
+    caches = [jax.lax.squeeze(of, (1,)) if batch == 1 else of for of in (k_cache, v_cache)]
+    batches = (batch,) * (batch != 1)
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
     product = partial(
         jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -138,9 +141,11 @@ def _xla_decode_attention(
         start = jnp.minimum(first, rows - block).astype(jnp.int32)
         k, v = (
             jax.lax.dynamic_slice(
-                cache, (layer, zero, start, zero, zero), (1, batch, block, kv_heads, head_dim)
-            )[0]
-            for cache in (k_cache, v_cache)
+                cache,
+                (layer, *[zero] * len(batches), start, zero, zero),
+                (1, *batches, block, kv_heads, head_dim),
+            ).reshape(batch, block, kv_heads, head_dim)
+            for cache in caches
         )
         row = start + jnp.arange(block, dtype=jnp.int32)
         valid = (row >= first) & (row < lengths[:, None])

@@ -145,9 +145,11 @@ def decode_attend(
       backend: attention backend.
     """
     lengths = jnp.reshape(tokens, 1)
-    cached_k, cached_v = cache.k[:, None], cache.v[:, None]
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
+        # In the loop over layers: XLA would lay out a batch axis of length 1 in another way, and
+        # copy the whole cache into the loop.
+        cached_k, cached_v = (jax.lax.expand_dims(rows, (1,)) for rows in cache)
         attended = decode_attention(
             q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
         )

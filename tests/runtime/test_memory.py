@@ -158,6 +158,15 @@ def test_stages_count_everything_on_the_device(tiny_model):
         assert stage.peak == sum(memory[name]) + stage.other_bytes, name
 
 
+def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
+    stages, prefill = stages_of(tiny_model, conversation([0, 1]), new_tokens=12_000)
+    cache = size_in_bytes(prefill.cache)
+    assert prefill.chunks.cache_rows > 12_000
+    for stage in stages[1:]:
+        assert stage.program.memory.temporaries < cache / 4, stage.name
+        assert stage.program.memory.results < cache / 4, stage.name
+
+
 def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
     small_sizes()
     stages, prefill = stages_of(tiny_model, conversation())
