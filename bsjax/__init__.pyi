@@ -74,6 +74,7 @@ from .runtime.results import (
 from .runtime.results import (
     Stats as Stats,
 )
+from .runtime.session import Session as Session
 from .runtime.warmup import (
     Warmup as Warmup,
 )

@@ -12,6 +12,7 @@ from jaxtyping import Int, Int64
 
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.query_rows import visible_pairs
+from bsjax.masks.rows import Span
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import Visibility
 
@@ -50,6 +51,7 @@ def head_flops(
     layer_kinds: Int[np.ndarray, "layers"],
     head_dim: int,
     categories: Iterable[int] = tuple(HeadCategory),
+    queries: Span | None = None,
 ) -> Int64[np.ndarray, "layers all_categories"]:
     """Exact attention FLOPs of one head of every layer, by `HeadCategory`.
 
@@ -59,11 +61,12 @@ def head_flops(
       layer_kinds: the kind of each layer, an index into `visibilities`.
       head_dim: channels of a head.
       categories: which categories to count. The others are 0, which saves time.
+      queries: the tokens that look; None for all.
     """
     flops = np.zeros((len(visibilities), len(HeadCategory)), np.int64)
     for kind, visibility in enumerate(visibilities):
         for category in map(HeadCategory, set(categories)):
-            pairs = visible_pairs(template, category.groups, visibility)
+            pairs = visible_pairs(template, category.groups, visibility, queries)
             flops[kind, category] = FLOPS_PER_PAIR * head_dim * pairs
     return flops[layer_kinds]
 

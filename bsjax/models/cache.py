@@ -60,6 +60,15 @@ class Cache(NamedTuple):
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=1)
         return Cache(write(self.k, k), write(self.v, v))
 
+    def moved(self, rows: Int[Array, "rows"]) -> "Cache":
+        """The cache with each row taken from another one, layer by layer to save memory."""
+
+        def move(layer: Array, array: Array) -> Array:
+            taken = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)[rows]
+            return jax.lax.dynamic_update_index_in_dim(array, taken, layer, axis=0)
+
+        return Cache(*(jax.lax.fori_loop(0, of.shape[0], move, of) for of in self))
+
     def chunk_written(
         self,
         layer: Int[Array, ""],

@@ -42,6 +42,15 @@ class LanguageModel(nnx.Module):
         """
 
     @abstractmethod
+    def moved(self, cache: Any, rows: Int[Array, "rows"]) -> Any:
+        """The cache with the rows of layers that keep all tokens taken from other rows.
+
+        Args:
+          cache: from `prefill` or `decode_step`. Donate it.
+          rows: int32, the row to take for each row.
+        """
+
+    @abstractmethod
     def prefill(
         self,
         embeddings: Float[Array, "rows hidden"],

@@ -23,6 +23,7 @@ from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility
 from bsjax.models.cache import PADDING_ROW, CachedRows, GlobalRows, OutputRows, Runs, WindowRows
 from bsjax.runtime.inputs import ModelInputs
+from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
 
 MOST_RUNS = 3
@@ -76,6 +77,7 @@ class Chunks:
       sizes: sizes of chunks.
       stacked_heads: how many query heads share a key head.
       new_tokens: how many tokens may follow the prompt.
+      reuse: which tokens are in the cache already.
       most_parts: how many parts long tiles of text rows may be split into.
       all_outputs: whether the hidden states of all rows are wanted, not only the last one's.
 
@@ -93,23 +95,29 @@ class Chunks:
         stacked_heads: int,
         new_tokens: int,
         *,
+        reuse: Reuse = NOTHING,
         most_parts: int = 0,
         all_outputs: bool = False,
     ) -> None:
         self.inputs = inputs
-        self.cache_rows = cache_rows(inputs.tokens + new_tokens)
+        self.cache_rows = reuse.cache_rows or cache_rows(inputs.tokens + new_tokens)
         self.feature_rows = sizes.chunks[-1] + inputs.group_tokens
         # Where tokens of an image see each other, its keys must be there before its queries run.
         whole_images = any(of.bidirectional_images for of in inputs.visibilities)
         self.borders = chunk_borders(
-            inputs.template, sizes.chunks_for(self.cache_rows), whole_images=whole_images
+            inputs.template,
+            sizes.chunks_for(self.cache_rows),
+            whole_images=whole_images,
+            start=reuse.start,
         )
         self._stacked_heads = stacked_heads
         self._most_parts = most_parts
         self._all_outputs = all_outputs
         self._tables = category_tables(inputs.head_category)
         self._device_keys: TokenInfo | None = None
-        self._keys = Rows([inputs.template], [Span(0, inputs.tokens)], packed=inputs.is_sparse)
+        ends = (*reuse.span_starts[1:], inputs.tokens)
+        spans = [Span(first, end) for first, end in zip(reuse.span_starts, ends, strict=True)]
+        self._keys = Rows([inputs.template], spans, packed=inputs.is_sparse)
         is_image = inputs.template.image >= 0
         self._images_before = np.append(0, np.cumsum(is_image))
         feature_row = self.feature_row(self._images_before[:-1])
@@ -271,7 +279,7 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], rows: int) -> Runs:
 
 
 def chunk_borders(
-    template: Template, sizes: Sequence[int], *, whole_images: bool
+    template: Template, sizes: Sequence[int], *, whole_images: bool, start: int = 0
 ) -> list[tuple[int, int, int]]:
     """First and end position of each chunk, and the rows that it is padded to.
 
@@ -283,11 +291,11 @@ def chunk_borders(
       sizes: rows of a chunk, ascending.
       whole_images: whether a chunk must not end inside an image. An image that is larger than all
         sizes is then a chunk of its own size.
+      start: position of the first token that has to run.
     """
     firsts = np.asarray(template.image_first)
     ends = firsts + np.asarray(template.image_tokens, np.int64)
     borders = []
-    start = 0
     while start < template.tokens:
         left = template.tokens - start
         padded = -(-left // sizes[0]) * sizes[0]

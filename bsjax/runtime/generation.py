@@ -9,7 +9,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import jax
 import numpy as np
@@ -38,7 +38,8 @@ from bsjax.runtime.memory import (
 )
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats
+from bsjax.runtime.results import IncrementalText, Result, Stats, Token
+from bsjax.runtime.reuse import NOTHING, KeptCache
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
 
@@ -108,7 +109,7 @@ def forward(
     logits = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            logits.append(_forward(model, conversation, resolved, backend, sources))
+            logits.append(forward_once(model, conversation, resolved, backend, sources)[0])
     return logits if is_batch else logits[0]
 
 
@@ -193,7 +194,7 @@ def generate(
       BackendError: the backend is unknown.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
-    settings = _checked_settings(model, max_new_tokens, sampling, backend)
+    settings = checked_settings(model, max_new_tokens, sampling, backend)
     sources = model.image_sources.restricted(allow_files, allow_urls)
     if stream is not None and not callable(stream):
         raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
@@ -204,7 +205,7 @@ def generate(
     results = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            for event in _generate(
+            for event in generate_once(
                 model, conversation, resolved, settings, sources, one_by_one=stream is not None
             ):
                 if isinstance(event, Result):
@@ -236,21 +237,28 @@ def stream(
       BsjaxError: as for `generate`.
     """
     sampling = Sampling.checked(temperature, top_k, top_p, seed)
-    settings = _checked_settings(model, max_new_tokens, sampling, backend)
+    settings = checked_settings(model, max_new_tokens, sampling, backend)
     sources = model.image_sources.restricted(allow_files, allow_urls)
+    conversation = one_conversation("stream", messages)
+    resolved = Profile.resolve(profile, model)
+    events = generate_once(model, conversation, resolved, settings, sources, one_by_one=True)
+    return (event.text for event in events if isinstance(event, Token) and event.text)
+
+
+def one_conversation(what: str, messages: Any) -> Messages:
+    """The messages of one conversation.
+
+    Args:
+      what: what takes them, for the error message.
+      messages: the argument of a public function.
+
+    Raises:
+      GenerationError: it is a batch.
+    """
     conversations, is_batch = _conversations(messages)
     if is_batch:
-        raise GenerationError("stream takes one conversation, not a batch.")
-    resolved = Profile.resolve(profile, model)
-    events = _generate(model, conversations[0], resolved, settings, sources, one_by_one=True)
-    return (event.text for event in events if isinstance(event, _Token) and event.text)
-
-
-class _Token(NamedTuple):
-    """A generated token."""
-
-    text: str
-    token_id: int
+        raise GenerationError(f"{what} takes one conversation, not a batch.")
+    return conversations[0]
 
 
 def _conversations(messages: Any) -> tuple[list[Messages], bool]:
@@ -262,9 +270,10 @@ def _conversations(messages: Any) -> tuple[list[Messages], bool]:
     return [messages], False
 
 
-def _checked_settings(
+def checked_settings(
     model: LoadedModel, max_new_tokens: int, sampling: Sampling, backend: str
 ) -> AnswerSettings:
+    """How a prompt is to be answered, from a user's arguments; see `generate`."""
     check_model(model, GenerationError)
     return AnswerSettings(
         new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
@@ -293,24 +302,37 @@ def _prompt(model: LoadedModel, messages: Messages, sources: ImageSources) -> Pr
     return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
 
 
-def _forward(
+def forward_once(
     model: LoadedModel,
     messages: Messages,
     profile: Profile | None,
     backend: str,
     sources: ImageSources,
-) -> Logits:
+    kept: KeptCache | None = None,
+) -> tuple[Logits, int]:
+    """Logits of the tokens that run, and the position of the first of them."""
     prompt = _prompt(model, messages, sources)
-    inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend)
-    scoring = Scoring(programs_of(model), inputs, backend)
-    check_memory(inputs, scoring.stages, bytes_available())
+    reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
+    inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
+    scoring = Scoring(programs_of(model), inputs, backend, reuse)
+    check_memory(inputs, scoring.stages, _available(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
-    return scoring.logits()
+    cache = None if kept is None else kept.take(reuse)
+    logits, cache = scoring.logits(cache)
+    if kept is not None:
+        kept.put(prompt, inputs.template, reuse, (), cache)
+    return logits, reuse.start
 
 
-def _generate(
+def _available(kept: KeptCache | None) -> int | None:
+    """Free bytes on the device, those of a cache that is taken over included."""
+    available = bytes_available()
+    return available if available is None or kept is None else available + kept.size
+
+
+def generate_once(
     model: LoadedModel,
     messages: Messages,
     profile: Profile | None,
@@ -318,27 +340,33 @@ def _generate(
     sources: ImageSources,
     *,
     one_by_one: bool,
-) -> Iterator[_Token | Result]:
+    kept: KeptCache | None = None,
+) -> Iterator[Token | Result]:
     """Yields every token, then the result.
 
     Args:
       model: from `bsjax.load`.
       messages: one conversation.
       profile: head categories of prefill.
-      settings: from `_checked_settings`.
+      settings: from `checked_settings`.
       sources: where images may come from.
       one_by_one: whether to yield each token as soon as it is generated.
+      kept: the cache of a session, of which the call uses as much as it can; None for a cache of
+        its own.
     """
     # Again, because a stream may be asked for its next piece in a forked child.
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
+    prompt = _prompt(model, messages, sources)
+    reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
     inputs = prepare_inputs(
         model.architecture,
-        _prompt(model, messages, sources),
+        prompt,
         profile,
         backend=settings.backend,
         new_tokens=settings.new_tokens,
+        start=reuse.start,
     )
     prefill = Prefill(
         programs,
@@ -346,30 +374,38 @@ def _generate(
         new_tokens=settings.new_tokens,
         sampling=settings.sampling,
         backend=settings.backend,
+        reuse=reuse,
     )
     decoding = Decoding(programs, inputs, prefill.cache, settings)
-    check_memory(inputs, [*prefill.stages, *decoding.stages], bytes_available())
-    token, cache = prefill.first_token()
+    check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
+    token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
     state = DecodeState(token, np.int32(1), cache)
     new_ids = [int(token)]
+    chosen = list(new_ids)
 
     token_ids: list[int] = []
     text = IncrementalText(model.tokenizer)
     decode_seconds = 0.0
-    while True:
-        for token_id in new_ids:
-            token_ids.append(token_id)
-            ended = bool(np.isin(token_id, settings.end_tokens))
-            last = ended or len(token_ids) == settings.new_tokens
-            yield _Token(text.add(token_id, last=last), token_id)
-        if last:
-            break
-        left = settings.new_tokens - len(token_ids)
-        limit = 1 if one_by_one else min(DECODE_CHUNK, left)
-        check_not_forked(GenerationError)
-        start = time.perf_counter()
-        new_ids, state = decoding.run(state, limit)
-        decode_seconds += time.perf_counter() - start
+    try:
+        while True:
+            for token_id in new_ids:
+                token_ids.append(token_id)
+                ended = bool(np.isin(token_id, settings.end_tokens))
+                last = ended or len(token_ids) == settings.new_tokens
+                yield Token(text.add(token_id, last=last), token_id)
+            if last:
+                break
+            left = settings.new_tokens - len(token_ids)
+            limit = 1 if one_by_one else min(DECODE_CHUNK, left)
+            check_not_forked(GenerationError)
+            start = time.perf_counter()
+            new_ids, state = decoding.run(state, limit)
+            chosen += new_ids
+            decode_seconds += time.perf_counter() - start
+    finally:
+        if kept is not None:
+            # The last token is not in the cache yet.
+            kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
 
     yield Result(
         text=text.whole,
@@ -388,5 +424,6 @@ def _generate(
             compiled_programs=programs.compilations - compiled_before[1],
             backend=settings.backend,
             attention_flops_per_kind=inputs.flops_per_kind,
+            reused_tokens=reuse.start,
         ),
     )

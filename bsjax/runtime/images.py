@@ -72,9 +72,16 @@ class ImageGroup:
 
 
 def image_groups(
-    architecture: Architecture, prompt: Prompt, backend: str
+    architecture: Architecture, prompt: Prompt, backend: str, *, skipped: int = 0
 ) -> tuple[ImageGroup, ...]:
-    """Divides the images of a prompt into groups for the vision tower."""
+    """Divides the images of a prompt into groups for the vision tower.
+
+    Args:
+      architecture: architecture of the model.
+      prompt: the prompt.
+      backend: attention backend.
+      skipped: how many images, the first ones, need not be encoded.
+    """
     if prompt.pixel_values is None:
         return ()
     family, config, dtype = architecture
@@ -84,8 +91,9 @@ def image_groups(
     first_token = np.append(0, np.cumsum(prompt.image_tokens))
     patches_per_token = family.patches_per_token(config)
     groups = []
-    counted = counted_patches(prompt.grid_thw).tolist()
+    counted = counted_patches(prompt.grid_thw[skipped:]).tolist()
     for first, end, padded in group_borders(counted, sizes_in_use().patches):
+        first, end = first + skipped, end + skipped
         plan = family.vision_plan(
             prompt.grid_thw[first:end],
             config,

@@ -11,6 +11,7 @@ from bsjax.checks import shown
 from bsjax.errors import CapacityError, MessageError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
+from bsjax.masks.rows import Span
 from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models import Architecture
@@ -34,7 +35,7 @@ class ModelInputs:
       blocks: block_q and block_kv of the language model's schedules.
       group_tokens: the most image tokens of a group of images; 0 if the model reads text only.
       image_groups: the images, as the vision tower takes them.
-      flops_per_kind: attention FLOPs of the language model, by kind of layer.
+      flops_per_kind: attention FLOPs of the tokens that run, by kind of layer.
       how_to_shorten: advice for error messages about prompts that are too long.
     """
 
@@ -80,6 +81,7 @@ def prepare_inputs(
     backend: str,
     new_tokens: int = 0,
     sinks: Sinks | None = None,
+    start: int = 0,
 ) -> ModelInputs:
     """Computes a prompt's template, positions, FLOPs and vision plans, on the host.
 
@@ -90,6 +92,7 @@ def prepare_inputs(
       backend: attention backend, already resolved.
       new_tokens: how many tokens may follow the prompt.
       sinks: which tokens of an image are sinks, if there is no profile that says it.
+      start: position of the first token that has to run.
 
     Raises:
       MessageError: the prompt has tokens that the model has no embeddings for.
@@ -129,8 +132,11 @@ def prepare_inputs(
         layer_kinds,
         head_dim,
         [HeadCategory.DENSE, *np.unique(head_category).tolist()],
+        Span(start, template.tokens),
     )
-    groups = image_groups(architecture, prompt, backend)
+    # No image is cut: those that begin before `start` end before it.
+    skipped = int(np.searchsorted(template.image_first, start))
+    groups = image_groups(architecture, prompt, backend, skipped=skipped)
     return ModelInputs(
         template=template,
         next_position=next_position,

@@ -21,6 +21,7 @@ from bsjax.runtime.chunks import Chunk, ChunkArguments, Chunks
 from bsjax.runtime.images import ImageEncoder
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
+from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sampling import Sampling, sample
 from bsjax.runtime.sizes import Sizes, most_parts, sizes_in_use
 
@@ -101,6 +102,7 @@ class ChunkedRun:
         *,
         sizes: Sizes,
         new_tokens: int,
+        reuse: Reuse = NOTHING,
         all_outputs: bool = False,
         more_arguments: tuple[Any, ...] = (),
     ) -> None:
@@ -113,6 +115,7 @@ class ChunkedRun:
           backend: attention backend.
           sizes: sizes of chunks.
           new_tokens: how many tokens may follow the prompt.
+          reuse: which tokens are in the cache already.
           all_outputs: whether `step` needs the hidden states of all rows, not only of the last one.
           more_arguments: arguments of `step` after the head categories.
         """
@@ -125,6 +128,7 @@ class ChunkedRun:
             sizes,
             stacked_heads,
             new_tokens,
+            reuse=reuse,
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
         )
@@ -151,12 +155,18 @@ class ChunkedRun:
         self.vision_seconds = 0.0
         self.seconds = 0.0
 
-    def run(self) -> Iterator[tuple[Chunk, Any, Any]]:
-        """Runs one chunk after the other; yields the chunk, what its program returns, the cache."""
+    def run(self, cache: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
+        """Runs one chunk after the other; yields the chunk, what its program returns, the cache.
+
+        Args:
+          cache: the cache that holds the tokens before the first chunk; None for an empty one. It
+            is donated.
+        """
         features = None
         if self._features is not None:
             features = jnp.zeros(self._features.shape, self._features.dtype)
-        cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
+        if cache is None:
+            cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
         groups = self.chunks.inputs.image_groups
         began = time.perf_counter()
         chunks = self._build()
@@ -212,6 +222,7 @@ class Prefill(ChunkedRun):
         new_tokens: int,
         sampling: Sampling,
         backend: str,
+        reuse: Reuse = NOTHING,
     ) -> None:
         """Compiles the programs that are needed.
 
@@ -219,6 +230,7 @@ class Prefill(ChunkedRun):
           programs: the programs of the model.
           inputs: the prompt.
           new_tokens: how many tokens may follow the prompt.
+          reuse: which tokens are in the cache already.
           sampling: how the first token is chosen.
           backend: attention backend.
         """
@@ -229,10 +241,15 @@ class Prefill(ChunkedRun):
             backend,
             sizes=sizes_in_use(),
             new_tokens=new_tokens,
+            reuse=reuse,
             more_arguments=(sampling,),
         )
 
-    def first_token(self) -> tuple[jax.Array, Any]:
-        """Runs all chunks; returns the first token of the answer, int32, and the cache."""
-        *_, (_, token, cache) = self.run()
+    def first_token(self, cache: Any = None) -> tuple[jax.Array, Any]:
+        """Runs all chunks; returns the first token of the answer, int32, and the cache.
+
+        Args:
+          cache: as for `run`.
+        """
+        *_, (_, token, cache) = self.run(cache)
         return token, cache

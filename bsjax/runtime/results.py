@@ -1,7 +1,7 @@
 """The results of a generation: the answer, its statistics, and its text as it is generated."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bsjax.masks.flops import LayerFlops
 
@@ -14,7 +14,7 @@ class Stats:
       prompt_tokens: tokens of the prompt, image tokens included.
       image_tokens: tokens of each image.
       attention_flops_dense: FLOPs of the language model's attention in prefill, if all heads were
-        dense.
+        dense. Tokens that a session had in its cache take part as keys only.
       attention_flops_sparse: the same with the profile's categories.
       vision_seconds: time in the vision tower, without image processing on the host.
       prefill_seconds: time in prefill, including the choice of the first token.
@@ -23,6 +23,7 @@ class Stats:
       compiled_programs: how many programs that were; `bsjax.warmup` compiles them ahead.
       backend: the attention backend.
       attention_flops_per_kind: these FLOPs for each kind of layer, local or global.
+      reused_tokens: tokens of the prompt that a session had in its cache.
     """
 
     prompt_tokens: int
@@ -36,6 +37,7 @@ class Stats:
     backend: str
     attention_flops_per_kind: tuple[LayerFlops, ...] = ()
     compiled_programs: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     stats: Stats
+
+
+class Token(NamedTuple):
+    """A generated token.
+
+    Attributes:
+      text: the text that it completes; empty while bytes of a character are missing.
+      token_id: its id.
+    """
+
+    text: str
+    token_id: int
 
 
 class IncrementalText:

@@ -3,12 +3,15 @@
 Only the host holds tokens x vocabulary; the device holds the logits of a chunk.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float32
 
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.prefill import ChunkedRun, score
 from bsjax.runtime.programs import Programs
+from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import sizes_in_use
 
 _MOST_ROWS = 1024
@@ -22,7 +25,9 @@ class Scoring(ChunkedRun):
       result_bytes: size of the result, in host memory.
     """
 
-    def __init__(self, programs: Programs, inputs: ModelInputs, backend: str) -> None:
+    def __init__(
+        self, programs: Programs, inputs: ModelInputs, backend: str, reuse: Reuse = NOTHING
+    ) -> None:
         sizes = sizes_in_use()
         super().__init__(
             programs,
@@ -31,15 +36,23 @@ class Scoring(ChunkedRun):
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
             new_tokens=0,
+            reuse=reuse,
             all_outputs=True,
         )
         logits, _ = self.stages[-1].program.output
         self._vocabulary = logits.shape[1]
-        self.result_bytes = 4 * inputs.tokens * self._vocabulary
+        self._start = reuse.start
+        self._tokens = inputs.tokens - reuse.start
+        self.result_bytes = 4 * self._tokens * self._vocabulary
 
-    def logits(self) -> Float32[np.ndarray, "tokens vocabulary"]:
-        """Logits in prompt order, on the host."""
-        result = np.empty((self.chunks.inputs.tokens, self._vocabulary), np.float32)
-        for chunk, logits, _ in self.run():
-            result[chunk.order] = np.asarray(logits)[: chunk.order.size]
-        return result
+    def logits(self, cache: Any = None) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
+        """Logits of the tokens that run, in prompt order, on the host; and the cache.
+
+        Args:
+          cache: as for `run`.
+        """
+        result = np.empty((self._tokens, self._vocabulary), np.float32)
+        after: Any = None
+        for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
+            result[chunk.order - self._start] = np.asarray(logits)[: chunk.order.size]
+        return result, after

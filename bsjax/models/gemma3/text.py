@@ -281,6 +281,10 @@ class Gemma3TextModel(LanguageModel):
         )
 
     @override
+    def moved(self, cache: Caches, rows: Int[Array, "rows"]) -> Caches:
+        return cache._replace(of_global=cache.of_global and cache.of_global.moved(rows))
+
+    @override
     def prefill(
         self,
         embeddings: Float[Array, "rows hidden"],

@@ -194,6 +194,10 @@ class Qwen2VLTextModel(LanguageModel):
         return (Cache.empty(self.num_layers, rows, self.kv_heads, self.head_dim, self.dtype),)
 
     @override
+    def moved(self, cache: tuple[Cache], rows: Int[Array, "rows"]) -> tuple[Cache]:
+        return (cache[0].moved(rows),)
+
+    @override
     def prefill(
         self,
         embeddings: Float[Array, "rows hidden"],

@@ -1,0 +1,271 @@
+"""What a cache holds after a call, and how much of it the next prompt can use again.
+
+    first prompt   T T A a a a T T | T T             a prompt and its answer
+    next prompt    T T A a a a T T   T T T B b b T   the same, and more
+                   span 1          | span 2
+
+Causality makes the keys and values of a shared prefix exactly those that the next prompt would
+compute. The rows of a span are packed together (see `bsjax.masks.rows`). Text that follows a span
+with images starts a span of its own; text that follows text stays in its span, because in packed
+order text comes first.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, Int32
+
+from bsjax.checkpoint.loading import LoadedModel
+from bsjax.errors import CapacityError
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.template import Template
+from bsjax.masks.visibility import Visibility
+from bsjax.models import ImageTextModel
+from bsjax.profiles.profile import Profile
+from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.programs import programs_of, size_in_bytes
+from bsjax.runtime.sizes import cache_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Reuse:
+    """How much of a prompt a cache holds already.
+
+    Attributes:
+      start: how many tokens it holds: the position of the first token that has to run.
+      span_starts: first position of each span of the prompt. The last span may begin before `start`
+        if it has only text up to there.
+      cache_rows: rows of the cache; None for as many as the prompt needs.
+      moved: int32 [start], the row in which each kept row is now; None if all are in their places.
+    """
+
+    start: int = 0
+    span_starts: tuple[int, ...] = (0,)
+    cache_rows: int | None = None
+    moved: Int32[np.ndarray, "start"] | None = None
+
+
+NOTHING = Reuse()
+"""The prompt runs from its first token on, in a cache of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedTokens:
+    """The tokens whose keys and values are in a cache.
+
+    Attributes:
+      token_ids: int32 [tokens].
+      images: a digest of the pixels of each image.
+      template: the structure of these tokens.
+      span_starts: first position of each span.
+    """
+
+    token_ids: Int32[np.ndarray, "tokens"]
+    images: tuple[str, ...]
+    template: Template
+    span_starts: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        template: Template,
+        answer: Sequence[int],
+        span_starts: tuple[int, ...],
+        image_token_id: int,
+    ) -> "CachedTokens":
+        """The tokens of a prompt and of its answer.
+
+        Args:
+          prompt: the prompt.
+          template: its template.
+          answer: the tokens of the answer that are in the cache.
+          span_starts: the spans of the prompt.
+          image_token_id: answers end before this token: in a prompt it would be an image.
+        """
+        ids = np.asarray(answer, np.int32)
+        ids = ids[: next(iter(np.flatnonzero(ids == image_token_id)), ids.size)]
+        grown = Template(
+            np.append(template.image, np.full(ids.size, -1, np.int32)),
+            np.append(template.sink, np.zeros(ids.size, bool)),
+        )
+        return cls(
+            np.append(prompt.token_ids, ids),
+            image_digests(prompt),
+            grown,
+            _extended(span_starts, template.tokens, grown) if ids.size else span_starts,
+        )
+
+    def reuse(
+        self,
+        prompt: Prompt,
+        template: Template,
+        visibilities: Sequence[Visibility],
+        rows: int,
+        *,
+        packed: bool,
+    ) -> Reuse:
+        """How much of a prompt these tokens are a prefix of. At least its last token has to run.
+
+        Args:
+          prompt: the next prompt.
+          template: its template.
+          visibilities: what each kind of layer lets a query see. Where a window has moved on, the
+            rows before it are gone: then only a prompt that continues all of the tokens can use
+            them.
+          rows: rows of the cache.
+          packed: whether the rows of a span are in packed order.
+        """
+        limit = min(self.token_ids.size, prompt.token_ids.size - 1)
+        differs = np.flatnonzero(self.token_ids[:limit] != prompt.token_ids[:limit])
+        start = int(differs[0]) if differs.size else limit
+        pairs = zip(self.images, image_digests(prompt), strict=False)
+        other = next((index for index, (old, new) in enumerate(pairs) if old != new), None)
+        if other is not None:
+            start = min(start, int(self.template.image_first[other]))
+        if template.image[start] >= 0:  # An image is computed as a whole.
+            start = min(start, int(template.image_first[template.image[start]]))
+        windows = [of.window for of in visibilities if of.window is not None]
+        if start < self.token_ids.size and any(
+            self.token_ids.size > max(window - 1, 1) for window in windows
+        ):
+            start = 0
+        if start == 0:
+            return Reuse(cache_rows=rows)
+        kept = [first for first in self.span_starts if first < start]
+        span_starts = _extended(tuple(kept), start, template)
+        return Reuse(start, span_starts, rows, self._moved(kept[-1], start) if packed else None)
+
+    def _moved(self, first: int, end: int) -> Int32[np.ndarray, "end"] | None:
+        """Where the rows of tokens before `end` are, if the span from `first` on is cut there."""
+        after = [other for other in (*self.span_starts, self.token_ids.size) if other > first]
+        order = self.template.packed_order_of(first, min(after))
+        rows = np.append(np.arange(first), first + np.flatnonzero(order < end)).astype(np.int32)
+        return None if np.array_equal(rows, np.arange(end)) else rows
+
+
+def _extended(span_starts: tuple[int, ...], end: int, template: Template) -> tuple[int, ...]:
+    """The spans when more tokens follow at `end`."""
+    only_text = bool((template.image[span_starts[-1] : end] < 0).all())
+    return span_starts if only_text else (*span_starts, end)
+
+
+def image_digests(prompt: Prompt) -> tuple[str, ...]:
+    """A digest of the pixels and of the shape of each image."""
+    if prompt.pixel_values is None:
+        return ()
+    ends = np.cumsum(prompt.grid_thw.prod(axis=1, dtype=np.int64))
+    digests = []
+    first = 0
+    for end, grid in zip(ends.tolist(), prompt.grid_thw, strict=True):
+        digest = hashlib.sha256(np.asarray(grid, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(prompt.pixel_values[first:end]))
+        digests.append(digest.hexdigest())
+        first = end
+    return tuple(digests)
+
+
+def move_rows(module: ImageTextModel, cache: Any, rows: Int[Any, "cache_rows"]) -> Any:
+    """The cache with the rows of all tokens taken from other rows. Donate `cache`."""
+    return module.language_model.moved(cache, rows)
+
+
+class KeptCache:
+    """The cache of a session between its calls, and the tokens that it holds.
+
+    Attributes:
+      max_tokens: the most tokens, answers included.
+      rows: rows of the cache.
+    """
+
+    def __init__(self, model: LoadedModel, profile: Profile | None, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.rows = cache_rows(max_tokens)
+        self._model, self._profile = model, profile
+        self._tokens: CachedTokens | None = None
+        self._cache: Any = None
+
+    @property
+    def size(self) -> int:
+        """Bytes on the device."""
+        return 0 if self._cache is None else size_in_bytes(self._cache)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return 0 if self._tokens is None else self._tokens.token_ids.size
+
+    def clear(self) -> None:
+        """Forgets all tokens and frees the cache."""
+        self._tokens = self._cache = None
+
+    def reuse(self, prompt: Prompt, new_tokens: int) -> Reuse:
+        """How much of a prompt the cache holds. Changes nothing.
+
+        Raises:
+          CapacityError: the prompt and the new tokens are more than `max_tokens`.
+        """
+        tokens = prompt.token_ids.size
+        if tokens + new_tokens > self.max_tokens:
+            follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
+            raise CapacityError(
+                f"The prompt has {tokens} tokens{follow}, but the session has room for "
+                f"{self.max_tokens}: raise its max_tokens, or begin a new conversation."
+            )
+        if self._tokens is None:
+            return Reuse(cache_rows=self.rows)
+        family, config = self._model.family, self._model.config
+        sinks = None if self._profile is None else self._profile.sinks
+        return self._tokens.reuse(
+            prompt,
+            family.template(prompt, config, sinks),
+            family.visibilities(config),
+            self.rows,
+            packed=self._profile is not None
+            and bool((self._profile.categories != HeadCategory.DENSE).any()),
+        )
+
+    def take(self, reuse: Reuse) -> Any:
+        """Hands the cache over, cut to the tokens that are used again; None if there are none.
+
+        Nothing is kept until `put`: programs update the cache in place, so that a call that fails
+        half way leaves nothing that could be used.
+        """
+        cache = self._cache
+        self.clear()
+        if not reuse.start:
+            return None
+        if reuse.moved is not None:
+            rows = np.zeros(self.rows, np.int32)
+            rows[: reuse.start] = reuse.moved
+            program = programs_of(self._model).get(move_rows, (cache, rows), donate=(0,))
+            cache = program(cache, rows)
+        return cache
+
+    def put(
+        self,
+        prompt: Prompt,
+        template: Template,
+        reuse: Reuse,
+        answer: Sequence[int],
+        cache: Any,
+    ) -> None:
+        """Keeps a cache for the next call.
+
+        Args:
+          prompt: the prompt.
+          template: its template.
+          reuse: how it ran.
+          answer: the tokens of the answer that are in the cache.
+          cache: the cache. If a program that it was given to has failed, nothing is kept.
+        """
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+            return
+        family, config = self._model.family, self._model.config
+        image_token_id = family.image_token_id(config)
+        self._tokens = CachedTokens.of(prompt, template, answer, reuse.span_starts, image_token_id)
+        self._cache = cache

@@ -1,0 +1,222 @@
+"""Conversations that compute no token twice: each call begins where the cache stops agreeing."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bsjax.attention import resolve_backend
+from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import shown, whole_number
+from bsjax.errors import CapacityError, GenerationError
+from bsjax.profiles.profile import Profile
+from bsjax.runtime.generation import (
+    Logits,
+    Messages,
+    ProfileLike,
+    checked_settings,
+    forward_once,
+    generate_once,
+    one_conversation,
+)
+from bsjax.runtime.programs import check_model
+from bsjax.runtime.results import Result, Token
+from bsjax.runtime.reuse import KeptCache
+from bsjax.runtime.sampling import Sampling
+
+
+class Session:
+    """Answers the turns of a conversation without computing again what earlier turns computed.
+
+    A call compares its prompt with the tokens in the session's cache, token by token, images by
+    their pixels. What both begin with is used again, and only the rest runs; what the cache holds
+    beyond that is dropped. The answer is that of `bsjax.generate`: keys and values depend on
+    earlier tokens only, so they are the same to rounding. Calls take whole conversations, as
+    `bsjax.generate` does: append the answer and the next question to the messages, or edit any of
+    them.
+
+    Layers with a window keep only the tokens in it (Gemma 3). If the prompt does not continue all
+    tokens in the cache, and the window has moved on, everything runs again.
+    `Result.stats.reused_tokens` says how many tokens were used again.
+
+    One call runs at a time. A stream that is dropped or closed before its end leaves the tokens
+    that it has generated.
+
+    Example:
+      >>> session = bsjax.Session(model, profile="profile.json", max_tokens=8192)
+      >>> answer = session.generate(messages)
+      >>> messages.append({"role": "assistant", "content": answer.text})
+      >>> messages.append({"role": "user", "content": "And in the last image?"})
+      >>> session.generate(messages).stats.reused_tokens
+      1956
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        profile: ProfileLike = None,
+        max_tokens: int = 8192,
+        backend: str = "auto",
+    ) -> None:
+        """Prepares a session. The cache is allocated by the first call.
+
+        Args:
+          model: from `bsjax.load`.
+          profile: head categories of prefill; None is dense.
+          max_tokens: the most tokens of a prompt and its answer, which set the size of the cache.
+          backend: attention backend, see `sparse_attention`.
+
+        Raises:
+          ProfileError: the profile is malformed, or was made for another model.
+          CapacityError: the model has fewer positions than `max_tokens`.
+          GenerationError: an argument is out of range.
+          BackendError: the backend is unknown.
+        """
+        check_model(model, GenerationError)
+        max_tokens = whole_number("max_tokens", max_tokens, least=2, error=GenerationError)
+        limit = model.config.get_text_config().max_position_embeddings
+        if max_tokens > limit:
+            raise CapacityError(
+                f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to "
+                f"{limit} or less."
+            )
+        self._model = model
+        self._backend = resolve_backend(backend)
+        self._profile = Profile.resolve(profile, model)
+        self._kept = KeptCache(model, self._profile, max_tokens)
+        self._lock = threading.Lock()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the cache holds."""
+        return self._kept.tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return self._kept.max_tokens
+
+    def clear(self) -> None:
+        """Forgets all tokens and frees the cache."""
+        with self._one_call():
+            self._kept.clear()
+
+    def generate(
+        self,
+        messages: Messages,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stream: Callable[[str, int], None] | None = None,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> Result:
+        """Like `bsjax.generate`, for one conversation.
+
+        Raises:
+          CapacityError: also if the prompt and the answer need more than `max_tokens`.
+          GenerationError: also while another call of this session runs.
+          BsjaxError: as for `bsjax.generate`.
+        """
+        if stream is not None and not callable(stream):
+            raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
+        sampling = Sampling.checked(temperature, top_k, top_p, seed)
+        events = self._events(
+            messages, max_new_tokens, sampling, allow_files, allow_urls, stream is not None
+        )
+        result: Any = None
+        for event in events:
+            if isinstance(event, Token):
+                if stream is not None:
+                    stream(event.text, event.token_id)
+            else:
+                result = event
+        return result
+
+    def stream(
+        self,
+        messages: Messages,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> Iterator[str]:
+        """Like `bsjax.stream`.
+
+        Raises:
+          BsjaxError: as for `generate`.
+        """
+        sampling = Sampling.checked(temperature, top_k, top_p, seed)
+        events = self._events(messages, max_new_tokens, sampling, allow_files, allow_urls, True)
+        return (event.text for event in events if isinstance(event, Token) and event.text)
+
+    def forward(
+        self,
+        messages: Messages,
+        *,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> tuple[Logits, int]:
+        """Logits of the tokens that were not in the cache.
+
+        Returns:
+          The logits, float32 [tokens, vocabulary], and the position of the first of these tokens.
+          The last row is always that of the prompt's last token.
+
+        Raises:
+          BsjaxError: as for `generate`.
+        """
+        sources = self._model.image_sources.restricted(allow_files, allow_urls)
+        conversation = one_conversation("forward", messages)
+        with self._one_call():
+            return forward_once(
+                self._model, conversation, self._profile, self._backend, sources, self._kept
+            )
+
+    def _events(
+        self,
+        messages: Messages,
+        max_new_tokens: int,
+        sampling: Sampling,
+        allow_files: bool | None,
+        allow_urls: bool | None,
+        one_by_one: bool,
+    ) -> Iterator[Token | Result]:
+        """Checks the arguments, and returns an iterator over the tokens, then the result."""
+        settings = checked_settings(self._model, max_new_tokens, sampling, self._backend)
+        sources = self._model.image_sources.restricted(allow_files, allow_urls)
+        conversation = one_conversation("a session", messages)
+
+        def events() -> Iterator[Token | Result]:
+            with self._one_call():
+                yield from generate_once(
+                    self._model,
+                    conversation,
+                    self._profile,
+                    settings,
+                    sources,
+                    one_by_one=one_by_one,
+                    kept=self._kept,
+                )
+
+        return events()
+
+    @contextmanager
+    def _one_call(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise GenerationError(
+                "This session is answering another call: wait for it, or close its stream, or use "
+                "a session for each conversation."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()

@@ -1,0 +1,195 @@
+"""A session answers as calls without one do, and computes only what its cache does not hold."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax import CapacityError, GenerationError, Profile
+from convert.conversion import convert_checkpoint
+from tests.support import convert_sources as sources
+from tests.support.histories import History, picture
+
+WORDS = "which picture is brighter than the first one and why not".split()
+STEPS = int(os.environ.get("HISTORY_STEPS", "12"))
+"""Steps of each random history. The long run: HISTORY_STEPS=200 pytest -k histories."""
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    """A random Gemma 3 with layers of both kinds and a window of 12 tokens."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
+    convert_checkpoint(source, folder / "ours", dtype="float32")
+    return bsjax.load(folder / "ours", "float32")
+
+
+@pytest.fixture
+def loaded(request, tiny_model):
+    name, category = request.param
+    if name == "gemma3":
+        model, words = request.getfixturevalue("gemma3"), [f"word{n}" for n in range(3, 9)]
+    else:
+        model, words = tiny_model, WORDS
+    return model, words, category and Profile.uniform(category, model)
+
+
+FAMILIES = pytest.mark.parametrize(
+    "loaded",
+    [
+        ("qwen2_5_vl", None),
+        ("qwen2_5_vl", "INTRA_IMAGE_SINK"),
+        ("gemma3", None),
+        ("gemma3", "INTRA_IMAGE_SINK"),
+    ],
+    indirect=True,
+    ids=lambda of: "-".join(filter(None, of)).lower(),
+)
+
+
+def user(*parts):
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def assert_close(ours, expected):
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_random_histories_are_answered_as_by_plain_calls(loaded):
+    model, words, profile = loaded
+    random = np.random.default_rng(len(words))
+    history = History(random, words)
+    session = bsjax.Session(model, profile=profile, max_tokens=1024)
+    reused, step = 0, "begin"
+    for _ in range(STEPS):
+        messages = history.messages
+        plain = bsjax.generate(model, messages, profile=profile, max_new_tokens=5)
+        match random.integers(4):
+            case 0:
+                logits, first = session.forward(messages)
+                expected = bsjax.forward(model, messages, profile=profile)
+                assert first + len(logits) == len(expected)
+                assert_close(logits, expected[first:])
+            case 1:
+                # Abandoned after some pieces.
+                pieces = session.stream(messages, max_new_tokens=5)
+                some = "".join(itertools.islice(pieces, int(random.integers(0, 4))))
+                pieces.close()
+                assert plain.text.startswith(some)
+            case _:
+                answer = session.generate(messages, max_new_tokens=5)
+                assert answer.token_ids == plain.token_ids, step
+                reused += answer.stats.reused_tokens
+        step = history.change(plain.text)
+    assert reused > 0
+    assert_close(session.forward(messages)[0], bsjax.forward(model, messages, profile=profile)[-1:])
+
+
+@FAMILIES
+def test_a_follow_up_runs_only_what_is_new(loaded):
+    model, words, profile = loaded
+    session = bsjax.Session(model, profile=profile, max_tokens=1024)
+    messages = [user(picture(0), picture(1), " ".join(words))]
+    first = session.generate(messages, max_new_tokens=4)
+    assert first.stats.reused_tokens == 0 and session.tokens == first.prompt_tokens + 3
+    again = session.generate([*messages], max_new_tokens=4)
+    messages += [assistant(words[0]), user(picture(2), words[1])]
+    second = session.generate(messages, max_new_tokens=4)
+    plain = bsjax.generate(model, messages, profile=profile, max_new_tokens=4)
+    assert second.token_ids == plain.token_ids and again.token_ids == first.token_ids
+    if model.config.model_type == "gemma3":
+        # Its window is 12 tokens, and the answers are not those in the cache.
+        assert again.stats.reused_tokens == second.stats.reused_tokens == 0
+        continued = session.generate([*messages, assistant(words[0]), user(words[2])])
+        assert continued.stats.reused_tokens == 0
+        return
+    assert again.stats.reused_tokens == first.prompt_tokens - 1
+    assert first.prompt_tokens - 3 <= second.stats.reused_tokens < first.prompt_tokens + 4
+    # The images of the first turn do not run again.
+    assert second.stats.attention_flops_dense < plain.stats.attention_flops_dense / 2
+    assert second.stats.image_tokens == plain.stats.image_tokens
+    assert second.prompt_tokens == plain.prompt_tokens
+
+
+def test_an_image_with_other_pixels_is_another_image(tiny_model):
+    session = bsjax.Session(tiny_model)
+    first = [user("See:", picture(0), picture(1), "Which is brighter?")]
+    other = [user("See:", picture(0), picture(5), "Which is brighter?")]
+    session.generate(first, max_new_tokens=2)
+    answer = session.generate(other, max_new_tokens=6)
+    template = tiny_model.family.template(tiny_model.prompt(other), tiny_model.config, None)
+    assert answer.stats.reused_tokens == template.image_first[1]
+    assert answer.token_ids == bsjax.generate(tiny_model, other, max_new_tokens=6).token_ids
+
+
+def test_a_session_refuses_what_does_not_fit_and_keeps_what_it_has(tiny_model):
+    session = bsjax.Session(tiny_model, max_tokens=64)
+    messages = [user(picture(2), "Why?")]
+    first = session.generate(messages, max_new_tokens=2)
+    held = session.tokens
+    with pytest.raises(CapacityError, match="room for 64: raise its max_tokens"):
+        session.generate([user(picture(2), "Why? " * 60)])
+    with pytest.raises(bsjax.MessageError):
+        session.generate([{"role": "user", "content": [{"type": "image", "image": "missing.png"}]}])
+    assert session.tokens == held
+    assert session.generate(messages, max_new_tokens=2).stats.reused_tokens > 0
+    assert session.generate(messages, max_new_tokens=2).token_ids == first.token_ids
+    session.clear()
+    assert session.tokens == 0
+    assert session.generate(messages, max_new_tokens=2).stats.reused_tokens == 0
+
+
+def test_one_call_at_a_time(tiny_model):
+    session = bsjax.Session(tiny_model)
+    pieces = session.stream([user("Why?")], max_new_tokens=8)
+    next(pieces)
+    with pytest.raises(GenerationError, match="close its stream"):
+        session.generate([user("Why?")])
+    pieces.close()
+    session.generate([user("Why?")], max_new_tokens=2)
+
+
+def test_a_call_that_fails_half_way_leaves_nothing(tiny_model, monkeypatch):
+    session = bsjax.Session(tiny_model)
+    messages = [user(picture(0), "Why?")]
+    session.generate(messages, max_new_tokens=2)
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("bsjax.runtime.decoding.Decoding.run", fail)
+        session.generate([user(picture(0), "Why not?")], max_new_tokens=3)
+    answer = session.generate([user(picture(0), "Why not?")], max_new_tokens=3)
+    plain = bsjax.generate(tiny_model, [user(picture(0), "Why not?")], max_new_tokens=3)
+    assert answer.token_ids == plain.token_ids
+
+
+def test_bad_arguments_of_sessions_are_refused(tiny_model, annotations_unchecked):
+    limit = tiny_model.config.text_config.max_position_embeddings
+    with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):
+        bsjax.Session(tiny_model, max_tokens=limit + 1)
+    for arguments in ({"max_tokens": 1}, {"max_tokens": 2.5}, {"max_tokens": None}):
+        with pytest.raises(GenerationError, match="max_tokens"):
+            bsjax.Session(tiny_model, **arguments)
+    with pytest.raises(GenerationError, match=r"bsjax\.load"):
+        bsjax.Session("checkpoint")
+    session = bsjax.Session(tiny_model)
+    with pytest.raises(GenerationError, match="a session takes one conversation"):
+        session.generate([[user("Why?")]])
+    with pytest.raises(GenerationError, match="stream must be a function"):
+        session.generate([user("Why?")], stream=3)
