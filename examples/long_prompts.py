@@ -29,9 +29,9 @@ from .train_small_vlm.scenes import COLOURS, CONTENTS, draw_picture
 LENGTHS = (2048, 4096, 8192, 16384)
 """The least number of tokens of each prompt."""
 ROUNDS = 3
-"""How often each prompt is timed at most; dense and sparse take turns."""
+"""How many times each prompt is timed, at most; dense and sparse take turns."""
 SECONDS = 8.0
-"""After this time no further round of a prompt starts."""
+"""No further round of a prompt starts after this many seconds."""
 IMAGE_SIDE = 64
 """Height and width of each image in pixels. An image of this size has 256 tokens, as in Gemma 3.
 The images that the model was trained on have about 37 tokens; those of other published models have
@@ -112,6 +112,7 @@ def _attention_call(model: bsjax.LoadedModel, inputs: ModelInputs) -> Callable[[
         def layer(index: jax.Array) -> jax.Array:
             return attention(q, k, v, rows.schedule, categories[index], index).sum()
 
+        # As in prefill, only the row that chooses a token has a query in the last layer.
         last = attention(q[:1], k, v, outputs.schedule, categories[-1], jnp.int32(layers - 1)).sum()
         return jax.lax.map(layer, jnp.arange(layers - 1)).sum() + last
 

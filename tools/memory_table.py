@@ -3,7 +3,8 @@
     python -m tools.memory_table [--check]
 
 Compiles every program of a generation ahead of time for an H200 and an A100, in bfloat16, for
-prompts of 1000-token images (Gemma 3: 256). Prints the memory of each and writes docs/memory.md.
+prompts of 1000-token images (Gemma 3: 256). Prints the memory that each prompt takes and writes
+docs/memory.md.
 Fails if a goal is missed. With --check it writes no file.
 """
 
@@ -62,7 +63,7 @@ GOALS = {
     ("Gemma-3-4B", 131_000): 3 * 2**30,
     ("Gemma-3-27B", 131_000): 3 * 2**30,
 }
-"""Largest number of bytes in addition to weights and cache, at any stage and on any GPU."""
+"""By model and tokens: the most bytes in addition to weights and cache, at any stage and GPU."""
 
 # An image 700 pixels high and 1120 wide: 50 x 80 patches, 1000 tokens for Qwen.
 _GRID = (1, 50, 80)
@@ -238,19 +239,20 @@ The tool that writes this page fails if one of these goals is missed:
 `vision`, `prefill` and `decode` are the peaks of these stages in addition to weights and cache;
 they include image features and pixel values. `vision` handles a group of images at a time and
 `prefill` a chunk of at most {measurements[0].chunk_rows:,} rows, however long the prompt is.
-`peak` is the weights, the cache and the largest stage. A prompt `fits` if its peak is below
-{_MEMORY_FRACTION:.0%} of the GPU's memory, the share that JAX takes by default
-(`XLA_PYTHON_CLIENT_MEM_FRACTION` raises it).
+`peak` is the sum of weights, cache and the largest of these stages. A prompt `fits` if its peak is
+at most {_MEMORY_FRACTION:.0%} of the GPU's memory, the share that JAX takes by default
+(`XLA_PYTHON_CLIENT_MEM_FRACTION` changes it).
 
 Prompts consist of 1000-token images (Gemma 3: images of 256 tokens, 4096 patches) with
-{_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. The four categories are
-mixed over the heads. The cache has one of a few lengths: {_largest(measurements)}.
+{_TEXT_TOKENS} text tokens before each. {NEW_TOKENS} tokens are generated. All four head categories
+occur in every layer. The length of the cache is rounded up to one of a few:
+{_largest(measurements)}.
 
 ## Caches of layers with a window
 
-Gemma 3's local layers keep the last 1023 tokens, which are all that a query sees except itself. Its
-global layers keep all tokens. The table compares, in GiB, the cache with one in which every layer
-keeps all tokens (computed from its shape):
+Gemma 3's local layers keep the last 1023 tokens, which are all that a query sees besides itself.
+Its global layers keep all tokens. The table gives, in GiB, the size of this cache and of a cache in
+which every layer keeps all tokens (computed from its shape):
 
 | model | tokens | cache | cache of full length | share |
 |---|---:|---:|---:|---:|

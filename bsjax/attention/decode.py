@@ -12,7 +12,7 @@ from bsjax.errors import MaskError
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 
 _XLA_BLOCK = 1024
-"""Rows of the cache that the `xla` backend holds the scores of at a time."""
+"""How many rows of the cache the `xla` backend computes the scores of at a time."""
 
 
 @overload
@@ -126,7 +126,7 @@ def _xla_decode_attention(
     batch, q_heads, head_dim = q.shape
     rows, kv_heads = k_cache.shape[2:4]
     block = min(rows, _XLA_BLOCK)
-    # For an axis of length 1, XLA may choose another layout and copy the whole cache into it.
+    # Without a batch axis of length 1, for which XLA may choose another layout and copy the cache.
     caches = [jax.lax.squeeze(of, (1,)) if batch == 1 else of for of in (k_cache, v_cache)]
     batches = (batch,) * (batch != 1)
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
@@ -136,7 +136,8 @@ def _xla_decode_attention(
 
     def attend(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         greatest, total, output = carry
-        # The last block may be read from further up: rows before its start are left out.
+        # If the last block would reach beyond the cache, it is read from further up, and the rows
+        # before its start are masked.
         first = index * block
         start = jnp.minimum(first, rows - block).astype(jnp.int32)
         k, v = (

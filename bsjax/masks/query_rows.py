@@ -18,8 +18,8 @@ from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, Visibility
 
 TILE_WINDOWS = 4
-"""In packed order and with a window, a tile spans at most this many windows of prompt positions (or
-this many times its own length, where that is longer)."""
+"""In packed order and with a window, the prompt positions of a tile's rows span at most this many
+windows (or this many times `block_q`, if that is more)."""
 
 
 class RowRanges(NamedTuple):
@@ -101,12 +101,13 @@ class QueryRows:
     ) -> Int[np.ndarray, "tiles"]:
         """First rows of all tiles of a table.
 
-        Tiles of a sparse table never hold rows of two images, with one exception: sink rows that
-        are kept apart, as each image has few of them and they share most of their keys.
+        Tiles of a sparse table never hold rows of two images, with one exception: sinks that come
+        before all other image tokens (`Rows.sinks_apart`). Each image has few of them, and they
+        share most of their keys.
 
-        With a window, rows far apart have no keys in common. In packed order, a tile of sink rows
-        could reach over the whole prompt, and visit all of it after the other tiles are done.
-        Tiles therefore also end after `TILE_WINDOWS` windows.
+        With a window, rows far apart have no keys in common. In packed order, a tile of sinks could
+        span the whole prompt and visit all of its keys, long after the other tiles are done. Tiles
+        therefore also end after `TILE_WINDOWS` windows.
 
         Args:
           groups: the key groups of the table.

@@ -1,16 +1,19 @@
 """Rows: tokens in the order in which the model runs them, packed span by span.
 
     prompt order   T T A a a a T T B b b T | T C c c T      two spans: a prompt and its next turn
-    rows           T T T T T A B a a a b b | T T T C c c
+    rows           T T T T T A B a a a b b | T T C c c
 
-A *span* is a run of tokens of one conversation that are packed together. One span holds a whole
-prompt; queries of a chunk are a span that begins and ends inside it; rows of several conversations
-are as many spans. Queries and keys are two lists of spans, and need not be of the same tokens.
+A *span* is a run of tokens of one conversation whose rows are packed together. A whole prompt is
+one span; the queries of a chunk are a span that begins and ends inside a prompt; rows of several
+conversations have at least one span for each. Queries and keys are two lists of spans, and need not
+be the same tokens.
 
-The keys of a span form *segments*: text, sinks and other image tokens, each sorted by position.
+The keys of a span form *segments*, each sorted by position: text, sinks and other image tokens in
+packed order, all of them together in prompt order.
 
-Queries that are other rows than the keys may leave sinks in their images: T T T A a a a B b b b. A
-few sinks per chunk would fill hardly any of a tile that sees as many keys as a full one.
+If queries and keys are not the same rows, queries may leave sinks in their images, as those of a
+chunk do: T T T A a a a B b b b. Kept apart, the few sinks of a chunk would fill only a small part
+of a tile, and that tile would still visit as many keys as a full one.
 """
 
 from collections.abc import Sequence
@@ -45,8 +48,8 @@ class KeySegment(NamedTuple):
 
     Attributes:
       start: position at which the segment's span starts.
-      before: int32; first key row of the segment at or after each position of the span, and after
-        its end.
+      before: int32; for each position of the span, the first key row of the segment at or after it.
+        The last entry is one past the segment's last key row.
       own: the group of its keys for queries of their own image; all groups where keys of all groups
         are mixed.
       other: the group of its keys for all other image queries.
@@ -68,9 +71,9 @@ class Rows:
     Args:
       templates: one for each conversation.
       spans: the spans, in the order of their rows.
-      packed: whether each span is in packed order, or else in prompt order.
-      sinks_apart: whether packed order puts sinks before all other image tokens, which keys need,
-        or leaves them in their images.
+      packed: whether each span is in packed order; otherwise it is in prompt order.
+      sinks_apart: whether packed spans have sinks before all other image tokens, as keys must;
+        otherwise sinks stay in their images.
 
     Attributes:
       templates: as given.
@@ -141,7 +144,7 @@ class Rows:
 
     @cached_property
     def segments(self) -> tuple[tuple[KeySegment, ...], ...]:
-        """For each conversation, its key segments. Packed keys need `sinks_apart`."""
+        """For each conversation, its key segments. Packed rows must have `sinks_apart` set."""
         assert self.sinks_apart or not self.packed
         segments: list[list[KeySegment]] = [[] for _ in self.templates]
         for first_row, span in zip(self.first_row.tolist(), self.spans, strict=False):

@@ -3,7 +3,7 @@
 Query rows and key rows are tokens in packed order, or in prompt order when every head is dense (see
 `bsjax.masks.rows`). They are the same rows when a whole prompt runs at once; otherwise the queries
 are those of a chunk or of a turn, or belong to several conversations. A query row sees at most one
-range [low, high) of each key segment, and both ends only grow from row to row (see
+range [low, high) of each key segment, and from row to row of a tile neither end ever decreases (see
 `bsjax.masks.query_rows`). A tile visits the union of what its rows see:
 
     first row of a tile    . . # # # # # # # # . . . .     [low, high) of the first row
@@ -17,13 +17,13 @@ that range are *full* and need no element mask. The others are *partial*: the pr
 by pair. Where consecutive rows of a tile leave a gap of keys that neither sees, the tile has
 several ranges. Tiles and ranges never leave a conversation.
 
-All heads see the same keys of a text row, whatever their categories. In a schedule for grouped
-heads, text rows therefore have a table of their own, in which a tile stacks the query heads that
-share a key head: 18 rows x 7 heads in a tile of 128. A chunk of a prompt has few text rows, which
-see everything, and keys are read once for all of those heads.
+A text row sees the same keys in all heads, whatever their categories. Text rows can therefore have
+a table of their own, in which a tile stacks the query heads that share a key head: 18 rows x 7
+heads in a tile of 128. A chunk of a prompt has few text rows, which see everything before them; a
+stacked tile reads those keys once for all of its heads.
 
-Where those few tiles are much longer than all others, a GPU would wait for them. They can be split
-along the keys into *parts*, whose results are combined by their log-sum-exps.
+If those few tiles visit many more blocks than all others, a GPU would wait for them. They can be
+split along the keys into *parts*, whose results are combined by their log-sum-exps.
 
 Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
@@ -53,9 +53,9 @@ PADDING = TokenInfo(PADDING_POSITION, -1, False, -1)
 """What the predicate is told about padding rows."""
 
 LONGEST_TILE = 256
-"""Blocks of a tile of text rows beyond which it may be split along the keys."""
+"""A tile of text rows that visits more blocks than this may be split along the keys."""
 
-# Backends pad their arrays by a block.
+# The largest block size that is accepted, because backends pad their arrays by a block.
 _LARGEST_BLOCK = 65536
 
 
@@ -72,7 +72,7 @@ class Tile(NamedTuple):
       first_range: index of the tile's first range among those of its table.
       full_blocks: blocks of keys in its full ranges.
       partial_blocks: blocks of keys in its partial ranges, which follow the full ones.
-      part: which part it is of those that have to be combined; -1 if it is a whole tile.
+      part: index of this part among all parts of the table's split tiles; -1 for a whole tile.
     """
 
     first_row: Any
@@ -111,12 +111,13 @@ class KeyRange(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What belongs to each part of a split tile: int32 arrays [parts].
+    """The split tile that each part belongs to: int32 arrays [parts].
 
     Attributes:
-      tile: which split tile, counted from 0; the number of parts for entries after the last part.
+      tile: index of the tile among all split tiles. For entries after the last part it is the
+        length of the array, which is out of bounds.
       first_row: the tile's first query row.
-      rows: the tile's query rows.
+      rows: how many query rows the tile has.
     """
 
     tile: Any
@@ -125,7 +126,7 @@ class Parts(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Room for how many parts there is."""
+        """How many parts there is room for."""
         return self.tile.shape[0]
 
 
@@ -144,13 +145,14 @@ class Schedule:
       keys: the same for the key rows, arrays [key rows].
       groups: int32 [tables], the `KeyGroup` bits of each table.
       tile_columns: int32 [tables, tiles, fields of `Tile`], the tiles with the most blocks first.
-        In each table that is not empty, every query row is in exactly one tile; padding rows are in
-        tiles without blocks. Entries after a table's last tile have no rows.
+        In each table that is not empty, every query row that the table is for is in exactly one
+        tile, or in all parts of one; padding rows are in tiles without blocks. Entries after a
+        table's last tile have no rows.
       range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
         has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
         step by `block_kv` from a range's start; the last block of a partial range is cut at the end
         of the range. One extra entry lets kernels look one range ahead without leaving the bounds.
-      block_q: query rows of a tile, at most, times the heads that are stacked.
+      block_q: query rows of a tile, at most; of a stacked tile, pairs of a query row and a head.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
       parts: the parts of split tiles of text rows; None if no tile may be split.
@@ -267,19 +269,22 @@ def build_span_schedule(
     """The schedule of any queries and keys.
 
     Args:
-      queries: the query rows, in packed order unless every table keeps all groups.
-      keys: the key rows, of the same templates and in the same kind of order.
+      queries: the query rows, in packed order unless every table keeps all groups. Sinks may stay
+        in their images (`Rows.sinks_apart`).
+      keys: the key rows, of the same templates, in packed order if the queries are.
       tables: the key groups of each table; None for a table that no head uses, which stays empty.
       block_q: query rows of a tile, at most.
       block_kv: keys of a block.
       visibility: what the model itself lets a query see.
       query_rows: query rows to pad to; None pads nothing.
       key_rows: key rows to pad to; None pads nothing.
-      stacked_heads: how many query heads share a key head, for a table of text rows; 0 for none.
-        In prompt order, where every head is dense, all rows are in that table.
+      stacked_heads: how many query heads share a key head, if text rows have a table in which tiles
+        stack these heads; 0 for no such table. In prompt order, where every head is dense, all rows
+        are in that table.
       capacity: the entries that the arrays have room for; by default enough for most templates of
         this many rows. More entries are padded to buckets.
-      most_parts: how many parts long tiles of text rows may be split into, all together.
+      most_parts: how many parts long tiles of text rows may be split into, all together; 0 splits
+        none.
 
     Raises:
       MaskError: a block size is below 1 or above 65536, or there are more rows than `query_rows` or
@@ -498,7 +503,8 @@ def _split_long_tiles(table: _Table, block_kv: int, most_parts: int) -> tuple[_T
       most_parts: how many parts there may be.
     """
     blocks = Tile.read(lambda column: table.tiles[:, column]).blocks
-    # No more than half of the parts are whole multiples of this, and no more than half are rests.
+    # The quotients blocks / most_blocks add up to at most half of `most_parts`. No more tiles than
+    # that are split, so rounding each quotient up adds at most the other half.
     most_blocks = max(LONGEST_TILE, -(-2 * int(blocks.sum()) // most_parts))
     tiles, ranges = [table.tiles[blocks <= most_blocks]], [table.ranges]
     parts = Parts(*(np.zeros(most_parts, np.int32) for _ in Parts._fields))
@@ -534,7 +540,7 @@ def _split_long_tiles(table: _Table, block_kv: int, most_parts: int) -> tuple[_T
 
 
 def _united(blocks: Sequence[tuple[int, int]], block_kv: int) -> list[tuple[int, int]]:
-    """Blocks as ranges: only whole blocks are continued by the next one."""
+    """Joins blocks that follow each other into ranges. A block that is cut short ends its range."""
     ranges: list[tuple[int, int]] = []
     for start, end in blocks:
         if ranges and ranges[-1][1] == start and (start - ranges[-1][0]) % block_kv == 0:

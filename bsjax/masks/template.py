@@ -249,7 +249,10 @@ class Template:
     def packed_order_of(
         self, start: int, end: int, *, sinks_apart: bool = True
     ) -> Int[np.ndarray, "span"]:
-        """Positions `start` to `end` in packed order, or with the sinks left in their images."""
+        """int32: the positions `start` to `end` (exclusive) in packed order.
+
+        Without `sinks_apart`, sinks stay in their images: text, then all image tokens by position.
+        """
         sink = self.sink[start:end] & sinks_apart
         text = self.image[start:end] < 0
         parts = (text, sink, ~(text | sink))

@@ -12,19 +12,22 @@ from jaxtyping import Array, Float, Int
 from bsjax.masks.schedule import Schedule
 
 PADDING_ROW = np.iinfo(np.int32).max
-"""The row of padding in any array: out of bounds, so that what is written there is dropped."""
+"""The row of padding in any array. It is out of bounds, so that writes with `mode="drop"` leave it
+out."""
 
 
 class Runs(NamedTuple):
     """Where the rows of a chunk are in a cache: a few runs of consecutive rows of the cache.
 
-    In packed order, a chunk has at most three: text, sinks and other image tokens.
+    If the cache is in packed order, a chunk has at most three: text, sinks and other image tokens.
+    In prompt order it has one.
 
     Attributes:
-      order: int32 [rows], the chunk's rows in the order of their rows of the cache.
+      order: int32 [rows], the chunk's rows, sorted by their rows of the cache; 0 in place of
+        padding, which is not written.
       first: int32 [runs], the index in `order` of each run's first row.
-      cache_row: int32 [runs], its row of the cache.
-      rows: int32 [runs], rows of the run; 0 for entries after the last run.
+      cache_row: int32 [runs], the row of the cache of each run's first row.
+      rows: int32 [runs], how many rows each run has; 0 for entries after the last run.
     """
 
     order: Any
@@ -46,7 +49,7 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: Any) -> "Cache":
-        """A cache of zeros, because kernels also multiply rows that no query sees, by 0."""
+        """A cache of zeros. Rows that no query sees must be finite: kernels multiply them by 0."""
         zeros = partial(jnp.zeros, (layers, rows, kv_heads, head_dim), dtype)
         return cls(zeros(), zeros())
 
@@ -87,14 +90,16 @@ def _runs_written(
     layer: Int[Array, ""],
     runs: Runs,
 ) -> Float[Array, "layers cache_rows kv_heads head_dim"]:
-    """Writes each run with as many rows around it, which keep their values, as a chunk has.
+    """Writes the runs of a chunk's rows into one layer.
 
-    A scatter would go row by row on a CPU.
+    The lengths of runs are data, but slices have fixed lengths. Each run is therefore written with
+    a slice of as many rows as the chunk has, in which all other rows keep their values. A scatter
+    would go row by row on a CPU.
     """
     cache_rows, rows = cache.shape[1], min(chunk.shape[0], cache.shape[1])
     zero = np.int32(0)
     for first, cache_row, count in zip(*runs[1:], strict=True):
-        # The row of the cache in which the first row of all would be, if it were in this run.
+        # The row of the cache that index 0 of `order` would have, if it belonged to this run.
         origin = cache_row - first
         start = jnp.clip(origin, 0, cache_rows - rows)
         index = start - origin + jnp.arange(rows, dtype=jnp.int32)
@@ -112,7 +117,7 @@ class GlobalRows:
     """The rows of a chunk in the cache of layers that keep all tokens.
 
     Attributes:
-      schedule: queries are the chunk's rows, keys the rows of the cache.
+      schedule: queries are the chunk's rows, keys are the rows of the cache.
       runs: where the chunk's rows are in the cache.
     """
 
@@ -125,12 +130,16 @@ class GlobalRows:
 class WindowRows:
     """The rows of a chunk in the cache of layers with a window: a ring of the last tokens.
 
-    Position p is in row p modulo the number of rows. A chunk sees the ring as it was, and itself.
+    Position p is in row p modulo the number of rows. A chunk sees itself and the ring as the chunk
+    before left it. `key_rows` and `ring_rows` are indices into the rows of that ring followed by
+    the rows of the chunk.
 
     Attributes:
-      schedule: queries are the chunk's rows, keys the tokens of the window before it and its own.
-      key_rows: int32 [keys], where each key is: in the ring, or behind it in the chunk.
-      ring_rows: int32 [ring], where each new row of the ring is, counted in the same way.
+      schedule: queries are the chunk's rows, keys are the tokens in the window before the chunk and
+        the chunk's own.
+      key_rows: int32 [keys], the row of each key of the schedule; 0 for padding.
+      ring_rows: int32 [ring], the row whose keys and values each row of the ring holds after the
+        chunk.
     """
 
     schedule: Schedule
@@ -139,17 +148,19 @@ class WindowRows:
 
 
 CachedRows = GlobalRows | WindowRows
-"""How the layers of one kind write and read a chunk."""
+"""How the layers of one kind write a chunk to the cache, and what they read from it."""
 
 
 class OutputRows(NamedTuple):
-    """The rows of a chunk whose hidden states are wanted.
+    """The rows of a chunk whose hidden states are needed after the last layer.
 
-    The last layer needs keys and values of all rows, but everything else for these rows only.
+    The last layer computes keys and values of all rows of the chunk, and everything else for these
+    rows only.
 
     Attributes:
-      rows: int32 [outputs], rows of the chunk.
-      schedule: queries are these rows; keys are those of the last layer's kind.
+      rows: int32 [outputs], indices of these rows in the chunk.
+      schedule: queries are these rows; keys are those of the chunk's schedule for the last layer's
+        kind.
     """
 
     rows: Any

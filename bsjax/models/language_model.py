@@ -67,14 +67,16 @@ class LanguageModel(nnx.Module):
         Args:
           embeddings: from `embed`, with image features in the rows of image tokens.
           position_ids: position ids of each row, from the family's `positions`.
-          cached_rows: where each kind of layers finds the chunk's keys, and those before it.
+          cached_rows: for each kind of layers, where the keys of the chunk and of the chunks before
+            it are in the cache.
           head_category: `HeadCategory` of every query head of every layer.
           cache: from `empty_cache` or the previous chunk. Donate it so that it is updated in place.
-          only: the rows whose hidden states are wanted; None is all rows of the chunk.
+          only: the rows whose hidden states are needed; None for all rows of the chunk.
           backend: attention backend.
 
         Returns:
-          Hidden states of these rows after the final norm, and the cache with all of the chunk's.
+          Hidden states after the final norm, of the rows `only` or of all rows, and the cache with
+          the keys and values of all rows of the chunk.
         """
 
     @abstractmethod
@@ -113,10 +115,10 @@ class LanguageModel(nnx.Module):
 
         Args:
           embedding: the token's embedding.
-          position: the token's position, the same on all position axes.
+          position: the token's position id, the same on all axes.
           cache: from `prefill` or the previous step. Donate it so that it is updated in place.
-          cache_index: how many tokens the cache holds, in its first rows; this token becomes the
-            next.
+          cache_index: how many tokens come before this one. It is also the row of the cache that
+            this token takes, except in layers with a window.
           backend: attention backend.
 
         Returns:

@@ -21,7 +21,7 @@ Attend = Callable[[Array, Array, Array], Array]
 
 KeepingAttend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Like `Attend`, but also returns what to keep from the layer: keys and values for a cache,
-statistics of the scores, or None."""
+statistics of the scores, or None. There may be fewer queries than keys."""
 
 LayerAttend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 """Like `KeepingAttend`, for all layers of one kind. The last argument is the layer's slice of the
@@ -74,7 +74,7 @@ def _in_float32(function: Callable[[Array], Array], x: Array) -> Array:
 
 CachingAttend = Callable[[Array, Array, Array, Array, Array, Cache], tuple[Array, Cache]]
 """Attention of one layer to a cache: `attend(q, k, v, categories, layer, cache)` returns the output
-and the cache with the layer's keys and values. `layer` counts the layers that share the cache."""
+and the cache with `k` and `v` written to it. `layer` is the layer's index in the cache."""
 
 
 def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAttend:
@@ -83,7 +83,7 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
     The whole cache is carried from layer to layer, so that it is updated in place.
 
     Args:
-      rows: where the chunk's keys, and those before it, are in the cache.
+      rows: where the keys of the chunk, and of the chunks before it, are in the cache.
       scale: factor applied to the scores.
       backend: attention backend.
     """
@@ -103,7 +103,7 @@ def _attend_to_all(
     layer: Int[Array, ""],
     cache: Cache,
 ) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
-    """Writes the chunk's keys and values, then reads the rows of the cache where they are."""
+    """Writes the chunk's keys and values, then attends to the rows of the cache in place."""
     cache = cache.chunk_written(layer, k, v, rows.runs)
     return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
 
@@ -118,7 +118,7 @@ def _attend_to_window(
     layer: Int[Array, ""],
     cache: Cache,
 ) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
-    """Attends to the window before the chunk and to the chunk, then moves the ring on."""
+    """Attends to the window before the chunk and to the chunk, and updates the ring."""
     known_k, known_v = (
         jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
         for ring, new in ((cache.k, k), (cache.v, v))
@@ -140,15 +140,15 @@ def decode_attend(
 
     Args:
       cache: the cache of these layers.
-      tokens: how many rows of the cache are valid, from the first on.
+      tokens: how many rows of the cache are valid: its first ones.
       scale: factor applied to the scores.
       backend: attention backend.
     """
     lengths = jnp.reshape(tokens, 1)
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
-        # In the loop over layers: XLA would lay out a batch axis of length 1 in another way, and
-        # copy the whole cache into the loop.
+        # The batch axis is added inside the loop over layers. XLA would choose another layout for
+        # a cache that has it outside, and copy the whole cache into the loop.
         cached_k, cached_v = (jax.lax.expand_dims(rows, (1,)) for rows in cache)
         attended = decode_attention(
             q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
@@ -219,7 +219,8 @@ def scan_layers_of_kinds(
 
     Args:
       stacked: a module made by `stack_layers`.
-      kinds: the kind of each layer, counted from 0. Layers after these do not run.
+      kinds: the kind of each layer to run, from the first layer on, as an index into `steps`. The
+        remaining layers of the stack do not run.
       steps: one function for each kind. Their outputs may differ in structure and shape.
       carry: the first layer's input: the hidden state, alone or with caches.
       scanned: pytree of arrays with a leading layer axis; steps are given a layer's slice.
@@ -275,7 +276,14 @@ def run_layer(
     carry: Any,
     scanned: Any = None,
 ) -> tuple[Any, Any]:
-    """Runs one of stacked layers, as `scan_layers` would.
+    """Runs a single one of stacked layers, as `scan_layers` would.
+
+    Args:
+      stacked: a module made by `stack_layers`.
+      layer: index of the layer.
+      step: runs the layer.
+      carry: the layer's input.
+      scanned: pytree of arrays with a leading layer axis; `step` is given this layer's slice.
 
     Returns:
       The next carry and the layer's output.
@@ -348,9 +356,9 @@ def by_rows(
 ) -> Float[Array, "rows out"]:
     """`function(x)` in bounded memory, for a function that treats each row independently.
 
-    Up to `MLP_ROWS` rows, such as a chunk of a prompt, are one call. More rows, where profiling
-    runs a whole prompt, are several calls, the remainder last: the inner width of an MLP is about
-    five times the model's.
+    The inner width of an MLP is about five times the model's, so its inner activations would be the
+    largest arrays when profiling runs a whole prompt. More than `MLP_ROWS` rows are therefore
+    several calls, the remainder last. A chunk of a prompt usually has fewer rows, and is one call.
     """
     rows = x.shape[0]
     if rows <= MLP_ROWS:

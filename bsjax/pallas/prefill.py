@@ -25,7 +25,7 @@ schedules list the longest tiles first. Where a tile has more rows than the regi
 programs share it. The parts of a tile that is split along the keys are written to an array of their
 own, and combined afterwards.
 
-Keys and values are read from the cache of all layers, at the index of one.
+Keys and values are read in place from the cache of all layers, at the index of one of them.
 
 Reads of keys and values are never masked by row, so that the pipelined loops can copy them straight
 to shared memory. Masked reads, together with the predicate's reads, would also make Triton's
@@ -139,7 +139,7 @@ def prefill_attention(
     groups = jnp.asarray(schedule.groups)[:, None]
     info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
     keys = key_visibility(info, groups, schedule.visibility)
-    # Blocks of keys are read whole. Only a prompt that is shorter than one block needs padding.
+    # Blocks of keys are read whole. Padding is needed only if all keys are fewer than one block.
     missing = max(0, configuration.block_kv - key_rows)
     if missing:
         k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
@@ -288,19 +288,24 @@ class _Softmax(NamedTuple):
 
 
 class _TileRows(NamedTuple):
-    """The rows of a program: of one head, or pairs of a row and a head that share a key head."""
+    """The rows of a program: query rows of one head, or pairs of a query row and a query head.
+
+    The heads of the pairs share a key head.
+    """
 
     table: Array
     tile: Tile
     kv_head: Array
     """The key head of stacked rows."""
     earlier: Array
-    """How many rows of the tile other programs have."""
+    """How many of the tile's rows belong to programs before this one."""
     count: Array
-    """How many rows there are: 0 or less if there is nothing to do."""
+    """How many of the tile's rows are left for this program and those after it; 0 or less if this
+    program has nothing to do."""
     inside: Array
     """bool [block_q]: which rows belong to the tile."""
     first_row: Array
+    """The program's first query row or, if `row` is given, the tile's."""
     row: Array | None
     """int32 [block_q], the query row; None for consecutive rows of one head."""
     head: Array | None

@@ -1,10 +1,14 @@
 """From messages to an answer: inputs, compiled programs, and the stages that run them.
 
 generation    `generate`, `stream` and `forward`
-inputs        a prompt's arrays: packed, padded, with schedules and vision plans
-embedding     stage: token embeddings and image features
-answering     stage: prefill and decoding
-scoring       stage: logits of all tokens
+inputs        a prompt as it can be known before it runs: template, positions, FLOPs, image groups
+chunks        a prompt, chunk by chunk: padded arrays, schedules, rows of the cache
+sizes         the few sizes of chunks, caches and groups of images
+images        stage: groups of images through the vision tower
+prefill       stage: the chunks of a prompt, up to the first token
+decoding      stage: the tokens after the first
+scoring       in place of prefill and decoding: the logits of all tokens
+warmup        compiling programs before the first prompt arrives
 memory        the memory of each stage, and the check that a prompt fits
 programs      ahead-of-time compilation of programs
 sampling      choosing the next token

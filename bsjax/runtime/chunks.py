@@ -1,11 +1,14 @@
 """A prompt, chunk by chunk: where chunks end, and what the programs are given for each.
 
-    prompt order   T T A a a a T T | B b b T C c c T | ...     chunks of at most C tokens
-    cache          T T T T T T ... | A B C ... | a a a | b b | c c | ...
+    prompt         T T A a a a T T | B b b T C c c T       two chunks, in prompt order
+    their rows     T T T T A a a a | T T B b b C c c
+    cache          T T T T T T A B C a a a b b c c
 
-The rows of the cache are those of the whole prompt in packed order, which is known before the first
-chunk runs: text, sinks and the images of all chunks stay together, whatever the chunks. The rows of
-a chunk are its own tokens in packed order, but with the sinks left in their images.
+The cache has the rows of the whole prompt in packed order, which is known before the first chunk
+runs. All text, all sinks and the other tokens of each image are therefore contiguous, wherever
+chunks end. The rows of a chunk are its own tokens, text first, but with the sinks left in their
+images. If every head is dense, the cache and the chunks are in prompt order. Layers with a window
+keep a ring of the last positions instead (`bsjax.models.cache.WindowRows`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +30,7 @@ from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
 
 MOST_RUNS = 3
-"""The most runs of a chunk's rows: text, sinks and other image tokens."""
+"""The most runs of rows of the cache that a chunk has: text, sinks and other image tokens."""
 
 
 class ChunkArguments(NamedTuple):
@@ -36,11 +39,12 @@ class ChunkArguments(NamedTuple):
     Attributes:
       token_ids: int32 [rows].
       position_ids: int32 [axes, rows].
-      feature_row: int32 [rows], the row of each image token's features; `PADDING_ROW` for text and
-        padding.
+      feature_row: int32 [rows], the row of each image token in the array of image features;
+        `PADDING_ROW` for text and padding.
       cached_rows: for each kind of layers, how it writes and reads the cache.
-      outputs: the row of the prompt's last token, for a program that needs no other hidden state;
-        in chunks before the last, a row that sees nothing. None if all rows are wanted.
+      outputs: the row whose hidden state the program needs: that of the chunk's last token. Only in
+        the prompt's last chunk does it see any keys; elsewhere its result is never read. None if
+        the hidden states of all rows are needed.
     """
 
     token_ids: Any
@@ -57,9 +61,9 @@ class Chunk:
     Attributes:
       start: position of the chunk's first token.
       end: one past the position of its last token.
-      order: the prompt position of each row before the padding.
+      order: the prompt position of each row, without padding rows.
       arguments: what the programs are given.
-      images_end: how many image tokens of the prompt the chunk and those before it have.
+      images_end: how many image tokens this chunk and all chunks before it have.
     """
 
     start: int
@@ -78,14 +82,18 @@ class Chunks:
       stacked_heads: how many query heads share a key head.
       new_tokens: how many tokens may follow the prompt.
       reuse: which tokens are in the cache already.
-      most_parts: how many parts long tiles of text rows may be split into.
-      all_outputs: whether the hidden states of all rows are wanted, not only the last one's.
+      most_parts: how many parts the long tiles of text rows in a chunk's schedule may be split
+        into, all together; 0 splits none.
+      all_outputs: whether the hidden states of all rows are needed, not only that of the prompt's
+        last token.
 
     Attributes:
-      borders: first and end position of each chunk, and the rows that it is padded to.
+      inputs: as given.
+      borders: for each chunk, the position of its first token, one past that of its last token, and
+        the rows that it is padded to.
       cache_rows: rows of the cache.
-      feature_rows: rows for image features, those of a chunk and those of a group of images. Image
-        tokens take them in turn.
+      feature_rows: rows of the array of image features, enough for the image tokens of a chunk and
+        of a group of images. Image token i of the prompt has row i modulo this number.
     """
 
     def __init__(
@@ -102,7 +110,8 @@ class Chunks:
         self.inputs = inputs
         self.cache_rows = reuse.cache_rows or cache_rows(inputs.tokens + new_tokens)
         self.feature_rows = sizes.chunks[-1] + inputs.group_tokens
-        # Where tokens of an image see each other, its keys must be there before its queries run.
+        # If the tokens of an image see each other, all of its keys must be in the cache before any
+        # of its queries runs: no chunk may end inside an image.
         whole_images = any(of.bidirectional_images for of in inputs.visibilities)
         self.borders = chunk_borders(
             inputs.template,
@@ -140,7 +149,7 @@ class Chunks:
         return row
 
     def chunk(self, start: int, end: int, rows: int) -> Chunk:
-        """The arguments of the tokens `start` to `end`, padded to `rows` rows."""
+        """The chunk of the tokens `start` to `end` (exclusive), padded to `rows` rows."""
         inputs = self.inputs
         queries = Rows(
             [inputs.template], [Span(start, end)], packed=inputs.is_sparse, sinks_apart=False
@@ -164,14 +173,14 @@ class Chunks:
         return Chunk(start, end, order, arguments, int(self._images_before[end]))
 
     def _last_row(self, queries: Rows, rows: int) -> OutputRows:
-        """The row of the prompt's last token, if it is in the chunk."""
+        """The row of the chunk's last token. It sees keys only if it is the prompt's last token."""
         inputs = self.inputs
         ((_, end, _),) = queries.spans
         is_last = end == inputs.tokens
         last = Rows(queries.templates, [Span(end - 1, end)] * is_last, packed=queries.packed)
         visibility = inputs.visibilities[inputs.last_kind]
         keys, key_rows = self._keys_of(visibility, queries, rows)
-        # A row has a tile of its own, or the parts of one.
+        # The row has one tile, which may be split into parts.
         capacity = _room_for(1 + self._most_parts)
         schedule = self._schedule(visibility, last, keys, 1, key_rows, capacity)
         return OutputRows(np.flatnonzero(queries.position == end - 1).astype(np.int32), schedule)
@@ -201,7 +210,7 @@ class Chunks:
         ((first, _, _),) = keys.spans
         ((start, end, _),) = queries.spans
         ring = self._ring(visibility)
-        # Where each position from `first` on is: in the ring, or behind it in the chunk.
+        # The place of each position from `first` on, if the chunk's rows followed the ring's.
         place = np.arange(first, end) % ring
         place[queries.position - first] = ring + np.arange(queries.tokens)
         place_of_key = np.zeros(key_rows, np.int32)
@@ -235,37 +244,38 @@ class Chunks:
             most_parts=self._most_parts,
         )
         if keys is self._keys:
-            # On the device once, not for each chunk again.
+            # All chunks have the same keys, which are copied to the device only once.
             self._device_keys = self._device_keys or jax.device_put(schedule.keys)
             schedule = replace(schedule, keys=self._device_keys)
         return schedule
 
 
 def schedule_capacity(rows: int, block_q: int, stacked_heads: int, most_parts: int) -> Capacity:
-    """Room for the schedule of any chunk of up to `MOST_IMAGES` images.
+    """Enough entries for the schedule of any chunk of up to `MOST_IMAGES` images.
 
     Args:
       rows: rows of the chunk.
       block_q: rows of a tile, at most.
       stacked_heads: how many query heads the tiles of text rows stack.
-      most_parts: how many parts these tiles may be split into.
+      most_parts: how many parts these tiles may be split into, all together.
     """
-    # A tile may also end where another segment or another stretch of a window begins.
+    # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
     of_images = -(-rows // block_q) + MOST_IMAGES
     of_text = -(-rows // max(1, block_q // stacked_heads))
     return _room_for(max(of_images, of_text) + most_parts + 16)
 
 
 def _room_for(tiles: int) -> Capacity:
-    # Each tile has a few ranges in each of three segments; a tile of sinks some for each image.
+    # Each tile has a few ranges in each of the three key segments. Tiles whose rows are so far
+    # apart that a window leaves gaps between their ranges have more.
     return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
 
 
 def runs_of(cache_row: Int[np.ndarray, "tokens"], rows: int) -> Runs:
-    """The runs of a chunk, given the cache row of each of its tokens.
+    """The runs of a chunk, given the row of the cache of each of its rows.
 
     Args:
-      cache_row: the row of the cache of each row of the chunk, without padding.
+      cache_row: for each row of the chunk except padding, its row of the cache.
       rows: rows of the chunk, padding included.
     """
     order = np.zeros(rows, np.int32)
@@ -281,17 +291,22 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], rows: int) -> Runs:
 def chunk_borders(
     template: Template, sizes: Sequence[int], *, whole_images: bool, start: int = 0
 ) -> list[tuple[int, int, int]]:
-    """First and end position of each chunk, and the rows that it is padded to.
+    """Where the chunks of a prompt begin and end, and the rows that each is padded to.
 
-    A chunk has the largest size that the tokens left would fill, if they were padded to the
-    smallest one. It ends earlier after `MOST_IMAGES` images.
+    The size of a chunk is the largest that does not exceed the number of tokens left, rounded up to
+    a multiple of the smallest size. A chunk has fewer tokens than its size if it would otherwise
+    have more than `MOST_IMAGES` images, or end inside an image although `whole_images` is set.
 
     Args:
       template: the prompt.
       sizes: rows of a chunk, ascending.
-      whole_images: whether a chunk must not end inside an image. An image that is larger than all
-        sizes is then a chunk of its own size.
+      whole_images: whether no chunk may end inside an image. An image that is larger than all sizes
+        is then a chunk of its own, padded to a multiple of the largest size.
       start: position of the first token that has to run.
+
+    Returns:
+      For each chunk, the position of its first token, one past that of its last token, and the rows
+      that it is padded to.
     """
     firsts = np.asarray(template.image_first)
     ends = firsts + np.asarray(template.image_tokens, np.int64)
@@ -310,7 +325,7 @@ def chunk_borders(
                 end = int(firsts[cut])
             if end > start:
                 break
-            # The first image does not fit.
+            # The chunk begins with an image that does not fit.
             larger = [bigger for bigger in sizes if bigger > size]
             own = int(ends[first_image] - start)
             size = larger[0] if larger else -(-own // sizes[-1]) * sizes[-1]

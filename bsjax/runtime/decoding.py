@@ -1,11 +1,11 @@
-"""Decoding: prefill has chosen the first token of an answer, this chooses the remaining ones.
+"""Decoding: generates the tokens of an answer after the first, which prefill has chosen.
 
     prefill -> decode -> decode -> ...
 
-The cache is updated in place by each call.
+Each call of `decode` updates the cache in place.
 
-Each file for a stage of `bsjax.runtime` has the functions that are compiled (of a module and
-arrays) and the class that compiles and runs them.
+Like the modules of the other stages, this one has a function that is compiled, whose arguments are
+a model and arrays, and a class that compiles and runs it.
 """
 
 from dataclasses import dataclass, field
@@ -72,17 +72,17 @@ def decode(
 
     Args:
       module: the model.
-      state: the first token and the cache of prefill, or from the previous call. Donate it so that
-        the cache is updated in place.
+      state: the first token and the cache, both from prefill, or the state that the previous call
+        returned. Donate it so that the cache is updated in place.
       limit: the most tokens to generate, at most `DECODE_CHUNK`.
-      prompt_tokens: how many tokens the prompt has; they are the first rows of the cache.
-      next_position: position of the first token after the prompt.
+      prompt_tokens: how many tokens the prompt has.
+      next_position: position id of the first token after the prompt.
       end_tokens: ids of end-of-sequence tokens, padded with -1.
       sampling: how tokens are chosen.
       backend: attention backend.
 
     Returns:
-      The tokens, how many of them are valid, and the state for the next call.
+      The tokens, int32 [DECODE_CHUNK]; how many of them are valid; the state for the next call.
     """
 
     def continues(carry: tuple[Array, Array, DecodeState]) -> Array:
@@ -115,7 +115,7 @@ class Decoding:
     """The stage that continues an answer.
 
     Attributes:
-      stages: the stage.
+      stages: a list of this one stage.
     """
 
     def __init__(
@@ -145,6 +145,6 @@ class Decoding:
         self.stages = [Stage("decode", self._decode)]
 
     def run(self, state: DecodeState, limit: int) -> tuple[list[int], DecodeState]:
-        """Returns up to `limit` more tokens and the state for the next call; donates `state`."""
+        """Generates up to `limit` tokens. Returns them and the next state; donates `state`."""
         chunk, count, state = self._decode(state, np.int32(limit), *self._arguments)
         return np.asarray(chunk)[: int(count)].tolist(), state

@@ -1,7 +1,7 @@
 """Images of a prompt, group by group: from pixels to the rows of an array of features.
 
-A group is as many consecutive images as fit into one of a few sizes, so that one program or two
-encode the images of all prompts, and only a group's pixels are on the device at a time.
+A group is as many consecutive images as fit into one of a few sizes. One or two programs therefore
+encode the images of all prompts, and the pixels of at most two groups are on the device at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +20,9 @@ from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import sizes_in_use
 
-# Patches along each side of a square. Images count as whole squares: a group has room for tiles of
-# that size, such as the windows of a tower, not for many smaller ones.
+# Patches along each side of a square. A group's schedules have room for tiles as large as a square,
+# such as the windows of a tower, but not for as many smaller tiles as many small images would need.
+# Each image therefore counts as whole squares.
 _SQUARE = 8
 
 
@@ -34,7 +35,7 @@ class ImageGroup:
       plan: the family's `vision_plan` for these images, padded.
       first: index of the group's first token among all image tokens of the prompt.
       tokens: how many image tokens the group has.
-      padded_tokens: the same with padding.
+      padded_tokens: the same, including tokens made of padding patches.
       patches_per_token: patches that are merged into one image token.
     """
 
@@ -56,15 +57,15 @@ class ImageGroup:
         return self.padded_tokens * self.patches_per_token, self.patches.shape[1]
 
     def arguments(self) -> tuple[Any, ...]:
-        """The shapes of the arguments of `encode_images` after the features."""
+        """The arguments of `encode_images` that follow `features`, with shapes for arrays."""
         rows = jax.ShapeDtypeStruct((self.padded_tokens,), np.int32)
         return jax.ShapeDtypeStruct(self._shape, np.float32), self.plan, rows
 
     def rows(self, row_of: Callable[[Any], Any]) -> Int[np.ndarray, "padded_tokens"]:
-        """The row for each of the group's tokens; `PADDING_ROW` for padding.
+        """int32: the row of features of each of the group's tokens; `PADDING_ROW` for padding.
 
         Args:
-          row_of: the rows of image tokens, given their indices among all of the prompt.
+          row_of: maps indices among all image tokens of the prompt to rows of the features.
         """
         rows = np.full(self.padded_tokens, PADDING_ROW, np.int32)
         rows[: self.tokens] = row_of(np.arange(self.first, self.first + self.tokens))
@@ -115,13 +116,18 @@ def image_groups(
 
 
 def counted_patches(grid_thw: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "images"]:
-    """How many patches of a group each image takes up: whole squares."""
+    """How many of a group's patches each image counts as: those of whole squares."""
     squares = (-(-grid_thw[:, 1:] // _SQUARE)).prod(axis=1, dtype=np.int64) * grid_thw[:, 0]
     return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), squares * _SQUARE**2)
 
 
 def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) -> int:
-    """The most image tokens of any group of usual size, or of these; 0 if the model reads text."""
+    """The most image tokens of a group, padding included; 0 if the model reads text only.
+
+    Args:
+      architecture: architecture of the model.
+      groups: the groups of a prompt. One with a very large image may exceed the usual sizes.
+    """
     family, config, _ = architecture
     if not family.reads_images:
         return 0
@@ -130,14 +136,18 @@ def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) 
 
 
 def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """First and end image of each group, and the patches that it is padded to.
+    """Divides images into groups.
 
     Groups have the largest size while enough images are left to fill it, then the smaller ones. An
     image that is larger than all sizes is a group of its own.
 
     Args:
-      patches: how many patches each image has.
-      sizes: sizes of groups, ascending.
+      patches: how many patches each image counts as.
+      sizes: sizes of groups in patches, ascending.
+
+    Returns:
+      For each group, the index of its first image, one past that of its last image, and the patches
+      that it is padded to.
     """
     groups = []
     first, left = 0, sum(patches)
@@ -177,7 +187,8 @@ def encode_images(
       features: features of other images, or embeddings of a prompt.
       pixel_values: patches of the images, padded.
       plan: from the family's `vision_plan`.
-      image_rows: the row of each image token; `PADDING_ROW` for tokens made of padding.
+      image_rows: the row of `features` for each image token; `PADDING_ROW` for tokens made of
+        padding.
       backend: attention backend.
     """
     encoded = module.encode_images(pixel_values, plan, backend=backend)
@@ -185,10 +196,10 @@ def encode_images(
 
 
 class ImageEncoder:
-    """The vision tower's stages of a prompt.
+    """The stages of a prompt that run the vision tower.
 
     Attributes:
-      stages: one for each size of groups.
+      stages: one for each size of group.
     """
 
     def __init__(
@@ -208,10 +219,10 @@ class ImageEncoder:
           groups: the groups of a prompt.
           features: shape of the array that the features are written to; None if the model reads no
             images.
-          row_of: the rows of image tokens in that array, given their indices among all of the
-            prompt.
+          row_of: maps indices among all image tokens of the prompt to rows of that array.
           backend: attention backend.
-          other_bytes: bytes on the device while images are encoded.
+          other_bytes: bytes on the device while images are encoded, such as the cache, in addition
+            to the weights and to what the programs take.
         """
         self._row_of = row_of
         self._programs = {
@@ -220,7 +231,7 @@ class ImageEncoder:
             )
             for group in groups
         }
-        # The pixels of the next group are copied to the device while one is encoded.
+        # While one group is encoded, the pixels of the next are copied to the device.
         copied = max((size_in_bytes(group.arguments()[0]) for group in groups[1:]), default=0)
         self.stages = [
             Stage("vision", program, other_bytes + copied) for program in self._programs.values()
@@ -230,7 +241,7 @@ class ImageEncoder:
         """Encodes groups and returns the features with theirs written; donates `features`."""
         for group in groups:
             pixel_values = jax.device_put(group.pixel_values())
-            # At most two groups' pixels are on the device: the next ones and those being encoded.
+            # Waits for the group before, so that no more than two groups' pixels are on the device.
             jax.block_until_ready(features)
             program = self._programs[group.padded_tokens]
             features = program(features, pixel_values, group.plan, group.rows(self._row_of))

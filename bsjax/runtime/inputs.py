@@ -26,15 +26,16 @@ class ModelInputs:
 
     Attributes:
       template: the prompt's structure.
-      next_position: position of the first token after the prompt.
+      next_position: position id of the first token after the prompt.
       token_ids: the id of each token.
       position_ids: the position ids of each token.
       head_category: the `HeadCategory` of every head.
       visibilities: what each kind of layer lets a query see.
-      last_kind: the kind of the last layer.
+      last_kind: the kind of the last layer, an index into `visibilities`.
       blocks: block_q and block_kv of the language model's schedules.
-      group_tokens: the most image tokens of a group of images; 0 if the model reads text only.
-      image_groups: the images, as the vision tower takes them.
+      group_tokens: the most image tokens of a group of images, with padding; 0 if the model reads
+        text only.
+      image_groups: the images, in the groups in which they go through the vision tower.
       flops_per_kind: attention FLOPs of the tokens that run, by kind of layer.
       how_to_shorten: advice for error messages about prompts that are too long.
     """
@@ -91,7 +92,7 @@ def prepare_inputs(
       profile: head categories and sinks; None is dense.
       backend: attention backend, already resolved.
       new_tokens: how many tokens may follow the prompt.
-      sinks: which tokens of an image are sinks, if there is no profile that says it.
+      sinks: which tokens of an image are sinks if there is no profile; a profile has its own.
       start: position of the first token that has to run.
 
     Raises:

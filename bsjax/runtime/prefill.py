@@ -1,9 +1,10 @@
-"""Prefill: a prompt runs chunk by chunk over one cache, and its last chunk chooses a token.
+"""Prefill: a prompt runs chunk by chunk over one cache, and the last chunk gives the first token.
 
     images of the chunk -> chunk -> images of the next chunk -> next chunk -> ...
 
-The cache is allocated once and updated in place by each chunk. Image features wait in an array with
-room for those of a chunk and those of a group, whose rows image tokens take in turn.
+The cache is allocated once, and each chunk updates it in place. Image features are kept, until
+their chunk runs, in an array with room for those of a chunk and those of a group of images. When
+its rows are used up, image tokens start again from the first row.
 """
 
 import time
@@ -35,10 +36,21 @@ def prefill(
     sampling: Sampling,
     backend: str,
 ) -> tuple[Int[Array, ""], Any]:
-    """Runs a chunk and chooses the token that follows it. Donate `cache`.
+    """Runs a chunk and chooses the token that follows it.
+
+    Args:
+      module: the model.
+      cache: empty, or from the previous chunk. Donate it so that it is updated in place.
+      features: features of images, in the rows that `chunk.feature_row` names; None if the model
+        reads no images.
+      chunk: the chunk, with the row of its last token as `outputs`.
+      head_category: `HeadCategory` of every query head of every layer.
+      sampling: how the token is chosen.
+      backend: attention backend.
 
     Returns:
-      The token, which only the last chunk's caller reads, and the cache.
+      The token, int32, and the cache with the chunk. Only the token that the prompt's last chunk
+      returns means anything.
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
     return sample(module.logits(hidden[0]), sampling, jnp.int32(0)), cache
@@ -52,7 +64,11 @@ def score(
     head_category: Int[Array, "layers q_heads"],
     backend: str,
 ) -> tuple[Float32[Array, "rows vocabulary"], Any]:
-    """Runs a chunk. Returns the logits of all its rows, and the cache. Donate `cache`."""
+    """Runs a chunk for the logits of all its rows. The arguments are those of `prefill`.
+
+    Returns:
+      The logits of each row, padding included, and the cache with the chunk.
+    """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
     return module.logits(hidden), cache
 
@@ -83,14 +99,15 @@ def _run_chunk(
 
 
 class ChunkedRun:
-    """A prompt, chunk by chunk: what answering and scoring it have in common.
+    """Runs a prompt chunk by chunk: what answering and scoring have in common.
 
     Attributes:
       chunks: the chunks of the prompt.
       cache: shapes and dtypes of the cache.
-      stages: all stages: an image group and a chunk of each size.
+      stages: all stages: one for each size of image group, and one for each size of chunk.
       vision_seconds: time in the vision tower so far.
-      seconds: time in the language model so far.
+      seconds: time in the language model so far, including the time to build chunks, except those
+        that were built to compile programs.
     """
 
     def __init__(
@@ -116,7 +133,8 @@ class ChunkedRun:
           sizes: sizes of chunks.
           new_tokens: how many tokens may follow the prompt.
           reuse: which tokens are in the cache already.
-          all_outputs: whether `step` needs the hidden states of all rows, not only of the last one.
+          all_outputs: whether `step` needs the hidden states of all rows, not only that of the
+            prompt's last token.
           more_arguments: arguments of `step` after the head categories.
         """
         self._programs, self._step, self._backend = programs, step, backend
@@ -145,7 +163,7 @@ class ChunkedRun:
             backend,
             other_bytes=size_in_bytes(self.cache),
         )
-        # One chunk of each size is built for its shapes.
+        # Programs are compiled for the shapes of one chunk of each size. `_build` uses it again.
         of_size = {rows: (start, end, rows) for start, end, rows in self.chunks.borders}
         self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
         self.stages = [
@@ -156,7 +174,9 @@ class ChunkedRun:
         self.seconds = 0.0
 
     def run(self, cache: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
-        """Runs one chunk after the other; yields the chunk, what its program returns, the cache.
+        """Runs one chunk after the other. Yields each chunk, its result and the cache.
+
+        The next chunk overwrites the cache.
 
         Args:
           cache: the cache that holds the tokens before the first chunk; None for an empty one. It
@@ -186,7 +206,7 @@ class ChunkedRun:
             began = time.perf_counter()
             program = self.program_of(chunk)
             result, cache = program(*self._all_arguments(chunk, cache, features))
-            # The host builds a chunk while the device runs the one before it.
+            # The device runs this chunk meanwhile.
             following = next(chunks, None)
             jax.block_until_ready(result)
             self.seconds += time.perf_counter() - began

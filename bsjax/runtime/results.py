@@ -14,15 +14,18 @@ class Stats:
       prompt_tokens: tokens of the prompt, image tokens included.
       image_tokens: tokens of each image.
       attention_flops_dense: FLOPs of the language model's attention in prefill, if all heads were
-        dense. Tokens that a session had in its cache take part as keys only.
+        dense. Every layer counts in full, although the last one attends from a single row.
+        Tokens that a session had in its cache count as keys only.
       attention_flops_sparse: the same with the profile's categories.
       vision_seconds: time in the vision tower, without image processing on the host.
       prefill_seconds: time in prefill, including the choice of the first token.
       decode_seconds: time to generate all tokens after the first.
       compile_seconds: time to compile programs, or to read them from the persistent cache.
-      compiled_programs: how many programs that were; `bsjax.warmup` compiles them ahead.
+      compiled_programs: how many programs were compiled or read. `bsjax.warmup` does this before
+        the first prompt arrives.
       backend: the attention backend.
-      attention_flops_per_kind: these FLOPs for each kind of layer, local or global.
+      attention_flops_per_kind: attention FLOPs, dense and sparse, for each kind of layer, local or
+        global.
       reused_tokens: tokens of the prompt that a session had in its cache.
     """
 

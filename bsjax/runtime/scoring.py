@@ -1,6 +1,6 @@
 """Scoring a prompt: the logits of all its tokens, chunk by chunk.
 
-Only the host holds tokens x vocabulary; the device holds the logits of a chunk.
+The device holds the logits of one chunk at a time; those of the whole prompt are on the host only.
 """
 
 from typing import Any

@@ -24,10 +24,10 @@ class Sizes(NamedTuple):
     patches: tuple[int, ...]
 
     def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
-        """The one or two sizes of chunks that are used with a cache of so many rows.
+        """The one or two sizes of chunks for a prompt whose cache has `cache_rows` rows.
 
-        They are the smallest, and the largest that is not more than half of the cache: short
-        prompts would seldom fill a larger one.
+        They are the smallest size, and the largest that is at most half as long as the cache:
+        prompts with a cache of this length would seldom fill a larger chunk.
         """
         fitting = [rows for rows in self.chunks if 2 * rows <= cache_rows]
         return tuple(sorted({self.chunks[0], *fitting[-1:]}))
@@ -44,21 +44,22 @@ def sizes_in_use() -> Sizes:
 
 
 MOST_IMAGES = 48
-"""The most images in a chunk. Its schedules have room for the tiles of that many."""
+"""The most images in a chunk. A chunk's schedule has room for the tiles of that many."""
 
 _MOST_PARTS = 64
 
 
 def most_parts(backend: str, dtype: Any) -> int:
-    """The most parts that a chunk's long tiles of text rows are split into, for each key head.
+    """The most parts, all together, that the long tiles of a chunk's text rows are split into.
 
-    Only on a GPU does a launch wait for its longest tiles. In float32, which is for comparisons,
-    the kernel has no registers to spare.
+    It is 0, which splits none, except for the kernel in 16 bits. Only on a GPU does a launch wait
+    for its longest tiles; and in float32, which is for comparisons, the kernel has no registers to
+    spare.
     """
     return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
 
 
-# Caches have few lengths where they are small, and waste at most a quarter where they are large.
+# Short caches have one of few lengths. Longer ones are rounded up by at most a quarter.
 _SHORT_CACHES = (2048, 8192)
 
 

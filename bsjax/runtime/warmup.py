@@ -51,8 +51,8 @@ def warmup(
       model: from `bsjax.load`.
       max_tokens: the most tokens that a prompt and its answer have.
       images: whether prompts have images, for a model that reads them.
-      profile: as for `generate`. Dense prompts and prompts with a profile, whichever it is, have
-        programs of their own: call this once for each.
+      profile: as for `generate`. All profiles with sparse heads share their programs; dense prompts
+        need others. If prompts run both ways, call this once with and once without a profile.
       backend: attention backend, see `sparse_attention`.
 
     Raises:
@@ -80,7 +80,7 @@ def warmup(
     before, start = programs.compilations, time.perf_counter()
     groups = _groups_of_every_size(model, backend) if images else ()
     for rows in cache_lengths(max_tokens):
-        # Long enough for a chunk of each size that fits into this cache.
+        # Long enough for a chunk of each size that prompts with this cache use.
         tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
         prompt = Prompt(
             token_ids=np.zeros(tokens, np.int32),
@@ -102,7 +102,7 @@ def warmup(
 
 
 def cache_lengths(max_tokens: int) -> list[int]:
-    """The rows of all caches for up to `max_tokens` tokens."""
+    """Every number of rows that a cache for up to `max_tokens` tokens can have, ascending."""
     lengths = [cache_rows(1)]
     while lengths[-1] < max_tokens:
         lengths.append(cache_rows(lengths[-1] + 1))
@@ -110,7 +110,7 @@ def cache_lengths(max_tokens: int) -> list[int]:
 
 
 def _groups_of_every_size(model: LoadedModel, backend: str) -> tuple[ImageGroup, ...]:
-    """Groups of the smallest images, one of each size that such an image fits into."""
+    """For each size that the smallest image fits into, a group full of such images."""
     family, config = model.family, model.config
     if not family.reads_images:
         return ()

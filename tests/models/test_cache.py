@@ -16,7 +16,7 @@ written = jax.jit(Cache.chunk_written)
 
 @st.composite
 def rows_in_cache(draw) -> np.ndarray:
-    """The cache row of each row of a chunk: up to three runs, in ascending order."""
+    """The row of the cache of each row of a chunk: up to three runs, in ascending order."""
     lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=MOST_RUNS))
     lengths = lengths if sum(lengths) <= CHUNK_ROWS else [min(length, 5) for length in lengths]
     gaps = draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)))

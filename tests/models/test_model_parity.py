@@ -113,7 +113,7 @@ class Port:
         self.decode = jitted("decode_step")
 
     def image_features(self, prompt: RandomPrompt):
-        """Features of the rows before padding; the padding rows of the input hold large noise."""
+        """Features of all rows, padding included; padding rows of the input hold large noise."""
         if not len(prompt.grid_thw):
             return None
         rows = bucket(len(prompt.pixel_values) + 1, smallest=64)
@@ -134,12 +134,13 @@ class Port:
         chunk_rows=None,
         all_outputs=True,
     ):
-        """Logits in prompt order, the cache, and the position that follows.
+        """Logits in prompt order, the cache, and the position id that follows.
 
         Logits are [tokens, vocabulary], or [1, vocabulary] of the last token without `all_outputs`.
 
-        Packed without categories, all heads are SINK heads and all image tokens sinks, which is
-        dense. By default the prompt is one chunk.
+        With `packed` but without `categories`, all heads are SINK heads and all image tokens are
+        sinks, so that packed order is used and the result is dense. By default the prompt is one
+        chunk.
         """
         text = self.config.get_text_config()
         tokens = len(prompt.token_ids)
@@ -312,8 +313,8 @@ def test_greedy_tokens_and_their_logits_equal_transformers(family, case):
 @pytest.mark.slow
 @for_families
 def test_adjacent_images_are_separate_images(family):
-    """Without text between images, transformers cannot compute positions for Qwen and takes images
-    of Gemma for a single one, so here it uses bsjax's positions and masks.
+    """If no text is between images, transformers cannot compute positions for Qwen, and takes the
+    images of a Gemma prompt for a single one. Here it is given bsjax's positions and masks.
     """
     models, _ = case_of(family, "one image")
     config = models.reference.config
@@ -423,7 +424,7 @@ def test_what_layers_keep_is_returned_in_layer_order():
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [24, 4096])
 def test_windows_may_be_longer_than_an_image_or_the_prompt(window):
-    """Windows whose edges cut through images, and a ring that is limited by the cache's length."""
+    """A window whose edge cuts through images, and one that is longer than the cache."""
     shape, images = CASES["seven images, four layers"]
     models = pair(replace(shape.with_family("gemma3"), window=window))
     prompt = random_prompt(models.reference.config, list(images))
@@ -460,7 +461,7 @@ def test_the_soft_cap_applies_to_models_that_read_images():
 
 @pytest.mark.slow
 def test_a_text_only_model_with_a_soft_cap_equals_transformers():
-    """Prompts of several windows, no tower, and the class of transformers that caps logits."""
+    """A prompt of several windows, no vision tower, and the class of transformers that does cap."""
     reference = random_reference(small_config(Shape("gemma3_text", layers=4, softcap=3.0)))
     port = Port(reference)
     token_ids = np.random.default_rng(0).integers(1, VOCABULARY, 40).astype(np.int32)
@@ -493,9 +494,9 @@ def test_models_of_published_widths_equal_transformers(family):
 @pytest.mark.slow
 @for_families
 def test_bfloat16_error_is_at_most_that_of_transformers(family):
-    """Root mean square errors of both against torch in float32 with the same, bfloat16, parameters.
+    """Root mean square errors of both, against torch in float32 with the same bfloat16 parameters.
 
-    The tenth more that is allowed is for biases: here XLA rounds a product before it adds the bias.
+    Ours may be a tenth larger, because of biases: XLA rounds a product before it adds the bias.
     """
     shape, images = CASES["seven images, four layers"]
     reference = random_reference(small_config(shape.with_family(family)))

@@ -58,7 +58,7 @@ def test_every_key_of_every_layout_is_read(family, layout, tied):
 @pytest.mark.parametrize("top", [False, True])
 @pytest.mark.parametrize("text", [False, True])
 def test_embeddings_are_tied_as_in_transformers(family, top, text):
-    """Wherever config.json says so: for Qwen, unlike Gemma 3, also in text_config."""
+    """config.json can say so at its top or in text_config; families differ in which one counts."""
     contents = small_config(Shape(family)).to_dict()
     contents["tie_word_embeddings"] = top
     contents["text_config"]["tie_word_embeddings"] = text

@@ -1,4 +1,4 @@
-"""With `jax_enable_x64`, everything works, and arrays have the same bits and 32-bit dtypes."""
+"""With `jax_enable_x64`, results have the same bits and the same 32-bit dtypes as without it."""
 
 import dataclasses
 

@@ -130,7 +130,7 @@ def test_local_layers_cache_only_their_window(model):
 
 
 def test_a_ring_holds_the_last_positions_at_their_remainders(model):
-    """Whatever the chunks, and wherever the rows of a position are in packed order."""
+    """Wherever chunks end, and wherever in a chunk the row of a position is."""
     prefill = prefill_of(model, Profile.uniform(HeadCategory.SINK, model))
     ring = np.full(11, -1)
     for chunk in prefill.chunks:

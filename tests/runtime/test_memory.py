@@ -46,7 +46,7 @@ def inputs_of(model, messages, new_tokens=8):
 
 
 def stages_of(model, messages, new_tokens=8):
-    """The stages of answering, and prefill's object."""
+    """The stages of answering, and the `Prefill` among them."""
     inputs, programs = inputs_of(model, messages, new_tokens), programs_of(model)
     prefill = Prefill(programs, inputs, new_tokens=new_tokens, sampling=GREEDY, backend="xla")
     settings = AnswerSettings(new_tokens, "xla")
@@ -56,7 +56,7 @@ def stages_of(model, messages, new_tokens=8):
 
 @pytest.fixture(scope="module")
 def logits(tiny_model):
-    """Logits of a prompt with one group of images, which is one chunk."""
+    """Logits of a prompt that is a single chunk, with a single group of images."""
     inputs = inputs_of(tiny_model, conversation())
     assert len(inputs.image_groups) == 1 and inputs.tokens <= sizes_in_use().chunks[0]
     return bsjax.forward(tiny_model, conversation())

@@ -43,7 +43,7 @@ def test_no_program_holds_a_square_array(model, tokens):
 
 
 def test_no_chunk_copies_the_cache():
-    """Neither the whole cache nor a layer of it: not even a copy that is soon dropped."""
+    """It copies neither the whole cache nor a layer of it, not even into a short-lived buffer."""
     found = measured("Qwen2.5-VL-7B", 300_000)
     rows = cache_rows(300_000 + NEW_TOKENS)
     of_layer = rows * 4 * 128

@@ -1,7 +1,7 @@
 """The language model of Gemma 3 (transformers: Gemma3TextModel).
 
 There are two kinds of layers: local ones (with a sliding window) and global ones. Each kind has its
-own base visibility, rotary embedding and cache.
+own visibility, rotary embedding and cache.
 """
 
 from collections.abc import Sequence
@@ -86,8 +86,8 @@ class Caches(NamedTuple):
     """Keys and values of the tokens so far: one cache for the layers of each kind.
 
     Attributes:
-      of_local: a ring buffer of the rows within the window: position p is in row p modulo the
-        number of rows. None if there is no local layer.
+      of_local: a ring of the last tokens, as many as a query sees in addition to itself: position p
+        is in row p modulo the number of rows. None if there is no local layer.
       of_global: all tokens. None if there is no global layer.
     """
 
@@ -186,7 +186,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "queries hidden"], Any]:
         """The attention output and what `attend`, given rotated queries and keys, keeps.
 
-        Queries are the tokens `only`, or all of them.
+        Keys and values are those of all tokens. Queries, and so the output, are those of the tokens
+        with the indices `only`, or of all tokens if it is None.
         """
         tokens = hidden.shape[0]
         queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
@@ -224,7 +225,7 @@ class DecoderLayer(nnx.Module):
         attend: KeepingAttend,
         only: Int[Array, "queries"] | None = None,
     ) -> tuple[Float[Array, "queries hidden"], Any]:
-        """The next hidden state, of all tokens or of `only` these, and what `attend` keeps."""
+        """The next hidden state and what `attend` keeps; `only` is as for `Attention`."""
         attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, only)
         hidden = take_rows(hidden, only) + self.post_attention_layernorm(attended)
 
@@ -238,7 +239,8 @@ class Gemma3TextModel(LanguageModel):
     """Scaled embeddings, stacked decoder layers and the final norm (transformers: Gemma3TextModel).
 
     Raises:
-      CheckpointError: see `check_config`.
+      CheckpointError: see `check_config` and `RotaryEmbedding.from_config`; or the config does not
+        name a known type for each layer.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:

@@ -108,7 +108,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "queries hidden"], Any]:
         """The attention output and what `attend`, given rotated queries and keys, keeps.
 
-        Queries are the tokens `only`, or all of them.
+        Keys and values are those of all tokens. Queries, and so the output, are those of the tokens
+        with the indices `only`, or of all tokens if it is None.
         """
         tokens = hidden.shape[0]
         queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
@@ -140,7 +141,7 @@ class DecoderLayer(nnx.Module):
         attend: KeepingAttend,
         only: Int[Array, "queries"] | None = None,
     ) -> tuple[Float[Array, "queries hidden"], Any]:
-        """The next hidden state, of all tokens or of `only` these, and what `attend` keeps."""
+        """The next hidden state and what `attend` keeps; `only` is as for `Attention`."""
         attended, kept = self.self_attn(self.input_layernorm(hidden), cos, sin, attend, only)
         hidden = take_rows(hidden, only) + attended
         hidden = hidden + by_rows(
@@ -153,8 +154,8 @@ class Qwen2VLTextModel(LanguageModel):
     """Embeddings, stacked decoder layers and the final norm (transformers: Qwen2VLTextModel).
 
     Raises:
-      CheckpointError: the config asks for sliding windows, or for rotary embeddings other than
-        M-RoPE's default.
+      CheckpointError: the config asks for sliding windows or for rotary embeddings other than
+        M-RoPE's default, or its numbers of heads do not fit each other or the hidden size.
     """
 
     def __init__(self, config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> None:
