@@ -123,7 +123,7 @@ def _attention_call(model: bsjax.LoadedModel, inputs: ModelInputs) -> Callable[[
         for chunk, (_, _, rows) in zip(chunks, chunks.borders, strict=True)
     ]
     for of_chunk in arguments:
-        attend(*of_chunk)
+        attend(*of_chunk).block_until_ready()
 
     def seconds() -> float:
         start = time.perf_counter()

@@ -16,6 +16,16 @@ PADDING_ROW = np.iinfo(np.int32).max
 out."""
 
 
+def ring_rows(window: int, cache_rows: int) -> int:
+    """Rows of the ring of layers with a window: all that a token sees of the tokens before it.
+
+    Args:
+      window: the tokens that a query sees, itself included.
+      cache_rows: rows of a cache that keeps all tokens.
+    """
+    return min(max(window - 1, 1), cache_rows)
+
+
 class Runs(NamedTuple):
     """Where the rows of a chunk are in a cache: a few runs of consecutive rows of the cache.
 

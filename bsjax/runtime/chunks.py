@@ -24,7 +24,15 @@ from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import TokenInfo, Visibility
-from bsjax.models.cache import PADDING_ROW, CachedRows, GlobalRows, OutputRows, Runs, WindowRows
+from bsjax.models.cache import (
+    PADDING_ROW,
+    CachedRows,
+    GlobalRows,
+    OutputRows,
+    Runs,
+    WindowRows,
+    ring_rows,
+)
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
@@ -188,7 +196,7 @@ class Chunks:
     def _ring(self, visibility: Visibility) -> int:
         """Rows of the ring of layers with a window."""
         assert visibility.window is not None
-        return min(max(visibility.window - 1, 1), self.cache_rows)
+        return ring_rows(visibility.window, self.cache_rows)
 
     def _keys_of(self, visibility: Visibility, queries: Rows, rows: int) -> tuple[Rows, int]:
         """The keys that a chunk sees, and the rows that they are padded to."""
@@ -215,10 +223,10 @@ class Chunks:
         place[queries.position - first] = ring + np.arange(queries.tokens)
         place_of_key = np.zeros(key_rows, np.int32)
         place_of_key[: keys.tokens] = place[keys.position - first]
-        ring_rows = np.arange(ring, dtype=np.int32)
+        row_of_ring = np.arange(ring, dtype=np.int32)
         kept = np.arange(max(start, end - ring), end)
-        ring_rows[kept % ring] = place[kept - first]
-        return WindowRows(schedule, place_of_key, ring_rows)
+        row_of_ring[kept % ring] = place[kept - first]
+        return WindowRows(schedule, place_of_key, row_of_ring)
 
     def _schedule(
         self,

@@ -165,13 +165,14 @@ class ChunkedRun:
         )
         # Programs are compiled for the shapes of one chunk of each size. `_build` uses it again.
         of_size = {rows: (start, end, rows) for start, end, rows in self.chunks.borders}
+        began = time.perf_counter()
         self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
+        self.vision_seconds = 0.0
+        self.seconds = time.perf_counter() - began
         self.stages = [
             *self._images.stages,
             *(Stage("prefill", self.program_of(chunk)) for chunk in self._built.values()),
         ]
-        self.vision_seconds = 0.0
-        self.seconds = 0.0
 
     def run(self, cache: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
         """Runs one chunk after the other. Yields each chunk, its result and the cache.

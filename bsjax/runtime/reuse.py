@@ -25,6 +25,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models import ImageTextModel
+from bsjax.models.cache import ring_rows
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.programs import programs_of, size_in_bytes
@@ -129,10 +130,8 @@ class CachedTokens:
             start = min(start, int(self.template.image_first[other]))
         if template.image[start] >= 0:  # An image is computed as a whole.
             start = min(start, int(template.image_first[template.image[start]]))
-        windows = [of.window for of in visibilities if of.window is not None]
-        if start < self.token_ids.size and any(
-            self.token_ids.size > max(window - 1, 1) for window in windows
-        ):
+        rings = [ring_rows(of.window, rows) for of in visibilities if of.window is not None]
+        if start < self.token_ids.size and any(self.token_ids.size > ring for ring in rings):
             start = 0
         if start == 0:
             return Reuse(cache_rows=rows)

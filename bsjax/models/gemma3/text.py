@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from bsjax.checks import positive_number
 from bsjax.errors import CheckpointError
-from bsjax.models.cache import Cache, CachedRows, OutputRows
+from bsjax.models.cache import Cache, CachedRows, OutputRows, ring_rows
 from bsjax.models.config_checks import check_attention_heads, check_positive
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -271,7 +271,7 @@ class Gemma3TextModel(LanguageModel):
 
     @override
     def empty_cache(self, rows: int) -> Caches:
-        of_kind = (min(max(self.window - 1, 1), rows), rows)
+        of_kind = (ring_rows(self.window, rows), rows)
         layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
         return Caches(
             *(
