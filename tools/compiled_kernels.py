@@ -1,5 +1,8 @@
 """Compiles the attention kernels alone, for GPUs that the machine need not have."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +18,7 @@ from bsjax.pallas.configurations import (
 from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
 from bsjax.runtime.sizes import most_parts
-from tools.gpu_targets import TARGETS, KernelReport, kernel_reports
+from tools.gpu_targets import TARGETS, KernelReport, digest, kernel_reports
 
 TOWER_HEAD_DIMS = (72, 80)
 """Channels per head of published vision towers; no language model has that many."""
@@ -38,7 +41,31 @@ def default_prefill(
         return configuration(head_dim, dtype, *default_blocks(head_dim, dtype, sparse=sparse))
 
 
-def compile_prefill(
+class PrefillKernel(NamedTuple):
+    """A prefill kernel and the GPU that it is for."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    gpu: str
+    grid: tuple[int, int, int]
+
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the compiled kernel."""
+        return digest(self.function, self.arguments, self.gpu)
+
+    def report(self) -> KernelReport:
+        """Compiles the kernel and returns the report on it."""
+        report = kernel_reports(self.function, self.arguments, self.gpu)["prefill_attention"]
+        assert report.grid == self.grid, "heads must run fastest"
+        return report
+
+
+def compile_prefill(*arguments: Any, **options: Any) -> KernelReport:
+    """Compiles the prefill kernel and returns the report on it; see `prefill_kernel`."""
+    return prefill_kernel(*arguments, **options).report()
+
+
+def prefill_kernel(
     gpu: str,
     head_dim: int,
     dtype: str,
@@ -52,8 +79,8 @@ def compile_prefill(
     return_lse: bool = False,
     visibility: Visibility = CAUSAL,
     whole: bool | None = None,
-) -> KernelReport:
-    """Compiles the prefill kernel and returns the report on it.
+) -> PrefillKernel:
+    """The prefill kernel, to be compiled.
 
     Args:
       gpu: a key of `gpu_targets.TARGETS`.
@@ -120,13 +147,14 @@ def compile_prefill(
         k = jax.ShapeDtypeStruct((*layers, tokens, kv_heads, head_dim), dtype)
         head_category = jax.ShapeDtypeStruct((q_heads,), jnp.int32)
         layer = () if chunk is None else (jax.ShapeDtypeStruct((), jnp.int32),)
-        report = kernel_reports(attend, (q, k, k, schedule, head_category, *layer), gpu)[
-            "prefill_attention"
-        ]
     programs_per_tile = block_q // running.block_q
     heads = q_heads + (0 if chunk is None else kv_heads)
-    assert report.grid == (heads, tiles * programs_per_tile, 1), "heads must run fastest"
-    return report
+    return PrefillKernel(
+        attend,
+        (q, k, k, schedule, head_category, *layer),
+        gpu,
+        (heads, tiles * programs_per_tile, 1),
+    )
 
 
 def compile_decode(

@@ -67,6 +67,11 @@ def compile_case(case: Case) -> KernelReport:
 
 def row(case: Case, report: KernelReport) -> list[str]:
     """A case's line in the table."""
+    return [*name(case), *_figures(report, TARGETS[case.gpu])]
+
+
+def name(case: Case) -> list[str]:
+    """The first columns of a case's line, which say what kernel it is."""
     target = TARGETS[case.gpu]
     chosen = default_prefill(*case[:3], sparse=case.sparse)
     return [
@@ -75,7 +80,6 @@ def row(case: Case, report: KernelReport) -> list[str]:
         case.dtype,
         "sparse" if case.sparse else "dense",
         f"{chosen.block_q} x {chosen.block_kv}, {chosen.num_warps}, {chosen.num_stages}",
-        *_figures(report, target),
     ]
 
 

@@ -1,6 +1,8 @@
 """The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
 
 import functools
+import hashlib
+import os
 import subprocess
 import sys
 
@@ -28,6 +30,38 @@ from tools.kernel_table import PAGE, Case, matrix
 from tools.sass import attention_loops, mix, opcodes
 
 compile_prefill = functools.cache(compiled_kernels.compile_prefill)
+
+# One kernel per architecture is always compiled. Others need not be compiled again if nothing that
+# determines them has changed since they were checked: CONTRIBUTING.md says how to record them.
+ALWAYS = {f"{gpu}-128-bfloat16-sparse" for gpu in ("a100", "l40s", "h200", "b200")}
+CHECKED = ROOT / "tests" / "pallas" / "checked_kernels.txt"
+RECORD = "RECORD_KERNELS" in os.environ
+
+
+def check_kernel(case: Case, chosen: KernelConfiguration, *, line: str = "", **options) -> None:
+    """Compiles a kernel and checks it, unless the same kernel has been checked before.
+
+    Args:
+      case: the kernel.
+      chosen: its configuration.
+      line: what the page should say about it; "" for kernels that are not on the page.
+      options: more arguments of `compile_prefill`.
+    """
+    require_gpu_compiler()
+    kernel = compiled_kernels.prefill_kernel(*case[:3], sparse=case.sparse, **options)
+    key = hashlib.sha256(f"{kernel.digest()} {line}".encode()).hexdigest()
+    always = not options and str(case) in ALWAYS
+    if not always and not RECORD and key in CHECKED.read_text():
+        return
+    report = compile_prefill(*case[:3], sparse=case.sparse, **options)
+    check(report, case, chosen)
+    # Another JAX compiles differently.
+    if line and f"with JAX {jax.__version__}," in PAGE.read_text():
+        written = f"| {' | '.join(kernel_table.row(case, report))} |"
+        assert line == written, f"run python -m {kernel_table.__name__}"
+    if RECORD:
+        with CHECKED.open("a") as file:
+            file.write(f"{key} {case}\n")
 
 
 def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None:
@@ -58,15 +92,11 @@ def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix(), ids=str)
 def test_it_compiles_for_every_architecture_as_the_page_says(case):
-    require_gpu_compiler()
     chosen = compiled_kernels.default_prefill(*case[:3], sparse=case.sparse)
-    report = compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
-    check(report, case, chosen)
-    page = PAGE.read_text()
-    # Another JAX compiles differently.
-    if f"with JAX {jax.__version__}," in page:
-        line = f"| {' | '.join(kernel_table.row(case, report))} |"
-        assert line in page.splitlines(), f"run python -m {kernel_table.__name__}"
+    begin = f"| {' | '.join(kernel_table.name(case))} |"
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith(begin)]
+    assert len(lines) == 1, f"run python -m {kernel_table.__name__}"
+    check_kernel(case, chosen, line=lines[0])
 
 
 @pytest.mark.slow
@@ -96,12 +126,9 @@ def test_gpus_of_one_architecture_run_the_same_kernels(same, gpu):
     + [(gpu, 128, "bfloat16") for gpu in ("a100", "l40s", "h200", "b200")],
 )
 def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtype):
-    require_gpu_compiler()
-    report = compile_prefill(
-        gpu, head_dim, dtype, return_lse=True, visibility=Visibility(True, window=1024)
-    )
-    case = Case(gpu, head_dim, dtype)
-    check(report, case, compiled_kernels.default_prefill(gpu, head_dim, dtype))
+    chosen = compiled_kernels.default_prefill(gpu, head_dim, dtype)
+    visibility = Visibility(True, window=1024)
+    check_kernel(Case(gpu, head_dim, dtype), chosen, return_lse=True, visibility=visibility)
 
 
 @pytest.mark.slow
@@ -119,23 +146,19 @@ def test_windows_bidirectional_images_and_lse_cost_no_spills(gpu, head_dim, dtyp
 )
 def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim, dtype):
     # 128 x 64 is what `BlockMask` takes by default.
-    require_gpu_compiler()
-    report = compile_prefill(gpu, head_dim, dtype, blocks=(128, 64), whole=True)
     with compiling_for(compiled_kernels.target_name(gpu)):
         chosen = configuration(head_dim, dtype, 128, 64)
-    check(report, Case(gpu, head_dim, dtype), chosen)
+    check_kernel(Case(gpu, head_dim, dtype), chosen, blocks=(128, 64), whole=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [(128, 128), (64, 128)])
 @pytest.mark.parametrize("head_dim", [128, 256])
 def test_larger_blocks_are_walked_in_steps(head_dim, blocks):
-    require_gpu_compiler()
-    report = compile_prefill("h200", head_dim, "bfloat16", blocks=blocks, whole=True)
     with compiling_for("sm_90"):
         chosen = configuration(head_dim, "bfloat16", *blocks)
     assert chosen.block_kv < 128
-    check(report, Case("h200", head_dim, "bfloat16"), chosen)
+    check_kernel(Case("h200", head_dim, "bfloat16"), chosen, blocks=blocks, whole=True)
 
 
 @pytest.mark.slow
@@ -155,30 +178,28 @@ def test_windows_of_a_vision_tower_take_tiles_of_their_size():
 )
 def test_it_compiles_for_the_layers_of_gemma3(gpu, head_dim, heads, tokens):
     """Local and global layers of the 4B and the 27B, at prompt lengths that are used."""
-    require_gpu_compiler()
+    chosen = compiled_kernels.default_prefill(gpu, head_dim, "bfloat16")
     for window in (1024, None):
-        report = compile_prefill(
-            gpu, head_dim, "bfloat16", tokens=tokens, q_heads=heads[0], kv_heads=heads[1],
+        check_kernel(
+            Case(gpu, head_dim, "bfloat16"),
+            chosen,
+            tokens=tokens,
+            q_heads=heads[0],
+            kv_heads=heads[1],
             visibility=Visibility(True, window),
-        )  # fmt: skip
-        chosen = compiled_kernels.default_prefill(gpu, head_dim, "bfloat16")
-        check(report, Case(gpu, head_dim, "bfloat16"), chosen)
+        )
 
 
 @pytest.mark.slow
 def test_it_compiles_for_siglip_on_an_a100():
-    require_gpu_compiler()
-    report = compile_prefill(
-        "a100",
-        72,
-        "bfloat16",
+    check_kernel(
+        Case("a100", 72, "bfloat16"),
+        compiled_kernels.default_prefill("a100", 72, "bfloat16"),
         tokens=65_536,
         q_heads=16,
         kv_heads=16,
         visibility=Visibility(bidirectional_images=True),
     )
-    chosen = compiled_kernels.default_prefill("a100", 72, "bfloat16")
-    check(report, Case("a100", 72, "bfloat16"), chosen)
 
 
 @pytest.mark.slow
