@@ -35,6 +35,9 @@ from .errors import (
     SampleError as SampleError,
 )
 from .errors import (
+    SessionError as SessionError,
+)
+from .errors import (
     TemplateError as TemplateError,
 )
 from .masks.block_mask import BlockMask as BlockMask

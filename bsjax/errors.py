@@ -61,6 +61,10 @@ class SampleError(BsjaxError, ValueError):
     """Samples to profile on cannot be read: no such source, a malformed line, a broken image."""
 
 
+class SessionError(BsjaxError, ValueError):
+    """A saved session cannot be written or read, or belongs to another model or profile."""
+
+
 class GenerationError(BsjaxError, ValueError):
     """A generation argument is out of range."""
 

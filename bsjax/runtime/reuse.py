@@ -245,6 +245,14 @@ class KeptCache:
             cache = program(cache, rows)
         return cache
 
+    def held(self) -> tuple[CachedTokens | None, Any]:
+        """The tokens and the cache."""
+        return self._tokens, self._cache
+
+    def hold(self, tokens: CachedTokens | None, cache: Any) -> None:
+        """Takes over tokens and their cache."""
+        self._tokens, self._cache = tokens, cache
+
     def put(
         self,
         prompt: Prompt,
@@ -266,5 +274,5 @@ class KeptCache:
             return
         family, config = self._model.family, self._model.config
         image_token_id = family.image_token_id(config)
-        self._tokens = CachedTokens.of(prompt, template, answer, reuse.span_starts, image_token_id)
-        self._cache = cache
+        tokens = CachedTokens.of(prompt, template, answer, reuse.span_starts, image_token_id)
+        self.hold(tokens, cache)

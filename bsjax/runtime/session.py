@@ -1,9 +1,13 @@
 """Conversations that compute no token twice: each call begins where the cache stops agreeing."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+
+import jax
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
@@ -23,6 +27,7 @@ from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Token
 from bsjax.runtime.reuse import KeptCache
 from bsjax.runtime.sampling import Sampling
+from bsjax.runtime.session_file import read_session, restored, write_session
 
 
 class Session:
@@ -101,6 +106,52 @@ class Session:
         """Forgets all tokens and frees the cache."""
         with self._one_call():
             self._kept.clear()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the cache, so that another process can go on with the conversation.
+
+        The file holds keys and values of the tokens, which say what the conversation was about:
+        keep it as private as the conversation. It is written completely or not at all.
+
+        Raises:
+          SessionError: the file cannot be written.
+          GenerationError: while a call of this session runs.
+        """
+        with self._one_call():
+            tokens, cache = self._kept.held()
+            write_session(path, self._model, self._profile, self.max_tokens, tokens, cache)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: LoadedModel,
+        *,
+        profile: ProfileLike = None,
+        backend: str = "auto",
+    ) -> "Session":
+        """A session that goes on where a saved one was.
+
+        Args:
+          path: a file written by `save`.
+          model: the model that the session was saved with, in the same dtype.
+          profile: the profile that the session was saved with.
+          backend: attention backend, see `sparse_attention`.
+
+        Raises:
+          SessionError: the file is missing or damaged, or was saved with another checkpoint,
+            profile or dtype.
+          BsjaxError: as for `Session`.
+        """
+        check_model(model, GenerationError)
+        resolved = Profile.resolve(profile, model)
+        saved = read_session(path, model, resolved)
+        session = cls(model, profile=resolved, max_tokens=saved.max_tokens, backend=backend)
+        if saved.tokens is not None:
+            empty_cache = partial(model.module.language_model.empty_cache, session._kept.rows)
+            cache = restored(saved.cache, jax.eval_shape(empty_cache))
+            session._kept.hold(saved.tokens, cache)
+        return session
 
     def generate(
         self,

@@ -51,7 +51,9 @@ class History:
           What was done.
         """
         turns, random = self._turns, self._random
-        step = random.choice(["ask", "ask", "show", "again", "edit", "swap", "undo", "forget"])
+        step = random.choice(
+            ["ask"] * 3 + ["show"] * 2 + ["again", "edit", "swap", "undo", "forget"]
+        )
         if step in ("ask", "show") and len(turns) == self._most_turns:
             step = "undo"
         match step:

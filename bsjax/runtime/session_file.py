@@ -1,0 +1,164 @@
+"""A session as a file: the cache of a conversation, kept across processes.
+
+The file is in safetensors format. It holds the rows of the cache that are in use, the tokens, and
+what they depend on: the checkpoint, the profile's categories and sinks, and the dtype.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import shown
+from bsjax.errors import SessionError
+from bsjax.masks.template import Template
+from bsjax.profiles.profile import Profile
+from bsjax.runtime.reuse import CachedTokens
+from bsjax.unfinished import atomic_replacement, held
+
+_FORMAT = "bsjax session 1"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedSession:
+    """What a file holds.
+
+    Attributes:
+      max_tokens: the most tokens of a prompt and its answer.
+      tokens: the tokens in the cache; None if there are none.
+      cache: the cache; None if there are no tokens.
+    """
+
+    max_tokens: int
+    tokens: CachedTokens | None
+    cache: Any
+
+
+def write_session(
+    path: str | os.PathLike[str],
+    model: LoadedModel,
+    profile: Profile | None,
+    max_tokens: int,
+    tokens: CachedTokens | None,
+    cache: Any,
+) -> None:
+    """Writes a file completely or not at all.
+
+    Raises:
+      SessionError: it cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    described: dict[str, Any] = {"max_tokens": max_tokens}
+    if tokens is not None:
+        used = tokens.token_ids.size
+        arrays["token_ids"] = tokens.token_ids
+        arrays["image"], arrays["sink"] = tokens.template.image, tokens.template.sink
+        for index, leaf in enumerate(jax.tree.leaves(cache)):
+            # Also of a ring: before it is full, its last rows are not in use.
+            rows = np.ascontiguousarray(np.asarray(leaf[:, :used]))
+            arrays[f"cache.{index}"] = rows.view(np.uint8)
+        described |= {"images": tokens.images, "span_starts": tokens.span_starts}
+    header = {
+        "format": _FORMAT,
+        "depends_on": _depends_on(model, profile),
+        "session": described,
+        "sha256": _digest(arrays, described),
+    }
+    try:
+        with atomic_replacement(Path(path)) as temporary:
+            temporary.touch(exist_ok=False)
+            with held(temporary):
+                save_file(arrays, temporary, metadata={"bsjax": json.dumps(header)})
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+    except OSError as error:
+        raise SessionError(f"The session cannot be written to {path}: {error}.") from error
+
+
+def read_session(
+    path: str | os.PathLike[str], model: LoadedModel, profile: Profile | None
+) -> SavedSession:
+    """Reads a file, and checks that it is whole and belongs to the model and the profile.
+
+    Raises:
+      SessionError: the file is missing, damaged, or of another model, profile or dtype.
+    """
+    if not os.path.isfile(path):
+        raise SessionError(f"There is no session file {path}.")
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {}).get("bsjax", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("format") != _FORMAT:
+            raise SessionError(
+                f"{path} is not a session of this version of bsjax: its format is "
+                f"{shown(header.get('format'))}, not {_FORMAT!r}."
+            )
+        depends_on, described = header["depends_on"], header["session"]
+        whole = header["sha256"] == _digest(arrays, described)
+    except SessionError:
+        raise
+    except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SessionError(f"{path} is damaged, or not a session: {error}.") from error
+    if not whole:
+        raise SessionError(f"{path} is damaged: its checksum does not match.")
+    for name, wanted in _depends_on(model, profile).items():
+        if depends_on.get(name) != wanted:
+            raise SessionError(
+                f"{path} was saved with another {name}. Load it with the one that it was saved "
+                "with, or begin a new session."
+            )
+    max_tokens = described["max_tokens"]
+    if "token_ids" not in arrays:
+        return SavedSession(max_tokens, None, None)
+    tokens = CachedTokens(
+        arrays["token_ids"],
+        tuple(described["images"]),
+        Template(arrays["image"], arrays["sink"]),
+        tuple(described["span_starts"]),
+    )
+    return SavedSession(max_tokens, tokens, arrays)
+
+
+def restored(arrays: dict[str, np.ndarray], empty: Any) -> Any:
+    """The cache whose rows in use are in a file.
+
+    Args:
+      arrays: the arrays of the file.
+      empty: shapes and dtypes of the cache.
+    """
+    leaves, structure = jax.tree.flatten(empty)
+    filled = []
+    for index, of in enumerate(leaves):
+        rows = arrays[f"cache.{index}"].view(of.dtype)
+        filled.append(jnp.zeros(of.shape, of.dtype).at[:, : rows.shape[1]].set(rows))
+    return jax.tree.unflatten(structure, filled)
+
+
+def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
+    """What keys and values depend on, other than the tokens."""
+    if profile is None:
+        of_profile = "dense"
+    else:
+        digest = hashlib.sha256(np.ascontiguousarray(profile.categories, np.int8).tobytes())
+        digest.update(repr(profile.sinks).encode())
+        of_profile = digest.hexdigest()
+    return {"checkpoint": model.fingerprint, "profile": of_profile, "dtype": str(model.dtype)}
+
+
+def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
