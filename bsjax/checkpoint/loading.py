@@ -196,7 +196,13 @@ def read_processor(folder: Path) -> Processor:
     # transformers reads them again, but not with these limits.
     for name in _OF_TOKENIZERS:
         if (folder / name).exists():
-            read_json_object(folder / name, error=CheckpointError)
+            settings = read_json_object(folder / name, error=CheckpointError)
+            # transformers would read the tokenizer from that file, wherever it is.
+            if settings.get("gguf_file") is not None:
+                raise CheckpointError(
+                    f"{folder / name} names a GGUF file, which bsjax does not read: leave out "
+                    "gguf_file."
+                )
     # transformers may prefer a file such as tokenizer.4.0.0.json.
     for file in sorted(folder.glob("tokenizer*.json")):
         if file.name not in _OF_TOKENIZERS:

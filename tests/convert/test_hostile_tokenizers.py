@@ -1,6 +1,7 @@
 """A tokenizer that would take all memory or all time is refused; a failure is one line."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -95,6 +96,13 @@ def test_a_text_that_the_tokenizer_cannot_read(folder, unknown):
     with pytest.raises(MessageError, match="The tokenizer of .* cannot read") as caught:
         read_processor(folder).prompt(MESSAGES)
     check_message(caught.value)
+
+
+def test_files_elsewhere_are_not_read(folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    edit(folder / "tokenizer_config.json", gguf_file=str(tmp_path / "pipe"))
+    with pytest.raises(CheckpointError, match="names a GGUF file"):
+        read_processor(folder)
 
 
 def test_a_text_of_no_tokens(folder, monkeypatch):
