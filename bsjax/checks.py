@@ -102,6 +102,14 @@ def shown(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether an error means that a library failed, rather than that the program is to end.
+
+    A library written in Rust that fails raises PanicException, which is not an Exception.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextmanager
 def naming(place: str | None) -> Iterator[None]:
     """Adds a place to the message of any error of bsjax that is raised inside the block.

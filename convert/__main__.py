@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -70,13 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
       stderr), 130 if interrupted.
     """
     options = build_parser().parse_args(arguments)
+    from bsjax.cli.output import output_failed
     from bsjax.errors import BsjaxError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # The names of folders may contain characters that the terminal cannot encode.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return _convert(options)
+        status = _convert(options)
+        sys.stdout.flush()
+        return status
     except BsjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        return output_failed(error)
     except KeyboardInterrupt:
         print(f"interrupted: {options.destination} was not written", file=sys.stderr)
         return 130

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bsjax.checkpoint.loading import UNFINISHED
-from bsjax.checkpoint.restoring import nested
+from bsjax.checkpoint.restoring import CODECS, nested
 from bsjax.errors import CheckpointError
 from bsjax.unfinished import held, remove_leftovers
 
@@ -84,10 +84,7 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
                     "name": "regular",
                     "configuration": {"chunk_shape": parameter.chunks},
                 },
-                "codecs": [
-                    {"name": "bytes", "configuration": {"endian": "little"}},
-                    {"name": "crc32c"},
-                ],
+                "codecs": CODECS,
             },
             "create": True,
             # Even chunks of zeros are written, so that a missing chunk always means damage.

@@ -18,12 +18,15 @@ def folder_path(path: Any) -> Path:
     """The path of a folder that a user names; `~` is the user's home.
 
     Raises:
-      CheckpointError: it is not a path, or in the home of an unknown user.
+      CheckpointError: it is not a path, in the home of an unknown user, or not in UTF-8.
     """
     try:
-        return Path(path).expanduser()
-    except (TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}") from error
+        folder = Path(path).expanduser()
+        # The libraries that read and write weights take no other names.
+        str(folder.absolute()).encode()
+    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{shown(path)} is not the path of a folder: {error}.") from error
+    return folder
 
 
 def files_read(folder: Path) -> dict[Path, int | None]:

@@ -30,7 +30,8 @@ from transformers import (
 from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.checkpoint.restoring import restore_parameters
-from bsjax.checks import check_not_forked, shown, truth_value, whole_number
+from bsjax.checkpoint.tokenizer_checks import check_tokenizer
+from bsjax.checks import check_not_forked, is_failure, shown, truth_value, whole_number
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
@@ -195,7 +196,17 @@ def read_processor(folder: Path) -> Processor:
     # transformers reads them again, but not with these limits.
     for name in _OF_TOKENIZERS:
         if (folder / name).exists():
-            read_json_object(folder / name, error=CheckpointError)
+            settings = read_json_object(folder / name, error=CheckpointError)
+            # transformers would read the tokenizer from that file, wherever it is.
+            if settings.get("gguf_file") is not None:
+                raise CheckpointError(
+                    f"{folder / name} names a GGUF file, which bsjax does not read: leave out "
+                    "gguf_file."
+                )
+    # transformers may prefer a file such as tokenizer.4.0.0.json.
+    for file in sorted(folder.glob("tokenizer*.json")):
+        if file.name not in _OF_TOKENIZERS:
+            check_tokenizer(read_json_object(file, error=CheckpointError), file)
     for name in _OF_IMAGES:
         if (folder / name).exists():
             settings = read_json_object(folder / name, error=CheckpointError)
@@ -354,8 +365,10 @@ def _restore(folder: Path, architecture: Architecture, stored: str) -> ImageText
 def _component(folder: Path, what: str, kind: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+    except BaseException as error:
         # transformers and tokenizers raise bare Exceptions for damaged files.
+        if not is_failure(error):
+            raise
         raise CheckpointError(f"cannot read the {what} in {folder}: {error}") from error
 
 

@@ -15,13 +15,30 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from bsjax.checks import shown
 from bsjax.errors import CheckpointError
+from bsjax.files import read_json_object
 
 # JAX uses arrays with this alignment in place and copies all others.
 _ALIGNMENT = 64
 
 # Chunks read and decoded concurrently. More would not be faster, and each is in memory twice.
 _CHUNKS_AT_ONCE = 4
+
+CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "crc32c"},
+]
+"""How a chunk of an array is stored. The checksum is what finds damaged weights."""
+
+# The fields that the converter writes into a zarr.json. Others can change how chunks are read.
+_FIELDS = {
+    *("zarr_format", "node_type", "shape", "data_type", "fill_value"),
+    *("chunk_grid", "chunk_key_encoding", "codecs"),
+}
+
+# Files of Orbax about the whole tree.
+_METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
 
 _AGAIN = "Convert the checkpoint again."
 
@@ -97,6 +114,11 @@ def restore_parameters(
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
     """
     _check_names(folder, {".".join(path) for path in wanted})
+    for name in _METADATA:
+        if (folder / name).exists():
+            read_json_object(folder / name, error=CheckpointError)
+    for path, leaf in wanted.items():
+        _check_array(folder, ".".join(path), tuple(leaf.shape), stored)
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, OneAtATime(sharding)),
         # Not used, but without it Orbax warns.
@@ -105,36 +127,64 @@ def restore_parameters(
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            metadata = checkpointer.metadata(folder.absolute()).item_metadata
-            leaves = _flat(metadata.tree)
-            shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-            dtypes = {path: np.dtype(leaf.dtype).name for path, leaf in leaves.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder} is damaged: its _METADATA or a zarr.json cannot be read ({error}). "
-                f"{_AGAIN}"
-            ) from error
-        for path, leaf in wanted.items():
-            if shapes.get(path) != tuple(leaf.shape):
-                raise CheckpointError(
-                    f"{folder}: parameter {'.'.join(path)} has shape {shapes.get(path)}, but the "
-                    f"model in config.json needs {tuple(leaf.shape)}. {_AGAIN}"
-                )
-            if dtypes[path] != stored:
-                raise CheckpointError(
-                    f"{folder}: parameter {'.'.join(path)} is stored as {dtypes[path]}, but the "
-                    f"checkpoint was converted to {stored}: its zarr.json was changed. {_AGAIN}"
-                )
-        arguments = {
-            path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-            for path, leaf in wanted.items()
-        }
-        restored = checkpointer.restore(
-            folder.absolute(), ocp.args.PyTreeRestore(restore_args=nested(arguments))
+    arguments = {
+        path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        for path, leaf in wanted.items()
+    }
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            restored = checkpointer.restore(
+                folder.absolute(), ocp.args.PyTreeRestore(restore_args=nested(arguments))
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged: its {_METADATA[0]} cannot be read ({error}). {_AGAIN}"
+        ) from error
+    arrays = _flat(restored)
+    # Orbax's metadata may say that a parameter is not to be read.
+    absent = [path for path in wanted if not isinstance(arrays.get(path), jax.Array)]
+    if absent:
+        raise CheckpointError(
+            f"{folder} is damaged: its {_METADATA[0]} does not describe the parameter "
+            f"{'.'.join(absent[0])}. {_AGAIN}"
         )
-    return _flat(restored)
+    return arrays
+
+
+def _check_array(folder: Path, name: str, shape: tuple[int, ...], stored: str) -> None:
+    """Rejects an array that is not stored as the converter stores arrays.
+
+    Another order of bytes makes other weights of the same file, and large or compressed chunks may
+    take more memory than the model.
+    """
+    file = folder / name / "zarr.json"
+    found = read_json_object(file, error=CheckpointError)
+    if found.get("shape") != list(shape):
+        raise CheckpointError(
+            f"{folder}: parameter {name} has shape {shown(found.get('shape'))}, but the model in "
+            f"config.json needs {list(shape)}. {_AGAIN}"
+        )
+    if found.get("data_type") != stored:
+        raise CheckpointError(
+            f"{folder}: parameter {name} is stored as {shown(found.get('data_type'))}, but the "
+            f"checkpoint was converted to {stored}: its zarr.json was changed. {_AGAIN}"
+        )
+    chunks = found.get("chunk_grid")
+    sides = chunks.get("configuration") if isinstance(chunks, dict) else None
+    sides = sides.get("chunk_shape") if isinstance(sides, dict) else None
+    if (
+        found.keys() - _FIELDS
+        or found.get("codecs") != CODECS
+        or not isinstance(sides, list)
+        or len(sides) != len(shape)
+        or not all(
+            type(side) is int and 1 <= side <= most for side, most in zip(sides, shape, strict=True)
+        )
+    ):
+        raise CheckpointError(
+            f"{file} was changed: it does not describe an array as the converter writes it. "
+            f"{_AGAIN}"
+        )
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from bsjax.cli import generate, mask, profile, verify, warmup
+from bsjax.cli.output import output_failed
 from bsjax.errors import BsjaxError
 
 _EPILOG = """\
@@ -54,10 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Answers may contain characters that the terminal cannot encode.
         sys.stdout.reconfigure(errors="replace")
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
     except BsjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        return output_failed(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    return status

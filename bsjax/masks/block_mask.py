@@ -16,6 +16,7 @@ which are cut into blocks. See `bsjax.masks.visibility` for what a query sees an
 
 from collections.abc import Sequence
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,8 @@ class BlockMask:
     ) -> None:
         templates = _checked_templates(template)
         spans = _checked_queries(queries, templates)
-        if isinstance(categories, str) or not isinstance(categories, Sequence | np.ndarray):
+        is_list = isinstance(categories, Sequence | np.ndarray) and not isinstance(categories, str)
+        if not is_list or getattr(categories, "ndim", 1) == 0:
             raise MaskError(
                 "categories must be a list of one HeadCategory, or its name, per query head, got "
                 f"{shown(categories)}."
@@ -116,7 +118,8 @@ class BlockMask:
             self._categories = tuple(HeadCategory.parse(category) for category in categories)
         except ValueError as error:
             raise MaskError(str(error)) from None
-        self._template = template
+        # The caller may change their list later.
+        self._template = template if isinstance(template, Template) else templates
         self._query_spans = spans
         visibility = Visibility(bidirectional_images, window)
         tables = category_tables(self._categories)
@@ -262,6 +265,8 @@ class BlockMask:
         from bsjax.masks.picture import plot_mask
 
         category = self._category_of(head)
+        if path is not None and not isinstance(path, str | PathLike):
+            raise MaskError(f"path must be the name of a file, got {shown(path)}.")
         if not isinstance(self.template, Template):
             raise MaskError("A mask of several prompts has no picture: plot each prompt's mask.")
         return plot_mask(self.template, category, self.schedule.visibility, path)

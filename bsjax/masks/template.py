@@ -103,8 +103,15 @@ class Template:
     image_tokens: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        image = np.ascontiguousarray(self.image, dtype=np.int32)
-        sink = np.ascontiguousarray(self.sink, dtype=bool)
+        # Checked before the numbers are cut off to 32 bits, which makes others of them.
+        numbered = _integers("A template's image numbers", self.image)
+        if numbered.size and not -1 <= numbered.min() <= numbered.max() < numbered.size:
+            raise TemplateError(
+                "A template's images must be numbered from 0, with -1 for text, got "
+                f"{shown(self.image)}."
+            )
+        image = np.ascontiguousarray(numbered, dtype=np.int32)
+        sink = np.ascontiguousarray(_truth_values("A template's sinks", self.sink))
         if image.ndim != 1 or image.shape != sink.shape:
             raise TemplateError(
                 "A template's image and sink arrays must be one-dimensional and equally long, "
@@ -113,9 +120,7 @@ class Template:
         starts = _run_starts(image)
         starts_image = image[starts] >= 0
         numbers = image[starts[starts_image]]
-        if image.size and (
-            image.min() < -1 or not np.array_equal(numbers, np.arange(numbers.size))
-        ):
+        if not np.array_equal(numbers, np.arange(numbers.size)):
             raise TemplateError(
                 "A template's images must be contiguous and numbered 0, 1, 2, ... in prompt order, "
                 f"with -1 for text; the runs found are numbered {numbers[:20].tolist()}."
@@ -168,10 +173,13 @@ class Template:
                 raise TemplateError(
                     f"Every image needs at least one token, got {lengths.tolist()}."
                 )
-            if lengths.sum() != placeholder.sum():
+            # Added in Python: in 64 bits a sum of large numbers can come out right, and NumPy then
+            # writes beyond the end of an array.
+            total = sum(lengths.tolist())
+            if total != placeholder.sum():
                 raise TemplateError(
                     f"The prompt has {int(placeholder.sum())} image placeholder tokens, but "
-                    f"image_tokens adds up to {int(lengths.sum())} over {lengths.size} images."
+                    f"image_tokens adds up to {total} over {lengths.size} images."
                 )
             image[placeholder] = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
         return cls._with_sinks(image, sinks)
@@ -278,7 +286,24 @@ def _integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
     # An empty list becomes an array of floats.
     if array is None or (array.size and array.dtype.kind not in "iu"):
         raise TemplateError(f"{name} must be whole numbers, got {shown(values)}.")
+    if array.size and array.max() > np.iinfo(np.int64).max:
+        raise TemplateError(f"{name} must fit 64 bits, got {shown(values)}.")
     return array.astype(np.int64)
+
+
+def _truth_values(name: str, values: Any) -> Bool[np.ndarray, "..."]:
+    """Values as an array of truth values.
+
+    Raises:
+      TemplateError: they are neither truth values nor whole numbers.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or (array.size and array.dtype.kind not in "biu"):
+        raise TemplateError(f"{name} must be True or False, got {shown(values)}.")
+    return array.astype(bool)
 
 
 def _run_starts(image: np.ndarray) -> np.ndarray:

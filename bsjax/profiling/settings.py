@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bsjax.checks import LARGEST_WRITTEN, as_number, shown, whole_number
+from bsjax.checks import LARGEST_WRITTEN, as_number, shown, truth_value, whole_number
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 
@@ -111,6 +111,7 @@ class Settings:
                     "threshold must be a share from 0 to 1 for the criterion 'mass', got "
                     f"{shown(self.budget.value)}."
                 )
+        truth_value("refine", self.refine, error=ProfileError)
         if isinstance(self.budget, Divergence) and not self.refine:
             raise ProfileError("max_kl is a budget for refinement: pass refine=True with it.")
         if not 0 <= as_number(self.quantile) <= 1:

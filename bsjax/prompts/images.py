@@ -9,12 +9,13 @@ import binascii
 import contextlib
 import io
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -36,6 +37,11 @@ IMAGE_KEYS = (*IMAGE_FILE_KEYS, "base64")
 _LONGEST_NAME = 80
 # Decoders spend time on every row, however short: 80 million rows of one pixel take 10 seconds.
 _LONGEST_SIDE = 2**20
+# A JPEG file may pass over its pixels any number of times, in a few bytes each: thousands of passes
+# over a large image take minutes. Encoders write about ten. For the largest image that is read by
+# default, a hundred take 7 seconds.
+_MOST_SCANS = 100
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 _SHOWN_CHARACTERS = 200
 
@@ -74,7 +80,7 @@ def opened_image(
       MessageError: the file is not an ordinary one, or the image has no pixels or too many.
       Exception: it is not an image; decoders raise many kinds of exceptions.
     """
-    stream: IO[bytes]
+    stream: io.BytesIO | io.BufferedReader
     if isinstance(source, Path):
         check_file(source, error=MessageError)
         stream = source.open("rb")
@@ -91,6 +97,8 @@ def opened_image(
         if image.format == "EPS":
             raise MessageError("it is a program in PostScript, not an image with pixels.")
         _check_pixels(image.width, image.height, max_source_pixels)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(stream)
         yield image
 
 
@@ -236,6 +244,35 @@ def _check_pixels(width: int, height: int, most: int) -> None:
         )
     if width * height > most:
         raise MessageError(_too_large(f"it has {width} x {height} pixels", most))
+
+
+def _check_scans(stream: io.BytesIO | io.BufferedReader) -> None:
+    """Rejects a JPEG file with more scans (passes over its pixels) than any encoder writes."""
+    before = stream.tell()
+    scans, position = 0, 0
+    with _content(stream) as content:
+        while scans <= _MOST_SCANS and (marker := _JPEG_MARKER.search(content, position)):
+            kind, position = marker[1], marker.end()
+            if kind == b"\xd9":  # The end; what follows is not decoded.
+                break
+            if kind not in (b"\xd8", b"\x01"):  # All others start with their length.
+                scans += kind == b"\xda"
+                position += int.from_bytes(content[position : position + 2], "big")
+    stream.seek(before)
+    if scans > _MOST_SCANS:
+        raise MessageError(
+            f"it has more than {_MOST_SCANS} scans, which take too long to decode: save it again."
+        )
+
+
+@contextlib.contextmanager
+def _content(stream: io.BytesIO | io.BufferedReader) -> Iterator[Any]:
+    """The bytes of a stream, of which only those that are looked at are read."""
+    if isinstance(stream, io.BytesIO):
+        yield stream.getvalue()
+        return
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
 
 
 def _too_large(what: str, most: int) -> str:

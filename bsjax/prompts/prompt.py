@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from bsjax.checks import is_failure
 from bsjax.errors import MessageError
 from bsjax.models.family import Family, ProcessedImage
 from bsjax.prompts.images import image_size, read_image, shortened, shown_source
@@ -112,8 +113,17 @@ class Processor:
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
         # `verbose` would warn of long prompts, whose length is checked later with a better message.
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        return np.asarray(encoded["input_ids"], np.int32)
+        name = f"The tokenizer of {self.tokenizer.name_or_path}"
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            token_ids = np.asarray(encoded["input_ids"], np.int32)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise MessageError(f"{name} cannot read these messages: {error}") from error
+        if not token_ids.size:
+            raise MessageError(f"{name} makes no tokens of these messages.")
+        return token_ids
 
     def _check_placeholders(self, token_ids: Int32[np.ndarray, "tokens"], images: int) -> None:
         video_token_id = getattr(self.config, "video_token_id", None)

@@ -77,9 +77,17 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]])
     answer = _PROCESS.ask(line, RENDER_SECONDS)
     if "error" in answer:
         raise MessageError(f"{name} cannot render these messages: {answer['error']}")
-    if not answer["text"]:
+    text = answer["text"]
+    if not text:
         raise MessageError(f"{name} renders these messages to nothing.")
-    return answer["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MessageError(
+            f"{name} writes {ascii(text[error.start])}, half of a surrogate pair, which is not a "
+            "character."
+        ) from None
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsjax.checks import LARGEST_WRITTEN, shown, whole_number
+from bsjax.checks import LARGEST_WRITTEN, shown, truth_value, whole_number
 from bsjax.errors import SampleError
 from bsjax.samples.benchmarks import BENCHMARKS, read_benchmark
 from bsjax.samples.folder import QUESTIONS, read_folder
@@ -95,6 +95,7 @@ def read_samples(
     if max_pixels is not None:
         whole_number("max_pixels", max_pixels, least=1, error=SampleError)
     whole_number("seed", seed, least=0, most=LARGEST_WRITTEN, error=SampleError)
+    truth_value("pan_and_scan", pan_and_scan, error=SampleError)
     sources = [source] if isinstance(source, str | PathLike) else source
     if not isinstance(sources, Sequence) or not all(
         isinstance(one, str | PathLike) for one in sources

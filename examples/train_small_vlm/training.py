@@ -427,7 +427,8 @@ def read_log(log_file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             entry = json.loads(line)
-            int(entry["step"])
+            if type(entry["step"]) is not int:
+                raise TypeError
             lines.append(entry)
         except (KeyError, RecursionError, TypeError, ValueError):
             print(f"note: line {number} of {log_file} is torn and left out")

@@ -19,6 +19,8 @@ from bsjax import (
 from bsjax.checks import shown
 from tests.support.refusals import HUGE, refused
 
+# Their sum is 2 in 64 bits.
+WRAPS = np.array([2**63 - 1, 2**63 - 1, 4])
 TEMPLATE = Template.from_segments([Text(3), Image(5)])
 MASK = BlockMask(TEMPLATE, ["DENSE", "SINK"], 16, 16)
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 16)), jnp.float32)
@@ -135,6 +137,7 @@ def test_flags_that_are_not_valid(value):
         ({"categories": None}, "categories must be a list"),
         ({"categories": 3}, "categories must be a list"),
         ({"categories": "DENSE"}, "categories must be a list"),
+        ({"categories": np.array(1)}, "categories must be a list"),
         ({"categories": [None]}, "not a valid head category"),
         ({"categories": [[1]]}, "not a valid head category"),
         ({"categories": [float("nan")]}, "not a valid head category"),
@@ -151,6 +154,17 @@ def test_flags_that_are_not_valid(value):
 def test_block_masks(arguments, words):
     valid = {"template": TEMPLATE, "categories": ["DENSE"]}
     refused(lambda: BlockMask(**(valid | arguments)), MaskError, words)
+
+
+def test_a_mask_keeps_the_prompts_that_it_was_built_for():
+    prompts = [TEMPLATE, TEMPLATE]
+    mask = BlockMask(prompts, ["DENSE"])
+    prompts.pop()
+    assert mask.dense_pairs == 2 * BlockMask(TEMPLATE, ["DENSE"]).dense_pairs
+
+
+def test_the_name_of_a_picture():
+    refused(lambda: MASK.plot(5), MaskError, "path must be the name of a file")
 
 
 @pytest.mark.parametrize("head", ["x", None, 1.5, -1, 2, HUGE], ids=shown)
@@ -177,6 +191,14 @@ def test_heads_that_a_mask_does_not_have(head):
         (lambda: Template.from_tokens([1, 3], "x"), "image_token_id must be a whole number"),
         (lambda: Template.from_tokens([1, 3], 3, "x"), "sinks must be bsjax.Sinks"),
         (lambda: Template.from_tokens([3], 3, image_tokens="x"), "image_tokens must be whole"),
+        (lambda: Template.from_tokens([3, 3], 3, image_tokens=WRAPS), "image_tokens adds up to"),
+        (lambda: Template.from_tokens(np.array([2**64 - 1], np.uint64), -1), "must fit 64 bits"),
+        (lambda: Template(None, [True]), "image numbers must be whole numbers"),
+        (lambda: Template("ab", [True, False]), "image numbers must be whole numbers"),
+        (lambda: Template([0, [1]], [True, True]), "image numbers must be whole numbers"),
+        (lambda: Template([0.5], [True]), "image numbers must be whole numbers"),
+        (lambda: Template([2**40], [True]), "must be numbered from 0"),
+        (lambda: Template([0], ["yes"]), "sinks must be True or False"),
         (lambda: Sinks("x"), "`first` must be a whole number"),
         (lambda: Sinks(1, "ab"), "`offsets` must be a tuple of whole numbers"),
         (lambda: Sinks(1, 3), "`offsets` must be a tuple of whole numbers"),

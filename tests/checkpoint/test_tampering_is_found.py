@@ -9,11 +9,15 @@ import pytest
 
 import bsjax
 from bsjax.checkpoint.manifest import verify_manifest
+from bsjax.checkpoint.restoring import CODECS
 from bsjax.cli import main
 from bsjax.errors import CheckpointError
+from tests.support.fuzzing import check_message
 
 UP = "parameters/language_model.layers.mlp.up_proj.kernel"
 GATE = "parameters/language_model.layers.mlp.gate_proj.kernel"
+METADATA = "parameters/_METADATA"
+LARGE_CHUNKS = {"name": "regular", "configuration": {"chunk_shape": [2**31] * 3}}
 
 
 @pytest.fixture
@@ -42,6 +46,17 @@ def edit_byte_order(folder):
     file.write_text(text.replace('"little"', '"big"'))
 
 
+def edit_array(folder, **fields):
+    file = folder / UP / "zarr.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def skip_a_parameter(folder):
+    file = folder / METADATA
+    text = file.read_text()
+    file.write_text(text.replace('"skip_deserialize": false', '"skip_deserialize": true', 1))
+
+
 def edit_end_of_sequence(folder):
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 5}))
@@ -58,7 +73,16 @@ TAMPERING = [
     # What is done, whether `load` finds it, what the manifest says.
     (swap_parameters, False, ["changed 2", UP, GATE]),
     (edit_dtype, True, ["changed 1", f"{UP}/zarr.json"]),
-    (edit_byte_order, False, ["changed 1", f"{UP}/zarr.json"]),
+    (edit_byte_order, True, ["changed 1", f"{UP}/zarr.json"]),
+    (lambda folder: edit_array(folder, chunk_grid=LARGE_CHUNKS), True, ["changed 1", UP]),
+    (lambda folder: edit_array(folder, codecs=[*CODECS[:1], {"name": "gzip"}]), True, ["changed"]),
+    (lambda folder: edit_array(folder, codecs=CODECS[:1]), True, ["changed 1", UP]),
+    (lambda folder: edit_array(folder, dimension_names=["a", "b", "c"]), True, ["changed 1", UP]),
+    (lambda folder: (folder / UP / "zarr.json").write_text("[" * 100_000), True, ["changed 1", UP]),
+    (lambda folder: (folder / METADATA).write_text("[" * 100_000), True, ["changed 1", METADATA]),
+    (lambda folder: (folder / METADATA).write_text("{}"), True, ["changed 1", METADATA]),
+    (lambda folder: (folder / METADATA).unlink(), True, ["missing 1", METADATA]),
+    (skip_a_parameter, True, ["changed 1", METADATA]),
     (edit_end_of_sequence, False, ["changed 1: generation_config.json"]),
     (flip_a_bit, True, ["changed 1", UP]),
     (lambda folder: (folder / "bsjax.json").open("a").close(), False, None),
@@ -74,8 +98,9 @@ TAMPERING = [
 def test_what_load_finds_and_what_the_manifest_finds(folder, change, found, words):
     change(folder)
     if found:
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError) as caught:
             bsjax.load(folder)
+        check_message(caught.value)
     else:
         bsjax.load(folder)
     if words is None:  # The file is as it was.

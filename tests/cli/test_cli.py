@@ -302,3 +302,27 @@ def test_every_public_name_is_there():
     assert [name for name in bsjax.__all__ if not hasattr(bsjax, name)] == []
     with pytest.raises(AttributeError, match="attribute '?absent"):
         bsjax.absent  # noqa: B018
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [("bsjax", "verify", "{checkpoint}"), ("bsjax", "profile", "show", "small-qwen2.5-vl"),
+     ("convert", "{source}", "{folder}/new")],
+)  # fmt: skip
+def test_output_that_cannot_be_written(checkpoint, tmp_path, arguments):
+    names = {"checkpoint": checkpoint, "source": SOURCE, "folder": tmp_path}
+    command = [sys.executable, "-m", *(argument.format(**names) for argument in arguments)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the output cannot be written: ")
+
+
+def test_folders_that_the_terminal_cannot_show(tmp_path):
+    command = [sys.executable, "-m", "convert", str(SOURCE), str(tmp_path / "\u00e9")]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"written to   {tmp_path}/?" in done.stdout

@@ -413,7 +413,7 @@ class TestLoading:
         text = json.loads((converted / "config.json").read_text())["text_config"]
         text |= {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
         sources.edit_json(converted / "config.json", text_config=text)
-        assert "needs (3, 64)" in self.message(converted)
+        assert "needs [3, 64]" in self.message(converted)
 
     def test_a_missing_parameter_is_named(self, converted):
         shutil.rmtree(converted / "parameters/language_model.norm.scale")

@@ -1,6 +1,7 @@
 """Links out of a folder, pipes, devices and endless files are refused before they are opened."""
 
 import contextlib
+import functools
 import os
 import shutil
 import time
@@ -11,7 +12,7 @@ import pytest
 import bsjax
 from bsjax.cli import main
 from bsjax.errors import BsjaxError, CheckpointError, ProfileError, SampleError
-from convert.conversion import prepare
+from convert.conversion import convert_checkpoint, prepare
 from tests.support.fuzzing import check_message
 
 
@@ -142,6 +143,12 @@ def test_profiles_samples_and_states_are_ordinary_files(tiny_model, tmp_path, ki
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_destinations_that_are_not_text(tiny_source, tmp_path):
+    action = functools.partial(convert_checkpoint, tiny_source, tmp_path / "a\udcff")
+    assert "a\\udcff" in refused(action, CheckpointError)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "nowhere"])
 def test_images_of_samples_are_ordinary_files(tmp_path, kind):
     replace(tmp_path / "one.png", kind)
@@ -152,7 +159,9 @@ def test_images_of_samples_are_ordinary_files(tmp_path, kind):
     refused(lambda: bsjax.read_samples(tmp_path, images_per_prompt=(1, 1)), SampleError)
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "/" + "x/" * 3000, "~nobody-at-all/x", ""])
+@pytest.mark.parametrize(
+    "path", ["a\0b", "x" * 5000, "/" + "x/" * 3000, "~nobody-at-all/x", "", "a\udcff"]
+)
 def test_names_that_no_file_can_have(tiny_model, path):
     conversation = [{"role": "user", "content": "?"}]
     refused(lambda: prepare(path), CheckpointError)

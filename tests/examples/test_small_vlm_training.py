@@ -223,10 +223,12 @@ def test_torn_settings_are_written_again(tmp_path, capsys, torn):
 def test_torn_lines_of_a_log_are_left_out(tmp_path, capsys):
     file = tmp_path / "log.jsonl"
     file.write_bytes(b'{"step": 1}\n{"step": 2, "seco\n\xff\n3\n{}\n{"step": 5}\n{"step": 6, "tr')
+    with file.open("a") as log:
+        log.write('\n{"step": "7"}\n{"step": Infinity}\n{"step": 8.5}')
     assert training.read_log(file) == [{"step": 1}, {"step": 5}]
     said = capsys.readouterr().out
-    assert [f"line {number} of" in said for number in range(1, 8)] == [
-        False, True, True, True, True, False, True
+    assert [f"line {number} of" in said for number in range(1, 11)] == [
+        False, True, True, True, True, False, True, True, True, True
     ]  # fmt: skip
 
 

@@ -128,6 +128,26 @@ def test_it_is_refused_with_the_reason(processor, part, reason):
     assert str(caught.value).isprintable()
 
 
+def progressive(scans: int, after: bytes = b"") -> bytes:
+    """A JPEG file that goes over its pixels `scans` times more than the encoder meant."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (10, 200, 30)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * (1 + scans) + content[-2:] + after
+
+
+def test_a_jpeg_file_with_thousands_of_scans_is_refused(processor, tmp_path):
+    (tmp_path / "many.jpg").write_bytes(progressive(5000))
+    for source in (str(tmp_path / "many.jpg"), data_url(progressive(5000))):
+        with pytest.raises(MessageError, match="more than 100 scans"):
+            processor.prompt(user(image=source))
+    # What follows the end of the image, such as a video, is not decoded.
+    for content in (progressive(0), progressive(0, after=b"\xff\xda" * 500)):
+        (tmp_path / "few.jpg").write_bytes(content)
+        assert processor.prompt(user(image=str(tmp_path / "few.jpg"))).token_ids.size
+
+
 def test_a_pipe_is_refused_before_it_is_opened(processor, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(MessageError, match="a pipe"):

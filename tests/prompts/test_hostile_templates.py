@@ -55,6 +55,7 @@ def tokenizer():
         ("\n\n{% for %}", "line 3: Expected an expression"),
         ("{{ unknown() }}", "'unknown' is undefined"),
         ("{# nothing #}", "to nothing"),
+        (r"{{ 'a\ud800' }}", "half of a surrogate pair"),
         ("{% include 'config.json' %}", "no loader"),
     ],
 )

@@ -237,6 +237,10 @@ def test_options_of_load(tiny_checkpoint, option, value):
     refused(lambda: bsjax.load(tiny_checkpoint, **{option: value}), CheckpointError, option)
 
 
+def test_text_is_not_taken_for_true_when_profiling():
+    refused(lambda: Settings(refine="no"), ProfileError, "refine must be True or False")
+
+
 @pytest.mark.parametrize(
     "call",
     [

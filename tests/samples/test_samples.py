@@ -189,6 +189,7 @@ def test_a_list_of_images_fills_image_parts_without_an_image(tmp_path):
         (None, {}, "a path, a name or a list"),
         ([5], {}, "a path, a name or a list"),
         (".", {"images_per_prompt": 5}, "must be a pair"),
+        (".", {"pan_and_scan": "no"}, "pan_and_scan must be True or False"),
         (".", {"images_per_prompt": (1, 2, 3)}, "must be a pair"),
         (".", {"question": 5}, "must be a text"),
         (".", {"question": None}, "must be a text"),
