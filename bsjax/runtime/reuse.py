@@ -162,7 +162,7 @@ def image_digests(prompt: Prompt) -> tuple[str, ...]:
     first = 0
     for end, grid in zip(ends.tolist(), prompt.grid_thw, strict=True):
         digest = hashlib.sha256(np.asarray(grid, np.int64).tobytes())
-        digest.update(np.ascontiguousarray(prompt.pixel_values[first:end]))
+        digest.update(np.ascontiguousarray(prompt.pixel_values[first:end]).data)
         digests.append(digest.hexdigest())
         first = end
     return tuple(digests)
