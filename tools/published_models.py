@@ -101,6 +101,9 @@ PUBLISHED_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "Qwen2.5-VL-7B": lambda: _qwen2_5_vl(
         _qwen_text(3584, 28, (28, 4), 18944, 152064, 128000, tied=False)
     ),
+    "Qwen2.5-VL-72B": lambda: _qwen2_5_vl(
+        _qwen_text(8192, 80, (64, 8), 29568, 152064, 128000, tied=False)
+    ),
     "Gemma-3-4B": lambda: _gemma_3(2560, 34, (8, 4), 256, 10240, 256),
     "Gemma-3-12B": lambda: _gemma_3(3840, 48, (16, 8), 256, 15360, 256),
     "Gemma-3-27B": lambda: _gemma_3(5376, 62, (32, 16), 128, 21504, 168),

@@ -4,10 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
-
-import jax
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
@@ -27,7 +24,7 @@ from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Token
 from bsjax.runtime.reuse import KeptCache
 from bsjax.runtime.sampling import Sampling
-from bsjax.runtime.session_file import read_session, restored, write_session
+from bsjax.runtime.session_file import read_session, write_session
 
 
 class Session:
@@ -148,9 +145,7 @@ class Session:
         saved = read_session(path, model, resolved)
         session = cls(model, profile=resolved, max_tokens=saved.max_tokens, backend=backend)
         if saved.tokens is not None:
-            empty_cache = partial(model.module.language_model.empty_cache, session._kept.rows)
-            cache = restored(saved.cache, jax.eval_shape(empty_cache))
-            session._kept.hold(saved.tokens, cache)
+            session._kept.hold(saved.tokens, saved.cache)
         return session
 
     def generate(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown
+from bsjax.checks import shown, whole_number
 from bsjax.errors import SessionError
 from bsjax.masks.template import Template
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.reuse import CachedTokens
+from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
 _FORMAT = "bsjax session 1"
@@ -71,7 +73,7 @@ def write_session(
         "format": _FORMAT,
         "depends_on": _depends_on(model, profile),
         "session": described,
-        "sha256": _digest(arrays, described),
+        "sha256": content_digest(arrays, described),
     }
     try:
         with atomic_replacement(Path(path)) as temporary:
@@ -104,7 +106,7 @@ def read_session(
                 f"{shown(header.get('format'))}, not {_FORMAT!r}."
             )
         depends_on, described = header["depends_on"], header["session"]
-        whole = header["sha256"] == _digest(arrays, described)
+        whole = header["sha256"] == content_digest(arrays, described)
     except SessionError:
         raise
     except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -117,31 +119,50 @@ def read_session(
                 f"{path} was saved with another {name}. Load it with the one that it was saved "
                 "with, or begin a new session."
             )
-    max_tokens = described["max_tokens"]
+    try:
+        return _restored(arrays, described, model)
+    except (LookupError, TypeError, ValueError) as error:
+        raise SessionError(f"{path} is damaged, or not a session: {error}.") from error
+
+
+def _restored(
+    arrays: dict[str, np.ndarray], described: dict[str, Any], model: LoadedModel
+) -> SavedSession:
+    """The session in a file.
+
+    Raises:
+      LookupError, TypeError, ValueError: the file does not hold what `write_session` writes.
+    """
+    limit = model.config.get_text_config().max_position_embeddings
+    max_tokens = whole_number(
+        "max_tokens", described["max_tokens"], least=2, most=limit, error=SessionError
+    )
     if "token_ids" not in arrays:
         return SavedSession(max_tokens, None, None)
-    tokens = CachedTokens(
-        arrays["token_ids"],
-        tuple(described["images"]),
-        Template(arrays["image"], arrays["sink"]),
-        tuple(described["span_starts"]),
-    )
-    return SavedSession(max_tokens, tokens, arrays)
-
-
-def restored(arrays: dict[str, np.ndarray], empty: Any) -> Any:
-    """The cache whose rows in use are in a file.
-
-    Args:
-      arrays: the arrays of the file.
-      empty: shapes and dtypes of the cache.
-    """
-    leaves, structure = jax.tree.flatten(empty)
+    template = Template(arrays["image"], arrays["sink"])
+    token_ids, images = arrays["token_ids"], tuple(described["images"])
+    span_starts = tuple(described["span_starts"])
+    if not (
+        token_ids.dtype == np.int32
+        and token_ids.shape == (template.tokens,)
+        and 0 < template.tokens <= max_tokens
+        and len(images) == template.num_images
+        and span_starts[:1] == (0,)
+        and all(type(start) is int for start in span_starts)
+        and all(np.diff((*span_starts, template.tokens)) > 0)
+    ):
+        raise ValueError("its tokens do not match")
+    empty_cache = partial(model.module.language_model.empty_cache, cache_rows(max_tokens))
+    leaves, structure = jax.tree.flatten(jax.eval_shape(empty_cache))
     filled = []
     for index, of in enumerate(leaves):
         rows = arrays[f"cache.{index}"].view(of.dtype)
-        filled.append(jnp.zeros(of.shape, of.dtype).at[:, : rows.shape[1]].set(rows))
-    return jax.tree.unflatten(structure, filled)
+        used = min(template.tokens, of.shape[1])
+        if rows.shape != (of.shape[0], used, *of.shape[2:]):
+            raise ValueError("its cache does not match its tokens")
+        filled.append(jnp.zeros(of.shape, of.dtype).at[:, :used].set(rows))
+    tokens = CachedTokens(token_ids, images, template, span_starts)
+    return SavedSession(max_tokens, tokens, jax.tree.unflatten(structure, filled))
 
 
 def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
@@ -155,7 +176,8 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
     return {"checkpoint": model.fingerprint, "profile": of_profile, "dtype": str(model.dtype)}
 
 
-def _digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
+def content_digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:
+    """SHA-256 of all arrays and of what describes them."""
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -2,13 +2,17 @@
 
 import dataclasses
 import itertools
+import json
 import os
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import bsjax
 from bsjax import CapacityError, GenerationError, Profile, SessionError
+from bsjax.runtime import session_file
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.histories import History, picture
@@ -258,3 +262,37 @@ def test_a_session_in_16_bits_is_saved_exactly(tiny_checkpoint, tmp_path):
     other = bsjax.Session.load(tmp_path / "session", model)
     other.save(tmp_path / "again")
     assert (tmp_path / "session").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+def test_session_files_that_were_made_by_hand_are_refused(tiny_model, tmp_path):
+    """With a checksum that matches."""
+    session = bsjax.Session(tiny_model, max_tokens=512)
+    session.generate([user(picture(2), "Why?")], max_new_tokens=2)
+    path = tmp_path / "session"
+    session.save(path)
+    with safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["bsjax"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def refused(described, **changed):
+        own = {name: value for name, value in (arrays | changed).items() if value is not None}
+        described = header["session"] | described
+        digest = session_file.content_digest(own, described)
+        content = json.dumps(header | {"session": described, "sha256": digest})
+        save_file(own, path, metadata={"bsjax": content})
+        with pytest.raises(SessionError, match="damaged|max_tokens"):
+            bsjax.Session.load(path, tiny_model)
+
+    for max_tokens in (-1, 10**30, "8", None, 3):
+        refused({"max_tokens": max_tokens})
+    for span_starts in ([], [1], [0, 0], [0, 10**6], [0, "1"], None, [[0]]):
+        refused({"span_starts": span_starts})
+    refused({"images": []})
+    ids, cache = arrays["token_ids"], arrays["cache.0"]
+    for changed in (ids[:-1], ids.astype(np.float32), ids[None], np.zeros(0, np.int32)):
+        refused({}, token_ids=changed)
+    for name in ("image", "sink", "cache.0", "cache.1"):
+        refused({}, **{name: None})
+        refused({}, **{name: arrays[name][:1]})
+    refused({}, **{"cache.0": np.ascontiguousarray(cache[..., 1:])})
+    refused({}, image=np.full_like(arrays["image"], 7))
