@@ -1,4 +1,4 @@
-"""The console script `bsjax`: `generate`, `mask`, `profile`, `verify` and `warmup`."""
+"""The console script `bsjax`: `generate`, `chat`, `mask`, `profile`, `verify` and `warmup`."""
 
 import argparse
 import io
@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from bsjax.cli import generate, mask, profile, verify, warmup
+import bsjax
+from bsjax.cli import chat, generate, mask, profile, verify, warmup
 from bsjax.cli.output import output_failed
 from bsjax.errors import BsjaxError
 
 _EPILOG = """\
 examples:
   bsjax generate checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --stream
+  bsjax chat checkpoints/qwen2-vl-2b --profile profile.json
   bsjax mask checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --output mask.png
   bsjax mask --segments text:12,image:256,text:5,image:300,text:9 --category sink
   bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench --limit 64 --output profile.json
@@ -33,8 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"bsjax {bsjax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, mask, profile, verify, warmup):
+    for module in (generate, chat, mask, profile, verify, warmup):
         module.add_to(commands)
     return parser
 

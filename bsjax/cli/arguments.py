@@ -57,20 +57,22 @@ def image_sources_of(options: argparse.Namespace) -> "ImageSources":
 
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The conversation described by the arguments of `add_images` and the question."""
-    content: list[dict[str, Any]] = [
-        {
-            "type": "image",
-            "image": image,
-            "max_pixels": options.max_pixels,
-            "do_pan_and_scan": options.pan_and_scan or None,
-        }
-        for image in (*options.images, *options.image)
-    ]
+    content = [image_part(image, options) for image in (*options.images, *options.image)]
     content.append({"type": "text", "text": options.question})
     messages = [{"role": "user", "content": content}]
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
     return messages
+
+
+def image_part(image: str, options: argparse.Namespace) -> dict[str, Any]:
+    """An image as a part of a message, with the arguments of `add_image_settings`."""
+    return {
+        "type": "image",
+        "image": image,
+        "max_pixels": options.max_pixels,
+        "do_pan_and_scan": options.pan_and_scan or None,
+    }
 
 
 def category(text: str) -> HeadCategory:

@@ -462,3 +462,18 @@ class TestTimeToFirstToken:
             assert leaf.dtype == jnp.bfloat16
             values = np.asarray(leaf, np.float32)
             assert np.isfinite(values).all() and values.std() > 0
+
+
+def test_second_turns_are_answered_alike_with_and_without_a_session(tmp_path, capsys):
+    from benchmarks import sessions
+
+    options = ["--size", "tiny", "--tokens", "60", "--image-size", "112", "84", "--rounds", "1"]
+    assert sessions.main([*options, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "sessions_tiny_cpu.json").read_text())
+    assert [row["heads"] for row in result["rows"]] == ["dense", "sparse"]
+    for row in result["rows"]:
+        assert row["first"]["reused_tokens"] == 0
+        for turn in ("question", "image"):
+            assert row[turn]["same_token"] is True
+            assert row[turn]["reused_tokens"] >= row["first"]["prompt_tokens"] - 3
+    assert capsys.readouterr().out.count(" | yes |") == 4

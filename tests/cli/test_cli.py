@@ -1,8 +1,10 @@
 """The console script does what its help says, and says what is wrong with its input."""
 
 import functools
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,53 @@ def test_uniform_and_saved_profiles_give_the_same_answer(capsys, checkpoint, ima
     again = answer(capsys, *arguments, "--profile", str(path))
     assert again["token_ids"] == sparse["token_ids"]
     assert again["stats"]["attention_flops_sparse"] == stats["attention_flops_sparse"]
+
+
+@pytest.mark.slow
+def test_a_chat_goes_on_and_computes_only_what_is_new(capsys, checkpoint, images, monkeypatch):
+    lines = [
+        *(f"/image {image}" for image in images),
+        "What is it?",
+        "/image missing.png",
+        "And this?",
+        "/wrong",
+        "",
+        "Why?",
+        "/new",
+        "Why?",
+        "/quit",
+        "Never asked.",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    status, out, err = run(capsys, "chat", checkpoint, "--max-new-tokens", "1")
+    assert status == 0
+    content = [{"type": "image", "image": image} for image in images]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
+    model = bsjax.load(checkpoint)
+    expected = []
+    first = bsjax.generate(model, messages, max_new_tokens=1)
+    messages += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Why?"},
+    ]
+    second = bsjax.generate(model, messages, max_new_tokens=1)
+    third = bsjax.generate(model, messages[-1:], max_new_tokens=1)
+    expected = [first.text, second.text, third.text]
+    assert out == "".join(f"{text}\n" for text in expected)
+    reused = re.findall(r"\((\d+) of (\d+) tokens reused", err)
+    assert [int(total) for _, total in reused] == [
+        result.prompt_tokens for result in (first, second, third)
+    ]
+    assert int(reused[0][0]) == 0 and int(reused[1][0]) >= first.prompt_tokens - 2
+    assert "missing.png" in err and "'/wrong' is not a command" in err
+    assert err.count("error: ") == 2
+
+
+def test_the_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"bsjax {bsjax.__version__}\n"
 
 
 def test_max_pixels_scales_images_down(capsys, checkpoint, images):
