@@ -59,6 +59,21 @@ def add_to(commands: Any) -> None:
         metavar="P",
         help="draw from the likeliest tokens whose total probability is P",
     )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="draw from tokens with at least this share of the likeliest one's probability",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1: tokens that have occurred become less likely",
+    )
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text"
+    )
     parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
     add_device_options(parser)
     parser.set_defaults(run=_generate)
@@ -86,6 +101,9 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
         seed=options.seed,
         stream=show if options.stream else None,
         backend=options.backend,

@@ -35,6 +35,7 @@ class AnswerSettings:
     Attributes:
       new_tokens: the most tokens to generate.
       sampling: how tokens are chosen.
+      stop: texts that end an answer.
       end_tokens: ids of end-of-sequence tokens, padded with -1.
       backend: attention backend, already resolved.
     """
@@ -42,6 +43,7 @@ class AnswerSettings:
     new_tokens: int
     backend: str
     sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
     end_tokens: Int32[np.ndarray, "end_tokens"] = field(
         default_factory=lambda: np.full(MAX_END_TOKENS, -1, np.int32)
     )
@@ -54,6 +56,8 @@ class DecodeState(NamedTuple):
     """int32, the last token chosen, which is not in the cache yet."""
     chosen: Any
     """int32, how many tokens have been chosen."""
+    occurred: Any
+    """bool [vocabulary], which tokens are in the prompt or have been chosen before the last one."""
     cache: Any
     """The family's cache, a pytree of arrays."""
 
@@ -100,11 +104,12 @@ def decode(
             prompt_tokens + before,
             backend=backend,
         )
-        token = sample(logits, sampling, state.chosen)
+        occurred = state.occurred.at[state.token].set(True)
+        token = sample(logits, sampling, state.chosen, occurred)
         return (
             tokens.at[count].set(token),
             count + 1,
-            DecodeState(token, state.chosen + 1, cache),
+            DecodeState(token, state.chosen + 1, occurred, cache),
         )
 
     start = (jnp.zeros(DECODE_CHUNK, jnp.int32), jnp.int32(0), state)
@@ -136,9 +141,11 @@ class Decoding:
             settings.sampling,
         )
         scalar = jax.ShapeDtypeStruct((), np.int32)
+        vocabulary = programs.module.language_model.embed_tokens.num_embeddings
+        occurred = jax.ShapeDtypeStruct((vocabulary,), np.bool_)
         self._decode = programs.get(
             decode,
-            (DecodeState(scalar, scalar, cache), np.int32(0), *self._arguments),
+            (DecodeState(scalar, scalar, occurred, cache), np.int32(0), *self._arguments),
             static=(settings.backend,),
             donate=(0,),
         )

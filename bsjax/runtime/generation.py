@@ -36,9 +36,9 @@ from bsjax.runtime.memory import (
     check_memory,
     host_bytes_available,
 )
-from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.prefill import Prefill, occurring_tokens
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats, Token
+from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
 from bsjax.runtime.reuse import NOTHING, KeptCache
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
@@ -123,6 +123,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
     seed: int = 0,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
@@ -141,6 +144,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
     seed: int = 0,
     backend: str = "auto",
     allow_files: bool | None = None,
@@ -157,6 +163,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
     seed: int = 0,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
@@ -174,6 +183,11 @@ def generate(
       temperature: 0 always chooses the likeliest token; above 0, tokens are drawn.
       top_k: draw only from the k likeliest tokens.
       top_p: draw only from the likeliest tokens that together reach this probability.
+      min_p: draw only from tokens with at least this share of the likeliest token's probability.
+      repetition_penalty: above 1, tokens of the prompt and of the answer so far become less likely
+        (transformers' RepetitionPenaltyLogitsProcessor); also where the likeliest is taken.
+      stop: a text, or several, that end the answer. The answer's text ends before it; its tokens
+        include those that complete it.
       seed: seed of the draws.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
@@ -193,8 +207,8 @@ def generate(
         available.
       BackendError: the backend is unknown.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, seed)
-    settings = checked_settings(model, max_new_tokens, sampling, backend)
+    sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    settings = checked_settings(model, max_new_tokens, sampling, backend, stop)
     sources = model.image_sources.restricted(allow_files, allow_urls)
     if stream is not None and not callable(stream):
         raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
@@ -224,6 +238,9 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
     seed: int = 0,
     backend: str = "auto",
     allow_files: bool | None = None,
@@ -236,8 +253,8 @@ def stream(
     Raises:
       BsjaxError: as for `generate`.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, seed)
-    settings = checked_settings(model, max_new_tokens, sampling, backend)
+    sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    settings = checked_settings(model, max_new_tokens, sampling, backend, stop)
     sources = model.image_sources.restricted(allow_files, allow_urls)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
@@ -271,13 +288,14 @@ def _conversations(messages: Any) -> tuple[list[Messages], bool]:
 
 
 def checked_settings(
-    model: LoadedModel, max_new_tokens: int, sampling: Sampling, backend: str
+    model: LoadedModel, max_new_tokens: int, sampling: Sampling, backend: str, stop: Any = None
 ) -> AnswerSettings:
     """How a prompt is to be answered, from a user's arguments; see `generate`."""
     check_model(model, GenerationError)
     return AnswerSettings(
         new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
         sampling=sampling,
+        stop=checked_stop(stop),
         end_tokens=_end_tokens(model),
         backend=resolve_backend(backend),
     )
@@ -379,12 +397,13 @@ def generate_once(
     decoding = Decoding(programs, inputs, prefill.cache, settings)
     check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
     token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
-    state = DecodeState(token, np.int32(1), cache)
+    occurred = occurring_tokens(programs.module, inputs)
+    state = DecodeState(token, np.int32(1), occurred, cache)
     new_ids = [int(token)]
     chosen = list(new_ids)
 
     token_ids: list[int] = []
-    text = IncrementalText(model.tokenizer)
+    text = IncrementalText(model.tokenizer, settings.stop)
     decode_seconds = 0.0
     try:
         while True:
@@ -393,6 +412,9 @@ def generate_once(
                 ended = bool(np.isin(token_id, settings.end_tokens))
                 last = ended or len(token_ids) == settings.new_tokens
                 yield Token(text.add(token_id, last=last), token_id)
+                if text.stopped:
+                    ended = last = True
+                    break
             if last:
                 break
             left = settings.new_tokens - len(token_ids)

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
@@ -34,6 +35,7 @@ def prefill(
     chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
     sampling: Sampling,
+    occurred: Bool[Array, "vocabulary"],
     backend: str,
 ) -> tuple[Int[Array, ""], Any]:
     """Runs a chunk and chooses the token that follows it.
@@ -46,6 +48,7 @@ def prefill(
       chunk: the chunk, with the row of its last token as `outputs`.
       head_category: `HeadCategory` of every query head of every layer.
       sampling: how the token is chosen.
+      occurred: which tokens are in the prompt.
       backend: attention backend.
 
     Returns:
@@ -53,7 +56,7 @@ def prefill(
       returns means anything.
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
-    return sample(module.logits(hidden[0]), sampling, jnp.int32(0)), cache
+    return sample(module.logits(hidden[0]), sampling, jnp.int32(0), occurred), cache
 
 
 def score(
@@ -232,6 +235,13 @@ class ChunkedRun:
         return (cache, features, chunk.arguments, categories, *self._more_arguments)
 
 
+def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.ndarray, "vocabulary"]:
+    """Which tokens are in a prompt."""
+    occurred = np.zeros(module.language_model.embed_tokens.num_embeddings, bool)
+    occurred[inputs.token_ids] = True
+    return occurred
+
+
 class Prefill(ChunkedRun):
     """The stages from a prompt to the first token of its answer."""
 
@@ -263,7 +273,7 @@ class Prefill(ChunkedRun):
             sizes=sizes_in_use(),
             new_tokens=new_tokens,
             reuse=reuse,
-            more_arguments=(sampling,),
+            more_arguments=(sampling, occurring_tokens(programs.module, inputs)),
         )
 
     def first_token(self, cache: Any = None) -> tuple[jax.Array, Any]:

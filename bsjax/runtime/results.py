@@ -1,8 +1,11 @@
 """The results of a generation: the answer, its statistics, and its text as it is generated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bsjax.checks import shown
+from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
 
 
@@ -51,7 +54,8 @@ class Result:
       text: the answer, without special tokens.
       token_ids: the generated tokens, including the end-of-sequence token if there is one.
       prompt_tokens: tokens of the prompt.
-      finish_reason: `stop` (ended by an end-of-sequence token) or `length` (by `max_new_tokens`).
+      finish_reason: `stop` (ended by an end-of-sequence token or a stop text) or `length` (by
+        `max_new_tokens`).
       stats: sizes, FLOPs and seconds.
     """
 
@@ -75,15 +79,28 @@ class Token(NamedTuple):
 
 
 class IncrementalText:
-    """The text of a growing list of tokens, in pieces of whole characters."""
+    """The text of a growing list of tokens, in pieces of whole characters.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    Text that may be the beginning of a stop text is held back until it is known whether it is.
+
+    Args:
+      tokenizer: decodes the tokens.
+      stop: texts that end the answer.
+
+    Attributes:
+      whole: the text so far.
+      stopped: whether a stop text has come. The text ends before the first one.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
         # Tokens of the last piece, because text can depend on the tokens before it.
         self._context: list[int] = []
         # Tokens since then.
         self._pending: list[int] = []
+        self._held = ""
         self.whole = ""
+        self.stopped = False
 
     def add(self, token_id: int, *, last: bool) -> str:
         """The text that this token completes; empty while bytes of a character are missing."""
@@ -91,10 +108,48 @@ class IncrementalText:
         text = self._decode(self._context + self._pending)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return ""
-        piece = text[len(self._decode(self._context)) :]
+        piece = self._held + text[len(self._decode(self._context)) :]
         self._context, self._pending = self._pending, []
+        found = [position for stop in self._stop if (position := piece.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            piece, self._held = piece[: min(found)], ""
+        else:
+            kept = 0 if last else self._begun(piece)
+            piece, self._held = piece[: len(piece) - kept], piece[len(piece) - kept :]
         self.whole += piece
         return piece
 
+    def _begun(self, text: str) -> int:
+        """How many characters at the end of a text may be the beginning of a stop text."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for count in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-count:]) for stop in self._stop):
+                return count
+        return 0
+
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+_MOST_STOPS = 64
+_LONGEST_STOP = 1000
+
+
+def checked_stop(stop: Any) -> tuple[str, ...]:
+    """The `stop` argument of `bsjax.generate` as texts.
+
+    Raises:
+      GenerationError: it is not a text or a list of texts, or has an empty text, or too much text.
+    """
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not (
+        isinstance(stops, list | tuple)
+        and len(stops) <= _MOST_STOPS
+        and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in stops)
+    ):
+        raise GenerationError(
+            f"stop must be a text of 1 to {_LONGEST_STOP} characters, a list of at most "
+            f"{_MOST_STOPS} of them, or None, got {shown(stop)}."
+        )
+    return tuple(stops)

@@ -1,16 +1,17 @@
-"""Chooses the next token: the likeliest, or drawn with temperature, top-k and top-p."""
+"""Chooses the next token: the likeliest, or drawn with temperature, top-k, top-p and min-p."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bsjax.checks import as_number, shown, whole_number
 from bsjax.errors import GenerationError
 
 _GREATEST = float(np.finfo(np.float32).max)
+_LEAST = float(np.finfo(np.float32).tiny)
 
 
 class Sampling(NamedTuple):
@@ -24,10 +25,20 @@ class Sampling(NamedTuple):
     """float32; draws only from the likeliest tokens that together reach this probability."""
     seed: Any
     """uint32; seed of the draws."""
+    min_p: Any
+    """float32; draws only from tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: Any
+    """float32; divides positive logits of tokens that occurred, and multiplies negative ones."""
 
     @classmethod
     def checked(
-        cls, temperature: float, top_k: int | None, top_p: float | None, seed: int
+        cls,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> "Sampling":
         """Checks a user's arguments; see `bsjax.generate`.
 
@@ -43,6 +54,17 @@ class Sampling(NamedTuple):
             raise GenerationError(
                 f"top_p must be a number above 0 and at most 1, or None, got {shown(top_p)}."
             )
+        if min_p is not None and not 0.0 <= as_number(min_p) <= 1.0:
+            raise GenerationError(
+                f"min_p must be a number from 0 to 1, or None, got {shown(min_p)}."
+            )
+        if repetition_penalty is not None and not (
+            _LEAST <= as_number(repetition_penalty) <= _GREATEST
+        ):
+            raise GenerationError(
+                "repetition_penalty must be a number above 0, or None, got "
+                f"{shown(repetition_penalty)}."
+            )
         seed = whole_number("seed", seed, least=0, most=2**32 - 1, error=GenerationError)
         if top_k is not None:
             top_k = whole_number("top_k", top_k, least=1, error=GenerationError)
@@ -52,6 +74,8 @@ class Sampling(NamedTuple):
             np.int32(min(top_k or 0, np.iinfo(np.int32).max)),
             np.float32(1.0 if top_p is None else top_p),
             np.uint32(seed),
+            np.float32(0.0 if min_p is None else min_p),
+            np.float32(1.0 if repetition_penalty is None else repetition_penalty),
         )
 
 
@@ -60,36 +84,58 @@ GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)
 
 
 def sample(
-    logits: Float[Array, "vocabulary"], sampling: Sampling, step: Int[Array, ""]
+    logits: Float[Array, "vocabulary"],
+    sampling: Sampling,
+    step: Int[Array, ""],
+    occurred: Bool[Array, "vocabulary"],
 ) -> Int[Array, ""]:
-    """Chooses the next token, int32.
-
-    Draws depend only on the seed and the step. Filters are applied as in transformers: temperature,
-    then top-k, then top-p over the remaining tokens.
+    """Chooses the next token, int32. Draws depend only on the seed and the step.
 
     Args:
       logits: float32.
       sampling: how to choose.
       step: how many tokens have been chosen so far.
+      occurred: which tokens are in the prompt or have been chosen.
     """
+    logits = penalized(logits, sampling, occurred)
 
     def greedy() -> Array:
         return jnp.argmax(logits).astype(jnp.int32)
 
     def drawn() -> Array:
-        order = jnp.argsort(-logits, stable=True)
-        descending = logits[order] / jnp.maximum(sampling.temperature, 1e-6)
-        # Ties with the k-th likeliest token are kept, as in transformers.
-        rank = jnp.clip(sampling.top_k - 1, 0, logits.shape[0] - 1)
-        kept = (sampling.top_k == 0) | (descending >= descending[rank])
-        descending = jnp.where(kept, descending, -jnp.inf)
-        probability = jax.nn.softmax(descending)
-        reached_before = jnp.cumsum(probability) - probability
-        # The likeliest token is always kept.
-        kept = (reached_before < sampling.top_p) | (jnp.arange(logits.shape[0]) == 0)
+        tokens, scores = filtered(logits, sampling)
         key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-        return order[jax.random.categorical(key, jnp.where(kept, descending, -jnp.inf))].astype(
-            jnp.int32
-        )
+        return tokens[jax.random.categorical(key, scores)].astype(jnp.int32)
 
     return jax.lax.cond(sampling.temperature > 0, drawn, greedy)
+
+
+def penalized(
+    logits: Float[Array, "vocabulary"], sampling: Sampling, occurred: Bool[Array, "vocabulary"]
+) -> Float[Array, "vocabulary"]:
+    """Logits after the repetition penalty (transformers: RepetitionPenaltyLogitsProcessor)."""
+    penalty = sampling.repetition_penalty
+    return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filtered(
+    logits: Float[Array, "vocabulary"], sampling: Sampling
+) -> tuple[Int[Array, "vocabulary"], Float[Array, "vocabulary"]]:
+    """What is drawn from, in the order of transformers: temperature, top-k, top-p, then min-p.
+
+    Returns:
+      The tokens, likeliest first, and their scores: -inf for those that are not drawn.
+    """
+    order = jnp.argsort(-logits, stable=True)
+    descending = logits[order] / jnp.maximum(sampling.temperature, 1e-6)
+    # Ties with the k-th likeliest token are kept, as in transformers.
+    rank = jnp.clip(sampling.top_k - 1, 0, logits.shape[0] - 1)
+    kept = (sampling.top_k == 0) | (descending >= descending[rank])
+    descending = jnp.where(kept, descending, -jnp.inf)
+    probability = jax.nn.softmax(descending)
+    reached_before = jnp.cumsum(probability) - probability
+    kept = reached_before < sampling.top_p
+    kept &= probability >= sampling.min_p * probability[0]
+    # The likeliest token is always kept.
+    kept |= jnp.arange(logits.shape[0]) == 0
+    return order, jnp.where(kept, descending, -jnp.inf)

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,6 +156,9 @@ class Session:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
         seed: int = 0,
         stream: Callable[[str, int], None] | None = None,
         allow_files: bool | None = None,
@@ -170,9 +173,9 @@ class Session:
         """
         if stream is not None and not callable(stream):
             raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
-        sampling = Sampling.checked(temperature, top_k, top_p, seed)
+        sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         events = self._events(
-            messages, max_new_tokens, sampling, allow_files, allow_urls, stream is not None
+            messages, max_new_tokens, sampling, stop, allow_files, allow_urls, stream is not None
         )
         result: Any = None
         for event in events:
@@ -191,6 +194,9 @@ class Session:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] | None = None,
         seed: int = 0,
         allow_files: bool | None = None,
         allow_urls: bool | None = None,
@@ -200,8 +206,10 @@ class Session:
         Raises:
           BsjaxError: as for `generate`.
         """
-        sampling = Sampling.checked(temperature, top_k, top_p, seed)
-        events = self._events(messages, max_new_tokens, sampling, allow_files, allow_urls, True)
+        sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        events = self._events(
+            messages, max_new_tokens, sampling, stop, allow_files, allow_urls, True
+        )
         return (event.text for event in events if isinstance(event, Token) and event.text)
 
     def forward(
@@ -232,12 +240,13 @@ class Session:
         messages: Messages,
         max_new_tokens: int,
         sampling: Sampling,
+        stop: Any,
         allow_files: bool | None,
         allow_urls: bool | None,
         one_by_one: bool,
     ) -> Iterator[Token | Result]:
         """Checks the arguments, and returns an iterator over the tokens, then the result."""
-        settings = checked_settings(self._model, max_new_tokens, sampling, self._backend)
+        settings = checked_settings(self._model, max_new_tokens, sampling, self._backend, stop)
         sources = self._model.image_sources.restricted(allow_files, allow_urls)
         conversation = one_conversation("a session", messages)
 

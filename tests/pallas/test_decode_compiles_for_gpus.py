@@ -145,11 +145,12 @@ def decode_of_32k_tokens():
         return decoding.decode(nnx.merge(graph, parameters), *arguments, "pallas")
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    occurred = jax.ShapeDtypeStruct((config.get_text_config().vocab_size,), jnp.bool_)
     return compile_for(
         jax.jit(decode, donate_argnums=1),
         (
             parameters,
-            decoding.DecodeState(number, number, (Cache(cache, cache),)),
+            decoding.DecodeState(number, number, occurred, (Cache(cache, cache),)),
             number,
             number,
             number,
