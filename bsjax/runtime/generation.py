@@ -338,7 +338,7 @@ def forward_once(
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
     cache = None if kept is None else kept.take(reuse)
-    logits, cache = scoring.logits(cache)
+    logits, cache = scoring.logits_and_cache(cache)
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
     return logits, reuse.start

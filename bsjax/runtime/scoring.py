@@ -45,7 +45,13 @@ class Scoring(ChunkedRun):
         self._tokens = inputs.tokens - reuse.start
         self.result_bytes = 4 * self._tokens * self._vocabulary
 
-    def logits(self, cache: Any = None) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
+    def logits(self) -> Float32[np.ndarray, "tokens vocabulary"]:
+        """Logits in prompt order, on the host."""
+        return self.logits_and_cache()[0]
+
+    def logits_and_cache(
+        self, cache: Any = None
+    ) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
         """Logits of the tokens that run, in prompt order, on the host; and the cache.
 
         Args:

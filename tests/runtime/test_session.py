@@ -18,7 +18,7 @@ from tests.support import convert_sources as sources
 from tests.support.histories import History, picture
 
 WORDS = "which picture is brighter than the first one and why not".split()
-STEPS = int(os.environ.get("HISTORY_STEPS", "12"))
+STEPS = int(os.environ.get("HISTORY_STEPS", "8"))
 """Steps of each random history. The long run: HISTORY_STEPS=200 pytest -k histories."""
 
 
