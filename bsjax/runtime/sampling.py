@@ -134,7 +134,8 @@ def filtered(
     descending = jnp.where(kept, descending, -jnp.inf)
     probability = jax.nn.softmax(descending)
     reached_before = jnp.cumsum(probability) - probability
-    kept = reached_before < sampling.top_p
+    # The sum of all probabilities may come out as 1 before the last token.
+    kept = (reached_before < sampling.top_p) | (sampling.top_p >= 1)
     kept &= probability >= sampling.min_p * probability[0]
     # The likeliest token is always kept.
     kept |= jnp.arange(logits.shape[0]) == 0

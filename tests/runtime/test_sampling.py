@@ -25,7 +25,7 @@ def text_of(answer: str):
     seed=st.integers(0, 10**6),
     temperature=st.floats(0.1, 3.0),
     top_k=st.none() | st.integers(1, VOCABULARY + 3),
-    top_p=st.none() | st.floats(0.05, 1.0),
+    top_p=st.none() | st.floats(0.05, 0.99),
     min_p=st.none() | st.floats(0.0, 1.0),
     penalty=st.none() | st.floats(0.5, 2.0),
 )

@@ -41,25 +41,27 @@ class History:
                 messages.append({"role": "assistant", "content": [_text(answer)]})
         return messages
 
-    def change(self, answer: str) -> str:
+    def change(self, answer: str, step: str | None = None) -> str:
         """Goes on to another conversation that has something in common with this one.
 
         Args:
           answer: the answer to the last question.
+          step: what to do; by default anything.
 
         Returns:
           What was done.
         """
         turns, random = self._turns, self._random
-        step = random.choice(
-            ["ask"] * 3 + ["show"] * 2 + ["again", "edit", "swap", "undo", "forget"]
-        )
+        others = ["again", "edit", "swap", "undo", "forget"]
+        step = step or random.choice(["ask"] * 3 + ["show"] * 2 + others)
         if step in ("ask", "show") and len(turns) == self._most_turns:
             step = "undo"
         match step:
             case "ask" | "show":
-                # Any answer will do: the caller may have changed it.
-                turns[-1][1] = answer if answer.strip() and random.random() < 0.7 else self._some()
+                # Any answer will do: the caller may have changed it. A space keeps it apart from
+                # the question where the chat template has nothing between them.
+                kept = answer.strip() and random.random() < 0.7
+                turns[-1][1] = f" {answer}" if kept else self._some()
                 turns.append([self._question(images=step == "show"), None])
             case "edit":
                 question, _ = turns[random.integers(len(turns))]
