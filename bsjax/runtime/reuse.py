@@ -130,8 +130,7 @@ class CachedTokens:
             start = min(start, int(self.template.image_first[other]))
         if template.image[start] >= 0:  # An image is computed as a whole.
             start = min(start, int(template.image_first[template.image[start]]))
-        rings = [ring_rows(of.window, rows) for of in visibilities if of.window is not None]
-        if start < self.token_ids.size and any(self.token_ids.size > ring for ring in rings):
+        if start < self.token_ids.size and _has_moved_on(visibilities, rows, self.token_ids.size):
             start = 0
         if start == 0:
             return Reuse(cache_rows=rows)
@@ -145,6 +144,18 @@ class CachedTokens:
         order = self.template.packed_order_of(first, min(after))
         rows = np.append(np.arange(first), first + np.flatnonzero(order < end)).astype(np.int32)
         return None if np.array_equal(rows, np.arange(end)) else rows
+
+
+def _has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> bool:
+    """Whether some layers with a window no longer keep all of the tokens written to their ring.
+
+    Args:
+      visibilities: what each kind of layer lets a query see.
+      rows: rows of the cache of layers that keep all tokens.
+      tokens: how many tokens have been written.
+    """
+    windows = [of.window for of in visibilities if of.window is not None]
+    return any(tokens > ring_rows(window, rows) for window in windows)
 
 
 def _extended(span_starts: tuple[int, ...], end: int, template: Template) -> tuple[int, ...]:
@@ -275,4 +286,9 @@ class KeptCache:
         family, config = self._model.family, self._model.config
         image_token_id = family.image_token_id(config)
         tokens = CachedTokens.of(prompt, template, answer, reuse.span_starts, image_token_id)
+        written = prompt.token_ids.size + len(answer)
+        visibilities = family.visibilities(config)
+        if tokens.token_ids.size < written and _has_moved_on(visibilities, self.rows, written):
+            # The tokens that were left out have taken rows of the window before them.
+            return
         self.hold(tokens, cache)

@@ -2,8 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from bsjax.attention import resolve_backend
@@ -178,12 +178,14 @@ class Session:
             messages, max_new_tokens, sampling, stop, allow_files, allow_urls, stream is not None
         )
         result: Any = None
-        for event in events:
-            if isinstance(event, Token):
-                if stream is not None:
-                    stream(event.text, event.token_id)
-            else:
-                result = event
+        # If `stream` raises, the call ends here, not when somebody lets go of the traceback.
+        with closing(events):
+            for event in events:
+                if isinstance(event, Token):
+                    if stream is not None:
+                        stream(event.text, event.token_id)
+                else:
+                    result = event
         return result
 
     def stream(
@@ -244,13 +246,13 @@ class Session:
         allow_files: bool | None,
         allow_urls: bool | None,
         one_by_one: bool,
-    ) -> Iterator[Token | Result]:
+    ) -> Generator[Token | Result, None, None]:
         """Checks the arguments, and returns an iterator over the tokens, then the result."""
         settings = checked_settings(self._model, max_new_tokens, sampling, self._backend, stop)
         sources = self._model.image_sources.restricted(allow_files, allow_urls)
         conversation = one_conversation("a session", messages)
 
-        def events() -> Iterator[Token | Result]:
+        def events() -> Generator[Token | Result, None, None]:
             with self._one_call():
                 yield from generate_once(
                     self._model,

@@ -192,6 +192,37 @@ def test_a_call_that_fails_half_way_leaves_nothing(tiny_model, monkeypatch):
     assert answer.token_ids == plain.token_ids
 
 
+def test_a_stream_function_that_fails_ends_the_call(tiny_model):
+    session = bsjax.Session(tiny_model)
+    messages = [user(picture(0), "Why?")]
+
+    def fail(piece, token_id):
+        raise ValueError("no more")
+
+    # Whoever keeps the error, as an interactive interpreter does, keeps the frames of the call.
+    with pytest.raises(ValueError, match="no more") as kept:
+        session.generate(messages, max_new_tokens=4, stream=fail)
+    answer = session.generate(messages, max_new_tokens=4)
+    assert answer.token_ids == bsjax.generate(tiny_model, messages, max_new_tokens=4).token_ids
+    assert kept.value is not None
+
+
+def test_what_follows_an_image_token_in_an_answer_leaves_no_trace(gemma3):
+    """It has taken rows of the window, but the conversation goes on without it."""
+    image_token = gemma3.config.image_token_index
+    messages = [user(" ".join(f"word{n}" for n in range(3, 30)))]
+    for seed in range(400):
+        session = bsjax.Session(gemma3, max_tokens=256)
+        answer = session.generate(messages, max_new_tokens=12, temperature=20.0, seed=seed)
+        if image_token in answer.token_ids[1:8]:
+            break
+    kept = answer.token_ids[: answer.token_ids.index(image_token)]
+    said = " ".join(f"word{token}" for token in kept)
+    messages += [assistant(f" {said}"), user(" word9 word7")]
+    logits, first = session.forward(messages)
+    assert_close(logits, bsjax.forward(gemma3, messages)[first:])
+
+
 def test_bad_arguments_of_sessions_are_refused(tiny_model, annotations_unchecked):
     limit = tiny_model.config.text_config.max_position_embeddings
     with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):
