@@ -122,7 +122,9 @@ def counted_patches(grid_thw: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "i
 
 
 def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) -> int:
-    """The most image tokens of a group, padding included; 0 if the model reads text only.
+    """The most image tokens of a group, rounded up; 0 if the model reads text only.
+
+    It is the same for nearly all prompts, because the programs of chunks depend on it.
 
     Args:
       architecture: architecture of the model.
@@ -131,8 +133,11 @@ def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) 
     family, config, _ = architecture
     if not family.reads_images:
         return 0
-    usual = sizes_in_use().patches[-1] // family.patches_per_token(config)
-    return max(usual, *(group.padded_tokens for group in groups), 0)
+    sizes = sizes_in_use()
+    usual = max(sizes.patches[-1], sizes.feature_patches) // family.patches_per_token(config)
+    # Tokens made of padding are not kept. A long, narrow image has far more of them than of others.
+    most = max((group.tokens for group in groups), default=0)
+    return bucket(most, smallest=usual, steps=1)
 
 
 def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:

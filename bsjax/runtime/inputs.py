@@ -33,7 +33,7 @@ class ModelInputs:
       visibilities: what each kind of layer lets a query see.
       last_kind: the kind of the last layer, an index into `visibilities`.
       blocks: block_q and block_kv of the language model's schedules.
-      group_tokens: the most image tokens of a group of images, with padding; 0 if the model reads
+      group_tokens: the most image tokens of a group of images, rounded up; 0 if the model reads
         text only.
       image_groups: the images, in the groups in which they go through the vision tower.
       flops_per_kind: attention FLOPs of the tokens that run, by kind of layer.

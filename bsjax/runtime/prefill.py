@@ -237,8 +237,10 @@ class ChunkedRun:
 
 def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.ndarray, "vocabulary"]:
     """Which tokens are in a prompt."""
-    occurred = np.zeros(module.language_model.embed_tokens.num_embeddings, bool)
-    occurred[inputs.token_ids] = True
+    vocabulary = module.language_model.embed_tokens.num_embeddings
+    occurred = np.zeros(vocabulary, bool)
+    # The image token needs no embedding, and may be beyond the vocabulary.
+    occurred[inputs.token_ids[inputs.token_ids < vocabulary]] = True
     return occurred
 
 

@@ -18,10 +18,13 @@ class Sizes(NamedTuple):
     Attributes:
       chunks: rows of a chunk of a prompt.
       patches: patches of a group of images.
+      feature_patches: patches of the largest image whose features have room in the array that all
+        prompts have, if that is more than a group's. A larger image needs programs of its own.
     """
 
     chunks: tuple[int, ...]
     patches: tuple[int, ...]
+    feature_patches: int = 0
 
     def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
         """The one or two sizes of chunks for a prompt whose cache has `cache_rows` rows.
@@ -33,7 +36,9 @@ class Sizes(NamedTuple):
         return tuple(sorted({self.chunks[0], *fitting[-1:]}))
 
 
-_ON_CPU = Sizes(chunks=(128, 512, 2048), patches=(1024, 8192))
+# Photos and screenshots often have more patches than a group. With room for 8192 tokens of one, all
+# prompts of that length share the programs of their chunks.
+_ON_CPU = Sizes(chunks=(128, 512, 2048), patches=(1024, 8192), feature_patches=4 * 8192)
 # A chunk must keep the matrix units busy for longer than it takes to read the weights.
 _ON_GPU = Sizes(chunks=(512, 4096), patches=(4096, 65536))
 

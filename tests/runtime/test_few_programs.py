@@ -30,7 +30,6 @@ def shapes_only(jitted, shapes):
 def random_prompt(model, generator) -> Prompt:
     """50 to 8,000 tokens, 0 to 30 images of any size, and text between some of them."""
     config = model.config
-    vision = config.vision_config
     length = int(generator.integers(50, 8000))
     grids, pieces, used = [], [], 0
     for _ in range(generator.integers(0, 31)):
@@ -40,17 +39,21 @@ def random_prompt(model, generator) -> Prompt:
             break
         used += text + int(rows * columns)
         pieces += [0] * text + [config.image_token_id] * int(rows * columns)
-        merge = vision.spatial_merge_size
-        grids.append((1, rows * merge, columns * merge))
-    pieces += [0] * (length - used)
-    grids = np.asarray(grids, np.int32).reshape(-1, 3)
+        grids.append((1, rows, columns))
+    return prompt_of(model, pieces + [0] * (length - used), grids)
+
+
+def prompt_of(model, token_ids, merged_grids) -> Prompt:
+    """A prompt with blank images. Their grids are counted in image tokens."""
+    merge = model.config.vision_config.spatial_merge_size
+    grids = np.asarray(merged_grids, np.int32).reshape(-1, 3) * np.int32([1, merge, merge])
     patches = int(grids.prod(axis=1).sum())
-    values = model.family.patch_values(config)
+    values = model.family.patch_values(model.config)
     return Prompt(
-        token_ids=np.asarray(pieces, np.int32),
+        token_ids=np.asarray(token_ids, np.int32),
         pixel_values=np.broadcast_to(np.float32(0), (patches, values)) if patches else None,
         grid_thw=grids,
-        image_tokens=tuple((grids.prod(axis=1) // vision.spatial_merge_size**2).tolist()),
+        image_tokens=tuple((grids.prod(axis=1) // merge**2).tolist()),
     )
 
 
@@ -77,6 +80,20 @@ def test_a_hundred_unlike_prompts_need_twelve_programs(tiny_model):
         Decoding(programs, inputs, prefill.cache, AnswerSettings(64, "xla", sampling))
     assert chunks > 500
     assert programs.compilations <= MOST_PROGRAMS
+
+
+def test_large_images_need_no_chunks_of_their_own(tiny_model):
+    programs = Programs(tiny_model.module, shapes_only)
+    image_token = tiny_model.config.image_token_id
+    own = []
+    for rows, columns in ((20, 30), (39, 69), (80, 95), (1, 7000)):
+        of_image = [image_token] * (rows * columns)
+        text = [0] * (8000 - len(of_image))
+        prompt = prompt_of(tiny_model, of_image + text, [(1, rows, columns)])
+        inputs = prepare_inputs(tiny_model.architecture, prompt, None, backend="xla", new_tokens=9)
+        prefill = Prefill(programs, inputs, new_tokens=9, sampling=GREEDY, backend="xla")
+        own.append({id(of.program) for of in prefill.stages if of.name == "prefill"})
+    assert own[1:] == own[:-1]
 
 
 @pytest.mark.slow

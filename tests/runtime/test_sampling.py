@@ -1,5 +1,7 @@
 """Tokens are chosen from what transformers' processors leave; stop texts end answers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import bsjax
 from bsjax import GenerationError
+from bsjax.runtime import prefill
 from bsjax.runtime.results import IncrementalText, checked_stop
 from bsjax.runtime.sampling import Sampling, filtered, penalized, sample
 
@@ -67,6 +70,13 @@ def test_greedy_answers_heed_the_penalty():
     greedy, penal = (Sampling.checked(0.0, None, None, 0, None, penalty) for penalty in (None, 1.2))
     assert sample(logits, greedy, jnp.int32(0), occurred) == 1
     assert sample(logits, penal, jnp.int32(0), occurred) == 2
+
+
+def test_image_tokens_may_be_beyond_the_vocabulary(tiny_model, annotations_unchecked):
+    vocabulary = tiny_model.module.language_model.embed_tokens.num_embeddings
+    inputs = SimpleNamespace(token_ids=np.asarray([3, vocabulary, 5], np.int32))
+    occurred = prefill.occurring_tokens(tiny_model.module, inputs)
+    assert np.flatnonzero(occurred).tolist() == [3, 5]
 
 
 @pytest.mark.slow
