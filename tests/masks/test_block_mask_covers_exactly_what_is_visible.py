@@ -87,7 +87,7 @@ def check_invariants(schedule, tables, block_q, packed=True):
         expected = np.ones(schedule.query_rows, int)
         if schedule.stacked_heads:
             real = schedule.queries.position != PADDING_POSITION
-            expected = np.where(real & (is_text | ~packed), of_text, not of_text)
+            expected = np.where(real & (is_text | (not packed)), of_text, not of_text)
         np.testing.assert_array_equal(tiled, expected, "every row is in exactly one tile")
         assert covered.max(initial=0) <= 1, "no pair is covered twice"
         assert (covered[seen & (expected > 0)[:, None]] == 1).all(), "every visible pair is covered"
