@@ -11,6 +11,7 @@ order text comes first.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,8 @@ class Reuse:
 
     Attributes:
       start: how many tokens it holds: the position of the first token that has to run.
-      span_starts: first position of each span of the prompt. The last span may begin before `start`
-        if it has only text up to there.
+      span_starts: first position of each span of the prompt. In packed order, the last span may
+        begin before `start` if it has only text up to there.
       cache_rows: rows of the cache; None for as many as the prompt needs.
       moved: int32 [start], the row in which each kept row is now; None if all are in their places.
     """
@@ -49,6 +50,10 @@ class Reuse:
     cache_rows: int | None = None
     moved: Int32[np.ndarray, "start"] | None = None
 
+
+MOST_SPANS = 2
+"""The most spans. A tile has ranges in each, and the programs have room for a few. Before there are
+more, the rows that are kept are moved into one span."""
 
 NOTHING = Reuse()
 """The prompt runs from its first token on, in a cache of its own."""
@@ -134,16 +139,34 @@ class CachedTokens:
             start = 0
         if start == 0:
             return Reuse(cache_rows=rows)
-        kept = [first for first in self.span_starts if first < start]
-        span_starts = _extended(tuple(kept), start, template)
-        return Reuse(start, span_starts, rows, self._moved(kept[-1], start) if packed else None)
+        if not packed:
+            return Reuse(start, cache_rows=rows)
+        kept = tuple(first for first in self.span_starts if first < start)
+        if len(_extended(kept, start, template)) > MOST_SPANS:
+            kept = (0,)
+        span_starts = _extended(kept, start, template)
+        return Reuse(start, span_starts, rows, self._moved(kept, start))
 
-    def _moved(self, first: int, end: int) -> Int32[np.ndarray, "end"] | None:
-        """Where the rows of tokens before `end` are, if the span from `first` on is cut there."""
-        after = [other for other in (*self.span_starts, self.token_ids.size) if other > first]
-        order = self.template.packed_order_of(first, min(after))
-        rows = np.append(np.arange(first), first + np.flatnonzero(order < end)).astype(np.int32)
+    def _moved(self, span_starts: Sequence[int], end: int) -> Int32[np.ndarray, "end"] | None:
+        """Where the rows of tokens before `end` are, in the order that these spans give them.
+
+        None if they are in that order already.
+        """
+        template = self.template
+        row = np.empty(template.tokens, np.int32)
+        row[_packed_order(template, self.span_starts, template.tokens)] = np.arange(
+            template.tokens, dtype=np.int32
+        )
+        rows = row[_packed_order(template, span_starts, end)]
         return None if np.array_equal(rows, np.arange(end)) else rows
+
+
+def _packed_order(
+    template: Template, span_starts: Sequence[int], end: int
+) -> Int32[np.ndarray, "end"]:
+    """The position of each row, if the tokens before `end` are in these spans."""
+    spans = itertools.pairwise((*span_starts, end))
+    return np.concatenate([template.packed_order_of(*span) for span in spans])
 
 
 def _has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> bool:

@@ -324,3 +324,20 @@ def test_session_files_that_were_made_by_hand_are_refused(tiny_model, tmp_path):
         refused({}, **{name: arrays[name][:1]})
     refused({}, **{"cache.0": np.ascontiguousarray(cache[..., 1:])})
     refused({}, image=np.full_like(arrays["image"], 7))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("category", [None, "INTRA_IMAGE_SINK"])
+def test_many_turns_with_images_compile_nothing_more(tiny_model, category):
+    profile = category and Profile.uniform(category, tiny_model)
+    session = bsjax.Session(tiny_model, profile=profile, max_tokens=1500)
+    messages = []
+    for turn in range(24):
+        messages.append(user(picture(turn), "Why?"))
+        answer = session.generate(messages, max_new_tokens=2)
+        # The first turns compile, and the first one that moves rows.
+        assert turn < 4 or answer.stats.compiled_programs == 0, turn
+        messages.append(assistant(" yes"))
+    plain = bsjax.generate(tiny_model, messages[:-1], profile=profile, max_new_tokens=2)
+    assert answer.token_ids == plain.token_ids
+    assert answer.stats.reused_tokens > plain.prompt_tokens / 2
