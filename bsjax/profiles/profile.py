@@ -92,6 +92,11 @@ class Profile:
         return self.categories.shape[1]
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether any head is sparse."""
+        return bool((self.categories != HeadCategory.DENSE).any())
+
+    @property
     def from_data(self) -> bool:
         """Whether the categories were measured; False for those set by hand."""
         return self.evidence is not None

@@ -1,6 +1,10 @@
 """From messages to an answer: inputs, compiled programs, and the stages that run them.
 
 generation    `generate`, `stream` and `forward`
+session       `Session`: the turns of a conversation over one cache
+session_file  a session as a file
+kept_cache    the cache of a session between its calls
+reuse         which tokens in a cache the next prompt can use again
 inputs        a prompt as it can be known before it runs: template, positions, FLOPs, image groups
 chunks        a prompt, chunk by chunk: padded arrays, schedules, rows of the cache
 sizes         the few sizes of chunks, caches and groups of images

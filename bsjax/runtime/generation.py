@@ -7,7 +7,8 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from os import PathLike
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from jaxtyping import Float32, Int32
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked, naming, shown, whole_number
-from bsjax.errors import GenerationError, MessageError
+from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.prompts.sources import ImageSources
@@ -30,6 +31,7 @@ from bsjax.runtime.decoding import (
     Decoding,
 )
 from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.kept_cache import KeptCache
 from bsjax.runtime.memory import (
     bytes_available,
     check_host_memory,
@@ -39,7 +41,7 @@ from bsjax.runtime.memory import (
 from bsjax.runtime.prefill import Prefill, occurring_tokens
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
-from bsjax.runtime.reuse import NOTHING, KeptCache
+from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
 
@@ -207,11 +209,20 @@ def generate(
         available.
       BackendError: the backend is unknown.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    settings = checked_settings(model, max_new_tokens, sampling, backend, stop)
+    settings = checked_settings(
+        model,
+        backend,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
     sources = model.image_sources.restricted(allow_files, allow_urls)
-    if stream is not None and not callable(stream):
-        raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
+    check_stream(stream)
     conversations, is_batch = _conversations(messages)
     if stream is not None and is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
@@ -219,13 +230,10 @@ def generate(
     results = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            for event in generate_once(
+            events = generate_once(
                 model, conversation, resolved, settings, sources, one_by_one=stream is not None
-            ):
-                if isinstance(event, Result):
-                    results.append(event)
-                elif stream is not None:
-                    stream(event.text, event.token_id)
+            )
+            results.append(result_of(events, stream))
     return results if is_batch else results[0]
 
 
@@ -253,12 +261,52 @@ def stream(
     Raises:
       BsjaxError: as for `generate`.
     """
-    sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-    settings = checked_settings(model, max_new_tokens, sampling, backend, stop)
+    settings = checked_settings(
+        model,
+        backend,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+    )
     sources = model.image_sources.restricted(allow_files, allow_urls)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
     events = generate_once(model, conversation, resolved, settings, sources, one_by_one=True)
+    return pieces_of(events)
+
+
+def check_stream(stream: Any) -> None:
+    """Checks the `stream` argument of `generate`.
+
+    Raises:
+      GenerationError: it is neither a function nor None.
+    """
+    if stream is not None and not callable(stream):
+        raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
+
+
+def result_of(
+    events: Generator[Token | Result, None, None], stream: Callable[[str, int], None] | None
+) -> Result:
+    """The result that comes last. Each token is passed to `stream`."""
+    result: Any = None
+    # If `stream` raises, the call ends here, not when somebody lets go of the traceback.
+    with closing(events):
+        for event in events:
+            if isinstance(event, Result):
+                result = event
+            elif stream is not None:
+                stream(event.text, event.token_id)
+    return result
+
+
+def pieces_of(events: Iterator[Token | Result]) -> Iterator[str]:
+    """The pieces of text that are not empty."""
     return (event.text for event in events if isinstance(event, Token) and event.text)
 
 
@@ -288,9 +336,27 @@ def _conversations(messages: Any) -> tuple[list[Messages], bool]:
 
 
 def checked_settings(
-    model: LoadedModel, max_new_tokens: int, sampling: Sampling, backend: str, stop: Any = None
+    model: LoadedModel,
+    backend: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    stop: str | Sequence[str] | None,
+    seed: int,
 ) -> AnswerSettings:
-    """How a prompt is to be answered, from a user's arguments; see `generate`."""
+    """How a prompt is to be answered, from a user's arguments; see `generate`.
+
+    Raises:
+      GenerationError: an argument is out of range.
+      BackendError: the backend is unknown.
+    """
+    sampling = Sampling.checked(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     check_model(model, GenerationError)
     return AnswerSettings(
         new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
@@ -299,6 +365,23 @@ def checked_settings(
         end_tokens=_end_tokens(model),
         backend=resolve_backend(backend),
     )
+
+
+def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> int:
+    """The `max_tokens` argument of `bsjax.warmup` and `bsjax.Session`.
+
+    Raises:
+      GenerationError: it is not a whole number, or below `least`.
+      CapacityError: the model has fewer positions.
+    """
+    max_tokens = whole_number("max_tokens", max_tokens, least=least, error=GenerationError)
+    limit = model.config.get_text_config().max_position_embeddings
+    if max_tokens > limit:
+        raise CapacityError(
+            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
+            "or less."
+        )
+    return max_tokens
 
 
 def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
@@ -359,7 +442,7 @@ def generate_once(
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
-) -> Iterator[Token | Result]:
+) -> Generator[Token | Result, None, None]:
     """Yields every token, then the result.
 
     Args:

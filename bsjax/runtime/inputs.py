@@ -124,7 +124,7 @@ def prepare_inputs(
         head_category = np.full((layers, q_heads), HeadCategory.DENSE, np.int32)
     else:
         head_category = profile.categories.astype(np.int32)
-    sparse = bool((head_category != HeadCategory.DENSE).any())
+    sparse = profile is not None and profile.is_sparse
     visibilities = family.visibilities(config)
     layer_kinds = family.layer_kinds(config)
     flops = head_flops(

@@ -14,23 +14,14 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int32
 
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.errors import CapacityError
-from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import Visibility
-from bsjax.models import ImageTextModel
 from bsjax.models.cache import ring_rows
-from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.programs import programs_of, size_in_bytes
-from bsjax.runtime.sizes import cache_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +126,7 @@ class CachedTokens:
             start = min(start, int(self.template.image_first[other]))
         if template.image[start] >= 0:  # An image is computed as a whole.
             start = min(start, int(template.image_first[template.image[start]]))
-        if start < self.token_ids.size and _has_moved_on(visibilities, rows, self.token_ids.size):
+        if start < self.token_ids.size and has_moved_on(visibilities, rows, self.token_ids.size):
             start = 0
         if start == 0:
             return Reuse(cache_rows=rows)
@@ -169,7 +160,7 @@ def _packed_order(
     return np.concatenate([template.packed_order_of(*span) for span in spans])
 
 
-def _has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> bool:
+def has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> bool:
     """Whether some layers with a window no longer keep all of the tokens written to their ring.
 
     Args:
@@ -200,118 +191,3 @@ def image_digests(prompt: Prompt) -> tuple[str, ...]:
         digests.append(digest.hexdigest())
         first = end
     return tuple(digests)
-
-
-def move_rows(module: ImageTextModel, cache: Any, rows: Int[Any, "cache_rows"]) -> Any:
-    """The cache with the rows of all tokens taken from other rows. Donate `cache`."""
-    return module.language_model.moved(cache, rows)
-
-
-class KeptCache:
-    """The cache of a session between its calls, and the tokens that it holds.
-
-    Attributes:
-      max_tokens: the most tokens, answers included.
-      rows: rows of the cache.
-    """
-
-    def __init__(self, model: LoadedModel, profile: Profile | None, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.rows = cache_rows(max_tokens)
-        self._model, self._profile = model, profile
-        self._tokens: CachedTokens | None = None
-        self._cache: Any = None
-
-    @property
-    def size(self) -> int:
-        """Bytes on the device."""
-        return 0 if self._cache is None else size_in_bytes(self._cache)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the cache holds."""
-        return 0 if self._tokens is None else self._tokens.token_ids.size
-
-    def clear(self) -> None:
-        """Forgets all tokens and frees the cache."""
-        self._tokens = self._cache = None
-
-    def reuse(self, prompt: Prompt, new_tokens: int) -> Reuse:
-        """How much of a prompt the cache holds. Changes nothing.
-
-        Raises:
-          CapacityError: the prompt and the new tokens are more than `max_tokens`.
-        """
-        tokens = prompt.token_ids.size
-        if tokens + new_tokens > self.max_tokens:
-            follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
-            raise CapacityError(
-                f"The prompt has {tokens} tokens{follow}, but the session has room for "
-                f"{self.max_tokens}: raise its max_tokens, or begin a new conversation."
-            )
-        if self._tokens is None:
-            return Reuse(cache_rows=self.rows)
-        family, config = self._model.family, self._model.config
-        sinks = None if self._profile is None else self._profile.sinks
-        return self._tokens.reuse(
-            prompt,
-            family.template(prompt, config, sinks),
-            family.visibilities(config),
-            self.rows,
-            packed=self._profile is not None
-            and bool((self._profile.categories != HeadCategory.DENSE).any()),
-        )
-
-    def take(self, reuse: Reuse) -> Any:
-        """Hands the cache over, cut to the tokens that are used again; None if there are none.
-
-        Nothing is kept until `put`: programs update the cache in place, so that a call that fails
-        half way leaves nothing that could be used.
-        """
-        cache = self._cache
-        self.clear()
-        if not reuse.start:
-            return None
-        if reuse.moved is not None:
-            rows = np.zeros(self.rows, np.int32)
-            rows[: reuse.start] = reuse.moved
-            program = programs_of(self._model).get(move_rows, (cache, rows), donate=(0,))
-            cache = program(cache, rows)
-        return cache
-
-    def held(self) -> tuple[CachedTokens | None, Any]:
-        """The tokens and the cache."""
-        return self._tokens, self._cache
-
-    def hold(self, tokens: CachedTokens | None, cache: Any) -> None:
-        """Takes over tokens and their cache."""
-        self._tokens, self._cache = tokens, cache
-
-    def put(
-        self,
-        prompt: Prompt,
-        template: Template,
-        reuse: Reuse,
-        answer: Sequence[int],
-        cache: Any,
-    ) -> None:
-        """Keeps a cache for the next call.
-
-        Args:
-          prompt: the prompt.
-          template: its template.
-          reuse: how it ran.
-          answer: the tokens of the answer that are in the cache.
-          cache: the cache. If a program that it was given to has failed, nothing is kept.
-        """
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
-            return
-        family, config = self._model.family, self._model.config
-        image_token_id = family.image_token_id(config)
-        tokens = CachedTokens.of(prompt, template, answer, reuse.span_starts, image_token_id)
-        written = prompt.token_ids.size + len(answer)
-        visibilities = family.visibilities(config)
-        if tokens.token_ids.size < written and _has_moved_on(visibilities, self.rows, written):
-            # The tokens that were left out have taken rows of the window before them.
-            return
-        self.hold(tokens, cache)

@@ -37,6 +37,7 @@ class Sampling(NamedTuple):
         top_k: int | None,
         top_p: float | None,
         seed: int,
+        *,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
     ) -> "Sampling":

@@ -3,27 +3,29 @@
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown, whole_number
-from bsjax.errors import CapacityError, GenerationError
+from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
+from bsjax.runtime.decoding import AnswerSettings
 from bsjax.runtime.generation import (
     Logits,
     Messages,
     ProfileLike,
+    check_stream,
+    checked_max_tokens,
     checked_settings,
     forward_once,
     generate_once,
     one_conversation,
+    pieces_of,
+    result_of,
 )
+from bsjax.runtime.kept_cache import KeptCache
 from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Token
-from bsjax.runtime.reuse import KeptCache
-from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.session_file import read_session, write_session
 
 
@@ -76,13 +78,7 @@ class Session:
           BackendError: the backend is unknown.
         """
         check_model(model, GenerationError)
-        max_tokens = whole_number("max_tokens", max_tokens, least=2, error=GenerationError)
-        limit = model.config.get_text_config().max_position_embeddings
-        if max_tokens > limit:
-            raise CapacityError(
-                f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to "
-                f"{limit} or less."
-            )
+        max_tokens = checked_max_tokens(model, max_tokens, least=2)
         self._model = model
         self._backend = resolve_backend(backend)
         self._profile = Profile.resolve(profile, model)
@@ -171,22 +167,22 @@ class Session:
           GenerationError: also while another call of this session runs.
           BsjaxError: as for `bsjax.generate`.
         """
-        if stream is not None and not callable(stream):
-            raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
-        sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        events = self._events(
-            messages, max_new_tokens, sampling, stop, allow_files, allow_urls, stream is not None
+        check_stream(stream)
+        settings = checked_settings(
+            self._model,
+            self._backend,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
         )
-        result: Any = None
-        # If `stream` raises, the call ends here, not when somebody lets go of the traceback.
-        with closing(events):
-            for event in events:
-                if isinstance(event, Token):
-                    if stream is not None:
-                        stream(event.text, event.token_id)
-                else:
-                    result = event
-        return result
+        one_by_one = stream is not None
+        events = self._events(messages, settings, allow_files, allow_urls, one_by_one=one_by_one)
+        return result_of(events, stream)
 
     def stream(
         self,
@@ -208,11 +204,19 @@ class Session:
         Raises:
           BsjaxError: as for `generate`.
         """
-        sampling = Sampling.checked(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        events = self._events(
-            messages, max_new_tokens, sampling, stop, allow_files, allow_urls, True
+        settings = checked_settings(
+            self._model,
+            self._backend,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
         )
-        return (event.text for event in events if isinstance(event, Token) and event.text)
+        return pieces_of(self._events(messages, settings, allow_files, allow_urls, one_by_one=True))
 
     def forward(
         self,
@@ -240,15 +244,13 @@ class Session:
     def _events(
         self,
         messages: Messages,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: Any,
+        settings: AnswerSettings,
         allow_files: bool | None,
         allow_urls: bool | None,
+        *,
         one_by_one: bool,
     ) -> Generator[Token | Result, None, None]:
-        """Checks the arguments, and returns an iterator over the tokens, then the result."""
-        settings = checked_settings(self._model, max_new_tokens, sampling, self._backend, stop)
+        """Checks the messages' form, and returns an iterator over the tokens, then the result."""
         sources = self._model.image_sources.restricted(allow_files, allow_urls)
         conversation = one_conversation("a session", messages)
 

@@ -7,12 +7,12 @@ import numpy as np
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import truth_value, whole_number
-from bsjax.errors import CapacityError, GenerationError
+from bsjax.checks import truth_value
+from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
-from bsjax.runtime.generation import ProfileLike
+from bsjax.runtime.generation import ProfileLike, checked_max_tokens
 from bsjax.runtime.images import ImageGroup, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.prefill import Prefill
@@ -66,18 +66,13 @@ def warmup(
       Warmup(programs=5, seconds=...)
     """
     check_model(model, GenerationError)
-    max_tokens = whole_number("max_tokens", max_tokens, least=1, error=GenerationError)
+    max_tokens = checked_max_tokens(model, max_tokens, least=1)
     images = truth_value("images", images, error=GenerationError)
-    limit = model.config.get_text_config().max_position_embeddings
-    if max_tokens > limit:
-        raise CapacityError(
-            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
-            "or less."
-        )
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
+    limit = model.config.get_text_config().max_position_embeddings
     groups = _groups_of_every_size(model, backend) if images else ()
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.

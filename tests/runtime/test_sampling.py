@@ -41,7 +41,9 @@ def test_scores_are_those_of_transformers(seed, temperature, top_k, top_p, min_p
     prompt = random.integers(0, VOCABULARY, 12)
     occurred = np.zeros(VOCABULARY, bool)
     occurred[prompt] = True
-    sampling = Sampling.checked(temperature, top_k, top_p, 0, min_p, penalty)
+    sampling = Sampling.checked(
+        temperature, top_k, top_p, 0, min_p=min_p, repetition_penalty=penalty
+    )
     after_penalty = penalized(jnp.asarray(logits), sampling, jnp.asarray(occurred))
     tokens, scores = filtered(after_penalty, sampling)
     ours = np.empty(VOCABULARY, np.float32)
@@ -67,7 +69,9 @@ def test_scores_are_those_of_transformers(seed, temperature, top_k, top_p, min_p
 def test_greedy_answers_heed_the_penalty():
     logits = jnp.asarray([1.0, 3.0, 2.9, -1.0])
     occurred = jnp.asarray([False, True, False, True])
-    greedy, penal = (Sampling.checked(0.0, None, None, 0, None, penalty) for penalty in (None, 1.2))
+    greedy, penal = (
+        Sampling.checked(0.0, None, None, 0, repetition_penalty=penalty) for penalty in (None, 1.2)
+    )
     assert sample(logits, greedy, jnp.int32(0), occurred) == 1
     assert sample(logits, penal, jnp.int32(0), occurred) == 2
 
