@@ -110,9 +110,13 @@ def read_session(
     except SessionError:
         raise
     except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise SessionError(f"{path} is damaged, or not a session: {error}.") from error
+        raise SessionError(
+            f"{path} is damaged, or not a session ({error}): begin a new one."
+        ) from error
     if not whole:
-        raise SessionError(f"{path} is damaged: its checksum does not match.")
+        raise SessionError(
+            f"{path} is damaged, as its checksum does not match: begin a new session."
+        )
     for name, wanted in _depends_on(model, profile).items():
         if depends_on.get(name) != wanted:
             raise SessionError(
@@ -122,7 +126,9 @@ def read_session(
     try:
         return _restored(arrays, described, model)
     except (LookupError, TypeError, ValueError) as error:
-        raise SessionError(f"{path} is damaged, or not a session: {error}.") from error
+        raise SessionError(
+            f"{path} is damaged, or not a session ({error}): begin a new one."
+        ) from error
 
 
 def _restored(
