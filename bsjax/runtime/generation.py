@@ -23,9 +23,11 @@ from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.prompts.sources import ImageSources
+from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import (
     DECODE_CHUNK,
     MAX_END_TOKENS,
+    Answers,
     AnswerSettings,
     DecodeState,
     Decoding,
@@ -38,12 +40,13 @@ from bsjax.runtime.memory import (
     check_memory,
     host_bytes_available,
 )
-from bsjax.runtime.prefill import Prefill, occurring_tokens
+from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
+from bsjax.runtime.sizes import cache_rows
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
@@ -415,13 +418,18 @@ def forward_once(
     prompt = _prompt(model, messages, sources)
     reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
-    scoring = Scoring(programs_of(model), inputs, backend, reuse)
+    placed = PlacedPrompt(inputs, reuse)
+    layout = CacheLayout(cache_rows(inputs.tokens) if kept is None else kept.rows)
+    programs = programs_of(model)
+    scoring = Scoring(programs, placed, layout, backend)
     check_memory(inputs, scoring.stages, _available(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
     cache = None if kept is None else kept.take(reuse)
-    logits, cache = scoring.logits_and_cache(cache)
+    if cache is None:
+        cache = programs.module.language_model.empty_cache(*layout)
+    logits, cache = scoring.logits(cache)
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
     return logits, reuse.start
@@ -469,21 +477,21 @@ def generate_once(
         new_tokens=settings.new_tokens,
         start=reuse.start,
     )
-    prefill = Prefill(
-        programs,
-        inputs,
-        new_tokens=settings.new_tokens,
-        sampling=settings.sampling,
-        backend=settings.backend,
-        reuse=reuse,
-    )
-    decoding = Decoding(programs, inputs, prefill.cache, settings)
+    placed = PlacedPrompt(inputs, reuse)
+    rows = cache_rows(inputs.tokens + settings.new_tokens) if kept is None else kept.rows
+    layout = CacheLayout(rows)
+    prefill = Prefill(programs, [placed], layout, [settings], settings.backend)
+    decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
     check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
-    token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
-    occurred = occurring_tokens(programs.module, inputs)
-    state = DecodeState(token, np.int32(1), occurred, cache)
-    new_ids = [int(token)]
+    cache = None if kept is None else kept.take(reuse)
+    if cache is None:
+        state = DecodeState.empty(programs.module, layout)
+    else:
+        state = DecodeState.before(programs.module, layout.sequences, cache)
+    first, state = prefill.first_token(state)
+    new_ids = [int(first.token[0])]
     chosen = list(new_ids)
+    answers = Answers.of([inputs], [settings])
 
     token_ids: list[int] = []
     text = IncrementalText(model.tokenizer, settings.stop)
@@ -504,7 +512,8 @@ def generate_once(
             limit = 1 if one_by_one else min(DECODE_CHUNK, left)
             check_not_forked(GenerationError)
             start = time.perf_counter()
-            new_ids, state = decoding.run(state, limit)
+            (new,), state = decoding.run(state, answers, steps=limit)
+            new_ids = new.token.tolist()
             chosen += new_ids
             decode_seconds += time.perf_counter() - start
     finally:

@@ -5,13 +5,13 @@ The device holds the logits of one chunk at a time; those of the whole prompt ar
 
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float32
 
-from bsjax.runtime.inputs import ModelInputs
+from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.prefill import ChunkedRun, score
 from bsjax.runtime.programs import Programs
-from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import sizes_in_use
 
 _MOST_ROWS = 1024
@@ -26,39 +26,34 @@ class Scoring(ChunkedRun):
     """
 
     def __init__(
-        self, programs: Programs, inputs: ModelInputs, backend: str, reuse: Reuse = NOTHING
+        self, programs: Programs, prompt: PlacedPrompt, layout: CacheLayout, backend: str
     ) -> None:
+        language_model = programs.module.language_model
         sizes = sizes_in_use()
         super().__init__(
             programs,
-            inputs,
+            [prompt],
+            layout,
             score,
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
-            new_tokens=0,
-            reuse=reuse,
+            carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
             all_outputs=True,
         )
         logits, _ = self.stages[-1].program.output
         self._vocabulary = logits.shape[1]
-        self._start = reuse.start
-        self._tokens = inputs.tokens - reuse.start
+        self._start = prompt.reuse.start
+        self._tokens = prompt.end - prompt.reuse.start
         self.result_bytes = 4 * self._tokens * self._vocabulary
 
-    def logits(self) -> Float32[np.ndarray, "tokens vocabulary"]:
-        """Logits in prompt order, on the host."""
-        return self.logits_and_cache()[0]
-
-    def logits_and_cache(
-        self, cache: Any = None
-    ) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
+    def logits(self, cache: Any) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
         """Logits of the tokens that run, in prompt order, on the host; and the cache.
 
         Args:
           cache: as for `run`.
         """
         result = np.empty((self._tokens, self._vocabulary), np.float32)
-        after: Any = None
+        after = cache
         for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
-            result[chunk.order - self._start] = np.asarray(logits)[: chunk.order.size]
+            result[chunk.order - self._start] = np.asarray(logits)[: chunk.tokens]
         return result, after

@@ -51,6 +51,9 @@ def sizes_in_use() -> Sizes:
 MOST_IMAGES = 48
 """The most images in a chunk. A chunk's schedule has room for the tiles of that many."""
 
+MOST_PROMPTS = 16
+"""The most prompts that a chunk has tokens of."""
+
 _MOST_PARTS = 64
 
 

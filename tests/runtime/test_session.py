@@ -180,7 +180,7 @@ def test_a_call_that_fails_half_way_leaves_nothing(tiny_model, monkeypatch):
     messages = [user(picture(0), "Why?")]
     session.generate(messages, max_new_tokens=2)
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
