@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -18,11 +18,11 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import check_not_forked, naming, shown, whole_number
+from bsjax.checks import check_not_forked, naming, shown, truth_value, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt
-from bsjax.prompts.sources import ImageSources
+from bsjax.prompts.prompt import PromptOptions
+from bsjax.runtime.choice import Choice
 from bsjax.runtime.decoding import (
     DECODE_CHUNK,
     MAX_END_TOKENS,
@@ -40,9 +40,8 @@ from bsjax.runtime.memory import (
 )
 from bsjax.runtime.prefill import Prefill, occurring_tokens
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
+from bsjax.runtime.results import IncrementalText, Result, Stats, Token
 from bsjax.runtime.reuse import NOTHING
-from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
 
 Messages = Sequence[Mapping[str, Any]]
@@ -50,6 +49,7 @@ Messages = Sequence[Mapping[str, Any]]
 ProfileLike = Profile | str | PathLike[str] | None
 """None (dense), a profile, a path, or the name of a shipped profile."""
 Logits = Float32[np.ndarray, "tokens vocabulary"]
+TokenIds = Int32[np.ndarray, "tokens"]
 
 
 @overload
@@ -58,7 +58,10 @@ def forward(
     messages: Messages,
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Logits: ...
@@ -70,10 +73,43 @@ def forward(
     messages: Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> list[Logits]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Messages,
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> tuple[Logits, TokenIds]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> list[tuple[Logits, TokenIds]]: ...
 
 
 def forward(
@@ -81,10 +117,13 @@ def forward(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
-) -> Logits | list[Logits]:
+) -> Logits | list[Logits] | tuple[Logits, TokenIds] | list[tuple[Logits, TokenIds]]:
     """Logits of every token of a prompt, in prompt order.
 
     Args:
@@ -92,27 +131,35 @@ def forward(
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
         batch).
       profile: head categories of prefill; None is dense.
+      return_token_ids: whether to return the token of each row, too.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: as for `generate`.
+      continue_final_message: as for `generate`: the last row is that of the last message's last
+        token, rather than of the token before a new answer.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
-      float32 [tokens, vocabulary] on the host; for a batch, a list of such arrays.
+      float32 [tokens, vocabulary] on the host: row i predicts token i + 1. With
+      `return_token_ids`, a pair of that and the ids of the tokens, int32 [tokens], in which an
+      image has the image token's id once for each of its tokens. For a batch, a list.
 
     Raises:
       BsjaxError: as for `generate`, for the arguments that both have.
     """
     check_model(model, GenerationError)
-    sources = model.image_sources.restricted(allow_files, allow_urls)
-    conversations, is_batch = _conversations(messages)
+    with_ids = truth_value("return_token_ids", return_token_ids, error=GenerationError)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    conversations, is_batch = conversations_of(messages)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
-    logits = []
+    results: list[Any] = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            logits.append(forward_once(model, conversation, resolved, backend, sources)[0])
-    return logits if is_batch else logits[0]
+            logits, _, token_ids = forward_once(model, conversation, resolved, backend, options)
+            results.append((logits, token_ids) if with_ids else logits)
+    return results if is_batch else results[0]
 
 
 @overload
@@ -121,16 +168,19 @@ def generate(
     messages: Messages,
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Result: ...
@@ -142,15 +192,18 @@ def generate(
     messages: Sequence[Messages],
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> list[Result]: ...
@@ -161,16 +214,19 @@ def generate(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Result | list[Result]:
@@ -181,8 +237,8 @@ def generate(
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
         batch). The conversations of a batch run one after the other, independently.
       profile: head categories of prefill; None is dense. Decoding is always dense.
-      max_new_tokens: the most tokens to generate.
-      temperature: 0 always chooses the likeliest token; above 0, tokens are drawn.
+      max_new_tokens: the most tokens to generate; by default 64.
+      temperature: 0, the default, always chooses the likeliest token; above 0, tokens are drawn.
       top_k: draw only from the k likeliest tokens.
       top_p: draw only from the likeliest tokens that together reach this probability.
       min_p: draw only from tokens with at least this share of the likeliest token's probability.
@@ -191,9 +247,22 @@ def generate(
       stop: a text, or several, that end the answer. The answer's text ends before it; its tokens
         include those that complete it.
       seed: seed of the draws.
+      use_generation_config: whether the arguments above that are not given are what the
+        checkpoint's generation config says, as in transformers: `do_sample`, `temperature`,
+        `top_k` (50 where the config draws tokens and does not say), `top_p`, `min_p`,
+        `repetition_penalty`, `max_new_tokens` (64 where it does not say) and `stop_strings`. To
+        undo a setting of the checkpoint, give a value without effect, such as `top_p=1`, or for
+        `top_k` a number as large as the vocabulary.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: scales images with more pixels down to this number; for a model that scales
+        images to any size (Qwen). An image whose part of the messages has a `max_pixels` of its own
+        keeps it.
+      continue_final_message: whether the answer continues the last message, which is the
+        assistant's (the argument of that name of transformers' `apply_chat_template`). The result
+        has only what is new. Spaces at the end of the message are kept if the checkpoint's chat
+        template keeps them.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
@@ -204,7 +273,8 @@ def generate(
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
       ProfileError: the profile is malformed, or was made for another model.
-      GenerationError: an argument is out of range.
+      GenerationError: an argument is out of range, or the checkpoint's generation config asks for
+        something that bsjax does not compute.
       CapacityError: the prompt needs more positions than the model has, or more memory than is
         available.
       BackendError: the backend is unknown.
@@ -220,10 +290,11 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     check_stream(stream)
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = conversations_of(messages)
     if stream is not None and is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
     resolved = Profile.resolve(profile, model)
@@ -231,7 +302,7 @@ def generate(
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
             events = generate_once(
-                model, conversation, resolved, settings, sources, one_by_one=stream is not None
+                model, conversation, resolved, settings, options, one_by_one=stream is not None
             )
             results.append(result_of(events, stream))
     return results if is_batch else results[0]
@@ -242,15 +313,18 @@ def stream(
     messages: Messages,
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Iterator[str]:
@@ -272,11 +346,12 @@ def stream(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    events = generate_once(model, conversation, resolved, settings, sources, one_by_one=True)
+    events = generate_once(model, conversation, resolved, settings, options, one_by_one=True)
     return pieces_of(events)
 
 
@@ -320,13 +395,13 @@ def one_conversation(what: str, messages: Any) -> Messages:
     Raises:
       GenerationError: it is a batch.
     """
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = conversations_of(messages)
     if is_batch:
         raise GenerationError(f"{what} takes one conversation, not a batch.")
     return conversations[0]
 
 
-def _conversations(messages: Any) -> tuple[list[Messages], bool]:
+def conversations_of(messages: Any) -> tuple[list[Messages], bool]:
     """The conversations in `messages`, and whether it is a batch rather than one conversation."""
     if isinstance(messages, Sequence) and not len(messages):
         raise MessageError("The list of messages is empty: give at least one user message.")
@@ -339,14 +414,15 @@ def checked_settings(
     model: LoadedModel,
     backend: str,
     *,
-    max_new_tokens: int,
-    temperature: float,
+    max_new_tokens: int | None,
+    temperature: float | None,
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
     stop: str | Sequence[str] | None,
     seed: int,
+    use_generation_config: bool,
 ) -> AnswerSettings:
     """How a prompt is to be answered, from a user's arguments; see `generate`.
 
@@ -354,14 +430,18 @@ def checked_settings(
       GenerationError: an argument is out of range.
       BackendError: the backend is unknown.
     """
-    sampling = Sampling.checked(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
-    )
     check_model(model, GenerationError)
+    choice = Choice(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop
+    ).completed(
+        model.generation_config
+        if truth_value("use_generation_config", use_generation_config, error=GenerationError)
+        else None
+    )
     return AnswerSettings(
-        new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
-        sampling=sampling,
-        stop=checked_stop(stop),
+        new_tokens=choice.new_tokens(),
+        sampling=choice.sampling(seed),
+        stop=choice.stops(),
         end_tokens=_end_tokens(model),
         backend=resolve_backend(backend),
     )
@@ -399,24 +479,20 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
-def _prompt(model: LoadedModel, messages: Messages, sources: ImageSources) -> Prompt:
-    return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
-
-
 def forward_once(
     model: LoadedModel,
     messages: Messages,
     profile: Profile | None,
     backend: str,
-    sources: ImageSources,
+    options: PromptOptions,
     kept: KeptCache | None = None,
-) -> tuple[Logits, int]:
-    """Logits of the tokens that run, and the position of the first of them."""
-    prompt = _prompt(model, messages, sources)
+) -> tuple[Logits, int, TokenIds]:
+    """Logits of the tokens that run, the position of the first of them, and their ids."""
+    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     scoring = Scoring(programs_of(model), inputs, backend, reuse)
-    check_memory(inputs, scoring.stages, _available(kept))
+    check_memory(inputs, scoring.stages, available_bytes(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
@@ -424,10 +500,10 @@ def forward_once(
     logits, cache = scoring.logits_and_cache(cache)
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
-    return logits, reuse.start
+    return logits, reuse.start, prompt.token_ids[reuse.start :]
 
 
-def _available(kept: KeptCache | None) -> int | None:
+def available_bytes(kept: KeptCache | None) -> int | None:
     """Free bytes on the device, those of a cache that is taken over included."""
     available = bytes_available()
     return available if available is None or kept is None else available + kept.size
@@ -438,7 +514,7 @@ def generate_once(
     messages: Messages,
     profile: Profile | None,
     settings: AnswerSettings,
-    sources: ImageSources,
+    options: PromptOptions,
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
@@ -450,7 +526,7 @@ def generate_once(
       messages: one conversation.
       profile: head categories of prefill.
       settings: from `checked_settings`.
-      sources: where images may come from.
+      options: how the messages become a prompt.
       one_by_one: whether to yield each token as soon as it is generated.
       kept: the cache of a session, of which the call uses as much as it can; None for a cache of
         its own.
@@ -459,7 +535,7 @@ def generate_once(
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
-    prompt = _prompt(model, messages, sources)
+    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
     inputs = prepare_inputs(
         model.architecture,
@@ -478,7 +554,7 @@ def generate_once(
         reuse=reuse,
     )
     decoding = Decoding(programs, inputs, prefill.cache, settings)
-    check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
+    check_memory(inputs, [*prefill.stages, *decoding.stages], available_bytes(kept))
     token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
     occurred = occurring_tokens(programs.module, inputs)
     state = DecodeState(token, np.int32(1), occurred, cache)

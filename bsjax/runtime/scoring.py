@@ -1,15 +1,23 @@
-"""Scoring a prompt: the logits of all its tokens, chunk by chunk.
+"""Scoring a prompt, chunk by chunk: the logits of all its tokens, or how likely its answer is.
 
 The device holds the logits of one chunk at a time; those of the whole prompt are on the host only.
+For the log-probabilities of an answer, no logits leave the device.
 """
 
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32, Int
 
+from bsjax.runtime.chunks import Chunk
 from bsjax.runtime.inputs import ModelInputs
-from bsjax.runtime.prefill import ChunkedRun, score
+from bsjax.runtime.prefill import (
+    SCORED_ROWS,
+    ChunkedRun,
+    ScoredRows,
+    all_logits,
+    log_probabilities,
+)
 from bsjax.runtime.programs import Programs
 from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import sizes_in_use
@@ -32,7 +40,7 @@ class Scoring(ChunkedRun):
         super().__init__(
             programs,
             inputs,
-            score,
+            all_logits,
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
             new_tokens=0,
@@ -62,3 +70,65 @@ class Scoring(ChunkedRun):
         for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
             result[chunk.order - self._start] = np.asarray(logits)[: chunk.order.size]
         return result, after
+
+
+class AnswerScoring(ChunkedRun):
+    """The stages from a prompt that ends with an answer to how likely each token of the answer is.
+
+    Args:
+      programs: the programs of the model.
+      inputs: the prompt, with the answer.
+      first: position of the answer's first token.
+      backend: attention backend.
+      reuse: which tokens are in the cache already. The token before the answer has to run.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        inputs: ModelInputs,
+        first: int,
+        backend: str,
+        reuse: Reuse = NOTHING,
+    ) -> None:
+        self._first = first
+        super().__init__(
+            programs,
+            inputs,
+            log_probabilities,
+            backend,
+            sizes=sizes_in_use(),
+            new_tokens=0,
+            reuse=reuse,
+            all_outputs=True,
+        )
+
+    def scores_and_cache(
+        self, cache: Any = None
+    ) -> tuple[Float32[np.ndarray, "answer"], Bool[np.ndarray, "answer"], Any]:
+        """The log-probability of each token of the answer, whether it is the likeliest; the cache.
+
+        Args:
+          cache: as for `run`.
+        """
+        tokens = self.chunks.inputs.tokens - self._first
+        scores, likeliest = np.empty(tokens, np.float32), np.empty(tokens, bool)
+        after: Any = None
+        for chunk, results, after in self.run(cache):  # noqa: B007 (the last one is returned)
+            before = chunk.order[self._scored_rows(chunk)]
+            for into, values in zip((scores, likeliest), results, strict=True):
+                into[before + 1 - self._first] = np.asarray(values)[: before.size]
+        return scores, likeliest, after
+
+    def _scored_rows(self, chunk: Chunk) -> Int[np.ndarray, "scored"]:
+        """The rows of a chunk that a token of the answer follows."""
+        last = self.chunks.inputs.tokens - 1
+        return np.flatnonzero((chunk.order >= self._first - 1) & (chunk.order < last))
+
+    def _all_arguments(self, chunk: Chunk, cache: Any, features: Any) -> tuple[Any, ...]:
+        rows = self._scored_rows(chunk)
+        chunk_rows = chunk.arguments.token_ids.shape[0]
+        padded = np.zeros((2, -(-chunk_rows // SCORED_ROWS) * SCORED_ROWS), np.int32)
+        padded[:, : rows.size] = rows, self.chunks.inputs.token_ids[chunk.order[rows] + 1]
+        scored = ScoredRows(np.int32(rows.size), *padded)
+        return (*super()._all_arguments(chunk, cache, features), scored)
