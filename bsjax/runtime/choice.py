@@ -218,5 +218,5 @@ def _refuse_others(config: GenerationConfig, choice: Choice, given: Choice) -> N
         )
 
 
-def _is(value: Any, neutral: float | bool) -> bool:
+def _is(value: Any, neutral: Any) -> bool:
     return isinstance(value, int | float) and value == neutral
