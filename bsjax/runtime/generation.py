@@ -1,4 +1,4 @@
-"""`forward`, `generate` and `stream`: from chat messages to logits or an answer.
+"""`generate`, `stream` and `forward`: from chat messages to logits or an answer.
 
     messages -> prompt -> inputs -> chunks                   on the host
     prefill -> decode, or scoring, chunk by chunk            compiled programs, on the device

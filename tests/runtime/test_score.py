@@ -97,12 +97,12 @@ def test_scores_are_those_of_transformers(pairs, family):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
-def test_scores_do_not_depend_on_chunks(pairs, family, monkeypatch):
+@pytest.mark.parametrize("chunks", [(16, 32), (256,)], ids=str)
+def test_scores_do_not_depend_on_chunks(pairs, family, chunks, monkeypatch):
+    """The answer is in many chunks, or all of its rows are in one: more than run at a time."""
     model, reference = pairs(family)
     messages = answered(question(images=2), words(SCORED_ROWS + 30, seed=1))
-    whole = bsjax.score(model, messages)
-    assert_scores(whole, model, reference, messages)
-    sizes = Sizes((16, 32), (64, 128))
+    sizes = Sizes(chunks, (64, 128))
     for module in ("prefill", "scoring", "images"):
         monkeypatch.setattr(f"bsjax.runtime.{module}.sizes_in_use", lambda: sizes)
     assert_scores(bsjax.score(model, messages), model, reference, messages)
