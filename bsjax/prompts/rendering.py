@@ -124,7 +124,7 @@ def _up_to_end(text: str, final_text: str, name: str) -> str:
     if end < 0 or final_text.strip() not in text:
         raise MessageError(
             f"{name} does not write the text of the last message as it is, so that message cannot "
-            "be continued."
+            "be continued or scored."
         )
     # Without its space, the template trims the text: then what it would have trimmed goes too.
     return text[:end] if text.startswith(_END, end) else text[:end].rstrip()
