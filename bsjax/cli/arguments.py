@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING, Any
 from bsjax.masks.categories import HeadCategory
 
 if TYPE_CHECKING:
+    from bsjax.checkpoint.loading import LoadedModel
     from bsjax.prompts.sources import ImageSources
+    from bsjax.runtime.generation import ProfileLike
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
+def add_images(parser: argparse.ArgumentParser, *, only_options: bool = False) -> None:
     """Adds the arguments for a question's images and how to read them."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="IMAGE",
-        help="another image, after IMAGE ...",
-    )
+    if only_options:
+        parser.set_defaults(images=[])
+        text = "a path or URL; once for each image, in order"
+    else:
+        parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
+        text = "another image, after IMAGE ..."
+    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help=text)
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_settings(parser)
 
@@ -38,6 +39,31 @@ def add_image_settings(parser: Any) -> None:
         action="store_true",
         help="download images from this machine and its own network too",
     )
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for the categories of heads."""
+    profiles = parser.add_mutually_exclusive_group()
+    profiles.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="a profile file, or the name of a shipped profile; default: dense attention",
+    )
+    profiles.add_argument(
+        "--uniform",
+        metavar="CATEGORY",
+        type=category,
+        help=f"for experiments: the same category in all heads ({CATEGORY_NAMES})",
+    )
+
+
+def profile_of(options: argparse.Namespace, model: "LoadedModel") -> "ProfileLike":
+    """The profile, by the arguments of `add_profiles`."""
+    if options.uniform is None:
+        return options.profile
+    import bsjax
+
+    return bsjax.Profile.uniform(options.uniform, model)
 
 
 def add_device_options(parser: Any) -> None:

@@ -75,13 +75,13 @@ class DecodeState(NamedTuple):
     @classmethod
     def empty(cls, module: ImageTextModel, layout: CacheLayout) -> "DecodeState":
         """Without any tokens."""
-        cache = module.language_model.empty_cache(*layout)
-        return cls.before(module, layout.sequences, cache)
+        return cls.before(module, layout, module.language_model.empty_cache(*layout))
 
     @classmethod
-    def before(cls, module: ImageTextModel, sequences: int, cache: Any) -> "DecodeState":
-        """Before any token of an answer has been chosen, with this cache."""
+    def before(cls, module: ImageTextModel, layout: CacheLayout, cache: Any) -> "DecodeState":
+        """Before any token of an answer has been chosen, with a cache."""
         vocabulary = module.language_model.embed_tokens.num_embeddings
+        sequences = layout.sequences
         zeros = partial(jnp.zeros, sequences, jnp.int32)
         return cls(zeros(), zeros(), jnp.zeros((sequences, vocabulary), jnp.bool_), cache)
 

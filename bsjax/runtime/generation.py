@@ -1,4 +1,4 @@
-"""`forward`, `generate` and `stream`: from chat messages to logits or an answer.
+"""`generate`, `stream` and `forward`: from chat messages to logits or an answer.
 
     messages -> prompt -> inputs -> chunks                   on the host
     prefill -> decode, or scoring, chunk by chunk            compiled programs, on the device
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from os import PathLike
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -18,12 +18,12 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import check_not_forked, naming, shown, whole_number
+from bsjax.checks import check_not_forked, naming, shown, truth_value, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt
-from bsjax.prompts.sources import ImageSources
-from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
+from bsjax.prompts.prompt import PromptOptions
+from bsjax.runtime.choice import Choice
+from bsjax.runtime.chunks import PlacedPrompt
 from bsjax.runtime.decoding import (
     DECODE_CHUNK,
     MAX_END_TOKENS,
@@ -33,26 +33,20 @@ from bsjax.runtime.decoding import (
     Decoding,
 )
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.kept_cache import KeptCache
-from bsjax.runtime.memory import (
-    bytes_available,
-    check_host_memory,
-    check_memory,
-    host_bytes_available,
-)
+from bsjax.runtime.kept_cache import KeptCache, available_bytes, cache_of, layout_of
+from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
+from bsjax.runtime.results import IncrementalText, Result, Stats, Token
 from bsjax.runtime.reuse import NOTHING
-from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
-from bsjax.runtime.sizes import cache_rows
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
 ProfileLike = Profile | str | PathLike[str] | None
 """None (dense), a profile, a path, or the name of a shipped profile."""
 Logits = Float32[np.ndarray, "tokens vocabulary"]
+TokenIds = Int32[np.ndarray, "tokens"]
 
 
 @overload
@@ -61,7 +55,10 @@ def forward(
     messages: Messages,
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Logits: ...
@@ -73,10 +70,43 @@ def forward(
     messages: Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> list[Logits]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Messages,
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> tuple[Logits, TokenIds]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> list[tuple[Logits, TokenIds]]: ...
 
 
 def forward(
@@ -84,10 +114,13 @@ def forward(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
-) -> Logits | list[Logits]:
+) -> Logits | list[Logits] | tuple[Logits, TokenIds] | list[tuple[Logits, TokenIds]]:
     """Logits of every token of a prompt, in prompt order.
 
     Args:
@@ -95,27 +128,35 @@ def forward(
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
         batch).
       profile: head categories of prefill; None is dense.
+      return_token_ids: whether to return the token of each row, too.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: as for `generate`.
+      continue_final_message: as for `generate`: the last row is that of the last message's last
+        token, rather than of the token before a new answer.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
-      float32 [tokens, vocabulary] on the host; for a batch, a list of such arrays.
+      float32 [tokens, vocabulary] on the host: row i predicts token i + 1. With
+      `return_token_ids`, a pair of that and the ids of the tokens, int32 [tokens], in which an
+      image has the image token's id once for each of its tokens. For a batch, a list.
 
     Raises:
       BsjaxError: as for `generate`, for the arguments that both have.
     """
     check_model(model, GenerationError)
-    sources = model.image_sources.restricted(allow_files, allow_urls)
-    conversations, is_batch = _conversations(messages)
+    with_ids = truth_value("return_token_ids", return_token_ids, error=GenerationError)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    conversations, is_batch = conversations_of(messages)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
-    logits = []
+    results: list[Any] = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            logits.append(forward_once(model, conversation, resolved, backend, sources)[0])
-    return logits if is_batch else logits[0]
+            logits, _, token_ids = forward_once(model, conversation, resolved, backend, options)
+            results.append((logits, token_ids) if with_ids else logits)
+    return results if is_batch else results[0]
 
 
 @overload
@@ -124,16 +165,19 @@ def generate(
     messages: Messages,
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Result: ...
@@ -145,15 +189,18 @@ def generate(
     messages: Sequence[Messages],
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> list[Result]: ...
@@ -164,16 +211,19 @@ def generate(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Result | list[Result]:
@@ -184,8 +234,8 @@ def generate(
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
         batch). The conversations of a batch run one after the other, independently.
       profile: head categories of prefill; None is dense. Decoding is always dense.
-      max_new_tokens: the most tokens to generate.
-      temperature: 0 always chooses the likeliest token; above 0, tokens are drawn.
+      max_new_tokens: the most tokens to generate; by default 64.
+      temperature: 0, the default, always chooses the likeliest token; above 0, tokens are drawn.
       top_k: draw only from the k likeliest tokens.
       top_p: draw only from the likeliest tokens that together reach this probability.
       min_p: draw only from tokens with at least this share of the likeliest token's probability.
@@ -194,9 +244,22 @@ def generate(
       stop: a text, or several, that end the answer. The answer's text ends before it; its tokens
         include those that complete it.
       seed: seed of the draws.
+      use_generation_config: whether the arguments above that are not given are what the
+        checkpoint's generation config says, as in transformers: `do_sample`, `temperature`,
+        `top_k` (50 where the config draws tokens and does not say), `top_p`, `min_p`,
+        `repetition_penalty`, `max_new_tokens` (64 where it does not say) and `stop_strings`. To
+        undo a setting of the checkpoint, give a value without effect, such as `top_p=1`, or for
+        `top_k` a number as large as the vocabulary.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: scales images with more pixels down to this number; for a model that scales
+        images to any size (Qwen). An image whose part of the messages has a `max_pixels` of its own
+        keeps it.
+      continue_final_message: whether the answer continues the last message, which is the
+        assistant's (the argument of that name of transformers' `apply_chat_template`). The result
+        has only what is new. Spaces at the end of the message are kept if the checkpoint's chat
+        template keeps them.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
@@ -207,7 +270,8 @@ def generate(
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
       ProfileError: the profile is malformed, or was made for another model.
-      GenerationError: an argument is out of range.
+      GenerationError: an argument is out of range, or the checkpoint's generation config asks for
+        something that bsjax does not compute.
       CapacityError: the prompt needs more positions than the model has, or more memory than is
         available.
       BackendError: the backend is unknown.
@@ -223,10 +287,11 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     check_stream(stream)
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = conversations_of(messages)
     if stream is not None and is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
     resolved = Profile.resolve(profile, model)
@@ -234,7 +299,7 @@ def generate(
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
             events = generate_once(
-                model, conversation, resolved, settings, sources, one_by_one=stream is not None
+                model, conversation, resolved, settings, options, one_by_one=stream is not None
             )
             results.append(result_of(events, stream))
     return results if is_batch else results[0]
@@ -245,15 +310,18 @@ def stream(
     messages: Messages,
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Iterator[str]:
@@ -275,11 +343,12 @@ def stream(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    events = generate_once(model, conversation, resolved, settings, sources, one_by_one=True)
+    events = generate_once(model, conversation, resolved, settings, options, one_by_one=True)
     return pieces_of(events)
 
 
@@ -323,13 +392,13 @@ def one_conversation(what: str, messages: Any) -> Messages:
     Raises:
       GenerationError: it is a batch.
     """
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = conversations_of(messages)
     if is_batch:
         raise GenerationError(f"{what} takes one conversation, not a batch.")
     return conversations[0]
 
 
-def _conversations(messages: Any) -> tuple[list[Messages], bool]:
+def conversations_of(messages: Any) -> tuple[list[Messages], bool]:
     """The conversations in `messages`, and whether it is a batch rather than one conversation."""
     if isinstance(messages, Sequence) and not len(messages):
         raise MessageError("The list of messages is empty: give at least one user message.")
@@ -342,14 +411,15 @@ def checked_settings(
     model: LoadedModel,
     backend: str,
     *,
-    max_new_tokens: int,
-    temperature: float,
+    max_new_tokens: int | None,
+    temperature: float | None,
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
     stop: str | Sequence[str] | None,
     seed: int,
+    use_generation_config: bool,
 ) -> AnswerSettings:
     """How a prompt is to be answered, from a user's arguments; see `generate`.
 
@@ -357,14 +427,18 @@ def checked_settings(
       GenerationError: an argument is out of range.
       BackendError: the backend is unknown.
     """
-    sampling = Sampling.checked(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
-    )
     check_model(model, GenerationError)
+    choice = Choice(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop
+    ).completed(
+        model.generation_config
+        if truth_value("use_generation_config", use_generation_config, error=GenerationError)
+        else None
+    )
     return AnswerSettings(
-        new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
-        sampling=sampling,
-        stop=checked_stop(stop),
+        new_tokens=choice.new_tokens(),
+        sampling=choice.sampling(seed),
+        stop=choice.stops(),
         end_tokens=_end_tokens(model),
         backend=resolve_backend(backend),
     )
@@ -402,43 +476,29 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
-def _prompt(model: LoadedModel, messages: Messages, sources: ImageSources) -> Prompt:
-    return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
-
-
 def forward_once(
     model: LoadedModel,
     messages: Messages,
     profile: Profile | None,
     backend: str,
-    sources: ImageSources,
+    options: PromptOptions,
     kept: KeptCache | None = None,
-) -> tuple[Logits, int]:
-    """Logits of the tokens that run, and the position of the first of them."""
-    prompt = _prompt(model, messages, sources)
+) -> tuple[Logits, int, TokenIds]:
+    """Logits of the tokens that run, the position of the first of them, and their ids."""
+    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
-    placed = PlacedPrompt(inputs, reuse)
-    layout = CacheLayout(cache_rows(inputs.tokens) if kept is None else kept.rows)
+    layout = layout_of(kept, inputs.tokens)
     programs = programs_of(model)
-    scoring = Scoring(programs, placed, layout, backend)
-    check_memory(inputs, scoring.stages, _available(kept))
+    scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
+    check_memory(inputs, scoring.stages, available_bytes(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
-    cache = None if kept is None else kept.take(reuse)
-    if cache is None:
-        cache = programs.module.language_model.empty_cache(*layout)
-    logits, cache = scoring.logits(cache)
+    logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
-    return logits, reuse.start
-
-
-def _available(kept: KeptCache | None) -> int | None:
-    """Free bytes on the device, those of a cache that is taken over included."""
-    available = bytes_available()
-    return available if available is None or kept is None else available + kept.size
+    return logits, reuse.start, prompt.token_ids[reuse.start :]
 
 
 def generate_once(
@@ -446,7 +506,7 @@ def generate_once(
     messages: Messages,
     profile: Profile | None,
     settings: AnswerSettings,
-    sources: ImageSources,
+    options: PromptOptions,
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
@@ -458,7 +518,7 @@ def generate_once(
       messages: one conversation.
       profile: head categories of prefill.
       settings: from `checked_settings`.
-      sources: where images may come from.
+      options: how the messages become a prompt.
       one_by_one: whether to yield each token as soon as it is generated.
       kept: the cache of a session, of which the call uses as much as it can; None for a cache of
         its own.
@@ -467,7 +527,7 @@ def generate_once(
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
-    prompt = _prompt(model, messages, sources)
+    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
     inputs = prepare_inputs(
         model.architecture,
@@ -477,18 +537,13 @@ def generate_once(
         new_tokens=settings.new_tokens,
         start=reuse.start,
     )
-    placed = PlacedPrompt(inputs, reuse)
-    rows = cache_rows(inputs.tokens + settings.new_tokens) if kept is None else kept.rows
-    layout = CacheLayout(rows)
-    prefill = Prefill(programs, [placed], layout, [settings], settings.backend)
+    layout = layout_of(kept, inputs.tokens + settings.new_tokens)
+    prompt_in_cache = PlacedPrompt(inputs, reuse)
+    prefill = Prefill(programs, [prompt_in_cache], layout, [settings], settings.backend)
     decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
-    check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
-    cache = None if kept is None else kept.take(reuse)
-    if cache is None:
-        state = DecodeState.empty(programs.module, layout)
-    else:
-        state = DecodeState.before(programs.module, layout.sequences, cache)
-    first, state = prefill.first_token(state)
+    check_memory(inputs, [*prefill.stages, *decoding.stages], available_bytes(kept))
+    cache = cache_of(kept, reuse, programs.module, layout)
+    first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
     new_ids = [int(first.token[0])]
     chosen = list(new_ids)
     answers = Answers.of([inputs], [settings])

@@ -80,7 +80,7 @@ def prefill(
     )
 
 
-def score(
+def all_logits(
     module: ImageTextModel,
     cache: Any,
     features: Float[Array, "features hidden"] | None,
@@ -95,6 +95,61 @@ def score(
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
     return module.logits(hidden), cache
+
+
+SCORED_ROWS = 128
+"""Rows whose logits `log_probabilities` holds at a time: 78 MB with a vocabulary of 152K tokens."""
+
+
+class ScoredRows(NamedTuple):
+    """The rows of a chunk whose next tokens are scored, padded to a multiple of `SCORED_ROWS`."""
+
+    count: Any
+    """int32, how many there are."""
+    rows: Any
+    """int32 [scored], the rows."""
+    next_token_ids: Any
+    """int32 [scored], the token that follows each of them in the prompt."""
+
+
+def log_probabilities(
+    module: ImageTextModel,
+    cache: Any,
+    features: Float[Array, "features hidden"] | None,
+    chunk: ChunkArguments,
+    head_category: Int[Array, "layers q_heads"],
+    scored: ScoredRows,
+    backend: str,
+) -> tuple[tuple[Float32[Array, "scored"], Bool[Array, "scored"]], Any]:
+    """Runs a chunk for the log-probabilities of the tokens that follow some of its rows.
+
+    The arguments are those of `prefill`, without the chunk's `outputs`.
+
+    Returns:
+      For each of the scored rows, the log-probability of its next token and whether that is the
+      likeliest one; and the cache with the chunk.
+    """
+    hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
+
+    def of_some(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = index * SCORED_ROWS
+        rows = jax.lax.dynamic_slice(scored.rows, (first,), (SCORED_ROWS,))
+        token_ids = jax.lax.dynamic_slice(scored.next_token_ids, (first,), (SCORED_ROWS,))
+        logits = module.logits(hidden[rows])
+        chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0]
+        scores = chosen - jax.nn.logsumexp(logits, axis=1)
+        # As `sample` chooses it: of equally likely tokens, the first.
+        likeliest = jnp.argmax(logits, axis=1) == token_ids
+        return (
+            jax.lax.dynamic_update_slice(results[0], scores, (first,)),
+            jax.lax.dynamic_update_slice(results[1], likeliest, (first,)),
+        )
+
+    # Logits are computed only for the rows that are scored, which most chunks have none of.
+    groups = (scored.count + (SCORED_ROWS - 1)) // SCORED_ROWS
+    size = scored.rows.shape
+    nothing = jnp.zeros(size, jnp.float32), jnp.zeros(size, bool)
+    return jax.lax.fori_loop(jnp.int32(0), groups, of_some, nothing), cache
 
 
 def _run_chunk(
@@ -156,7 +211,7 @@ class ChunkedRun:
           programs: the programs of the model.
           prompts: the prompts, in the order in which they run.
           layout: the shape of the cache.
-          step: the function that runs a chunk: `prefill` or `score`.
+          step: the function that runs a chunk: `prefill`, `all_logits` or `log_probabilities`.
           backend: attention backend.
           sizes: sizes of chunks.
           carried: shapes and dtypes of what each chunk passes to the next.

@@ -1,4 +1,4 @@
-"""The results of a generation: the answer, its statistics, and its text as it is generated."""
+"""What calls return: an answer, its statistics and its text as it is generated; a score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +64,26 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     stats: Stats
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds an answer, given all that comes before it.
+
+    Attributes:
+      log_probability: natural logarithm of the probability of all scored tokens: the sum of
+        `log_probabilities`.
+      is_greedy: whether each scored token is the likeliest one, given all tokens before it.
+      token_ids: the scored tokens: those of the answer's text, without the end of the turn.
+      log_probabilities: the logarithm of the probability of each, given all tokens before it.
+      prompt_tokens: tokens before the first scored one.
+    """
+
+    log_probability: float
+    is_greedy: bool
+    token_ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    prompt_tokens: int
 
 
 class Token(NamedTuple):

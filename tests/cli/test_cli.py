@@ -86,6 +86,50 @@ def test_images_can_be_arguments_or_options(capsys, checkpoint, images):
     assert given["token_ids"] == expected
 
 
+def test_generate_uses_the_checkpoints_settings_where_it_is_told_to(
+    capsys, checkpoint, images, monkeypatch
+):
+    given = {}
+
+    def generate(model, messages, **options):
+        given.update(options, messages=messages)
+        return original(model, messages, **options)
+
+    original = bsjax.generate
+    monkeypatch.setattr(bsjax, "generate", generate)
+    first = answer(capsys, checkpoint, "What is it?", images[0])
+    assert (given["use_generation_config"], given["temperature"]) == (False, None)
+    again = answer(
+        capsys, checkpoint, "What is it?", images[0], "--use-generation-config", "--max-pixels",
+        str(28 * 28 * 4),
+    )  # fmt: skip
+    assert given["use_generation_config"] is True
+    assert first["stats"]["image_tokens"] == [12] and again["stats"]["image_tokens"][0] <= 4
+
+
+def test_score_prints_how_likely_each_answer_is(capsys, checkpoint, images):
+    arguments = ("score", checkpoint, "Is it a cat?", "yes", "no, a dog", "--image", images[0])
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    part = {"type": "image", "image": images[0]}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "Is it a cat?"}]}
+    scores = bsjax.score(
+        bsjax.load(checkpoint),
+        [[asked, {"role": "assistant", "content": words}] for words in ("yes", "no, a dog")],
+    )
+    lines = out.splitlines()
+    assert lines == [
+        f"{score.log_probability:.4f}  {words}  ({len(score.token_ids)} tokens)"
+        for score, words in zip(scores, ("yes", "no, a dog"), strict=True)
+    ]
+    status, out, err = run(capsys, *arguments, "--json", "--uniform", "intra-image-sink")
+    assert status == 0, err
+    sparse = json.loads(out)
+    assert [each["token_ids"] for each in sparse] == [list(each.token_ids) for each in scores]
+    status, _, err = run(capsys, *arguments[:3], "")
+    assert status == 2 and "messages[1] is to be continued or scored, but holds no text" in err
+
+
 def test_text_without_images_is_answered_and_streamed(capsys, checkpoint):
     arguments = ("generate", checkpoint, "Count to ten.", "--max-new-tokens", "6")
     status, whole, figures = run(capsys, *arguments)

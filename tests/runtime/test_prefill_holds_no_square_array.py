@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from bsjax.runtime.images import image_groups
 from bsjax.runtime.sizes import cache_rows
 from tests.support.published_memory import measured
 from tools.memory_table import NEW_TOKENS

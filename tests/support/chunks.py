@@ -14,6 +14,7 @@ from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs
 from bsjax.runtime.sampling import GREEDY, Sampling
+from bsjax.runtime.scoring import Scoring
 from bsjax.runtime.sizes import Sizes, cache_rows
 from tests.support.small_models import Shape, small_config
 
@@ -107,3 +108,10 @@ def decoding_of(programs: Programs, prefill: Prefill, backend: str = "xla") -> D
     """The decoding that follows a prefill."""
     settings = AnswerSettings(1, backend)
     return Decoding(programs, prefill.chunks.layout, settings.end_tokens, backend)
+
+
+def logits_of(programs: Programs, inputs: ModelInputs) -> np.ndarray:
+    """Logits of all tokens of a prompt, as `bsjax.forward` computes them."""
+    layout = CacheLayout(cache_rows(inputs.tokens))
+    scoring = Scoring(programs, PlacedPrompt(inputs), layout, "xla")
+    return scoring.logits(programs.module.language_model.empty_cache(*layout))[0]
