@@ -8,7 +8,7 @@ from bsjax.masks.categories import HeadCategory
 if TYPE_CHECKING:
     from bsjax.checkpoint.loading import LoadedModel
     from bsjax.prompts.sources import ImageSources
-    from bsjax.runtime.generation import ProfileLike
+    from bsjax.runtime.arguments import ProfileLike
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 

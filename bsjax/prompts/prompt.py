@@ -138,6 +138,14 @@ class Processor:
             truth_value("continue_final_message", continue_final_message, error=MessageError),
         )
 
+    def check_messages(self, messages: Any, options: PromptOptions) -> None:
+        """Checks the form of messages, without reading their images.
+
+        Raises:
+          MessageError: as for `prompt`.
+        """
+        self._read(messages, options)
+
     def prompt_of(self, messages: Any, options: PromptOptions) -> Prompt:
         """Like `prompt`, with options that have been checked."""
         template_messages, images = self._read(messages, options)

@@ -7,10 +7,9 @@
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from os import PathLike
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -18,15 +17,24 @@ from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import check_not_forked, naming, shown, truth_value, whole_number
-from bsjax.errors import CapacityError, GenerationError, MessageError
+from bsjax.checks import check_not_forked, naming, shown, truth_value
+from bsjax.errors import BsjaxError, GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import PromptOptions
-from bsjax.runtime.choice import Choice
+from bsjax.runtime.answers import Answer, tokens_of
+from bsjax.runtime.arguments import (
+    Messages,
+    ProfileLike,
+    check_stream,
+    checked_settings,
+    conversations_of,
+    one_conversation,
+    settings_of_copies,
+)
+from bsjax.runtime.batch import Task, run_batch
 from bsjax.runtime.chunks import PlacedPrompt
 from bsjax.runtime.decoding import (
     DECODE_CHUNK,
-    MAX_END_TOKENS,
     Answers,
     AnswerSettings,
     DecodeState,
@@ -37,14 +45,10 @@ from bsjax.runtime.kept_cache import KeptCache, available_bytes, cache_of, layou
 from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats, Token
+from bsjax.runtime.results import Result, Stats, Token
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import Scoring
 
-Messages = Sequence[Mapping[str, Any]]
-"""One conversation: Hugging Face chat messages."""
-ProfileLike = Profile | str | PathLike[str] | None
-"""None (dense), a profile, a path, or the name of a shipped profile."""
 Logits = Float32[np.ndarray, "tokens vocabulary"]
 TokenIds = Int32[np.ndarray, "tokens"]
 
@@ -159,28 +163,42 @@ def forward(
     return results if is_batch else results[0]
 
 
+class AnswerOptions(TypedDict, total=False):
+    """The keyword arguments that all overloads of `generate` share."""
+
+    profile: ProfileLike
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: str | Sequence[str] | None
+    seed: int
+    use_generation_config: bool
+    log_probabilities: int | None
+    backend: str
+    max_pixels: int | None
+    continue_final_message: bool
+    allow_files: bool | None
+    allow_urls: bool | None
+
+
 @overload
 def generate(
     model: LoadedModel,
     messages: Messages,
     *,
-    profile: ProfileLike = None,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: str | Sequence[str] | None = None,
-    seed: int = 0,
-    use_generation_config: bool = False,
+    n: None = None,
     stream: Callable[[str, int], None] | None = None,
-    backend: str = "auto",
-    max_pixels: int | None = None,
-    continue_final_message: bool = False,
-    allow_files: bool | None = None,
-    allow_urls: bool | None = None,
+    **options: Unpack[AnswerOptions],
 ) -> Result: ...
+
+
+@overload
+def generate(
+    model: LoadedModel, messages: Messages, *, n: int, **options: Unpack[AnswerOptions]
+) -> list[Result]: ...
 
 
 @overload
@@ -188,22 +206,43 @@ def generate(
     model: LoadedModel,
     messages: Sequence[Messages],
     *,
-    profile: ProfileLike = None,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: str | Sequence[str] | None = None,
-    seed: int = 0,
-    use_generation_config: bool = False,
-    backend: str = "auto",
-    max_pixels: int | None = None,
-    continue_final_message: bool = False,
-    allow_files: bool | None = None,
-    allow_urls: bool | None = None,
+    n: None = None,
+    return_errors: Literal[False] = False,
+    **options: Unpack[AnswerOptions],
 ) -> list[Result]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: int,
+    return_errors: Literal[False] = False,
+    **options: Unpack[AnswerOptions],
+) -> list[list[Result]]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: None = None,
+    return_errors: bool,
+    **options: Unpack[AnswerOptions],
+) -> list[Result | BsjaxError]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: int,
+    return_errors: bool,
+    **options: Unpack[AnswerOptions],
+) -> list[list[Result] | BsjaxError]: ...
 
 
 def generate(
@@ -220,19 +259,27 @@ def generate(
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
     use_generation_config: bool = False,
+    n: int | None = None,
+    log_probabilities: int | None = None,
+    return_errors: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
     max_pixels: int | None = None,
     continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
-) -> Result | list[Result]:
+) -> Any:
     """Answers a conversation, or each conversation of a batch.
+
+    The conversations of a batch run together: their prompts share chunks, and their answers are
+    generated side by side. What several prompts begin with, such as a document, runs once. Each
+    answer is that of a call of its own, apart from rounding: it does not depend on what else is in
+    the batch.
 
     Args:
       model: from `bsjax.load`.
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
-        batch). The conversations of a batch run one after the other, independently.
+        batch).
       profile: head categories of prefill; None is dense. Decoding is always dense.
       max_new_tokens: the most tokens to generate; by default 64.
       temperature: 0, the default, always chooses the likeliest token; above 0, tokens are drawn.
@@ -250,6 +297,12 @@ def generate(
         `repetition_penalty`, `max_new_tokens` (64 where it does not say) and `stop_strings`. To
         undo a setting of the checkpoint, give a value without effect, such as `top_p=1`, or for
         `top_k` a number as large as the vocabulary.
+      n: how many answers to give to each prompt, with the seeds `seed` to `seed + n - 1`; None for
+        one answer that is not in a list.
+      log_probabilities: of how many tokens, the likeliest ones, to return the log-probabilities
+        beside that of each generated token, 0 to 20; None returns none.
+      return_errors: whether a conversation of a batch that cannot be answered gives its error in
+        place of a result; otherwise the error is raised, with the number of the conversation.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
@@ -265,7 +318,8 @@ def generate(
       allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
-      The result; for a batch, a list of results.
+      The result; with `n`, a list of results. For a batch, a list of what its conversations give,
+      in their order.
 
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
@@ -288,21 +342,108 @@ def generate(
         stop=stop,
         seed=seed,
         use_generation_config=use_generation_config,
+        log_probabilities=log_probabilities,
     )
     options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    copies = [settings] if n is None else settings_of_copies(settings, n)
+    return_errors = truth_value("return_errors", return_errors, error=GenerationError)
     check_stream(stream)
     conversations, is_batch = conversations_of(messages)
-    if stream is not None and is_batch:
-        raise GenerationError("stream takes one conversation, not a batch.")
+    if stream is not None and (is_batch or n is not None):
+        raise GenerationError("stream takes one conversation and one answer, not a batch and no n.")
     resolved = Profile.resolve(profile, model)
-    results = []
-    for number, conversation in enumerate(conversations):
+    if not is_batch and n is None:
+        one_by_one = stream is not None
+        events = generate_once(
+            model, conversations[0], resolved, settings, options, one_by_one=one_by_one
+        )
+        return result_of(events, stream)
+    return_errors = return_errors and is_batch
+    for number, conversation in enumerate(conversations if not return_errors else ()):
         with naming(f"conversations[{number}]" if is_batch else None):
-            events = generate_once(
-                model, conversation, resolved, settings, options, one_by_one=stream is not None
-            )
-            results.append(result_of(events, stream))
+            model.check_messages(conversation, options)
+    results: list[Any] = [[None] * len(copies) for _ in conversations]
+    tasks = [
+        Task(number, conversation, tuple(copies), f"conversations[{number}]" if is_batch else None)
+        for number, conversation in enumerate(conversations)
+    ]
+    for number, copy, outcome in run_batch(
+        model, tasks, resolved, options, return_errors=return_errors
+    ):
+        results[number][copy] = outcome
+    for number, of_conversation in enumerate(results):
+        errors = [each for each in of_conversation if isinstance(each, BsjaxError)]
+        if errors or n is None:
+            results[number] = errors[0] if errors else of_conversation[0]
     return results if is_batch else results[0]
+
+
+def generate_iter(
+    model: LoadedModel,
+    conversations: Iterable[Messages],
+    *,
+    profile: ProfileLike = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int = 0,
+    use_generation_config: bool = False,
+    log_probabilities: int | None = None,
+    return_errors: bool = False,
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> Iterator[tuple[int, Result | BsjaxError]]:
+    """Like `generate` for a batch, but yields each result as soon as its answer has ended.
+
+    Conversations are taken from the iterable as they are needed, a limited number ahead, so that it
+    may be long, or read from a file. This call checks the other arguments; the first conversation
+    is taken when the first result is requested.
+
+    Yields:
+      The number of a conversation, counted from 0, and its result; with `return_errors`, the error
+      of a conversation that cannot be answered.
+
+    Raises:
+      BsjaxError: as for `generate`.
+
+    Example:
+      >>> for number, result in bsjax.generate_iter(model, conversations):
+      ...     print(number, result.text)
+    """
+    settings = checked_settings(
+        model,
+        backend,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+        use_generation_config=use_generation_config,
+        log_probabilities=log_probabilities,
+    )
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    return_errors = truth_value("return_errors", return_errors, error=GenerationError)
+    if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
+        raise GenerationError(
+            f"conversations must be an iterable of conversations, got {shown(conversations)}."
+        )
+    resolved = Profile.resolve(profile, model)
+    tasks = (
+        Task(number, conversation, (settings,), f"conversations[{number}]")
+        for number, conversation in enumerate(conversations)
+    )
+    outcomes = run_batch(model, tasks, resolved, options, return_errors=return_errors)
+    return ((number, outcome) for number, _, outcome in outcomes)
 
 
 def stream(
@@ -352,16 +493,6 @@ def stream(
     return pieces_of(events)
 
 
-def check_stream(stream: Any) -> None:
-    """Checks the `stream` argument of `generate`.
-
-    Raises:
-      GenerationError: it is neither a function nor None.
-    """
-    if stream is not None and not callable(stream):
-        raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
-
-
 def result_of(
     events: Generator[Token | Result, None, None], stream: Callable[[str, int], None] | None
 ) -> Result:
@@ -380,100 +511,6 @@ def result_of(
 def pieces_of(events: Iterator[Token | Result]) -> Iterator[str]:
     """The pieces of text that are not empty."""
     return (event.text for event in events if isinstance(event, Token) and event.text)
-
-
-def one_conversation(what: str, messages: Any) -> Messages:
-    """The messages of one conversation.
-
-    Args:
-      what: what takes them, for the error message.
-      messages: the argument of a public function.
-
-    Raises:
-      GenerationError: it is a batch.
-    """
-    conversations, is_batch = conversations_of(messages)
-    if is_batch:
-        raise GenerationError(f"{what} takes one conversation, not a batch.")
-    return conversations[0]
-
-
-def conversations_of(messages: Any) -> tuple[list[Messages], bool]:
-    """The conversations in `messages`, and whether it is a batch rather than one conversation."""
-    if isinstance(messages, Sequence) and not len(messages):
-        raise MessageError("The list of messages is empty: give at least one user message.")
-    if isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple):
-        return list(messages), True
-    return [messages], False
-
-
-def checked_settings(
-    model: LoadedModel,
-    backend: str,
-    *,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: str | Sequence[str] | None,
-    seed: int,
-    use_generation_config: bool,
-) -> AnswerSettings:
-    """How a prompt is to be answered, from a user's arguments; see `generate`.
-
-    Raises:
-      GenerationError: an argument is out of range.
-      BackendError: the backend is unknown.
-    """
-    check_model(model, GenerationError)
-    choice = Choice(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop
-    ).completed(
-        model.generation_config
-        if truth_value("use_generation_config", use_generation_config, error=GenerationError)
-        else None
-    )
-    return AnswerSettings(
-        new_tokens=choice.new_tokens(),
-        sampling=choice.sampling(seed),
-        stop=choice.stops(),
-        end_tokens=_end_tokens(model),
-        backend=resolve_backend(backend),
-    )
-
-
-def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> int:
-    """The `max_tokens` argument of `bsjax.warmup` and `bsjax.Session`.
-
-    Raises:
-      GenerationError: it is not a whole number, or below `least`.
-      CapacityError: the model has fewer positions.
-    """
-    max_tokens = whole_number("max_tokens", max_tokens, least=least, error=GenerationError)
-    limit = model.config.get_text_config().max_position_embeddings
-    if max_tokens > limit:
-        raise CapacityError(
-            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
-            "or less."
-        )
-    return max_tokens
-
-
-def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
-    """The ids in the checkpoint's generation config that end an answer, padded with -1."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else np.atleast_1d(np.asarray(ids, object)).tolist()
-    ids = [whole_number("eos_token_id", token, least=0, error=GenerationError) for token in ids]
-    if max(ids, default=0) >= 2**31:
-        raise GenerationError(f"eos_token_id must be a token id, got {shown(max(ids))}.")
-    if len(ids) > MAX_END_TOKENS:
-        raise GenerationError(
-            f"The checkpoint's generation config has {len(ids)} end-of-sequence tokens; at most "
-            f"{MAX_END_TOKENS} are supported."
-        )
-    return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
 def forward_once(
@@ -544,44 +581,35 @@ def generate_once(
     check_memory(inputs, [*prefill.stages, *decoding.stages], available_bytes(kept))
     cache = cache_of(kept, reuse, programs.module, layout)
     first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
-    new_ids = [int(first.token[0])]
-    chosen = list(new_ids)
     answers = Answers.of([inputs], [settings])
-
-    token_ids: list[int] = []
-    text = IncrementalText(model.tokenizer, settings.stop)
+    new = tokens_of(first)
+    chosen: list[int] = []
+    answer = Answer(model.tokenizer, settings)
     decode_seconds = 0.0
     try:
         while True:
-            for token_id in new_ids:
-                token_ids.append(token_id)
-                ended = bool(np.isin(token_id, settings.end_tokens))
-                last = ended or len(token_ids) == settings.new_tokens
-                yield Token(text.add(token_id, last=last), token_id)
-                if text.stopped:
-                    ended = last = True
+            chosen += [int(each.token) for each in new]
+            for each in new:
+                yield answer.add(each)
+                if answer.has_ended:
                     break
-            if last:
+            if answer.has_ended:
                 break
-            left = settings.new_tokens - len(token_ids)
+            left = settings.new_tokens - len(answer.token_ids)
             limit = 1 if one_by_one else min(DECODE_CHUNK, left)
             check_not_forked(GenerationError)
             start = time.perf_counter()
-            (new,), state = decoding.run(state, answers, steps=limit)
-            new_ids = new.token.tolist()
-            chosen += new_ids
+            (more,), state = decoding.run(state, answers, steps=limit)
             decode_seconds += time.perf_counter() - start
+            new = tokens_of(more)
     finally:
         if kept is not None:
             # The last token is not in the cache yet.
             kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
 
-    yield Result(
-        text=text.whole,
-        token_ids=tuple(token_ids),
-        prompt_tokens=inputs.tokens,
-        finish_reason="stop" if ended else "length",
-        stats=Stats(
+    yield answer.result(
+        inputs,
+        Stats(
             prompt_tokens=inputs.tokens,
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,

@@ -11,8 +11,8 @@ from bsjax.checks import check_not_forked, naming
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import PromptOptions
+from bsjax.runtime.arguments import Messages, ProfileLike, conversations_of
 from bsjax.runtime.chunks import PlacedPrompt
-from bsjax.runtime.generation import Messages, ProfileLike, conversations_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import KeptCache, available_bytes, cache_of, layout_of
 from bsjax.runtime.memory import check_memory

@@ -12,18 +12,20 @@ from bsjax.checks import truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import PromptOptions
-from bsjax.runtime.decoding import AnswerSettings
-from bsjax.runtime.generation import (
-    Logits,
+from bsjax.runtime.arguments import (
     Messages,
     ProfileLike,
-    TokenIds,
     check_stream,
     checked_max_tokens,
     checked_settings,
+    one_conversation,
+)
+from bsjax.runtime.decoding import AnswerSettings
+from bsjax.runtime.generation import (
+    Logits,
+    TokenIds,
     forward_once,
     generate_once,
-    one_conversation,
     pieces_of,
     result_of,
 )

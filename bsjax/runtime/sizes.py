@@ -77,3 +77,12 @@ def cache_rows(tokens: int) -> int:
         if tokens <= rows:
             return rows
     return bucket(tokens, smallest=_SHORT_CACHES[-1], steps=4)
+
+
+_MOST_SEQUENCES_ON_CPU = 32
+_MOST_SEQUENCES_ON_GPU = 64
+
+
+def most_sequences() -> int:
+    """The most sequences of a cache: the most answers that are generated together."""
+    return _MOST_SEQUENCES_ON_GPU if compiles_for_gpus() else _MOST_SEQUENCES_ON_CPU

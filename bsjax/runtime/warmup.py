@@ -11,9 +11,9 @@ from bsjax.checks import truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
-from bsjax.runtime.generation import ProfileLike, checked_max_tokens
 from bsjax.runtime.images import ImageEncoder, PromptImage, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.prefill import Prefill
