@@ -19,7 +19,6 @@ class Answer:
 
     Attributes:
       token_ids: the tokens so far.
-      has_ended: whether it has ended, by itself or because it has as many tokens as it may have.
     """
 
     def __init__(self, tokenizer: Any, settings: AnswerSettings) -> None:
@@ -31,6 +30,7 @@ class Answer:
 
     @property
     def has_ended(self) -> bool:
+        """Whether it has ended, by itself or because it has as many tokens as it may have."""
         return self._stopped or len(self.token_ids) == self._settings.new_tokens
 
     def add(self, chosen: Chosen) -> Token:

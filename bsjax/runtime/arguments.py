@@ -124,8 +124,8 @@ def settings_of_copies(settings: AnswerSettings, n: int) -> list[AnswerSettings]
     seed = int(settings.sampling.seed)
     if seed + n > 2**32:
         raise GenerationError(
-            f"The seeds of n = {n} answers go from seed to seed + n - 1, which must be below 2**32, "
-            f"got the seed {seed}."
+            f"n = {n} answers have the seeds {seed} to {seed + n - 1}, but seeds must be below "
+            "2**32: lower the seed."
         )
     return [
         replace(settings, sampling=settings.sampling._replace(seed=np.uint32(seed + copy)))
