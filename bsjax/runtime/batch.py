@@ -364,6 +364,7 @@ class _Pool:
 
     def _copied(self, each: _Conversation, prefix: _Prefix, sequence: int) -> Reuse:
         """Copies a prefix into the sequence of a prompt."""
+        assert prefix.sequence is not None
         arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
         self._state = self._programs.get(copy_sequence, arguments, donate=(0,))(*arguments)
         if prefix.prefill:
@@ -450,9 +451,8 @@ class _Pool:
         for sequence, of in list(self._running.items()):
             if of.answer.has_ended:
                 del self._running[sequence]
-                yield Answered(
-                    of.task.number, of.copy, of.answer.result(of.inputs, self._stats(of))
-                )
+                result = of.answer.result(of.inputs, self._stats(of))
+                yield Answered(of.task.number, of.copy, result)
 
     def _stats(self, of: _Conversation) -> Stats:
         inputs, programs, compiled = of.inputs, self._programs, self._compiled

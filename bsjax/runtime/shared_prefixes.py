@@ -95,7 +95,7 @@ def _sort_key(prompt: ModelInputs) -> Int[np.ndarray, "tokens"]:
     key = prompt.token_ids.astype(np.int64)
     for index, image in enumerate(prompt.images):
         values = image.patches.reshape(-1)
-        sampled = np.ascontiguousarray(values[:: max(1, values.size // _SAMPLED_VALUES)])
+        sampled = values[:: max(1, values.size // _SAMPLED_VALUES)]
         first = int(prompt.template.image_first[index])
-        key[first : first + image.tokens] = 2**32 + zlib.crc32(sampled)
+        key[first : first + image.tokens] = 2**32 + zlib.crc32(sampled.tobytes())
     return key.astype(">i8")
