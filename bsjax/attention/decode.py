@@ -12,7 +12,10 @@ from bsjax.errors import MaskError
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 
 _XLA_BLOCK = 1024
-"""How many rows of the cache the `xla` backend computes the scores of at a time."""
+"""How many rows of the cache the `xla` backend computes the scores of at a time, of all sequences
+together. A sequence has at least `_SMALLEST_XLA_BLOCK` of them."""
+
+_SMALLEST_XLA_BLOCK = 128
 
 
 @overload
@@ -125,7 +128,7 @@ def _xla_decode_attention(
     """Plain JAX, block by block up to the longest valid length, whatever the cache's capacity."""
     batch, q_heads, head_dim = q.shape
     rows, kv_heads = k_cache.shape[2:4]
-    block = min(rows, _XLA_BLOCK)
+    block = min(rows, max(_XLA_BLOCK // max(batch, 1), _SMALLEST_XLA_BLOCK))
     # Without a batch axis of length 1, for which XLA may choose another layout and copy the cache.
     caches = [jax.lax.squeeze(of, (1,)) if batch == 1 else of for of in (k_cache, v_cache)]
     batches = (batch,) * (batch != 1)

@@ -478,3 +478,19 @@ def test_second_turns_are_answered_alike_with_and_without_a_session(tmp_path, ca
             assert row[turn]["same_token"] is True
             assert row[turn]["reused_tokens"] >= row["first"]["prompt_tokens"] - 3
     assert len(re.findall(r"\| +yes \|", capsys.readouterr().out)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_a_batch_gives_the_answers_of_single_calls_and_of_transformers(tmp_path, capsys):
+    from benchmarks import batches
+
+    options = ["--size", "tiny", "--short", "4", "--long", "2", "--long-tokens", "150"]
+    options += ["--image-size", "56", "56", "--new-tokens", "4", "--rounds", "1", "--no-cold"]
+    assert batches.main([*options, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "batches_tiny_cpu.json").read_text())
+    assert [row["workload"] for row in result["rows"]] == 3 * ["short"] + 3 * ["long"]
+    for row in result["rows"]:
+        assert row["same_answers_as_one_by_one"] == row["prompts"], row["variant"]
+        assert row["new_tokens"] == 4 * row["prompts"]
+    assert "transformers, batch" in capsys.readouterr().out
