@@ -34,9 +34,11 @@ from bsjax.profiling.prompt_inputs import (
     category_schedule,
 )
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.batch import copy_sequence
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
+from bsjax.runtime.kept_cache import move_rows
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
@@ -55,6 +57,10 @@ PROMPTS = {
 """Tokens of the prompts, by model. Gemma 3 has 131,072 positions, including the answer."""
 PROFILED = {"Qwen2.5-VL-7B": 32_768, "Gemma-3-27B": 32_768}
 """Tokens of the sample that each model is profiled on."""
+BATCHES = {"Qwen2.5-VL-7B": (32, 8192), "Gemma-3-27B": (16, 8192)}
+"""Conversations of the batch that is measured with each model, and the tokens of each prompt."""
+SESSIONS = {"Qwen2.5-VL-7B": 300_000}
+"""Tokens of the session that is measured with each model."""
 GPUS = ("h200", "a100")
 NEW_TOKENS = 64
 STAGES = ("vision", "prefill", "decode")
@@ -144,10 +150,14 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
     )
 
 
-def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
-    """Compiles the programs of `bsjax.generate` for a prompt of `tokens` tokens.
+def measure(
+    model: str, tokens: int, target: str = GPUS[0], *, conversations: int = 1
+) -> Measurement:
+    """Compiles the programs of `bsjax.generate` for prompts of `tokens` tokens.
 
-    All four categories occur among the heads, so that schedules have all tables.
+    All four categories occur among the heads, so that schedules have all tables. With one
+    conversation, the last stage is what a session runs to move the rows that it keeps; with
+    several, what a batch runs to copy what prompts begin with.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
@@ -167,12 +177,20 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
             new_tokens=NEW_TOKENS,
         )
         settings = AnswerSettings(NEW_TOKENS, "pallas")
-        layout = CacheLayout(cache_rows(inputs.tokens + NEW_TOKENS))
-        prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], "pallas")
+        layout = CacheLayout(cache_rows(inputs.tokens + NEW_TOKENS), conversations)
+        # Programs depend on the shape of the cache, and not on how many prompts have a part of it.
+        prompts = [PlacedPrompt(inputs, sequence=at) for at in range(min(conversations, 2))]
+        prefill = Prefill(programs, prompts, layout, [settings] * len(prompts), "pallas")
         chunk_rows = sizes_in_use().chunks[-1]
     decoding = Decoding(programs, layout, settings.end_tokens, "pallas")
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.carried.cache)
-    stages = (*prefill.stages, *decoding.stages)
+    if conversations > 1:
+        number = np.int32(0)
+        of_rows = programs.get(copy_sequence, (prefill.carried, number, number), donate=(0,))
+    else:
+        rows = np.zeros(layout.rows, np.int32)
+        of_rows = programs.get(move_rows, (prefill.carried.cache, rows), donate=(0,))
+    stages = (*prefill.stages, *decoding.stages, Stage("rows", of_rows))
     return Measurement(target, model, inputs, weights, cache, chunk_rows, stages)
 
 
@@ -203,11 +221,13 @@ def measure_profiling(model: str, tokens: int, target: str = GPUS[0]) -> tuple[S
 def markdown(
     measurements: Sequence[Measurement],
     profiling: Mapping[tuple[str, str], Sequence[Stage]] | None = None,
+    several: Mapping[str, Measurement] | None = None,
 ) -> str:
     """The page docs/memory.md.
 
     Args:
       measurements: the memory of generation, from `measure`.
+      several: the memory of batches and sessions on the first GPU, and what each is.
       profiling: the stages of profiling, from `measure_profiling`, by GPU and model.
     """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
@@ -258,8 +278,34 @@ which every layer keeps all tokens (computed from its shape):
 | model | tokens | cache | cache of full length | share |
 |---|---:|---:|---:|---:|
 {rings}
-{_profiling_section(profiling or {})}
+{_several_section(several or {})}{_profiling_section(profiling or {})}
 Made by `python -m tools.memory_table` with {versions}.
+"""
+
+
+def _several_section(several: Mapping[str, Measurement]) -> str:
+    if not several:
+        return ""
+    header = ["model", "", "weights", "cache", *STAGES, "rows", "peak"]
+    lines = ["| " + " | ".join(header) + " |", "|---|---" + "|---:" * (len(header) - 2) + "|"]
+    for what, found in several.items():
+        cells = [
+            found.model,
+            what,
+            *map(_gib, (found.weights, found.cache)),
+            *(_gib(found.temporaries(name)) for name in (*STAGES, "rows")),
+            _gib(found.peak),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    table = "\n".join(lines)
+    return f"""
+## Batches and sessions
+
+GiB on an {TARGETS[GPUS[0]].device_kind}. The cache of a batch has as many rows for each conversation as
+the longest needs. `rows` is the program that moves rows of a session's cache, or copies what several
+prompts of a batch begin with.
+
+{table}
 """
 
 
@@ -337,7 +383,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model, tokens in PROFILED.items():
             print(f"Compiling the profiling of {model}, {target} ...", file=sys.stderr)
             profiling[target, model] = measure_profiling(model, tokens, target)
-    page = markdown(measurements, profiling)
+    several = {}
+    for model, (conversations, tokens) in BATCHES.items():
+        print(f"Compiling a batch of {model} ...", file=sys.stderr)
+        what = f"batch of {conversations} x {tokens:,} tokens"
+        several[what] = measure(model, tokens, conversations=conversations)
+    for model, tokens in SESSIONS.items():
+        several[f"session of {tokens:,} tokens"] = measure(model, tokens)
+    page = markdown(measurements, profiling, several)
     print(page)
     if not check:
         _DESTINATION.parent.mkdir(exist_ok=True)
