@@ -104,7 +104,8 @@ class Session:
         """Saves the cache, so that another process can go on with the conversation.
 
         The file holds keys and values of the tokens, which say what the conversation was about:
-        keep it as private as the conversation. It is written completely or not at all.
+        keep it as private as the conversation. Only this user can read it. It is written completely
+        or not at all, even if the process is killed.
 
         Raises:
           SessionError: the file cannot be written.

@@ -254,6 +254,7 @@ def test_a_saved_session_goes_on_in_another(loaded, tmp_path):
     assert answer.token_ids == expected.token_ids
     assert answer.stats.reused_tokens == first.prompt_tokens
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o077 == 0, "others cannot read a conversation"
 
 
 def test_files_that_are_not_of_this_session_are_refused(tiny_model, tmp_path):
