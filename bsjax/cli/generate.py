@@ -11,7 +11,7 @@ from bsjax.cli.arguments import (
     add_device_options,
     add_images,
     category,
-    image_sources_of,
+    described_model,
     messages_of,
 )
 from bsjax.cli.cuda_noise import import_jax
@@ -82,21 +82,19 @@ def add_to(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
-
-    model = bsjax.load(
-        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.runtime.generation import (
+        checked_prompt,
+        checked_settings,
+        generate_once,
+        result_of,
     )
-    profile = options.profile
-    if options.uniform is not None:
-        profile = bsjax.Profile.uniform(options.uniform, model)
 
-    def show(piece: str, token_id: int) -> None:
-        print(piece, end="", flush=True)
-
-    result = bsjax.generate(
-        model,
-        messages_of(options),
-        profile=profile,
+    # What can be refused is refused before the weights are read.
+    described = described_model(options)
+    settings = checked_settings(
+        described,
+        options.backend,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -105,10 +103,21 @@ def _generate(options: argparse.Namespace) -> None:
         repetition_penalty=options.repetition_penalty,
         stop=options.stop,
         seed=options.seed,
-        stream=show if options.stream else None,
-        backend=options.backend,
     )
-    assert isinstance(result, bsjax.Result)
+    if options.uniform is not None:
+        profile = bsjax.Profile.uniform(options.uniform, described)
+    else:
+        profile = bsjax.Profile.resolve(options.profile, described)
+    sources = described.image_sources
+    prompt = checked_prompt(described, messages_of(options), profile, settings, sources)
+
+    def show(piece: str, token_id: int) -> None:
+        print(piece, end="", flush=True)
+
+    stream = show if options.stream else None
+    model = with_weights(described)
+    events = generate_once(model, prompt, profile, settings, sources, one_by_one=stream is not None)
+    result = result_of(events, stream)
     if options.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
         return

@@ -6,7 +6,8 @@ chat template writes one placeholder per image, the family expands it, and image
 until each image has all of its tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from bsjax.checks import is_failure
 from bsjax.errors import MessageError
 from bsjax.models.family import Family, ProcessedImage
-from bsjax.prompts.images import image_size, read_image, shortened, shown_source
+from bsjax.prompts.images import check_image, image_size, read_image, shortened, shown_source
 from bsjax.prompts.messages import ImagePart, read_messages
 from bsjax.prompts.rendering import rendered
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
+
+# Height and width of an image that no option refuses for its size.
+_ANY_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,7 @@ class Processor:
             match the images. The error says which message or image is wrong, and why.
         """
         sources = self.image_sources.restricted(allow_files, allow_urls)
-        template_messages, images = read_messages(messages)
-        if images and self.image_processor is None:
-            raise MessageError(
-                f"The messages hold {len(images)} image{'s' * (len(images) > 1)}, but this model "
-                "reads text only."
-            )
+        template_messages, images = self._read(messages)
         text = rendered(self.tokenizer, template_messages)
         token_ids = self._tokenize(text)
         self._check_placeholders(token_ids, len(images))
@@ -110,6 +109,54 @@ class Processor:
             np.concatenate([each.grid_thw for each in processed]).astype(np.int32),
             tuple(image_tokens.tolist()),
         )
+
+    def check(
+        self,
+        messages: Any,
+        *,
+        decode: bool = False,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> None:
+        """Finds mistakes in messages in much less time than `prompt` takes.
+
+        Args:
+          messages: as for `prompt`.
+          decode: whether images are decoded, which finds those that are damaged behind their
+            headers. They are not scaled, which takes most of the time.
+          allow_files: as for `prompt`.
+          allow_urls: as for `prompt`.
+
+        Raises:
+          MessageError: as for `prompt`, except for what only downloading and rendering find out.
+        """
+        sources = self.image_sources.restricted(allow_files, allow_urls)
+        _, images = self._read(messages)
+        for number, image in enumerate(images, start=1):
+            with _naming_image(image, number, len(images)):
+                size = check_image(image.key, image.source, sources, decode=decode)
+                if size is not None:
+                    self._check_scaled(size, image, sources)
+
+    def check_image_options(self, options: Mapping[str, Any]) -> None:
+        """Checks the options that image parts will have; None is no option.
+
+        Raises:
+          MessageError: this model does not have one of them, or its value is invalid.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if given:
+            self.family.scaled_pixels(*_ANY_SIZE, given, self.image_processor)
+
+    def _read(self, messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]:
+        """What `read_messages` returns, for a model that reads images if there are any."""
+        template_messages, images = read_messages(messages)
+        if images and self.image_processor is None:
+            raise MessageError(
+                f"The messages hold {len(images)} image{'s' * (len(images) > 1)}, but this model "
+                "reads text only."
+            )
+        return template_messages, images
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
         # `verbose` would warn of long prompts, whose length is checked later with a better message.
@@ -159,27 +206,32 @@ class Processor:
         """Reads images and cuts them into patches, one by one, so that errors can name them."""
         processed = []
         for number, image in enumerate(images, start=1):
-            label = f"Image {number} of {len(images)} ({image.where}{shown_source(image.source)})"
-            try:
+            with _naming_image(image, number, len(images)):
                 pixels = read_image(image.key, image.source, sources)
-                self._check_scaled(pixels, image, sources)
+                self._check_scaled(image_size(pixels), image, sources)
                 processed.append(
                     self.family.process_image(
                         pixels, image.options, self.image_processor, self.config
                     )
                 )
-            except MessageError as error:
-                raise MessageError(f"{label}: {error}") from error
-            except Exception as error:  # Decoders and HTTP clients raise many kinds of exceptions.
-                raise MessageError(
-                    f"{label} cannot be read: {shortened(str(error), 300)}"
-                ) from error
         return processed
 
-    def _check_scaled(self, pixels: Any, image: ImagePart, sources: ImageSources) -> None:
-        scaled = self.family.scaled_pixels(*image_size(pixels), image.options, self.image_processor)
+    def _check_scaled(self, size: tuple[int, int], image: ImagePart, sources: ImageSources) -> None:
+        scaled = self.family.scaled_pixels(*size, image.options, self.image_processor)
         if scaled > sources.max_scaled_pixels:
             raise MessageError(
                 f"it would be scaled to {scaled:,} pixels, more than "
                 f"{sources.max_scaled_pixels:,} (max_scaled_pixels)."
             )
+
+
+@contextmanager
+def _naming_image(image: ImagePart, number: int, images: int) -> Iterator[None]:
+    """Errors raised inside the block say which image they are about."""
+    label = f"Image {number} of {images} ({image.where}{shown_source(image.source)})"
+    try:
+        yield
+    except MessageError as error:
+        raise MessageError(f"{label}: {error}") from error
+    except Exception as error:  # Decoders and HTTP clients raise many kinds of exceptions.
+        raise MessageError(f"{label} cannot be read: {shortened(str(error), 300)}") from error

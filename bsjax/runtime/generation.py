@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import check_not_forked, naming, shown, whole_number
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
+from bsjax.checks import argument, check_not_forked, naming, shown, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
@@ -30,7 +30,7 @@ from bsjax.runtime.decoding import (
     DecodeState,
     Decoding,
 )
-from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.inputs import place, prepare_inputs
 from bsjax.runtime.kept_cache import KeptCache
 from bsjax.runtime.memory import (
     bytes_available,
@@ -105,7 +105,7 @@ def forward(
     """
     check_model(model, GenerationError)
     sources = model.image_sources.restricted(allow_files, allow_urls)
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = _conversations(model, messages, sources)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
     logits = []
@@ -209,6 +209,7 @@ def generate(
         available.
       BackendError: the backend is unknown.
     """
+    check_model(model, GenerationError)
     settings = checked_settings(
         model,
         backend,
@@ -223,7 +224,7 @@ def generate(
     )
     sources = model.image_sources.restricted(allow_files, allow_urls)
     check_stream(stream)
-    conversations, is_batch = _conversations(messages)
+    conversations, is_batch = _conversations(model, messages, sources)
     if stream is not None and is_batch:
         raise GenerationError("stream takes one conversation, not a batch.")
     resolved = Profile.resolve(profile, model)
@@ -256,11 +257,13 @@ def stream(
 ) -> Iterator[str]:
     """Like `generate`, for one conversation, but yields the text in pieces as it is generated.
 
-    This call checks the arguments; the prompt runs when the first piece is requested.
+    This call checks the arguments and reads the messages and their images; the prompt runs when the
+    first piece is requested.
 
     Raises:
       BsjaxError: as for `generate`.
     """
+    check_model(model, GenerationError)
     settings = checked_settings(
         model,
         backend,
@@ -276,7 +279,8 @@ def stream(
     sources = model.image_sources.restricted(allow_files, allow_urls)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    events = generate_once(model, conversation, resolved, settings, sources, one_by_one=True)
+    prompt = checked_prompt(model, conversation, resolved, settings, sources)
+    events = generate_once(model, prompt, resolved, settings, sources, one_by_one=True)
     return pieces_of(events)
 
 
@@ -320,23 +324,36 @@ def one_conversation(what: str, messages: Any) -> Messages:
     Raises:
       GenerationError: it is a batch.
     """
-    conversations, is_batch = _conversations(messages)
-    if is_batch:
+    if _is_batch(messages):
         raise GenerationError(f"{what} takes one conversation, not a batch.")
-    return conversations[0]
+    return messages
 
 
-def _conversations(messages: Any) -> tuple[list[Messages], bool]:
-    """The conversations in `messages`, and whether it is a batch rather than one conversation."""
+def _conversations(
+    model: LoadedModel, messages: Any, sources: ImageSources
+) -> tuple[list[Messages], bool]:
+    """The conversations in `messages`, and whether it is a batch rather than one conversation.
+
+    All conversations of a batch are checked before the first of them runs.
+    """
+    if not _is_batch(messages):
+        return [messages], False
+    for number, conversation in enumerate(messages):
+        with naming(f"conversations[{number}]"):
+            model.check(
+                conversation, allow_files=sources.allow_files, allow_urls=sources.allow_urls
+            )
+    return list(messages), True
+
+
+def _is_batch(messages: Any) -> bool:
     if isinstance(messages, Sequence) and not len(messages):
         raise MessageError("The list of messages is empty: give at least one user message.")
-    if isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple):
-        return list(messages), True
-    return [messages], False
+    return isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple)
 
 
 def checked_settings(
-    model: LoadedModel,
+    model: DescribedModel,
     backend: str,
     *,
     max_new_tokens: int,
@@ -350,6 +367,8 @@ def checked_settings(
 ) -> AnswerSettings:
     """How a prompt is to be answered, from a user's arguments; see `generate`.
 
+    Like everything that is checked against a `DescribedModel`, this needs no weights.
+
     Raises:
       GenerationError: an argument is out of range.
       BackendError: the backend is unknown.
@@ -357,9 +376,8 @@ def checked_settings(
     sampling = Sampling.checked(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    check_model(model, GenerationError)
     return AnswerSettings(
-        new_tokens=whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError),
+        new_tokens=checked_new_tokens(max_new_tokens),
         sampling=sampling,
         stop=checked_stop(stop),
         end_tokens=_end_tokens(model),
@@ -367,7 +385,16 @@ def checked_settings(
     )
 
 
-def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> int:
+def checked_new_tokens(max_new_tokens: int) -> int:
+    """The `max_new_tokens` argument of `generate`.
+
+    Raises:
+      GenerationError: it is not a whole number, or below 1.
+    """
+    return whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError)
+
+
+def checked_max_tokens(model: DescribedModel, max_tokens: int, *, least: int) -> int:
     """The `max_tokens` argument of `bsjax.warmup` and `bsjax.Session`.
 
     Raises:
@@ -378,13 +405,13 @@ def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> in
     limit = model.config.get_text_config().max_position_embeddings
     if max_tokens > limit:
         raise CapacityError(
-            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
-            "or less."
+            f"{argument('max_tokens')} is {shown(max_tokens)}, but the model has {limit} "
+            f"positions. Lower it to {limit} or less."
         )
     return max_tokens
 
 
-def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
+def _end_tokens(model: DescribedModel) -> Int32[np.ndarray, "end_tokens"]:
     """The ids in the checkpoint's generation config that end an answer, padded with -1."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else np.atleast_1d(np.asarray(ids, object)).tolist()
@@ -399,7 +426,29 @@ def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
     return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
 
 
-def _prompt(model: LoadedModel, messages: Messages, sources: ImageSources) -> Prompt:
+def checked_prompt(
+    model: DescribedModel,
+    messages: Messages,
+    profile: Profile | None,
+    settings: AnswerSettings,
+    sources: ImageSources,
+) -> Prompt:
+    """The prompt of a conversation, which can be answered if there is enough memory.
+
+    The arguments are those of `generate_once`.
+
+    Raises:
+      MessageError: a message has an invalid form, or an image cannot be read.
+      CapacityError: the prompt and its answer need more positions than the model has.
+    """
+    prompt = _prompt(model, messages, sources)
+    place(model.architecture, prompt, profile, new_tokens=settings.new_tokens)
+    return prompt
+
+
+def _prompt(model: DescribedModel, messages: Messages | Prompt, sources: ImageSources) -> Prompt:
+    if isinstance(messages, Prompt):
+        return messages
     return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
 
 
@@ -435,7 +484,7 @@ def _available(kept: KeptCache | None) -> int | None:
 
 def generate_once(
     model: LoadedModel,
-    messages: Messages,
+    messages: Messages | Prompt,
     profile: Profile | None,
     settings: AnswerSettings,
     sources: ImageSources,
@@ -447,7 +496,7 @@ def generate_once(
 
     Args:
       model: from `bsjax.load`.
-      messages: one conversation.
+      messages: one conversation, or its prompt if it has been made.
       profile: head categories of prefill.
       settings: from `checked_settings`.
       sources: where images may come from.

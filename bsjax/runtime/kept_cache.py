@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import argument
 from bsjax.errors import CapacityError
 from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
@@ -21,6 +22,21 @@ from bsjax.runtime.sizes import cache_rows
 def move_rows(module: ImageTextModel, cache: Any, rows: Int[Array, "cache_rows"]) -> Any:
     """The cache with the rows of all tokens taken from other rows. Donate `cache`."""
     return module.language_model.moved(cache, rows)
+
+
+def check_room(prompt: Prompt, new_tokens: int, max_tokens: int) -> None:
+    """Rejects a prompt for which a session has no room.
+
+    Raises:
+      CapacityError: the prompt and the new tokens are more than `max_tokens`.
+    """
+    tokens = prompt.token_ids.size
+    if tokens + new_tokens > max_tokens:
+        follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
+        raise CapacityError(
+            f"The prompt has {tokens} tokens{follow}, but the session has room for {max_tokens}: "
+            f"raise its {argument('max_tokens')}, or begin a new conversation."
+        )
 
 
 class KeptCache:
@@ -58,13 +74,7 @@ class KeptCache:
         Raises:
           CapacityError: the prompt and the new tokens are more than `max_tokens`.
         """
-        tokens = prompt.token_ids.size
-        if tokens + new_tokens > self.max_tokens:
-            follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
-            raise CapacityError(
-                f"The prompt has {tokens} tokens{follow}, but the session has room for "
-                f"{self.max_tokens}: raise its max_tokens, or begin a new conversation."
-            )
+        check_room(prompt, new_tokens, self.max_tokens)
         if self._tokens is None:
             return Reuse(cache_rows=self.rows)
         family, config = self._model.family, self._model.config

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
+from bsjax.checks import check_not_forked
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.decoding import AnswerSettings
@@ -16,6 +17,7 @@ from bsjax.runtime.generation import (
     ProfileLike,
     check_stream,
     checked_max_tokens,
+    checked_prompt,
     checked_settings,
     forward_once,
     generate_once,
@@ -27,6 +29,19 @@ from bsjax.runtime.kept_cache import KeptCache
 from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Token
 from bsjax.runtime.session_file import read_session, write_session
+
+
+def checked_session(
+    model: DescribedModel, *, profile: ProfileLike, max_tokens: int, backend: str
+) -> tuple[Profile | None, str]:
+    """The profile and the backend of a `Session`, whose arguments are checked without weights.
+
+    Raises:
+      BsjaxError: as for `Session`.
+    """
+    checked_max_tokens(model, max_tokens, least=2)
+    backend = resolve_backend(backend)
+    return Profile.resolve(profile, model), backend
 
 
 class Session:
@@ -78,10 +93,10 @@ class Session:
           BackendError: the backend is unknown.
         """
         check_model(model, GenerationError)
-        max_tokens = checked_max_tokens(model, max_tokens, least=2)
         self._model = model
-        self._backend = resolve_backend(backend)
-        self._profile = Profile.resolve(profile, model)
+        self._profile, self._backend = checked_session(
+            model, profile=profile, max_tokens=max_tokens, backend=backend
+        )
         self._kept = KeptCache(model, self._profile, max_tokens)
         self._lock = threading.Lock()
 
@@ -138,6 +153,7 @@ class Session:
           BsjaxError: as for `Session`.
         """
         check_model(model, GenerationError)
+        backend = resolve_backend(backend)
         resolved = Profile.resolve(profile, model)
         saved = read_session(path, model, resolved)
         session = cls(model, profile=resolved, max_tokens=saved.max_tokens, backend=backend)
@@ -251,15 +267,17 @@ class Session:
         *,
         one_by_one: bool,
     ) -> Generator[Token | Result, None, None]:
-        """Checks the messages' form, and returns an iterator over the tokens, then the result."""
+        """Reads the messages, and returns an iterator over the tokens, then the result."""
         sources = self._model.image_sources.restricted(allow_files, allow_urls)
         conversation = one_conversation("a session", messages)
+        check_not_forked(GenerationError)
+        prompt = checked_prompt(self._model, conversation, self._profile, settings, sources)
 
         def events() -> Generator[Token | Result, None, None]:
             with self._one_call():
                 yield from generate_once(
                     self._model,
-                    conversation,
+                    prompt,
                     self._profile,
                     settings,
                     sources,

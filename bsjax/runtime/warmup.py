@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
@@ -66,10 +66,9 @@ def warmup(
       Warmup(programs=5, seconds=...)
     """
     check_model(model, GenerationError)
-    max_tokens = checked_max_tokens(model, max_tokens, least=1)
-    images = truth_value("images", images, error=GenerationError)
-    backend = resolve_backend(backend)
-    resolved = Profile.resolve(profile, model)
+    resolved, backend = checked_warmup(
+        model, max_tokens=max_tokens, images=images, profile=profile, backend=backend
+    )
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     limit = model.config.get_text_config().max_position_embeddings
@@ -94,6 +93,20 @@ def warmup(
         )
         Decoding(programs, inputs, prefill.cache, settings)
     return Warmup(programs.compilations - before, time.perf_counter() - start)
+
+
+def checked_warmup(
+    model: DescribedModel, *, max_tokens: int, images: bool, profile: ProfileLike, backend: str
+) -> tuple[Profile | None, str]:
+    """The profile and the backend of `warmup`, whose arguments are checked without weights.
+
+    Raises:
+      BsjaxError: as for `warmup`.
+    """
+    checked_max_tokens(model, max_tokens, least=1)
+    truth_value("images", images, error=GenerationError)
+    backend = resolve_backend(backend)
+    return Profile.resolve(profile, model), backend
 
 
 def cache_lengths(max_tokens: int) -> list[int]:
