@@ -6,9 +6,12 @@
 `docs/architecture.md` describes each step.
 """
 
+import atexit
+import inspect
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from os import PathLike
 from typing import Any, overload
 
@@ -309,8 +312,25 @@ def result_of(
     return result
 
 
-def pieces_of(events: Iterator[Token | Result]) -> Iterator[str]:
+_open_streams: "weakref.WeakSet[Generator[Token | Result, None, None]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends the streams that are still open when the interpreter exits.
+
+    Python would end them later, when modules that they need on the way out are gone.
+    """
+    with ExitStack() as stack:
+        for events in list(_open_streams):
+            # What another thread is reading cannot be ended: such threads stop with the process.
+            if inspect.getgeneratorstate(events) != inspect.GEN_RUNNING:
+                stack.callback(events.close)
+
+
+def pieces_of(events: Generator[Token | Result, None, None]) -> Iterator[str]:
     """The pieces of text that are not empty."""
+    _open_streams.add(events)
     return (event.text for event in events if isinstance(event, Token) and event.text)
 
 

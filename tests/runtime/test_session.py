@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from bsjax.runtime import session_file
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
 from tests.support.histories import History, picture
+from tests.support.paths import ROOT
 
 WORDS = "which picture is brighter than the first one and why not".split()
 STEPS = int(os.environ.get("HISTORY_STEPS", "8"))
@@ -236,6 +239,36 @@ def test_bad_arguments_of_sessions_are_refused(tiny_model, annotations_unchecked
         session.generate([[user("Why?")]])
     with pytest.raises(GenerationError, match="stream must be a function"):
         session.generate([user("Why?")], stream=3)
+
+
+_EXIT = """
+import sys
+from bsjax.cli.cuda_noise import import_jax
+import_jax(devices=True)
+import bsjax
+from bsjax.runtime import kept_cache
+
+model = bsjax.load(sys.argv[1])
+messages = [{"role": "user", "content": "Why?"}]
+session = bsjax.Session(model, max_tokens=256)
+streams = [bsjax.stream(model, messages), session.stream(messages)]
+print([bool(next(stream)) for stream in streams])
+if len(sys.argv) > 2:
+    def put(*_):
+        raise RuntimeError("a real error")
+    kept_cache.KeptCache.put = put
+"""
+
+
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_streams_that_are_open_when_the_interpreter_exits(tiny_checkpoint, fails):
+    command = [sys.executable, "-c", _EXIT, str(tiny_checkpoint), *["fails"] * fails]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[True, True]\n")
+    if fails:
+        assert done.stderr.endswith("RuntimeError: a real error\n")
+    else:
+        assert done.stderr == ""
 
 
 @FAMILIES
