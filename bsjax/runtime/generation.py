@@ -42,9 +42,9 @@ from bsjax.runtime.memory import (
     host_bytes_available,
 )
 from bsjax.runtime.prefill import Prefill, occurring_tokens
-from bsjax.runtime.programs import check_model, programs_of
+from bsjax.runtime.programs import Stage, check_model, programs_of
 from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
-from bsjax.runtime.reuse import NOTHING
+from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sampling import Sampling
 from bsjax.runtime.scoring import Scoring
 
@@ -485,7 +485,7 @@ def forward_once(
     reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     scoring = Scoring(programs_of(model), inputs, backend, reuse)
-    check_memory(inputs, scoring.stages, _available(kept))
+    check_memory(inputs, [*scoring.stages, *_moving(kept, reuse)], _available(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
@@ -494,6 +494,11 @@ def forward_once(
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
     return logits, reuse.start
+
+
+def _moving(kept: KeptCache | None, reuse: Reuse) -> list[Stage]:
+    """The stage that moves the rows of a session's cache, if they have to move."""
+    return [] if kept is None else kept.stages(reuse)
 
 
 def _available(kept: KeptCache | None) -> int | None:
@@ -547,7 +552,8 @@ def generate_once(
         reuse=reuse,
     )
     decoding = Decoding(programs, inputs, prefill.cache, settings)
-    check_memory(inputs, [*prefill.stages, *decoding.stages], _available(kept))
+    stages = [*prefill.stages, *decoding.stages, *_moving(kept, reuse)]
+    check_memory(inputs, stages, _available(kept))
     token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
     occurred = occurring_tokens(programs.module, inputs)
     state = DecodeState(token, np.int32(1), occurred, cache)

@@ -1,6 +1,7 @@
 """The cache of a session between its calls."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,16 @@ from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.programs import programs_of, size_in_bytes
+from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import CachedTokens, Reuse, has_moved_on
 from bsjax.runtime.sizes import cache_rows
+
+
+def moving_program(programs: Programs, rows: int) -> Program:
+    """The program that moves the rows of all tokens in a cache of this many rows."""
+    cache = jax.eval_shape(partial(programs.module.language_model.empty_cache, rows))
+    from_rows = jax.ShapeDtypeStruct((rows,), np.int32)
+    return programs.get(move_rows, (cache, from_rows), donate=(0,))
 
 
 def move_rows(module: ImageTextModel, cache: Any, rows: Int[Array, "cache_rows"]) -> Any:
@@ -87,6 +95,12 @@ class KeptCache:
             packed=self._profile is not None and self._profile.is_sparse,
         )
 
+    def stages(self, reuse: Reuse) -> list[Stage]:
+        """What `take` runs on the device. Compiles it if it has not been compiled."""
+        if reuse.moved is None:
+            return []
+        return [Stage("moving kept rows", moving_program(programs_of(self._model), self.rows))]
+
     def take(self, reuse: Reuse) -> Any:
         """Hands the cache over, cut to the tokens that are used again; None if there are none.
 
@@ -100,8 +114,7 @@ class KeptCache:
         if reuse.moved is not None:
             rows = np.zeros(self.rows, np.int32)
             rows[: reuse.start] = reuse.moved
-            program = programs_of(self._model).get(move_rows, (cache, rows), donate=(0,))
-            cache = program(cache, rows)
+            cache = moving_program(programs_of(self._model), self.rows)(cache, rows)
         return cache
 
     def held(self) -> tuple[CachedTokens | None, Any]:

@@ -15,6 +15,7 @@ from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.generation import ProfileLike, checked_max_tokens
 from bsjax.runtime.images import ImageGroup, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.sampling import GREEDY
@@ -42,14 +43,15 @@ def warmup(
     profile: ProfileLike = None,
     backend: str = "auto",
 ) -> Warmup:
-    """Compiles what `generate` needs, so that no prompt has to wait for it.
+    """Compiles what `generate` and sessions need, so that no prompt has to wait for it.
 
     A handful of programs serves all prompts up to a length: chunks, caches and groups of images
     have few sizes. They are kept with the model, and in JAX's persistent cache for later processes.
 
     Args:
       model: from `bsjax.load`.
-      max_tokens: the most tokens that a prompt and its answer have.
+      max_tokens: the most tokens that a prompt and its answer have. Sessions share all programs if
+        they have the same `max_tokens`.
       images: whether prompts have images, for a model that reads them.
       profile: as for `generate`. All profiles with sparse heads share their programs; dense prompts
         need others. If prompts run both ways, call this once with and once without a profile.
@@ -92,6 +94,9 @@ def warmup(
             backend=backend,
         )
         Decoding(programs, inputs, prefill.cache, settings)
+    if groups and resolved is not None and resolved.is_sparse:
+        # Of a session with this many tokens.
+        moving_program(programs, cache_rows(max_tokens))
     return Warmup(programs.compilations - before, time.perf_counter() - start)
 
 
