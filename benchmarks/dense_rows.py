@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bsjax.masks.schedule import PADDING_POSITION
 from bsjax.masks.template import Template
-from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from bsjax.masks.visibility import PADDING_POSITION, TokenInfo, Visibility, visible
 
 TOLERANCE_IN_EPSILONS = {"bfloat16": 1, "float16": 1, "float32": 256}
 """The largest allowed error of a row of one head, ||out - wanted|| / ||wanted||, in units of the

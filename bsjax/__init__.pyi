@@ -71,8 +71,12 @@ from .runtime.generation import (
 from .runtime.generation import (
     stream as stream,
 )
+from .runtime.likelihood import score as score
 from .runtime.results import (
     Result as Result,
+)
+from .runtime.results import (
+    Score as Score,
 )
 from .runtime.results import (
     Stats as Stats,

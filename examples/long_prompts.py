@@ -19,9 +19,9 @@ from rich.table import Table
 
 import bsjax
 from bsjax.attention import ragged_attention, resolve_backend
-from bsjax.runtime.chunks import ChunkArguments, Chunks
+from bsjax.runtime.chunks import CacheLayout, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
-from bsjax.runtime.sizes import sizes_in_use
+from bsjax.runtime.sizes import cache_rows, sizes_in_use
 
 from .train_small_vlm.files import PATCH_SIZE
 from .train_small_vlm.scenes import COLOURS, CONTENTS, draw_picture
@@ -97,7 +97,14 @@ def _attention_call(model: bsjax.LoadedModel, inputs: ModelInputs) -> Callable[[
     language_model = model.module.language_model
     layers, q_heads = inputs.head_category.shape
     kv_heads, head_dim = language_model.kv_heads, language_model.head_dim
-    chunks = Chunks(inputs, sizes_in_use(), q_heads // kv_heads, new_tokens=1)
+    layout, sizes = CacheLayout(cache_rows(inputs.tokens + 1)), sizes_in_use()
+    chunks = Chunks(
+        [PlacedPrompt(inputs)],
+        layout,
+        sizes.chunks_for(layout.rows),
+        q_heads // kv_heads,
+        feature_rows=inputs.tokens,
+    )
     random = np.random.default_rng(0)
 
     def values(*shape: int) -> jax.Array:
@@ -117,10 +124,10 @@ def _attention_call(model: bsjax.LoadedModel, inputs: ModelInputs) -> Callable[[
         return jax.lax.map(layer, jnp.arange(layers - 1)).sum() + last
 
     categories = jnp.asarray(inputs.head_category)
-    k, v = (values(layers, chunks.cache_rows, kv_heads) for _ in range(2))
+    k, v = (values(layers, layout.rows, kv_heads) for _ in range(2))
     arguments = [
         (values(rows, q_heads), k, v, jax.device_put(chunk.arguments))
-        for chunk, (_, _, rows) in zip(chunks, chunks.borders, strict=True)
+        for chunk, (_, rows) in zip(chunks, chunks.borders, strict=True)
     ]
     for of_chunk in arguments:
         attend(*of_chunk).block_until_ready()

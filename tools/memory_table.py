@@ -34,11 +34,11 @@ from bsjax.profiling.prompt_inputs import (
     category_schedule,
 )
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
-from bsjax.runtime.sampling import GREEDY
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
 from tools.compiled_kernels import target_name
 from tools.gpu_targets import TARGETS, compile_for
@@ -166,12 +166,12 @@ def measure(model: str, tokens: int, target: str = GPUS[0]) -> Measurement:
             backend="pallas",
             new_tokens=NEW_TOKENS,
         )
-        prefill = Prefill(
-            programs, inputs, new_tokens=NEW_TOKENS, sampling=GREEDY, backend="pallas"
-        )
+        settings = AnswerSettings(NEW_TOKENS, "pallas")
+        layout = CacheLayout(cache_rows(inputs.tokens + NEW_TOKENS))
+        prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], "pallas")
         chunk_rows = sizes_in_use().chunks[-1]
-    decoding = Decoding(programs, inputs, prefill.cache, AnswerSettings(NEW_TOKENS, "pallas"))
-    weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.cache)
+    decoding = Decoding(programs, layout, settings.end_tokens, "pallas")
+    weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.carried.cache)
     stages = (*prefill.stages, *decoding.stages)
     return Measurement(target, model, inputs, weights, cache, chunk_rows, stages)
 

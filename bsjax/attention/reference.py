@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.masks.schedule import PADDING_POSITION, Schedule
-from bsjax.masks.visibility import TokenInfo, visible
+from bsjax.masks.schedule import Schedule
+from bsjax.masks.visibility import PADDING_POSITION, TokenInfo, visible
 
 
 def reference_attention(

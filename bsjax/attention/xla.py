@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from bsjax.masks.schedule import PADDING, KeyRange, Schedule, Tile
-from bsjax.masks.visibility import TokenInfo, key_visibility, sees
+from bsjax.masks.schedule import KeyRange, Schedule, Tile
+from bsjax.masks.visibility import PADDING, TokenInfo, key_visibility, sees
 
 _EXACT = lax.Precision.HIGHEST
 

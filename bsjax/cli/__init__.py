@@ -1,4 +1,4 @@
-"""The console script `bsjax`: `generate`, `chat`, `mask`, `profile`, `verify` and `warmup`."""
+"""The console script `bsjax`; each of its subcommands is a module."""
 
 import argparse
 import io
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import bsjax
 from bsjax.checks import arguments_named
-from bsjax.cli import chat, generate, mask, profile, verify, warmup
+from bsjax.cli import chat, generate, mask, profile, score, verify, warmup
 from bsjax.cli.arguments import names_of
 from bsjax.cli.output import output_failed
 from bsjax.errors import BsjaxError
@@ -17,6 +17,7 @@ _EPILOG = """\
 examples:
   bsjax generate checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --stream
   bsjax chat checkpoints/qwen2-vl-2b --profile profile.json
+  bsjax score checkpoints/qwen2-vl-2b "Is it a cat? Answer yes or no." yes no --image one.jpg
   bsjax mask checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --output mask.png
   bsjax mask --segments text:12,image:256,text:5,image:300,text:9 --category sink
   bsjax profile checkpoints/qwen2-vl-2b benchmark:muirbench --limit 64 --output profile.json
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bsjax {bsjax.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (generate, chat, mask, profile, verify, warmup):
+    for module in (generate, chat, score, mask, profile, verify, warmup):
         module.add_to(commands)
     return parser
 

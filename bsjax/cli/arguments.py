@@ -7,21 +7,21 @@ from bsjax.masks.categories import HeadCategory
 
 if TYPE_CHECKING:
     from bsjax.checkpoint.loading import DescribedModel
+    from bsjax.profiles.profile import Profile
     from bsjax.prompts.sources import ImageSources
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
 
-def add_images(parser: argparse.ArgumentParser) -> None:
+def add_images(parser: argparse.ArgumentParser, *, only_options: bool = False) -> None:
     """Adds the arguments for a question's images and how to read them."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="IMAGE",
-        help="another image, after IMAGE ...",
-    )
+    if only_options:
+        parser.set_defaults(images=[])
+        text = "a path or URL; once for each image, in order"
+    else:
+        parser.add_argument("images", metavar="IMAGE", nargs="*", help="paths or URLs, in order")
+        text = "another image, after IMAGE ..."
+    parser.add_argument("--image", action="append", default=[], metavar="IMAGE", help=text)
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     add_image_settings(parser)
 
@@ -39,6 +39,31 @@ def add_image_settings(parser: Any) -> None:
         action="store_true",
         help="download images from this machine and its own network too",
     )
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for the categories of heads."""
+    profiles = parser.add_mutually_exclusive_group()
+    profiles.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="a profile file, or the name of a shipped profile; default: dense attention",
+    )
+    profiles.add_argument(
+        "--uniform",
+        metavar="CATEGORY",
+        type=category,
+        help=f"for experiments: the same category in all heads ({CATEGORY_NAMES})",
+    )
+
+
+def profile_of(options: argparse.Namespace, model: "DescribedModel") -> "Profile | None":
+    """The profile, by the arguments of `add_profiles`."""
+    from bsjax.profiles.profile import Profile
+
+    if options.uniform is not None:
+        return Profile.uniform(options.uniform, model)
+    return Profile.resolve(options.profile, model)
 
 
 def add_device_options(parser: Any) -> None:

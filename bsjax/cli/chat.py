@@ -63,7 +63,7 @@ def _chat(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
     from bsjax.checkpoint.loading import with_weights
-    from bsjax.runtime.generation import checked_new_tokens
+    from bsjax.runtime.choice import Choice
     from bsjax.runtime.kept_cache import check_room
     from bsjax.runtime.session import checked_session
 
@@ -75,7 +75,7 @@ def _chat(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         backend=options.backend,
     )
-    new_tokens = checked_new_tokens(options.max_new_tokens)
+    new_tokens = Choice(max_new_tokens=options.max_new_tokens).new_tokens()
     described.check_image_options(image_options(options))
     begin: list[dict[str, Any]] = []
     if options.system is not None:

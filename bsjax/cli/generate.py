@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import (
-    CATEGORY_NAMES,
     add_device_options,
     add_images,
-    category,
+    add_profiles,
     described_model,
     messages_of,
+    profile_of,
 )
 from bsjax.cli.cuda_noise import import_jax
 
@@ -31,27 +31,19 @@ def add_to(commands: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
     parser.add_argument("question", metavar="QUESTION")
     add_images(parser)
-    profiles = parser.add_mutually_exclusive_group()
-    profiles.add_argument(
-        "--profile",
-        metavar="FILE",
-        help="a profile file, or the name of a shipped profile; default: dense attention",
-    )
-    profiles.add_argument(
-        "--uniform",
-        metavar="CATEGORY",
-        type=category,
-        help=f"for experiments: the same category in all heads ({CATEGORY_NAMES})",
-    )
+    add_profiles(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     output.add_argument(
         "--json", action="store_true", help="print the answer and its statistics as JSON"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest token"
+        "--use-generation-config",
+        action="store_true",
+        help="what the options below do not say, as the checkpoint's generation config says",
     )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64")
+    parser.add_argument("--temperature", type=float, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument(
         "--top-p",
@@ -74,21 +66,16 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for --temperature above 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     add_device_options(parser)
     parser.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> None:
     import_jax(devices=True)
-    import bsjax
     from bsjax.checkpoint.loading import with_weights
-    from bsjax.runtime.generation import (
-        checked_prompt,
-        checked_settings,
-        generate_once,
-        result_of,
-    )
+    from bsjax.runtime.arguments import checked_prompt, checked_settings
+    from bsjax.runtime.generation import generate_once, result_of
 
     # What can be refused is refused before the weights are read.
     described = described_model(options)
@@ -103,20 +90,18 @@ def _generate(options: argparse.Namespace) -> None:
         repetition_penalty=options.repetition_penalty,
         stop=options.stop,
         seed=options.seed,
+        use_generation_config=options.use_generation_config,
     )
-    if options.uniform is not None:
-        profile = bsjax.Profile.uniform(options.uniform, described)
-    else:
-        profile = bsjax.Profile.resolve(options.profile, described)
-    sources = described.image_sources
-    prompt = checked_prompt(described, messages_of(options), profile, settings, sources)
+    profile = profile_of(options, described)
+    messages, new_tokens = messages_of(options), settings.new_tokens
+    prompt = checked_prompt(described, messages, profile, described.options(), new_tokens)
 
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)
 
     stream = show if options.stream else None
     model = with_weights(described)
-    events = generate_once(model, prompt, profile, settings, sources, one_by_one=stream is not None)
+    events = generate_once(model, prompt, profile, settings, one_by_one=stream is not None)
     result = result_of(events, stream)
     if options.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))

@@ -16,6 +16,7 @@ chunk do: T T T A a a a B b b b. Kept apart, the few sinks of a chunk would fill
 of a tile, and that tile would still visit as many keys as a full one.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from jaxtyping import Int
 from bsjax.errors import MaskError
 from bsjax.masks.categories import ALL_KEY_GROUPS, KeyGroup
 from bsjax.masks.template import Template
-from bsjax.masks.visibility import TokenInfo
+from bsjax.masks.visibility import PADDING, TokenInfo
 
 
 class Span(NamedTuple):
@@ -74,13 +75,15 @@ class Rows:
       packed: whether each span is in packed order; otherwise it is in prompt order.
       sinks_apart: whether packed spans have sinks before all other image tokens, as keys must;
         otherwise sinks stay in their images.
+      first_row: the first row of each span, ascending, if there may be padding between them, as in
+        a cache of several conversations; None if each span begins where the one before it ends.
 
     Attributes:
       templates: as given.
       spans: as given.
       packed: as given.
       sinks_apart: as given.
-      first_row: the first row of each span, and the number of rows.
+      first_row: the first row of each span.
 
     Raises:
       MaskError: a span is not within its template.
@@ -93,6 +96,7 @@ class Rows:
         *,
         packed: bool,
         sinks_apart: bool = True,
+        first_row: Sequence[int] | None = None,
     ) -> None:
         self.templates, self.spans = tuple(templates), tuple(spans)
         self.packed, self.sinks_apart = packed, sinks_apart
@@ -103,51 +107,52 @@ class Rows:
                     f"Tokens {span.start} to {span.end} are not within a template of {tokens} "
                     "tokens."
                 )
-        self.first_row = np.cumsum([0, *(span.end - span.start for span in self.spans)])
+        lengths = [span.end - span.start for span in self.spans]
+        if first_row is None:
+            first_row = [0, *itertools.accumulate(lengths)][:-1]
+        self.first_row = tuple(first_row)
+        ends = [first + length for first, length in zip(self.first_row, lengths, strict=True)]
+        self._tokens = ends[-1] if ends else 0
 
     @property
     def tokens(self) -> int:
-        """How many rows there are."""
-        return int(self.first_row[-1])
+        """How many rows there are, padding between spans included."""
+        return self._tokens
 
     @cached_property
     def position(self) -> Int[np.ndarray, "rows"]:
         """int32: the position of each row in its conversation."""
-        parts = [np.zeros(0, np.int32)]
-        for start, end, conversation in self.spans:
-            if self.packed:
-                template = self.templates[conversation]
-                parts.append(template.packed_order_of(start, end, sinks_apart=self.sinks_apart))
-            else:
-                parts.append(np.arange(start, end, dtype=np.int32))
-        return np.concatenate(parts)
+        return self.info.position
 
     @cached_property
     def info(self) -> TokenInfo:
         """What the predicate needs to know about each row."""
-        conversation = np.repeat(
-            np.asarray([span.conversation for span in self.spans], np.int32),
-            np.diff(self.first_row),
-        )
-        image = np.empty(self.tokens, np.int32)
-        sink = np.empty(self.tokens, bool)
-        for index, span in enumerate(self.spans):
-            rows = self.rows_of(index)
-            template = self.templates[span.conversation]
-            image[rows] = template.image[self.position[rows]]
-            sink[rows] = template.sink[self.position[rows]]
-        return TokenInfo(self.position, image, sink, conversation)
+        dtypes = TokenInfo(np.int32, np.int32, np.bool_, np.int32)
+        padding = zip(PADDING, dtypes, strict=True)
+        info = TokenInfo(*(np.full(self.tokens, value, dtype) for value, dtype in padding))
+        for index, (start, end, conversation) in enumerate(self.spans):
+            rows, template = self.rows_of(index), self.templates[conversation]
+            if self.packed:
+                order = template.packed_order_of(start, end, sinks_apart=self.sinks_apart)
+            else:
+                order = np.arange(start, end, dtype=np.int32)
+            info.position[rows] = order
+            info.image[rows] = template.image[order]
+            info.sink[rows] = template.sink[order]
+            info.conversation[rows] = conversation
+        return info
 
     def rows_of(self, index: int) -> slice:
         """The rows of one span."""
-        return slice(int(self.first_row[index]), int(self.first_row[index + 1]))
+        span, first = self.spans[index], self.first_row[index]
+        return slice(first, first + span.end - span.start)
 
     @cached_property
     def segments(self) -> tuple[tuple[KeySegment, ...], ...]:
         """For each conversation, its key segments. Packed rows must have `sinks_apart` set."""
         assert self.sinks_apart or not self.packed
         segments: list[list[KeySegment]] = [[] for _ in self.templates]
-        for first_row, span in zip(self.first_row.tolist(), self.spans, strict=False):
+        for first_row, span in zip(self.first_row, self.spans, strict=True):
             template = self.templates[span.conversation]
             image = template.image[span.start : span.end]
             sink = template.sink[span.start : span.end]

@@ -44,13 +44,7 @@ from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.query_rows import QueryRows, RowRanges
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.template import Template
-from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
-
-PADDING_POSITION = np.iinfo(np.int32).max
-"""The position of padding rows, which no query sees."""
-
-PADDING = TokenInfo(PADDING_POSITION, -1, False, -1)
-"""What the predicate is told about padding rows."""
+from bsjax.masks.visibility import CAUSAL, PADDING, TokenInfo, Visibility
 
 LONGEST_TILE = 256
 """A tile of text rows that visits more blocks than this may be split along the keys."""
@@ -298,7 +292,7 @@ def build_span_schedule(
         if padded < rows.tokens:
             raise MaskError(f"Cannot pad {rows.tokens} tokens to {padded}.")
     spans = [QueryRows(queries, index, keys, visibility) for index in range(len(queries.spans))]
-    first_rows = queries.first_row.tolist()
+    first_rows = queries.first_row
 
     def build(
         groups: KeyGroup | None, most_rows: int, part: Literal["all", "text", "images"]
@@ -307,7 +301,7 @@ def build_span_schedule(
             return _Table.of([], np.zeros((0, 2), np.int64), block_kv)
         parts = [
             _tiles_of_span(span, first_row, groups, most_rows, block_kv, part)
-            for span, first_row in zip(spans, first_rows, strict=False)
+            for span, first_row in zip(spans, first_rows, strict=True)
         ]
         end = queries.tokens if part == "text" else query_rows
         padding = np.arange(queries.tokens, end, most_rows)

@@ -58,6 +58,13 @@ class TokenInfo(NamedTuple):
     conversation: Any
 
 
+PADDING_POSITION = 2**31 - 1
+"""The position of padding rows, which no query sees."""
+
+PADDING = TokenInfo(PADDING_POSITION, -1, False, -1)
+"""What the predicate is told about padding rows."""
+
+
 class KeyVisibility(NamedTuple):
     """From which query position on a head sees each key: NumPy or JAX arrays that broadcast.
 

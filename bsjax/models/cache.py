@@ -27,27 +27,26 @@ def ring_rows(window: int, cache_rows: int) -> int:
 
 
 class Runs(NamedTuple):
-    """Where the rows of a chunk are in a cache: a few runs of consecutive rows of the cache.
+    """Where the rows of a chunk go in a cache: a few runs of consecutive rows of the cache.
 
-    If the cache is in packed order, a chunk has at most three: text, sinks and other image tokens.
-    In prompt order it has one.
+    If the cache is in packed order, a chunk of one prompt has at most three: text, sinks and other
+    image tokens. In prompt order it has one. Runs have one length, which may be more than a chunk
+    has rows for them.
 
     Attributes:
-      order: int32 [rows], the chunk's rows, sorted by their rows of the cache; 0 in place of
-        padding, which is not written.
-      first: int32 [runs], the index in `order` of each run's first row.
-      cache_row: int32 [runs], the row of the cache of each run's first row.
-      rows: int32 [runs], how many rows each run has; 0 for entries after the last run.
+      cache_row: int32 [runs], the row of the cache that each run begins at.
+      chunk_row: int32 [runs, length], the row of the chunk that goes to each row of a run;
+        `PADDING_ROW` where the cache keeps what it has.
     """
 
-    order: Any
-    first: Any
     cache_row: Any
-    rows: Any
+    chunk_row: Any
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far.
+    """Keys and values of the tokens so far, of one sequence or of several of the same length.
+
+    Sequence number n of those with m rows each has the rows n * m to (n + 1) * m.
 
     Attributes:
       k: [layers, rows, kv_heads, head_dim], rotary embedding applied.
@@ -65,13 +64,29 @@ class Cache(NamedTuple):
 
     def written(
         self,
-        k: Float[Array, "layers 1 kv_heads head_dim"],
-        v: Float[Array, "layers 1 kv_heads head_dim"],
-        row: Int[Array, ""],
+        k: Float[Array, "layers sequences kv_heads head_dim"],
+        v: Float[Array, "layers sequences kv_heads head_dim"],
+        row: Int[Array, "sequences"],
     ) -> "Cache":
-        """The cache with one row of every layer replaced, in place if the cache is donated."""
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row, axis=1)
-        return Cache(write(self.k, k), write(self.v, v))
+        """The cache with a row of each sequence replaced, in place if the cache is donated.
+
+        Args:
+          k: keys of all layers.
+          v: values of all layers.
+          row: the row within each sequence; negative for sequences that keep what they have.
+        """
+        sequences = row.shape[0]
+        if sequences == 1:  # A slice is updated in place on every device.
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row[0], axis=1)
+            return Cache(write(self.k, k), write(self.v, v))
+        rows = self.k.shape[1] // sequences
+        index = jnp.where(row < 0, PADDING_ROW, row + rows * jnp.arange(sequences, dtype=row.dtype))
+        return Cache(
+            *(
+                cache.at[:, index].set(new, mode="drop", unique_indices=True)
+                for cache, new in ((self.k, k), (self.v, v))
+            )
+        )
 
     def moved(self, rows: Int[Array, "rows"]) -> "Cache":
         """The cache with each row taken from another one, layer by layer to save memory."""
@@ -82,6 +97,20 @@ class Cache(NamedTuple):
 
         return Cache(*(jax.lax.fori_loop(0, of.shape[0], move, of) for of in self))
 
+    def copied(self, source: Int[Array, ""], target: Int[Array, ""], sequences: int) -> "Cache":
+        """The cache with one of its `sequences` sequences copied over another one."""
+        rows = self.k.shape[1] // sequences
+
+        def copy(layer: Array, array: Array) -> Array:
+            zero = jnp.zeros_like(layer)
+            size = (1, rows, *array.shape[2:])
+            taken = jax.lax.dynamic_slice(array, (layer, source * rows, zero, zero), size)
+            return jax.lax.dynamic_update_slice(array, taken, (layer, target * rows, zero, zero))
+
+        return Cache(
+            *(jax.lax.fori_loop(jnp.int32(0), jnp.int32(of.shape[0]), copy, of) for of in self)
+        )
+
     def chunk_written(
         self,
         layer: Int[Array, ""],
@@ -90,35 +119,53 @@ class Cache(NamedTuple):
         runs: Runs,
     ) -> "Cache":
         """The cache with the rows of a chunk written in one layer, in place if it is donated."""
-        write = partial(_runs_written, layer=layer, runs=runs)
-        return Cache(write(self.k, k), write(self.v, v))
+        cache_row, chunk_row = map(jnp.asarray, runs)
+        # A scatter writes everything at the same time on a GPU, but row by row on a CPU.
+        write = partial(
+            jax.lax.platform_dependent, cpu=runs_written_in_turn, default=runs_scattered
+        )
+        return Cache(
+            *(
+                write(cache, new, layer, cache_row, chunk_row)
+                for cache, new in ((self.k, k), (self.v, v))
+            )
+        )
 
 
-def _runs_written(
+def runs_written_in_turn(
     cache: Float[Array, "layers cache_rows kv_heads head_dim"],
     chunk: Float[Array, "rows kv_heads head_dim"],
     layer: Int[Array, ""],
-    runs: Runs,
+    cache_row: Int[Array, "runs"],
+    chunk_row: Int[Array, "runs length"],
 ) -> Float[Array, "layers cache_rows kv_heads head_dim"]:
-    """Writes the runs of a chunk's rows into one layer.
+    """Writes one run after the other, each with a slice in which other rows keep their values."""
+    zero = jnp.int32(0)
 
-    The lengths of runs are data, but slices have fixed lengths. Each run is therefore written with
-    a slice of as many rows as the chunk has, in which all other rows keep their values. A scatter
-    would go row by row on a CPU.
-    """
-    cache_rows, rows = cache.shape[1], min(chunk.shape[0], cache.shape[1])
-    zero = np.int32(0)
-    for first, cache_row, count in zip(*runs[1:], strict=True):
-        # The row of the cache that index 0 of `order` would have, if it belonged to this run.
-        origin = cache_row - first
-        start = jnp.clip(origin, 0, cache_rows - rows)
-        index = start - origin + jnp.arange(rows, dtype=jnp.int32)
-        in_run = (index >= first) & (index < first + count)
-        of_chunk = chunk[jnp.asarray(runs.order).at[index].get(mode="clip")]
-        old = jax.lax.dynamic_slice(cache, (layer, start, zero, zero), (1, rows, *cache.shape[2:]))
-        new = jnp.where(in_run[None, :, None, None], of_chunk[None], old)
-        cache = jax.lax.dynamic_update_slice(cache, new, (layer, start, zero, zero))
-    return cache
+    def write(run: Array | int, cache: Array) -> Array:
+        rows = chunk_row[run]
+        start = (layer, cache_row[run], zero, zero)
+        old = jax.lax.dynamic_slice(cache, start, (1, rows.shape[0], *cache.shape[2:]))
+        new = chunk.at[rows].get(mode="clip")
+        written = jnp.where((rows != PADDING_ROW)[None, :, None, None], new[None], old)
+        return jax.lax.dynamic_update_slice(cache, written, start)
+
+    # Not unrolled: fused with the slice of the next run, an update would not be in place.
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(cache_row.shape[0]), write, cache)
+
+
+def runs_scattered(
+    cache: Float[Array, "layers cache_rows kv_heads head_dim"],
+    chunk: Float[Array, "rows kv_heads head_dim"],
+    layer: Int[Array, ""],
+    cache_row: Int[Array, "runs"],
+    chunk_row: Int[Array, "runs length"],
+) -> Float[Array, "layers cache_rows kv_heads head_dim"]:
+    """Writes all runs with one scatter."""
+    offset = jnp.arange(chunk_row.shape[1], dtype=cache_row.dtype)
+    index = jnp.where(chunk_row == PADDING_ROW, PADDING_ROW, cache_row[:, None] + offset)
+    new = chunk.at[chunk_row].get(mode="clip")
+    return cache.at[layer, index].set(new, mode="drop", unique_indices=True)
 
 
 @jax.tree_util.register_dataclass
@@ -140,21 +187,20 @@ class GlobalRows:
 class WindowRows:
     """The rows of a chunk in the cache of layers with a window: a ring of the last tokens.
 
-    Position p is in row p modulo the number of rows. A chunk sees itself and the ring as the chunk
-    before left it. `key_rows` and `ring_rows` are indices into the rows of that ring followed by
-    the rows of the chunk.
+    Position p is in row p modulo the number of rows of its sequence. A chunk sees itself and the
+    rings as the chunk before left them.
 
     Attributes:
       schedule: queries are the chunk's rows, keys are the tokens in the window before the chunk and
         the chunk's own.
-      key_rows: int32 [keys], the row of each key of the schedule; 0 for padding.
-      ring_rows: int32 [ring], the row whose keys and values each row of the ring holds after the
-        chunk.
+      key_rows: int32 [keys], the row of each key of the schedule, among the rows of the cache
+        followed by the rows of the chunk; 0 for padding.
+      runs: where the chunk's last rows go in the cache.
     """
 
     schedule: Schedule
     key_rows: Any
-    ring_rows: Any
+    runs: Runs
 
 
 CachedRows = GlobalRows | WindowRows

@@ -40,30 +40,30 @@ class ImageTextModel(nnx.Module):
 
     def decode_step(
         self,
-        token_id: Int[Array, ""],
-        position: Int[Array, ""],
+        token_id: Int[Array, "sequences"],
+        position: Int[Array, "sequences"],
         cache: Any,
-        cache_index: Int[Array, ""],
+        cache_index: Int[Array, "sequences"],
         *,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "vocabulary"], Any]:
-        """Embeds one text token, runs it and computes the logits of the next.
+    ) -> tuple[Float[Array, "sequences vocabulary"], Any]:
+        """Embeds one text token of each sequence, runs them and computes the logits of the next.
 
         Args:
-          token_id: the token.
-          position: the token's position, as in `LanguageModel.decode_step`.
+          token_id: the tokens.
+          position: the tokens' positions, as in `LanguageModel.decode_step`.
           cache: from prefill or the previous step. Donate it so that it is updated in place.
-          cache_index: how many tokens the cache holds.
+          cache_index: how many tokens of each sequence the cache holds; -1 for those without one.
           backend: attention backend.
 
         Returns:
-          Float32 logits of the next token, and the cache with this token added.
+          Float32 logits of the next tokens, and the cache with these tokens added.
         """
-        embedding = self.language_model.embed(token_id[None])
+        embedding = self.language_model.embed(token_id)
         hidden, cache = self.language_model.decode_step(
             embedding, position, cache, cache_index, backend=backend
         )
-        return self.logits(hidden[0]), cache
+        return self.logits(hidden), cache
 
     def logits(self, hidden: Float[Array, "*rows hidden"]) -> Float[Array, "*rows vocabulary"]:
         """Float32 logits of hidden states after the final norm."""

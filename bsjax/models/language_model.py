@@ -14,8 +14,8 @@ from bsjax.models.layers import LayerAttend
 class LanguageModel(nnx.Module):
     """Token embeddings, decoder layers and the final norm.
 
-    All methods work on one prompt and can be jitted. Rows may be in any order, as long as all
-    arguments of a call use the same order.
+    All methods can be jitted. Rows may be in any order, as long as all arguments of a call use the
+    same order.
 
     Attributes:
       embed_tokens: the embedding table.
@@ -36,9 +36,9 @@ class LanguageModel(nnx.Module):
         """Embeds tokens. The caller replaces the rows of image tokens with image features."""
 
     @abstractmethod
-    def empty_cache(self, rows: int) -> Any:
-        """A cache for `rows` tokens: a pytree of arrays, with one `Cache` or None for each kind of
-        layers (the family's `visibilities`).
+    def empty_cache(self, rows: int, sequences: int = 1) -> Any:
+        """A cache for sequences of `rows` tokens each: a pytree of arrays, with one `Cache` or None
+        for each kind of layers (the family's `visibilities`).
         """
 
     @abstractmethod
@@ -48,6 +48,19 @@ class LanguageModel(nnx.Module):
         Args:
           cache: from `prefill` or `decode_step`. Donate it.
           rows: int32, the row to take for each row.
+        """
+
+    @abstractmethod
+    def copied(
+        self, cache: Any, source: Int[Array, ""], target: Int[Array, ""], sequences: int
+    ) -> Any:
+        """The cache with one of its `sequences` sequences copied over another one.
+
+        Args:
+          cache: from `prefill` or `decode_step`. Donate it.
+          source: int32, index of the sequence to copy.
+          target: int32, index of the sequence that is replaced.
+          sequences: how many sequences the cache has.
         """
 
     @abstractmethod
@@ -62,7 +75,7 @@ class LanguageModel(nnx.Module):
         only: OutputRows | None = None,
         backend: str = "auto",
     ) -> tuple[Float[Array, "outputs hidden"], Any]:
-        """Runs a chunk of a prompt after the chunks before it.
+        """Runs a chunk of a prompt, or of several, after the chunks before it.
 
         Args:
           embeddings: from `embed`, with image features in the rows of image tokens.
@@ -104,23 +117,25 @@ class LanguageModel(nnx.Module):
     @abstractmethod
     def decode_step(
         self,
-        embedding: Float[Array, "1 hidden"],
-        position: Int[Array, ""],
+        embedding: Float[Array, "sequences hidden"],
+        position: Int[Array, "sequences"],
         cache: Any,
-        cache_index: Int[Array, ""],
+        cache_index: Int[Array, "sequences"],
         *,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "1 hidden"], Any]:
-        """Runs one text token after the tokens in the cache.
+    ) -> tuple[Float[Array, "sequences hidden"], Any]:
+        """Runs one text token of each sequence after its tokens in the cache.
 
         Args:
-          embedding: the token's embedding.
-          position: the token's position id, the same on all axes.
+          embedding: the tokens' embeddings.
+          position: the tokens' position ids, the same on all axes.
           cache: from `prefill` or the previous step. Donate it so that it is updated in place.
-          cache_index: how many tokens come before this one. It is also the row of the cache that
-            this token takes, except in layers with a window.
+          cache_index: how many tokens of each sequence come before this one. It is also the row of
+            the sequence that this token takes, except in layers with a window. Of several
+            sequences, those with -1 have no token: the cache keeps their rows, and their hidden
+            states mean nothing.
           backend: attention backend.
 
         Returns:
-          The hidden state after the final norm, and the cache with this token added.
+          The hidden states after the final norm, and the cache with these tokens added.
         """

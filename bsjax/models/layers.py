@@ -119,39 +119,43 @@ def _attend_to_window(
     cache: Cache,
 ) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
     """Attends to the window before the chunk and to the chunk, and updates the ring."""
-    known_k, known_v = (
-        jnp.concatenate([jax.lax.dynamic_index_in_dim(ring, layer, keepdims=False), new])
-        for ring, new in ((cache.k, k), (cache.v, v))
+    cached_rows = cache.k.shape[1]
+    is_new = (rows.key_rows >= cached_rows)[:, None, None]
+    keys, values = (
+        jnp.where(
+            is_new,
+            new.at[rows.key_rows - cached_rows].get(mode="clip"),
+            cached.at[layer, rows.key_rows].get(mode="clip"),
+        )
+        for cached, new in ((cache.k, k), (cache.v, v))
     )
-    keys, values = known_k[rows.key_rows], known_v[rows.key_rows]
-    cache = Cache(
-        cache.k.at[layer].set(known_k[rows.ring_rows]),
-        cache.v.at[layer].set(known_v[rows.ring_rows]),
-    )
+    cache = cache.chunk_written(layer, k, v, rows.runs)
     return attention(q, keys, values, rows.schedule, categories), cache
 
 
 def decode_attend(
-    cache: Cache, tokens: Int[Array, ""], *, scale: float, backend: str
+    cache: Cache, tokens: Int[Array, "sequences"], *, scale: float, backend: str
 ) -> LayerAttend:
-    """Attention of one token to the cache and to itself. Layer indices are scanned over.
+    """Attention of one token of each sequence to the cache and to itself.
 
-    The cache itself is not scanned over, because its slices would be copies.
+    Layer indices are scanned over. The cache itself is not, because its slices would be copies.
 
     Args:
       cache: the cache of these layers.
-      tokens: how many rows of the cache are valid: its first ones.
+      tokens: how many rows of each sequence are valid: its first ones.
       scale: factor applied to the scores.
       backend: attention backend.
     """
-    lengths = jnp.reshape(tokens, 1)
+    sequences = tokens.shape[0]
 
     def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
-        # The batch axis is added inside the loop over layers. XLA would choose another layout for
-        # a cache that has it outside, and copy the whole cache into the loop.
-        cached_k, cached_v = (jax.lax.expand_dims(rows, (1,)) for rows in cache)
+        # The axis of sequences is added inside the loop over layers. XLA would choose another
+        # layout for a cache that has it outside, and copy the whole cache into the loop.
+        cached_k, cached_v = (
+            rows.reshape(rows.shape[0], sequences, -1, *rows.shape[2:]) for rows in cache
+        )
         attended = decode_attention(
-            q, cached_k, cached_v, index, lengths, k, v, scale=scale, backend=backend
+            q, cached_k, cached_v, index, tokens, k, v, scale=scale, backend=backend
         )
         return attended, (k, v)
 

@@ -195,9 +195,10 @@ def checked_run(
     chosen_with, held_out = ordered.split(settings.held_out, settings.seed)
     check_images(chosen_with, several=True)
     check_images(held_out, several=False)
+    options = model.options()
     for messages, place in zip(ordered.messages, ordered.places, strict=True):
         with naming(place):
-            model.check(messages, decode=True)
+            model.check(messages, options, decode=True)
     state = State(resume, conditions_of(model, backend))
     return Run(settings, chosen_with, held_out, ordered.fingerprint, sinks, source, backend, state)
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int
 
 from bsjax.masks.categories import ALL_KEY_GROUPS
-from bsjax.masks.schedule import PADDING_POSITION, Schedule
+from bsjax.masks.schedule import Schedule
 from bsjax.masks.template import Sinks, Template
-from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from bsjax.masks.visibility import PADDING_POSITION, TokenInfo, Visibility, visible
 from bsjax.profiles.evidence import SinkDiscovery
 
 SINK_FACTOR = 4.0

@@ -21,7 +21,7 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models import Architecture, Family, ImageTextModel
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.images import ImageEncoder
+from bsjax.runtime.images import ImageEncoder, image_groups
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.programs import Programs, Stage
 
@@ -157,7 +157,7 @@ class PromptEmbedding:
         self._token_ids = prompt.token_ids
         self._embed = programs.get(embed, (prompt.token_ids,))
         self.output = self._embed.output
-        self._groups = prompt.inputs.image_groups
+        self._groups = image_groups(prompt.inputs.architecture, prompt.inputs.images, backend)
         row_of_image_token = prompt.row[prompt.template.image >= 0]
         self._images = ImageEncoder(
             programs,

@@ -83,6 +83,31 @@ def read_messages(messages: Any) -> tuple[list[dict[str, Any]], list[ImagePart]]
     return template_messages, images
 
 
+def check_answer(messages: list[dict[str, Any]]) -> None:
+    """Checks that the last message is an answer of the assistant that can be continued or scored.
+
+    Args:
+      messages: from `read_messages`.
+
+    Raises:
+      MessageError: the last message is not the assistant's, does not end with text, or has none.
+    """
+    where, message = f"messages[{len(messages) - 1}]", messages[-1]
+    if message["role"] != "assistant":
+        raise MessageError(
+            f"{where}, the last message, has the role {shown(message['role'])}, but only one of "
+            "the role 'assistant' can be continued or scored."
+        )
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if parts and parts[-1]["type"] != "text":
+        raise MessageError(
+            f"{where} ends with an image: an answer that is continued or scored ends with text."
+        )
+    if not any(part["type"] == "text" and part["text"].strip() for part in parts):
+        raise MessageError(f"{where} is to be continued or scored, but holds no text.")
+
+
 def _check_values(messages: list[dict[str, Any]]) -> None:
     """Rejects text that is not valid Unicode, and values that are too long, too deep or cyclic."""
     left: list[tuple[Any, str, int]] = [

@@ -34,19 +34,31 @@ _START_SECONDS = 60.0
 # transformers may change messages before a template gets them. This template prints what it gets.
 _MESSAGES = "{{ messages | tojson }}"
 
+# What transformers adds to a message that is to be continued, to find where it ends. Templates see
+# it, so it has to be the same.
+_END = "CONTINUE_FINAL_MESSAGE_TAG "
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> str:
-    """The tokenizer's chat template, rendered for messages, up to where the answer begins.
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    continue_final_message: bool = False,
+) -> str:
+    """The tokenizer's chat template, rendered for messages, up to where the answer goes on.
 
     The text is that of transformers' `apply_chat_template`.
 
     Args:
       tokenizer: holds the template.
       messages: what the template gets: images are `{"type": "image"}`.
+      continue_final_message: whether the text ends where the text of the last message ends, rather
+        than where a new answer begins.
 
     Raises:
-      MessageError: there is no template, or it cannot be rendered, exceeds a limit or renders to
-        nothing. The message names the template.
+      MessageError: there is no template, or it cannot be rendered, exceeds a limit, renders to
+        nothing, or changes the text of the message that is to be continued. The message names the
+        template.
     """
     if not tokenizer.chat_template:
         raise MessageError(
@@ -59,14 +71,16 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]])
         shown_messages = tokenizer.apply_chat_template(
             messages, chat_template=_MESSAGES, tokenize=False, add_generation_prompt=True
         )
+        shown = json.loads(str(shown_messages))
+        final_text = _tag_end(shown[-1]) if continue_final_message else ""
         request = {
             "template": tokenizer.get_chat_template(),
             "variables": {
                 **{key: _plain(value) for key, value in tokenizer.special_tokens_map.items()},
-                "messages": json.loads(str(shown_messages)),
+                "messages": shown,
                 "tools": None,
                 "documents": None,
-                "add_generation_prompt": True,
+                "add_generation_prompt": not continue_final_message,
             },
             "seconds": RENDER_SECONDS,
             "characters": MAX_CHARACTERS,
@@ -78,6 +92,8 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]])
     if "error" in answer:
         raise MessageError(f"{name} cannot render these messages: {answer['error']}")
     text = answer["text"]
+    if continue_final_message:
+        text = _up_to_end(text, final_text, name)
     if not text:
         raise MessageError(f"{name} renders these messages to nothing.")
     try:
@@ -88,6 +104,30 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]])
             "character."
         ) from None
     return text
+
+
+def _tag_end(message: dict[str, Any]) -> str:
+    """Marks the end of a message's last text, in place, and returns that text."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _END
+        return content
+    part = next(part for part in reversed(content) if "text" in part)
+    text = part["text"]
+    part["text"] = text + _END
+    return text
+
+
+def _up_to_end(text: str, final_text: str, name: str) -> str:
+    """A rendered template up to the end of the last message's text, found as transformers does."""
+    end = text.rfind(_END.strip())
+    if end < 0 or final_text.strip() not in text:
+        raise MessageError(
+            f"{name} does not write the text of the last message as it is, so that message cannot "
+            "be continued or scored."
+        )
+    # Without its space, the template trims the text: then what it would have trimmed goes too.
+    return text[:end] if text.startswith(_END, end) else text[:end].rstrip()
 
 
 def _plain(value: Any) -> Any:

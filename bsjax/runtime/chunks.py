@@ -1,4 +1,4 @@
-"""A prompt, chunk by chunk: where chunks end, and what the programs are given for each.
+"""Prompts, chunk by chunk: where chunks end, and what the programs are given for each.
 
     prompt         T T A a a a T T | B b b T C c c T       two chunks, in prompt order
     their rows     T T T T A a a a | T T B b b C c c
@@ -9,6 +9,9 @@ runs. All text, all sinks and the other tokens of each image are therefore conti
 chunks end. The rows of a chunk are its own tokens, text first, but with the sinks left in their
 images. If every head is dense, the cache and the chunks are in prompt order. Layers with a window
 keep a ring of the last positions instead (`bsjax.models.cache.WindowRows`).
+
+A cache may have several sequences, each with the rows of one prompt. A chunk is then filled with
+the tokens of one prompt after the other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,7 @@ from jaxtyping import Int, Int32
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Template
-from bsjax.masks.visibility import TokenInfo, Visibility
+from bsjax.masks.visibility import Visibility
 from bsjax.models.cache import (
     PADDING_ROW,
     CachedRows,
@@ -33,12 +36,102 @@ from bsjax.models.cache import (
     WindowRows,
     ring_rows,
 )
+from bsjax.runtime.images import PromptImage
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.reuse import NOTHING, Reuse
-from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows
+from bsjax.runtime.sizes import MOST_IMAGES, MOST_PROMPTS
 
 MOST_RUNS = 3
-"""The most runs of rows of the cache that a chunk has: text, sinks and other image tokens."""
+"""The most runs of rows of the cache that the tokens of a prompt in a chunk have: text, sinks and
+other image tokens."""
+
+# Rows of a run if a chunk may have several prompts, which are then likely to have few rows each.
+_SHORT_RUN = 64
+
+
+class CacheLayout(NamedTuple):
+    """The shape of a cache.
+
+    Attributes:
+      rows: rows of a sequence, in layers that keep all tokens.
+      sequences: how many sequences there are.
+    """
+
+    rows: int
+    sequences: int = 1
+
+    @property
+    def most_prompts(self) -> int:
+        """The most prompts of a chunk."""
+        return min(self.sequences, MOST_PROMPTS)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedPrompt:
+    """A prompt, the sequence of the cache that it has, and the part of it that runs.
+
+    Attributes:
+      inputs: the prompt.
+      reuse: which tokens are in the cache already.
+      sequence: index of its sequence.
+      end: one past the position of the last token that runs. It is less than the prompt's length if
+        others will continue from there.
+    """
+
+    inputs: ModelInputs
+    reuse: Reuse = NOTHING
+    sequence: int = 0
+    end: int = -1
+
+    def __post_init__(self) -> None:
+        if self.end < 0:
+            object.__setattr__(self, "end", self.inputs.tokens)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans of the tokens before `end`."""
+        ends = (*self.reuse.span_starts[1:], self.end)
+        return [Span(*of) for of in zip(self.reuse.span_starts, ends, strict=True)]
+
+    @cached_property
+    def row_of_token(self) -> Int[np.ndarray, "end"]:
+        """The row of each token within its sequence."""
+        rows = Rows([self.inputs.template], self.spans, packed=self.inputs.is_sparse)
+        row = np.empty(self.end, np.int32)
+        row[rows.position] = np.arange(self.end, dtype=np.int32)
+        return row
+
+    @cached_property
+    def images_before(self) -> Int[np.ndarray, "positions"]:
+        """How many image tokens that run come before each position."""
+        before = np.append(0, np.cumsum(self.inputs.template.image >= 0))
+        return before - before[self.reuse.start]
+
+    @property
+    def images(self) -> tuple[PromptImage, ...]:
+        """The images that run. None is cut."""
+        first = self.inputs.template.image_first
+        begin, end = np.searchsorted(first, [self.reuse.start, self.end])
+        return self.inputs.images[begin:end]
+
+
+class Part(NamedTuple):
+    """Consecutive tokens of a prompt that are in one chunk.
+
+    Attributes:
+      prompt: the prompt.
+      start: position of the first token.
+      end: one past the position of the last token.
+    """
+
+    prompt: PlacedPrompt
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt's last token is among them."""
+        return self.end == self.prompt.inputs.tokens
 
 
 class ChunkArguments(NamedTuple):
@@ -50,8 +143,8 @@ class ChunkArguments(NamedTuple):
       feature_row: int32 [rows], the row of each image token in the array of image features;
         `PADDING_ROW` for text and padding.
       cached_rows: for each kind of layers, how it writes and reads the cache.
-      outputs: the row whose hidden state the program needs: that of the chunk's last token. Only in
-        the prompt's last chunk does it see any keys; elsewhere its result is never read. None if
+      outputs: the rows whose hidden states the program needs: those of the last tokens of prompts.
+        There are as many as a chunk may have prompts; the results of others are never read. None if
         the hidden states of all rows are needed.
     """
 
@@ -64,81 +157,81 @@ class ChunkArguments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One chunk of a prompt.
+    """Tokens that run together.
 
     Attributes:
-      start: position of the chunk's first token.
-      end: one past the position of its last token.
-      order: the prompt position of each row, without padding rows.
+      parts: the prompts that it has tokens of.
+      order: the position of each row in its prompt, without padding rows.
       arguments: what the programs are given.
       images_end: how many image tokens this chunk and all chunks before it have.
     """
 
-    start: int
-    end: int
+    parts: tuple[Part, ...]
     order: Int32[np.ndarray, "tokens"]
     arguments: ChunkArguments
     images_end: int
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has."""
+        return self.order.size
+
+    @property
+    def last_parts(self) -> list[Part]:
+        """The parts with the last token of a prompt, in the order of the program's outputs."""
+        return [part for part in self.parts if part.is_last]
+
 
 class Chunks:
-    """The chunks of a prompt.
+    """The chunks of some prompts.
 
     Args:
-      inputs: the prompt.
-      sizes: sizes of chunks.
+      prompts: the prompts, in the order in which they run. All have the same head categories.
+      layout: the shape of the cache.
+      sizes: rows of a chunk, ascending.
       stacked_heads: how many query heads share a key head.
-      new_tokens: how many tokens may follow the prompt.
-      reuse: which tokens are in the cache already.
+      feature_rows: rows of the array of image features, enough for the image tokens of a chunk and
+        of a group of images. Image token i of those that run has row i modulo this number.
       most_parts: how many parts the long tiles of text rows in a chunk's schedule may be split
         into, all together; 0 splits none.
-      all_outputs: whether the hidden states of all rows are needed, not only that of the prompt's
-        last token.
+      all_outputs: whether the hidden states of all rows are needed, not only those of the prompts'
+        last tokens.
 
     Attributes:
-      inputs: as given.
-      borders: for each chunk, the position of its first token, one past that of its last token, and
-        the rows that it is padded to.
-      cache_rows: rows of the cache.
-      feature_rows: rows of the array of image features, enough for the image tokens of a chunk and
-        of a group of images. Image token i of the prompt has row i modulo this number.
+      prompts: as given.
+      layout: as given.
+      feature_rows: as given.
+      borders: for each chunk, its parts, and the rows that it is padded to.
     """
 
     def __init__(
         self,
-        inputs: ModelInputs,
-        sizes: Sizes,
+        prompts: Sequence[PlacedPrompt],
+        layout: CacheLayout,
+        sizes: Sequence[int],
         stacked_heads: int,
-        new_tokens: int,
         *,
-        reuse: Reuse = NOTHING,
+        feature_rows: int,
         most_parts: int = 0,
         all_outputs: bool = False,
     ) -> None:
-        self.inputs = inputs
-        self.cache_rows = reuse.cache_rows or cache_rows(inputs.tokens + new_tokens)
-        self.feature_rows = sizes.chunks[-1] + inputs.group_tokens
+        self.prompts, self.layout, self.feature_rows = tuple(prompts), layout, feature_rows
+        self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
         # of its queries runs: no chunk may end inside an image.
-        whole_images = any(of.bidirectional_images for of in inputs.visibilities)
+        whole_images = any(of.bidirectional_images for of in self._inputs.visibilities)
         self.borders = chunk_borders(
-            inputs.template,
-            sizes.chunks_for(self.cache_rows),
-            whole_images=whole_images,
-            start=reuse.start,
+            self.prompts, sizes, most_prompts=layout.most_prompts, whole_images=whole_images
         )
         self._stacked_heads = stacked_heads
         self._most_parts = most_parts
         self._all_outputs = all_outputs
-        self._tables = category_tables(inputs.head_category)
-        self._device_keys: TokenInfo | None = None
-        ends = (*reuse.span_starts[1:], inputs.tokens)
-        spans = [Span(first, end) for first, end in zip(reuse.span_starts, ends, strict=True)]
-        self._keys = Rows([inputs.template], spans, packed=inputs.is_sparse)
-        is_image = inputs.template.image >= 0
-        self._images_before = np.append(0, np.cumsum(is_image))
-        feature_row = self.feature_row(self._images_before[:-1])
-        self._feature_row = np.where(is_image, feature_row, PADDING_ROW)
+        self._tables = category_tables(self._inputs.head_category)
+        # The keys of the last chunk: often those of the next one too.
+        self._keys: tuple[tuple[PlacedPrompt, ...], Rows, list[Any]] | None = None
+        images = [int(prompt.images_before[prompt.end]) for prompt in self.prompts]
+        firsts = np.cumsum([0, *images]).tolist()
+        self._first_image = {id(of): at for of, at in zip(self.prompts, firsts, strict=False)}
 
     def __iter__(self) -> Iterator[Chunk]:
         """Builds one chunk after the other."""
@@ -147,97 +240,164 @@ class Chunks:
     def feature_row(
         self, image_tokens: Int[np.ndarray, "image_tokens"]
     ) -> Int[np.ndarray, "image_tokens"]:
-        """The rows of image tokens' features, given their indices among all image tokens."""
+        """The rows of image tokens' features, given their indices among all that run."""
         return image_tokens % self.feature_rows
 
-    @cached_property
-    def _row_of_token(self) -> Int[np.ndarray, "tokens"]:
-        row = np.empty(self.inputs.tokens, np.int32)
-        row[self._keys.position] = np.arange(self.inputs.tokens, dtype=np.int32)
-        return row
-
-    def chunk(self, start: int, end: int, rows: int) -> Chunk:
-        """The chunk of the tokens `start` to `end` (exclusive), padded to `rows` rows."""
-        inputs = self.inputs
+    def chunk(self, parts: Sequence[Part], rows: int) -> Chunk:
+        """The chunk of these tokens, padded to `rows` rows."""
         queries = Rows(
-            [inputs.template], [Span(start, end)], packed=inputs.is_sparse, sinks_apart=False
+            [part.prompt.inputs.template for part in parts],
+            [Span(part.start, part.end, index) for index, part in enumerate(parts)],
+            packed=self._inputs.is_sparse,
+            sinks_apart=False,
         )
-        order = queries.position
+        positions = [queries.position[queries.rows_of(index)] for index in range(len(parts))]
 
-        def by_row(values: Any, padding: int) -> Int32[np.ndarray, "*axes rows"]:
-            padded = np.full((*values.shape[:-1], rows), padding, np.int32)
-            padded[..., : order.size] = values[..., order]
+        def by_row(of_prompt: Any, padding: int) -> Int32[np.ndarray, "*axes rows"]:
+            """What `of_prompt(prompt, positions)` gives for the rows of each part, padded."""
+            values = [
+                of_prompt(part.prompt, position)
+                for part, position in zip(parts, positions, strict=True)
+            ]
+            padded = np.full((*values[0].shape[:-1], rows), padding, np.int32)
+            padded[..., : queries.tokens] = np.concatenate(values, axis=-1)
             return padded
 
+        images_end = [
+            self._first_image[id(part.prompt)] + int(part.prompt.images_before[part.end])
+            for part in parts
+        ]
+        keys = [
+            self._keys_of(visibility, parts, queries, rows)
+            for visibility in self._inputs.visibilities
+        ]
         arguments = ChunkArguments(
-            token_ids=by_row(inputs.token_ids, 0),
-            position_ids=by_row(inputs.position_ids, 0),
-            feature_row=by_row(self._feature_row, PADDING_ROW),
+            token_ids=by_row(lambda prompt, at: prompt.inputs.token_ids[at], 0),
+            position_ids=by_row(lambda prompt, at: prompt.inputs.position_ids[:, at], 0),
+            feature_row=by_row(self._feature_rows, PADDING_ROW),
             cached_rows=tuple(
-                self._cached_rows(visibility, queries, rows) for visibility in inputs.visibilities
+                self._cached_rows(visibility, parts, queries, of_kind, rows)
+                for visibility, of_kind in zip(self._inputs.visibilities, keys, strict=True)
             ),
-            outputs=None if self._all_outputs else self._last_row(queries, rows),
+            outputs=None if self._all_outputs else self._last_rows(parts, queries, keys),
         )
-        return Chunk(start, end, order, arguments, int(self._images_before[end]))
+        return Chunk(tuple(parts), queries.position, arguments, max(images_end))
 
-    def _last_row(self, queries: Rows, rows: int) -> OutputRows:
-        """The row of the chunk's last token. It sees keys only if it is the prompt's last token."""
-        inputs = self.inputs
-        ((_, end, _),) = queries.spans
-        is_last = end == inputs.tokens
-        last = Rows(queries.templates, [Span(end - 1, end)] * is_last, packed=queries.packed)
+    def _feature_rows(
+        self, prompt: PlacedPrompt, position: Int[np.ndarray, "rows"]
+    ) -> Int[np.ndarray, "rows"]:
+        index = self._first_image[id(prompt)] + prompt.images_before[position]
+        is_image = prompt.inputs.template.image[position] >= 0
+        return np.where(is_image, self.feature_row(index), PADDING_ROW)
+
+    def _last_rows(
+        self, parts: Sequence[Part], queries: Rows, keys: Sequence[tuple[Rows, int]]
+    ) -> OutputRows:
+        """The rows of the prompts' last tokens. All others see no keys."""
+        inputs, most = self._inputs, self.layout.most_prompts
+        ends = [index for index, part in enumerate(parts) if part.is_last]
+        rows = np.zeros(most, np.int32)
+        for output, index in enumerate(ends):
+            of_part = queries.rows_of(index)
+            (row,) = np.flatnonzero(queries.position[of_part] == parts[index].end - 1)
+            rows[output] = of_part.start + row
+        last = Rows(
+            queries.templates,
+            [Span(parts[index].end - 1, parts[index].end, index) for index in ends],
+            packed=queries.packed,
+        )
+        # Each row has one tile, which may be split into parts.
+        capacity = _room_for(most + self._most_parts)
         visibility = inputs.visibilities[inputs.last_kind]
-        keys, key_rows = self._keys_of(visibility, queries, rows)
-        # The row has one tile, which may be split into parts.
-        capacity = _room_for(1 + self._most_parts)
-        schedule = self._schedule(visibility, last, keys, 1, key_rows, capacity)
-        return OutputRows(np.flatnonzero(queries.position == end - 1).astype(np.int32), schedule)
+        of_kind = keys[inputs.last_kind]
+        return OutputRows(rows, self._schedule(visibility, last, *of_kind, most, capacity))
 
     def _ring(self, visibility: Visibility) -> int:
-        """Rows of the ring of layers with a window."""
+        """Rows of a sequence in layers with a window."""
         assert visibility.window is not None
-        return ring_rows(visibility.window, self.cache_rows)
+        return ring_rows(visibility.window, self.layout.rows)
 
-    def _keys_of(self, visibility: Visibility, queries: Rows, rows: int) -> tuple[Rows, int]:
+    def _keys_of(
+        self, visibility: Visibility, parts: Sequence[Part], queries: Rows, rows: int
+    ) -> tuple[Rows, int]:
         """The keys that a chunk sees, and the rows that they are padded to."""
-        if visibility.window is None:
-            return self._keys, self.cache_rows
-        ((start, end, _),) = queries.spans
-        first = max(0, start - (visibility.window - 1))
-        keys = Rows(queries.templates, [Span(first, end)], packed=queries.packed)
-        return keys, self._ring(visibility) + rows
+        if visibility.window is not None:
+            spans = [
+                Span(max(0, part.start - (visibility.window - 1)), part.end, index)
+                for index, part in enumerate(parts)
+            ]
+            keys = Rows(queries.templates, spans, packed=queries.packed)
+            return keys, self.layout.most_prompts * self._ring(visibility) + rows
+        prompts = tuple(part.prompt for part in parts)
+        if self._keys is None or self._keys[0] != prompts:
+            spans, first_rows = [], []
+            for index in np.argsort([prompt.sequence for prompt in prompts]).tolist():
+                first_row = prompts[index].sequence * self.layout.rows
+                for start, end, _ in prompts[index].spans:
+                    spans.append(Span(start, end, index))
+                    first_rows.append(first_row + start)
+            keys = Rows(queries.templates, spans, packed=queries.packed, first_row=first_rows)
+            self._keys = prompts, keys, []
+        return self._keys[1], self.layout.sequences * self.layout.rows
 
-    def _cached_rows(self, visibility: Visibility, queries: Rows, rows: int) -> CachedRows:
-        keys, key_rows = self._keys_of(visibility, queries, rows)
+    def _cached_rows(
+        self,
+        visibility: Visibility,
+        parts: Sequence[Part],
+        queries: Rows,
+        keys: tuple[Rows, int],
+        rows: int,
+    ) -> CachedRows:
         capacity = schedule_capacity(
-            rows, self.inputs.blocks[0], self._stacked_heads, self._most_parts
+            rows,
+            self._inputs.blocks[0],
+            self._stacked_heads,
+            self._most_parts,
+            self.layout.most_prompts,
         )
-        schedule = self._schedule(visibility, queries, keys, rows, key_rows, capacity)
+        schedule = self._schedule(visibility, queries, *keys, rows, capacity)
+        cache_row = np.full(queries.tokens, PADDING_ROW, np.int32)
         if visibility.window is None:
-            return GlobalRows(schedule, runs_of(self._row_of_token[queries.position], rows))
-        ((first, _, _),) = keys.spans
-        ((start, end, _),) = queries.spans
+            for index, part in enumerate(parts):
+                of_part = queries.rows_of(index)
+                first = part.prompt.sequence * self.layout.rows
+                cache_row[of_part] = first + part.prompt.row_of_token[queries.position[of_part]]
+            all_rows = self.layout.sequences * self.layout.rows
+            return GlobalRows(schedule, self._runs(cache_row, rows, all_rows))
         ring = self._ring(visibility)
-        # The place of each position from `first` on, if the chunk's rows followed the ring's.
-        place = np.arange(first, end) % ring
-        place[queries.position - first] = ring + np.arange(queries.tokens)
+        all_rows = self.layout.sequences * ring
+        window, key_rows = keys
         place_of_key = np.zeros(key_rows, np.int32)
-        place_of_key[: keys.tokens] = place[keys.position - first]
-        row_of_ring = np.arange(ring, dtype=np.int32)
-        kept = np.arange(max(start, end - ring), end)
-        row_of_ring[kept % ring] = place[kept - first]
-        return WindowRows(schedule, place_of_key, row_of_ring)
+        for index, part in enumerate(parts):
+            of_part, (start, end, _) = queries.rows_of(index), window.spans[index]
+            position, first_row = queries.position[of_part], part.prompt.sequence * ring
+            place = first_row + np.arange(start, end) % ring
+            # The chunk's own rows follow those of all rings.
+            place[position - start] = all_rows + np.arange(of_part.start, of_part.stop)
+            of_window = window.rows_of(index)
+            place_of_key[of_window] = place[window.position[of_window] - start]
+            kept = np.where(position >= end - ring, first_row + position % ring, PADDING_ROW)
+            cache_row[of_part] = kept
+        return WindowRows(schedule, place_of_key, self._runs(cache_row, rows, all_rows))
+
+    def _runs(self, cache_row: Int[np.ndarray, "tokens"], rows: int, all_rows: int) -> Runs:
+        """The runs of a chunk of `rows` rows in a cache that has `all_rows` rows."""
+        most = self.layout.most_prompts
+        if most == 1:
+            return runs_of(cache_row, MOST_RUNS, min(rows, all_rows), all_rows)
+        length = min(_SHORT_RUN, rows, all_rows)
+        return runs_of(cache_row, rows // length + most * MOST_RUNS, length, all_rows)
 
     def _schedule(
         self,
         visibility: Visibility,
         queries: Rows,
         keys: Rows,
-        rows: int,
         key_rows: int,
+        rows: int,
         capacity: Capacity,
     ) -> Schedule:
-        block_q, block_kv = self.inputs.blocks
+        block_q, block_kv = self._inputs.blocks
         schedule = build_span_schedule(
             queries,
             keys,
@@ -251,14 +411,18 @@ class Chunks:
             capacity=capacity,
             most_parts=self._most_parts,
         )
-        if keys is self._keys:
-            # All chunks have the same keys, which are copied to the device only once.
-            self._device_keys = self._device_keys or jax.device_put(schedule.keys)
-            schedule = replace(schedule, keys=self._device_keys)
+        if self._keys is not None and keys is self._keys[1]:
+            # All chunks of one prompt have the same keys, which are copied to the device only once.
+            on_device = self._keys[2]
+            if not on_device:
+                on_device.append(jax.device_put(schedule.keys))
+            schedule = replace(schedule, keys=on_device[0])
         return schedule
 
 
-def schedule_capacity(rows: int, block_q: int, stacked_heads: int, most_parts: int) -> Capacity:
+def schedule_capacity(
+    rows: int, block_q: int, stacked_heads: int, most_parts: int, most_prompts: int = 1
+) -> Capacity:
     """Enough entries for the schedule of any chunk of up to `MOST_IMAGES` images.
 
     Args:
@@ -266,10 +430,11 @@ def schedule_capacity(rows: int, block_q: int, stacked_heads: int, most_parts: i
       block_q: rows of a tile, at most.
       stacked_heads: how many query heads the tiles of text rows stack.
       most_parts: how many parts these tiles may be split into, all together.
+      most_prompts: how many prompts the chunk may have tokens of.
     """
     # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
     of_images = -(-rows // block_q) + MOST_IMAGES
-    of_text = -(-rows // max(1, block_q // stacked_heads))
+    of_text = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
     return _room_for(max(of_images, of_text) + most_parts + 16)
 
 
@@ -279,64 +444,100 @@ def _room_for(tiles: int) -> Capacity:
     return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
 
 
-def runs_of(cache_row: Int[np.ndarray, "tokens"], rows: int) -> Runs:
-    """The runs of a chunk, given the row of the cache of each of its rows.
+def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_rows: int) -> Runs:
+    """The runs of a chunk, given the row of the cache that each of its rows goes to.
 
     Args:
-      cache_row: for each row of the chunk except padding, its row of the cache.
-      rows: rows of the chunk, padding included.
+      cache_row: for each row of the chunk except padding, its row of the cache; `PADDING_ROW` if it
+        is not kept.
+      count: how many runs there is room for.
+      length: rows of a run. Longer ones are cut.
+      all_rows: rows of the cache.
     """
-    order = np.zeros(rows, np.int32)
-    order[: cache_row.size] = np.argsort(cache_row)
-    in_order = cache_row[order[: cache_row.size]]
-    firsts = np.append(0, np.flatnonzero(np.diff(in_order) != 1) + 1)
-    assert firsts.size <= MOST_RUNS
-    columns = np.zeros((3, MOST_RUNS), np.int32)
-    columns[:, : firsts.size] = firsts, in_order[firsts], np.diff(firsts, append=in_order.size)
-    return Runs(order, *columns)
+    chunk_row = np.argsort(cache_row, kind="stable")
+    chunk_row = chunk_row[: np.count_nonzero(cache_row != PADDING_ROW)]
+    ordered = cache_row[chunk_row]
+    index = np.arange(ordered.size)
+    begins = np.append(True, np.diff(ordered) != 1)[: ordered.size]
+    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
+    firsts = np.flatnonzero(in_run % length == 0)
+    assert firsts.size <= count
+    runs = Runs(np.zeros(count, np.int32), np.full((count, length), PADDING_ROW, np.int32))
+    # The last rows of the cache are reached from further up.
+    runs.cache_row[: firsts.size] = np.minimum(ordered[firsts], all_rows - length)
+    run = np.cumsum(in_run % length == 0) - 1
+    runs.chunk_row[run, ordered - runs.cache_row[run]] = chunk_row
+    return runs
 
 
 def chunk_borders(
-    template: Template, sizes: Sequence[int], *, whole_images: bool, start: int = 0
-) -> list[tuple[int, int, int]]:
-    """Where the chunks of a prompt begin and end, and the rows that each is padded to.
+    prompts: Sequence[PlacedPrompt],
+    sizes: Sequence[int],
+    *,
+    whole_images: bool,
+    most_prompts: int = 1,
+) -> list[tuple[tuple[Part, ...], int]]:
+    """Where chunks begin and end, and the rows that each is padded to.
 
-    The size of a chunk is the largest that does not exceed the number of tokens left, rounded up to
+    A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
+    after it. Its size is the largest that does not exceed the number of tokens left, rounded up to
     a multiple of the smallest size. A chunk has fewer tokens than its size if it would otherwise
-    have more than `MOST_IMAGES` images, or end inside an image although `whole_images` is set.
+    have more than `MOST_IMAGES` images or `most_prompts` prompts, or end inside an image although
+    `whole_images` is set.
 
     Args:
-      template: the prompt.
+      prompts: the prompts.
       sizes: rows of a chunk, ascending.
       whole_images: whether no chunk may end inside an image. An image that is larger than all sizes
         is then a chunk of its own, padded to a multiple of the largest size.
-      start: position of the first token that has to run.
+      most_prompts: how many prompts a chunk may have tokens of.
 
     Returns:
-      For each chunk, the position of its first token, one past that of its last token, and the rows
-      that it is padded to.
+      For each chunk, its parts, and the rows that it is padded to.
     """
-    firsts = np.asarray(template.image_first)
-    ends = firsts + np.asarray(template.image_tokens, np.int64)
     borders = []
-    while start < template.tokens:
-        left = template.tokens - start
+    pending = [Part(prompt, prompt.reuse.start, prompt.end) for prompt in prompts]
+    while pending:
+        left = sum(part.end - part.start for part in pending)
         padded = -(-left // sizes[0]) * sizes[0]
         size = max(size for size in sizes if size <= padded)
-        while True:
-            end = min(start + size, template.tokens)
-            first_image = int(np.searchsorted(ends, start, side="right"))
-            if first_image + MOST_IMAGES < firsts.size:
-                end = min(end, int(firsts[first_image + MOST_IMAGES]))
-            cut = int(np.searchsorted(firsts, end, side="left")) - 1
-            if whole_images and cut >= 0 and firsts[cut] < end < ends[cut]:
-                end = int(firsts[cut])
-            if end > start:
-                break
+        while not (parts := _filled(pending[:most_prompts], size, whole_images)):
             # The chunk begins with an image that does not fit.
             larger = [bigger for bigger in sizes if bigger > size]
-            own = int(ends[first_image] - start)
+            own = _image_end(pending[0].prompt.inputs.template, pending[0].start) - pending[0].start
             size = larger[0] if larger else -(-own // sizes[-1]) * sizes[-1]
-        borders.append((start, end, size))
-        start = end
+        borders.append((tuple(parts), size))
+        rest = pending[len(parts) - 1]._replace(start=parts[-1].end)
+        pending = [rest] * (rest.start < rest.end) + pending[len(parts) :]
     return borders
+
+
+def _filled(pending: Sequence[Part], size: int, whole_images: bool) -> list[Part]:
+    """The first of the pending tokens that fit into a chunk of `size` rows."""
+    parts = []
+    room, images_left = size, MOST_IMAGES
+    for part in pending:
+        template = part.prompt.inputs.template
+        firsts = np.asarray(template.image_first)
+        ends = firsts + np.asarray(template.image_tokens, np.int64)
+        end = min(part.start + room, part.end)
+        next_image = int(np.searchsorted(ends, part.start, side="right"))
+        if next_image + images_left < firsts.size:
+            end = min(end, max(part.start, int(firsts[next_image + images_left])))
+        cut = int(np.searchsorted(firsts, end, side="left")) - 1
+        if whole_images and cut >= 0 and firsts[cut] < end < ends[cut]:
+            end = int(firsts[cut])
+        if end <= part.start:
+            break
+        parts.append(part._replace(end=end))
+        room -= end - part.start
+        images_left -= int(np.searchsorted(firsts, end, side="left")) - next_image
+        if end < part.end or not room:
+            break
+    return parts
+
+
+def _image_end(template: Template, position: int) -> int:
+    """One past the last token of the image that has the token at `position`."""
+    image = int(template.image[position])
+    return int(template.image_first[image]) + template.image_tokens[image]

@@ -1,4 +1,4 @@
-"""`forward`, `generate` and `stream`: from chat messages to logits or an answer.
+"""`generate`, `stream` and `forward`: from chat messages to logits or an answer.
 
     messages -> prompt -> inputs -> chunks                   on the host
     prefill -> decode, or scoring, chunk by chunk            compiled programs, on the device
@@ -10,49 +10,58 @@ import atexit
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from os import PathLike
-from typing import Any, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import DescribedModel, LoadedModel
-from bsjax.checks import argument, check_not_forked, naming, shown, whole_number
-from bsjax.errors import CapacityError, GenerationError, MessageError
+from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import check_not_forked, naming, shown, truth_value
+from bsjax.errors import BsjaxError, GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt
-from bsjax.prompts.sources import ImageSources
+from bsjax.prompts.prompt import Prompt, PromptOptions
+from bsjax.runtime.answers import Answer, tokens_of
+from bsjax.runtime.arguments import (
+    Messages,
+    ProfileLike,
+    check_conversations,
+    check_stream,
+    checked_prompt,
+    checked_settings,
+    conversations_of,
+    one_conversation,
+    settings_of_copies,
+)
+from bsjax.runtime.batch import Task, run_batch
+from bsjax.runtime.chunks import PlacedPrompt
 from bsjax.runtime.decoding import (
     DECODE_CHUNK,
-    MAX_END_TOKENS,
+    Answers,
     AnswerSettings,
     DecodeState,
     Decoding,
 )
-from bsjax.runtime.inputs import place, prepare_inputs
-from bsjax.runtime.kept_cache import KeptCache
-from bsjax.runtime.memory import (
-    bytes_available,
-    check_host_memory,
-    check_memory,
-    host_bytes_available,
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.kept_cache import (
+    KeptCache,
+    available_bytes,
+    cache_of,
+    layout_of,
+    moving_stages,
 )
-from bsjax.runtime.prefill import Prefill, occurring_tokens
-from bsjax.runtime.programs import Stage, check_model, programs_of
-from bsjax.runtime.results import IncrementalText, Result, Stats, Token, checked_stop
-from bsjax.runtime.reuse import NOTHING, Reuse
-from bsjax.runtime.sampling import Sampling
+from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
+from bsjax.runtime.prefill import Prefill
+from bsjax.runtime.programs import check_model, programs_of
+from bsjax.runtime.results import Result, Stats, Token
+from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import Scoring
 
-Messages = Sequence[Mapping[str, Any]]
-"""One conversation: Hugging Face chat messages."""
-ProfileLike = Profile | str | PathLike[str] | None
-"""None (dense), a profile, a path, or the name of a shipped profile."""
 Logits = Float32[np.ndarray, "tokens vocabulary"]
+TokenIds = Int32[np.ndarray, "tokens"]
 
 
 @overload
@@ -61,7 +70,10 @@ def forward(
     messages: Messages,
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Logits: ...
@@ -73,10 +85,43 @@ def forward(
     messages: Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: Literal[False] = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> list[Logits]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Messages,
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> tuple[Logits, TokenIds]: ...
+
+
+@overload
+def forward(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    profile: ProfileLike = None,
+    return_token_ids: Literal[True],
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> list[tuple[Logits, TokenIds]]: ...
 
 
 def forward(
@@ -84,10 +129,13 @@ def forward(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
+    return_token_ids: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
-) -> Logits | list[Logits]:
+) -> Logits | list[Logits] | tuple[Logits, TokenIds] | list[tuple[Logits, TokenIds]]:
     """Logits of every token of a prompt, in prompt order.
 
     Args:
@@ -95,27 +143,58 @@ def forward(
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
         batch).
       profile: head categories of prefill; None is dense.
+      return_token_ids: whether to return the token of each row, too.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: as for `generate`.
+      continue_final_message: as for `generate`: the last row is that of the last message's last
+        token, rather than of the token before a new answer.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
-      float32 [tokens, vocabulary] on the host; for a batch, a list of such arrays.
+      float32 [tokens, vocabulary] on the host: row i predicts token i + 1. With
+      `return_token_ids`, a pair of that and the ids of the tokens, int32 [tokens], in which an
+      image has the image token's id once for each of its tokens. For a batch, a list.
 
     Raises:
       BsjaxError: as for `generate`, for the arguments that both have.
     """
     check_model(model, GenerationError)
-    sources = model.image_sources.restricted(allow_files, allow_urls)
-    conversations, is_batch = _conversations(model, messages, sources)
+    with_ids = truth_value("return_token_ids", return_token_ids, error=GenerationError)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    conversations, is_batch = conversations_of(messages)
+    if is_batch:
+        check_conversations(model, conversations, options)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
-    logits = []
+    results: list[Any] = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            logits.append(forward_once(model, conversation, resolved, backend, sources)[0])
-    return logits if is_batch else logits[0]
+            logits, _, token_ids = forward_once(model, conversation, resolved, backend, options)
+            results.append((logits, token_ids) if with_ids else logits)
+    return results if is_batch else results[0]
+
+
+class AnswerOptions(TypedDict, total=False):
+    """The keyword arguments that all overloads of `generate` share."""
+
+    profile: ProfileLike
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: str | Sequence[str] | None
+    seed: int
+    use_generation_config: bool
+    log_probabilities: int | None
+    backend: str
+    max_pixels: int | None
+    continue_final_message: bool
+    allow_files: bool | None
+    allow_urls: bool | None
 
 
 @overload
@@ -123,20 +202,16 @@ def generate(
     model: LoadedModel,
     messages: Messages,
     *,
-    profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: str | Sequence[str] | None = None,
-    seed: int = 0,
+    n: None = None,
     stream: Callable[[str, int], None] | None = None,
-    backend: str = "auto",
-    allow_files: bool | None = None,
-    allow_urls: bool | None = None,
+    **options: Unpack[AnswerOptions],
 ) -> Result: ...
+
+
+@overload
+def generate(
+    model: LoadedModel, messages: Messages, *, n: int, **options: Unpack[AnswerOptions]
+) -> list[Result]: ...
 
 
 @overload
@@ -144,19 +219,43 @@ def generate(
     model: LoadedModel,
     messages: Sequence[Messages],
     *,
-    profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: str | Sequence[str] | None = None,
-    seed: int = 0,
-    backend: str = "auto",
-    allow_files: bool | None = None,
-    allow_urls: bool | None = None,
+    n: None = None,
+    return_errors: Literal[False] = False,
+    **options: Unpack[AnswerOptions],
 ) -> list[Result]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: int,
+    return_errors: Literal[False] = False,
+    **options: Unpack[AnswerOptions],
+) -> list[list[Result]]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: None = None,
+    return_errors: bool,
+    **options: Unpack[AnswerOptions],
+) -> list[Result | BsjaxError]: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    messages: Sequence[Messages],
+    *,
+    n: int,
+    return_errors: bool,
+    **options: Unpack[AnswerOptions],
+) -> list[list[Result] | BsjaxError]: ...
 
 
 def generate(
@@ -164,28 +263,39 @@ def generate(
     messages: Messages | Sequence[Messages],
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
+    n: int | None = None,
+    log_probabilities: int | None = None,
+    return_errors: bool = False,
     stream: Callable[[str, int], None] | None = None,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
-) -> Result | list[Result]:
+) -> Any:
     """Answers a conversation, or each conversation of a batch.
+
+    The conversations of a batch run together: their prompts share chunks, and their answers are
+    generated side by side. What several prompts begin with, such as a document, runs once. Each
+    answer is that of a call of its own, apart from rounding: it does not depend on what else is in
+    the batch.
 
     Args:
       model: from `bsjax.load`.
       messages: Hugging Face chat messages of one conversation, or a list of conversations (a
-        batch). The conversations of a batch run one after the other, independently.
+        batch).
       profile: head categories of prefill; None is dense. Decoding is always dense.
-      max_new_tokens: the most tokens to generate.
-      temperature: 0 always chooses the likeliest token; above 0, tokens are drawn.
+      max_new_tokens: the most tokens to generate; by default 64.
+      temperature: 0, the default, always chooses the likeliest token; above 0, tokens are drawn.
       top_k: draw only from the k likeliest tokens.
       top_p: draw only from the likeliest tokens that together reach this probability.
       min_p: draw only from tokens with at least this share of the likeliest token's probability.
@@ -194,20 +304,41 @@ def generate(
       stop: a text, or several, that end the answer. The answer's text ends before it; its tokens
         include those that complete it.
       seed: seed of the draws.
+      use_generation_config: whether the arguments above that are not given are what the
+        checkpoint's generation config says, as in transformers: `do_sample`, `temperature`,
+        `top_k` (50 where the config draws tokens and does not say), `top_p`, `min_p`,
+        `repetition_penalty`, `max_new_tokens` (64 where it does not say) and `stop_strings`. To
+        undo a setting of the checkpoint, give a value without effect, such as `top_p=1`, or for
+        `top_k` a number as large as the vocabulary.
+      n: how many answers to give to each prompt, with the seeds `seed` to `seed + n - 1`; None for
+        one answer that is not in a list.
+      log_probabilities: of how many tokens, the likeliest ones, to return the log-probabilities
+        beside that of each generated token, 0 to 20; None returns none.
+      return_errors: whether a conversation of a batch that cannot be answered gives its error in
+        place of a result; otherwise the error is raised, with the number of the conversation.
       stream: called with (piece of text, token id) for each token as it is generated; the piece is
         empty while the token's text is incomplete. Not available for batches.
       backend: attention backend, see `sparse_attention`.
+      max_pixels: scales images with more pixels down to this number; for a model that scales
+        images to any size (Qwen). An image whose part of the messages has a `max_pixels` of its own
+        keeps it.
+      continue_final_message: whether the answer continues the last message, which is the
+        assistant's (the argument of that name of transformers' `apply_chat_template`). The result
+        has only what is new. Spaces at the end of the message are kept if the checkpoint's chat
+        template keeps them.
       allow_files: whether messages may name files as images; None for what the model was loaded
         with (`bsjax.load(..., image_sources=...)`).
       allow_urls: whether messages may name images to download; None as for `allow_files`.
 
     Returns:
-      The result; for a batch, a list of results.
+      The result; with `n`, a list of results. For a batch, a list of what its conversations give,
+      in their order.
 
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
       ProfileError: the profile is malformed, or was made for another model.
-      GenerationError: an argument is out of range.
+      GenerationError: an argument is out of range, or the checkpoint's generation config asks for
+        something that bsjax does not compute.
       CapacityError: the prompt needs more positions than the model has, or more memory than is
         available.
       BackendError: the backend is unknown.
@@ -224,21 +355,107 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
+        log_probabilities=log_probabilities,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    copies = [settings] if n is None else settings_of_copies(settings, n)
+    return_errors = truth_value("return_errors", return_errors, error=GenerationError)
     check_stream(stream)
-    conversations, is_batch = _conversations(model, messages, sources)
-    if stream is not None and is_batch:
-        raise GenerationError("stream takes one conversation, not a batch.")
+    conversations, is_batch = conversations_of(messages)
+    if stream is not None and (is_batch or n is not None):
+        raise GenerationError("stream takes one conversation and one answer, not a batch and no n.")
     resolved = Profile.resolve(profile, model)
-    results = []
-    for number, conversation in enumerate(conversations):
-        with naming(f"conversations[{number}]" if is_batch else None):
-            events = generate_once(
-                model, conversation, resolved, settings, sources, one_by_one=stream is not None
-            )
-            results.append(result_of(events, stream))
+    if not is_batch and n is None:
+        prompt = model.prompt_of(conversations[0], options)
+        events = generate_once(model, prompt, resolved, settings, one_by_one=stream is not None)
+        return result_of(events, stream)
+    return_errors = return_errors and is_batch
+    if is_batch and not return_errors:
+        check_conversations(model, conversations, options)
+    results: list[Any] = [[None] * len(copies) for _ in conversations]
+    tasks = [
+        Task(number, conversation, tuple(copies), f"conversations[{number}]" if is_batch else None)
+        for number, conversation in enumerate(conversations)
+    ]
+    for number, copy, outcome in run_batch(
+        model, tasks, resolved, options, return_errors=return_errors
+    ):
+        results[number][copy] = outcome
+    for number, of_conversation in enumerate(results):
+        errors = [each for each in of_conversation if isinstance(each, BsjaxError)]
+        if errors or n is None:
+            results[number] = errors[0] if errors else of_conversation[0]
     return results if is_batch else results[0]
+
+
+def generate_iter(
+    model: LoadedModel,
+    conversations: Iterable[Messages],
+    *,
+    profile: ProfileLike = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int = 0,
+    use_generation_config: bool = False,
+    log_probabilities: int | None = None,
+    return_errors: bool = False,
+    backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
+    allow_files: bool | None = None,
+    allow_urls: bool | None = None,
+) -> Iterator[tuple[int, Result | BsjaxError]]:
+    """Like `generate` for a batch, but yields each result as soon as its answer has ended.
+
+    Conversations are taken from the iterable as they are needed, a limited number ahead, so that it
+    may be long, or read from a file. This call checks the other arguments; the first conversation
+    is taken when the first result is requested.
+
+    Yields:
+      The number of a conversation, counted from 0, and its result; with `return_errors`, the error
+      of a conversation that cannot be answered.
+
+    Raises:
+      BsjaxError: as for `generate`.
+
+    Example:
+      >>> for number, result in bsjax.generate_iter(model, conversations):
+      ...     print(number, result.text)
+    """
+    check_model(model, GenerationError)
+    settings = checked_settings(
+        model,
+        backend,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+        use_generation_config=use_generation_config,
+        log_probabilities=log_probabilities,
+    )
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+    return_errors = truth_value("return_errors", return_errors, error=GenerationError)
+    if isinstance(conversations, str | bytes | Mapping) or not isinstance(conversations, Iterable):
+        raise GenerationError(
+            f"conversations must be an iterable of conversations, got {shown(conversations)}."
+        )
+    resolved = Profile.resolve(profile, model)
+    tasks = (
+        Task(number, conversation, (settings,), f"conversations[{number}]")
+        for number, conversation in enumerate(conversations)
+    )
+    outcomes = run_batch(model, tasks, resolved, options, return_errors=return_errors)
+    return ((number, outcome) for number, _, outcome in outcomes)
 
 
 def stream(
@@ -246,15 +463,18 @@ def stream(
     messages: Messages,
     *,
     profile: ProfileLike = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int = 0,
+    use_generation_config: bool = False,
     backend: str = "auto",
+    max_pixels: int | None = None,
+    continue_final_message: bool = False,
     allow_files: bool | None = None,
     allow_urls: bool | None = None,
 ) -> Iterator[str]:
@@ -278,23 +498,14 @@ def stream(
         repetition_penalty=repetition_penalty,
         stop=stop,
         seed=seed,
+        use_generation_config=use_generation_config,
     )
-    sources = model.image_sources.restricted(allow_files, allow_urls)
+    options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    prompt = checked_prompt(model, conversation, resolved, settings, sources)
-    events = generate_once(model, prompt, resolved, settings, sources, one_by_one=True)
+    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens)
+    events = generate_once(model, prompt, resolved, settings, one_by_one=True)
     return pieces_of(events)
-
-
-def check_stream(stream: Any) -> None:
-    """Checks the `stream` argument of `generate`.
-
-    Raises:
-      GenerationError: it is neither a function nor None.
-    """
-    if stream is not None and not callable(stream):
-        raise GenerationError(f"stream must be a function or None, got {shown(stream)}.")
 
 
 def result_of(
@@ -334,185 +545,36 @@ def pieces_of(events: Generator[Token | Result, None, None]) -> Iterator[str]:
     return (event.text for event in events if isinstance(event, Token) and event.text)
 
 
-def one_conversation(what: str, messages: Any) -> Messages:
-    """The messages of one conversation.
-
-    Args:
-      what: what takes them, for the error message.
-      messages: the argument of a public function.
-
-    Raises:
-      GenerationError: it is a batch.
-    """
-    if _is_batch(messages):
-        raise GenerationError(f"{what} takes one conversation, not a batch.")
-    return messages
-
-
-def _conversations(
-    model: LoadedModel, messages: Any, sources: ImageSources
-) -> tuple[list[Messages], bool]:
-    """The conversations in `messages`, and whether it is a batch rather than one conversation.
-
-    All conversations of a batch are checked before the first of them runs.
-    """
-    if not _is_batch(messages):
-        return [messages], False
-    for number, conversation in enumerate(messages):
-        with naming(f"conversations[{number}]"):
-            model.check(
-                conversation, allow_files=sources.allow_files, allow_urls=sources.allow_urls
-            )
-    return list(messages), True
-
-
-def _is_batch(messages: Any) -> bool:
-    if isinstance(messages, Sequence) and not len(messages):
-        raise MessageError("The list of messages is empty: give at least one user message.")
-    return isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple)
-
-
-def checked_settings(
-    model: DescribedModel,
-    backend: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    stop: str | Sequence[str] | None,
-    seed: int,
-) -> AnswerSettings:
-    """How a prompt is to be answered, from a user's arguments; see `generate`.
-
-    Like everything that is checked against a `DescribedModel`, this needs no weights.
-
-    Raises:
-      GenerationError: an argument is out of range.
-      BackendError: the backend is unknown.
-    """
-    sampling = Sampling.checked(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
-    )
-    return AnswerSettings(
-        new_tokens=checked_new_tokens(max_new_tokens),
-        sampling=sampling,
-        stop=checked_stop(stop),
-        end_tokens=_end_tokens(model),
-        backend=resolve_backend(backend),
-    )
-
-
-def checked_new_tokens(max_new_tokens: int) -> int:
-    """The `max_new_tokens` argument of `generate`.
-
-    Raises:
-      GenerationError: it is not a whole number, or below 1.
-    """
-    return whole_number("max_new_tokens", max_new_tokens, least=1, error=GenerationError)
-
-
-def checked_max_tokens(model: DescribedModel, max_tokens: int, *, least: int) -> int:
-    """The `max_tokens` argument of `bsjax.warmup` and `bsjax.Session`.
-
-    Raises:
-      GenerationError: it is not a whole number, or below `least`.
-      CapacityError: the model has fewer positions.
-    """
-    max_tokens = whole_number("max_tokens", max_tokens, least=least, error=GenerationError)
-    limit = model.config.get_text_config().max_position_embeddings
-    if max_tokens > limit:
-        raise CapacityError(
-            f"{argument('max_tokens')} is {shown(max_tokens)}, but the model has {limit} "
-            f"positions. Lower it to {limit} or less."
-        )
-    return max_tokens
-
-
-def _end_tokens(model: DescribedModel) -> Int32[np.ndarray, "end_tokens"]:
-    """The ids in the checkpoint's generation config that end an answer, padded with -1."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else np.atleast_1d(np.asarray(ids, object)).tolist()
-    ids = [whole_number("eos_token_id", token, least=0, error=GenerationError) for token in ids]
-    if max(ids, default=0) >= 2**31:
-        raise GenerationError(f"eos_token_id must be a token id, got {shown(max(ids))}.")
-    if len(ids) > MAX_END_TOKENS:
-        raise GenerationError(
-            f"The checkpoint's generation config has {len(ids)} end-of-sequence tokens; at most "
-            f"{MAX_END_TOKENS} are supported."
-        )
-    return np.asarray(ids + [-1] * (MAX_END_TOKENS - len(ids)), np.int32)
-
-
-def checked_prompt(
-    model: DescribedModel,
-    messages: Messages,
-    profile: Profile | None,
-    settings: AnswerSettings,
-    sources: ImageSources,
-) -> Prompt:
-    """The prompt of a conversation, which can be answered if there is enough memory.
-
-    The arguments are those of `generate_once`.
-
-    Raises:
-      MessageError: a message has an invalid form, or an image cannot be read.
-      CapacityError: the prompt and its answer need more positions than the model has.
-    """
-    prompt = _prompt(model, messages, sources)
-    place(model.architecture, prompt, profile, new_tokens=settings.new_tokens)
-    return prompt
-
-
-def _prompt(model: DescribedModel, messages: Messages | Prompt, sources: ImageSources) -> Prompt:
-    if isinstance(messages, Prompt):
-        return messages
-    return model.prompt(messages, allow_files=sources.allow_files, allow_urls=sources.allow_urls)
-
-
 def forward_once(
     model: LoadedModel,
     messages: Messages,
     profile: Profile | None,
     backend: str,
-    sources: ImageSources,
+    options: PromptOptions,
     kept: KeptCache | None = None,
-) -> tuple[Logits, int]:
-    """Logits of the tokens that run, and the position of the first of them."""
-    prompt = _prompt(model, messages, sources)
+) -> tuple[Logits, int, TokenIds]:
+    """Logits of the tokens that run, the position of the first of them, and their ids."""
+    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
-    scoring = Scoring(programs_of(model), inputs, backend, reuse)
-    check_memory(inputs, [*scoring.stages, *_moving(kept, reuse)], _available(kept))
+    layout = layout_of(kept, inputs.tokens)
+    programs = programs_of(model)
+    scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
+    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
-    cache = None if kept is None else kept.take(reuse)
-    logits, cache = scoring.logits_and_cache(cache)
+    logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)
-    return logits, reuse.start
-
-
-def _moving(kept: KeptCache | None, reuse: Reuse) -> list[Stage]:
-    """The stage that moves the rows of a session's cache, if they have to move."""
-    return [] if kept is None else kept.stages(reuse)
-
-
-def _available(kept: KeptCache | None) -> int | None:
-    """Free bytes on the device, those of a cache that is taken over included."""
-    available = bytes_available()
-    return available if available is None or kept is None else available + kept.size
+    return logits, reuse.start, prompt.token_ids[reuse.start :]
 
 
 def generate_once(
     model: LoadedModel,
-    messages: Messages | Prompt,
+    prompt: Prompt,
     profile: Profile | None,
     settings: AnswerSettings,
-    sources: ImageSources,
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
@@ -521,10 +583,9 @@ def generate_once(
 
     Args:
       model: from `bsjax.load`.
-      messages: one conversation, or its prompt if it has been made.
+      prompt: the prompt.
       profile: head categories of prefill.
       settings: from `checked_settings`.
-      sources: where images may come from.
       one_by_one: whether to yield each token as soon as it is generated.
       kept: the cache of a session, of which the call uses as much as it can; None for a cache of
         its own.
@@ -533,7 +594,6 @@ def generate_once(
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
-    prompt = _prompt(model, messages, sources)
     reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
     inputs = prepare_inputs(
         model.architecture,
@@ -543,56 +603,43 @@ def generate_once(
         new_tokens=settings.new_tokens,
         start=reuse.start,
     )
-    prefill = Prefill(
-        programs,
-        inputs,
-        new_tokens=settings.new_tokens,
-        sampling=settings.sampling,
-        backend=settings.backend,
-        reuse=reuse,
-    )
-    decoding = Decoding(programs, inputs, prefill.cache, settings)
-    stages = [*prefill.stages, *decoding.stages, *_moving(kept, reuse)]
-    check_memory(inputs, stages, _available(kept))
-    token, cache = prefill.first_token(None if kept is None else kept.take(reuse))
-    occurred = occurring_tokens(programs.module, inputs)
-    state = DecodeState(token, np.int32(1), occurred, cache)
-    new_ids = [int(token)]
-    chosen = list(new_ids)
-
-    token_ids: list[int] = []
-    text = IncrementalText(model.tokenizer, settings.stop)
+    layout = layout_of(kept, inputs.tokens + settings.new_tokens)
+    prompt_in_cache = PlacedPrompt(inputs, reuse)
+    prefill = Prefill(programs, [prompt_in_cache], layout, [settings], settings.backend)
+    decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
+    stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
+    check_memory(inputs, stages, available_bytes(kept))
+    cache = cache_of(kept, reuse, programs.module, layout)
+    first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
+    answers = Answers.of([inputs], [settings])
+    new = tokens_of(first)
+    chosen: list[int] = []
+    answer = Answer(model.tokenizer, settings)
     decode_seconds = 0.0
     try:
         while True:
-            for token_id in new_ids:
-                token_ids.append(token_id)
-                ended = bool(np.isin(token_id, settings.end_tokens))
-                last = ended or len(token_ids) == settings.new_tokens
-                yield Token(text.add(token_id, last=last), token_id)
-                if text.stopped:
-                    ended = last = True
+            chosen += [int(each.token) for each in new]
+            for each in new:
+                yield answer.add(each)
+                if answer.has_ended:
                     break
-            if last:
+            if answer.has_ended:
                 break
-            left = settings.new_tokens - len(token_ids)
+            left = settings.new_tokens - len(answer.token_ids)
             limit = 1 if one_by_one else min(DECODE_CHUNK, left)
             check_not_forked(GenerationError)
             start = time.perf_counter()
-            new_ids, state = decoding.run(state, limit)
-            chosen += new_ids
+            (more,), state = decoding.run(state, answers, steps=limit)
             decode_seconds += time.perf_counter() - start
+            new = tokens_of(more)
     finally:
         if kept is not None:
             # The last token is not in the cache yet.
             kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
 
-    yield Result(
-        text=text.whole,
-        token_ids=tuple(token_ids),
-        prompt_tokens=inputs.tokens,
-        finish_reason="stop" if ended else "length",
-        stats=Stats(
+    yield answer.result(
+        inputs,
+        Stats(
             prompt_tokens=inputs.tokens,
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,

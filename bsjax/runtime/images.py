@@ -1,4 +1,4 @@
-"""Images of a prompt, group by group: from pixels to the rows of an array of features.
+"""Images of prompts, group by group: from pixels to the rows of an array of features.
 
 A group is as many consecutive images as fit into one of a few sizes. One or two programs therefore
 encode the images of all prompts, and the pixels of at most two groups are on the device at a time.
@@ -6,11 +6,11 @@ encode the images of all prompts, and the pixels of at most two groups are on th
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from bsjax.attention import block_sizes
 from bsjax.masks.schedule import bucket
@@ -26,35 +26,68 @@ from bsjax.runtime.sizes import sizes_in_use
 _SQUARE = 8
 
 
-@dataclass(frozen=True, eq=False)
-class ImageGroup:
-    """Consecutive images of a prompt that go through the vision tower together.
+class PromptImage(NamedTuple):
+    """An image of a prompt.
 
     Attributes:
-      patches: patches of these images; a view of the prompt's patches.
+      patches: its patches; a view of the prompt's patches.
+      grid_thw: how many patches it has along time, height and width.
+      tokens: how many image tokens it has.
+    """
+
+    patches: Float32[np.ndarray, "patches pixels"]
+    grid_thw: Int32[np.ndarray, "3"]
+    tokens: int
+
+
+def images_of(prompt: Prompt) -> tuple[PromptImage, ...]:
+    """The images of a prompt."""
+    if prompt.pixel_values is None:
+        return ()
+    ends = np.cumsum(prompt.grid_thw.prod(axis=1, dtype=np.int64)).tolist()
+    return tuple(
+        PromptImage(prompt.pixel_values[first:end], grid, tokens)
+        for first, end, grid, tokens in zip(
+            [0, *ends], ends, prompt.grid_thw, prompt.image_tokens, strict=False
+        )
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroup:
+    """Consecutive images of one or several prompts that go through the vision tower together.
+
+    Attributes:
+      images: the images.
       plan: the family's `vision_plan` for these images, padded.
-      first: index of the group's first token among all image tokens of the prompt.
-      tokens: how many image tokens the group has.
+      first: index of the group's first token among all image tokens that run.
       padded_tokens: the same, including tokens made of padding patches.
       patches_per_token: patches that are merged into one image token.
     """
 
-    patches: Float32[np.ndarray, "patches pixels"]
+    images: tuple[PromptImage, ...]
     plan: Any
     first: int
-    tokens: int
     padded_tokens: int
     patches_per_token: int
+
+    @property
+    def tokens(self) -> int:
+        """How many image tokens the group has."""
+        return sum(image.tokens for image in self.images)
 
     def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
         """The padded patches, made on demand: for all groups together they could take gigabytes."""
         padded = np.zeros(self._shape, np.float32)
-        padded[: len(self.patches)] = self.patches
+        end = 0
+        for image in self.images:
+            first, end = end, end + len(image.patches)
+            padded[first:end] = image.patches
         return padded
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.padded_tokens * self.patches_per_token, self.patches.shape[1]
+        return self.padded_tokens * self.patches_per_token, self.images[0].patches.shape[1]
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of `encode_images` that follow `features`, with shapes for arrays."""
@@ -65,7 +98,7 @@ class ImageGroup:
         """int32: the row of features of each of the group's tokens; `PADDING_ROW` for padding.
 
         Args:
-          row_of: maps indices among all image tokens of the prompt to rows of the features.
+          row_of: maps indices among all image tokens that run to rows of the features.
         """
         rows = np.full(self.padded_tokens, PADDING_ROW, np.int32)
         rows[: self.tokens] = row_of(np.arange(self.first, self.first + self.tokens))
@@ -73,41 +106,33 @@ class ImageGroup:
 
 
 def image_groups(
-    architecture: Architecture, prompt: Prompt, backend: str, *, skipped: int = 0
+    architecture: Architecture, images: Sequence[PromptImage], backend: str
 ) -> tuple[ImageGroup, ...]:
-    """Divides the images of a prompt into groups for the vision tower.
+    """Divides images into groups for the vision tower.
 
     Args:
       architecture: architecture of the model.
-      prompt: the prompt.
+      images: the images of the prompts that run, one prompt after the other.
       backend: attention backend.
-      skipped: how many images, the first ones, need not be encoded.
     """
-    if prompt.pixel_values is None:
+    if not images:
         return ()
     family, config, dtype = architecture
     block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
-    patches = prompt.grid_thw.prod(axis=1, dtype=np.int64)
-    first_patch = np.append(0, np.cumsum(patches))
-    first_token = np.append(0, np.cumsum(prompt.image_tokens))
+    grids = np.stack([image.grid_thw for image in images])
+    first_token = np.cumsum([0, *(image.tokens for image in images)]).tolist()
     patches_per_token = family.patches_per_token(config)
     groups = []
-    counted = counted_patches(prompt.grid_thw[skipped:]).tolist()
+    counted = counted_patches(grids).tolist()
     for first, end, padded in group_borders(counted, sizes_in_use().patches):
-        first, end = first + skipped, end + skipped
         plan = family.vision_plan(
-            prompt.grid_thw[first:end],
-            config,
-            patches=padded,
-            block_q=block_q,
-            block_kv=block_kv,
+            grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
         )
         groups.append(
             ImageGroup(
-                prompt.pixel_values[first_patch[first] : first_patch[end]],
+                tuple(images[first:end]),
                 plan,
-                int(first_token[first]),
-                int(first_token[end] - first_token[first]),
+                first_token[first],
                 padded // patches_per_token,
                 patches_per_token,
             )
@@ -121,14 +146,14 @@ def counted_patches(grid_thw: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "i
     return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), squares * _SQUARE**2)
 
 
-def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) -> int:
+def most_group_tokens(architecture: Architecture, images: Sequence[PromptImage]) -> int:
     """The most image tokens of a group, rounded up; 0 if the model reads text only.
 
     It is the same for nearly all prompts, because the programs of chunks depend on it.
 
     Args:
       architecture: architecture of the model.
-      groups: the groups of a prompt. One with a very large image may exceed the usual sizes.
+      images: the images. A very large one may exceed the usual sizes.
     """
     family, config, _ = architecture
     if not family.reads_images:
@@ -136,7 +161,7 @@ def most_group_tokens(architecture: Architecture, groups: Sequence[ImageGroup]) 
     sizes = sizes_in_use()
     usual = max(sizes.patches[-1], sizes.feature_patches) // family.patches_per_token(config)
     # Tokens made of padding are not kept. A long, narrow image has far more of them than of others.
-    most = max((group.tokens for group in groups), default=0)
+    most = max((image.tokens for image in images), default=0)
     return bucket(most, smallest=usual, steps=1)
 
 
@@ -201,7 +226,7 @@ def encode_images(
 
 
 class ImageEncoder:
-    """The stages of a prompt that run the vision tower.
+    """The stages that run the vision tower.
 
     Attributes:
       stages: one for each size of group.
@@ -221,10 +246,10 @@ class ImageEncoder:
 
         Args:
           programs: the programs of the model.
-          groups: the groups of a prompt.
+          groups: the groups.
           features: shape of the array that the features are written to; None if the model reads no
             images.
-          row_of: maps indices among all image tokens of the prompt to rows of that array.
+          row_of: maps indices among all image tokens that run to rows of that array.
           backend: attention backend.
           other_bytes: bytes on the device while images are encoded, such as the cache, in addition
             to the weights and to what the programs take.

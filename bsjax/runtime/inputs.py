@@ -1,4 +1,4 @@
-"""What can be known about a prompt before it runs: template, positions, image groups, FLOPs."""
+"""What can be known about a prompt before it runs: template, positions, images, FLOPs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from bsjax.masks.visibility import Visibility
 from bsjax.models import Architecture
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.images import ImageGroup, image_groups, most_group_tokens
+from bsjax.runtime.images import PromptImage, images_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class ModelInputs:
     """One prompt as the runtime sees it: everything that can be known on the host, in prompt order.
 
     Attributes:
+      architecture: architecture of the model.
       template: the prompt's structure.
       next_position: position id of the first token after the prompt.
       token_ids: the id of each token.
@@ -34,13 +35,12 @@ class ModelInputs:
       visibilities: what each kind of layer lets a query see.
       last_kind: the kind of the last layer, an index into `visibilities`.
       blocks: block_q and block_kv of the language model's schedules.
-      group_tokens: the most image tokens of a group of images, rounded up; 0 if the model reads
-        text only.
-      image_groups: the images, in the groups in which they go through the vision tower.
+      images: the images.
       flops_per_kind: attention FLOPs of the tokens that run, by kind of layer.
       how_to_shorten: advice for error messages about prompts that are too long.
     """
 
+    architecture: Architecture
     template: Template
     next_position: int
     token_ids: Int32[np.ndarray, "tokens"]
@@ -49,8 +49,7 @@ class ModelInputs:
     visibilities: tuple[Visibility, ...]
     last_kind: int
     blocks: tuple[int, int]
-    group_tokens: int
-    image_groups: tuple[ImageGroup, ...]
+    images: tuple[PromptImage, ...]
     flops_per_kind: tuple[LayerFlops, ...]
     how_to_shorten: str
 
@@ -133,7 +132,7 @@ def prepare_inputs(
     sinks: Sinks | None = None,
     start: int = 0,
 ) -> ModelInputs:
-    """Computes a prompt's template, positions, FLOPs and vision plans, on the host.
+    """Computes a prompt's template, positions and FLOPs, on the host.
 
     Args:
       architecture: architecture of the model that runs the prompt.
@@ -171,10 +170,8 @@ def prepare_inputs(
         [HeadCategory.DENSE, *np.unique(head_category).tolist()],
         Span(start, template.tokens),
     )
-    # No image is cut: those that begin before `start` end before it.
-    skipped = int(np.searchsorted(template.image_first, start))
-    groups = image_groups(architecture, prompt, backend, skipped=skipped)
     return ModelInputs(
+        architecture=architecture,
         template=template,
         next_position=next_position,
         token_ids=prompt.token_ids,
@@ -183,8 +180,7 @@ def prepare_inputs(
         visibilities=visibilities,
         last_kind=int(layer_kinds[-1]),
         blocks=block_sizes(backend, head_dim, dtype, sparse=sparse),
-        group_tokens=most_group_tokens(architecture, groups),
-        image_groups=groups,
+        images=images_of(prompt),
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
         how_to_shorten=how_to_shorten,
     )

@@ -15,6 +15,8 @@ from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.chunks import CacheLayout
+from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import CachedTokens, Reuse, has_moved_on
 from bsjax.runtime.sizes import cache_rows
@@ -153,3 +155,39 @@ class KeptCache:
             # The tokens that were left out have taken rows of the window before them.
             return
         self.hold(tokens, cache)
+
+
+def layout_of(kept: KeptCache | None, tokens: int) -> CacheLayout:
+    """The shape of the cache of a call.
+
+    Args:
+      kept: the cache of a session; None if the call has one of its own.
+      tokens: tokens of the prompt and of its answer.
+    """
+    return CacheLayout(cache_rows(tokens) if kept is None else kept.rows)
+
+
+def cache_of(
+    kept: KeptCache | None, reuse: Reuse, module: ImageTextModel, layout: CacheLayout
+) -> Any:
+    """The cache that a call begins with: that of the session, or an empty one.
+
+    Args:
+      kept: the cache of a session; None if the call has one of its own.
+      reuse: which tokens are used again.
+      module: the model.
+      layout: the shape of the cache.
+    """
+    cache = None if kept is None else kept.take(reuse)
+    return module.language_model.empty_cache(*layout) if cache is None else cache
+
+
+def available_bytes(kept: KeptCache | None) -> int | None:
+    """Free bytes on the device, those of a cache that is taken over included; None if unknown."""
+    available = bytes_available()
+    return available if available is None or kept is None else available + kept.size
+
+
+def moving_stages(kept: KeptCache | None, reuse: Reuse) -> list[Stage]:
+    """The stage that moves the rows of a session's cache, if they have to move."""
+    return [] if kept is None else kept.stages(reuse)

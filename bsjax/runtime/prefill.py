@@ -1,4 +1,4 @@
-"""Prefill: a prompt runs chunk by chunk over one cache, and the last chunk gives the first token.
+"""Prefill: prompts run chunk by chunk over one cache, and their last rows give the first tokens.
 
     images of the chunk -> chunk -> images of the next chunk -> next chunk -> ...
 
@@ -8,9 +8,8 @@ its rows are used up, image tokens start again from the first row.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,47 +18,69 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
-from bsjax.runtime.chunks import Chunk, ChunkArguments, Chunks
-from bsjax.runtime.images import ImageEncoder
+from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
+from bsjax.runtime.decoding import AnswerSettings, DecodeState
+from bsjax.runtime.images import ImageEncoder, image_groups, most_group_tokens
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
-from bsjax.runtime.reuse import NOTHING, Reuse
-from bsjax.runtime.sampling import Sampling, sample
+from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
 from bsjax.runtime.sizes import Sizes, most_parts, sizes_in_use
+
+
+class FirstTokens(NamedTuple):
+    """The first tokens that a chunk chooses: one for each of its `outputs`.
+
+    Attributes:
+      sequence: int32 [outputs], the sequence that each token is for; `PADDING_ROW` for outputs that
+        are not used.
+      sampling: how they are chosen; each field is an array [outputs].
+      occurred: bool [outputs, vocabulary], which tokens are in the prompts.
+      scored: bool, whether log-probabilities are computed.
+    """
+
+    sequence: Any
+    sampling: Sampling
+    occurred: Any
+    scored: Any
 
 
 def prefill(
     module: ImageTextModel,
-    cache: Any,
+    state: DecodeState,
     features: Float[Array, "features hidden"] | None,
     chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
-    sampling: Sampling,
-    occurred: Bool[Array, "vocabulary"],
+    first: FirstTokens,
     backend: str,
-) -> tuple[Int[Array, ""], Any]:
-    """Runs a chunk and chooses the token that follows it.
+) -> tuple[Chosen, DecodeState]:
+    """Runs a chunk, and chooses the first token of each answer whose prompt ends in it.
 
     Args:
       module: the model.
-      cache: empty, or from the previous chunk. Donate it so that it is updated in place.
+      state: empty, or from the previous chunk or `decode`. Donate it so that the cache is updated
+        in place.
       features: features of images, in the rows that `chunk.feature_row` names; None if the model
         reads no images.
-      chunk: the chunk, with the row of its last token as `outputs`.
+      chunk: the chunk, with the rows of last tokens as `outputs`.
       head_category: `HeadCategory` of every query head of every layer.
-      sampling: how the token is chosen.
-      occurred: which tokens are in the prompt.
+      first: the tokens to choose.
       backend: attention backend.
 
     Returns:
-      The token, int32, and the cache with the chunk. Only the token that the prompt's last chunk
-      returns means anything.
+      The tokens, and the state with the chunk and with these tokens.
     """
-    hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
-    return sample(module.logits(hidden[0]), sampling, jnp.int32(0), occurred), cache
+    hidden, cache = _run_chunk(module, state.cache, features, chunk, head_category, backend)
+    step = jnp.zeros(hidden.shape[0], jnp.int32)
+    chosen = choose(module.logits(hidden), first.sampling, step, first.occurred, first.scored)
+    return chosen, DecodeState(
+        state.token.at[first.sequence].set(chosen.token, mode="drop"),
+        state.chosen.at[first.sequence].set(1, mode="drop"),
+        state.occurred.at[first.sequence].set(first.occurred, mode="drop"),
+        cache,
+    )
 
 
-def score(
+def all_logits(
     module: ImageTextModel,
     cache: Any,
     features: Float[Array, "features hidden"] | None,
@@ -74,6 +95,61 @@ def score(
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
     return module.logits(hidden), cache
+
+
+SCORED_ROWS = 128
+"""Rows whose logits `log_probabilities` holds at a time: 78 MB with a vocabulary of 152K tokens."""
+
+
+class ScoredRows(NamedTuple):
+    """The rows of a chunk whose next tokens are scored, padded to a multiple of `SCORED_ROWS`."""
+
+    count: Any
+    """int32, how many there are."""
+    rows: Any
+    """int32 [scored], the rows."""
+    next_token_ids: Any
+    """int32 [scored], the token that follows each of them in the prompt."""
+
+
+def log_probabilities(
+    module: ImageTextModel,
+    cache: Any,
+    features: Float[Array, "features hidden"] | None,
+    chunk: ChunkArguments,
+    head_category: Int[Array, "layers q_heads"],
+    scored: ScoredRows,
+    backend: str,
+) -> tuple[tuple[Float32[Array, "scored"], Bool[Array, "scored"]], Any]:
+    """Runs a chunk for the log-probabilities of the tokens that follow some of its rows.
+
+    The arguments are those of `prefill`, without the chunk's `outputs`.
+
+    Returns:
+      For each of the scored rows, the log-probability of its next token and whether that is the
+      likeliest one; and the cache with the chunk.
+    """
+    hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
+
+    def of_some(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = index * SCORED_ROWS
+        rows = jax.lax.dynamic_slice(scored.rows, (first,), (SCORED_ROWS,))
+        token_ids = jax.lax.dynamic_slice(scored.next_token_ids, (first,), (SCORED_ROWS,))
+        logits = module.logits(hidden[rows])
+        chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0]
+        scores = chosen - jax.nn.logsumexp(logits, axis=1)
+        # As `sample` chooses it: of equally likely tokens, the first.
+        likeliest = jnp.argmax(logits, axis=1) == token_ids
+        return (
+            jax.lax.dynamic_update_slice(results[0], scores, (first,)),
+            jax.lax.dynamic_update_slice(results[1], likeliest, (first,)),
+        )
+
+    # Logits are computed only for the rows that are scored, which most chunks have none of.
+    groups = (scored.count + (SCORED_ROWS - 1)) // SCORED_ROWS
+    size = scored.rows.shape
+    nothing = jnp.zeros(size, jnp.float32), jnp.zeros(size, bool)
+    return jax.lax.fori_loop(jnp.int32(0), groups, of_some, nothing), cache
 
 
 def _run_chunk(
@@ -102,11 +178,14 @@ def _run_chunk(
 
 
 class ChunkedRun:
-    """Runs a prompt chunk by chunk: what answering and scoring have in common.
+    """Runs prompts chunk by chunk: what answering and scoring have in common.
 
     Attributes:
-      chunks: the chunks of the prompt.
-      cache: shapes and dtypes of the cache.
+      chunks: the chunks of the prompts.
+      groups: the images of the prompts, in the groups in which they go through the vision tower.
+      carried: shapes and dtypes of what each chunk passes to the next: the cache, alone or with
+        more.
+      features: shape and dtype of the array of image features; None if the model reads no images.
       stages: all stages: one for each size of image group, and one for each size of chunk.
       vision_seconds: time in the vision tower so far.
       seconds: time in the language model so far, including the time to build chunks, except those
@@ -116,58 +195,61 @@ class ChunkedRun:
     def __init__(
         self,
         programs: Programs,
-        inputs: ModelInputs,
+        prompts: Sequence[PlacedPrompt],
+        layout: CacheLayout,
         step: Callable[..., Any],
         backend: str,
         *,
         sizes: Sizes,
-        new_tokens: int,
-        reuse: Reuse = NOTHING,
+        carried: Any,
+        more_arguments: Callable[[Chunk], tuple[Any, ...]] = lambda chunk: (),
         all_outputs: bool = False,
-        more_arguments: tuple[Any, ...] = (),
     ) -> None:
         """Compiles the programs that are needed.
 
         Args:
           programs: the programs of the model.
-          inputs: the prompt.
-          step: the function that runs a chunk: `prefill` or `score`.
+          prompts: the prompts, in the order in which they run.
+          layout: the shape of the cache.
+          step: the function that runs a chunk: `prefill`, `all_logits` or `log_probabilities`.
           backend: attention backend.
           sizes: sizes of chunks.
-          new_tokens: how many tokens may follow the prompt.
-          reuse: which tokens are in the cache already.
-          all_outputs: whether `step` needs the hidden states of all rows, not only that of the
-            prompt's last token.
+          carried: shapes and dtypes of what each chunk passes to the next.
           more_arguments: arguments of `step` after the head categories.
+          all_outputs: whether `step` needs the hidden states of all rows, not only those of the
+            prompts' last tokens.
         """
         self._programs, self._step, self._backend = programs, step, backend
-        self._more_arguments = more_arguments
+        self.carried, self._more_arguments = carried, more_arguments
         language_model = programs.module.language_model
-        stacked_heads = inputs.head_category.shape[1] // language_model.kv_heads
+        inputs = prompts[0].inputs
+        self._categories = inputs.head_category
+        images = [image for prompt in prompts for image in prompt.images]
+        self.groups = image_groups(inputs.architecture, images, backend)
+        group_tokens = most_group_tokens(inputs.architecture, images)
         self.chunks = Chunks(
-            inputs,
-            sizes,
-            stacked_heads,
-            new_tokens,
-            reuse=reuse,
+            prompts,
+            layout,
+            sizes.chunks_for(layout.rows),
+            inputs.head_category.shape[1] // language_model.kv_heads,
+            feature_rows=sizes.chunks[-1] + group_tokens,
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
         )
-        self.cache = jax.eval_shape(partial(language_model.empty_cache, self.chunks.cache_rows))
-        self._features: jax.ShapeDtypeStruct | None = None
-        if inputs.group_tokens:
+        self.features: jax.ShapeDtypeStruct | None = None
+        if group_tokens:
             shape = (self.chunks.feature_rows, language_model.embed_tokens.features)
-            self._features = jax.ShapeDtypeStruct(shape, language_model.dtype)
+            self.features = jax.ShapeDtypeStruct(shape, language_model.dtype)
         self._images = ImageEncoder(
             programs,
-            inputs.image_groups,
-            self._features,
+            self.groups,
+            self.features,
             self.chunks.feature_row,
             backend,
-            other_bytes=size_in_bytes(self.cache),
+            other_bytes=size_in_bytes(carried),
         )
         # Programs are compiled for the shapes of one chunk of each size. `_build` uses it again.
-        of_size = {rows: (start, end, rows) for start, end, rows in self.chunks.borders}
+        of_size = {rows: (parts, rows) for parts, rows in self.chunks.borders}
         began = time.perf_counter()
         self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
         self.vision_seconds = 0.0
@@ -177,21 +259,17 @@ class ChunkedRun:
             *(Stage("prefill", self.program_of(chunk)) for chunk in self._built.values()),
         ]
 
-    def run(self, cache: Any = None) -> Iterator[tuple[Chunk, Any, Any]]:
-        """Runs one chunk after the other. Yields each chunk, its result and the cache.
-
-        The next chunk overwrites the cache.
+    def run(self, carried: Any) -> Iterator[tuple[Chunk, Any, Any]]:
+        """Runs one chunk after the other. Yields each chunk, its result and what is carried on.
 
         Args:
-          cache: the cache that holds the tokens before the first chunk; None for an empty one. It
-            is donated.
+          carried: what the first chunk is given: the cache, with the tokens that come before the
+            prompts' first chunks, alone or with more. It is donated, and so is what is yielded.
         """
         features = None
-        if self._features is not None:
-            features = jnp.zeros(self._features.shape, self._features.dtype)
-        if cache is None:
-            cache = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), self.cache)
-        groups = self.chunks.inputs.image_groups
+        if self.features is not None:
+            features = jnp.zeros(self.features.shape, self.features.dtype)
+        groups = self.groups
         began = time.perf_counter()
         chunks = self._build()
         chunk = next(chunks, None)
@@ -208,31 +286,29 @@ class ChunkedRun:
                 jax.block_until_ready(features)
                 self.vision_seconds += time.perf_counter() - began
             began = time.perf_counter()
-            program = self.program_of(chunk)
-            result, cache = program(*self._all_arguments(chunk, cache, features))
+            arguments = self._all_arguments(chunk, carried, features)
+            result, carried = self._program(arguments)(*arguments)
             # The device runs this chunk meanwhile.
             following = next(chunks, None)
             jax.block_until_ready(result)
             self.seconds += time.perf_counter() - began
-            yield chunk, result, cache
+            yield chunk, result, carried
             chunk = following
 
     def _build(self) -> Iterator[Chunk]:
-        for start, end, rows in self.chunks.borders:
-            yield self._built.pop(start, None) or self.chunks.chunk(start, end, rows)
+        for parts, rows in self.chunks.borders:
+            yield self._built.pop(parts, None) or self.chunks.chunk(parts, rows)
 
     def program_of(self, chunk: Chunk) -> Program:
         """The program that runs a chunk: the same for all chunks of one size."""
-        return self._programs.get(
-            self._step,
-            self._all_arguments(chunk, self.cache, self._features),
-            static=(self._backend,),
-            donate=(0,),
-        )
+        return self._program(self._all_arguments(chunk, self.carried, self.features))
 
-    def _all_arguments(self, chunk: Chunk, cache: Any, features: Any) -> tuple[Any, ...]:
-        categories = self.chunks.inputs.head_category
-        return (cache, features, chunk.arguments, categories, *self._more_arguments)
+    def _program(self, arguments: tuple[Any, ...]) -> Program:
+        return self._programs.get(self._step, arguments, static=(self._backend,), donate=(0,))
+
+    def _all_arguments(self, chunk: Chunk, carried: Any, features: Any) -> tuple[Any, ...]:
+        more = self._more_arguments(chunk)
+        return (carried, features, chunk.arguments, self._categories, *more)
 
 
 def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.ndarray, "vocabulary"]:
@@ -245,44 +321,57 @@ def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.nda
 
 
 class Prefill(ChunkedRun):
-    """The stages from a prompt to the first token of its answer."""
+    """The stages from prompts to the first tokens of their answers."""
 
     def __init__(
         self,
         programs: Programs,
-        inputs: ModelInputs,
-        *,
-        new_tokens: int,
-        sampling: Sampling,
+        prompts: Sequence[PlacedPrompt],
+        layout: CacheLayout,
+        settings: Sequence[AnswerSettings],
         backend: str,
-        reuse: Reuse = NOTHING,
     ) -> None:
         """Compiles the programs that are needed.
 
         Args:
           programs: the programs of the model.
-          inputs: the prompt.
-          new_tokens: how many tokens may follow the prompt.
-          reuse: which tokens are in the cache already.
-          sampling: how the first token is chosen.
+          prompts: the prompts, in the order in which they run.
+          layout: the shape of the cache.
+          settings: how each prompt is answered.
           backend: attention backend.
         """
+        self._settings = {id(of): each for of, each in zip(prompts, settings, strict=True)}
+        self._module = programs.module
         super().__init__(
             programs,
-            inputs,
+            prompts,
+            layout,
             prefill,
             backend,
             sizes=sizes_in_use(),
-            new_tokens=new_tokens,
-            reuse=reuse,
-            more_arguments=(sampling, occurring_tokens(programs.module, inputs)),
+            carried=jax.eval_shape(lambda: DecodeState.empty(programs.module, layout)),
+            more_arguments=lambda chunk: (self._first_tokens(chunk),),
         )
 
-    def first_token(self, cache: Any = None) -> tuple[jax.Array, Any]:
-        """Runs all chunks; returns the first token of the answer, int32, and the cache.
+    def _first_tokens(self, chunk: Chunk) -> FirstTokens:
+        most = self.chunks.layout.most_prompts
+        vocabulary = self._module.language_model.embed_tokens.num_embeddings
+        sequence = np.full(most, PADDING_ROW, np.int32)
+        occurred = np.zeros((most, vocabulary), bool)
+        settings = [self._settings[id(chunk.parts[0].prompt)]] * most
+        for output, part in enumerate(chunk.last_parts):
+            sequence[output] = part.prompt.sequence
+            occurred[output] = occurring_tokens(self._module, part.prompt.inputs)
+            settings[output] = self._settings[id(part.prompt)]
+        scored = any(of.top_tokens is not None for of in settings)
+        sampling = stacked([of.sampling for of in settings])
+        return FirstTokens(sequence, sampling, occurred, np.bool_(scored))
+
+    def first_token(self, state: DecodeState) -> tuple[Chosen, DecodeState]:
+        """Runs all chunks of a single prompt; returns the first token and the state.
 
         Args:
-          cache: as for `run`.
+          state: as for `run`.
         """
-        *_, (_, token, cache) = self.run(cache)
-        return token, cache
+        *_, (_, chosen, state) = self.run(state)
+        return chosen, state

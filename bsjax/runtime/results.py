@@ -1,4 +1,4 @@
-"""The results of a generation: the answer, its statistics, and its text as it is generated."""
+"""What calls return: an answer, its statistics and its text as it is generated; a score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,9 @@ class Stats:
         dense. Every layer counts in full, although the last one attends from a single row.
         Tokens that a session had in its cache count as keys only.
       attention_flops_sparse: the same with the profile's categories.
-      vision_seconds: time in the vision tower, without image processing on the host.
+      vision_seconds: time in the vision tower, without image processing on the host. In a batch,
+        seconds are the conversation's share: of a chunk by its tokens, of decoding by the number of
+        answers that were generated together.
       prefill_seconds: time in prefill, including the choice of the first token.
       decode_seconds: time to generate all tokens after the first.
       compile_seconds: time to compile programs, or to read them from the persistent cache.
@@ -29,7 +31,8 @@ class Stats:
       backend: the attention backend.
       attention_flops_per_kind: attention FLOPs, dense and sparse, for each kind of layer, local or
         global.
-      reused_tokens: tokens of the prompt that a session had in its cache.
+      reused_tokens: tokens of the prompt that were in the cache already, from earlier calls of a
+        session or from another conversation of a batch that begins alike.
     """
 
     prompt_tokens: int
@@ -46,6 +49,21 @@ class Stats:
     reused_tokens: int = 0
 
 
+class TokenScores(NamedTuple):
+    """How likely the model found a token that it generated.
+
+    Log-probabilities are the model's own, before the repetition penalty, the temperature and what
+    leaves tokens out.
+
+    Attributes:
+      log_probability: that of the token.
+      top: ids and log-probabilities of the likeliest tokens, likeliest first.
+    """
+
+    log_probability: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Result:
     """An answer.
@@ -57,6 +75,7 @@ class Result:
       finish_reason: `stop` (ended by an end-of-sequence token or a stop text) or `length` (by
         `max_new_tokens`).
       stats: sizes, FLOPs and seconds.
+      log_probabilities: one entry for each token; None if they were not asked for.
     """
 
     text: str
@@ -64,6 +83,27 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     stats: Stats
+    log_probabilities: tuple[TokenScores, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds an answer, given all that comes before it.
+
+    Attributes:
+      log_probability: natural logarithm of the probability of all scored tokens: the sum of
+        `log_probabilities`.
+      is_greedy: whether each scored token is the likeliest one, given all tokens before it.
+      token_ids: the scored tokens: those of the answer's text, without the end of the turn.
+      log_probabilities: the logarithm of the probability of each, given all tokens before it.
+      prompt_tokens: tokens before the first scored one.
+    """
+
+    log_probability: float
+    is_greedy: bool
+    token_ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    prompt_tokens: int
 
 
 class Token(NamedTuple):

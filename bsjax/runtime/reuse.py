@@ -94,7 +94,7 @@ class CachedTokens:
             np.append(prompt.token_ids, ids),
             image_digests(prompt),
             grown,
-            _extended(span_starts, template.tokens, grown) if ids.size else span_starts,
+            extended(span_starts, template.tokens, grown) if ids.size else span_starts,
         )
 
     def reuse(
@@ -133,9 +133,9 @@ class CachedTokens:
         if not packed:
             return Reuse(start, cache_rows=rows)
         kept = tuple(first for first in self.span_starts if first < start)
-        if len(_extended(kept, start, template)) > MOST_SPANS:
+        if len(extended(kept, start, template)) > MOST_SPANS:
             kept = (0,)
-        span_starts = _extended(kept, start, template)
+        span_starts = extended(kept, start, template)
         return Reuse(start, span_starts, rows, self._moved(kept, start))
 
     def _moved(self, span_starts: Sequence[int], end: int) -> Int32[np.ndarray, "end"] | None:
@@ -172,7 +172,7 @@ def has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> 
     return any(tokens > ring_rows(window, rows) for window in windows)
 
 
-def _extended(span_starts: tuple[int, ...], end: int, template: Template) -> tuple[int, ...]:
+def extended(span_starts: tuple[int, ...], end: int, template: Template) -> tuple[int, ...]:
     """The spans when more tokens follow at `end`."""
     only_text = bool((template.image[span_starts[-1] : end] < 0).all())
     return span_starts if only_text else (*span_starts, end)

@@ -1,5 +1,6 @@
 """Chooses the next token: the likeliest, or drawn with temperature, top-k, top-p and min-p."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,35 +83,85 @@ class Sampling(NamedTuple):
         )
 
 
+def stacked(samplings: Sequence[Sampling]) -> Sampling:
+    """Several ways to choose tokens, one for each sequence: every field is an array."""
+    return Sampling(*(np.stack(of) for of in zip(*samplings, strict=True)))
+
+
 GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)
 """Always chooses the likeliest token."""
 
 
-def sample(
-    logits: Float[Array, "vocabulary"],
+MOST_TOP_TOKENS = 20
+"""The most tokens whose log-probabilities are given beside that of the chosen one."""
+
+
+class Chosen(NamedTuple):
+    """A token for each sequence, chosen from its logits.
+
+    Log-probabilities are those of the model: before the repetition penalty, the temperature and all
+    filters. They are zeros if nobody asked for them.
+
+    Attributes:
+      token: int32 [sequences].
+      log_probability: float32 [sequences].
+      top_tokens: int32 [sequences, `MOST_TOP_TOKENS`], the likeliest tokens, likeliest first.
+      top_log_probabilities: float32 [sequences, `MOST_TOP_TOKENS`].
+    """
+
+    token: Any
+    log_probability: Any
+    top_tokens: Any
+    top_log_probabilities: Any
+
+
+def choose(
+    logits: Float[Array, "sequences vocabulary"],
     sampling: Sampling,
-    step: Int[Array, ""],
-    occurred: Bool[Array, "vocabulary"],
-) -> Int[Array, ""]:
-    """Chooses the next token, int32. Draws depend only on the seed and the step.
+    step: Int[Array, "sequences"],
+    occurred: Bool[Array, "sequences vocabulary"],
+    scored: Bool[Array, ""],
+) -> Chosen:
+    """Chooses the next token of each sequence.
 
     Args:
       logits: float32.
-      sampling: how to choose.
-      step: how many tokens have been chosen so far.
+      sampling: how to choose; each field is an array [sequences].
+      step: how many tokens have been chosen so far. Draws depend only on the seed and on this.
       occurred: which tokens are in the prompt or have been chosen.
+      scored: whether log-probabilities are computed.
     """
-    logits = penalized(logits, sampling, occurred)
+    penalized_logits = jax.vmap(penalized)(logits, sampling, occurred)
 
     def greedy() -> Array:
-        return jnp.argmax(logits).astype(jnp.int32)
+        return jnp.argmax(penalized_logits, axis=-1).astype(jnp.int32)
 
     def drawn() -> Array:
-        tokens, scores = filtered(logits, sampling)
-        key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-        return tokens[jax.random.categorical(key, scores)].astype(jnp.int32)
+        tokens = jax.vmap(_drawn)(penalized_logits, sampling, step)
+        return jnp.where(sampling.temperature > 0, tokens, greedy())
 
-    return jax.lax.cond(sampling.temperature > 0, drawn, greedy)
+    token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, greedy)
+    most = min(MOST_TOP_TOKENS, logits.shape[1])
+
+    def scores() -> tuple[Array, Array, Array]:
+        log_probabilities = jax.nn.log_softmax(logits)
+        top, top_tokens = jax.lax.top_k(log_probabilities, most)
+        of_token = jnp.take_along_axis(log_probabilities, token[:, None], axis=-1)[:, 0]
+        return of_token, top_tokens.astype(jnp.int32), top
+
+    def no_scores() -> tuple[Array, Array, Array]:
+        shape = (logits.shape[0], most)
+        return jnp.zeros(shape[:1]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
+    return Chosen(token, *jax.lax.cond(scored, scores, no_scores))
+
+
+def _drawn(
+    logits: Float[Array, "vocabulary"], sampling: Sampling, step: Int[Array, ""]
+) -> Int[Array, ""]:
+    tokens, scores = filtered(logits, sampling)
+    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+    return tokens[jax.random.categorical(key, scores)].astype(jnp.int32)
 
 
 def penalized(

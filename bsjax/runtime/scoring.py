@@ -1,17 +1,24 @@
-"""Scoring a prompt: the logits of all its tokens, chunk by chunk.
+"""Scoring a prompt, chunk by chunk: the logits of all its tokens, or how likely its answer is.
 
 The device holds the logits of one chunk at a time; those of the whole prompt are on the host only.
+For the log-probabilities of an answer, no logits leave the device.
 """
 
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32, Int
 
-from bsjax.runtime.inputs import ModelInputs
-from bsjax.runtime.prefill import ChunkedRun, score
+from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
+from bsjax.runtime.prefill import (
+    SCORED_ROWS,
+    ChunkedRun,
+    ScoredRows,
+    all_logits,
+    log_probabilities,
+)
 from bsjax.runtime.programs import Programs
-from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import sizes_in_use
 
 _MOST_ROWS = 1024
@@ -26,39 +33,97 @@ class Scoring(ChunkedRun):
     """
 
     def __init__(
-        self, programs: Programs, inputs: ModelInputs, backend: str, reuse: Reuse = NOTHING
+        self, programs: Programs, prompt: PlacedPrompt, layout: CacheLayout, backend: str
     ) -> None:
+        language_model = programs.module.language_model
         sizes = sizes_in_use()
         super().__init__(
             programs,
-            inputs,
-            score,
+            [prompt],
+            layout,
+            all_logits,
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
-            new_tokens=0,
-            reuse=reuse,
+            carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
             all_outputs=True,
         )
         logits, _ = self.stages[-1].program.output
         self._vocabulary = logits.shape[1]
-        self._start = reuse.start
-        self._tokens = inputs.tokens - reuse.start
+        self._start = prompt.reuse.start
+        self._tokens = prompt.end - prompt.reuse.start
         self.result_bytes = 4 * self._tokens * self._vocabulary
 
-    def logits(self) -> Float32[np.ndarray, "tokens vocabulary"]:
-        """Logits in prompt order, on the host."""
-        return self.logits_and_cache()[0]
-
-    def logits_and_cache(
-        self, cache: Any = None
-    ) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
+    def logits(self, cache: Any) -> tuple[Float32[np.ndarray, "tokens vocabulary"], Any]:
         """Logits of the tokens that run, in prompt order, on the host; and the cache.
 
         Args:
           cache: as for `run`.
         """
         result = np.empty((self._tokens, self._vocabulary), np.float32)
-        after: Any = None
+        after = cache
         for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
-            result[chunk.order - self._start] = np.asarray(logits)[: chunk.order.size]
+            result[chunk.order - self._start] = np.asarray(logits)[: chunk.tokens]
         return result, after
+
+
+class AnswerScoring(ChunkedRun):
+    """The stages from a prompt that ends with an answer to how likely each token of the answer is.
+
+    Args:
+      programs: the programs of the model.
+      prompt: the prompt, with the answer. The token before the answer has to run.
+      first: position of the answer's first token.
+      layout: the shape of the cache.
+      backend: attention backend.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        prompt: PlacedPrompt,
+        first: int,
+        layout: CacheLayout,
+        backend: str,
+    ) -> None:
+        self._first, self._prompt = first, prompt
+        language_model = programs.module.language_model
+        super().__init__(
+            programs,
+            [prompt],
+            layout,
+            log_probabilities,
+            backend,
+            sizes=sizes_in_use(),
+            carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
+            more_arguments=lambda chunk: (self._scored(chunk),),
+            all_outputs=True,
+        )
+
+    def scores(
+        self, cache: Any
+    ) -> tuple[Float32[np.ndarray, "answer"], Bool[np.ndarray, "answer"], Any]:
+        """The log-probability of each token of the answer, whether it is the likeliest; the cache.
+
+        Args:
+          cache: as for `run`.
+        """
+        tokens = self._prompt.end - self._first
+        scores, likeliest = np.empty(tokens, np.float32), np.empty(tokens, bool)
+        after = cache
+        for chunk, results, after in self.run(cache):  # noqa: B007 (the last one is returned)
+            before = chunk.order[self._scored_rows(chunk)]
+            for into, values in zip((scores, likeliest), results, strict=True):
+                into[before + 1 - self._first] = np.asarray(values)[: before.size]
+        return scores, likeliest, after
+
+    def _scored_rows(self, chunk: Chunk) -> Int[np.ndarray, "scored"]:
+        """The rows of a chunk that a token of the answer follows."""
+        last = self._prompt.end - 1
+        return np.flatnonzero((chunk.order >= self._first - 1) & (chunk.order < last))
+
+    def _scored(self, chunk: Chunk) -> ScoredRows:
+        rows = self._scored_rows(chunk)
+        chunk_rows = chunk.arguments.token_ids.shape[0]
+        padded = np.zeros((2, -(-chunk_rows // SCORED_ROWS) * SCORED_ROWS), np.int32)
+        padded[:, : rows.size] = rows, self._prompt.inputs.token_ids[chunk.order[rows] + 1]
+        return ScoredRows(np.int32(rows.size), *padded)

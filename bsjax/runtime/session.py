@@ -4,30 +4,36 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal, overload
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import DescribedModel, LoadedModel
-from bsjax.checks import check_not_forked
+from bsjax.checks import check_not_forked, truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.runtime.decoding import AnswerSettings
-from bsjax.runtime.generation import (
-    Logits,
+from bsjax.prompts.prompt import PromptOptions
+from bsjax.runtime.arguments import (
     Messages,
     ProfileLike,
     check_stream,
     checked_max_tokens,
     checked_prompt,
     checked_settings,
+    one_conversation,
+)
+from bsjax.runtime.decoding import AnswerSettings
+from bsjax.runtime.generation import (
+    Logits,
+    TokenIds,
     forward_once,
     generate_once,
-    one_conversation,
     pieces_of,
     result_of,
 )
 from bsjax.runtime.kept_cache import KeptCache
+from bsjax.runtime.likelihood import score_once
 from bsjax.runtime.programs import check_model
-from bsjax.runtime.results import Result, Token
+from bsjax.runtime.results import Result, Score, Token
 from bsjax.runtime.session_file import read_session, write_session
 
 
@@ -165,15 +171,18 @@ class Session:
         self,
         messages: Messages,
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int = 0,
+        use_generation_config: bool = False,
         stream: Callable[[str, int], None] | None = None,
+        max_pixels: int | None = None,
+        continue_final_message: bool = False,
         allow_files: bool | None = None,
         allow_urls: bool | None = None,
     ) -> Result:
@@ -196,23 +205,27 @@ class Session:
             repetition_penalty=repetition_penalty,
             stop=stop,
             seed=seed,
+            use_generation_config=use_generation_config,
         )
-        one_by_one = stream is not None
-        events = self._events(messages, settings, allow_files, allow_urls, one_by_one=one_by_one)
+        options = self._model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+        events = self._events(messages, settings, options, one_by_one=stream is not None)
         return result_of(events, stream)
 
     def stream(
         self,
         messages: Messages,
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int = 0,
+        use_generation_config: bool = False,
+        max_pixels: int | None = None,
+        continue_final_message: bool = False,
         allow_files: bool | None = None,
         allow_urls: bool | None = None,
     ) -> Iterator[str]:
@@ -232,46 +245,102 @@ class Session:
             repetition_penalty=repetition_penalty,
             stop=stop,
             seed=seed,
+            use_generation_config=use_generation_config,
         )
-        return pieces_of(self._events(messages, settings, allow_files, allow_urls, one_by_one=True))
+        options = self._model.options(allow_files, allow_urls, max_pixels, continue_final_message)
+        return pieces_of(self._events(messages, settings, options, one_by_one=True))
+
+    @overload
+    def forward(
+        self,
+        messages: Messages,
+        *,
+        return_token_ids: Literal[False] = False,
+        max_pixels: int | None = None,
+        continue_final_message: bool = False,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> tuple[Logits, int]: ...
+
+    @overload
+    def forward(
+        self,
+        messages: Messages,
+        *,
+        return_token_ids: Literal[True],
+        max_pixels: int | None = None,
+        continue_final_message: bool = False,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> tuple[Logits, int, TokenIds]: ...
 
     def forward(
         self,
         messages: Messages,
         *,
+        return_token_ids: bool = False,
+        max_pixels: int | None = None,
+        continue_final_message: bool = False,
         allow_files: bool | None = None,
         allow_urls: bool | None = None,
-    ) -> tuple[Logits, int]:
+    ) -> tuple[Logits, int] | tuple[Logits, int, TokenIds]:
         """Logits of the tokens that were not in the cache.
 
+        The arguments are those of `bsjax.forward`.
+
         Returns:
-          The logits, float32 [tokens, vocabulary], and the position of the first of these tokens.
-          The last row is always that of the prompt's last token.
+          The logits, float32 [tokens, vocabulary], and the position of the first of these tokens;
+          with `return_token_ids`, also their ids, int32 [tokens]. The last row is always that of
+          the prompt's last token.
 
         Raises:
           BsjaxError: as for `generate`.
         """
-        sources = self._model.image_sources.restricted(allow_files, allow_urls)
+        with_ids = truth_value("return_token_ids", return_token_ids, error=GenerationError)
+        options = self._model.options(allow_files, allow_urls, max_pixels, continue_final_message)
         conversation = one_conversation("forward", messages)
         with self._one_call():
-            return forward_once(
-                self._model, conversation, self._profile, self._backend, sources, self._kept
+            logits, first, token_ids = forward_once(
+                self._model, conversation, self._profile, self._backend, options, self._kept
             )
+        return (logits, first, token_ids) if with_ids else (logits, first)
+
+    def score(
+        self,
+        messages: Messages,
+        *,
+        max_pixels: int | None = None,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+    ) -> Score:
+        """Like `bsjax.score`, for one conversation.
+
+        What several answers to one question have in common runs only for the first of them.
+
+        Raises:
+          BsjaxError: as for `generate`.
+        """
+        options = self._model.options(allow_files, allow_urls, max_pixels)
+        conversation = one_conversation("score", messages)
+        with self._one_call():
+            check_not_forked(GenerationError)
+            answered = self._model.answered_prompt(conversation, options)
+            return score_once(self._model, answered, self._profile, self._backend, self._kept)
 
     def _events(
         self,
         messages: Messages,
         settings: AnswerSettings,
-        allow_files: bool | None,
-        allow_urls: bool | None,
+        options: PromptOptions,
         *,
         one_by_one: bool,
     ) -> Generator[Token | Result, None, None]:
         """Reads the messages, and returns an iterator over the tokens, then the result."""
-        sources = self._model.image_sources.restricted(allow_files, allow_urls)
         conversation = one_conversation("a session", messages)
         check_not_forked(GenerationError)
-        prompt = checked_prompt(self._model, conversation, self._profile, settings, sources)
+        prompt = checked_prompt(
+            self._model, conversation, self._profile, options, settings.new_tokens
+        )
 
         def events() -> Generator[Token | Result, None, None]:
             with self._one_call():
@@ -280,7 +349,6 @@ class Session:
                     prompt,
                     self._profile,
                     settings,
-                    sources,
                     one_by_one=one_by_one,
                     kept=self._kept,
                 )

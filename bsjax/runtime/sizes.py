@@ -51,6 +51,9 @@ def sizes_in_use() -> Sizes:
 MOST_IMAGES = 48
 """The most images in a chunk. A chunk's schedule has room for the tiles of that many."""
 
+MOST_PROMPTS = 16
+"""The most prompts that a chunk has tokens of."""
+
 _MOST_PARTS = 64
 
 
@@ -74,3 +77,12 @@ def cache_rows(tokens: int) -> int:
         if tokens <= rows:
             return rows
     return bucket(tokens, smallest=_SHORT_CACHES[-1], steps=4)
+
+
+_MOST_SEQUENCES_ON_CPU = 32
+_MOST_SEQUENCES_ON_GPU = 64
+
+
+def most_sequences() -> int:
+    """The most sequences of a cache: the most answers that are generated together."""
+    return _MOST_SEQUENCES_ON_GPU if compiles_for_gpus() else _MOST_SEQUENCES_ON_CPU

@@ -1,7 +1,7 @@
 """Compiles the programs of a model before the first prompt arrives."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,14 +11,14 @@ from bsjax.checks import truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
+from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
+from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
-from bsjax.runtime.generation import ProfileLike, checked_max_tokens
-from bsjax.runtime.images import ImageGroup, counted_patches, image_groups
+from bsjax.runtime.images import ImageEncoder, PromptImage, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.sampling import GREEDY
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
 
 
@@ -74,7 +74,8 @@ def warmup(
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     limit = model.config.get_text_config().max_position_embeddings
-    groups = _groups_of_every_size(model, backend) if images else ()
+    of_every_size = _images_of_every_size(model) if images else ()
+    groups = image_groups(model.architecture, of_every_size, backend)
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
         tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
@@ -85,15 +86,11 @@ def warmup(
             image_tokens=(),
         )
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
-        settings = AnswerSettings(rows - tokens, backend)
-        prefill = Prefill(
-            programs,
-            replace(inputs, image_groups=groups),
-            new_tokens=settings.new_tokens,
-            sampling=GREEDY,
-            backend=backend,
-        )
-        Decoding(programs, inputs, prefill.cache, settings)
+        settings = AnswerSettings(1, backend)
+        layout = CacheLayout(rows)
+        prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
+        ImageEncoder(programs, groups, prefill.features, prefill.chunks.feature_row, backend)
+        Decoding(programs, layout, settings.end_tokens, backend)
     if groups and resolved is not None and resolved.is_sparse:
         # Of a session with this many tokens.
         moving_program(programs, cache_rows(max_tokens))
@@ -122,26 +119,17 @@ def cache_lengths(max_tokens: int) -> list[int]:
     return lengths
 
 
-def _groups_of_every_size(model: LoadedModel, backend: str) -> tuple[ImageGroup, ...]:
-    """For each size that the smallest image fits into, a group full of such images."""
+def _images_of_every_size(model: LoadedModel) -> tuple[PromptImage, ...]:
+    """Images that fill a group of each size that the smallest image fits into, largest first."""
     family, config = model.family, model.config
     if not family.reads_images:
         return ()
-    groups: dict[int, ImageGroup] = {}
-    grid = np.asarray([family.smallest_grid(config)], np.int32)
-    patches_per_image = int(grid.prod())
-    for patches in sizes_in_use().patches:
-        count = patches // int(counted_patches(grid)[0])
-        if not count:
-            continue
-        prompt = Prompt(
-            token_ids=np.zeros(0, np.int32),
-            pixel_values=np.broadcast_to(
-                np.float32(0), (count * patches_per_image, family.patch_values(config))
-            ),
-            grid_thw=np.tile(grid, (count, 1)),
-            image_tokens=(patches_per_image // family.patches_per_token(config),) * count,
-        )
-        for group in image_groups(model.architecture, prompt, backend):
-            groups[group.padded_tokens] = group
-    return tuple(groups.values())
+    grid = np.asarray(family.smallest_grid(config), np.int32)
+    patches = int(grid.prod())
+    image = PromptImage(
+        np.broadcast_to(np.float32(0), (patches, family.patch_values(config))),
+        grid,
+        patches // family.patches_per_token(config),
+    )
+    counted = int(counted_patches(grid[None])[0])
+    return (image,) * sum(size // counted for size in sizes_in_use().patches)

@@ -143,7 +143,7 @@ def test_chunks_turns_and_batches_read_one_layer_of_a_cache(backend, visibility)
     )
     def run(of, stacked_heads, categories, layer, sinks_apart):
         queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
-        keys = Rows(of.templates, of.keys, packed=True)
+        keys = Rows(of.templates, of.keys, packed=True, first_row=of.first_key_rows)
         schedule = build_span_schedule(
             queries,
             keys,

@@ -15,6 +15,7 @@ from PIL import Image
 import bsjax
 from bsjax.checkpoint import loading
 from bsjax.cli import main
+from bsjax.runtime import arguments as runtime_arguments
 from convert.__main__ import main as convert
 from tests.support.paths import ROOT
 
@@ -91,6 +92,50 @@ def test_images_can_be_arguments_or_options(capsys, checkpoint, images):
     assert given["token_ids"] == expected
     given = answer(capsys, checkpoint, "Compare.", "--image", first, "--image", second)
     assert given["token_ids"] == expected
+
+
+def test_generate_uses_the_checkpoints_settings_where_it_is_told_to(
+    capsys, checkpoint, images, monkeypatch
+):
+    given = {}
+
+    def checked_settings(model, backend, **options):
+        given.update(options)
+        return original(model, backend, **options)
+
+    original = runtime_arguments.checked_settings
+    monkeypatch.setattr(runtime_arguments, "checked_settings", checked_settings)
+    first = answer(capsys, checkpoint, "What is it?", images[0])
+    assert (given["use_generation_config"], given["temperature"]) == (False, None)
+    again = answer(
+        capsys, checkpoint, "What is it?", images[0], "--use-generation-config", "--max-pixels",
+        str(28 * 28 * 4),
+    )  # fmt: skip
+    assert given["use_generation_config"] is True
+    assert first["stats"]["image_tokens"] == [12] and again["stats"]["image_tokens"][0] <= 4
+
+
+def test_score_prints_how_likely_each_answer_is(capsys, checkpoint, images):
+    arguments = ("score", checkpoint, "Is it a cat?", "yes", "no, a dog", "--image", images[0])
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    part = {"type": "image", "image": images[0]}
+    asked = {"role": "user", "content": [part, {"type": "text", "text": "Is it a cat?"}]}
+    scores = bsjax.score(
+        bsjax.load(checkpoint),
+        [[asked, {"role": "assistant", "content": words}] for words in ("yes", "no, a dog")],
+    )
+    lines = out.splitlines()
+    assert lines == [
+        f"{score.log_probability:.4f}  {words}  ({len(score.token_ids)} tokens)"
+        for score, words in zip(scores, ("yes", "no, a dog"), strict=True)
+    ]
+    status, out, err = run(capsys, *arguments, "--json", "--uniform", "intra-image-sink")
+    assert status == 0, err
+    sparse = json.loads(out)
+    assert [each["token_ids"] for each in sparse] == [list(each.token_ids) for each in scores]
+    status, _, err = run(capsys, *arguments[:3], "")
+    assert status == 2 and "messages[1] is to be continued or scored, but holds no text" in err
 
 
 def test_text_without_images_is_answered_and_streamed(capsys, checkpoint):

@@ -106,6 +106,35 @@ def test_generate(refusal, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["yes", ""], "messages[1] is to be continued or scored, but holds no text"),
+        (["--image", "missing.png"], "Image 1 of 1 (messages[0]['content'][0], 'missing.png')"),
+        (["--image", "cut.png"], "'cut.png') cannot be read"),
+        (["--image", "photo.png", "--max-pixels", "0"], "--max-pixels must be a positive number"),
+        (["word " * 40000], "Shorten the text of the messages."),
+        (["--system", "\ud800"], "half of a surrogate pair"),
+        *OF_A_PROFILE,
+        *OF_DEVICES,
+    ],
+)
+def test_score(refusal, arguments, words):
+    assert words in refusal("score", "Is it a cat?", "no", *arguments)
+
+
+def test_settings_of_the_checkpoint(refusal, tiny_source, tmp_path):
+    convert_checkpoint(tiny_source, tmp_path / "ours")
+    for settings, words in (
+        ({"temperature": -1.0, "do_sample": True}, "generation config: temperature must be"),
+        ({"temperature": 1.0, "num_beams": 4}, "leave --use-generation-config out"),
+        ({"num_beams": 1, "max_length": 9}, "give --max-new-tokens, which goes before it"),
+    ):
+        edit_json(tmp_path / "ours" / "generation_config.json", **settings)
+        said = refusal("generate", "?", "--use-generation-config", checkpoint=tmp_path / "ours")
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["--max-tokens", "1"], "--max-tokens must be at least 2"),
         (["--max-tokens", "999999"], "--max-tokens is 999999, but the model has"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
@@ -156,6 +185,7 @@ def test_images_for_a_model_that_reads_text_only(refusal, tmp_path):
     convert_checkpoint(tmp_path / "hf", tmp_path / "ours")
     for command, arguments in (
         ("generate", ("?", "photo.png")),
+        ("score", ("?", "no", "--image", "photo.png")),
         ("profile", ("photos", "--output", "out.json")),
     ):
         said = refusal(command, *arguments, checkpoint=tmp_path / "ours")

@@ -17,13 +17,13 @@ from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Processor
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import Programs
-from bsjax.runtime.scoring import Scoring
 from examples.train_small_vlm import forward, loss, scenes, training
 from examples.train_small_vlm.batches import Encoder
 from examples.train_small_vlm.export import export
 from examples.train_small_vlm.files import make_config, make_image_processor, make_tokenizer
 from examples.train_small_vlm.questions import TASKS, ask
 from examples.train_small_vlm.scenes import COLOURS, CONTENTS, LABELS, draw_scene
+from tests.support.chunks import logits_of
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_training_computes_what_inference_computes(
         prompt = processor.prompt(conversation(scene, question))
         architecture = Architecture(family, config, np.float32)
         inputs = prepare_inputs(architecture, prompt, profile, backend="xla")
-        alone = Scoring(programs, inputs, "xla").logits()[-1]
+        alone = logits_of(programs, inputs)[-1]
         np.testing.assert_allclose(alone, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -416,5 +416,5 @@ def test_the_exported_checkpoint_is_what_transformers_reads(module, config, enco
         )
     architecture = Architecture(family, config, np.float32)
     inputs = prepare_inputs(architecture, prompt, None, backend="xla")
-    ours = Scoring(Programs(rounded), inputs, "xla").logits()
+    ours = logits_of(Programs(rounded), inputs)
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())

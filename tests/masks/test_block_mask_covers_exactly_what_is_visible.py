@@ -14,7 +14,6 @@ from bsjax.masks.categories import KeyGroup
 from bsjax.masks.query_rows import QueryRows, visible_pairs
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import (
-    PADDING_POSITION,
     KeyRange,
     Tile,
     build_schedule,
@@ -22,7 +21,7 @@ from bsjax.masks.schedule import (
     segment_schedule,
     uses_packed_order,
 )
-from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from bsjax.masks.visibility import PADDING_POSITION, TokenInfo, Visibility, visible
 from tests.support.templates import categories, spans, templates, visibilities, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
@@ -145,7 +144,7 @@ def test_chunks_turns_and_batches_are_covered_once(
     """Queries of some tokens, keys in rows of several turns, conversations in any order."""
     packed = uses_packed_order(tables)
     queries = Rows(of.templates, of.queries, packed=packed, sinks_apart=sinks_apart)
-    keys = Rows(of.templates, of.keys, packed=packed)
+    keys = Rows(of.templates, of.keys, packed=packed, first_row=of.first_key_rows)
     schedule = build_span_schedule(
         queries,
         keys,
@@ -284,7 +283,7 @@ def test_probes_give_the_ranges_of_all_rows(of, groups, block_q, block_kv, visib
         # The second table makes the order packed, whatever key groups the first one has.
         tables = [groups, HeadCategory.SINK.groups]
         queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
-        keys = Rows(of.templates, of.keys, packed=True)
+        keys = Rows(of.templates, of.keys, packed=True, first_row=of.first_key_rows)
         return build_span_schedule(
             queries, keys, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
         )

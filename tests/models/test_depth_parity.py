@@ -59,7 +59,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
     )
     (chunk,) = chunks
     language_model = nnx.merge(graph, state).language_model
-    cache = jax.eval_shape(lambda: language_model.empty_cache(chunks.cache_rows))
+    cache = jax.eval_shape(lambda: language_model.empty_cache(*chunks.layout))
     return {
         "encode_images": trace(
             call("encode_images"),
@@ -75,7 +75,13 @@ def programs(family: str, depth: int) -> dict[str, list]:
             cache,
             only=chunk.arguments.outputs,
         ),
-        "decode_step": trace(call("decode_step"), np.int32(0), np.int32(0), cache, np.int32(4)),
+        "decode_step": trace(
+            call("decode_step"),
+            np.int32([0]),
+            np.int32([0]),
+            cache,
+            np.int32([4]),
+        ),
     }
 
 

@@ -162,7 +162,7 @@ class Port:
         )
         features = self.image_features(prompt)
         run = self.jitted("language_model.prefill", backend="xla")
-        cache = self.module.language_model.empty_cache(chunks.cache_rows)
+        cache = self.module.language_model.empty_cache(*chunks.layout)
         logits = np.empty((tokens, text.vocab_size), np.float32)
         for chunk in chunks:
             embeddings = self.embed(chunk.arguments.token_ids)
@@ -181,11 +181,11 @@ class Port:
             )
             if all_outputs:
                 logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
-            elif chunk.end == tokens:
+            elif chunk.last_parts:
                 logits = np.asarray(self.logits_of(hidden))
         keys = chunk.arguments.cached_rows[-1].schedule.keys.position[:tokens]
         assert packed == bool(np.any(np.diff(keys) < 0))
-        return logits, cache, chunks.inputs.next_position
+        return logits, cache, chunks.prompts[0].inputs.next_position
 
     def greedy(
         self, prompt: RandomPrompt, *, packed: bool = False, new_tokens: int = NEW_TOKENS
@@ -195,12 +195,12 @@ class Port:
         of_steps = [logits[-1]]
         for step in range(new_tokens - 1):
             logits, cache = self.decode(
-                np.int32(of_steps[-1].argmax()),
-                np.int32(next_position + step),
+                of_steps[-1].argmax(keepdims=True).astype(np.int32),
+                np.asarray([next_position + step], np.int32),
                 cache,
-                np.int32(len(prompt.token_ids) + step),
+                np.asarray([len(prompt.token_ids) + step], np.int32),
             )
-            of_steps.append(np.asarray(logits))
+            of_steps.append(np.asarray(logits[0]))
         stacked = np.stack(of_steps)
         return stacked.argmax(axis=1).tolist(), stacked
 

@@ -15,7 +15,7 @@ from bsjax.profiling.evaluation import Comparison
 from bsjax.profiling.prompt_inputs import append_tokens
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of
-from bsjax.runtime.scoring import Scoring
+from tests.support.chunks import logits_of
 
 LAYERS, HEADS = 3, 4
 
@@ -218,7 +218,7 @@ def test_the_divergence_is_that_of_the_models_logits(tiny_model):
     def log_probabilities(messages, answer, profile):
         prompt = append_tokens(tiny_model.prompt(messages), answer)
         inputs = prepare_inputs(tiny_model.architecture, prompt, profile, backend="xla")
-        logits = Scoring(programs_of(tiny_model), inputs, "xla").logits()[-3:].astype(np.float64)
+        logits = logits_of(programs_of(tiny_model), inputs)[-3:].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     sparse_profile = Profile(family="qwen2_5_vl", categories=categories, sinks=sinks)

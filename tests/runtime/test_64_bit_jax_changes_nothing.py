@@ -99,7 +99,9 @@ def test_generation_and_scoring(models):
             model, conversation(0), max_new_tokens=3, temperature=0.9, top_k=40, top_p=0.9
         )
         tokens = np.asarray([greedy.token_ids, drawn.token_ids], np.int32)
-        return tokens, bsjax.forward(model, conversation(0))
+        answered = [*conversation(0), {"role": "assistant", "content": "The first one."}]
+        scores = np.asarray(bsjax.score(model, answered).log_probabilities, np.float32)
+        return tokens, scores, bsjax.forward(model, conversation(0))
 
     same_with_64_bits(run, *models)
 

@@ -23,6 +23,7 @@ from bsjax import (
 )
 from bsjax.checks import shown
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
+from bsjax.runtime.generation import generate_iter
 from bsjax.runtime.programs import Programs
 from convert.conversion import convert_checkpoint
 from tests.support.convert_sources import edit_json
@@ -30,6 +31,7 @@ from tests.support.fuzzing import check_message
 from tests.support.refusals import HUGE, refused
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+ANSWERED = [*MESSAGES, {"role": "assistant", "content": "hi"}]
 
 pytestmark = pytest.mark.usefixtures("annotations_unchecked")
 
@@ -48,6 +50,8 @@ TAKE_A_MODEL = {
     "generate": (lambda model: bsjax.generate(model, MESSAGES), GenerationError),
     "forward": (lambda model: bsjax.forward(model, MESSAGES), GenerationError),
     "stream": (lambda model: bsjax.stream(model, MESSAGES), GenerationError),
+    "generate_iter": (lambda model: generate_iter(model, [MESSAGES]), GenerationError),
+    "score": (lambda model: bsjax.score(model, ANSWERED), GenerationError),
     "warmup": (bsjax.warmup, GenerationError),
     "Session": (bsjax.Session, GenerationError),
     "Session.load": (lambda model: bsjax.Session.load("a.session", model), GenerationError),
@@ -102,7 +106,7 @@ def test_every_public_function_that_takes_a_model_is_tested():
     [
         *(
             ({"temperature": value}, GenerationError, "temperature must be a number")
-            for value in (None, "x", -1, float("nan"), 1e39, 10**400, True, [1], 1j, HUGE)
+            for value in ("x", -1, float("nan"), 1e39, 10**400, True, [1], 1j, HUGE)
         ),
         *(
             ({"top_k": value}, GenerationError, "top_k must be")
@@ -118,7 +122,7 @@ def test_every_public_function_that_takes_a_model_is_tested():
         ),
         *(
             ({"max_new_tokens": value}, GenerationError, "max_new_tokens must be")
-            for value in (None, 0, -1, "x", 1.5, True)
+            for value in (0, -1, "x", 1.5, True)
         ),
         *(
             ({"max_new_tokens": value}, CapacityError, "Lower max_new_tokens to")
@@ -219,6 +223,43 @@ def test_all_conversations_are_checked_before_the_first_one_runs(tiny_model, tmp
     words = "conversations[1]: Image 1 of 1 (messages[0]['content'][0]"
     for call in (bsjax.generate, bsjax.forward):
         refused(lambda call=call: call(tiny_model, [MESSAGES, messages]), MessageError, words)
+    answer = ANSWERED[-1]
+    refused(lambda: bsjax.score(tiny_model, [ANSWERED, [*messages, answer]]), MessageError, words)
+
+
+ASKED_AGAIN = [*ANSWERED, *MESSAGES]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("call", "batch", "words"),
+    [
+        (bsjax.score, [ANSWERED, MESSAGES], "conversations[1]: messages[0], the last message, has"),
+        (bsjax.score, [ANSWERED, ANSWERED[1:]], "conversations[1]: messages[0] is an answer to"),
+        *(
+            (
+                partial(call, continue_final_message=True),
+                [ANSWERED, ASKED_AGAIN],
+                "conversations[1]: messages[2], the last message, has the role 'user'",
+            )
+            for call in (bsjax.generate, bsjax.forward)
+        ),
+    ],
+)
+def test_all_conversations_have_the_form_that_the_call_needs(tiny_model, call, batch, words):
+    refused(lambda: call(tiny_model, batch), MessageError, words)
+
+
+def test_the_images_of_a_batch_fit_its_options(tiny_model, nothing_compiled):
+    """Scaled by `max_pixels` of the call, the image is small enough; without, it is not."""
+    sources = bsjax.ImageSources(max_scaled_pixels=28 * 28 * 4)
+    model = dataclasses.replace(tiny_model, image_sources=sources)
+    picture = {"type": "image", "image": np.zeros((280, 280, 3), np.uint8)}
+    batch = [MESSAGES, [{"role": "user", "content": [picture]}]]
+    words = "conversations[1]: Image 1 of 1 (messages[0]['content'][0]): it would be scaled to"
+    refused(lambda: bsjax.generate(model, batch), MessageError, words)
+    with pytest.raises(AssertionError, match="a program was compiled or run"):
+        bsjax.generate(model, batch, max_pixels=28 * 28 * 4)
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -11,13 +11,12 @@ import bsjax
 from bsjax import CapacityError, GenerationError, Profile
 from bsjax.cli import main
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, programs_of
 from bsjax.runtime.sampling import GREEDY, Sampling
 from bsjax.runtime.sizes import cache_rows
 from bsjax.runtime.warmup import cache_lengths
+from tests.support.chunks import decoding_of, prefill_of
 
 MOST_PROGRAMS = 12
 
@@ -73,11 +72,11 @@ def test_a_hundred_unlike_prompts_need_twelve_programs(tiny_model):
             backend="xla",
             new_tokens=64,
         )
-        prefill = Prefill(programs, inputs, new_tokens=64, sampling=sampling, backend="xla")
+        prefill = prefill_of(programs, inputs, new_tokens=64, sampling=sampling)
         for chunk in prefill.chunks:
             prefill.program_of(chunk)
             chunks += 1
-        Decoding(programs, inputs, prefill.cache, AnswerSettings(64, "xla", sampling))
+        decoding_of(programs, prefill)
     assert chunks > 500
     assert programs.compilations <= MOST_PROGRAMS
 
@@ -91,7 +90,7 @@ def test_large_images_need_no_chunks_of_their_own(tiny_model):
         text = [0] * (8000 - len(of_image))
         prompt = prompt_of(tiny_model, of_image + text, [(1, rows, columns)])
         inputs = prepare_inputs(tiny_model.architecture, prompt, None, backend="xla", new_tokens=9)
-        prefill = Prefill(programs, inputs, new_tokens=9, sampling=GREEDY, backend="xla")
+        prefill = prefill_of(programs, inputs, new_tokens=9)
         own.append({id(of.program) for of in prefill.stages if of.name == "prefill"})
     assert own[1:] == own[:-1]
 

@@ -10,14 +10,13 @@ from bsjax import HeadCategory, Profile, Template
 from bsjax.cli import build_parser, main
 from bsjax.cli.mask import template_and_visibility
 from bsjax.masks.query_rows import visible_pairs
-from bsjax.masks.schedule import PADDING_POSITION
-from bsjax.masks.visibility import Visibility
+from bsjax.masks.visibility import PADDING_POSITION, Visibility
+from bsjax.models.cache import PADDING_ROW
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import programs_of
-from bsjax.runtime.sampling import GREEDY
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
+from tests.support.chunks import prefill_of
 from tests.support.parity import torch
 from tests.support.small_models import reference_inputs
 
@@ -101,7 +100,7 @@ def test_flops_are_counted_for_each_kind_of_layer(model):
     assert everywhere.sparse / everywhere.dense < local.sparse / local.dense < 1
 
 
-def prefill_of(model, profile=None, new_tokens=2):
+def prefilled(model, profile=None, new_tokens=2):
     inputs = prepare_inputs(
         model.architecture,
         model.prompt(conversation()),
@@ -109,13 +108,11 @@ def prefill_of(model, profile=None, new_tokens=2):
         backend="xla",
         new_tokens=new_tokens,
     )
-    return Prefill(
-        programs_of(model), inputs, new_tokens=new_tokens, sampling=GREEDY, backend="xla"
-    )
+    return prefill_of(programs_of(model), inputs, new_tokens=new_tokens)
 
 
 def test_kinds_of_layers_run_the_same_rows(model):
-    for chunk in prefill_of(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
+    for chunk in prefilled(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
         local, everywhere = (of.schedule for of in chunk.arguments.cached_rows)
         np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
         np.testing.assert_array_equal(local.queries.position[: chunk.order.size], chunk.order)
@@ -124,25 +121,28 @@ def test_kinds_of_layers_run_the_same_rows(model):
 
 
 def test_local_layers_cache_only_their_window(model):
-    cache = prefill_of(model).cache
+    cache = prefilled(model).carried.cache
     assert cache.of_local.k.shape == (3, 11, 2, 16)
     assert cache.of_global.k.shape[0] == 1 and cache.of_global.k.shape[1] >= 64
 
 
 def test_a_ring_holds_the_last_positions_at_their_remainders(model):
     """Wherever chunks end, and wherever in a chunk the row of a position is."""
-    prefill = prefill_of(model, Profile.uniform(HeadCategory.SINK, model))
+    prefill = prefilled(model, Profile.uniform(HeadCategory.SINK, model))
     ring = np.full(11, -1)
     for chunk in prefill.chunks:
+        (part,) = chunk.parts
         local, _ = chunk.arguments.cached_rows
         known = np.concatenate([ring, local.schedule.queries.position])
-        before = np.arange(max(0, chunk.start - 11), chunk.start)
+        before = np.arange(max(0, part.start - 11), part.start)
         np.testing.assert_array_equal(ring[before % 11], before)
         keys = known[local.key_rows]
         real = local.schedule.keys.position != PADDING_POSITION
         np.testing.assert_array_equal(keys[real], local.schedule.keys.position[real])
-        ring = known[local.ring_rows]
-    last = np.arange(max(0, chunk.end - 11), chunk.end)
+        for first, rows in zip(*local.runs, strict=True):
+            kept = np.flatnonzero(rows != PADDING_ROW)
+            ring[first + kept] = chunk.order[rows[kept]]
+    last = np.arange(max(0, part.end - 11), part.end)
     np.testing.assert_array_equal(ring[last % 11], last)
 
 

@@ -14,16 +14,14 @@ import bsjax
 from bsjax import CapacityError, Template, Text
 from bsjax import Image as ImageTokens
 from bsjax.models import layers
-from bsjax.runtime.chunks import chunk_borders
-from bsjax.runtime.decoding import AnswerSettings, Decoding
-from bsjax.runtime.images import group_borders
+from bsjax.runtime.chunks import CacheLayout, PlacedPrompt, chunk_borders
+from bsjax.runtime.images import group_borders, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import check_memory
-from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Memory, Stage, programs_of, size_in_bytes
-from bsjax.runtime.sampling import GREEDY
 from bsjax.runtime.scoring import Scoring
-from bsjax.runtime.sizes import MOST_IMAGES, Sizes, sizes_in_use
+from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows, sizes_in_use
+from tests.support.chunks import decoding_of, inputs_of_template, prefill_of
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.published_memory import measured
 from tools import memory_table
@@ -45,12 +43,15 @@ def inputs_of(model, messages, new_tokens=8):
     )
 
 
+def groups_of(inputs):
+    return image_groups(inputs.architecture, inputs.images, "xla")
+
+
 def stages_of(model, messages, new_tokens=8):
     """The stages of answering, and the `Prefill` among them."""
     inputs, programs = inputs_of(model, messages, new_tokens), programs_of(model)
-    prefill = Prefill(programs, inputs, new_tokens=new_tokens, sampling=GREEDY, backend="xla")
-    settings = AnswerSettings(new_tokens, "xla")
-    decoding = Decoding(programs, inputs, prefill.cache, settings)
+    prefill = prefill_of(programs, inputs, new_tokens=new_tokens)
+    decoding = decoding_of(programs, prefill)
     return [*prefill.stages, *decoding.stages], prefill
 
 
@@ -58,7 +59,7 @@ def stages_of(model, messages, new_tokens=8):
 def logits(tiny_model):
     """Logits of a prompt that is a single chunk, with a single group of images."""
     inputs = inputs_of(tiny_model, conversation())
-    assert len(inputs.image_groups) == 1 and inputs.tokens <= sizes_in_use().chunks[0]
+    assert len(groups_of(inputs)) == 1 and inputs.tokens <= sizes_in_use().chunks[0]
     return bsjax.forward(tiny_model, conversation())
 
 
@@ -106,7 +107,7 @@ def test_chunks_and_groups_change_no_logits(tiny_model, small_sizes, category):
     answer = bsjax.generate(tiny_model, messages, profile=profile, max_new_tokens=6)
     small_sizes()
     inputs = inputs_of(tiny_model, messages)
-    assert len(inputs.image_groups) > 2 and inputs.tokens > 3 * 32
+    assert len(groups_of(inputs)) > 2 and inputs.tokens > 3 * 32
     assert_float32_close(bsjax.forward(tiny_model, messages, profile=profile), expected)
     again = bsjax.generate(tiny_model, messages, profile=profile, max_new_tokens=6)
     assert again.token_ids == answer.token_ids
@@ -145,23 +146,23 @@ def test_stages_count_everything_on_the_device(tiny_model):
     assert [stage.name for stage in stages] == ["vision", "prefill", "decode"]
     by_name = {stage.name: stage for stage in stages}
     memory = {name: stage.program.memory for name, stage in by_name.items()}
-    cache = size_in_bytes(prefill.cache)
-    (group,) = prefill.chunks.inputs.image_groups
+    cache = size_in_bytes(prefill.carried.cache)
+    (group,) = prefill.groups
     features = size_in_bytes(by_name["vision"].program.output)
     # Features and the cache are updated in place, so they count only as arguments.
     assert memory["vision"].arguments >= features + group.pixel_values().nbytes
-    assert by_name["vision"].other_bytes == cache
+    assert by_name["vision"].other_bytes == size_in_bytes(prefill.carried) >= cache
     assert memory["prefill"].arguments >= features + cache
     assert memory["decode"].arguments >= cache
     for name, stage in by_name.items():
-        assert memory[name].results < 2**10, name
+        assert memory[name].results < 2**14, name
         assert stage.peak == sum(memory[name]) + stage.other_bytes, name
 
 
 def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
     stages, prefill = stages_of(tiny_model, conversation([0, 1]), new_tokens=12_000)
-    cache = size_in_bytes(prefill.cache)
-    assert prefill.chunks.cache_rows > 12_000
+    cache = size_in_bytes(prefill.carried.cache)
+    assert prefill.chunks.layout.rows > 12_000
     for stage in stages[1:]:
         assert stage.program.memory.temporaries < cache / 4, stage.name
         assert stage.program.memory.results < cache / 4, stage.name
@@ -170,40 +171,55 @@ def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
 def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
     small_sizes()
     stages, prefill = stages_of(tiny_model, conversation())
-    pixels = [group.pixel_values().nbytes for group in prefill.chunks.inputs.image_groups]
+    pixels = [group.pixel_values().nbytes for group in prefill.groups]
     for stage in stages:
         if stage.name == "vision":
-            assert stage.other_bytes == size_in_bytes(prefill.cache) + max(pixels[1:])
+            assert stage.other_bytes == size_in_bytes(prefill.carried) + max(pixels[1:])
+
+
+_segments = st.lists(st.integers(0, 40).map(Text) | st.integers(1, 90).map(ImageTokens))
 
 
 @given(
-    segments=st.lists(st.integers(0, 40).map(Text) | st.integers(1, 90).map(ImageTokens)),
+    templates=st.lists(_segments.map(Template.from_segments), min_size=1, max_size=6),
     whole_images=st.booleans(),
+    most_prompts=st.integers(1, 3),
 )
-def test_chunks_cover_the_prompt_and_may_keep_images_whole(segments, whole_images):
-    template = Template.from_segments(segments)
-    borders = chunk_borders(template, (16, 64), whole_images=whole_images)
-    assert [0, *(end for _, end, _ in borders)] == [*(s for s, _, _ in borders), template.tokens]
-    for start, end, rows in borders:
-        assert start < end <= start + rows and rows % 16 == 0
-        inside = 0 < end < template.tokens and template.image[end - 1] == template.image[end] >= 0
-        assert not (whole_images and inside)
-        images = np.unique(template.image[start:end])
-        assert (images >= 0).sum() <= MOST_IMAGES
-    if not whole_images and template.num_images <= MOST_IMAGES:
-        padded = sum(rows for _, _, rows in borders)
-        assert padded < template.tokens + 16, "less padding than the smallest chunk"
+def test_chunks_cover_all_prompts_and_may_keep_images_whole(templates, whole_images, most_prompts):
+    prompts = [PlacedPrompt(inputs_of_template(each)) for each in templates if each.tokens]
+    borders = chunk_borders(prompts, (16, 64), whole_images=whole_images, most_prompts=most_prompts)
+    parts = [part for parts, _ in borders for part in parts]
+    for prompt in prompts:
+        own = [(part.start, part.end) for part in parts if part.prompt is prompt]
+        assert [0, *(end for _, end in own)] == [*(start for start, _ in own), prompt.end]
+    order = [prompts.index(part.prompt) for part in parts]
+    assert order == sorted(order), "one prompt after the other"
+    for parts, rows in borders:
+        assert 0 < sum(part.end - part.start for part in parts) <= rows and rows % 16 == 0
+        assert len(parts) <= most_prompts
+        images = 0
+        for part in parts:
+            image = part.prompt.inputs.template.image
+            inside = 0 < part.end < image.size and image[part.end - 1] == image[part.end] >= 0
+            assert not (whole_images and inside)
+            images += int((np.unique(image[part.start : part.end]) >= 0).sum())
+        assert images <= MOST_IMAGES
+    few_images = sum(each.num_images for each in templates) <= MOST_IMAGES
+    if not whole_images and few_images and len(prompts) <= most_prompts:
+        padded = sum(rows for _, rows in borders)
+        tokens = sum(prompt.end for prompt in prompts)
+        assert padded < tokens + 16, "less padding than the smallest chunk"
 
 
 def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, monkeypatch):
     messages = conversation()
     peak = max(stage.peak for stage in stages_of(tiny_model, messages)[0])
-    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: peak)
     assert len(bsjax.generate(tiny_model, messages, max_new_tokens=8).token_ids) == 8
-    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: peak - 1)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: peak - 1)
     with pytest.raises(CapacityError, match="5 images of 6, 10, 4, 12, 6 tokens"):
         bsjax.generate(tiny_model, messages, max_new_tokens=8)
-    monkeypatch.setattr("bsjax.runtime.generation.bytes_available", lambda: None)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: None)
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 
@@ -224,7 +240,8 @@ def test_a_refusal_says_how_much_is_needed_and_in_which_stage(tiny_model):
 
 def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkeypatch):
     messages = conversation()
-    scoring = Scoring(programs_of(tiny_model), inputs_of(tiny_model, messages, 0), "xla")
+    prompt = PlacedPrompt(inputs_of(tiny_model, messages, 0))
+    scoring = Scoring(programs_of(tiny_model), prompt, CacheLayout(cache_rows(prompt.end)), "xla")
     assert scoring.result_bytes == logits.nbytes
     # On a CPU, programs use the host's memory as well.
     wanted = logits.nbytes + max(stage.peak for stage in scoring.stages)

@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from bsjax.runtime.images import image_groups
 from bsjax.runtime.sizes import cache_rows
 from tests.support.published_memory import measured
 from tools.memory_table import NEW_TOKENS
@@ -29,7 +30,8 @@ def largest_array(compiled) -> int:
 )
 def test_no_program_holds_a_square_array(model, tokens):
     found = measured(model, tokens)
-    patches = max(len(group.pixel_values()) for group in found.inputs.image_groups)
+    groups = image_groups(found.inputs.architecture, found.inputs.images, "pallas")
+    patches = max(len(group.pixel_values()) for group in groups)
     side = {"vision": patches, "prefill": tokens, "decode": tokens}
     programs = {stage.program: stage.name for stage in found.stages}
     assert set(programs.values()) == set(side)

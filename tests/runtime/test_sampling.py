@@ -13,7 +13,7 @@ import bsjax
 from bsjax import GenerationError
 from bsjax.runtime import prefill
 from bsjax.runtime.results import IncrementalText, checked_stop
-from bsjax.runtime.sampling import Sampling, filtered, penalized, sample
+from bsjax.runtime.sampling import Sampling, choose, filtered, penalized, stacked
 
 VOCABULARY = 40
 
@@ -67,13 +67,38 @@ def test_scores_are_those_of_transformers(seed, temperature, top_k, top_p, min_p
 
 
 def test_greedy_answers_heed_the_penalty():
-    logits = jnp.asarray([1.0, 3.0, 2.9, -1.0])
-    occurred = jnp.asarray([False, True, False, True])
-    greedy, penal = (
-        Sampling.checked(0.0, None, None, 0, repetition_penalty=penalty) for penalty in (None, 1.2)
+    """Each sequence is chosen for with its own settings."""
+    logits = jnp.asarray([[1.0, 3.0, 2.9, -1.0]] * 2)
+    occurred = jnp.asarray([[False, True, False, True]] * 2)
+    both = stacked(
+        [Sampling.checked(0.0, None, None, 0, repetition_penalty=of) for of in (None, 1.2)]
     )
-    assert sample(logits, greedy, jnp.int32(0), occurred) == 1
-    assert sample(logits, penal, jnp.int32(0), occurred) == 2
+    chosen = choose(logits, both, jnp.zeros(2, jnp.int32), occurred, jnp.asarray(True))
+    assert chosen.token.tolist() == [1, 2]
+    # Log-probabilities are the model's own.
+    expected = jax.nn.log_softmax(logits[0])
+    np.testing.assert_allclose(chosen.log_probability, expected[jnp.asarray([1, 2])], rtol=1e-6)
+    assert chosen.top_tokens[0].tolist() == [1, 2, 0, 3]
+    np.testing.assert_allclose(chosen.top_log_probabilities[1], np.sort(expected)[::-1], rtol=1e-6)
+
+
+def test_draws_depend_on_nothing_but_seed_and_step():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(6, VOCABULARY)).astype(np.float32)
+    occurred = np.zeros((6, VOCABULARY), bool)
+    each = [Sampling.checked(1.0 * (n != 4), 9, 0.9, n % 3) for n in range(6)]
+    steps = np.arange(6, dtype=np.int32) % 2
+
+    def tokens(of):
+        of = np.asarray(of)
+        arguments = (logits[of], stacked([each[n] for n in of]), steps[of], occurred[of], False)
+        chosen = choose(*jax.tree.map(jnp.asarray, arguments))
+        return dict(zip(of.tolist(), chosen.token.tolist(), strict=True))
+
+    together = tokens(range(6))
+    assert tokens([5, 2, 0]) == {n: together[n] for n in (5, 2, 0)}
+    assert all(tokens([n]) == {n: together[n]} for n in range(6))
+    assert together[4] == logits[4].argmax()
 
 
 def test_image_tokens_may_be_beyond_the_vocabulary(tiny_model, annotations_unchecked):
@@ -179,9 +204,9 @@ def test_bad_settings_are_refused(tiny_model, options, annotations_unchecked):
 
 
 def test_draws_depend_on_the_step():
-    drawn = Sampling.checked(1.0, None, None, 5)
-    draws = [
-        int(sample(jnp.zeros(50), drawn, jnp.int32(step), jnp.zeros(50, bool))) for step in range(8)
-    ]
-    assert len(set(draws)) > 3
-    assert jax.tree.leaves(drawn)[3] == 5
+    drawn = stacked([Sampling.checked(1.0, None, None, 5)] * 8)
+    none = jnp.zeros((8, 50), bool)
+    steps = jnp.arange(8, dtype=jnp.int32)
+    chosen = choose(jnp.zeros((8, 50)), drawn, steps, none, jnp.asarray(False))
+    assert len(set(chosen.token.tolist())) > 3
+    assert jax.tree.leaves(drawn)[3].tolist() == [5] * 8

@@ -27,6 +27,8 @@ class Spans(NamedTuple):
     templates: tuple[Template, ...]
     queries: tuple[Span, ...]
     keys: tuple[Span, ...]
+    first_key_rows: tuple[int, ...]
+    """The first row of each span of keys. There is padding between some of them."""
 
 
 @st.composite
@@ -41,7 +43,12 @@ def _spans(draw) -> Spans:
         start, end = sorted(draw(st.tuples(positions, positions)))
         if draw(st.booleans()):
             queries.append(Span(start, end, index))
-    return Spans(several, tuple(draw(st.permutations(queries))), tuple(draw(st.permutations(keys))))
+    keys = draw(st.permutations(keys))
+    first_key_rows, end = [], 0
+    for span in keys:
+        first_key_rows.append(end + draw(st.sampled_from((0, 0, 1, 7))))
+        end = first_key_rows[-1] + span.end - span.start
+    return Spans(several, tuple(draw(st.permutations(queries))), tuple(keys), tuple(first_key_rows))
 
 
 spans = _spans()

@@ -270,12 +270,12 @@ class Gemma3TextModel(LanguageModel):
         return embedded * jnp.asarray(self.embed_scale, embedded.dtype)
 
     @override
-    def empty_cache(self, rows: int) -> Caches:
+    def empty_cache(self, rows: int, sequences: int = 1) -> Caches:
         of_kind = (ring_rows(self.window, rows), rows)
         layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
         return Caches(
             *(
-                Cache.empty(count, length, self.kv_heads, self.head_dim, self.dtype)
+                Cache.empty(count, sequences * length, self.kv_heads, self.head_dim, self.dtype)
                 if count
                 else None
                 for count, length in zip(layers, of_kind, strict=True)
@@ -285,6 +285,12 @@ class Gemma3TextModel(LanguageModel):
     @override
     def moved(self, cache: Caches, rows: Int[Array, "rows"]) -> Caches:
         return cache._replace(of_global=cache.of_global and cache.of_global.moved(rows))
+
+    @override
+    def copied(
+        self, cache: Caches, source: Int[Array, ""], target: Int[Array, ""], sequences: int
+    ) -> Caches:
+        return Caches(*(of and of.copied(source, target, sequences) for of in cache))
 
     @override
     def prefill(
@@ -346,26 +352,27 @@ class Gemma3TextModel(LanguageModel):
     @override
     def decode_step(
         self,
-        embedding: Float[Array, "1 hidden"],
-        position: Int[Array, ""],
+        embedding: Float[Array, "sequences hidden"],
+        position: Int[Array, "sequences"],
         cache: Caches,
-        cache_index: Int[Array, ""],
+        cache_index: Int[Array, "sequences"],
         *,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "1 hidden"], Caches]:
+    ) -> tuple[Float[Array, "sequences hidden"], Caches]:
+        before = jnp.maximum(cache_index, 0)
         # The window includes the token itself, which is not in the ring yet.
-        tokens = (jnp.minimum(cache_index, self.window - 1), cache_index)
+        tokens = (jnp.minimum(before, self.window - 1), before)
         attends = [
             of_kind and decode_attend(of_kind, count, scale=self.scale, backend=backend)
             for of_kind, count in zip(cache, tokens, strict=True)
         ]
-        hidden, kept = self._run_kinds(
-            embedding, jnp.reshape(position, 1), attends, self._index_in_kind()
-        )
+        hidden, kept = self._run_kinds(embedding, position, attends, self._index_in_kind())
         of_local, of_global = cache
         if of_local is not None:
             k, v = kept[0]
-            of_local = of_local.written(k, v, cache_index % of_local.k.shape[1])
+            ring = of_local.k.shape[1] // cache_index.shape[0]
+            row = jnp.where(cache_index < 0, -1, cache_index % ring)
+            of_local = of_local.written(k, v, row)
         if of_global is not None:
             k, v = kept[1]
             of_global = of_global.written(k, v, cache_index)

@@ -191,12 +191,19 @@ class Qwen2VLTextModel(LanguageModel):
         return self.embed_tokens(token_ids)
 
     @override
-    def empty_cache(self, rows: int) -> tuple[Cache]:
-        return (Cache.empty(self.num_layers, rows, self.kv_heads, self.head_dim, self.dtype),)
+    def empty_cache(self, rows: int, sequences: int = 1) -> tuple[Cache]:
+        shape = (self.num_layers, sequences * rows, self.kv_heads, self.head_dim)
+        return (Cache.empty(*shape, self.dtype),)
 
     @override
     def moved(self, cache: tuple[Cache], rows: Int[Array, "rows"]) -> tuple[Cache]:
         return (cache[0].moved(rows),)
+
+    @override
+    def copied(
+        self, cache: tuple[Cache], source: Int[Array, ""], target: Int[Array, ""], sequences: int
+    ) -> tuple[Cache]:
+        return (cache[0].copied(source, target, sequences),)
 
     @override
     def prefill(
@@ -258,15 +265,17 @@ class Qwen2VLTextModel(LanguageModel):
     @override
     def decode_step(
         self,
-        embedding: Float[Array, "1 hidden"],
-        position: Int[Array, ""],
+        embedding: Float[Array, "sequences hidden"],
+        position: Int[Array, "sequences"],
         cache: tuple[Cache],
-        cache_index: Int[Array, ""],
+        cache_index: Int[Array, "sequences"],
         *,
         backend: str = "auto",
-    ) -> tuple[Float[Array, "1 hidden"], tuple[Cache]]:
+    ) -> tuple[Float[Array, "sequences hidden"], tuple[Cache]]:
         (of_all,) = cache
-        attend = decode_attend(of_all, cache_index, scale=self.scale, backend=backend)
+        tokens = jnp.maximum(cache_index, 0)
+        attend = decode_attend(of_all, tokens, scale=self.scale, backend=backend)
         layers = jnp.arange(self.num_layers)
-        hidden, (k, v) = self.run_layers(embedding, jnp.full((3, 1), position), (attend,), layers)
+        position_ids = jnp.broadcast_to(position, (3, position.shape[0]))
+        hidden, (k, v) = self.run_layers(embedding, position_ids, (attend,), layers)
         return hidden, (of_all.written(k, v, cache_index),)
