@@ -69,6 +69,9 @@ from .runtime.generation import (
     generate as generate,
 )
 from .runtime.generation import (
+    generate_iter as generate_iter,
+)
+from .runtime.generation import (
     stream as stream,
 )
 from .runtime.likelihood import score as score
@@ -80,6 +83,9 @@ from .runtime.results import (
 )
 from .runtime.results import (
     Stats as Stats,
+)
+from .runtime.results import (
+    TokenScores as TokenScores,
 )
 from .runtime.session import Session as Session
 from .runtime.warmup import (

@@ -1,0 +1,242 @@
+"""Conversations that run together are answered as each of them alone."""
+
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax import CapacityError, GenerationError, MessageError, Profile
+from bsjax.runtime import batch
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
+from convert.conversion import convert_checkpoint
+from tests.support import convert_sources as sources
+
+WORDS = " Which of these pictures is brighter, and why?".split()
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory):
+    """A random Gemma 3 with layers of both kinds and a window of 12 tokens."""
+    folder = tmp_path_factory.mktemp("gemma3")
+    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
+    convert_checkpoint(source, folder / "ours", dtype="float32")
+    return bsjax.load(folder / "ours", "float32")
+
+
+@pytest.fixture
+def loaded(request, tiny_model):
+    name, category = request.param
+    if name == "gemma3":
+        model, words = request.getfixturevalue("gemma3"), [f"word{n}" for n in range(3, 9)]
+    else:
+        model, words = tiny_model, WORDS
+    return model, words, category and Profile.uniform(category, model)
+
+
+FAMILIES = pytest.mark.parametrize(
+    "loaded",
+    [
+        # The random Gemma 3 is made with torch.
+        pytest.param((name, category), id="-".join(filter(None, (name, category))), marks=marks)
+        for name, marks in (("qwen2_5_vl", ()), ("gemma3", pytest.mark.parity))
+        for category in (None, "INTRA_IMAGE_SINK")
+    ],
+    indirect=True,
+)
+
+
+def picture(seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    height, width = generator.integers(30, 120, 2)
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def asked(*parts) -> list:
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def random_conversation(generator, words) -> list:
+    """Some text and up to three images, in any order."""
+    parts = [" ".join(generator.choice(words, generator.integers(1, 12)))]
+    for _ in range(generator.integers(0, 4)):
+        parts.insert(generator.integers(0, len(parts) + 1), picture(generator.integers(0, 99)))
+    return asked(*parts)
+
+
+def outcome(result):
+    return result.token_ids, result.text, result.finish_reason, result.prompt_tokens
+
+
+def scores_of(result):
+    return np.asarray([each.log_probability for each in result.log_probabilities])
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_a_batch_is_answered_as_single_calls(loaded):
+    """In any order, with any neighbours, greedy and drawn, with fewer sequences than prompts."""
+    model, words, profile = loaded
+    generator = np.random.default_rng(5)
+    conversations = [random_conversation(generator, words) for _ in range(11)]
+    for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 7}):
+        options |= {"profile": profile, "max_new_tokens": 9, "log_probabilities": 3}
+        alone = [bsjax.generate(model, each, **options) for each in conversations]
+        together = bsjax.generate(model, conversations, **options)
+        assert list(map(outcome, together)) == list(map(outcome, alone))
+        for ours, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(scores_of(ours), scores_of(expected), rtol=1e-4, atol=1e-5)
+            for one, other in zip(ours.log_probabilities, expected.log_probabilities, strict=True):
+                assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        order = generator.permutation(11)
+        some = bsjax.generate(model, [conversations[index] for index in order[:6]], **options)
+        assert list(map(outcome, some)) == [outcome(alone[index]) for index in order[:6]]
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_sequences_are_used_again(loaded, monkeypatch):
+    """More prompts than sequences, and answers of unequal lengths."""
+    model, words, profile = loaded
+    monkeypatch.setattr(batch, "most_sequences", lambda: 4)
+    generator = np.random.default_rng(8)
+    conversations = [random_conversation(generator, words) for _ in range(13)]
+    options = {"profile": profile, "max_new_tokens": 30, "temperature": 1.5}
+    # Answers end at a letter that comes sooner or later.
+    options["stop"] = "e" if words is WORDS else "5"
+    alone = [bsjax.generate(model, each, **options) for each in conversations]
+    assert len({len(result.token_ids) for result in alone}) > 3
+    found = dict(bsjax.generate_iter(model, iter(conversations), **options))
+    assert [outcome(found[number]) for number in range(13)] == list(map(outcome, alone))
+
+
+@pytest.mark.slow
+@FAMILIES
+def test_what_prompts_begin_with_runs_once(loaded):
+    model, words, profile = loaded
+    document = [" ".join(words * 3), picture(1), " ".join(words * 2), picture(2), " ".join(words * 15)]
+    other = [" ".join(words * 3), picture(3), " ".join(words * 9), picture(4)]
+    conversations = [
+        asked(*(document if number % 3 else other), f"{words[number % 5]} {number}")
+        for number in range(10)
+    ]
+    options = {"profile": profile, "max_new_tokens": 6}
+    alone = [bsjax.generate(model, each, **options) for each in conversations]
+    together = bsjax.generate(model, conversations, **options)
+    assert list(map(outcome, together)) == list(map(outcome, alone))
+    reused = [result.stats.reused_tokens for result in together]
+    # The first to use a prefix has it in its statistics.
+    assert sorted(reused)[:2] == [0, 0] and min(sorted(reused)[2:]) > 64
+    assert len(set(reused)) == 3
+    for result, single in zip(together, alone, strict=True):
+        whole, part = single.stats.attention_flops_dense, result.stats.attention_flops_dense
+        assert part == whole if not result.stats.reused_tokens else part < whole
+
+
+@pytest.mark.slow
+def test_n_answers_share_their_prompt(tiny_model):
+    options = {"temperature": 1.2, "max_new_tokens": 5, "seed": 3}
+    conversation = asked(picture(0), picture(1), "Why? " * 60)
+    several = bsjax.generate(tiny_model, conversation, n=4, **options)
+    for copy, result in enumerate(several):
+        alone = bsjax.generate(tiny_model, conversation, **(options | {"seed": 3 + copy}))
+        assert outcome(result) == outcome(alone)
+    assert len({result.token_ids for result in several}) > 1
+    tokens = several[0].prompt_tokens
+    assert sorted(result.stats.reused_tokens for result in several) == [0] + 3 * [tokens - 1]
+    batch_of_two = bsjax.generate(tiny_model, [asked("Why?"), conversation], n=4, **options)
+    assert list(map(outcome, batch_of_two[1])) == list(map(outcome, several))
+    assert bsjax.generate(tiny_model, asked("Why?"), n=1)[0].text
+
+
+def test_bad_conversations_are_named_or_returned(tiny_model, annotations_unchecked):
+    limit = tiny_model.config.text_config.max_position_embeddings
+    bad_form = [{"role": "user"}]
+    bad_image = asked(np.zeros((4, 4), np.uint8) + np.nan, "Why?")
+    too_long = asked("word " * limit)
+    good = asked("Why?")
+    for bad, error in (
+        (bad_form, MessageError),
+        (bad_image, MessageError),
+        (too_long, CapacityError),
+        ("Why?", MessageError),
+        ([], MessageError),
+    ):
+        with pytest.raises(error, match=r"^conversations\[1\]: "):
+            bsjax.generate(tiny_model, [good, bad], max_new_tokens=2)
+    outcomes = bsjax.generate(
+        tiny_model, [bad_image, good, bad_form, too_long], max_new_tokens=2, return_errors=True
+    )
+    kinds = [MessageError, bsjax.Result, MessageError, CapacityError]
+    assert list(map(type, outcomes)) == kinds
+    assert str(outcomes[3]).startswith("conversations[3]: ")
+    assert outcome(outcomes[1]) == outcome(bsjax.generate(tiny_model, good, max_new_tokens=2))
+    found = dict(
+        bsjax.generate_iter(tiny_model, [bad_form, good], max_new_tokens=2, return_errors=True)
+    )
+    assert list(map(type, (found[0], found[1]))) == [MessageError, bsjax.Result]
+    with pytest.raises(MessageError, match=r"^conversations\[0\]: "):
+        list(bsjax.generate_iter(tiny_model, [bad_form, good], max_new_tokens=2))
+
+
+def test_bad_arguments_of_batches_are_refused(tiny_model, annotations_unchecked):
+    good = asked("Why?")
+    for options, message in (
+        ({"n": 0}, "n must be"),
+        ({"n": 2}, "without a temperature"),
+        ({"n": 2, "temperature": 1.0, "seed": 2**32 - 1}, "seeds must be below"),
+        ({"n": 1, "stream": print}, "stream takes"),
+        ({"log_probabilities": 21}, "log_probabilities must be"),
+        ({"log_probabilities": True}, "log_probabilities must be"),
+        ({"return_errors": "yes"}, "return_errors must be"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            bsjax.generate(tiny_model, good, **options)
+    for conversations in (None, 3, "Why?", {"role": "user"}):
+        with pytest.raises(GenerationError, match="conversations must be an iterable"):
+            bsjax.generate_iter(tiny_model, conversations)
+    assert list(bsjax.generate_iter(tiny_model, [])) == []
+
+
+def test_what_does_not_fit_together_runs_in_fewer_sequences(tiny_model, monkeypatch):
+    conversations = [asked(f"Why {number}?") for number in range(4)]
+    expected = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    layouts = []
+    original = batch.Decoding.__init__
+
+    def recording(self, programs, layout, *arguments):
+        layouts.append(layout.sequences)
+        original(self, programs, layout, *arguments)
+
+    monkeypatch.setattr(batch.Decoding, "__init__", recording)
+    available = 60 * 2**20
+    monkeypatch.setattr(batch, "bytes_available", lambda: available)
+    fewer = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    assert list(map(outcome, fewer)) == list(map(outcome, expected))
+    assert layouts[-1] == 2
+    available = 2**10
+    outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2, return_errors=True)
+    assert {type(each) for each in outcomes} == {CapacityError}
+
+
+def test_common_tokens_end_before_images_that_differ(tiny_model):
+    def inputs(*parts):
+        prompt = tiny_model.prompt(asked(*parts))
+        return prepare_inputs(tiny_model.architecture, prompt, None, backend="xla")
+
+    base = inputs("Look: ", picture(1), "Why?" * 40, picture(2), "So?")
+    same = inputs("Look: ", picture(1), "Why?" * 40, picture(2), "No?")
+    differs = inputs("Look: ", picture(1), "Why?" * 40, picture(3), "So?")
+    first, second = base.template.image_first.tolist()
+    assert common_tokens(base, same) > second + base.template.image_tokens[1]
+    assert common_tokens(base, differs) == second
+    assert common_tokens(base, inputs("Look: ", picture(2), "Why?")) == first
+    assert common_tokens(base, base) == base.tokens - 1
+    (shared,) = shared_prefixes([same, inputs("No."), base, base, base, differs, same, same])
+    assert shared.members == (0, 2, 3, 4, 5, 6, 7)
+    assert shared.tokens == common_tokens(base, differs)
