@@ -23,7 +23,6 @@ from bsjax import (
 )
 from bsjax.checks import shown
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
-from bsjax.runtime.generation import generate_iter
 from bsjax.runtime.programs import Programs
 from convert.conversion import convert_checkpoint
 from tests.support.convert_sources import edit_json
@@ -50,7 +49,7 @@ TAKE_A_MODEL = {
     "generate": (lambda model: bsjax.generate(model, MESSAGES), GenerationError),
     "forward": (lambda model: bsjax.forward(model, MESSAGES), GenerationError),
     "stream": (lambda model: bsjax.stream(model, MESSAGES), GenerationError),
-    "generate_iter": (lambda model: generate_iter(model, [MESSAGES]), GenerationError),
+    "generate_iter": (lambda model: bsjax.generate_iter(model, [MESSAGES]), GenerationError),
     "score": (lambda model: bsjax.score(model, ANSWERED), GenerationError),
     "warmup": (bsjax.warmup, GenerationError),
     "Session": (bsjax.Session, GenerationError),

@@ -291,7 +291,8 @@ model = bsjax.load(sys.argv[1])
 messages = [{"role": "user", "content": "Why?"}]
 session = bsjax.Session(model, max_tokens=256)
 streams = [bsjax.stream(model, messages), session.stream(messages)]
-print([bool(next(stream)) for stream in streams])
+batch = bsjax.generate_iter(model, [messages] * 20)
+print([bool(next(each)) for each in (*streams, batch)])
 if len(sys.argv) > 2:
     def put(*_):
         raise RuntimeError("a real error")
@@ -303,7 +304,7 @@ if len(sys.argv) > 2:
 def test_streams_that_are_open_when_the_interpreter_exits(tiny_checkpoint, fails):
     command = [sys.executable, "-c", _EXIT, str(tiny_checkpoint), *["fails"] * fails]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "[True, True]\n")
+    assert (done.returncode, done.stdout) == (0, "[True, True, True]\n")
     if fails:
         assert done.stderr.endswith("RuntimeError: a real error\n")
     else:
