@@ -214,6 +214,7 @@ def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> Lo
         # No token ends an answer: benchmarks generate just one.
         generation_config=GenerationConfig(),
         dtype=np.dtype(dtype),
+        stored_dtype=np.dtype(dtype).name,
         path=_TINY,
         fingerprint="0" * 64,
     )

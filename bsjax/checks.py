@@ -1,11 +1,12 @@
-"""Checks of numbers and of the process; how error messages show values and places."""
+"""Checks of numbers and of the process; how error messages show values, names and places."""
 
 import math
 import operator
 import os
+import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,40 @@ from bsjax.errors import BsjaxError
 LARGEST_WRITTEN = 2**64 - 1
 """The largest whole number that goes into files: Python writes out none of over 4,300 digits."""
 
+# Not a context variable: messages are also made in threads, which would not inherit it.
+_names: Mapping[str, str] = {}
+
+
+def argument(name: str) -> str:
+    """How an error message writes the name of an argument: as the user gave it.
+
+    That is the name itself, unless the user wrote a command line (see `arguments_named`).
+
+    Args:
+      name: the name in Python, such as `max_tokens`.
+    """
+    return _names.get(name, name)
+
+
+def with_arguments(text: str) -> str:
+    """A text with each name in braces, such as `{max_tokens}`, as `argument` writes it."""
+    return re.sub(r"\{(\w+)\}", lambda name: argument(name[1]), text)
+
+
+@contextmanager
+def arguments_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block, error messages of this process write arguments by other names.
+
+    Args:
+      names: the names to write, by the names in Python: `{"max_tokens": "--max-tokens"}`.
+    """
+    global _names
+    before, _names = _names, names
+    try:
+        yield
+    finally:
+        _names = before
+
 
 def whole_number(
     name: str, value: Any, *, least: int, most: int | None = None, error: type[BsjaxError]
@@ -21,7 +56,8 @@ def whole_number(
     """`value` as an int.
 
     Args:
-      name: what the value is, for the error message.
+      name: what the value is, for the error message; a name of an argument is written as
+        `argument` says.
       value: an int, or a NumPy integer; truth values are not numbers.
       least: the smallest valid value.
       most: the largest valid value; None for no bound.
@@ -32,11 +68,11 @@ def whole_number(
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise error(f"{name} must be a whole number, got {shown(value)}.") from None
+        raise error(f"{argument(name)} must be a whole number, got {shown(value)}.") from None
     if number < least:
-        raise error(f"{name} must be at least {least}, got {shown(number)}.")
+        raise error(f"{argument(name)} must be at least {least}, got {shown(number)}.")
     if most is not None and number > most:
-        raise error(f"{name} must be at most {most}, got {shown(number)}.")
+        raise error(f"{argument(name)} must be at most {most}, got {shown(number)}.")
     return number
 
 
@@ -44,13 +80,13 @@ def truth_value(name: str, value: Any, *, error: type[BsjaxError]) -> bool:
     """`value` as a bool.
 
     Args:
-      name: what the value is, for the error message.
+      name: as for `whole_number`.
       value: a bool of Python or NumPy. Nothing else is taken for one: `"no"` would be true.
       error: raised if it is something else.
     """
     # NumPy's by name: the console script's help does without NumPy.
     if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
-        raise error(f"{name} must be True or False, got {shown(value)}.")
+        raise error(f"{argument(name)} must be True or False, got {shown(value)}.")
     return bool(value)
 
 
@@ -60,7 +96,7 @@ def positive_number(
     """`value` as a float.
 
     Args:
-      name: what the value is, for the error message.
+      name: as for `whole_number`.
       value: an int or a float.
       most: the largest valid value; None for any finite one.
       error: raised if it is not a number above 0, or out of bounds.
@@ -68,7 +104,7 @@ def positive_number(
     number = as_number(value)
     if not 0 < number < math.inf or (most is not None and number > most):
         bound = "" if most is None else f", at most {most:g}"
-        raise error(f"{name} must be a number above 0{bound}, got {shown(value)}.")
+        raise error(f"{argument(name)} must be a number above 0{bound}, got {shown(value)}.")
     return float(value)
 
 
@@ -100,6 +136,14 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value) if nested else repr(value)
     except Exception:  # Python refuses to write integers of thousands of digits, for example.
         return f"a value of type {type(value).__name__}"
+
+
+def not_a_model(model: Any) -> str:
+    """The error message for what is given in place of a loaded model."""
+    hint = "Load a converted checkpoint with bsjax.load."
+    if isinstance(model, str | os.PathLike):
+        hint = f"Load it first: bsjax.load({os.fspath(model)!r})."
+    return f"model must be what bsjax.load returns, got {type(model).__name__}. {hint}"
 
 
 def is_failure(error: BaseException) -> bool:

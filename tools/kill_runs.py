@@ -1,12 +1,12 @@
-"""Kills runs of the converter, of profiling and of training while they write.
+"""Kills runs of the converter, of profiling, of sessions and of training while they write.
 
-    python -m tools.kill_runs [--convert 20] [--profile 10] [--tower 5] [--model 5]
+    python -m tools.kill_runs [--convert 20] [--profile 10] [--session 50] [--tower 5] [--model 5]
 
 Training has two stages: `--tower` kills it while it trains the vision tower alone, `--model` while
 it trains the whole model. Every run is killed (SIGKILL) at a random moment after it has begun to
 write. Afterwards its result must be absent, or complete and valid. The next run must clean up and
 continue, and the last run, which is not killed, must give the result of a run that was never
-interrupted. Takes about half an hour on two cores.
+interrupted. Takes about 40 minutes on two cores.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from bsjax.checkpoint.loading import load
 from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.models import FAMILIES
 from bsjax.profiles.profile import Profile
+from bsjax.runtime.session import Session
 from examples.train_small_vlm.export import huggingface_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.kill_runs", description=__doc__)
     parser.add_argument("--convert", type=int, default=20, metavar="N", help="kills of convert")
     parser.add_argument("--profile", type=int, default=10, metavar="N", help="kills of profiling")
+    parser.add_argument("--session", type=int, default=50, metavar="N", help="kills of saving")
     parser.add_argument("--tower", type=int, default=5, metavar="N", help="kills of stage one")
     parser.add_argument("--model", type=int, default=5, metavar="N", help="kills of stage two")
     parser.add_argument("--seed", type=int, default=0)
@@ -52,6 +54,7 @@ def main() -> None:
         for count, kill in (
             (options.convert, kill_convert),
             (options.profile, kill_profile),
+            (options.session, kill_session),
             (options.tower, kill_tower_training),
             (options.model, kill_model_training),
         ):
@@ -148,6 +151,61 @@ def kill_profile(folder: Path, count: int, chance: random.Random) -> None:
     print(f"profile: {killed} killed, with state files of {sizes} bytes")
     print("profile: the last run gave the same profile as one that was never killed")
     print(f"profile: {time.monotonic() - started:.0f} s")
+
+
+# Saves two conversations in turn, to one file, until it is killed.
+_SAVING = """
+import itertools, sys
+import bsjax
+model = bsjax.load(sys.argv[1])
+sessions = [bsjax.Session.load(path, model) for path in sys.argv[2:4]]
+for session in itertools.cycle(sessions):
+    session.save(sys.argv[4])
+"""
+
+
+def kill_session(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills saving: the file is always that of one of the conversations, whole."""
+    checkpoint, path = folder / "tiny of sessions", folder / "saved" / "a.session"
+    command = [sys.executable, "-m", "convert", str(TINY), str(checkpoint), "--quiet"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    path.parent.mkdir()
+    model = load(checkpoint)
+    wholes = [folder / "first.session", folder / "second.session"]
+    session = Session(model, max_tokens=16384)
+    for number, whole in enumerate(wholes):
+        text = f"{number} is a number, " * 2000
+        session.generate([{"role": "user", "content": text}], max_new_tokens=1)
+        began = time.monotonic()
+        session.save(whole)
+        saving = time.monotonic() - began
+    contents = [whole.read_bytes() for whole in wholes]
+    assert contents[0] != contents[1]
+    command = [sys.executable, "-c", _SAVING, str(checkpoint), *map(str, wholes), str(path)]
+    print(f"session: {len(contents[0]):,} bytes; saving takes {saving:.2f} s")
+    started, absent, left_over = time.monotonic(), 0, 0
+    for _ in range(count):
+        before = set(path.parent.iterdir())
+
+        def writes(before: set[Path] = before) -> bool:
+            return bool(set(path.parent.iterdir()) - before - {path})
+
+        assert run_killed(command, writes, chance.uniform(0, 3 * saving))
+        left = set(path.parent.iterdir()) - {path}
+        assert not left & before, "the next run did not remove what a killed one left"
+        left_over += len(left)
+        if path.exists():
+            assert path.read_bytes() in contents, "a session is torn"
+            assert Session.load(path, model).tokens
+            # As often as not, the next run is killed before it has written its first file.
+            if chance.random() < 0.5:
+                path.unlink()
+        else:
+            absent += 1
+    print(
+        f"session: {count} killed, {left_over} in the middle of a file, {absent} before the first"
+    )
+    print(f"session: no file was torn; {time.monotonic() - started:.0f} s")
 
 
 def kill_tower_training(folder: Path, count: int, chance: random.Random) -> None:

@@ -11,7 +11,7 @@
 import dataclasses
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,19 @@ from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
 from bsjax.checkpoint.restoring import restore_parameters
 from bsjax.checkpoint.tokenizer_checks import check_tokenizer
-from bsjax.checks import check_not_forked, is_failure, shown, truth_value, whole_number
+from bsjax.checks import (
+    argument,
+    check_not_forked,
+    is_failure,
+    shown,
+    truth_value,
+    whole_number,
+)
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
 from bsjax.models.config_checks import check_settings
+from bsjax.progress import Progress, reporting
 from bsjax.prompts.prompt import Processor
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 
@@ -65,35 +73,50 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LoadedModel(Processor):
-    """A model ready to run, with everything that turns messages into its input.
+class DescribedModel(Processor):
+    """A model without its weights: all that its folder says about it, and what makes its input.
+
+    It is all that prompts, profiles and arguments can be checked against. Reading it takes a moment
+    where reading weights takes seconds or minutes.
 
     Attributes:
-      module: the Flax module with its weights, on the default device.
       config: the Hugging Face configuration.
-      family: the family that built `module`.
+      family: the family of the config's `model_type`.
       tokenizer: the tokenizer, which holds the chat template.
       image_processor: the image processor, PIL version; None for a model that reads text only.
       generation_config: end-of-sequence tokens and sampling defaults.
-      dtype: dtype of the weights in memory.
-      path: the folder that the model was loaded from.
+      dtype: dtype that the weights have, or will have, in memory.
+      stored_dtype: dtype of the weights in the folder.
+      path: the checkpoint's folder.
       fingerprint: SHA-256 of the weights that the checkpoint was converted from, as 64 hexadecimal
         digits. It does not depend on the dtype of the converted checkpoint.
       image_sources: where images of messages may come from, and limits on them.
       max_programs: how many compiled programs are kept for the model.
     """
 
-    module: ImageTextModel
     generation_config: GenerationConfig
     dtype: np.dtype
+    stored_dtype: str
     path: Path
     fingerprint: str
     max_programs: int = MAX_PROGRAMS
 
     @property
     def architecture(self) -> Architecture:
-        """The model without its weights."""
+        """What the weights are for."""
         return Architecture(self.family, self.config, self.dtype)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedModel(DescribedModel):
+    """A model ready to run, with everything that turns messages into its input.
+
+    Attributes:
+      module: the Flax module with its weights, on the default device. All other attributes are
+        those of `DescribedModel`.
+    """
+
+    module: ImageTextModel
 
 
 def load(
@@ -103,6 +126,7 @@ def load(
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
     image_sources: ImageSources = DEFAULT_SOURCES,
+    progress: Progress | bool | None = None,
 ) -> LoadedModel:
     """Loads a converted checkpoint onto the default device.
 
@@ -123,12 +147,35 @@ def load(
         JAX's persistent cache.
       image_sources: where images of messages may come from, and limits on them. A service that
         answers other people's messages should restrict them here.
+      progress: None shows a progress bar if stderr is a terminal, False shows nothing; or a
+        function called as `progress(stage, done, total)`, in bytes.
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
         format, of an unsupported family or damaged, or fails verification; or `dtype` is not one of
         the three, or `max_programs` is below 1; or this process was forked from one that had used
         JAX.
+    """
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise CheckpointError(f"progress must be None, False or a function, got {shown(progress)}.")
+    described = describe(
+        path, dtype, verify=verify, max_programs=max_programs, image_sources=image_sources
+    )
+    return with_weights(described, progress)
+
+
+def describe(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    verify: bool = False,
+    max_programs: int = MAX_PROGRAMS,
+    image_sources: ImageSources = DEFAULT_SOURCES,
+) -> DescribedModel:
+    """All of `load` that needs no weights. The arguments and the errors are those of `load`.
+
+    What is known about a model without its weights is enough to find most mistakes in what it will
+    be asked: do so before `with_weights`.
     """
     check_not_forked(CheckpointError)
     verify = truth_value("verify", verify, error=CheckpointError)
@@ -140,8 +187,25 @@ def load(
     if verify:
         verify_manifest(folder)
     return dataclasses.replace(
-        read_folder(folder, dtype), max_programs=max_programs, image_sources=image_sources
+        _describe_folder(folder, dtype), max_programs=max_programs, image_sources=image_sources
     )
+
+
+def with_weights(described: DescribedModel, progress: Progress | bool | None = None) -> LoadedModel:
+    """Reads the weights of a model onto the default device.
+
+    Args:
+      described: from `describe`.
+      progress: as for `load`.
+
+    Raises:
+      CheckpointError: the weights are damaged, or of another model.
+    """
+    folder, stored = described.path / PARAMETERS, described.stored_dtype
+    with reporting(progress, in_bytes=True) as report:
+        module = _restore(folder, described.architecture, stored, report)
+    known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
+    return LoadedModel(module=module, **known)
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
@@ -150,6 +214,10 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     Raises:
       CheckpointError: as for `load`.
     """
+    return with_weights(_describe_folder(folder, dtype), progress=False)
+
+
+def _describe_folder(folder: Path, dtype: Any) -> DescribedModel:
     target = resolve_dtype(dtype)
     description = _read_description(folder)
     processor = read_processor(folder)
@@ -162,20 +230,16 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     if target.name not in family.dtypes:
         raise CheckpointError(
             f"{family.name} models cannot run in {target.name}: their activations exceed its "
-            f"range. Load {folder} with dtype {' or '.join(family.dtypes)}."
+            f"range. Load {folder} with {argument('dtype')} {' or '.join(family.dtypes)}."
         )
-    return LoadedModel(
-        module=_restore(
-            folder / PARAMETERS,
-            Architecture(family, processor.config, target),
-            description["dtype"],
-        ),
+    return DescribedModel(
         config=processor.config,
         family=family,
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         generation_config=read_generation_config(folder),
         dtype=target,
+        stored_dtype=description["dtype"],
         path=folder,
         fingerprint=description["fingerprint"],
     )
@@ -234,7 +298,9 @@ def resolve_dtype(dtype: Any) -> np.dtype:
     except (TypeError, ValueError):
         resolved = None
     if resolved is None or resolved.name not in DTYPES:
-        raise CheckpointError(f"dtype {shown(dtype)} is not one of {', '.join(DTYPES)}.")
+        raise CheckpointError(
+            f"{argument('dtype')} {shown(dtype)} is not one of {', '.join(DTYPES)}."
+        )
     return resolved
 
 
@@ -350,11 +416,13 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _restore(folder: Path, architecture: Architecture, stored: str) -> ImageTextModel:
+def _restore(
+    folder: Path, architecture: Architecture, stored: str, progress: Progress
+) -> ImageTextModel:
     module = abstract_module(architecture)
     graph, state = nnx.split(module)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = restore_parameters(folder, parameter_shapes(module), here, stored)
+    arrays = restore_parameters(folder, parameter_shapes(module), here, stored, progress)
     filled = {
         path: variable.replace(arrays[tuple(map(str, path))])
         for path, variable in nnx.to_flat_state(state)

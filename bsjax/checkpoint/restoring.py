@@ -6,7 +6,7 @@ parameter, casts it chunk by chunk and moves it to the device before it starts o
 CPU, the model uses the array as read, without a copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import tensorstore
 from bsjax.checks import shown
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
+from bsjax.progress import Progress, no_progress
 
 # JAX uses arrays with this alignment in place and copies all others.
 _ALIGNMENT = 64
@@ -44,11 +45,17 @@ _AGAIN = "Convert the checkpoint again."
 
 
 class OneAtATime(ocp.type_handlers.NumpyHandler):
-    """Restores Orbax's NumPy arrays as JAX arrays with one sharding, one after the other."""
+    """Restores Orbax's NumPy arrays as JAX arrays with one sharding, one after the other.
 
-    def __init__(self, sharding: jax.sharding.Sharding) -> None:
+    Args:
+      sharding: of the arrays.
+      restored: called with the bytes of each array when it is on the device.
+    """
+
+    def __init__(self, sharding: jax.sharding.Sharding, restored: Callable[[int], None]) -> None:
         super().__init__()
         self._sharding = sharding
+        self._restored = restored
         limit = {"limit": _CHUNKS_AT_ONCE}
         self._context = tensorstore.Context(
             {"file_io_concurrency": limit, "data_copy_concurrency": limit}
@@ -93,7 +100,9 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
                 f"parameter {info.name} in {info.parent_dir} holds weights too large for float16. "
                 "Load it as bfloat16 or float32."
             )
-        return jax.block_until_ready(jax.device_put(array, self._sharding))
+        on_device = jax.block_until_ready(jax.device_put(array, self._sharding))
+        self._restored(array.nbytes)
+        return on_device
 
 
 def restore_parameters(
@@ -101,6 +110,7 @@ def restore_parameters(
     wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     sharding: jax.sharding.Sharding,
     stored: str,
+    progress: Progress = no_progress,
 ) -> dict[tuple[str, ...], jax.Array]:
     """Reads exactly the wanted parameters.
 
@@ -109,6 +119,7 @@ def restore_parameters(
       wanted: shape and dtype of every parameter, by its path.
       sharding: sharding of the arrays.
       stored: the dtype that all parameters were stored in.
+      progress: called after every parameter, with the bytes in memory so far and in all.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
@@ -119,8 +130,17 @@ def restore_parameters(
             read_json_object(folder / name, error=CheckpointError)
     for path, leaf in wanted.items():
         _check_array(folder, ".".join(path), tuple(leaf.shape), stored)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+    done = 0
+
+    def restored(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress("loading weights", done, total)
+
+    progress("loading weights", 0, total)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, OneAtATime(sharding)),
+        (np.ndarray, OneAtATime(sharding, restored)),
         # Not used, but without it Orbax warns.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )

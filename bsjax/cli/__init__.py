@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 import bsjax
+from bsjax.checks import arguments_named
 from bsjax.cli import chat, generate, mask, profile, score, verify, warmup
+from bsjax.cli.arguments import names_of
 from bsjax.cli.output import output_failed
 from bsjax.errors import BsjaxError
 
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Answers may contain characters that the terminal cannot encode.
         sys.stdout.reconfigure(errors="replace")
     try:
-        status = options.run(options) or 0
+        with arguments_named(names_of(options)):
+            status = options.run(options) or 0
         sys.stdout.flush()
     except BsjaxError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from bsjax.masks.categories import HeadCategory
 
 if TYPE_CHECKING:
-    from bsjax.checkpoint.loading import LoadedModel
+    from bsjax.checkpoint.loading import DescribedModel
+    from bsjax.profiles.profile import Profile
     from bsjax.prompts.sources import ImageSources
-    from bsjax.runtime.arguments import ProfileLike
 
 CATEGORY_NAMES = ", ".join(category.name.lower() for category in HeadCategory)
 
@@ -57,13 +57,13 @@ def add_profiles(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def profile_of(options: argparse.Namespace, model: "LoadedModel") -> "ProfileLike":
+def profile_of(options: argparse.Namespace, model: "DescribedModel") -> "Profile | None":
     """The profile, by the arguments of `add_profiles`."""
-    if options.uniform is None:
-        return options.profile
-    import bsjax
+    from bsjax.profiles.profile import Profile
 
-    return bsjax.Profile.uniform(options.uniform, model)
+    if options.uniform is not None:
+        return Profile.uniform(options.uniform, model)
+    return Profile.resolve(options.profile, model)
 
 
 def add_device_options(parser: Any) -> None:
@@ -81,6 +81,33 @@ def image_sources_of(options: argparse.Namespace) -> "ImageSources":
     return ImageSources(allow_private_addresses=options.allow_private_addresses)
 
 
+def described_model(options: argparse.Namespace) -> "DescribedModel":
+    """The checkpoint of a command without its weights, by the arguments of `add_device_options`.
+
+    Reading weights takes long. A command first checks all that it was given against this model.
+    """
+    from bsjax.checkpoint.loading import describe
+    from bsjax.prompts.sources import DEFAULT_SOURCES
+
+    reads_images = hasattr(options, "allow_private_addresses")
+    sources = image_sources_of(options) if reads_images else DEFAULT_SOURCES
+    return describe(options.checkpoint, options.dtype, image_sources=sources)
+
+
+def names_of(options: argparse.Namespace) -> dict[str, str]:
+    """How a command's error messages name arguments of Python: as the options that set them."""
+    names = {name: f"--{name.replace('_', '-')}" for name in vars(options)}
+    return names | {"do_pan_and_scan": "--pan-and-scan"}
+
+
+def image_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of image parts, by the arguments of `add_image_settings`."""
+    return {
+        "max_pixels": options.max_pixels,
+        "do_pan_and_scan": options.pan_and_scan or None,
+    }
+
+
 def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The conversation described by the arguments of `add_images` and the question."""
     content = [image_part(image, options) for image in (*options.images, *options.image)]
@@ -93,12 +120,7 @@ def messages_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def image_part(image: str, options: argparse.Namespace) -> dict[str, Any]:
     """An image as a part of a message, with the arguments of `add_image_settings`."""
-    return {
-        "type": "image",
-        "image": image,
-        "max_pixels": options.max_pixels,
-        "do_pan_and_scan": options.pan_and_scan or None,
-    }
+    return {"type": "image", "image": image, **image_options(options)}
 
 
 def category(text: str) -> HeadCategory:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from bsjax.cli.arguments import (
     add_device_options,
     add_image_settings,
+    described_model,
+    image_options,
     image_part,
-    image_sources_of,
 )
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import BsjaxError
@@ -61,16 +62,29 @@ def add_to(commands: Any) -> None:
 def _chat(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.runtime.choice import Choice
+    from bsjax.runtime.kept_cache import check_room
+    from bsjax.runtime.session import checked_session
 
-    model = bsjax.load(
-        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
+    # What can be refused is refused before the weights are read, and not again at every question.
+    described = described_model(options)
+    profile, backend = checked_session(
+        described,
+        profile=options.profile,
+        max_tokens=options.max_tokens,
+        backend=options.backend,
     )
-    session = bsjax.Session(
-        model, profile=options.profile, max_tokens=options.max_tokens, backend=options.backend
-    )
+    new_tokens = Choice(max_new_tokens=options.max_new_tokens).new_tokens()
+    described.check_image_options(image_options(options))
     begin: list[dict[str, Any]] = []
     if options.system is not None:
         begin = [{"role": "system", "content": options.system}]
+    shortest = described.prompt([*begin, {"role": "user", "content": "?"}])
+    check_room(shortest, new_tokens, options.max_tokens)
+    session = bsjax.Session(
+        with_weights(described), profile=profile, max_tokens=options.max_tokens, backend=backend
+    )
     messages, images = list(begin), []
 
     def show(piece: str, token_id: int) -> None:

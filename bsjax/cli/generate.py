@@ -10,7 +10,7 @@ from bsjax.cli.arguments import (
     add_device_options,
     add_images,
     add_profiles,
-    image_sources_of,
+    described_model,
     messages_of,
     profile_of,
 )
@@ -73,19 +73,15 @@ def add_to(commands: Any) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     import_jax(devices=True)
-    import bsjax
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.runtime.arguments import checked_prompt, checked_settings
+    from bsjax.runtime.generation import generate_once, result_of
 
-    model = bsjax.load(
-        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
-    )
-
-    def show(piece: str, token_id: int) -> None:
-        print(piece, end="", flush=True)
-
-    result = bsjax.generate(
-        model,
-        messages_of(options),
-        profile=profile_of(options, model),
+    # What can be refused is refused before the weights are read.
+    described = described_model(options)
+    settings = checked_settings(
+        described,
+        options.backend,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -95,10 +91,18 @@ def _generate(options: argparse.Namespace) -> None:
         stop=options.stop,
         seed=options.seed,
         use_generation_config=options.use_generation_config,
-        stream=show if options.stream else None,
-        backend=options.backend,
     )
-    assert isinstance(result, bsjax.Result)
+    profile = profile_of(options, described)
+    messages, new_tokens = messages_of(options), settings.new_tokens
+    prompt = checked_prompt(described, messages, profile, described.options(), new_tokens)
+
+    def show(piece: str, token_id: int) -> None:
+        print(piece, end="", flush=True)
+
+    stream = show if options.stream else None
+    model = with_weights(described)
+    events = generate_once(model, prompt, profile, settings, one_by_one=stream is not None)
+    result = result_of(events, stream)
     if options.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
         return

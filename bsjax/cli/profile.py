@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bsjax.cli.arguments import add_device_options, add_image_settings, image_sources_of
+from bsjax.checks import naming
+from bsjax.cli.arguments import add_device_options, add_image_settings, described_model
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
@@ -241,10 +242,11 @@ def _add_diff(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
-    from bsjax.profiling.driver import profile_with
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.profiling.driver import checked_run, profile_checked
     from bsjax.samples import QUESTIONS
 
-    # Invalid values are rejected before samples and model are read.
+    # What can be refused is refused before the weights are read.
     sinks = _sinks(options)
     settings = Settings.of(**{name: getattr(options, name) for name in _SETTINGS})
     _check_writable(options.output)
@@ -257,20 +259,20 @@ def _run(options: argparse.Namespace) -> None:
         pan_and_scan=options.pan_and_scan,
         question=options.question or QUESTIONS,
     )
-    model = bsjax.load(
-        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
+    described = described_model(options)
+    run = checked_run(
+        settings,
+        described,
+        samples,
+        sinks=sinks,
+        source=samples.description,
+        resume=options.resume,
+        backend=options.backend,
     )
+    progress = False if options.quiet else None
+    model = with_weights(described, progress)
     try:
-        profile = profile_with(
-            settings,
-            model,
-            samples,
-            sinks=sinks,
-            source=samples.description,
-            resume=options.resume,
-            progress=False if options.quiet else None,
-            backend=options.backend,
-        )
+        profile = profile_checked(model, run, progress)
     except KeyboardInterrupt:
         if options.resume is not None:
             print(f"What was measured is in {options.resume}.", file=sys.stderr)
@@ -319,7 +321,8 @@ def _sinks(options: argparse.Namespace) -> "Sinks | None":
     from bsjax.masks.template import Sinks
 
     first = 1 if options.sinks_first is None else options.sinks_first
-    return Sinks(first, tuple(options.sink_offset or ()))
+    with naming("--sinks-first or --sink-offset"):
+        return Sinks(first, tuple(options.sink_offset or ()))
 
 
 def _check_writable(path: Path) -> None:
@@ -327,6 +330,8 @@ def _check_writable(path: Path) -> None:
     folder = path.absolute().parent
     if os.path.isdir(path):
         raise ProfileError(f"--output {path} is a folder: name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ProfileError(f"--output {path} is not an ordinary file: name another one.")
     if not os.path.isdir(folder):
         raise ProfileError(f"--output {path}: there is no folder {folder}. Make it first.")
     if not os.access(folder, os.W_OK):

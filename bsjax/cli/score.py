@@ -9,7 +9,7 @@ from bsjax.cli.arguments import (
     add_device_options,
     add_images,
     add_profiles,
-    image_sources_of,
+    described_model,
     messages_of,
     profile_of,
 )
@@ -37,18 +37,22 @@ def add_to(commands: Any) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     import_jax(devices=True)
-    import bsjax
+    from bsjax.attention import resolve_backend
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.runtime.arguments import checked_answered_prompts
+    from bsjax.runtime.likelihood import score_once
 
-    model = bsjax.load(
-        options.checkpoint, dtype=options.dtype, image_sources=image_sources_of(options)
-    )
+    # What can be refused is refused before the weights are read.
+    described = described_model(options)
+    backend = resolve_backend(options.backend)
+    profile = profile_of(options, described)
     question = messages_of(options)
-    scores = bsjax.score(
-        model,
-        [[*question, {"role": "assistant", "content": answer}] for answer in options.answers],
-        profile=profile_of(options, model),
-        backend=options.backend,
-    )
+    conversations = [
+        [*question, {"role": "assistant", "content": answer}] for answer in options.answers
+    ]
+    prompts = checked_answered_prompts(described, conversations, profile, described.options())
+    model = with_weights(described)
+    scores = [score_once(model, prompt, profile, backend) for prompt in prompts]
     if options.json:
         print(json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
         return

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bsjax.cli.arguments import add_device_options
+from bsjax.cli.arguments import add_device_options, described_model
 from bsjax.cli.cuda_noise import import_jax
 
 
@@ -37,18 +37,21 @@ def add_to(commands: Any) -> None:
 def _warmup(options: argparse.Namespace) -> None:
     import_jax(devices=True)
     import bsjax
+    from bsjax.checkpoint.loading import with_weights
+    from bsjax.runtime.warmup import checked_warmup
 
-    model = bsjax.load(options.checkpoint, dtype=options.dtype)
-    profiles: dict[str, Any] = {"dense": None}
-    if options.profile is not None:
-        # Read before anything is compiled, which takes long.
-        profiles[options.profile] = bsjax.Profile.resolve(options.profile, model)
-    for name, profile in profiles.items():
-        done = bsjax.warmup(
-            model,
-            max_tokens=options.max_tokens,
-            images=not options.no_images,
-            profile=profile,
-            backend=options.backend,
-        )
+    # What can be refused is refused before the weights are read.
+    described = described_model(options)
+    arguments: dict[str, Any] = {
+        "max_tokens": options.max_tokens,
+        "images": not options.no_images,
+        "backend": options.backend,
+    }
+    profile, _ = checked_warmup(described, profile=options.profile, **arguments)
+    profiles: dict[str, bsjax.Profile | None] = {"dense": None}
+    if profile is not None:
+        profiles[options.profile] = profile
+    model = with_weights(described)
+    for name, each in profiles.items():
+        done = bsjax.warmup(model, profile=each, **arguments)
         print(f"{name}: {done.programs} programs in {done.seconds:.1f} s")

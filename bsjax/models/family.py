@@ -38,7 +38,8 @@ class Family(ABC):
       image_processor: class of the image processor. Unlike AutoProcessor, which handles videos too,
         it must not need torch or torchvision. None for a family that reads text only.
       image_options: keys that an image part of a message may have for `process_image`.
-      fewer_image_tokens: what makes a prompt with images shorter, as advice in error messages.
+      fewer_image_tokens: what makes a prompt with images shorter, as advice in error messages;
+        names of options are in braces.
     """
 
     name: ClassVar[str]

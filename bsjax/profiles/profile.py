@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8
 
-from bsjax.checks import shown, whole_number
+from bsjax.checks import not_a_model, shown, whole_number
 from bsjax.errors import ProfileError, TemplateError
 from bsjax.files import read_text
 from bsjax.masks.categories import HeadCategory
@@ -141,11 +141,7 @@ class Profile:
         if model is not None:
             if not (family is None and layers is None and heads is None):
                 raise ProfileError("Give a model, or family, layers and heads; not both.")
-            if not hasattr(model, "fingerprint"):
-                raise ProfileError(
-                    f"model must be what bsjax.load returns, got {type(model).__name__}."
-                )
-            (family, layers, heads), fingerprint = _shape_of(model), model.fingerprint
+            family, layers, heads, fingerprint = _identity_of(model)
         if family is None or layers is None or heads is None:
             raise ProfileError(
                 f"Profile.uniform needs a model, or family, layers and heads; got "
@@ -245,6 +241,7 @@ class Profile:
         Raises:
           ProfileError: there is no such file or name, or the profile does not fit the model.
         """
+        identity = _identity_of(model)
         if profile is None:
             return None
         if (
@@ -260,13 +257,24 @@ class Profile:
                 "A profile must be None, a path, a name or a bsjax.Profile, got "
                 f"{type(profile).__name__}."
             )
-        profile.check(*_shape_of(model), model.fingerprint)
+        profile.check(*identity)
         return profile
 
 
-def _shape_of(model: Any) -> tuple[str, int, int]:
-    text_config = model.config.get_text_config()
-    return model.family.name, text_config.num_hidden_layers, text_config.num_attention_heads
+def _identity_of(model: Any) -> tuple[str, int, int, str]:
+    """What a profile is made for: a family, numbers of layers and heads, and weights.
+
+    A model has all of this before its weights are read.
+
+    Raises:
+      ProfileError: it is not a model.
+    """
+    try:
+        family, fingerprint = model.family.name, model.fingerprint
+        text_config = model.config.get_text_config()
+    except AttributeError:
+        raise ProfileError(not_a_model(model)) from None
+    return family, text_config.num_hidden_layers, text_config.num_attention_heads, fingerprint
 
 
 def _looks_like_path(text: str) -> bool:

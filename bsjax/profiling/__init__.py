@@ -23,7 +23,6 @@ knapsack         heads in the order of damage per FLOP saved
 refinement       the second stage
 end_to_end       the check on held-out samples
 state            a file that keeps what a run has measured
-progress         the progress bar
 driver           `profile`
 
 A name is imported when it is first used; `__init__.pyi` says where each name is defined.

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int8
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
+from bsjax.checks import argument, naming, shown
 from bsjax.errors import ProfileError
 from bsjax.masks.flops import flops_per_kind
 from bsjax.masks.template import Sinks
@@ -22,10 +22,10 @@ from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.measurements import Measurements, measure
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples, check_images
-from bsjax.profiling.progress import Progress, reporting
 from bsjax.profiling.refinement import Refinement, refine_with
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from bsjax.profiling.state import State, conditions_of
+from bsjax.progress import Progress, reporting
 from bsjax.runtime.programs import check_model
 from bsjax.samples import Samples
 
@@ -137,6 +137,53 @@ def profile_with(
 ) -> Profile:
     """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
     check_model(model, ProfileError)
+    run = checked_run(
+        settings, model, samples, sinks=sinks, source=source, resume=resume, backend=backend
+    )
+    return profile_checked(model, run, progress)
+
+
+class Run(NamedTuple):
+    """A run that has been checked.
+
+    Attributes:
+      settings: how categories are chosen and checked.
+      chosen_with: the samples to choose with.
+      held_out: the samples to check the choice on.
+      fingerprint: fingerprint of all samples together.
+      sinks: which tokens of an image are sinks; None finds them in data.
+      source: where the samples come from, in words.
+      backend: attention backend, already resolved.
+      state: keeps what is measured.
+    """
+
+    settings: Settings
+    chosen_with: OrderedSamples
+    held_out: OrderedSamples
+    fingerprint: str
+    sinks: Sinks | None
+    source: str
+    backend: str
+    state: State
+
+
+def checked_run(
+    settings: Settings,
+    model: DescribedModel,
+    samples: Sequence[Messages] | Samples,
+    *,
+    sinks: Sinks | None = None,
+    source: str = "",
+    resume: str | PathLike[str] | None = None,
+    backend: str = "auto",
+) -> Run:
+    """All of `profile_with` that needs no weights.
+
+    Every sample is checked and its images decoded, rather than refused after hours of measuring.
+
+    Raises:
+      BsjaxError: as for `profile`.
+    """
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {shown(sinks)}.")
     if not isinstance(source, str):
@@ -148,7 +195,19 @@ def profile_with(
     chosen_with, held_out = ordered.split(settings.held_out, settings.seed)
     check_images(chosen_with, several=True)
     check_images(held_out, several=False)
+    options = model.options()
+    for messages, place in zip(ordered.messages, ordered.places, strict=True):
+        with naming(place):
+            model.check(messages, options, decode=True)
     state = State(resume, conditions_of(model, backend))
+    return Run(settings, chosen_with, held_out, ordered.fingerprint, sinks, source, backend, state)
+
+
+def profile_checked(
+    model: LoadedModel, run: Run, progress: Progress | bool | None = None
+) -> Profile:
+    """The profile of a run. The errors are those of `profile`."""
+    settings, chosen_with, held_out, fingerprint, sinks, source, backend, state = run
     with reporting(progress) as report:
         measurements = measure(
             model, chosen_with, sinks=sinks, backend=backend, progress=report, state=state
@@ -178,7 +237,7 @@ def profile_with(
         thresholds=choice.thresholds,
         sample_count=len(chosen_with.messages),
         held_out_count=len(held_out.messages),
-        sample_fingerprint=ordered.fingerprint,
+        sample_fingerprint=fingerprint,
         statistics=measurements.statistics(settings.quantile) | _damage_of(choice.refinement),
         attention_flops=measurements.attention_flops(choice.categories),
         attention_flops_per_kind=flops_per_kind(
@@ -247,8 +306,9 @@ def _reduction_at(settings: Settings, measurements: Measurements) -> Reduction:
     reduction = measurements.reduction(categories)
     if reduction == 0:
         raise ProfileError(
-            f"At threshold={threshold:g} no head saves anything, so there is nothing to refine. "
-            "Raise the threshold, or give a target_reduction or a max_kl."
+            f"At a threshold of {threshold:g} no head saves anything, so there is nothing to "
+            f"refine. Raise {argument('threshold')}, or give {argument('target_reduction')} or "
+            f"{argument('max_kl')}."
         )
     return Reduction(reduction)
 

@@ -7,8 +7,8 @@ from bsjax.checks import naming
 from bsjax.profiles.profile import Profile
 from bsjax.profiling.evaluation import Evaluator
 from bsjax.profiling.ordered_samples import OrderedSamples
-from bsjax.profiling.progress import Progress
 from bsjax.profiling.state import State
+from bsjax.progress import Progress
 from bsjax.runtime.generation import generate
 
 

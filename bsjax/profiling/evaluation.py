@@ -23,7 +23,6 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.template import Sinks
 from bsjax.profiling import computations, selection
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
-from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.prompt_inputs import (
     PackedPrompt,
     PromptEmbedding,
@@ -33,9 +32,10 @@ from bsjax.profiling.prompt_inputs import (
 )
 from bsjax.profiling.settings import Settings
 from bsjax.profiling.state import NO_STATE, State
+from bsjax.progress import Progress, no_progress
 from bsjax.runtime.generation import generate
 from bsjax.runtime.memory import bytes_available, check_memory
-from bsjax.runtime.programs import Stage, programs_of
+from bsjax.runtime.programs import Stage, check_model, programs_of
 from bsjax.samples import Samples
 
 
@@ -115,6 +115,7 @@ class Evaluator:
           ProfileError: there are no samples, or `answer_tokens` is below 1.
           BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
         """
+        check_model(model, ProfileError)
         samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
         self.answer_tokens = whole_number(
             "answer_tokens", answer_tokens, least=1, error=ProfileError

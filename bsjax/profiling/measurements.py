@@ -24,7 +24,6 @@ from bsjax.profiling.ordered_samples import (
     check_images,
     no_several_images,
 )
-from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.prompt_inputs import (
     PackedPrompt,
     PromptEmbedding,
@@ -33,8 +32,9 @@ from bsjax.profiling.prompt_inputs import (
 )
 from bsjax.profiling.settings import Reduction, Settings, Threshold
 from bsjax.profiling.state import NO_STATE, State
+from bsjax.progress import Progress, no_progress
 from bsjax.runtime.memory import bytes_available, check_memory
-from bsjax.runtime.programs import Stage, programs_of
+from bsjax.runtime.programs import Stage, check_model, programs_of
 from bsjax.samples import Samples
 
 
@@ -180,6 +180,7 @@ def measure(
       ProfileError: there are no samples, a sample has no image, or no sample has two.
       BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
     """
+    check_model(model, ProfileError)
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
     check_images(samples, several=True)
     backend = resolve_backend(backend)

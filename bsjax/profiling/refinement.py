@@ -38,8 +38,8 @@ from bsjax.profiling.groups import SPARSE_CATEGORIES
 from bsjax.profiling.knapsack import Move, apply_moves, greedy_path, hull, moves_of
 from bsjax.profiling.measurements import Measurements
 from bsjax.profiling.ordered_samples import Messages, OrderedSamples
-from bsjax.profiling.progress import Progress, no_progress
 from bsjax.profiling.settings import Divergence, Reduction, Settings
+from bsjax.progress import Progress, no_progress
 from bsjax.samples import Samples
 
 # Share of the evaluations reserved for correction in context if not all damages can be measured.

@@ -7,7 +7,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bsjax.checks import LARGEST_WRITTEN, as_number, shown, truth_value, whole_number
+from bsjax.checks import (
+    LARGEST_WRITTEN,
+    argument,
+    as_number,
+    shown,
+    truth_value,
+    whole_number,
+)
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 
@@ -28,7 +35,7 @@ class Threshold:
     def __post_init__(self) -> None:
         if not 0 <= as_number(self.value) < math.inf:
             raise ProfileError(
-                f"threshold must be a number of at least 0, got {shown(self.value)}."
+                f"{argument('threshold')} must be a number of at least 0, got {shown(self.value)}."
             )
 
 
@@ -45,7 +52,8 @@ class Reduction:
     def __post_init__(self) -> None:
         if not 0 < as_number(self.share) < 1:
             raise ProfileError(
-                f"target_reduction must be a share between 0 and 1, got {shown(self.share)}."
+                f"{argument('target_reduction')} must be a share between 0 and 1, got "
+                f"{shown(self.share)}."
             )
 
 
@@ -61,7 +69,9 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if not 0 < as_number(self.nats) < math.inf:
-            raise ProfileError(f"max_kl must be a number of nats above 0, got {shown(self.nats)}.")
+            raise ProfileError(
+                f"{argument('max_kl')} must be a number of nats above 0, got {shown(self.nats)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.criterion not in MEASURED_CRITERIA:
             raise ProfileError(
-                f"criterion must be one of {', '.join(MEASURED_CRITERIA)}, got "
+                f"{argument('criterion')} must be one of {', '.join(MEASURED_CRITERIA)}, got "
                 f"{shown(self.criterion)}."
             )
         # A share of attention is at most 1. Relative errors have no bound: what is left out of an
@@ -108,16 +118,22 @@ class Settings:
         if isinstance(self.budget, Threshold) and self.criterion == "mass":
             if self.budget.value > 1:
                 raise ProfileError(
-                    "threshold must be a share from 0 to 1 for the criterion 'mass', got "
-                    f"{shown(self.budget.value)}."
+                    f"{argument('threshold')} must be a share from 0 to 1 for the criterion "
+                    f"'mass', got {shown(self.budget.value)}."
                 )
         truth_value("refine", self.refine, error=ProfileError)
         if isinstance(self.budget, Divergence) and not self.refine:
-            raise ProfileError("max_kl is a budget for refinement: pass refine=True with it.")
+            raise ProfileError(
+                f"{argument('max_kl')} is a budget for refinement: turn on {argument('refine')}."
+            )
         if not 0 <= as_number(self.quantile) <= 1:
-            raise ProfileError(f"quantile must be a share from 0 to 1, got {shown(self.quantile)}.")
+            raise ProfileError(
+                f"{argument('quantile')} must be a share from 0 to 1, got {shown(self.quantile)}."
+            )
         if not 0 <= as_number(self.held_out) < 1:
-            raise ProfileError(f"held_out must be a share in [0, 1), got {shown(self.held_out)}.")
+            raise ProfileError(
+                f"{argument('held_out')} must be a share in [0, 1), got {shown(self.held_out)}."
+            )
         for name, least in (
             ("max_evaluations", LEAST_EVALUATIONS),
             ("rounds", 0),
@@ -149,7 +165,9 @@ class Settings:
           ProfileError: both `target_reduction` and `max_kl` are given, or a value is out of range.
         """
         if target_reduction is not None and max_kl is not None:
-            raise ProfileError("Give target_reduction or max_kl, not both.")
+            raise ProfileError(
+                f"Give {argument('target_reduction')} or {argument('max_kl')}, not both."
+            )
         settings = cls(Threshold(threshold), **others)
         if target_reduction is not None:
             return replace(settings, budget=Reduction(target_reduction))

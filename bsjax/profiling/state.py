@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown
+from bsjax.checkpoint.loading import DescribedModel
+from bsjax.checks import argument, shown
 from bsjax.errors import ProfileError
 from bsjax.files import check_file
 from bsjax.profiles.profile import installed_versions
@@ -56,7 +56,9 @@ class State:
             conditions.
         """
         if not isinstance(path, str | PathLike | None):
-            raise ProfileError(f"resume must be the path of a state file, got {shown(path)}.")
+            raise ProfileError(
+                f"{argument('resume')} must be the path of a state file, got {shown(path)}."
+            )
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
@@ -71,7 +73,7 @@ class State:
                 if application or objects:
                     raise ProfileError(
                         f"{self._path} cannot be used: it is a database of another program, not a "
-                        "state file. Give `resume` another path."
+                        f"state file. Give {argument('resume')} another path."
                     )
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value)")
@@ -85,7 +87,7 @@ class State:
                 raise ProfileError(
                     f"The state file {self._path} was made with {name} = {present.get(name)}, but "
                     f"this run has {value}, so it cannot continue from it. Delete the file, or "
-                    "give `resume` another path."
+                    f"give {argument('resume')} another path."
                 )
 
     def recall(self, name: str, compute: Callable[[], Record]) -> Record:
@@ -117,11 +119,11 @@ class State:
         except sqlite3.Error as error:
             raise ProfileError(
                 f"The state file {self._path} cannot be used: {error}. If no earlier run made "
-                "this file, give `resume` another path."
+                f"this file, give {argument('resume')} another path."
             ) from error
 
 
-def conditions_of(model: LoadedModel, backend: str) -> dict[str, str]:
+def conditions_of(model: DescribedModel, backend: str) -> dict[str, str]:
     """What all records depend on: weights, how prompts are made, dtype, backend and versions."""
     prompts = hashlib.sha256()
     for part in (

@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from typing_extensions import override
 
+from bsjax.checks import argument
 from bsjax.prompts.sources import ImageSources
 
 _CHUNK = 64 * 1024
@@ -226,7 +227,7 @@ def _refuse_private(host: str, addresses: list[Any], sources: ImageSources) -> N
         if not is_public(ipaddress.ip_address(address[0].partition("%")[0])):
             raise ValueError(
                 f"{host} is {address[0]}, an address of this machine or of its own network. The "
-                "setting allow_private_addresses allows it."
+                f"setting {argument('allow_private_addresses')} allows it."
             )
 
 

@@ -34,6 +34,7 @@ IMAGE_FILE_KEYS = ("image", "url", "path", "image_url")
 IMAGE_KEYS = (*IMAGE_FILE_KEYS, "base64")
 """Keys of an image part that may hold its image."""
 
+_NO_URLS = "URLs are not allowed here (allow_urls)."
 _LONGEST_NAME = 80
 # Decoders spend time on every row, however short: 80 million rows of one pixel take 10 seconds.
 _LONGEST_SIDE = 2**20
@@ -129,6 +130,33 @@ def read_image(key: str, source: Any, sources: ImageSources) -> PIL.Image.Image 
     return _read_array(source, sources)
 
 
+def check_image(
+    key: str, source: Any, sources: ImageSources, *, decode: bool
+) -> tuple[int, int] | None:
+    """Finds what is wrong with an image without downloading it.
+
+    Args:
+      key: one of `IMAGE_KEYS`.
+      source: the value of that key.
+      sources: which sources are allowed, and limits.
+      decode: whether an encoded image is decoded, rather than only its header read.
+
+    Returns:
+      Height and width; None if only a download would tell.
+
+    Raises:
+      Exception: as for `read_image`.
+    """
+    if isinstance(source, str | PathLike) and _is_download(key, source):
+        if not sources.allow_urls:
+            raise MessageError(_NO_URLS)
+        return None
+    if decode or not isinstance(source, str | PathLike):
+        return image_size(read_image(key, source, sources))
+    with opened_image(_located(key, source, sources), sources.max_source_pixels) as image:
+        return image.height, image.width
+
+
 def image_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
     """Height and width of what `read_image` returned."""
     if isinstance(image, PIL.Image.Image):
@@ -157,6 +185,14 @@ def _scheme(text: str) -> str:
     return ""
 
 
+def _is_download(key: str, source: str | PathLike[Any]) -> bool:
+    return (
+        key not in ("path", "base64")
+        and isinstance(source, str)
+        and _scheme(source) in ("http", "https")
+    )
+
+
 def _may_be_data(text: str) -> bool:
     return len(text) >= _LONGEST_NAME and _BASE64.fullmatch(text) is not None
 
@@ -181,9 +217,9 @@ def _located(key: str, source: str | PathLike[Any], sources: ImageSources) -> Pa
         if not comma:
             raise MessageError("a data URL has a comma before its data, and this one has none.")
         return _decoded(data, sources)
-    if key != "path" and scheme in ("http", "https"):
+    if _is_download(key, source):
         if not sources.allow_urls:
-            raise MessageError("URLs are not allowed here (allow_urls).")
+            raise MessageError(_NO_URLS)
         return download(text, sources)
     # Where files are not allowed, no message may reveal whether one exists.
     may_be_data = key == "image" and not scheme and _may_be_data(text)

@@ -6,21 +6,25 @@ chat template writes one placeholder per image, the family expands it, and image
 until each image has all of its tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from bsjax.checks import is_failure, truth_value, whole_number
+from bsjax.checks import argument, is_failure, truth_value, whole_number
 from bsjax.errors import MessageError
 from bsjax.models.family import Family, ProcessedImage
-from bsjax.prompts.images import image_size, read_image, shortened, shown_source
+from bsjax.prompts.images import check_image, image_size, read_image, shortened, shown_source
 from bsjax.prompts.messages import ImagePart, check_answer, read_messages
 from bsjax.prompts.rendering import rendered
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
+
+# Height and width of an image that no option refuses for its size.
+_ANY_SIZE = (224, 224)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,18 @@ class Prompt:
     """Patches of each image along time, height and width."""
     image_tokens: tuple[int, ...]
     """Tokens of each image, in prompt order."""
+
+
+class AnsweredPrompt(NamedTuple):
+    """A prompt that ends with the text of its answer.
+
+    Attributes:
+      prompt: the prompt, with the answer.
+      first: position of the answer's first token, which is not the first of all.
+    """
+
+    prompt: Prompt
+    first: int
 
 
 @dataclass(frozen=True)
@@ -110,9 +126,9 @@ class Processor:
 
     def options(
         self,
-        allow_files: bool | None,
-        allow_urls: bool | None,
-        max_pixels: int | None,
+        allow_files: bool | None = None,
+        allow_urls: bool | None = None,
+        max_pixels: int | None = None,
         continue_final_message: bool = False,
     ) -> PromptOptions:
         """Checks arguments of `prompt`.
@@ -126,11 +142,13 @@ class Processor:
             )
             known = self.family.image_options
             if not known:
-                raise MessageError("max_pixels has no effect: this model reads text only.")
+                raise MessageError(
+                    f"{argument('max_pixels')} has no effect: this model reads text only."
+                )
             if "max_pixels" not in known:
                 raise MessageError(
-                    f"Images of {self.family.name} models have no max_pixels. Their options are "
-                    f"{', '.join(known)}, in an image's part of the messages."
+                    f"Images of {self.family.name} models have no {argument('max_pixels')}. Their "
+                    f"options are {', '.join(known)}, in an image's part of the messages."
                 )
         return PromptOptions(
             self.image_sources.restricted(allow_files, allow_urls),
@@ -138,19 +156,46 @@ class Processor:
             truth_value("continue_final_message", continue_final_message, error=MessageError),
         )
 
-    def check_messages(self, messages: Any, options: PromptOptions) -> None:
-        """Checks the form of messages, without reading their images.
+    def check(
+        self,
+        messages: Any,
+        options: PromptOptions,
+        *,
+        answered: bool = False,
+        decode: bool = False,
+    ) -> None:
+        """Finds mistakes in messages in much less time than `prompt` takes.
+
+        Args:
+          messages: as for `prompt`.
+          options: how they become a prompt.
+          answered: whether the last message is the answer to the others, as for `answered_prompt`.
+          decode: whether images are decoded, which finds those that are damaged behind their
+            headers. They are not scaled, which takes most of the time.
 
         Raises:
-          MessageError: as for `prompt`.
+          MessageError: as for `prompt`, except for what only downloading and rendering find out.
         """
-        self._read(messages, options)
+        _, images = self._read(messages, options, answered=answered)
+        for number, image in enumerate(images, start=1):
+            with _naming_image(image, number, len(images)):
+                size = check_image(image.key, image.source, options.sources, decode=decode)
+                if size is not None:
+                    self._check_scaled(size, image, options.sources)
+
+    def check_image_options(self, options: Mapping[str, Any]) -> None:
+        """Checks the options that image parts will have; None is no option.
+
+        Raises:
+          MessageError: this model does not have one of them, or its value is invalid.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        if given:
+            self.family.scaled_pixels(*_ANY_SIZE, given, self.image_processor)
 
     def prompt_of(self, messages: Any, options: PromptOptions) -> Prompt:
         """Like `prompt`, with options that have been checked."""
         template_messages, images = self._read(messages, options)
-        if options.continue_final_message:
-            check_answer(template_messages)
         text = rendered(
             self.tokenizer,
             template_messages,
@@ -159,7 +204,7 @@ class Processor:
         token_ids, processed = self._processed(text, images, options.sources)
         return self._assembled(token_ids, processed)
 
-    def answered_prompt(self, messages: Any, options: PromptOptions) -> tuple[Prompt, int]:
+    def answered_prompt(self, messages: Any, options: PromptOptions) -> AnsweredPrompt:
         """A prompt that ends with the text of its answer, and where the answer begins.
 
         The whole text is tokenized at once. The answer begins at the first token that the prompt
@@ -170,17 +215,11 @@ class Processor:
           messages: as for `prompt`; the last one is the answer, and the assistant's.
           options: as for `prompt`.
 
-        Returns:
-          The prompt, and the position of the answer's first token, which is not the first of all.
-
         Raises:
           MessageError: as for `prompt`; or the chat template writes an answer differently from the
             way that it lets one begin, or no token comes before the answer.
         """
-        template_messages, images = self._read(messages, options)
-        check_answer(template_messages)
-        if len(template_messages) == 1:
-            raise MessageError("messages[0] is an answer to nothing: give a user message first.")
+        template_messages, images = self._read(messages, options, answered=True)
         text = rendered(self.tokenizer, template_messages, continue_final_message=True)
         before = rendered(self.tokenizer, template_messages[:-1])
         if not text.startswith(before):
@@ -200,17 +239,22 @@ class Processor:
                 "it: the tokenizer joins them."
             )
         start = int(self._repeats(token_ids, processed)[:first].sum())
-        return self._assembled(token_ids, processed), start
+        return AnsweredPrompt(self._assembled(token_ids, processed), start)
 
     def _read(
-        self, messages: Any, options: PromptOptions
+        self, messages: Any, options: PromptOptions, *, answered: bool = False
     ) -> tuple[list[dict[str, Any]], list[ImagePart]]:
+        """What `read_messages` returns, checked against the options and the model."""
         template_messages, images = read_messages(messages)
         if images and self.image_processor is None:
             raise MessageError(
                 f"The messages hold {len(images)} image{'s' * (len(images) > 1)}, but this model "
                 "reads text only."
             )
+        if options.continue_final_message or answered:
+            check_answer(template_messages)
+        if answered and len(template_messages) == 1:
+            raise MessageError("messages[0] is an answer to nothing: give a user message first.")
         if options.max_pixels is not None:
             default = {"max_pixels": options.max_pixels}
             images = [image._replace(options=default | image.options) for image in images]
@@ -310,27 +354,32 @@ class Processor:
         """Reads images and cuts them into patches, one by one, so that errors can name them."""
         processed = []
         for number, image in enumerate(images, start=1):
-            label = f"Image {number} of {len(images)} ({image.where}{shown_source(image.source)})"
-            try:
+            with _naming_image(image, number, len(images)):
                 pixels = read_image(image.key, image.source, sources)
-                self._check_scaled(pixels, image, sources)
+                self._check_scaled(image_size(pixels), image, sources)
                 processed.append(
                     self.family.process_image(
                         pixels, image.options, self.image_processor, self.config
                     )
                 )
-            except MessageError as error:
-                raise MessageError(f"{label}: {error}") from error
-            except Exception as error:  # Decoders and HTTP clients raise many kinds of exceptions.
-                raise MessageError(
-                    f"{label} cannot be read: {shortened(str(error), 300)}"
-                ) from error
         return processed
 
-    def _check_scaled(self, pixels: Any, image: ImagePart, sources: ImageSources) -> None:
-        scaled = self.family.scaled_pixels(*image_size(pixels), image.options, self.image_processor)
+    def _check_scaled(self, size: tuple[int, int], image: ImagePart, sources: ImageSources) -> None:
+        scaled = self.family.scaled_pixels(*size, image.options, self.image_processor)
         if scaled > sources.max_scaled_pixels:
             raise MessageError(
                 f"it would be scaled to {scaled:,} pixels, more than "
                 f"{sources.max_scaled_pixels:,} (max_scaled_pixels)."
             )
+
+
+@contextmanager
+def _naming_image(image: ImagePart, number: int, images: int) -> Iterator[None]:
+    """Errors raised inside the block say which image they are about."""
+    label = f"Image {number} of {images} ({image.where}{shown_source(image.source)})"
+    try:
+        yield
+    except MessageError as error:
+        raise MessageError(f"{label}: {error}") from error
+    except Exception as error:  # Decoders and HTTP clients raise many kinds of exceptions.
+        raise MessageError(f"{label} cannot be read: {shortened(str(error), 300)}") from error

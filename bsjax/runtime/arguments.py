@@ -1,4 +1,7 @@
-"""The arguments of public functions, checked before anything runs."""
+"""The arguments of public functions, checked before anything runs.
+
+No check needs weights: where one needs a model, a `DescribedModel` is enough.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,13 +12,14 @@ import numpy as np
 from jaxtyping import Int32
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import shown, truth_value, whole_number
+from bsjax.checkpoint.loading import DescribedModel
+from bsjax.checks import argument, naming, shown, truth_value, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.prompt import AnsweredPrompt, Prompt, PromptOptions
 from bsjax.runtime.choice import Choice
 from bsjax.runtime.decoding import MAX_END_TOKENS, AnswerSettings
-from bsjax.runtime.programs import check_model
+from bsjax.runtime.inputs import place
 from bsjax.runtime.sampling import MOST_TOP_TOKENS
 
 Messages = Sequence[Mapping[str, Any]]
@@ -61,8 +65,91 @@ def conversations_of(messages: Any) -> tuple[list[Messages], bool]:
     return [messages], False
 
 
+def check_conversations(
+    model: DescribedModel,
+    conversations: Sequence[Messages],
+    options: PromptOptions,
+    *,
+    answered: bool = False,
+) -> None:
+    """Finds mistakes in all conversations of a batch, before the first of them runs.
+
+    Args:
+      model: the model that they are for.
+      conversations: the batch.
+      options: how messages become prompts.
+      answered: whether the last message of each is the answer to the others.
+
+    Raises:
+      MessageError: as for `Processor.check`.
+    """
+    for number, conversation in enumerate(conversations):
+        with naming(f"conversations[{number}]"):
+            model.check(conversation, options, answered=answered)
+
+
+def checked_prompt(
+    model: DescribedModel,
+    messages: Messages,
+    profile: Profile | None,
+    options: PromptOptions,
+    new_tokens: int,
+) -> Prompt:
+    """The prompt of a conversation, which can be answered if there is enough memory.
+
+    Args:
+      model: the model that is to answer.
+      messages: one conversation.
+      profile: head categories of prefill.
+      options: how the messages become a prompt.
+      new_tokens: how many tokens the answer may have.
+
+    Raises:
+      MessageError: a message has an invalid form, or an image cannot be read.
+      CapacityError: the prompt and its answer need more positions than the model has.
+    """
+    prompt = model.prompt_of(messages, options)
+    place(model.architecture, prompt, profile, new_tokens=new_tokens)
+    return prompt
+
+
+def checked_answered_prompts(
+    model: DescribedModel,
+    conversations: Sequence[Messages],
+    profile: Profile | None,
+    options: PromptOptions,
+) -> list[AnsweredPrompt]:
+    """The prompts of conversations that end with answers, which `bsjax.score` could score.
+
+    Answers to one question share the pixels of its images, so that many fit into memory.
+
+    Args:
+      model: the model that is to score them.
+      conversations: several conversations.
+      profile: head categories of prefill.
+      options: how messages become prompts.
+
+    Raises:
+      MessageError: as for `Processor.answered_prompt`.
+      CapacityError: a prompt needs more positions than the model has.
+    """
+    prompts: list[AnsweredPrompt] = []
+    for conversation in conversations:
+        prompt, first = model.answered_prompt(conversation, options)
+        place(model.architecture, prompt, profile)
+        shared = prompts[0].prompt.pixel_values if prompts else None
+        if (
+            shared is not None
+            and prompt.pixel_values is not None
+            and np.array_equal(prompt.pixel_values, shared)
+        ):
+            prompt = replace(prompt, pixel_values=shared)
+        prompts.append(AnsweredPrompt(prompt, first))
+    return prompts
+
+
 def checked_settings(
-    model: LoadedModel,
+    model: DescribedModel,
     backend: str,
     *,
     max_new_tokens: int | None,
@@ -82,7 +169,6 @@ def checked_settings(
       GenerationError: an argument is out of range.
       BackendError: the backend is unknown.
     """
-    check_model(model, GenerationError)
     choice = Choice(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop
     ).completed(
@@ -118,14 +204,14 @@ def settings_of_copies(settings: AnswerSettings, n: int) -> list[AnswerSettings]
     n = whole_number("n", n, least=1, most=_MOST_COPIES, error=GenerationError)
     if n > 1 and not settings.sampling.temperature > 0:
         raise GenerationError(
-            f"n is {n}, but without a temperature all answers are the same: set temperature above "
-            "0, or leave n out."
+            f"{argument('n')} is {n}, but without a temperature all answers are the same: set "
+            f"{argument('temperature')} above 0, or leave {argument('n')} out."
         )
     seed = int(settings.sampling.seed)
     if seed + n > 2**32:
         raise GenerationError(
-            f"n = {n} answers have the seeds {seed} to {seed + n - 1}, but seeds must be below "
-            "2**32: lower the seed."
+            f"{argument('n')} = {n} answers have the seeds {seed} to {seed + n - 1}, but seeds "
+            f"must be below 2**32: lower {argument('seed')}."
         )
     return [
         replace(settings, sampling=settings.sampling._replace(seed=np.uint32(seed + copy)))
@@ -133,7 +219,7 @@ def settings_of_copies(settings: AnswerSettings, n: int) -> list[AnswerSettings]
     ]
 
 
-def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> int:
+def checked_max_tokens(model: DescribedModel, max_tokens: int, *, least: int) -> int:
     """The `max_tokens` argument of `bsjax.warmup` and `bsjax.Session`.
 
     Raises:
@@ -144,13 +230,13 @@ def checked_max_tokens(model: LoadedModel, max_tokens: int, *, least: int) -> in
     limit = model.config.get_text_config().max_position_embeddings
     if max_tokens > limit:
         raise CapacityError(
-            f"max_tokens is {max_tokens}, but the model has {limit} positions. Lower it to {limit} "
-            "or less."
+            f"{argument('max_tokens')} is {shown(max_tokens)}, but the model has {limit} "
+            f"positions. Lower it to {limit} or less."
         )
     return max_tokens
 
 
-def _end_tokens(model: LoadedModel) -> Int32[np.ndarray, "end_tokens"]:
+def _end_tokens(model: DescribedModel) -> Int32[np.ndarray, "end_tokens"]:
     """The ids in the checkpoint's generation config that end an answer, padded with -1."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else np.atleast_1d(np.asarray(ids, object)).tolist()

@@ -10,7 +10,14 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from bsjax.checks import naming, shown, truth_value, whole_number
+from bsjax.checks import (
+    argument,
+    arguments_named,
+    naming,
+    shown,
+    truth_value,
+    whole_number,
+)
 from bsjax.errors import GenerationError
 from bsjax.runtime.results import checked_stop
 from bsjax.runtime.sampling import Sampling
@@ -163,9 +170,10 @@ class Choice:
         """
         if config is None:
             return self
-        with naming("The checkpoint's generation config"):
+        # Checked here, so that an error says where the value comes from: it is no option of a
+        # command.
+        with naming("The checkpoint's generation config"), arguments_named({}):
             theirs = _choice_of(config)
-            # Here, so that an error says where the value comes from.
             theirs.sampling(seed=0)
             theirs.new_tokens()
             theirs.stops()
@@ -208,9 +216,10 @@ def _refuse_others(config: GenerationConfig, choice: Choice, given: Choice) -> N
         if name in _NEUTRAL and _is(value, _NEUTRAL[name]):
             continue
         advice = (
-            "give max_new_tokens, which goes before it"
+            f"give {argument('max_new_tokens')}, which goes before it"
             if name == "max_length"
-            else "call without use_generation_config and give the other settings as arguments"
+            else f"leave {argument('use_generation_config')} out and give the other settings "
+            "yourself"
         )
         raise GenerationError(
             f"The checkpoint's generation config sets {name} to {shown(value)}, which bsjax does "

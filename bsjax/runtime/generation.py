@@ -6,9 +6,12 @@
 `docs/architecture.md` describes each step.
 """
 
+import atexit
+import inspect
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
@@ -20,12 +23,14 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked, naming, shown, truth_value
 from bsjax.errors import BsjaxError, GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import PromptOptions
+from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.arguments import (
     Messages,
     ProfileLike,
+    check_conversations,
     check_stream,
+    checked_prompt,
     checked_settings,
     conversations_of,
     one_conversation,
@@ -41,7 +46,13 @@ from bsjax.runtime.decoding import (
     Decoding,
 )
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.kept_cache import KeptCache, available_bytes, cache_of, layout_of
+from bsjax.runtime.kept_cache import (
+    KeptCache,
+    available_bytes,
+    cache_of,
+    layout_of,
+    moving_stages,
+)
 from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
@@ -153,6 +164,8 @@ def forward(
     with_ids = truth_value("return_token_ids", return_token_ids, error=GenerationError)
     options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversations, is_batch = conversations_of(messages)
+    if is_batch:
+        check_conversations(model, conversations, options)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
     results: list[Any] = []
@@ -330,6 +343,7 @@ def generate(
         available.
       BackendError: the backend is unknown.
     """
+    check_model(model, GenerationError)
     settings = checked_settings(
         model,
         backend,
@@ -353,15 +367,12 @@ def generate(
         raise GenerationError("stream takes one conversation and one answer, not a batch and no n.")
     resolved = Profile.resolve(profile, model)
     if not is_batch and n is None:
-        one_by_one = stream is not None
-        events = generate_once(
-            model, conversations[0], resolved, settings, options, one_by_one=one_by_one
-        )
+        prompt = model.prompt_of(conversations[0], options)
+        events = generate_once(model, prompt, resolved, settings, one_by_one=stream is not None)
         return result_of(events, stream)
     return_errors = return_errors and is_batch
-    for number, conversation in enumerate(conversations if not return_errors else ()):
-        with naming(f"conversations[{number}]" if is_batch else None):
-            model.check_messages(conversation, options)
+    if is_batch and not return_errors:
+        check_conversations(model, conversations, options)
     results: list[Any] = [[None] * len(copies) for _ in conversations]
     tasks = [
         Task(number, conversation, tuple(copies), f"conversations[{number}]" if is_batch else None)
@@ -417,6 +428,7 @@ def generate_iter(
       >>> for number, result in bsjax.generate_iter(model, conversations):
       ...     print(number, result.text)
     """
+    check_model(model, GenerationError)
     settings = checked_settings(
         model,
         backend,
@@ -468,11 +480,13 @@ def stream(
 ) -> Iterator[str]:
     """Like `generate`, for one conversation, but yields the text in pieces as it is generated.
 
-    This call checks the arguments; the prompt runs when the first piece is requested.
+    This call checks the arguments and reads the messages and their images; the prompt runs when the
+    first piece is requested.
 
     Raises:
       BsjaxError: as for `generate`.
     """
+    check_model(model, GenerationError)
     settings = checked_settings(
         model,
         backend,
@@ -489,7 +503,8 @@ def stream(
     options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    events = generate_once(model, conversation, resolved, settings, options, one_by_one=True)
+    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens)
+    events = generate_once(model, prompt, resolved, settings, one_by_one=True)
     return pieces_of(events)
 
 
@@ -508,8 +523,25 @@ def result_of(
     return result
 
 
-def pieces_of(events: Iterator[Token | Result]) -> Iterator[str]:
+_open_streams: "weakref.WeakSet[Generator[Token | Result, None, None]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends the streams that are still open when the interpreter exits.
+
+    Python would end them later, when modules that they need on the way out are gone.
+    """
+    with ExitStack() as stack:
+        for events in list(_open_streams):
+            # What another thread is reading cannot be ended: such threads stop with the process.
+            if inspect.getgeneratorstate(events) != inspect.GEN_RUNNING:
+                stack.callback(events.close)
+
+
+def pieces_of(events: Generator[Token | Result, None, None]) -> Iterator[str]:
     """The pieces of text that are not empty."""
+    _open_streams.add(events)
     return (event.text for event in events if isinstance(event, Token) and event.text)
 
 
@@ -528,7 +560,7 @@ def forward_once(
     layout = layout_of(kept, inputs.tokens)
     programs = programs_of(model)
     scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
-    check_memory(inputs, scoring.stages, available_bytes(kept))
+    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept))
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
@@ -540,10 +572,9 @@ def forward_once(
 
 def generate_once(
     model: LoadedModel,
-    messages: Messages,
+    prompt: Prompt,
     profile: Profile | None,
     settings: AnswerSettings,
-    options: PromptOptions,
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
@@ -552,10 +583,9 @@ def generate_once(
 
     Args:
       model: from `bsjax.load`.
-      messages: one conversation.
+      prompt: the prompt.
       profile: head categories of prefill.
       settings: from `checked_settings`.
-      options: how the messages become a prompt.
       one_by_one: whether to yield each token as soon as it is generated.
       kept: the cache of a session, of which the call uses as much as it can; None for a cache of
         its own.
@@ -564,7 +594,6 @@ def generate_once(
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
-    prompt = model.prompt_of(messages, options)
     reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
     inputs = prepare_inputs(
         model.architecture,
@@ -578,7 +607,8 @@ def generate_once(
     prompt_in_cache = PlacedPrompt(inputs, reuse)
     prefill = Prefill(programs, [prompt_in_cache], layout, [settings], settings.backend)
     decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
-    check_memory(inputs, [*prefill.stages, *decoding.stages], available_bytes(kept))
+    stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
+    check_memory(inputs, stages, available_bytes(kept))
     cache = cache_of(kept, reuse, programs.module, layout)
     first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
     answers = Answers.of([inputs], [settings])

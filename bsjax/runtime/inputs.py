@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from bsjax.attention import block_sizes
-from bsjax.checks import shown
+from bsjax.checks import argument, shown, with_arguments
 from bsjax.errors import CapacityError, MessageError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import LayerFlops, flops_per_kind, head_flops
@@ -73,6 +74,54 @@ class ModelInputs:
         return sum(kind.sparse for kind in self.flops_per_kind)
 
 
+class Placed(NamedTuple):
+    """Where the tokens of a prompt are.
+
+    Attributes:
+      template: the prompt's structure.
+      position_ids: the position ids of each token.
+      next_position: position id of the first token after the prompt.
+      how_to_shorten: advice for error messages about prompts that are too long.
+    """
+
+    template: Template
+    position_ids: Int32[np.ndarray, "axes tokens"]
+    next_position: int
+    how_to_shorten: str
+
+
+def place(
+    architecture: Architecture,
+    prompt: Prompt,
+    profile: Profile | None,
+    *,
+    new_tokens: int = 0,
+    sinks: Sinks | None = None,
+) -> Placed:
+    """Computes the positions of a prompt, and checks that the model has as many.
+
+    The arguments and the errors are those of `prepare_inputs`.
+    """
+    family, config, _ = architecture
+    text_config = config.get_text_config()
+    _check_vocabulary(prompt.token_ids, family.image_token_id(config), text_config.vocab_size)
+    template = family.template(prompt, config, sinks if profile is None else profile.sinks)
+    position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
+    limit = text_config.max_position_embeddings
+    if next_position + new_tokens > limit:
+        if next_position < limit:
+            advice = f"Lower {argument('max_new_tokens')} to {limit - next_position} or less."
+        else:  # It would not fit even without new tokens.
+            advice = _how_to_shorten(template, family.fewer_image_tokens, new_tokens=0)
+        follow = f" and up to {shown(new_tokens)} new tokens follow" if new_tokens else ""
+        raise CapacityError(
+            f"The prompt needs {next_position} positions ({template.tokens} tokens, "
+            f"{describe_images(template)}){follow}, but the model has {limit}. {advice}"
+        )
+    how_to_shorten = _how_to_shorten(template, family.fewer_image_tokens, new_tokens)
+    return Placed(template, position_ids, next_position, how_to_shorten)
+
+
 def prepare_inputs(
     architecture: Architecture,
     prompt: Prompt,
@@ -101,22 +150,9 @@ def prepare_inputs(
     """
     family, config, dtype = architecture
     text_config = config.get_text_config()
-    _check_vocabulary(prompt.token_ids, family.image_token_id(config), text_config.vocab_size)
-    template = family.template(prompt, config, sinks if profile is None else profile.sinks)
-    position_ids, next_position = family.positions(prompt.token_ids, prompt.grid_thw, config)
-    limit = text_config.max_position_embeddings
-    how_to_shorten = _how_to_shorten(template, family.fewer_image_tokens, new_tokens)
-    if next_position + new_tokens > limit:
-        if next_position < limit:
-            advice = f"Lower max_new_tokens to {limit - next_position} or less."
-        else:  # It would not fit even without new tokens.
-            advice = _how_to_shorten(template, family.fewer_image_tokens, new_tokens=0)
-        follow = f" and up to {shown(new_tokens)} new tokens follow" if new_tokens else ""
-        raise CapacityError(
-            f"The prompt needs {next_position} positions ({template.tokens} tokens, "
-            f"{describe_images(template)}){follow}, but the model has {limit}. {advice}"
-        )
-
+    template, position_ids, next_position, how_to_shorten = place(
+        architecture, prompt, profile, new_tokens=new_tokens, sinks=sinks
+    )
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
     head_dim = family.text_head_dim(config)
     if profile is None:
@@ -171,9 +207,9 @@ def _how_to_shorten(template: Template, fewer_image_tokens: Sequence[str], new_t
     if 2 * of_images < template.tokens:
         levers.insert(0, "shorten the text of the messages")
     if new_tokens > 1:
-        levers.append("lower max_new_tokens")
+        levers.append("lower {max_new_tokens}")
     *others, last = levers
-    advice = f"{', '.join(others)} or {last}" if others else last
+    advice = with_arguments(f"{', '.join(others)} or {last}" if others else last)
     return f"{advice[0].upper()}{advice[1:]}."
 
 

@@ -1,6 +1,7 @@
 """The cache of a session between its calls."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checks import argument
 from bsjax.errors import CapacityError
 from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
@@ -15,14 +17,36 @@ from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.memory import bytes_available
-from bsjax.runtime.programs import programs_of, size_in_bytes
+from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import CachedTokens, Reuse, has_moved_on
 from bsjax.runtime.sizes import cache_rows
+
+
+def moving_program(programs: Programs, rows: int) -> Program:
+    """The program that moves the rows of all tokens in a cache of this many rows."""
+    cache = jax.eval_shape(partial(programs.module.language_model.empty_cache, rows))
+    from_rows = jax.ShapeDtypeStruct((rows,), np.int32)
+    return programs.get(move_rows, (cache, from_rows), donate=(0,))
 
 
 def move_rows(module: ImageTextModel, cache: Any, rows: Int[Array, "cache_rows"]) -> Any:
     """The cache with the rows of all tokens taken from other rows. Donate `cache`."""
     return module.language_model.moved(cache, rows)
+
+
+def check_room(prompt: Prompt, new_tokens: int, max_tokens: int) -> None:
+    """Rejects a prompt for which a session has no room.
+
+    Raises:
+      CapacityError: the prompt and the new tokens are more than `max_tokens`.
+    """
+    tokens = prompt.token_ids.size
+    if tokens + new_tokens > max_tokens:
+        follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
+        raise CapacityError(
+            f"The prompt has {tokens} tokens{follow}, but the session has room for {max_tokens}: "
+            f"raise its {argument('max_tokens')}, or begin a new conversation."
+        )
 
 
 class KeptCache:
@@ -60,13 +84,7 @@ class KeptCache:
         Raises:
           CapacityError: the prompt and the new tokens are more than `max_tokens`.
         """
-        tokens = prompt.token_ids.size
-        if tokens + new_tokens > self.max_tokens:
-            follow = f" and up to {new_tokens} new tokens follow" if new_tokens else ""
-            raise CapacityError(
-                f"The prompt has {tokens} tokens{follow}, but the session has room for "
-                f"{self.max_tokens}: raise its max_tokens, or begin a new conversation."
-            )
+        check_room(prompt, new_tokens, self.max_tokens)
         if self._tokens is None:
             return Reuse(cache_rows=self.rows)
         family, config = self._model.family, self._model.config
@@ -78,6 +96,12 @@ class KeptCache:
             self.rows,
             packed=self._profile is not None and self._profile.is_sparse,
         )
+
+    def stages(self, reuse: Reuse) -> list[Stage]:
+        """What `take` runs on the device. Compiles it if it has not been compiled."""
+        if reuse.moved is None:
+            return []
+        return [Stage("moving kept rows", moving_program(programs_of(self._model), self.rows))]
 
     def take(self, reuse: Reuse) -> Any:
         """Hands the cache over, cut to the tokens that are used again; None if there are none.
@@ -92,8 +116,7 @@ class KeptCache:
         if reuse.moved is not None:
             rows = np.zeros(self.rows, np.int32)
             rows[: reuse.start] = reuse.moved
-            program = programs_of(self._model).get(move_rows, (cache, rows), donate=(0,))
-            cache = program(cache, rows)
+            cache = moving_program(programs_of(self._model), self.rows)(cache, rows)
         return cache
 
     def held(self) -> tuple[CachedTokens | None, Any]:
@@ -163,3 +186,8 @@ def available_bytes(kept: KeptCache | None) -> int | None:
     """Free bytes on the device, those of a cache that is taken over included; None if unknown."""
     available = bytes_available()
     return available if available is None or kept is None else available + kept.size
+
+
+def moving_stages(kept: KeptCache | None, reuse: Reuse) -> list[Stage]:
+    """The stage that moves the rows of a session's cache, if they have to move."""
+    return [] if kept is None else kept.stages(reuse)

@@ -10,11 +10,22 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked, naming
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import PromptOptions
-from bsjax.runtime.arguments import Messages, ProfileLike, conversations_of
+from bsjax.prompts.prompt import AnsweredPrompt
+from bsjax.runtime.arguments import (
+    Messages,
+    ProfileLike,
+    check_conversations,
+    conversations_of,
+)
 from bsjax.runtime.chunks import PlacedPrompt
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.kept_cache import KeptCache, available_bytes, cache_of, layout_of
+from bsjax.runtime.kept_cache import (
+    KeptCache,
+    available_bytes,
+    cache_of,
+    layout_of,
+    moving_stages,
+)
 from bsjax.runtime.memory import check_memory
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import Score
@@ -102,33 +113,34 @@ def score(
     conversations, is_batch = conversations_of(messages)
     backend = resolve_backend(backend)
     resolved = Profile.resolve(profile, model)
+    if is_batch:
+        check_conversations(model, conversations, options, answered=True)
     scores = []
     for number, conversation in enumerate(conversations):
         with naming(f"conversations[{number}]" if is_batch else None):
-            scores.append(score_once(model, conversation, resolved, backend, options))
+            answered = model.answered_prompt(conversation, options)
+            scores.append(score_once(model, answered, resolved, backend))
     return scores if is_batch else scores[0]
 
 
 def score_once(
     model: LoadedModel,
-    messages: Messages,
+    answered: AnsweredPrompt,
     profile: Profile | None,
     backend: str,
-    options: PromptOptions,
     kept: KeptCache | None = None,
 ) -> Score:
     """Scores one conversation.
 
     Args:
       model: from `bsjax.load`.
-      messages: one conversation.
+      answered: the prompt, with its answer.
       profile: head categories.
       backend: attention backend, already resolved.
-      options: how the messages become a prompt.
       kept: the cache of a session; None for a cache of its own.
     """
     check_not_forked(GenerationError)
-    prompt, first = model.answered_prompt(messages, options)
+    prompt, first = answered
     reuse = NOTHING
     if kept is not None:
         # The token before the answer runs, even if the cache holds it: it predicts the first one.
@@ -137,7 +149,7 @@ def score_once(
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     programs, layout = programs_of(model), layout_of(kept, inputs.tokens)
     scoring = AnswerScoring(programs, PlacedPrompt(inputs, reuse), first, layout, backend)
-    check_memory(inputs, scoring.stages, available_bytes(kept))
+    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept))
     scores, likeliest, cache = scoring.scores(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from bsjax.checkpoint.loading import MAX_PROGRAMS, LoadedModel
-from bsjax.checks import check_not_forked
+from bsjax.checks import check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
@@ -211,11 +211,7 @@ def check_model(model: Any, error: type[BsjaxError]) -> None:
       error: raised if it cannot be run.
     """
     if not isinstance(model, LoadedModel):
-        hint = "Load a converted checkpoint with bsjax.load."
-        if isinstance(model, str | os.PathLike):
-            hint = f"Load it first: bsjax.load({str(model)!r})."
-        kind = type(model).__name__
-        raise error(f"model must be what bsjax.load returns, got {kind}. {hint}")
+        raise error(not_a_model(model))
     check_not_forked(error)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bsjax.checks import shown
+from bsjax.checks import argument, shown
 from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
 
@@ -189,7 +189,7 @@ def checked_stop(stop: Any) -> tuple[str, ...]:
         and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in stops)
     ):
         raise GenerationError(
-            f"stop must be a text of 1 to {_LONGEST_STOP} characters, a list of at most "
-            f"{_MOST_STOPS} of them, or None, got {shown(stop)}."
+            f"{argument('stop')} must be a text of 1 to {_LONGEST_STOP} characters, a list of at "
+            f"most {_MOST_STOPS} of them, or None, got {shown(stop)}."
         )
     return tuple(stops)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bsjax.checks import as_number, shown, whole_number
+from bsjax.checks import argument, as_number, shown, whole_number
 from bsjax.errors import GenerationError
 
 _GREATEST = float(np.finfo(np.float32).max)
@@ -50,21 +50,23 @@ class Sampling(NamedTuple):
         # NaN fails both comparisons.
         if not 0.0 <= as_number(temperature) <= _GREATEST:
             raise GenerationError(
-                f"temperature must be a number, 0 (greedy) or above, got {shown(temperature)}."
+                f"{argument('temperature')} must be a number, 0 (greedy) or above, got "
+                f"{shown(temperature)}."
             )
         if top_p is not None and not 0.0 < as_number(top_p) <= 1.0:
             raise GenerationError(
-                f"top_p must be a number above 0 and at most 1, or None, got {shown(top_p)}."
+                f"{argument('top_p')} must be a number above 0 and at most 1, or None, got "
+                f"{shown(top_p)}."
             )
         if min_p is not None and not 0.0 <= as_number(min_p) <= 1.0:
             raise GenerationError(
-                f"min_p must be a number from 0 to 1, or None, got {shown(min_p)}."
+                f"{argument('min_p')} must be a number from 0 to 1, or None, got {shown(min_p)}."
             )
         if repetition_penalty is not None and not (
             _LEAST <= as_number(repetition_penalty) <= _GREATEST
         ):
             raise GenerationError(
-                "repetition_penalty must be a number above 0, or None, got "
+                f"{argument('repetition_penalty')} must be a number above 0, or None, got "
                 f"{shown(repetition_penalty)}."
             )
         seed = whole_number("seed", seed, least=0, most=2**32 - 1, error=GenerationError)

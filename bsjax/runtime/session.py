@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Literal, overload
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import truth_value
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
+from bsjax.checks import check_not_forked, truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import PromptOptions
@@ -17,6 +17,7 @@ from bsjax.runtime.arguments import (
     ProfileLike,
     check_stream,
     checked_max_tokens,
+    checked_prompt,
     checked_settings,
     one_conversation,
 )
@@ -34,6 +35,19 @@ from bsjax.runtime.likelihood import score_once
 from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Score, Token
 from bsjax.runtime.session_file import read_session, write_session
+
+
+def checked_session(
+    model: DescribedModel, *, profile: ProfileLike, max_tokens: int, backend: str
+) -> tuple[Profile | None, str]:
+    """The profile and the backend of a `Session`, whose arguments are checked without weights.
+
+    Raises:
+      BsjaxError: as for `Session`.
+    """
+    checked_max_tokens(model, max_tokens, least=2)
+    backend = resolve_backend(backend)
+    return Profile.resolve(profile, model), backend
 
 
 class Session:
@@ -85,10 +99,10 @@ class Session:
           BackendError: the backend is unknown.
         """
         check_model(model, GenerationError)
-        max_tokens = checked_max_tokens(model, max_tokens, least=2)
         self._model = model
-        self._backend = resolve_backend(backend)
-        self._profile = Profile.resolve(profile, model)
+        self._profile, self._backend = checked_session(
+            model, profile=profile, max_tokens=max_tokens, backend=backend
+        )
         self._kept = KeptCache(model, self._profile, max_tokens)
         self._lock = threading.Lock()
 
@@ -111,7 +125,8 @@ class Session:
         """Saves the cache, so that another process can go on with the conversation.
 
         The file holds keys and values of the tokens, which say what the conversation was about:
-        keep it as private as the conversation. It is written completely or not at all.
+        keep it as private as the conversation. Only this user can read it. It is written completely
+        or not at all, even if the process is killed.
 
         Raises:
           SessionError: the file cannot be written.
@@ -144,6 +159,7 @@ class Session:
           BsjaxError: as for `Session`.
         """
         check_model(model, GenerationError)
+        backend = resolve_backend(backend)
         resolved = Profile.resolve(profile, model)
         saved = read_session(path, model, resolved)
         session = cls(model, profile=resolved, max_tokens=saved.max_tokens, backend=backend)
@@ -307,9 +323,9 @@ class Session:
         options = self._model.options(allow_files, allow_urls, max_pixels)
         conversation = one_conversation("score", messages)
         with self._one_call():
-            return score_once(
-                self._model, conversation, self._profile, self._backend, options, self._kept
-            )
+            check_not_forked(GenerationError)
+            answered = self._model.answered_prompt(conversation, options)
+            return score_once(self._model, answered, self._profile, self._backend, self._kept)
 
     def _events(
         self,
@@ -319,17 +335,20 @@ class Session:
         *,
         one_by_one: bool,
     ) -> Generator[Token | Result, None, None]:
-        """Checks the messages' form, and returns an iterator over the tokens, then the result."""
+        """Reads the messages, and returns an iterator over the tokens, then the result."""
         conversation = one_conversation("a session", messages)
+        check_not_forked(GenerationError)
+        prompt = checked_prompt(
+            self._model, conversation, self._profile, options, settings.new_tokens
+        )
 
         def events() -> Generator[Token | Result, None, None]:
             with self._one_call():
                 yield from generate_once(
                     self._model,
-                    conversation,
+                    prompt,
                     self._profile,
                     settings,
-                    options,
                     one_by_one=one_by_one,
                     kept=self._kept,
                 )

@@ -10,13 +10,12 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import shown, whole_number
@@ -28,6 +27,9 @@ from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
 _FORMAT = "bsjax session 1"
+
+_DTYPES = {"int32": "I32", "bool": "BOOL", "uint8": "U8"}
+"""What safetensors calls the dtypes of the arrays in a session."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +79,43 @@ def write_session(
     }
     try:
         with atomic_replacement(Path(path)) as temporary:
-            temporary.touch(exist_ok=False)
-            with held(temporary):
-                save_file(arrays, temporary, metadata={"bsjax": json.dumps(header)})
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
+            with open(temporary, "xb", opener=_private) as file, held(temporary):
+                write_arrays(file, arrays, {"bsjax": json.dumps(header)})
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise SessionError(f"The session cannot be written to {path}: {error}.") from error
+
+
+def _private(path: str, flags: int) -> int:
+    """Creates a file that only this user can read."""
+    return os.open(path, flags, 0o600)
+
+
+def write_arrays(file: BinaryIO, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes arrays in safetensors format, one after the other.
+
+    The library's `save_file` copies all of them first, and writes them to a temporary file with a
+    name of its own, which nobody removes if the process is killed.
+    """
+    # The format asks for this order, in which all arrays are aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        array = arrays[name]
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in names:
+        file.write(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
 
 
 def read_session(

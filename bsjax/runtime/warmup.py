@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bsjax.attention import resolve_backend
-from bsjax.checkpoint.loading import LoadedModel
+from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import truth_value
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
@@ -16,6 +16,7 @@ from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.images import ImageEncoder, PromptImage, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
@@ -42,14 +43,15 @@ def warmup(
     profile: ProfileLike = None,
     backend: str = "auto",
 ) -> Warmup:
-    """Compiles what `generate` needs, so that no prompt has to wait for it.
+    """Compiles what `generate` and sessions need, so that no prompt has to wait for it.
 
     A handful of programs serves all prompts up to a length: chunks, caches and groups of images
     have few sizes. They are kept with the model, and in JAX's persistent cache for later processes.
 
     Args:
       model: from `bsjax.load`.
-      max_tokens: the most tokens that a prompt and its answer have.
+      max_tokens: the most tokens that a prompt and its answer have. Sessions share all programs if
+        they have the same `max_tokens`.
       images: whether prompts have images, for a model that reads them.
       profile: as for `generate`. All profiles with sparse heads share their programs; dense prompts
         need others. If prompts run both ways, call this once with and once without a profile.
@@ -66,10 +68,9 @@ def warmup(
       Warmup(programs=5, seconds=...)
     """
     check_model(model, GenerationError)
-    max_tokens = checked_max_tokens(model, max_tokens, least=1)
-    images = truth_value("images", images, error=GenerationError)
-    backend = resolve_backend(backend)
-    resolved = Profile.resolve(profile, model)
+    resolved, backend = checked_warmup(
+        model, max_tokens=max_tokens, images=images, profile=profile, backend=backend
+    )
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     limit = model.config.get_text_config().max_position_embeddings
@@ -90,7 +91,24 @@ def warmup(
         prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
         ImageEncoder(programs, groups, prefill.features, prefill.chunks.feature_row, backend)
         Decoding(programs, layout, settings.end_tokens, backend)
+    if groups and resolved is not None and resolved.is_sparse:
+        # Of a session with this many tokens.
+        moving_program(programs, cache_rows(max_tokens))
     return Warmup(programs.compilations - before, time.perf_counter() - start)
+
+
+def checked_warmup(
+    model: DescribedModel, *, max_tokens: int, images: bool, profile: ProfileLike, backend: str
+) -> tuple[Profile | None, str]:
+    """The profile and the backend of `warmup`, whose arguments are checked without weights.
+
+    Raises:
+      BsjaxError: as for `warmup`.
+    """
+    checked_max_tokens(model, max_tokens, least=1)
+    truth_value("images", images, error=GenerationError)
+    backend = resolve_backend(backend)
+    return Profile.resolve(profile, model), backend
 
 
 def cache_lengths(max_tokens: int) -> list[int]:

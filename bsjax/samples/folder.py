@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bsjax.checks import shown, whole_number
+from bsjax.checks import argument, shown, whole_number
 from bsjax.errors import SampleError
 from bsjax.samples.content import check_sample, interleave
 
@@ -106,14 +106,15 @@ def _image_files(folder: Path) -> list[Path]:
 def _checked_range(images_per_prompt: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(images_per_prompt, Sequence) or len(images_per_prompt) != 2:
         raise SampleError(
-            "images_per_prompt must be a pair, the smallest and the largest number, got "
-            f"{shown(images_per_prompt)}."
+            f"{argument('images_per_prompt')} must be a pair, the smallest and the largest number, "
+            f"got {shown(images_per_prompt)}."
         )
     least, most = images_per_prompt
     least = whole_number("the fewest images per prompt", least, least=1, error=SampleError)
     most = whole_number("the most images per prompt", most, least=1, error=SampleError)
     if most < least:
         raise SampleError(
-            f"images_per_prompt: the largest number ({most}) is below the smallest ({least})."
+            f"{argument('images_per_prompt')}: the largest number ({most}) is below the smallest "
+            f"({least})."
         )
     return least, most

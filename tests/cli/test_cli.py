@@ -1,6 +1,5 @@
 """The console script does what its help says, and says what is wrong with its input."""
 
-import functools
 import io
 import json
 import os
@@ -14,7 +13,9 @@ import pytest
 from PIL import Image
 
 import bsjax
+from bsjax.checkpoint import loading
 from bsjax.cli import main
+from bsjax.runtime import arguments as runtime_arguments
 from convert.__main__ import main as convert
 from tests.support.paths import ROOT
 
@@ -43,10 +44,17 @@ def images(tmp_path_factory) -> list[str]:
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch):
     """Loads the model once for all tests of this file, so that its compiled programs are kept."""
-    monkeypatch.setattr(bsjax, "load", cached_load)
+    monkeypatch.setattr(loading, "with_weights", with_weights_once)
 
 
-cached_load = functools.lru_cache(bsjax.load)
+with_weights = loading.with_weights
+loaded: dict[Path, bsjax.LoadedModel] = {}
+
+
+def with_weights_once(described, progress=None):
+    if described.path not in loaded:
+        loaded[described.path] = with_weights(described, progress)
+    return loaded[described.path]
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -91,12 +99,12 @@ def test_generate_uses_the_checkpoints_settings_where_it_is_told_to(
 ):
     given = {}
 
-    def generate(model, messages, **options):
-        given.update(options, messages=messages)
-        return original(model, messages, **options)
+    def checked_settings(model, backend, **options):
+        given.update(options)
+        return original(model, backend, **options)
 
-    original = bsjax.generate
-    monkeypatch.setattr(bsjax, "generate", generate)
+    original = runtime_arguments.checked_settings
+    monkeypatch.setattr(runtime_arguments, "checked_settings", checked_settings)
     first = answer(capsys, checkpoint, "What is it?", images[0])
     assert (given["use_generation_config"], given["temperature"]) == (False, None)
     again = answer(
@@ -220,13 +228,13 @@ def test_sampling_depends_on_the_seed(capsys, checkpoint):
     ("options", "words"),
     [
         (["--image", "missing.png"], "Image 1 of 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be"),
         (["--backend", "cudnn"], "cudnn"),
         (["--dtype", "int8"], "int8"),
         (["--profile", "unknown"], "no shipped profile named 'unknown'"),
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "1.5"], "top_p"),
-        (["--max-new-tokens", "40000"], "positions"),
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--top-p", "1.5"], "--top-p must be"),
+        (["--max-new-tokens", "40000"], "Lower --max-new-tokens to"),
     ],
 )
 def test_bad_input_gives_a_one_line_error(capsys, checkpoint, options, words):
@@ -328,7 +336,7 @@ def test_an_interrupted_run_says_so(capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bsjax, "load", interrupted)
+    monkeypatch.setattr(loading, "describe", interrupted)
     status, _, err = run(capsys, "generate", "folder", "?")
     assert status == 130
     assert err == "interrupted\n"

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import bsjax
+from bsjax.checkpoint import loading
 from bsjax.cli import main
 from bsjax.errors import ProfileError
 from bsjax.masks.categories import HeadCategory, KeyGroup
@@ -348,12 +349,17 @@ def profiler(monkeypatch):
     """Replaces the profiler and records its arguments."""
     calls = []
 
-    def profile_with(settings, model, samples, **options):
+    def checked_run(settings, model, samples, **options):
         calls.append((model, samples, settings, options))
+
+    def profile_checked(model, run, progress):
+        calls[-1][-1]["progress"] = progress
         return measured()
 
-    monkeypatch.setattr("bsjax.profiling.driver.profile_with", profile_with)
-    monkeypatch.setattr(bsjax, "load", lambda path, dtype=None, image_sources=None: (path, dtype))
+    monkeypatch.setattr("bsjax.profiling.driver.checked_run", checked_run)
+    monkeypatch.setattr("bsjax.profiling.driver.profile_checked", profile_checked)
+    monkeypatch.setattr(loading, "describe", lambda path, dtype, image_sources: (path, dtype))
+    monkeypatch.setattr(loading, "with_weights", lambda described, progress: described)
     return calls
 
 
@@ -468,13 +474,13 @@ def test_run_profiles_a_real_checkpoint(capsys, tiny_checkpoint, photographs, tm
         ("nothing", [], "no file or folder nothing"),
         ("", [], "an empty text"),
         ("benchmark:nothing", [], "no benchmark 'nothing'"),
-        ("folder", ["--limit", "0"], "limit must be at least 1"),
+        ("folder", ["--limit", "0"], "--limit must be at least 1"),
         ("folder", ["--images-per-prompt", "9-3"], "below the smallest"),
         ("folder", [], "has 0 images"),
-        ("folder", ["--sinks-first", "0"], "`first` must be at least 1"),
-        ("folder", ["--threshold", "-1"], "threshold must be a number of at least 0"),
-        ("folder", ["--held-out", "1"], "held_out"),
-        ("folder", ["--max-kl", "0.1"], "refine=True"),
+        ("folder", ["--sinks-first", "0"], "--sinks-first or --sink-offset: "),
+        ("folder", ["--threshold", "-1"], "--threshold must be a number of at least 0"),
+        ("folder", ["--held-out", "1"], "--held-out must be"),
+        ("folder", ["--max-kl", "0.1"], "turn on --refine"),
         ("folder", ["--refine", "--max-kl", "0.1", "--target-reduction", "0.4"], "not both"),
         ("folder", ["--output", "no folder/out.json"], "there is no folder"),
         ("folder", ["--output", "folder"], "is a folder"),
@@ -506,7 +512,7 @@ def test_an_interrupted_run_says_where_its_measurements_are(
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bsjax.profiling.driver.profile_with", interrupted)
+    monkeypatch.setattr("bsjax.profiling.driver.profile_checked", interrupted)
     output = tmp_path / "out.json"
     status, out, err = run(capsys, "profile", "model", photographs, "--output", output)
     assert (status, out, err) == (130, "", "interrupted\n")

@@ -295,7 +295,7 @@ def test_a_source_that_is_not_text_is_refused_before_anything_is_measured(tiny_m
         (SAMPLES, {"held_out": float("nan")}, "held_out"),
         (SAMPLES, {"refine": True, "max_kl": 0.0}, "max_kl must be"),
         (SAMPLES, {"refine": True, "max_kl": float("inf")}, "max_kl must be"),
-        (SAMPLES, {"max_kl": 0.1}, "refine=True"),
+        (SAMPLES, {"max_kl": 0.1}, "turn on refine"),
         (SAMPLES, {"refine": True, "max_kl": 0.1, "target_reduction": 0.1}, "not both"),
         pytest.param(
             SAMPLES,

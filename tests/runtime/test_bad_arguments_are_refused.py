@@ -2,6 +2,10 @@
 
 import copy
 import dataclasses
+import inspect
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,34 +19,85 @@ from bsjax import (
     GenerationError,
     MessageError,
     ProfileError,
+    profiling,
 )
 from bsjax.checks import shown
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
+from bsjax.runtime.programs import Programs
 from convert.conversion import convert_checkpoint
 from tests.support.convert_sources import edit_json
 from tests.support.fuzzing import check_message
 from tests.support.refusals import HUGE, refused
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+ANSWERED = [*MESSAGES, {"role": "assistant", "content": "hi"}]
 
 pytestmark = pytest.mark.usefixtures("annotations_unchecked")
 
 
-@pytest.mark.parametrize("model", [None, "checkpoints/model", 3, bsjax.LoadedModel])
-def test_models_that_are_not_loaded(model):
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """Makes compiling anything fail the test."""
+
+    def get(*_, **__):
+        raise AssertionError("a program was compiled or run")
+
+    monkeypatch.setattr(Programs, "get", get)
+
+
+TAKE_A_MODEL = {
+    "generate": (lambda model: bsjax.generate(model, MESSAGES), GenerationError),
+    "forward": (lambda model: bsjax.forward(model, MESSAGES), GenerationError),
+    "stream": (lambda model: bsjax.stream(model, MESSAGES), GenerationError),
+    "generate_iter": (lambda model: bsjax.generate_iter(model, [MESSAGES]), GenerationError),
+    "score": (lambda model: bsjax.score(model, ANSWERED), GenerationError),
+    "warmup": (bsjax.warmup, GenerationError),
+    "Session": (bsjax.Session, GenerationError),
+    "Session.load": (lambda model: bsjax.Session.load("a.session", model), GenerationError),
+    "Profile.resolve": (lambda model: bsjax.Profile.resolve("a.json", model), ProfileError),
+    "Profile.resolve dense": (lambda model: bsjax.Profile.resolve(None, model), ProfileError),
+    "Profile.uniform": (lambda model: bsjax.Profile.uniform("SINK", model), ProfileError),
+    "profile": (lambda model: bsjax.profile(model, [MESSAGES]), ProfileError),
+    "measure": (lambda model: profiling.measure(model, [MESSAGES]), ProfileError),
+    "Evaluator": (lambda model: profiling.Evaluator(model, [MESSAGES]), ProfileError),
+    "refine": (
+        lambda model: profiling.refine(
+            model, SimpleNamespace(sinks=None), [MESSAGES], target_reduction=0.1
+        ),
+        ProfileError,
+    ),
+}
+"""Every public function that takes a model."""
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("name", TAKE_A_MODEL)
+def test_models_that_are_not_loaded(name, tiny_model):
+    call, error = TAKE_A_MODEL[name]
     words = "model must be what bsjax.load returns"
-    refused(lambda: bsjax.generate(model, MESSAGES), GenerationError, words)
-    refused(lambda: bsjax.forward(model, MESSAGES), GenerationError, words)
-    refused(lambda: bsjax.stream(model, MESSAGES), GenerationError, words)
-    refused(lambda: bsjax.profile(model, [MESSAGES]), ProfileError, words)
+    for model in ("some/model", Path("some/model"), 3, bsjax, bsjax.LoadedModel, tiny_model.module):
+        refused(lambda model=model: call(model), error, words)
+    refused(lambda: call("some/model"), error, "Load it first: bsjax.load('some/model')")
+    # These two can do without a model.
+    without = {"Profile.uniform": "needs a model, or family", "refine": "needs a model or an Eval"}
+    refused(lambda: call(None), error, without.get(name, words))
 
 
-def test_a_path_in_place_of_a_model_is_told_how_to_load_it():
-    refused(
-        lambda: bsjax.generate("some/folder", MESSAGES),
-        GenerationError,
-        "Load it first: bsjax.load('some/folder')",
-    )
+def test_every_public_function_that_takes_a_model_is_tested():
+    public = {name: getattr(bsjax, name) for name in bsjax.__all__}
+    public |= {name: getattr(profiling, name) for name in profiling.__all__}
+    public |= {
+        f"{name}.{method}": getattr(of, method)
+        for name, of in list(public.items())
+        for method in ("load", "resolve", "uniform")
+        if hasattr(of, method)
+    }
+    takes = [
+        name
+        for name, of in public.items()
+        if callable(of) and "model" in inspect.signature(of).parameters
+    ]
+    assert set(takes) <= set(TAKE_A_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +143,12 @@ def test_a_path_in_place_of_a_model_is_told_how_to_load_it():
     ],
     ids=lambda value: shown(value)[:60],
 )
+@pytest.mark.usefixtures("nothing_compiled")
 def test_arguments_of_generate(tiny_model, arguments, error, words):
     refused(lambda: bsjax.generate(tiny_model, MESSAGES, **arguments), error, words)
+    if "stream" not in arguments:
+        # Before the first piece is asked for.
+        refused(lambda: bsjax.stream(tiny_model, MESSAGES, **arguments), error, words)
 
 
 @pytest.mark.parametrize(
@@ -147,10 +206,73 @@ CYCLIC_CONTENT["content"] = [CYCLIC_CONTENT]
         ([CYCLIC_CONTENT], "messages[0]['content'][0]"),
     ],
 )
+@pytest.mark.usefixtures("nothing_compiled")
 def test_batches(tiny_model, messages, words):
     refused(lambda: bsjax.generate(tiny_model, messages, max_new_tokens=1), MessageError, words)
-    if not isinstance(messages, list) or messages[:1] != [MESSAGES]:
-        refused(lambda: bsjax.forward(tiny_model, messages), MessageError, words)
+    refused(lambda: bsjax.forward(tiny_model, messages), MessageError, words)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("content", [b"not an image", None])
+def test_all_conversations_are_checked_before_the_first_one_runs(tiny_model, tmp_path, content):
+    image = tmp_path / "image.png"
+    if content is not None:
+        image.write_bytes(content)
+    messages = [{"role": "user", "content": [{"type": "image", "image": str(image)}]}]
+    words = "conversations[1]: Image 1 of 1 (messages[0]['content'][0]"
+    for call in (bsjax.generate, bsjax.forward):
+        refused(lambda call=call: call(tiny_model, [MESSAGES, messages]), MessageError, words)
+    answer = ANSWERED[-1]
+    refused(lambda: bsjax.score(tiny_model, [ANSWERED, [*messages, answer]]), MessageError, words)
+
+
+ASKED_AGAIN = [*ANSWERED, *MESSAGES]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(
+    ("call", "batch", "words"),
+    [
+        (bsjax.score, [ANSWERED, MESSAGES], "conversations[1]: messages[0], the last message, has"),
+        (bsjax.score, [ANSWERED, ANSWERED[1:]], "conversations[1]: messages[0] is an answer to"),
+        *(
+            (
+                partial(call, continue_final_message=True),
+                [ANSWERED, ASKED_AGAIN],
+                "conversations[1]: messages[2], the last message, has the role 'user'",
+            )
+            for call in (bsjax.generate, bsjax.forward)
+        ),
+    ],
+)
+def test_all_conversations_have_the_form_that_the_call_needs(tiny_model, call, batch, words):
+    refused(lambda: call(tiny_model, batch), MessageError, words)
+
+
+def test_the_images_of_a_batch_fit_its_options(tiny_model, nothing_compiled):
+    """Scaled by `max_pixels` of the call, the image is small enough; without, it is not."""
+    sources = bsjax.ImageSources(max_scaled_pixels=28 * 28 * 4)
+    model = dataclasses.replace(tiny_model, image_sources=sources)
+    picture = {"type": "image", "image": np.zeros((280, 280, 3), np.uint8)}
+    batch = [MESSAGES, [{"role": "user", "content": [picture]}]]
+    words = "conversations[1]: Image 1 of 1 (messages[0]['content'][0]): it would be scaled to"
+    refused(lambda: bsjax.generate(model, batch), MessageError, words)
+    with pytest.raises(AssertionError, match="a program was compiled or run"):
+        bsjax.generate(model, batch, max_pixels=28 * 28 * 4)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_streams_read_their_messages_at_once(tiny_model):
+    missing = [{"role": "user", "content": [{"type": "image", "image": "missing.png"}]}]
+    session = bsjax.Session(tiny_model)
+    for stream in (partial(bsjax.stream, tiny_model), session.stream):
+        refused(lambda stream=stream: stream(missing), MessageError, "there is no such file")
+        refused(lambda stream=stream: stream([3]), MessageError, "messages[0]")
+        refused(
+            lambda stream=stream: stream(MESSAGES, max_new_tokens=10**6),
+            CapacityError,
+            "Lower max_new_tokens to",
+        )
 
 
 WORDS = {"type": "text", "text": "word " * 200}
@@ -166,6 +288,7 @@ PICTURES = [{"type": "image", "image": np.zeros((140, 140, 3), np.uint8)}] * 4
     ],
     ids=["text", "images", "both"],
 )
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_prompt_that_is_too_long_names_the_lever_that_applies(tiny_model, content, advice):
     config = copy.deepcopy(tiny_model.config)
     config.get_text_config().max_position_embeddings = 16

@@ -119,7 +119,13 @@ def test_sequences_are_used_again(loaded, monkeypatch):
 @FAMILIES
 def test_what_prompts_begin_with_runs_once(loaded):
     model, words, profile = loaded
-    document = [" ".join(words * 3), picture(1), " ".join(words * 2), picture(2), " ".join(words * 15)]
+    document = [
+        " ".join(words * 3),
+        picture(1),
+        " ".join(words * 2),
+        picture(2),
+        " ".join(words * 15),
+    ]
     other = [" ".join(words * 3), picture(3), " ".join(words * 25), picture(4)]
     conversations = [
         asked(*(document if number % 3 else other), f"{words[number % 5]} {number}")

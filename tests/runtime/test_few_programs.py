@@ -139,4 +139,4 @@ def test_the_command_line_warms_up(tiny_checkpoint, capsys):
     said = capsys.readouterr()
     assert "no-such-profile" in said.err and not said.out, "before anything is compiled"
     assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "0"]) == 2
-    assert "max_tokens must be at least 1" in capsys.readouterr().err
+    assert "--max-tokens must be at least 1" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int, Int32
 from transformers import Gemma3ImageProcessorPil, PretrainedConfig
 from typing_extensions import override
 
-from bsjax.checks import shown, whole_number
+from bsjax.checks import argument, shown, whole_number
 from bsjax.errors import MessageError
 from bsjax.masks.visibility import Visibility
 from bsjax.models.family import Family, ProcessedImage
@@ -74,7 +74,7 @@ class Gemma3Family(Gemma3TextFamily):
     name = "gemma3"
     image_processor = Gemma3ImageProcessorPil
     image_options = ("do_pan_and_scan", *_CROPS)
-    fewer_image_tokens = ("pass fewer images", "leave out do_pan_and_scan (crops are images too)")
+    fewer_image_tokens = ("pass fewer images", "leave out {do_pan_and_scan} (crops are images too)")
 
     @override
     def build(self, config: PretrainedConfig, dtype: Any) -> Gemma3ForConditionalGeneration:
@@ -155,8 +155,8 @@ class Gemma3Family(Gemma3TextFamily):
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
             raise MessageError(
-                f"{' and '.join(unknown)}: Gemma 3 scales all images to one size. do_pan_and_scan "
-                "adds crops of long ones."
+                f"{' and '.join(map(argument, unknown))}: Gemma 3 scales all images to one size. "
+                f"{argument('do_pan_and_scan')} adds crops of long ones."
             )
         _check_crops(options)
         settings = _IMAGE_SETTINGS | dict(options)
@@ -240,7 +240,9 @@ def _check_crops(options: Mapping[str, Any]) -> None:
     """Rejects crop options with invalid values, or without `do_pan_and_scan`."""
     wanted = options.get("do_pan_and_scan", False)
     if not isinstance(wanted, bool):
-        raise MessageError(f"do_pan_and_scan must be true or false, got {shown(wanted)}.")
+        raise MessageError(
+            f"{argument('do_pan_and_scan')} must be true or false, got {shown(wanted)}."
+        )
     for name in [name for name in _CROPS if name in options]:
         value = options[name]
         if "do_pan_and_scan" not in options:

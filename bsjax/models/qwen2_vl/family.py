@@ -8,7 +8,7 @@ from jaxtyping import Int, Int32
 from transformers import PretrainedConfig, Qwen2VLImageProcessorPil
 from typing_extensions import override
 
-from bsjax.checks import shown
+from bsjax.checks import argument, shown
 from bsjax.errors import MessageError, TemplateError
 from bsjax.models.family import Family, ProcessedImage
 from bsjax.models.image_rows import image_starts
@@ -26,7 +26,7 @@ class Qwen2VLFamily(Family):
     name = "qwen2_vl"
     image_processor = Qwen2VLImageProcessorPil
     image_options = ("max_pixels", "min_pixels")
-    fewer_image_tokens = ("lower max_pixels", "pass fewer images")
+    fewer_image_tokens = ("lower {max_pixels}", "pass fewer images")
 
     @override
     def build(self, config: PretrainedConfig, dtype: Any) -> Qwen2VLForConditionalGeneration:
@@ -124,12 +124,14 @@ class Qwen2VLFamily(Family):
         """What an image part's options change in the settings of the image processor."""
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
-            raise MessageError(f"{', '.join(unknown)}: Qwen's image processor has no such option.")
+            raise MessageError(
+                f"{', '.join(map(argument, unknown))}: Qwen's image processor has no such option."
+            )
         for name, value in options.items():
             is_number = isinstance(value, int) and not isinstance(value, bool)
             if not is_number or not 1 <= value < 2**63:
                 raise MessageError(
-                    f"{name} must be a positive number of pixels, got {shown(value)}."
+                    f"{argument(name)} must be a positive number of pixels, got {shown(value)}."
                 )
         maximum, minimum = options.get("max_pixels"), options.get("min_pixels")
         if minimum is not None and maximum is not None and minimum > maximum:
@@ -139,8 +141,8 @@ class Qwen2VLFamily(Family):
             size = dict(image_processor.size)
             if "shortest_edge" not in size or "longest_edge" not in size:
                 raise MessageError(
-                    "max_pixels and min_pixels have no effect: this checkpoint scales all images "
-                    "to one size."
+                    f"{argument('max_pixels')} and min_pixels have no effect: this checkpoint "
+                    "scales all images to one size."
                 )
             # In Qwen's image processors, the two "edges" are numbers of pixels.
             maximum = maximum or max(size["longest_edge"], minimum or 0)
