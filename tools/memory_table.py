@@ -301,9 +301,9 @@ def _several_section(several: Mapping[str, Measurement]) -> str:
     return f"""
 ## Batches and sessions
 
-GiB on an {TARGETS[GPUS[0]].device_kind}. The cache of a batch has as many rows for each conversation as
-the longest needs. `rows` is the program that moves rows of a session's cache, or copies what several
-prompts of a batch begin with.
+GiB on one {TARGETS[GPUS[0]].device_kind}. The cache of a batch has as many rows for each
+conversation as the longest needs. `rows` is the program that moves rows of a session's cache, or
+copies what several prompts of a batch begin with.
 
 {table}
 """
