@@ -560,7 +560,9 @@ def forward_once(
     layout = layout_of(kept, inputs.tokens)
     programs = programs_of(model)
     scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
-    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept))
+    check_memory(
+        inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
+    )
     # On a CPU, the programs and the result share the host's memory.
     on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
     check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
@@ -608,7 +610,7 @@ def generate_once(
     prefill = Prefill(programs, [prompt_in_cache], layout, [settings], settings.backend)
     decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
     stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
-    check_memory(inputs, stages, available_bytes(kept))
+    check_memory(inputs, stages, available_bytes(kept, reuse))
     cache = cache_of(kept, reuse, programs.module, layout)
     first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
     answers = Answers.of([inputs], [settings])

@@ -1,10 +1,12 @@
-"""The cache of a session between its calls."""
+"""The caches of a session between its calls."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -20,6 +22,9 @@ from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import CachedTokens, Reuse, has_moved_on
 from bsjax.runtime.sizes import cache_rows
+
+MOST_CONVERSATIONS = 1024
+"""The most conversations of a session."""
 
 
 def moving_program(programs: Programs, rows: int) -> Program:
@@ -49,53 +54,86 @@ def check_room(prompt: Prompt, new_tokens: int, max_tokens: int) -> None:
         )
 
 
-class KeptCache:
-    """The cache of a session between its calls, and the tokens that it holds.
+class KeptConversation(NamedTuple):
+    """A conversation in the cache of a session.
 
     Attributes:
-      max_tokens: the most tokens, answers included.
-      rows: rows of the cache.
+      tokens: its tokens.
+      prompt_tokens: how many of them are the prompt of its last call. The others are the answer.
+      cache: a cache with their keys and values.
     """
 
-    def __init__(self, model: LoadedModel, profile: Profile | None, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.rows = cache_rows(max_tokens)
-        self._model, self._profile = model, profile
-        self._tokens: CachedTokens | None = None
-        self._cache: Any = None
+    tokens: CachedTokens
+    prompt_tokens: int
+    cache: Any
 
-    @property
-    def size(self) -> int:
-        """Bytes on the device."""
-        return 0 if self._cache is None else size_in_bytes(self._cache)
+
+class KeptCache:
+    """The caches of a session between its calls, and the tokens that they hold.
+
+    Attributes:
+      max_tokens: the most tokens of a conversation, answers included.
+      rows: rows of a conversation's cache.
+      most: the most conversations.
+      conversations: the conversations, least recently used first.
+    """
+
+    def __init__(
+        self, model: LoadedModel, profile: Profile | None, max_tokens: int, most: int = 1
+    ) -> None:
+        self.max_tokens, self.most = max_tokens, most
+        self.rows = cache_rows(max_tokens)
+        self.conversations: list[KeptConversation] = []
+        self._model, self._profile = model, profile
 
     @property
     def tokens(self) -> int:
-        """How many tokens the cache holds."""
-        return 0 if self._tokens is None else self._tokens.token_ids.size
+        """How many tokens the caches hold."""
+        return sum(each.tokens.token_ids.size for each in self.conversations)
 
     def clear(self) -> None:
-        """Forgets all tokens and frees the cache."""
-        self._tokens = self._cache = None
+        """Forgets all tokens and frees the caches."""
+        self.conversations.clear()
 
     def reuse(self, prompt: Prompt, new_tokens: int) -> Reuse:
-        """How much of a prompt the cache holds. Changes nothing.
+        """How much of a prompt the caches hold. Changes nothing.
 
         Raises:
           CapacityError: the prompt and the new tokens are more than `max_tokens`.
         """
         check_room(prompt, new_tokens, self.max_tokens)
-        if self._tokens is None:
-            return Reuse(cache_rows=self.rows)
+        best = Reuse(cache_rows=self.rows)
+        if not self.conversations:
+            return best
         family, config = self._model.family, self._model.config
         sinks = None if self._profile is None else self._profile.sinks
-        return self._tokens.reuse(
-            prompt,
-            family.template(prompt, config, sinks),
-            family.visibilities(config),
-            self.rows,
-            packed=self._profile is not None and self._profile.is_sparse,
-        )
+        template = family.template(prompt, config, sinks)
+        for index, each in enumerate(self.conversations):
+            found = each.tokens.reuse(
+                prompt,
+                template,
+                family.visibilities(config),
+                self.rows,
+                packed=self._profile is not None and self._profile.is_sparse,
+            )
+            if found.start and found.start >= best.start:
+                best = replace(found, conversation=index)
+        return best
+
+    def _branches(self, reuse: Reuse) -> bool:
+        """Whether a prompt leaves a conversation before its last answer, and both are kept."""
+        if self.most == 1 or not reuse.start:
+            return False
+        # Another answer to the last question takes the place of the one before.
+        return reuse.start < self.conversations[reuse.conversation].prompt_tokens - 1
+
+    def freed_bytes(self, reuse: Reuse) -> int:
+        """Bytes on the device that `take` frees or hands over."""
+        if not self.conversations:
+            return 0
+        is_taken = reuse.start and not self._branches(reuse)
+        is_full = len(self.conversations) == self.most
+        return size_in_bytes(self.conversations[0].cache) if is_taken or is_full else 0
 
     def stages(self, reuse: Reuse) -> list[Stage]:
         """What `take` runs on the device. Compiles it if it has not been compiled."""
@@ -104,28 +142,27 @@ class KeptCache:
         return [Stage("moving kept rows", moving_program(programs_of(self._model), self.rows))]
 
     def take(self, reuse: Reuse) -> Any:
-        """Hands the cache over, cut to the tokens that are used again; None if there are none.
+        """Hands a cache over, cut to the tokens that are used again; None if there are none.
 
-        Nothing is kept until `put`: programs update the cache in place, so that a call that fails
-        half way leaves nothing that could be used.
+        If there is no room for another conversation, the least recently used one is dropped. The
+        cache is not kept until `put`: programs update it in place, so that a call that fails half
+        way leaves nothing that could be used.
         """
-        cache = self._cache
-        self.clear()
-        if not reuse.start:
+        branches = self._branches(reuse)
+        taken = self.conversations.pop(reuse.conversation) if reuse.start else None
+        if len(self.conversations) + branches == self.most:
+            self.conversations.pop(0)
+        if taken is None:
             return None
+        cache = taken.cache
+        if branches:
+            self.conversations.append(taken)
+            cache = jax.tree.map(jnp.copy, cache)
         if reuse.moved is not None:
             rows = np.zeros(self.rows, np.int32)
             rows[: reuse.start] = reuse.moved
             cache = moving_program(programs_of(self._model), self.rows)(cache, rows)
         return cache
-
-    def held(self) -> tuple[CachedTokens | None, Any]:
-        """The tokens and the cache."""
-        return self._tokens, self._cache
-
-    def hold(self, tokens: CachedTokens | None, cache: Any) -> None:
-        """Takes over tokens and their cache."""
-        self._tokens, self._cache = tokens, cache
 
     def put(
         self,
@@ -154,7 +191,7 @@ class KeptCache:
         if tokens.token_ids.size < written and has_moved_on(visibilities, self.rows, written):
             # The tokens that were left out have taken rows of the window before them.
             return
-        self.hold(tokens, cache)
+        self.conversations.append(KeptConversation(tokens, prompt.token_ids.size, cache))
 
 
 def layout_of(kept: KeptCache | None, tokens: int) -> CacheLayout:
@@ -182,10 +219,10 @@ def cache_of(
     return module.language_model.empty_cache(*layout) if cache is None else cache
 
 
-def available_bytes(kept: KeptCache | None) -> int | None:
+def available_bytes(kept: KeptCache | None, reuse: Reuse) -> int | None:
     """Free bytes on the device, those of a cache that is taken over included; None if unknown."""
     available = bytes_available()
-    return available if available is None or kept is None else available + kept.size
+    return available if available is None or kept is None else available + kept.freed_bytes(reuse)
 
 
 def moving_stages(kept: KeptCache | None, reuse: Reuse) -> list[Stage]:

@@ -149,7 +149,9 @@ def score_once(
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     programs, layout = programs_of(model), layout_of(kept, inputs.tokens)
     scoring = AnswerScoring(programs, PlacedPrompt(inputs, reuse), first, layout, backend)
-    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept))
+    check_memory(
+        inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
+    )
     scores, likeliest, cache = scoring.scores(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)

@@ -34,12 +34,14 @@ class Reuse:
         begin before `start` if it has only text up to there.
       cache_rows: rows of the cache; None for as many as the prompt needs.
       moved: int32 [start], the row in which each kept row is now; None if all are in their places.
+      conversation: which of a session's conversations holds them; 0 if there are none.
     """
 
     start: int = 0
     span_starts: tuple[int, ...] = (0,)
     cache_rows: int | None = None
     moved: Int32[np.ndarray, "start"] | None = None
+    conversation: int = 0
 
 
 MOST_SPANS = 2

@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import DescribedModel, LoadedModel
-from bsjax.checks import check_not_forked, truth_value
+from bsjax.checks import check_not_forked, truth_value, whole_number
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import PromptOptions
@@ -30,7 +30,7 @@ from bsjax.runtime.generation import (
     pieces_of,
     result_of,
 )
-from bsjax.runtime.kept_cache import KeptCache
+from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache
 from bsjax.runtime.likelihood import score_once
 from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Score, Token
@@ -51,7 +51,7 @@ def checked_session(
 
 
 class Session:
-    """Answers the turns of a conversation without computing again what earlier turns computed.
+    """Answers the turns of conversations without computing again what earlier turns computed.
 
     A call compares its prompt with the tokens in the session's cache, token by token, images by
     their pixels. What both begin with is used again, and only the rest runs; what the cache holds
@@ -59,6 +59,11 @@ class Session:
     earlier tokens only, so they are the same to rounding. Calls take whole conversations, as
     `bsjax.generate` does: append the answer and the next question to the messages, or edit any of
     them.
+
+    With `conversations` above 1, a session keeps several: a prompt goes on with the one that it
+    shares the most with, and one that leaves it before its last answer becomes a conversation of
+    its own, with a copy of what they share. When there is no room for another one, the least
+    recently used is dropped.
 
     Layers with a window keep only the tokens in it (Gemma 3). If the prompt does not continue all
     tokens in the cache, and the window has moved on, everything runs again.
@@ -82,6 +87,7 @@ class Session:
         *,
         profile: ProfileLike = None,
         max_tokens: int = 8192,
+        conversations: int = 1,
         backend: str = "auto",
     ) -> None:
         """Prepares a session. The cache is allocated by the first call.
@@ -89,7 +95,9 @@ class Session:
         Args:
           model: from `bsjax.load`.
           profile: head categories of prefill; None is dense.
-          max_tokens: the most tokens of a prompt and its answer, which set the size of the cache.
+          max_tokens: the most tokens of a prompt and its answer, which set the size of the cache
+            of a conversation.
+          conversations: the most conversations that are kept.
           backend: attention backend, see `sparse_attention`.
 
         Raises:
@@ -103,12 +111,15 @@ class Session:
         self._profile, self._backend = checked_session(
             model, profile=profile, max_tokens=max_tokens, backend=backend
         )
-        self._kept = KeptCache(model, self._profile, max_tokens)
+        conversations = whole_number(
+            "conversations", conversations, least=1, most=MOST_CONVERSATIONS, error=GenerationError
+        )
+        self._kept = KeptCache(model, self._profile, max_tokens, conversations)
         self._lock = threading.Lock()
 
     @property
     def tokens(self) -> int:
-        """How many tokens the cache holds."""
+        """How many tokens the cache holds, of all conversations."""
         return self._kept.tokens
 
     @property
@@ -133,8 +144,7 @@ class Session:
           GenerationError: while a call of this session runs.
         """
         with self._one_call():
-            tokens, cache = self._kept.held()
-            write_session(path, self._model, self._profile, self.max_tokens, tokens, cache)
+            write_session(path, self._model, self._profile, self._kept)
 
     @classmethod
     def load(
@@ -162,9 +172,14 @@ class Session:
         backend = resolve_backend(backend)
         resolved = Profile.resolve(profile, model)
         saved = read_session(path, model, resolved)
-        session = cls(model, profile=resolved, max_tokens=saved.max_tokens, backend=backend)
-        if saved.tokens is not None:
-            session._kept.hold(saved.tokens, saved.cache)
+        session = cls(
+            model,
+            profile=resolved,
+            max_tokens=saved.max_tokens,
+            conversations=saved.most,
+            backend=backend,
+        )
+        session._kept.conversations += saved.conversations
         return session
 
     def generate(

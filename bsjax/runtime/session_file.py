@@ -1,6 +1,6 @@
-"""A session as a file: the cache of a conversation, kept across processes.
+"""A session as a file: the caches of its conversations, kept across processes.
 
-The file is in safetensors format. It holds the rows of the cache that are in use, the tokens, and
+The file is in safetensors format. It holds the rows of the caches that are in use, the tokens, and
 what they depend on: the checkpoint, the profile's categories and sinks, and the dtype.
 """
 
@@ -22,11 +22,12 @@ from bsjax.checks import shown, whole_number
 from bsjax.errors import SessionError
 from bsjax.masks.template import Template
 from bsjax.profiles.profile import Profile
+from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache, KeptConversation
 from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
-_FORMAT = "bsjax session 1"
+_FORMAT = "bsjax session 2"
 
 _DTYPES = {"int32": "I32", "bool": "BOOL", "uint8": "U8"}
 """What safetensors calls the dtypes of the arrays in a session."""
@@ -38,22 +39,20 @@ class SavedSession:
 
     Attributes:
       max_tokens: the most tokens of a prompt and its answer.
-      tokens: the tokens in the cache; None if there are none.
-      cache: the cache; None if there are no tokens.
+      most: the most conversations.
+      conversations: the conversations, least recently used first.
     """
 
     max_tokens: int
-    tokens: CachedTokens | None
-    cache: Any
+    most: int
+    conversations: list[KeptConversation]
 
 
 def write_session(
     path: str | os.PathLike[str],
     model: LoadedModel,
     profile: Profile | None,
-    max_tokens: int,
-    tokens: CachedTokens | None,
-    cache: Any,
+    kept: KeptCache,
 ) -> None:
     """Writes a file completely or not at all.
 
@@ -61,16 +60,24 @@ def write_session(
       SessionError: it cannot be written.
     """
     arrays: dict[str, np.ndarray] = {}
-    described: dict[str, Any] = {"max_tokens": max_tokens}
-    if tokens is not None:
+    described: dict[str, Any] = {"max_tokens": kept.max_tokens, "most": kept.most}
+    described["conversations"] = []
+    for number, (tokens, prompt_tokens, cache) in enumerate(kept.conversations):
         used = tokens.token_ids.size
-        arrays["token_ids"] = tokens.token_ids
-        arrays["image"], arrays["sink"] = tokens.template.image, tokens.template.sink
+        arrays[f"{number}.token_ids"] = tokens.token_ids
+        arrays[f"{number}.image"] = tokens.template.image
+        arrays[f"{number}.sink"] = tokens.template.sink
         for index, leaf in enumerate(jax.tree.leaves(cache)):
             # Also of a ring: before it is full, its last rows are not in use.
             rows = np.ascontiguousarray(np.asarray(leaf[:, :used]))
-            arrays[f"cache.{index}"] = rows.view(np.uint8)
-        described |= {"images": tokens.images, "span_starts": tokens.span_starts}
+            arrays[f"{number}.cache.{index}"] = rows.view(np.uint8)
+        described["conversations"].append(
+            {
+                "images": tokens.images,
+                "span_starts": tokens.span_starts,
+                "prompt_tokens": prompt_tokens,
+            }
+        )
     header = {
         "format": _FORMAT,
         "depends_on": _depends_on(model, profile),
@@ -175,32 +182,57 @@ def _restored(
     max_tokens = whole_number(
         "max_tokens", described["max_tokens"], least=2, most=limit, error=SessionError
     )
-    if "token_ids" not in arrays:
-        return SavedSession(max_tokens, None, None)
-    template = Template(arrays["image"], arrays["sink"])
-    token_ids, images = arrays["token_ids"], tuple(described["images"])
-    span_starts = tuple(described["span_starts"])
+    most = whole_number(
+        "conversations", described["most"], least=1, most=MOST_CONVERSATIONS, error=SessionError
+    )
+    of_each = described["conversations"]
+    if not isinstance(of_each, list) or len(of_each) > most:
+        raise ValueError("it has too many conversations")
+    empty_cache = partial(model.module.language_model.empty_cache, cache_rows(max_tokens))
+    shapes = jax.eval_shape(empty_cache)
+    conversations = [
+        _conversation(arrays, f"{number}.", each, max_tokens, shapes)
+        for number, each in enumerate(of_each)
+    ]
+    return SavedSession(max_tokens, most, conversations)
+
+
+def _conversation(
+    arrays: dict[str, np.ndarray],
+    prefix: str,
+    described: dict[str, Any],
+    max_tokens: int,
+    shapes: Any,
+) -> KeptConversation:
+    """One conversation, whose arrays have names that begin with `prefix`.
+
+    Raises:
+      LookupError, TypeError, ValueError: as for `_restored`.
+    """
+    template = Template(arrays[f"{prefix}image"], arrays[f"{prefix}sink"])
+    token_ids, images = arrays[f"{prefix}token_ids"], tuple(described["images"])
+    span_starts, prompt_tokens = tuple(described["span_starts"]), described["prompt_tokens"]
     if not (
         token_ids.dtype == np.int32
         and token_ids.shape == (template.tokens,)
         and 0 < template.tokens <= max_tokens
         and len(images) == template.num_images
         and span_starts[:1] == (0,)
-        and all(type(start) is int for start in span_starts)
+        and all(type(start) is int for start in (*span_starts, prompt_tokens))
         and all(np.diff((*span_starts, template.tokens)) > 0)
+        and 0 < prompt_tokens <= template.tokens
     ):
         raise ValueError("its tokens do not match")
-    empty_cache = partial(model.module.language_model.empty_cache, cache_rows(max_tokens))
-    leaves, structure = jax.tree.flatten(jax.eval_shape(empty_cache))
+    leaves, structure = jax.tree.flatten(shapes)
     filled = []
     for index, of in enumerate(leaves):
-        rows = arrays[f"cache.{index}"].view(of.dtype)
+        rows = arrays[f"{prefix}cache.{index}"].view(of.dtype)
         used = min(template.tokens, of.shape[1])
         if rows.shape != (of.shape[0], used, *of.shape[2:]):
             raise ValueError("its cache does not match its tokens")
         filled.append(jnp.zeros(of.shape, of.dtype).at[:, :used].set(rows))
     tokens = CachedTokens(token_ids, images, template, span_starts)
-    return SavedSession(max_tokens, tokens, jax.tree.unflatten(structure, filled))
+    return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
 
 
 def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:

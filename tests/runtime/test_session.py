@@ -112,6 +112,51 @@ def test_random_histories_are_answered_as_by_plain_calls(loaded):
     assert_close(logits[-1:], bsjax.forward(model, messages, profile=profile)[-1:])
 
 
+@pytest.mark.slow
+@FAMILIES
+def test_several_conversations_are_kept_apart(loaded):
+    """Of three conversations in turn, a session with room for two drops one now and then."""
+    model, words, profile = loaded
+    random = np.random.default_rng(len(words) + 1)
+    histories = [History(random, words, most_turns=3) for _ in range(3)]
+    session = bsjax.Session(model, profile=profile, max_tokens=1024, conversations=2)
+    for _ in range(STEPS):
+        history = histories[random.choice(3, p=[0.5, 0.4, 0.1])]
+        messages = history.messages
+        plain = bsjax.generate(model, messages, profile=profile, max_new_tokens=3)
+        answer = session.generate(messages, max_new_tokens=3)
+        assert answer.token_ids == plain.token_ids
+        history.change(plain.text)
+
+
+def test_the_conversation_that_was_used_least_recently_is_dropped(tiny_model, tmp_path):
+    session = bsjax.Session(tiny_model, max_tokens=512, conversations=2)
+    first, second, third = ([user(picture(number), "Why? " * 5)] for number in (0, 1, 3))
+    image_tokens = {}
+
+    def reused(messages):
+        result = session.generate(messages, max_new_tokens=2)
+        image_tokens.setdefault(id(messages), result.prompt_tokens)
+        return result.stats.reused_tokens
+
+    before_images = reused(first) or reused(second)
+    assert reused(first) == image_tokens[id(first)] - 1, "both are kept"
+    assert reused(third) == before_images, "nothing but the template's beginning"
+    assert reused(first) == image_tokens[id(first)] - 1
+    session.save(tmp_path / "session")
+    session = bsjax.Session.load(tmp_path / "session", tiny_model)
+    assert reused(third) == image_tokens[id(third)] - 1, "both are saved"
+    assert reused(second) == before_images, "it was dropped for the third"
+    # A prompt that leaves a conversation before its last question leaves it as it is.
+    longer = [*third, assistant("Because."), user("Oh?")]
+    other = [*third, assistant("Why not."), user("Oh?")]
+    assert reused(longer) == image_tokens[id(third)]
+    assert image_tokens[id(third)] <= reused(other) < image_tokens[id(longer)] - 1
+    assert reused(longer) == image_tokens[id(longer)] - 1
+    session.clear()
+    assert session.tokens == 0 and reused(longer) == 0
+
+
 @FAMILIES
 def test_a_follow_up_runs_only_what_is_new(loaded):
     model, words, profile = loaded
@@ -376,28 +421,37 @@ def test_session_files_that_were_made_by_hand_are_refused(tiny_model, tmp_path):
         header = json.loads(file.metadata()["bsjax"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def refused(described, **changed):
+    def refused(described, *, of_session=None, **changed):
+        changed = {f"0.{name}": value for name, value in changed.items()}
         own = {name: value for name, value in (arrays | changed).items() if value is not None}
+        (conversation,) = header["session"]["conversations"]
+        described = {"conversations": [conversation | described]} | (of_session or {})
         described = header["session"] | described
         digest = session_file.content_digest(own, described)
         content = json.dumps(header | {"session": described, "sha256": digest})
         save_file(own, path, metadata={"bsjax": content})
-        with pytest.raises(SessionError, match="damaged|max_tokens"):
+        with pytest.raises(SessionError, match="damaged|max_tokens|conversations"):
             bsjax.Session.load(path, tiny_model)
 
     for max_tokens in (-1, 10**30, "8", None, 3):
-        refused({"max_tokens": max_tokens})
+        refused({}, of_session={"max_tokens": max_tokens})
+    for conversations in (None, [None], [{}, {}], {}, 3):
+        refused({}, of_session={"conversations": conversations})
+    for most in (0, 10**9, "1", None):
+        refused({}, of_session={"most": most})
+    for prompt_tokens in (0, -1, 10**6, "3", None, 1.0):
+        refused({"prompt_tokens": prompt_tokens})
     for span_starts in ([], [1], [0, 0], [0, 10**6], [0, "1"], None, [[0]]):
         refused({"span_starts": span_starts})
     refused({"images": []})
-    ids, cache = arrays["token_ids"], arrays["cache.0"]
+    ids, cache = arrays["0.token_ids"], arrays["0.cache.0"]
     for changed in (ids[:-1], ids.astype(np.float32), ids[None], np.zeros(0, np.int32)):
         refused({}, token_ids=changed)
     for name in ("image", "sink", "cache.0", "cache.1"):
         refused({}, **{name: None})
-        refused({}, **{name: arrays[name][:1]})
+        refused({}, **{name: arrays[f"0.{name}"][:1]})
     refused({}, **{"cache.0": np.ascontiguousarray(cache[..., 1:])})
-    refused({}, image=np.full_like(arrays["image"], 7))
+    refused({}, image=np.full_like(arrays["0.image"], 7))
 
 
 @pytest.mark.slow
