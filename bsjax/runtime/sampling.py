@@ -150,8 +150,8 @@ def choose(
         return of_token, top_tokens.astype(jnp.int32), top
 
     def no_scores() -> tuple[Array, Array, Array]:
-        shape = (logits.shape[0], most)
-        return jnp.zeros(shape[:1]), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+        shape, dtype = (logits.shape[0], most), logits.dtype
+        return jnp.zeros(shape[:1], dtype), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, dtype)
 
     return Chosen(token, *jax.lax.cond(scored, scores, no_scores))
 
