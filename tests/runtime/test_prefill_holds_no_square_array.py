@@ -65,4 +65,4 @@ def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
     assert found.full_cache == 34 * rows * row
     (decode,) = (stage for stage in found.stages if stage.name == "decode")
     assert decode.program.memory.temporaries < 2**23, "a copy of a ring would be 31 MB"
-    assert decode.program.memory.results < 2**10, "the caches are updated in place"
+    assert decode.program.memory.results < 2**14, "the caches are updated in place"

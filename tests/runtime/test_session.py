@@ -282,6 +282,9 @@ def test_bad_arguments_of_sessions_are_refused(tiny_model, annotations_unchecked
     for arguments in ({"max_tokens": 1}, {"max_tokens": 2.5}, {"max_tokens": None}):
         with pytest.raises(GenerationError, match="max_tokens"):
             bsjax.Session(tiny_model, **arguments)
+    for conversations in (0, 1.5, True, None, 10**9):
+        with pytest.raises(GenerationError, match="conversations must be"):
+            bsjax.Session(tiny_model, conversations=conversations)
     with pytest.raises(GenerationError, match=r"bsjax\.load"):
         bsjax.Session("checkpoint")
     session = bsjax.Session(tiny_model)
