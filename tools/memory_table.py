@@ -34,11 +34,11 @@ from bsjax.profiling.prompt_inputs import (
     category_schedule,
 )
 from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.batch import copy_sequence
+from bsjax.runtime.batch import copying_program
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
-from bsjax.runtime.kept_cache import move_rows
+from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
@@ -185,11 +185,9 @@ def measure(
     decoding = Decoding(programs, layout, settings.end_tokens, "pallas")
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.carried.cache)
     if conversations > 1:
-        number = np.int32(0)
-        of_rows = programs.get(copy_sequence, (prefill.carried, number, number), donate=(0,))
+        of_rows = copying_program(programs, prefill.carried)
     else:
-        rows = np.zeros(layout.rows, np.int32)
-        of_rows = programs.get(move_rows, (prefill.carried.cache, rows), donate=(0,))
+        of_rows = moving_program(programs, layout.rows)
     stages = (*prefill.stages, *decoding.stages, Stage("rows", of_rows))
     return Measurement(target, model, inputs, weights, cache, chunk_rows, stages)
 

@@ -30,6 +30,13 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="also compile for prompts with this profile; default: dense attention only",
     )
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also compile for batches of N conversations; default: 1, for no batches",
+    )
     add_device_options(parser)
     parser.set_defaults(run=_warmup)
 
@@ -45,6 +52,7 @@ def _warmup(options: argparse.Namespace) -> None:
     arguments: dict[str, Any] = {
         "max_tokens": options.max_tokens,
         "images": not options.no_images,
+        "conversations": options.conversations,
         "backend": options.backend,
     }
     profile, _ = checked_warmup(described, profile=options.profile, **arguments)

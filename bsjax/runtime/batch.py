@@ -31,7 +31,7 @@ from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, Decode
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_memory
 from bsjax.runtime.prefill import Prefill
-from bsjax.runtime.programs import programs_of, size_in_bytes
+from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
 from bsjax.runtime.results import Result, Stats
 from bsjax.runtime.reuse import NOTHING, Reuse, extended
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
@@ -84,6 +84,12 @@ def copy_sequence(
     sequences = state.token.shape[0]
     copied = module.language_model.copied(state.cache, source, target, sequences)
     return state._replace(cache=copied)
+
+
+def copying_program(programs: Programs, state: Any) -> Program:
+    """The program of `copy_sequence` for a state of this shape."""
+    number = jax.ShapeDtypeStruct((), np.int32)
+    return programs.get(copy_sequence, (state, number, number), donate=(0,))
 
 
 @dataclass(eq=False)
@@ -283,7 +289,7 @@ class _Pool:
     def _allocate(self, waiting: deque[_Conversation]) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
         self._available = bytes_available()
-        sequences = _sequences(self._model.module, self._rows, len(waiting), self._available)
+        sequences = sequences_for(self._model.module, self._rows, len(waiting), self._available)
         while True:
             layout = CacheLayout(self._rows, sequences)
             first = list(itertools.islice(waiting, sequences))
@@ -366,7 +372,7 @@ class _Pool:
         """Copies a prefix into the sequence of a prompt."""
         assert prefix.sequence is not None
         arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
-        self._state = self._programs.get(copy_sequence, arguments, donate=(0,))(*arguments)
+        self._state = copying_program(self._programs, self._state)(*arguments)
         if prefix.prefill:
             # The first prompt that uses a prefix has it in its statistics.
             each.vision, each.prefill = prefix.vision, prefix.prefill
@@ -473,8 +479,15 @@ class _Pool:
         )
 
 
-def _sequences(module: ImageTextModel, rows: int, prompts: int, available: int | None) -> int:
-    """How many sequences a cache has: a power of two, with memory left for everything else."""
+def sequences_for(module: ImageTextModel, rows: int, prompts: int, available: int | None) -> int:
+    """How many sequences the cache of a batch has: a power of two that leaves memory for the rest.
+
+    Args:
+      module: the model.
+      rows: rows of a sequence.
+      prompts: how many prompts there are.
+      available: free bytes on the device; None if unknown.
+    """
     cache = size_in_bytes(jax.eval_shape(lambda: module.language_model.empty_cache(rows)))
     sequences = 1
     while sequences < min(prompts, most_sequences()):

@@ -7,16 +7,18 @@ import numpy as np
 
 from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import DescribedModel, LoadedModel
-from bsjax.checks import truth_value
+from bsjax.checks import truth_value, whole_number
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
+from bsjax.runtime.batch import copying_program, sequences_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.images import ImageEncoder, PromptImage, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
+from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
@@ -41,6 +43,7 @@ def warmup(
     max_tokens: int = 8192,
     images: bool = True,
     profile: ProfileLike = None,
+    conversations: int = 1,
     backend: str = "auto",
 ) -> Warmup:
     """Compiles what `generate` and sessions need, so that no prompt has to wait for it.
@@ -55,6 +58,8 @@ def warmup(
       images: whether prompts have images, for a model that reads them.
       profile: as for `generate`. All profiles with sparse heads share their programs; dense prompts
         need others. If prompts run both ways, call this once with and once without a profile.
+      conversations: how many conversations batches have; 1 for no batches. Batches of other sizes
+        may need other programs.
       backend: attention backend, see `sparse_attention`.
 
     Raises:
@@ -69,7 +74,12 @@ def warmup(
     """
     check_model(model, GenerationError)
     resolved, backend = checked_warmup(
-        model, max_tokens=max_tokens, images=images, profile=profile, backend=backend
+        model,
+        max_tokens=max_tokens,
+        images=images,
+        profile=profile,
+        conversations=conversations,
+        backend=backend,
     )
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
@@ -87,10 +97,13 @@ def warmup(
         )
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
         settings = AnswerSettings(1, backend)
-        layout = CacheLayout(rows)
-        prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
-        ImageEncoder(programs, groups, prefill.features, prefill.chunks.feature_row, backend)
-        Decoding(programs, layout, settings.end_tokens, backend)
+        sequences = sequences_for(programs.module, rows, conversations, bytes_available())
+        for layout in {CacheLayout(rows), CacheLayout(rows, sequences)}:
+            prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
+            ImageEncoder(programs, groups, prefill.features, prefill.chunks.feature_row, backend)
+            Decoding(programs, layout, settings.end_tokens, backend)
+            if layout.sequences > 1:
+                copying_program(programs, prefill.carried)
     if groups and resolved is not None and resolved.is_sparse:
         # Of a session with this many tokens.
         moving_program(programs, cache_rows(max_tokens))
@@ -98,7 +111,13 @@ def warmup(
 
 
 def checked_warmup(
-    model: DescribedModel, *, max_tokens: int, images: bool, profile: ProfileLike, backend: str
+    model: DescribedModel,
+    *,
+    max_tokens: int,
+    images: bool,
+    profile: ProfileLike,
+    conversations: int,
+    backend: str,
 ) -> tuple[Profile | None, str]:
     """The profile and the backend of `warmup`, whose arguments are checked without weights.
 
@@ -107,6 +126,7 @@ def checked_warmup(
     """
     checked_max_tokens(model, max_tokens, least=1)
     truth_value("images", images, error=GenerationError)
+    whole_number("conversations", conversations, least=1, error=GenerationError)
     backend = resolve_backend(backend)
     return Profile.resolve(profile, model), backend
 

@@ -108,6 +108,10 @@ def test_after_warmup_no_prompt_compiles(tiny_checkpoint):
         stats = bsjax.generate(model, messages, max_new_tokens=3, temperature=0.5).stats
         assert (stats.compiled_programs, stats.compile_seconds) == (0, 0.0)
     assert bsjax.warmup(model, max_tokens=2000).programs == 0
+    assert bsjax.warmup(model, max_tokens=2000, conversations=4).programs > 0
+    question = [{"role": "user", "content": "What is this? " * 80}]
+    for result in bsjax.generate(model, [question] * 3, max_new_tokens=3):
+        assert (result.stats.compiled_programs, result.stats.compile_seconds) == (0, 0.0)
     assert bsjax.warmup(model, max_tokens=2000, profile=Profile.uniform("sink", model)).programs
 
 
@@ -124,7 +128,7 @@ def test_bad_arguments_of_warmup_are_refused(tiny_model, annotations_unchecked):
     limit = tiny_model.config.text_config.max_position_embeddings
     with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):
         bsjax.warmup(tiny_model, max_tokens=limit + 1)
-    for arguments in ({"max_tokens": 0}, {"max_tokens": 2.5}, {"images": "no"}):
+    for arguments in ({"max_tokens": 0}, {"images": "no"}, {"conversations": 0}):
         with pytest.raises(GenerationError, match=next(iter(arguments))):
             bsjax.warmup(tiny_model, **arguments)
     with pytest.raises(GenerationError, match=r"bsjax\.load"):
