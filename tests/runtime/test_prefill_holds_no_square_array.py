@@ -32,7 +32,7 @@ def test_no_program_holds_a_square_array(model, tokens):
     found = measured(model, tokens)
     groups = image_groups(found.inputs.architecture, found.inputs.images, "pallas")
     patches = max(len(group.pixel_values()) for group in groups)
-    side = {"vision": patches, "prefill": tokens, "decode": tokens}
+    side = {"vision": patches, "prefill": tokens, "decode": tokens, "rows": tokens}
     programs = {stage.program: stage.name for stage in found.stages}
     assert set(programs.values()) == set(side)
     for program, name in programs.items():
