@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bsjax.checks import naming
 from bsjax.cli.arguments import check_writable, image_options
 from bsjax.errors import GenerationError
-from bsjax.progress import counting, reporting
+from bsjax.progress import counting
 
 if TYPE_CHECKING:
     from bsjax.checkpoint.loading import DescribedModel
@@ -139,14 +139,13 @@ def _check(
 ) -> None:
     """Finds mistakes in the conversations that are left, with the headers of their images."""
     numbers, options = _unanswered(conversations, answers), described.options()
-    with reporting(None) as report:
-        report("Checking conversations", 0, len(numbers))
+    with counting("checking conversations", 0, len(numbers)) as report:
         for done, (number, messages) in enumerate(
             _messages(conversations, numbers, of_images), start=1
         ):
             with naming(conversations.place(number)):
                 described.check(messages, options)
-            report("Checking conversations", done, len(numbers))
+            report(done, "")
 
 
 def _answer(
@@ -172,7 +171,7 @@ def _answer(
     )
     new_tokens, errors, began = 0, sum(answers.done.values()), time.monotonic()
     total = len(conversations.ids)
-    with counting("Answering", len(answers.done), total) as report:
+    with counting("answering", len(answers.done), total) as report:
         outcomes: Any = run_batch(model, tasks, profile, described.options(), return_errors=True)
         with closing(outcomes):
             for answered in outcomes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,8 +263,6 @@ def interrupted_after(answers: int):
 def test_an_output_of_another_checkpoint_is_refused(
     run, model, tiny_checkpoint, folder, tmp_path, capsys, monkeypatch
 ):
-    import shutil
-
     assert run()[0] == 0
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     description = json.loads((other / "bsjax.json").read_text())
@@ -308,7 +307,7 @@ def test_progress_is_shown_on_a_terminal(run, model, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     status, said = run("--backend", "reference")
     assert status == 0
-    assert "Answering" in said and "4/4" in said and "0 errors" in said and "tokens/s" in said
+    assert "answering" in said and "4/4" in said and "0 errors" in said and "tokens/s" in said
     assert "4 conversations: 4 answers" in said.splitlines()[-1]
 
 
