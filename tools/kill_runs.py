@@ -256,7 +256,7 @@ def kill_batch(folder: Path, count: int, chance: random.Random) -> None:
         kills += run_killed(
             command_of(killed),
             lambda lines=lines: whole_of(killed).count(b"\n") > lines,
-            chance.uniform(0, 2 * writing / count),
+            chance.uniform(0, 0.7 * writing / count),
         )
         content = whole_of(killed)
         # A header without an answer may be written anew.

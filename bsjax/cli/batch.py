@@ -110,7 +110,10 @@ def _made_with(
         else f"SHA-256 {hashlib.sha256(profile.to_json().encode()).hexdigest()}",
         "max_new_tokens": settings.new_tokens,
         # As they are written, such as 0.7, and not the nearest float64 to their float32.
-        **{name: float(str(value)) for name, value in sampling.items()},
+        **{
+            name: float(str(value)) if value.dtype.kind == "f" else int(value)
+            for name, value in sampling.items()
+        },
         "stop": list(settings.stop),
         "end-of-sequence tokens": [int(token) for token in settings.end_tokens if token >= 0],
         "max_pixels": of_images.get("max_pixels"),

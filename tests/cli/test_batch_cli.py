@@ -222,7 +222,7 @@ def test_a_complete_batch_reads_no_weights(run, folder, tmp_path, tiny_model, mo
     [
         (("--temperature", "0.7"), "in.jsonl", "made with --temperature = 0.0, but this run has "
          "0.7"),
-        (("--seed", "1"), "in.jsonl", "made with --seed = 0"),
+        (("--seed", "1"), "in.jsonl", "made with --seed = 0, but this run has 1,"),
         (("--stop", "."), "in.jsonl", "made with --stop = [], but this run has ['.']"),
         (("--max-pixels", "1568"), "in.jsonl", "made with --max-pixels = None"),
         (("--uniform", "sink"), "in.jsonl", "made with --profile = None"),
