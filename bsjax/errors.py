@@ -58,7 +58,7 @@ class MessageError(BsjaxError, ValueError):
 
 
 class SampleError(BsjaxError, ValueError):
-    """Samples to profile on cannot be read: no such source, a malformed line, a broken image."""
+    """Samples, or conversations in a file, cannot be read: no such file, a malformed line."""
 
 
 class SessionError(BsjaxError, ValueError):

@@ -46,3 +46,34 @@ def reporting(progress: Progress | bool | None, *, in_bytes: bool = False) -> It
             yield show
     else:
         yield no_progress
+
+
+@contextmanager
+def counting(stage: str, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Shows how many of several things are done, on a terminal only.
+
+    Args:
+      stage: what is done.
+      done: how many are done at the beginning.
+      total: how many there are.
+
+    Yields:
+      A function to be called with how many are done, and with a note that is shown beside it.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, note: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(stage, completed=done, total=total, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)

@@ -1,12 +1,13 @@
-"""Kills runs of the converter, of profiling, of sessions and of training while they write.
+"""Kills runs of the converter, of profiling, of sessions, batches and training while they write.
 
-    python -m tools.kill_runs [--convert 20] [--profile 10] [--session 50] [--tower 5] [--model 5]
+    python -m tools.kill_runs [--convert 20] [--profile 10] [--session 50] [--batch 30] [--tower 5]
+                              [--model 5]
 
 Training has two stages: `--tower` kills it while it trains the vision tower alone, `--model` while
 it trains the whole model. Every run is killed (SIGKILL) at a random moment after it has begun to
 write. Afterwards its result must be absent, or complete and valid. The next run must clean up and
 continue, and the last run, which is not killed, must give the result of a run that was never
-interrupted. Takes about 40 minutes on two cores.
+interrupted. Takes about 50 minutes on two cores.
 """
 
 import argparse
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--convert", type=int, default=20, metavar="N", help="kills of convert")
     parser.add_argument("--profile", type=int, default=10, metavar="N", help="kills of profiling")
     parser.add_argument("--session", type=int, default=50, metavar="N", help="kills of saving")
+    parser.add_argument("--batch", type=int, default=30, metavar="N", help="kills of batches")
     parser.add_argument("--tower", type=int, default=5, metavar="N", help="kills of stage one")
     parser.add_argument("--model", type=int, default=5, metavar="N", help="kills of stage two")
     parser.add_argument("--seed", type=int, default=0)
@@ -55,6 +57,7 @@ def main() -> None:
             (options.convert, kill_convert),
             (options.profile, kill_profile),
             (options.session, kill_session),
+            (options.batch, kill_batch),
             (options.tower, kill_tower_training),
             (options.model, kill_model_training),
         ):
@@ -206,6 +209,75 @@ def kill_session(folder: Path, count: int, chance: random.Random) -> None:
         f"session: {count} killed, {left_over} in the middle of a file, {absent} before the first"
     )
     print(f"session: no file was torn; {time.monotonic() - started:.0f} s")
+
+
+def kill_batch(folder: Path, count: int, chance: random.Random) -> None:
+    """Kills batches: no answer is lost, torn or written twice, and the last run completes them."""
+    checkpoint, questions = folder / "tiny of batches", folder / "questions.jsonl"
+    command = [sys.executable, "-m", "convert", str(TINY), str(checkpoint), "--quiet"]
+    subprocess.run(command, check=True, cwd=ROOT)
+    Image.effect_noise((84, 56), 60).convert("RGB").save(folder / "noise.png")
+    part = {"type": "image", "image": "noise.png"}
+    conversations = 20 * count
+    with questions.open("w") as file:
+        for number in range(conversations):
+            content = [*[part] * (number % 3), {"type": "text", "text": f"{number} is? " * 5}]
+            file.write(json.dumps([{"role": "user", "content": content}]) + "\n")
+
+    def command_of(path: Path) -> list[str]:
+        run = [sys.executable, "-m", "bsjax", "generate", str(checkpoint)]
+        # Answers of many lengths, which do not end together.
+        drawn = ["--temperature", "1", "--stop", "e", "--max-new-tokens", "64"]
+        return [*run, "--batch", str(questions), "--output", str(path), *drawn]
+
+    def answers(path: Path) -> list[list[int]]:
+        """The tokens of all answers, each of which is there once."""
+        header, *lines = map(json.loads, path.read_text().splitlines())
+        assert header["bsjax_batch"] == 1
+        by_line = {line["line"]: line["token_ids"] for line in lines}
+        assert len(by_line) == len(lines) == conversations
+        return [by_line[number + 1] for number in range(conversations)]
+
+    started = time.monotonic()
+    whole, killed = folder / "whole.jsonl", folder / "killed.jsonl"
+    run_whole(command_of(whole), lambda: True)
+    # Once more, with the compiled programs of the first run in JAX's persistent cache.
+    again = folder / "again.jsonl"
+    _, writing = run_whole(command_of(again), lambda: again.exists() and b"}\n" in whole_of(again))
+    expected = answers(whole)
+    assert answers(again) == expected
+    print(f"batch: {conversations} conversations; {writing:.1f} s from the first line to the end")
+    kills = torn = cut = 0
+    seen = []
+    for _ in range(count):
+        before = whole_of(killed)
+        kept = before[: before.rfind(b"\n") + 1]
+        lines = kept.count(b"\n")
+        kills += run_killed(
+            command_of(killed),
+            lambda lines=lines: whole_of(killed).count(b"\n") > lines,
+            chance.uniform(0, 0.7 * writing / count),
+        )
+        content = whole_of(killed)
+        # A header without an answer may be written anew.
+        assert content.startswith(kept) or lines < 2, "what was written has changed"
+        torn += not content.endswith(b"\n")
+        seen.append(max(content.count(b"\n") - 1, 0))
+        if content.count(b"\n") > 2 and chance.random() < 0.5:
+            # As a machine that lost power may leave it: the last line without its end.
+            last = content[:-1].rfind(b"\n") + 1
+            killed.write_bytes(content[: chance.randrange(last + 1, len(content))])
+            cut += 1
+    run_whole(command_of(killed), lambda: True)
+    assert answers(killed) == expected, "other answers came out"
+    print(f"batch: {kills} killed, with {seen} answers written; {torn} left a torn line,")
+    print(f"batch: and {cut} whole ones were cut by hand. Every answer is there once, as if never")
+    print(f"batch: killed; {time.monotonic() - started:.0f} s")
+
+
+def whole_of(path: Path) -> bytes:
+    """The content of a file; nothing if there is none."""
+    return path.read_bytes() if path.exists() else b""
 
 
 def kill_tower_training(folder: Path, count: int, chance: random.Random) -> None:

@@ -16,6 +16,7 @@ from bsjax.errors import BsjaxError
 _EPILOG = """\
 examples:
   bsjax generate checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --stream
+  bsjax generate checkpoints/qwen2-vl-2b --batch questions.jsonl --output answers.jsonl
   bsjax chat checkpoints/qwen2-vl-2b --profile profile.json
   bsjax score checkpoints/qwen2-vl-2b "Is it a cat? Answer yes or no." yes no --image one.jpg
   bsjax mask checkpoints/qwen2-vl-2b "Which picture shows a cat?" one.jpg two.jpg --output mask.png
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-      The exit status: 0 for success, 1 if two profiles differ, 2 for bad input (one line on stderr
+      The exit status: 0 for success, 1 if two profiles differ or conversations of a batch have
+      errors, 2 for bad input (one line on stderr
       says what is wrong), 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)

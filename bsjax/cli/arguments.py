@@ -1,8 +1,11 @@
 """Arguments that several subcommands share."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bsjax.errors import BsjaxError
 from bsjax.masks.categories import HeadCategory
 
 if TYPE_CHECKING:
@@ -129,3 +132,21 @@ def category(text: str) -> HeadCategory:
         return HeadCategory.parse(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {CATEGORY_NAMES}") from None
+
+
+def check_writable(path: Path, *, error: type[BsjaxError]) -> None:
+    """Rejects an `--output` that cannot be written, before hours of work rather than after.
+
+    Args:
+      path: the file, which need not exist.
+      error: raised if it is not an ordinary file, or its folder does not let one be made.
+    """
+    folder = path.absolute().parent
+    if os.path.isdir(path):
+        raise error(f"--output {path} is a folder: name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise error(f"--output {path} is not an ordinary file: name another one.")
+    if not os.path.isdir(folder):
+        raise error(f"--output {path}: there is no folder {folder}. Make it first.")
+    if not os.access(folder, os.W_OK):
+        raise error(f"--output {path}: the folder {folder} cannot be written to.")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import (
@@ -14,23 +15,77 @@ from bsjax.cli.arguments import (
     messages_of,
     profile_of,
 )
+from bsjax.cli.batch import answer_batch, check_options
 from bsjax.cli.cuda_noise import import_jax
+from bsjax.errors import GenerationError
 
 if TYPE_CHECKING:
     from bsjax.runtime.results import Result
+
+
+_USAGE = """\
+bsjax generate CHECKPOINT QUESTION [IMAGE ...] [options]
+       bsjax generate CHECKPOINT --batch FILE --output FILE [options]"""
+
+_EPILOG = """\
+Each line of a --batch FILE is a conversation: a list of chat messages, or {"messages": [...]} with
+them, and optionally "id" and, for <image> placeholders or empty image parts, "images". Paths of
+images are relative to the file's folder. A last message of the assistant's is left out.
+
+The first line of --output says what the answers depend on. Every other line is written when an
+answer has ended, with the number of its conversation's line: {"line": 1, "text": ..., "token_ids":
+..., "finish_reason": ..., "prompt_tokens": ..., "stats": ...}, or {"line": 1, "error": ...}. The
+same command goes on where an earlier one was ended, however that happened. Delete a line, such as
+one with an error, to have its conversation answered again.
+
+Exit status: 0 if all was answered, 1 if conversations of --batch have errors, 2 for bad input.
+"""
+
+
+class _Batch(argparse.Action):
+    """`--batch FILE`, which takes the place of QUESTION.
+
+    A QUESTION that could always be left out would be taken for missing in `CHECKPOINT --stream
+    QUESTION`.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Called by argparse when it comes to the option."""
+        del option_string
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:  # noqa: SLF001 (there is no public way)
+            if action.dest == "question":
+                action.nargs, action.required = "?", False
 
 
 def add_to(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "generate",
-        help="answer a question about images",
-        description="Answers a question about images. Prints statistics to stderr.",
+        help="answer a question about images, or a file of conversations",
+        description="Answers a question about images, or all conversations of a file, which run\n"
+        "together. Prints statistics to stderr.",
+        usage=_USAGE,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint's folder")
     parser.add_argument("question", metavar="QUESTION")
     add_images(parser)
+    batch = parser.add_argument_group("many conversations")
+    batch.add_argument(
+        "--batch", action=_Batch, type=Path, metavar="FILE", help="conversations in JSON Lines"
+    )
+    batch.add_argument(
+        "--output", type=Path, metavar="FILE", help="the answers to --batch, in JSON Lines"
+    )
     add_profiles(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the answer as it is generated")
@@ -71,7 +126,11 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _generate(options: argparse.Namespace) -> None:
+def _generate(options: argparse.Namespace) -> int:
+    if options.batch is not None:
+        check_options(options)
+    elif options.output is not None:
+        raise GenerationError("--output is for the answers to --batch; one answer is printed.")
     import_jax(devices=True)
     from bsjax.checkpoint.loading import with_weights
     from bsjax.runtime.arguments import checked_prompt, checked_settings
@@ -93,6 +152,8 @@ def _generate(options: argparse.Namespace) -> None:
         use_generation_config=options.use_generation_config,
     )
     profile = profile_of(options, described)
+    if options.batch is not None:
+        return answer_batch(options, described, settings, profile)
     messages, new_tokens = messages_of(options), settings.new_tokens
     prompt = checked_prompt(described, messages, profile, described.options(), new_tokens)
 
@@ -105,9 +166,10 @@ def _generate(options: argparse.Namespace) -> None:
     result = result_of(events, stream)
     if options.json:
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
-        return
+        return 0
     print("" if options.stream else result.text)
     print(_figures(result), file=sys.stderr)
+    return 0
 
 
 def _figures(result: "Result") -> str:

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.checks import naming
-from bsjax.cli.arguments import add_device_options, add_image_settings, described_model
+from bsjax.cli.arguments import (
+    add_device_options,
+    add_image_settings,
+    check_writable,
+    described_model,
+)
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
@@ -249,7 +254,7 @@ def _run(options: argparse.Namespace) -> None:
     # What can be refused is refused before the weights are read.
     sinks = _sinks(options)
     settings = Settings.of(**{name: getattr(options, name) for name in _SETTINGS})
-    _check_writable(options.output)
+    check_writable(options.output, error=ProfileError)
     samples = bsjax.read_samples(
         options.sources,
         limit=options.limit,
@@ -323,19 +328,6 @@ def _sinks(options: argparse.Namespace) -> "Sinks | None":
     first = 1 if options.sinks_first is None else options.sinks_first
     with naming("--sinks-first or --sink-offset"):
         return Sinks(first, tuple(options.sink_offset or ()))
-
-
-def _check_writable(path: Path) -> None:
-    """Rejects a path that cannot be written to, before hours of measuring rather than after."""
-    folder = path.absolute().parent
-    if os.path.isdir(path):
-        raise ProfileError(f"--output {path} is a folder: name a file in it.")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ProfileError(f"--output {path} is not an ordinary file: name another one.")
-    if not os.path.isdir(folder):
-        raise ProfileError(f"--output {path}: there is no folder {folder}. Make it first.")
-    if not os.access(folder, os.W_OK):
-        raise ProfileError(f"--output {path}: the folder {folder} cannot be written to.")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from bsjax.checks import LARGEST_WRITTEN, shown, truth_value, whole_number
 from bsjax.errors import SampleError
 from bsjax.samples.benchmarks import BENCHMARKS, read_benchmark
+from bsjax.samples.content import with_image_options
 from bsjax.samples.folder import QUESTIONS, read_folder
 from bsjax.samples.jsonl import read_jsonl
 
@@ -108,7 +109,7 @@ def read_samples(
     options = {"max_pixels": max_pixels, "do_pan_and_scan": pan_and_scan or None}
     options = {name: value for name, value in options.items() if value is not None}
     if options:
-        messages = [_with_options(sample, options) for sample in messages]
+        messages = [with_image_options(sample, options) for sample in messages]
     places = tuple(
         place
         for one, part in zip(sources, parts, strict=True)
@@ -144,21 +145,3 @@ def _read(
         f"There is no file or folder {source}.{hint} Samples come from a JSON Lines file, a folder "
         f"of images, or a benchmark ({', '.join(_PREFIX + name for name in BENCHMARKS)})."
     )
-
-
-def _with_options(messages: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages, with the options added to every image that does not have its own."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [
-                {**options, **part}
-                if isinstance(part, dict) and part.get("type") in ("image", "image_url")
-                else part
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]

@@ -1,7 +1,7 @@
 """What all sources of samples share: placeholders, draws, and checking images in advance."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +87,23 @@ def check_sample(messages: Any, where: str, known: set[Path]) -> None:
                 f"{where}: {path} cannot be read as an image ({error}). Replace the file, or leave "
                 "out the sample."
             ) from error
+
+
+def with_image_options(
+    messages: Sequence[dict[str, Any]], options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The messages, with the options added to every image that does not have its own."""
+    return [
+        {
+            **message,
+            "content": [
+                {**options, **part}
+                if isinstance(part, dict) and part.get("type") in ("image", "image_url")
+                else part
+                for part in message["content"]
+            ],
+        }
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]

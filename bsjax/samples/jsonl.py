@@ -41,19 +41,24 @@ def read_jsonl(
     ]
     if not lines:
         raise SampleError(f"{path} has no samples: it is empty. {_FORM}")
-    parsed = [_read_line(line, f"{path}, line {number}") for number, line in lines]
+    parsed = [read_record(line, f"{path}, line {number}") for number, line in lines]
     samples, known = [], set()
     taken = draw_indices(len(parsed), limit, seed)
     for index in taken:
         where = f"{path}, line {lines[index][0]}"
-        sample = _messages(parsed[index], where, path.parent)
+        sample = conversation_of(parsed[index], where, path.parent)
         check_sample(sample, where, known)
         samples.append(sample)
     description = f"{path.name}: {share_in_words(len(taken), len(parsed), 'sample', seed)}"
     return samples, description, tuple(f"{path}, line {lines[index][0]}" for index in taken)
 
 
-def _read_line(line: bytes, where: str) -> Any:
+def read_record(line: bytes, where: str) -> Any:
+    """The JSON of a line.
+
+    Raises:
+      SampleError: it is not JSON. The message begins with `where`.
+    """
     try:
         return parse_json(line.decode("utf-8-sig"), where, error=SampleError)
     except UnicodeDecodeError as error:
@@ -68,8 +73,17 @@ def _read_line(line: bytes, where: str) -> Any:
         raise SampleError(f"{error}{hint or ' ' + _FORM}") from error
 
 
-def _messages(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
-    """The messages of a line, with images put in their places and paths made absolute."""
+def conversation_of(record: Any, where: str, folder: Path) -> list[dict[str, Any]]:
+    """The messages of a line, with images put in their places and paths made absolute.
+
+    Args:
+      record: from `read_record`.
+      where: where the line comes from, for error messages.
+      folder: what paths of images are relative to.
+
+    Raises:
+      SampleError: the line is not a conversation.
+    """
     images = None
     if isinstance(record, dict):
         if not isinstance(record.get("messages"), list):

@@ -28,6 +28,24 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(loading, "restore_parameters", restore)
 
 
+_WHY = b'[{"role": "user", "content": "Why?"}]\n'
+BATCHES = {
+    "empty.jsonl": b"\n\n",
+    "torn.jsonl": _WHY + b'[{"role": "us\n',
+    "lines.jsonl": b"[\n" + _WHY + b"]\n",
+    "text.jsonl": b"\xff\xfe",
+    "no messages.jsonl": _WHY + b'\n{"id": 1}\n',
+    "key.jsonl": _WHY + b'{"message": [], "id": 1}\n',
+    "ids.jsonl": b'{"id": "a", "messages": []}\n' * 2,
+    "id.jsonl": b'{"id": [1], "messages": []}\n',
+    "role.jsonl": _WHY + b'[{"content": "Why?"}]\n',
+    "part key.jsonl": b'[{"role": "user", "content": [{"type": "text", "text": "?", "b": 1}]}]\n',
+    "missing.jsonl": _WHY + b'[{"role": "user", "content": [{"type": "image", "path": "no.png"}]}]',
+    "no image.jsonl": b'{"messages": [{"role": "user", "content": ""}], "images": ["text.png"]}',
+    "image.jsonl": b'{"messages": [{"role": "user", "content": "?"}], "images": ["photo.png"]}',
+}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A folder with images, samples and a profile of another model."""
@@ -43,6 +61,8 @@ def files(tmp_path_factory) -> Path:
     parts = [{"type": "image", "image": name} for name in ("photo.png", "cut.png")]
     sample = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
     (folder / "cut.jsonl").write_text(json.dumps(sample))
+    for name, lines in BATCHES.items():
+        (folder / name).write_bytes(lines)
     other = bsjax.Profile.uniform("SINK", family="qwen2_vl", layers=2, heads=2)
     other.save(folder / "other.json")
     return folder
@@ -101,6 +121,59 @@ OF_DEVICES = [
 )
 def test_generate(refusal, arguments, words):
     assert words in refusal("generate", "What is it?", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "arguments", "words"),
+    [
+        ("nothing.jsonl", [], "nothing.jsonl cannot be read: . holds no nothing.jsonl"),
+        ("photos", [], "photos is a folder"),
+        ("empty.jsonl", [], "empty.jsonl has no conversations"),
+        ("torn.jsonl", [], "torn.jsonl, line 2 is not JSON"),
+        (
+            "lines.jsonl",
+            [],
+            "line 1 is not JSON: Expecting value: line 2 column 1 (char 2). It looks",
+        ),
+        ("text.jsonl", [], "text.jsonl, line 1 is not text in UTF-8"),
+        ("no messages.jsonl", [], 'line 3 has no list under "messages"'),
+        ("key.jsonl", [], "line 2 has the unknown key 'message'; known are id, messages, images"),
+        ("ids.jsonl", [], "line 2 has the id 'a', as has line 1"),
+        ("id.jsonl", [], "line 1: an id must be a text"),
+        ("role.jsonl", [], "line 2: messages[0] has no 'role'"),
+        ("part key.jsonl", [], "line 1: messages[0]['content'][0] has the unknown key 'b'"),
+        ("missing.jsonl", [], "no.png'): there is no such file"),
+        ("no image.jsonl", [], "line 1: Image 1 of 1 (messages[0]['content'][0], "),
+        ("image.jsonl", ["--output", "no folder/out"], "Make it first"),
+        ("image.jsonl", ["--output", "photos"], "is a folder: name a file in it"),
+        ("image.jsonl", ["--output", "image.jsonl"], "is not a file of answers"),
+        ("image.jsonl", ["--max-pixels", "0"], "--max-pixels must be a positive number"),
+        ("image.jsonl", ["--pan-and-scan"], "--pan-and-scan: Qwen's image processor has no such"),
+        ("image.jsonl", ["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        ("image.jsonl", ["What is it?"], "--batch does not go with a QUESTION"),
+        ("image.jsonl", ["What is it?", "photo.png"], "--batch does not go with a QUESTION"),
+        ("image.jsonl", ["--image", "photo.png"], "--batch does not go with --image"),
+        ("image.jsonl", ["--system", "Be brief."], "--batch does not go with --system"),
+        ("image.jsonl", ["--stream"], "--batch does not go with --stream"),
+        ("image.jsonl", ["--json"], "--batch does not go with --json"),
+        *(("image.jsonl", *case) for case in (*OF_A_PROFILE, *OF_DEVICES)),
+    ],
+)
+def test_generate_of_a_batch(refusal, batch, arguments, words):
+    output = () if "--output" in arguments else ("--output", "out.jsonl")
+    assert words in refusal("generate", "--batch", batch, *output, *arguments)
+
+
+def test_batch_and_output_go_together(refusal):
+    assert "--batch needs --output FILE" in refusal("generate", "--batch", "image.jsonl")
+    assert "--output is for the answers" in refusal("generate", "?", "--output", "out.jsonl")
+
+
+def test_a_folder_that_cannot_be_written_to(refusal, monkeypatch):
+    # Whoever runs the tests may be allowed to write anywhere.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    said = refusal("generate", "--batch", "image.jsonl", "--output", "out.jsonl")
+    assert "cannot be written to" in said
 
 
 @pytest.mark.parametrize(
