@@ -101,7 +101,7 @@ def schedule_borders(schedule):
     return int((~grows | (np.diff(kind) != 0) | (np.diff(keys.conversation) != 0)).sum()) + 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     template=templates,
     tables=tables_of_key_groups,
@@ -127,7 +127,7 @@ def test_every_visible_pair_is_covered_once(
         assert pairs == row_matrix(schedule, table).sum()
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     of=spans,
     tables=tables_of_key_groups,
@@ -269,7 +269,7 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
 
 
 @pytest.mark.slow
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(
     of=spans,
     groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,

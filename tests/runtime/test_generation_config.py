@@ -146,7 +146,6 @@ def test_settings_that_would_change_the_answer_are_refused_by_name(tiny_model, s
     asked = {"use_generation_config": True, "max_new_tokens": 2}
     refused(lambda: bsjax.generate(model, MESSAGES, **asked), GenerationError, words)
     refused(lambda: bsjax.stream(model, MESSAGES, **asked), GenerationError, words)
-    assert bsjax.generate(model, MESSAGES, max_new_tokens=2).token_ids
 
 
 @pytest.mark.parametrize(

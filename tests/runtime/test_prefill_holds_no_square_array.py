@@ -10,9 +10,11 @@ import re
 
 import pytest
 
+from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.images import image_groups
 from bsjax.runtime.sizes import cache_rows
 from tests.support.published_memory import measured
+from tools.compiled_kernels import target_name
 from tools.memory_table import NEW_TOKENS
 
 pytestmark = pytest.mark.slow
@@ -30,7 +32,8 @@ def largest_array(compiled) -> int:
 )
 def test_no_program_holds_a_square_array(model, tokens):
     found = measured(model, tokens)
-    groups = image_groups(found.inputs.architecture, found.inputs.images, "pallas")
+    with compiling_for(target_name(found.target)):
+        groups = image_groups(found.inputs.architecture, found.inputs.images, "pallas")
     patches = max(len(group.pixel_values()) for group in groups)
     side = {"vision": patches, "prefill": tokens, "decode": tokens, "rows": tokens}
     programs = {stage.program: stage.name for stage in found.stages}

@@ -113,7 +113,14 @@ def test_random_histories_are_answered_as_by_plain_calls(loaded):
 
 
 @pytest.mark.slow
-@FAMILIES
+@pytest.mark.parametrize(
+    "loaded",
+    [
+        ("qwen2_5_vl", "INTRA_IMAGE_SINK"),
+        pytest.param(("gemma3", None), marks=pytest.mark.parity),
+    ],
+    indirect=True,
+)
 def test_several_conversations_are_kept_apart(loaded):
     """Of three conversations in turn, a session with room for two drops one now and then."""
     model, words, profile = loaded
