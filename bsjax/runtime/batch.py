@@ -124,6 +124,7 @@ class _Conversation:
       settings: how it is answered.
       answer: the answer so far.
       prefix: what it shares with others.
+      is_compared: whether it has been compared with the others that wait.
       reused: how many tokens were copied from a prefix.
       vision, prefill, decode: seconds so far.
     """
@@ -135,6 +136,7 @@ class _Conversation:
     settings: AnswerSettings
     answer: Answer
     prefix: _Prefix | None = None
+    is_compared: bool = False
     reused: int = 0
     vision: float = 0.0
     prefill: float = 0.0
@@ -317,18 +319,21 @@ class _Pool:
 
         Prompts that share a prefix are brought together, so that its sequence is soon free again.
         """
-        most = self._layout.sequences // 2
         for each in waiting:
             for prefix in self._prefixes:
-                common = common_tokens(prefix.inputs, each.inputs)
-                if each.prefix is None and common >= prefix.tokens:
+                if each.is_compared or each.prefix is not None:
+                    break
+                if common_tokens(prefix.inputs, each.inputs) >= prefix.tokens:
                     each.prefix = prefix
         alone = [each for each in waiting if each.prefix is None]
-        for shared in shared_prefixes([each.inputs for each in alone]) if most else ():
-            prefix = _Prefix(alone[shared.members[0]].inputs, shared.tokens)
-            self._prefixes.append(prefix)
-            for index in shared.members:
-                alone[index].prefix = prefix
+        if self._layout.sequences > 1 and not all(each.is_compared for each in alone):
+            for shared in shared_prefixes([each.inputs for each in alone]):
+                prefix = _Prefix(alone[shared.members[0]].inputs, shared.tokens)
+                self._prefixes.append(prefix)
+                for index in shared.members:
+                    alone[index].prefix = prefix
+        for each in waiting:
+            each.is_compared = True
         first = {}
         for at, each in enumerate(waiting):
             first.setdefault(id(each.prefix or each), at)
