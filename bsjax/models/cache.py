@@ -44,7 +44,7 @@ class Runs(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, of one sequence or of several of the same length.
+    """Keys and values of the tokens so far, of one sequence or of several with equally many rows.
 
     Sequence number n of those with m rows each has the rows n * m to (n + 1) * m.
 
@@ -73,7 +73,8 @@ class Cache(NamedTuple):
         Args:
           k: keys of all layers.
           v: values of all layers.
-          row: the row within each sequence; negative for sequences that keep what they have.
+          row: the row within each sequence. Of several, those with a negative one keep what they
+            have.
         """
         sequences = row.shape[0]
         if sequences == 1:  # A slice is updated in place on every device.

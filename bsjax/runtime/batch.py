@@ -8,7 +8,6 @@ sequence. What several prompts begin with runs once, in a sequence of its own, f
 copied (`bsjax.runtime.shared_prefixes`).
 """
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from bsjax.checkpoint.loading import LoadedModel
-from bsjax.checks import check_not_forked, naming
+from bsjax.checks import check_not_forked
 from bsjax.errors import BsjaxError, CapacityError, GenerationError
 from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
@@ -119,7 +118,8 @@ class _Conversation:
     Attributes:
       task: the conversation.
       copy: which of its answers it is.
-      prompt: the prompt.
+      arrival: how many conversations had been prepared when this one was.
+      prompt: the prompt; None once it has run.
       inputs: the prompt as it runs.
       settings: how it is answered.
       answer: the answer so far.
@@ -131,7 +131,8 @@ class _Conversation:
 
     task: Task
     copy: int
-    prompt: Prompt
+    arrival: int
+    prompt: Prompt | None
     inputs: ModelInputs
     settings: AnswerSettings
     answer: Answer
@@ -143,7 +144,7 @@ class _Conversation:
     decode: float = 0.0
 
 
-_Placed = list[tuple[PlacedPrompt, _Conversation | _Prefix]]
+_Admitted = list[tuple[PlacedPrompt, _Conversation | _Prefix]]
 
 
 def run_batch(
@@ -169,10 +170,15 @@ def run_batch(
     """
     source = _Source(model, iter(tasks), profile, options, return_errors=return_errors)
     yield from source.fill()
-    while source.waiting:
-        # First the cache that most prompts wait for.
-        rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
-        yield from _Pool(model, source, rows).run()
+    while source.waiting or source.alone:
+        if source.waiting:
+            # First the cache that most prompts wait for.
+            rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
+            yield from _Pool(model, source, rows, source.waiting[rows]).run()
+            del source.waiting[rows]
+        else:
+            rows, conversation = source.alone.pop()
+            yield from _Pool(model, source, rows, deque([conversation]), alone=True).run()
         yield from source.fill()
 
 
@@ -181,6 +187,8 @@ class _Source:
 
     Attributes:
       waiting: the prompts that are ready, by the rows of a sequence.
+      alone: prompts that need the memory of a cache for themselves, and the rows of a sequence.
+      is_exhausted: whether there are no more conversations.
     """
 
     def __init__(
@@ -193,6 +201,9 @@ class _Source:
         return_errors: bool,
     ) -> None:
         self.waiting: dict[int, deque[_Conversation]] = {}
+        self.alone: list[tuple[int, _Conversation]] = []
+        self.is_exhausted = False
+        self._arrivals = 0
         self._model, self._tasks, self._options = model, tasks, options
         self._profile = profile
         self._return_errors = return_errors
@@ -202,29 +213,22 @@ class _Source:
         while self._has_room():
             task = next(self._tasks, None)
             if task is None:
+                self.is_exhausted = True
                 return
-            try:
-                with naming(task.place):
-                    prepared = self._prepared(task)
-            except BsjaxError as error:
-                if not self._return_errors:
-                    raise
+            prepared, failure = self._prepared(task)
+            if failure is not None:
                 copies = range(len(task.settings))
-                yield from (Answered(task.number, copy, error) for copy in copies)
-                continue
+                yield from (Answered(task.number, copy, failure) for copy in copies)
             for each in prepared:
                 rows = cache_rows(each.inputs.tokens + each.settings.new_tokens)
                 self.waiting.setdefault(rows, deque()).append(each)
 
     def failed(self, conversation: _Conversation, error: BsjaxError) -> Answered:
         """The outcome of a conversation whose prompt cannot run."""
-        try:
-            with naming(conversation.task.place):
-                raise error
-        except BsjaxError as named:
-            if not self._return_errors:
-                raise
-            return Answered(conversation.task.number, conversation.copy, named)
+        failure = _named(error, conversation.task.place)
+        if not self._return_errors:
+            raise failure from error
+        return Answered(conversation.task.number, conversation.copy, failure)
 
     def inputs_of(
         self, prompt: Prompt, new_tokens: int, backend: str, start: int = 0
@@ -241,148 +245,213 @@ class _Source:
 
     def _has_room(self) -> bool:
         waiting = [each for queue in self.waiting.values() for each in queue]
-        pixels = {id(each.prompt): each.prompt.pixel_values for each in waiting}
-        held = sum(0 if of is None else of.nbytes for of in pixels.values())
+        prompts = {id(each.prompt): each.prompt for each in waiting if each.prompt is not None}
+        pixels = [of.pixel_values for of in prompts.values() if of.pixel_values is not None]
+        held = sum(of.nbytes for of in pixels)
         return len(waiting) < 2 * most_sequences() and held < _MOST_PIXEL_BYTES
 
-    def _prepared(self, task: Task) -> list[_Conversation]:
-        prompt = self._model.prompt_of(task.messages, self._options)
-        longest = max(settings.new_tokens for settings in task.settings)
-        inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+    def _prepared(self, task: Task) -> tuple[list[_Conversation], BsjaxError | None]:
+        """The prompts of a conversation, or why it has none."""
+        try:
+            prompt = self._model.prompt_of(task.messages, self._options)
+            longest = max(settings.new_tokens for settings in task.settings)
+            inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+        except BsjaxError as error:
+            failure = _named(error, task.place)
+            if not self._return_errors:
+                raise failure from error
+            return [], failure
+        self._arrivals += 1
         return [
             _Conversation(
                 task=task,
                 copy=copy,
+                arrival=self._arrivals,
                 prompt=prompt,
                 inputs=inputs,
                 settings=settings,
                 answer=Answer(self._model.tokenizer, settings),
             )
             for copy, settings in enumerate(task.settings)
-        ]
+        ], None
+
+
+def _named(error: BsjaxError, place: str | None) -> BsjaxError:
+    """An error that names its conversation.
+
+    It is a new one, because a traceback keeps the cache and the pixels of whatever ran.
+    """
+    return type(error)(str(error) if place is None else f"{place}: {error}")
 
 
 class _Pool:
     """A cache, and the prompts and answers that have its sequences."""
 
-    def __init__(self, model: LoadedModel, source: _Source, rows: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        source: _Source,
+        rows: int,
+        waiting: deque[_Conversation],
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Prepares a pool.
+
+        Args:
+          model: from `bsjax.load`.
+          source: prepares prompts.
+          rows: rows of a sequence.
+          waiting: the prompts that wait for this cache; there is at least one.
+          alone: whether the cache has a single sequence.
+        """
         self._model, self._source, self._rows = model, source, rows
+        self._waiting, self._alone = waiting, alone
         self._programs = programs_of(model)
         self._compiled = self._programs.compile_seconds, self._programs.compilations
         self._running: dict[int, _Conversation] = {}
         self._prefixes: list[_Prefix] = []
-        first = source.waiting[rows][0].settings
+        first = waiting[0].settings
         self._backend, self._end_tokens = first.backend, first.end_tokens
         self._unused = AnswerSettings(1, first.backend, end_tokens=first.end_tokens)
 
     def run(self) -> Iterator[Answered]:
         """Answers all prompts that wait for this cache, and those that come meanwhile."""
-        waiting = self._source.waiting[self._rows]
-        yield from self._allocate(waiting)
-        while waiting or self._running:
-            self._find_prefixes(waiting)
-            while placed := self._place(waiting):
-                yield from self._run_prompts(placed)
+        yield from self._allocate()
+        while self._waiting or self._running:
+            self._find_prefixes()
+            while admitted := self._admit():
+                yield from self._run_prompts(admitted)
             if self._running:
-                yield from self._decode(len(waiting))
-            yield from self._source.fill()
-        del self._source.waiting[self._rows]
+                yield from self._decode()
+            if not self._alone:
+                yield from self._source.fill()
 
-    def _allocate(self, waiting: deque[_Conversation]) -> Iterator[Answered]:
+    def _allocate(self) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
         self._available = bytes_available()
-        sequences = sequences_for(self._model.module, self._rows, len(waiting), self._available)
-        while True:
+        most = len(self._waiting) if self._source.is_exhausted else most_sequences()
+        sequences = 1
+        if not self._alone:
+            sequences = sequences_for(self._model.module, self._rows, most, self._available)
+        while self._waiting:
             layout = CacheLayout(self._rows, sequences)
-            first = list(itertools.islice(waiting, sequences))
-            placed = [PlacedPrompt(of.inputs, sequence=at) for at, of in enumerate(first)]
-            settings = [of.settings for of in first]
-            prefill = Prefill(self._programs, placed, layout, settings, self._backend)
+            first = self._waiting[0]
+            prefill = Prefill(
+                self._programs,
+                [PlacedPrompt(first.inputs)],
+                layout,
+                [first.settings],
+                self._backend,
+            )
             decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
             stages = [*prefill.stages, *decoding.stages]
+            if sequences > 1:
+                # Whoever has images that do not fit beside this cache runs alone.
+                stages = [stage for stage in stages if stage.name != "vision"]
             try:
-                check_memory(first[0].inputs, stages, self._available)
+                check_memory(first.inputs, stages, self._available)
             except CapacityError as error:
-                if sequences == 1:
-                    yield self._source.failed(waiting.popleft(), error)
-                    if waiting:
-                        continue
-                    return
+                failure = error
+            else:
+                self._layout, self._decoding = layout, decoding
+                self._state = DecodeState.empty(self._programs.module, layout)
+                return
+            if sequences > 1:
                 sequences //= 2
             else:
-                break
-        self._layout, self._decoding = layout, decoding
-        self._state = DecodeState.empty(self._programs.module, layout)
+                yield self._source.failed(self._waiting.popleft(), failure)
 
-    def _find_prefixes(self, waiting: deque[_Conversation]) -> None:
+    def _find_prefixes(self) -> None:
         """Looks for what waiting prompts begin with, and forgets what none of them needs.
 
         Prompts that share a prefix are brought together, so that its sequence is soon free again.
         """
-        for each in waiting:
-            for prefix in self._prefixes:
-                if each.is_compared or each.prefix is not None:
-                    break
-                if common_tokens(prefix.inputs, each.inputs) >= prefix.tokens:
-                    each.prefix = prefix
-        alone = [each for each in waiting if each.prefix is None]
-        if self._layout.sequences > 1 and not all(each.is_compared for each in alone):
-            for shared in shared_prefixes([each.inputs for each in alone]):
-                prefix = _Prefix(alone[shared.members[0]].inputs, shared.tokens)
-                self._prefixes.append(prefix)
-                for index in shared.members:
-                    alone[index].prefix = prefix
-        for each in waiting:
+        new = [each for each in self._waiting if not each.is_compared]
+        if new and self._layout.sequences > 1:
+            known = {id(each): self._longest_prefix(each) for each in new}
+            others = [each for each in self._waiting if each.is_compared and each.prefix is None]
+            candidates = new + others
+            for shared in shared_prefixes([each.inputs for each in candidates]):
+                members = [candidates[index] for index in shared.members]
+                of_known = [known.get(id(each)) for each in members]
+                saved = sum(of.tokens for of in of_known if of is not None)
+                if (len(members) - 1) * shared.tokens > saved:
+                    prefix = _Prefix(members[0].inputs, shared.tokens)
+                    self._prefixes.append(prefix)
+                    for each in members:
+                        each.prefix = prefix
+            for each in new:
+                each.prefix = each.prefix or known[id(each)]
+        for each in self._waiting:
             each.is_compared = True
-        first = {}
-        for at, each in enumerate(waiting):
-            first.setdefault(id(each.prefix or each), at)
-        ordered = sorted(waiting, key=lambda each: first[id(each.prefix or each)])
-        waiting.clear()
-        waiting.extend(ordered)
+        first: dict[int, int] = {}
+        for each in self._waiting:
+            group = id(each.prefix or each)
+            first[group] = min(each.arrival, first.get(group, each.arrival))
+        ordered = sorted(self._waiting, key=lambda each: first[id(each.prefix or each)])
+        self._waiting.clear()
+        self._waiting.extend(ordered)
         self._prefixes = [prefix for prefix in self._prefixes if id(prefix) in first]
 
-    def _place(self, waiting: deque[_Conversation]) -> _Placed:
-        """Gives free sequences to waiting prompts, in their order, and to what they share."""
+    def _longest_prefix(self, conversation: _Conversation) -> _Prefix | None:
+        """The longest of the known prefixes that a prompt begins with."""
+        fitting = [
+            prefix
+            for prefix in self._prefixes
+            if common_tokens(prefix.inputs, conversation.inputs) >= prefix.tokens
+        ]
+        return max(fitting, key=lambda prefix: prefix.tokens, default=None)
+
+    def _admit(self) -> _Admitted:
+        """Gives sequences to waiting prompts, and to what they share."""
         holding = {prefix.sequence for prefix in self._prefixes}
         free = [
             index
             for index in range(self._layout.sequences)
             if index not in self._running and index not in holding
         ]
-        placed: _Placed = []
-        while waiting and free:
-            each, reuse = waiting[0], NOTHING
-            prefix = each.prefix
-            if prefix is not None and prefix.sequence is None:
-                if len(free) < 2:
-                    if not placed and not self._running:
-                        # Other prefixes have all other sequences.
-                        each.prefix = None
-                        continue
-                    break
-                prefix.sequence = free.pop()
-                of_prefix = PlacedPrompt(prefix.inputs, NOTHING, prefix.sequence, prefix.tokens)
-                placed.append((of_prefix, prefix))
+        admitted: _Admitted = []
+        for each in list(self._waiting):
+            prefix, reuse = each.prefix, NOTHING
+            if prefix is not None and prefix.sequence is None and free:
+                if len(free) > 1:
+                    prefix.sequence = free.pop()
+                    of_prefix = PlacedPrompt(prefix.inputs, NOTHING, prefix.sequence, prefix.tokens)
+                    admitted.append((of_prefix, prefix))
+                elif not admitted and not self._running:
+                    # Other prefixes have all other sequences.
+                    each.prefix = prefix = None
             if prefix is not None:
                 if not prefix.is_ready:
-                    break
+                    continue
+                if sum(other.prefix is prefix for other in self._waiting) == 1:
+                    # Nobody else needs it.
+                    assert prefix.sequence is not None
+                    free.insert(0, prefix.sequence)
+                    self._prefixes.remove(prefix)
+            if not free:
+                continue
+            if prefix is not None:
                 reuse = self._copied(each, prefix, free[0])
             sequence = free.pop(0)
-            self._running[sequence] = waiting.popleft()
-            placed.append((PlacedPrompt(each.inputs, reuse, sequence), each))
-        return placed
+            self._waiting.remove(each)
+            self._running[sequence] = each
+            admitted.append((PlacedPrompt(each.inputs, reuse, sequence), each))
+        return admitted
 
     def _copied(self, each: _Conversation, prefix: _Prefix, sequence: int) -> Reuse:
-        """Copies a prefix into the sequence of a prompt."""
+        """Copies a prefix into the sequence of a prompt, unless it is there."""
         assert prefix.sequence is not None
-        arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
-        self._state = copying_program(self._programs, self._state)(*arguments)
+        if sequence != prefix.sequence:
+            arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
+            self._state = copying_program(self._programs, self._state)(*arguments)
         if prefix.prefill:
             # The first prompt that uses a prefix has it in its statistics.
             each.vision, each.prefill = prefix.vision, prefix.prefill
             prefix.vision = prefix.prefill = 0.0
         else:
+            assert each.prompt is not None
             each.reused = prefix.tokens
             each.inputs = self._source.inputs_of(
                 each.prompt, each.settings.new_tokens, self._backend, prefix.tokens
@@ -390,61 +459,80 @@ class _Pool:
         spans = extended((0,), prefix.tokens, each.inputs.template)
         return Reuse(prefix.tokens, spans if each.inputs.is_sparse else (0,))
 
-    def _run_prompts(self, placed: _Placed) -> Iterator[Answered]:
+    def _run_prompts(self, admitted: _Admitted) -> Iterator[Answered]:
         """Runs prompts, to the first tokens of their answers."""
         check_not_forked(GenerationError)
-        owner = {id(prompt): of for prompt, of in placed}
-        settings = [getattr(of, "settings", self._unused) for _, of in placed]
-        prompts = [prompt for prompt, _ in placed]
+        owner = {id(prompt): of for prompt, of in admitted}
+        settings = [
+            of.settings if isinstance(of, _Conversation) else self._unused for _, of in admitted
+        ]
+        prompts = [prompt for prompt, _ in admitted]
         prefill = Prefill(self._programs, prompts, self._layout, settings, self._backend)
         try:
-            longest = max(prompts, key=lambda prompt: prompt.end)
-            check_memory(longest.inputs, prefill.stages, self._available)
+            check_memory(prompts[0].inputs, prefill.stages, self._available)
         except CapacityError as error:
-            yield from self._refused(placed, error)
+            failure = error
+        else:
+            failure = None
+        if failure is not None:
+            if len(admitted) == 1:
+                yield from self._refused(*admitted[0], failure)
+            else:
+                for each in admitted:
+                    yield from self._run_prompts([each])
             return
         before = (0.0, 0.0)
         for chunk, chosen, state in prefill.run(self._state):
             self._state = state
             now = (prefill.vision_seconds, prefill.seconds)
-            for part in chunk.parts:
-                share = (part.end - part.start) / chunk.tokens
+            image_tokens = [
+                int(part.prompt.images_before[part.end] - part.prompt.images_before[part.start])
+                for part in chunk.parts
+            ]
+            for part, count in zip(chunk.parts, image_tokens, strict=True):
                 of = owner[id(part.prompt)]
-                of.vision += share * (now[0] - before[0])
+                of.vision += count / max(sum(image_tokens), 1) * (now[0] - before[0])
+                share = (part.end - part.start) / chunk.tokens
                 of.prefill += share * (now[1] - before[1])
             before = now
             for output, part in zip(tokens_of(chosen), chunk.last_parts, strict=False):
                 of = owner[id(part.prompt)]
                 assert isinstance(of, _Conversation)
                 of.answer.add(output)
-        for _, of in placed:
+        for _, of in admitted:
             if isinstance(of, _Prefix):
                 of.is_ready = True
             else:
                 # The pixels are not needed any more.
-                of.inputs = replace(of.inputs, images=())
+                of.prompt, of.inputs = None, replace(of.inputs, images=())
         yield from self._ended()
 
-    def _refused(self, placed: _Placed, error: CapacityError) -> Iterator[Answered]:
-        """Refuses prompts that do not fit, such as those with very large images."""
-        for prompt, of in placed:
-            if isinstance(of, _Prefix):
-                of.sequence = None
-                self._prefixes.remove(of)
-                for each in self._source.waiting[self._rows]:
-                    each.prefix = None if each.prefix is of else each.prefix
-            else:
-                del self._running[prompt.sequence]
-                yield self._source.failed(of, error)
+    def _refused(
+        self, prompt: PlacedPrompt, of: _Conversation | _Prefix, error: CapacityError
+    ) -> Iterator[Answered]:
+        """Puts aside what does not fit, such as very large images; refuses it if it is alone."""
+        if isinstance(of, _Prefix):
+            self._prefixes.remove(of)
+            for each in self._waiting:
+                each.prefix = None if each.prefix is of else each.prefix
+            return
+        del self._running[prompt.sequence]
+        if self._layout.sequences > 1:
+            assert of.prompt is not None
+            of.inputs = self._source.inputs_of(of.prompt, of.settings.new_tokens, self._backend)
+            of.prefix, of.reused = None, 0
+            self._source.alone.append((self._rows, of))
+        else:
+            yield self._source.failed(of, error)
 
-    def _decode(self, waiting: int) -> Iterator[Answered]:
+    def _decode(self) -> Iterator[Answered]:
         """Goes on with all answers, until enough have ended to let waiting prompts in."""
         check_not_forked(GenerationError)
         of_sequence = [self._running.get(index) for index in range(self._layout.sequences)]
         settings = [of.settings if of else self._unused for of in of_sequence]
         answers = Answers.of([of.inputs if of else None for of in of_sequence], settings)
         # Several prompts fill a chunk better than one.
-        ends = min(waiting, max(1, len(self._running) // 4)) or len(self._running)
+        ends = min(len(self._waiting), max(1, len(self._running) // 4)) or len(self._running)
         steps = _STEPS_BEFORE_STOP if any(of.stop for of in settings) else DECODE_CHUNK
         began = time.perf_counter()
         chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)

@@ -412,7 +412,7 @@ class Chunks:
             most_parts=self._most_parts,
         )
         if self._keys is not None and keys is self._keys[1]:
-            # All chunks of one prompt have the same keys, which are copied to the device only once.
+            # Chunks of the same prompts have the same keys, which are copied to the device once.
             on_device = self._keys[2]
             if not on_device:
                 on_device.append(jax.device_put(schedule.keys))

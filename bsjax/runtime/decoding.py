@@ -107,20 +107,15 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        prompts: Sequence[ModelInputs | None],
-        settings: Sequence[AnswerSettings],
-        *,
-        limits: Sequence[int] | None = None,
+        cls, prompts: Sequence[ModelInputs | None], settings: Sequence[AnswerSettings]
     ) -> "Answers":
         """The answers to some prompts.
 
         Args:
           prompts: the prompt of each sequence; None for one without an answer.
           settings: how each is answered. They share end tokens.
-          limits: the most tokens of each answer; None for what its settings say.
         """
-        limits = [of.new_tokens for of in settings] if limits is None else limits
+        limits = [of.new_tokens for of in settings]
 
         def each(value: Any) -> Int32[np.ndarray, "sequences"]:
             return np.asarray([0 if of is None else value(of) for of in prompts], np.int32)

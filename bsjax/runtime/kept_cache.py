@@ -20,7 +20,7 @@ from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
-from bsjax.runtime.reuse import CachedTokens, Reuse, has_moved_on
+from bsjax.runtime.reuse import NOTHING, CachedTokens, Reuse, has_moved_on
 from bsjax.runtime.sizes import cache_rows
 
 MOST_CONVERSATIONS = 1024
@@ -102,7 +102,7 @@ class KeptCache:
           CapacityError: the prompt and the new tokens are more than `max_tokens`.
         """
         check_room(prompt, new_tokens, self.max_tokens)
-        best = Reuse(cache_rows=self.rows)
+        best = NOTHING
         if not self.conversations:
             return best
         family, config = self._model.family, self._model.config

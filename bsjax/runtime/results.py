@@ -18,14 +18,15 @@ class Stats:
       image_tokens: tokens of each image.
       attention_flops_dense: FLOPs of the language model's attention in prefill, if all heads were
         dense. Every layer counts in full, although the last one attends from a single row.
-        Tokens that a session had in its cache count as keys only.
+        Tokens that were in the cache already (`reused_tokens`) count as keys only.
       attention_flops_sparse: the same with the profile's categories.
       vision_seconds: time in the vision tower, without image processing on the host. In a batch,
-        seconds are the conversation's share: of a chunk by its tokens, of decoding by the number of
-        answers that were generated together.
+        seconds are the conversation's share: of the vision tower by its image tokens, of a chunk by
+        its tokens, of decoding by the number of answers that were generated together.
       prefill_seconds: time in prefill, including the choice of the first token.
       decode_seconds: time to generate all tokens after the first.
-      compile_seconds: time to compile programs, or to read them from the persistent cache.
+      compile_seconds: time to compile programs, or to read them from the persistent cache. In a
+        batch, the next answer that ends has it.
       compiled_programs: how many programs were compiled or read. `bsjax.warmup` does this before
         the first prompt arrives.
       backend: the attention backend.

@@ -32,14 +32,12 @@ class Reuse:
       start: how many tokens it holds: the position of the first token that has to run.
       span_starts: first position of each span of the prompt. In packed order, the last span may
         begin before `start` if it has only text up to there.
-      cache_rows: rows of the cache; None for as many as the prompt needs.
       moved: int32 [start], the row in which each kept row is now; None if all are in their places.
       conversation: which of a session's conversations holds them; 0 if there are none.
     """
 
     start: int = 0
     span_starts: tuple[int, ...] = (0,)
-    cache_rows: int | None = None
     moved: Int32[np.ndarray, "start"] | None = None
     conversation: int = 0
 
@@ -131,14 +129,14 @@ class CachedTokens:
         if start < self.token_ids.size and has_moved_on(visibilities, rows, self.token_ids.size):
             start = 0
         if start == 0:
-            return Reuse(cache_rows=rows)
+            return NOTHING
         if not packed:
-            return Reuse(start, cache_rows=rows)
+            return Reuse(start)
         kept = tuple(first for first in self.span_starts if first < start)
         if len(extended(kept, start, template)) > MOST_SPANS:
             kept = (0,)
         span_starts = extended(kept, start, template)
-        return Reuse(start, span_starts, rows, self._moved(kept, start))
+        return Reuse(start, span_starts, self._moved(kept, start))
 
     def _moved(self, span_starts: Sequence[int], end: int) -> Int32[np.ndarray, "end"] | None:
         """Where the rows of tokens before `end` are, in the order that these spans give them.

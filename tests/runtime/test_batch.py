@@ -7,6 +7,7 @@ import bsjax
 from bsjax import CapacityError, GenerationError, MessageError, Profile
 from bsjax.runtime import batch
 from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.memory import check_memory
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
@@ -256,3 +257,55 @@ def test_common_tokens_end_before_images_that_differ(tiny_model):
     (shared,) = shared_prefixes([same, inputs("No."), base, base, base, differs, same, same])
     assert shared.members == (0, 2, 3, 4, 5, 6, 7)
     assert shared.tokens == common_tokens(base, differs)
+
+
+def test_what_does_not_fit_beside_others_runs_alone(tiny_model, monkeypatch):
+    """Its neighbours are answered, and so is it if it fits alone."""
+    large = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    conversations = [asked(f"Why {number}?") for number in range(4)]
+    conversations.insert(1, asked(large, "Why?"))
+    expected = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    peaks = {}
+
+    def recording(inputs, stages, available):
+        for stage in stages:
+            peaks.setdefault(stage.name, []).append(stage.peak)
+        check_memory(inputs, stages, available)
+
+    monkeypatch.setattr(batch, "check_memory", recording)
+    bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    beside = max(peaks["vision"])
+    bsjax.generate(tiny_model, conversations[1:2], max_new_tokens=2)
+    monkeypatch.setattr(batch, "bytes_available", lambda: beside - 1)
+    outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    assert list(map(outcome, outcomes)) == list(map(outcome, expected))
+    alone = peaks["vision"][-1]
+    assert alone < beside, "the last call is that of the large image alone"
+    monkeypatch.setattr(batch, "bytes_available", lambda: alone - 1)
+    outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2, return_errors=True)
+    assert [type(each) for each in outcomes] == [
+        CapacityError if number == 1 else bsjax.Result for number in range(5)
+    ]
+
+
+def test_returned_errors_keep_nothing_alive(tiny_model):
+    outcomes = bsjax.generate(
+        tiny_model, [[{"role": "user"}], asked("Why?")], max_new_tokens=2, return_errors=True
+    )
+    error = outcomes[0]
+    assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
+
+
+@pytest.mark.slow
+def test_a_long_prefix_is_found_beside_a_short_one(tiny_model, monkeypatch):
+    """Conversations that come later are compared with each other as well."""
+    monkeypatch.setattr(batch, "most_sequences", lambda: 4)
+    system = "Be brief, and look at everything. " * 5
+    short = [asked(f"{system}{number} Why?") for number in range(12)]
+    long = [asked(system + "A story. " * 80, f"{number} What?") for number in range(8)]
+    conversations = [*short, *long]
+    results = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
+    assert all(result.stats.reused_tokens > 0 for result in results[1:12])
+    assert sum(result.stats.reused_tokens > 500 for result in results[12:]) >= 6
+    alone = bsjax.generate(tiny_model, conversations[-1], max_new_tokens=2)
+    assert outcome(results[-1]) == outcome(alone)

@@ -355,7 +355,8 @@ if len(sys.argv) > 2:
 """
 
 
-@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [False, True])
 def test_streams_that_are_open_when_the_interpreter_exits(tiny_checkpoint, fails):
     command = [sys.executable, "-c", _EXIT, str(tiny_checkpoint), *["fails"] * fails]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
