@@ -346,7 +346,7 @@ model = bsjax.load(sys.argv[1])
 messages = [{"role": "user", "content": "Why?"}]
 session = bsjax.Session(model, max_tokens=256)
 streams = [bsjax.stream(model, messages), session.stream(messages)]
-batch = bsjax.generate_iter(model, [messages] * 20)
+batch = bsjax.generate_iter(model, [messages] * 3, max_new_tokens=4)
 print([bool(next(each)) for each in (*streams, batch)])
 if len(sys.argv) > 2:
     def put(*_):
