@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from bsjax.runtime.inputs import ModelInputs
 
@@ -40,8 +39,9 @@ def shared_prefixes(prompts: Sequence[ModelInputs]) -> list[SharedPrefix]:
     A prompt is in at most one group. At least the last token of each prompt is its own, and no
     prefix ends inside an image.
     """
-    keys = [_sort_key(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: keys[index].tobytes())
+    # Several answers to one prompt share it, and its key.
+    keys = {id(prompt): _sort_key(prompt) for prompt in {id(of): of for of in prompts}.values()}
+    order = sorted(range(len(prompts)), key=lambda index: keys[id(prompts[index])])
     common = [0] + [
         common_tokens(prompts[before], prompts[after])
         for before, after in zip(order, order[1:], strict=False)
@@ -90,12 +90,12 @@ def common_tokens(one: ModelInputs, other: ModelInputs) -> int:
     return min(common, firsts[cut]) if cut >= 0 else common
 
 
-def _sort_key(prompt: ModelInputs) -> Int[np.ndarray, "tokens"]:
-    """Token ids whose bytes sort like the tokens; those of images tell images apart."""
+def _sort_key(prompt: ModelInputs) -> bytes:
+    """Sorts like the token ids, of which those of images tell images apart."""
     key = prompt.token_ids.astype(np.int64)
     for index, image in enumerate(prompt.images):
         values = image.patches.reshape(-1)
         sampled = values[:: max(1, values.size // _SAMPLED_VALUES)]
         first = int(prompt.template.image_first[index])
         key[first : first + image.tokens] = 2**32 + zlib.crc32(sampled.tobytes())
-    return key.astype(">i8")
+    return key.astype(">i8").tobytes()
