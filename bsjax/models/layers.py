@@ -129,6 +129,8 @@ def _attend_to_window(
         )
         for cached, new in ((cache.k, k), (cache.v, v))
     )
+    # The ring is read before it is written; otherwise XLA copies all of it.
+    keys, values, k, v = jax.lax.optimization_barrier((keys, values, k, v))
     cache = cache.chunk_written(layer, k, v, rows.runs)
     return attention(q, keys, values, rows.schedule, categories), cache
 

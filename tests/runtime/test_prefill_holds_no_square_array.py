@@ -26,6 +26,12 @@ def largest_array(compiled) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+def copied_shapes(compiled) -> list[list[int]]:
+    """Shapes of all arrays that the optimized program copies."""
+    shapes = re.findall(r" = \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    return [list(map(int, shape.split(","))) for shape in shapes]
+
+
 @pytest.mark.parametrize(
     ("model", "tokens"),
     [("Qwen2-VL-2B", 32_300), ("Qwen2.5-VL-7B", 300_000), ("Gemma-3-4B", 131_000)],
@@ -56,8 +62,8 @@ def test_no_chunk_copies_the_cache():
     assert len(chunks) == 2, "two sizes"
     for chunk in chunks:
         assert chunk.memory.results < 2**10, "the cache is updated in place"
-        for shape in re.findall(r" = \w+\[([\d,]+)\]\S* copy\(", chunk.compiled.as_text()):
-            assert math.prod(map(int, shape.split(","))) < of_layer
+        for shape in copied_shapes(chunk.compiled):
+            assert math.prod(shape) < of_layer
 
 
 def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
@@ -66,6 +72,11 @@ def test_gemma3s_local_layers_keep_their_window_and_decode_copies_nothing():
     row = 2 * 4 * 256 * 2
     assert found.cache == (29 * 1023 + 5 * rows) * row
     assert found.full_cache == 34 * rows * row
+    of_rings = 29 * 1023 * 4 * 256
+    for stage in found.stages:
+        if stage.name == "prefill":
+            for shape in copied_shapes(stage.program.compiled):
+                assert math.prod(shape) < of_rings, "the rings are read before they are written"
     (decode,) = (stage for stage in found.stages if stage.name == "decode")
     assert decode.program.memory.temporaries < 2**23, "a copy of a ring would be 31 MB"
     assert decode.program.memory.results < 2**14, "the caches are updated in place"
