@@ -9,19 +9,8 @@ from bsjax.runtime import batch
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import check_memory
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
-from convert.conversion import convert_checkpoint
-from tests.support import convert_sources as sources
 
 WORDS = " Which of these pictures is brighter, and why?".split()
-
-
-@pytest.fixture(scope="module")
-def gemma3(tmp_path_factory):
-    """A random Gemma 3 with layers of both kinds and a window of 12 tokens."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
-    convert_checkpoint(source, folder / "ours", dtype="float32")
-    return bsjax.load(folder / "ours", "float32")
 
 
 @pytest.fixture

@@ -19,23 +19,12 @@ from bsjax import CapacityError, GenerationError, Profile, SessionError
 from bsjax.runtime import session_file
 from bsjax.runtime.programs import size_in_bytes
 from bsjax.runtime.sizes import cache_rows
-from convert.conversion import convert_checkpoint
-from tests.support import convert_sources as sources
 from tests.support.histories import History, picture
 from tests.support.paths import ROOT
 
 WORDS = "which picture is brighter than the first one and why not".split()
 STEPS = int(os.environ.get("HISTORY_STEPS", "8"))
 """Steps of each random history. The long run: HISTORY_STEPS=200 pytest -k histories."""
-
-
-@pytest.fixture(scope="module")
-def gemma3(tmp_path_factory):
-    """A random Gemma 3 with layers of both kinds and a window of 12 tokens."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
-    convert_checkpoint(source, folder / "ours", dtype="float32")
-    return bsjax.load(folder / "ours", "float32")
 
 
 @pytest.fixture
