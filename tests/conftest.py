@@ -1,9 +1,12 @@
 """Tests run on the CPU, whatever else the machine has."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -14,9 +17,16 @@ from hypothesis import settings
 from tests.support.paths import ROOT
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What a test finds out about compilation must not depend on earlier tests, and tests must not fill
-# the user's cache.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Programs that several tests compile, in this process or another, are compiled once a session. Tests
+# must not fill the user's cache, and what a test finds out about compilation must not depend on
+# earlier sessions.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="bsjax-tests-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    # pytest-xdist's workers, which start later, inherit it.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nearly two thirds of the suite's time would be XLA compiling for the CPU. Without LLVM's
 # optimisations, which do not reorder floating-point operations, compiling takes a third less, and
 # without the emitters that lower fusions through MLIR another third: the older ones, which JAX 0.10

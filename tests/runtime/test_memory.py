@@ -22,9 +22,6 @@ from bsjax.runtime.programs import Memory, Stage, programs_of, size_in_bytes
 from bsjax.runtime.scoring import Scoring
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows, sizes_in_use
 from tests.support.chunks import decoding_of, inputs_of_template, prefill_of
-from tests.support.gpu_compiler import require_gpu_compiler
-from tests.support.published_memory import measured
-from tools import memory_table
 
 SIZES = ((56, 84), (140, 56), (28, 28), (84, 112), (61, 93))
 
@@ -250,50 +247,3 @@ def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkey
     monkeypatch.setattr("bsjax.runtime.generation.host_bytes_available", lambda: wanted - 1)
     with pytest.raises(CapacityError, match=r"host's memory.*max_pixels"):
         bsjax.forward(tiny_model, messages)
-
-
-@pytest.mark.slow
-def test_300k_tokens_of_the_7b_reach_the_goal():
-    found = measured("Qwen2.5-VL-7B", 300_000)
-    assert found.inputs.tokens == 300_000 and found.inputs.template.num_images == 297
-    assert (found.model, found.inputs.tokens) in memory_table.GOALS
-    assert found.missed_goal is None
-    assert found.peak == found.weights + max(stage.peak for stage in found.stages)
-    assert found.cache > 28 * 2 * 300_064 * 4 * 128 * 2
-    assert found.weights == pytest.approx(8.29e9 * 2, rel=0.01), "the published model has 8.29 B"
-
-
-@pytest.mark.slow
-def test_131k_tokens_of_gemma3_4b_reach_the_goal():
-    found = measured("Gemma-3-4B", 131_000)
-    assert (found.model, found.inputs.tokens) in memory_table.GOALS
-    assert found.missed_goal is None
-
-
-@pytest.mark.slow
-def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights():
-    """Any GPU that can answer such a prompt can profile on it: no stage keeps a square array."""
-    require_gpu_compiler()
-    stages = memory_table.measure_profiling("Qwen2.5-VL-7B", 32_768)
-    assert [stage.name for stage in stages] == ["heads", "sinks", "comparing"]
-    one_head_of_scores = 2 * 32_768**2
-    for stage in stages:
-        assert "attention" in stage.program.compiled.as_text(), "the GPU kernel is missing"
-        assert stage.peak < 3 * 2**30, stage.name
-    assert stages[-1].program.memory.temporaries < one_head_of_scores
-    page = memory_table.markdown(
-        [measured("Qwen2.5-VL-7B", 300_000)], {("h200", "Qwen2.5-VL-7B"): stages}
-    )
-    assert "| NVIDIA H200 | Qwen2.5-VL-7B | 32,768 |" in page
-
-
-@pytest.mark.slow
-def test_a_missed_goal_is_named_with_its_figure(monkeypatch):
-    found = measured("Qwen2.5-VL-7B", 300_000)
-    most = found.temporaries()
-    key = ("Qwen2.5-VL-7B", 300_000)
-    monkeypatch.setitem(memory_table.GOALS, key, most)
-    assert found.missed_goal is None
-    monkeypatch.setitem(memory_table.GOALS, key, most - 1)
-    assert f"{most / 2**30:.2f} GiB" in (found.missed_goal or "")
-    assert "| Qwen2.5-VL-7B | 300,000 | 297 |" in memory_table.markdown([found])
