@@ -17,9 +17,9 @@ from hypothesis import settings
 from tests.support.paths import ROOT
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that several tests compile, in this process or another, are compiled once a session. Tests
-# must not fill the user's cache, and what a test finds out about compilation must not depend on
-# earlier sessions.
+# Programs that several tests compile, in this process or another, are compiled once a session.
+# Tests must not fill the user's cache, and what a test finds out about compilation must not depend
+# on earlier sessions.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.mkdtemp(prefix="bsjax-tests-")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)
