@@ -32,6 +32,7 @@ blocks.
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -292,22 +293,13 @@ def build_span_schedule(
         if padded < rows.tokens:
             raise MaskError(f"Cannot pad {rows.tokens} tokens to {padded}.")
     spans = [QueryRows(queries, index, keys, visibility) for index in range(len(queries.spans))]
-    first_rows = queries.first_row
-
-    def build(
-        groups: KeyGroup | None, most_rows: int, part: Literal["all", "text", "images"]
-    ) -> _Table:
-        if groups is None:
-            return _Table.of([], np.zeros((0, 2), np.int64), block_kv)
-        parts = [
-            _tiles_of_span(span, first_row, groups, most_rows, block_kv, part)
-            for span, first_row in zip(spans, first_rows, strict=True)
-        ]
-        end = queries.tokens if part == "text" else query_rows
-        padding = np.arange(queries.tokens, end, most_rows)
-        padding_tiles = np.stack([padding, np.diff(padding, append=end)], axis=1)
-        return _Table.of(parts, padding_tiles, block_kv)
-
+    build = partial(
+        _table_of,
+        list(zip(spans, queries.first_row, strict=True)),
+        tokens=queries.tokens,
+        padded=query_rows,
+        block_kv=block_kv,
+    )
     built = [build(groups, block_q, "images" if stacked_heads else "all") for groups in tables]
     all_groups = [int(groups or 0) for groups in tables]
     if stacked_heads:
@@ -544,6 +536,39 @@ def _united(blocks: Sequence[tuple[int, int]], block_kv: int) -> list[tuple[int,
     return ranges
 
 
+def _table_of(
+    spans: Sequence[tuple[QueryRows, int]],
+    groups: KeyGroup | None,
+    most_rows: int,
+    part: Literal["all", "text", "images"],
+    *,
+    tokens: int,
+    padded: int,
+    block_kv: int,
+) -> _Table:
+    """The tiles of all spans for some key groups, and of the padding behind them.
+
+    Args:
+      spans: the query rows of each span, and the first of them.
+      groups: the key groups; None for a table that stays empty.
+      most_rows: query rows of a tile, at most.
+      part: which rows have tiles.
+      tokens: query rows without padding.
+      padded: query rows with padding.
+      block_kv: keys of a block.
+    """
+    if groups is None:
+        return _Table.of([], np.zeros((0, 2), np.int64), block_kv)
+    parts = [
+        _tiles_of_span(span, first_row, groups, most_rows, block_kv, part)
+        for span, first_row in spans
+    ]
+    end = tokens if part == "text" else padded
+    padding = np.arange(tokens, end, most_rows)
+    padding_tiles = np.stack([padding, np.diff(padding, append=end)], axis=1)
+    return _Table.of(parts, padding_tiles, block_kv)
+
+
 def _tiles_of_span(
     span: QueryRows,
     first_row: int,
@@ -608,11 +633,12 @@ def _cut_ranges(
     full_start = np.where(has_full, full_start, start)
     full_end = np.where(has_full, full_end, start)
 
-    def nonempty(begin: np.ndarray, stop: np.ndarray) -> _TileRanges:
-        keep = begin < stop
-        return _TileRanges(tile[keep], begin[keep], stop[keep])
-
-    return nonempty(full_start, full_end), nonempty(start, full_start), nonempty(full_end, end)
+    bounds = ((full_start, full_end), (start, full_start), (full_end, end))
+    kept = [(begin, stop, begin < stop) for begin, stop in bounds]
+    full, before, after = (
+        _TileRanges(tile[keep], begin[keep], stop[keep]) for begin, stop, keep in kept
+    )
+    return full, before, after
 
 
 def _blocks_per_tile(

@@ -14,9 +14,9 @@ A cache may have several sequences, each with the rows of one prompt. A chunk is
 the tokens of one prompt after the other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -252,17 +252,8 @@ class Chunks:
             sinks_apart=False,
         )
         positions = [queries.position[queries.rows_of(index)] for index in range(len(parts))]
-
-        def by_row(of_prompt: Any, padding: int) -> Int32[np.ndarray, "*axes rows"]:
-            """What `of_prompt(prompt, positions)` gives for the rows of each part, padded."""
-            values = [
-                of_prompt(part.prompt, position)
-                for part, position in zip(parts, positions, strict=True)
-            ]
-            padded = np.full((*values[0].shape[:-1], rows), padding, np.int32)
-            padded[..., : queries.tokens] = np.concatenate(values, axis=-1)
-            return padded
-
+        prompts = [part.prompt for part in parts]
+        by_row = partial(_by_row, list(zip(prompts, positions, strict=True)), rows)
         images_end = [
             self._first_image[id(part.prompt)] + int(part.prompt.images_before[part.end])
             for part in parts
@@ -541,3 +532,17 @@ def _image_end(template: Template, position: int) -> int:
     """One past the last token of the image that has the token at `position`."""
     image = int(template.image[position])
     return int(template.image_first[image]) + template.image_tokens[image]
+
+
+def _by_row(
+    prompts: Sequence[tuple[PlacedPrompt, Int[np.ndarray, "_"]]],
+    rows: int,
+    of_prompt: Callable[..., Int[np.ndarray, "..."]],
+    padding: int,
+) -> Int32[np.ndarray, "*axes rows"]:
+    """What `of_prompt` gives for prompts and positions in them, side by side and padded."""
+    values = [of_prompt(prompt, positions) for prompt, positions in prompts]
+    joined = np.concatenate(values, axis=-1)
+    padded = np.full((*joined.shape[:-1], rows), padding, np.int32)
+    padded[..., : joined.shape[-1]] = joined
+    return padded

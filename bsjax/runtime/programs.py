@@ -154,14 +154,13 @@ class Programs:
           static: hashable arguments, compiled into the program.
           donate: indices of the arguments whose buffers the program may overwrite.
         """
-        shapes = jax.tree.map(_shape, (self.parameters, *arguments))
-        leaves, structure = jax.tree.flatten(shapes[1:])
+        leaves, structure = jax.tree.flatten(arguments)
         key = (function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         with self._lock:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
-        graph = self.graph
+        graph, shapes = self.graph, _shapes((self.parameters, *arguments))
 
         def run(parameters: Any, *arguments: Any) -> Any:
             return function(nnx.merge(graph, parameters), *arguments, *static)
@@ -235,5 +234,6 @@ def size_in_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def _shapes(tree: Any) -> Any:
+    """The tree with shapes in place of arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

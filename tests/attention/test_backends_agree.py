@@ -23,7 +23,7 @@ RAGGED = Template.from_segments(
     [Text(5), Image(37), Text(3), Image(1), Image(20), Text(9), Image(50), Text(1)],
     Sinks(first=1, offsets=(4,)),
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10"))
 MIXED = [
     HeadCategory.DENSE,
     HeadCategory.SINK,
