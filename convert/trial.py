@@ -41,16 +41,16 @@ def try_prompt(folder: Path, module: nnx.Module) -> None:
     try:
         prompt = processor.prompt([{"role": "user", "content": content}])
         family.positions(prompt.token_ids, prompt.grid_thw, config)
-        if prompt.pixel_values is None:
+        if not prompt.images:
             return
         plan = family.vision_plan(
             prompt.grid_thw,
             config,
-            patches=len(prompt.pixel_values),
+            patches=len(prompt.pixels.values),
             block_q=_BLOCK,
             block_kv=_BLOCK,
         )
-        features = feature_shape(module, prompt.pixel_values, plan)
+        features = feature_shape(module, prompt.pixels, plan)
     except (BsjaxError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the files of {folder} do not match; a trial prompt failed: {error}"
@@ -91,12 +91,12 @@ def try_logits(converted: Path) -> None:
         )
 
 
-def feature_shape(module: nnx.Module, pixel_values: Any, plan: Any) -> tuple[int, ...]:
+def feature_shape(module: nnx.Module, pixels: Any, plan: Any) -> tuple[int, ...]:
     """The shape of the features of a prompt's images, [tokens, width], found by tracing."""
     graph, state = nnx.split(module)
 
-    def encode(state: Any, pixel_values: Any, plan: Any) -> Any:
+    def encode(state: Any, pixels: Any, plan: Any) -> Any:
         model: Any = nnx.merge(graph, state)
-        return model.encode_images(pixel_values, plan, backend="xla")
+        return model.encode_images(pixels, plan, backend="xla")
 
-    return jax.eval_shape(encode, state, pixel_values, plan).shape
+    return jax.eval_shape(encode, state, pixels, plan).shape

@@ -110,7 +110,7 @@ def reference_logits(source: Path, prompt: Any) -> Float32[np.ndarray, "tokens v
     from bsjax.models import FAMILIES
 
     disable_progress_bar()
-    reads_images = prompt.pixel_values is not None
+    reads_images = bool(prompt.images)
     model_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     model = model_class.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
     family = FAMILIES[model.config.model_type]

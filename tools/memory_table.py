@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES, Architecture
+from bsjax.models.pixels import PixelScale
 from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -33,7 +34,7 @@ from bsjax.profiling.prompt_inputs import (
     Shape,
     category_schedule,
 )
-from bsjax.prompts.prompt import Prompt
+from bsjax.prompts.prompt import Prompt, PromptImage
 from bsjax.runtime.batch import copying_program
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
@@ -137,17 +138,18 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
     family = FAMILIES[config.model_type]
     grid = family.smallest_grid(config) if config.model_type == "gemma3" else _GRID
     image_tokens = int(np.prod(grid)) // family.patches_per_token(config)
-    pixels = family.patch_values(config)
-    text, image = [0] * _TEXT_TOKENS, [config.image_token_id] * image_tokens
-    images = (tokens - _TEXT_TOKENS) // (len(text) + len(image))
-    ids = (text + image) * images
-    ids += [0] * (tokens - len(ids))
-    return Prompt(
-        token_ids=np.asarray(ids, np.int32),
-        pixel_values=np.broadcast_to(np.float32(0), (images * grid[1] * grid[2], pixels)),
-        grid_thw=np.tile(np.asarray(grid, np.int32), (images, 1)),
-        image_tokens=(image_tokens,) * images,
+    nothing = np.broadcast_to(np.uint8(0), (int(np.prod(grid)), family.patch_area(config) * 3))
+    image = PromptImage(
+        np.asarray(grid, np.int32),
+        image_tokens,
+        PixelScale(np.ones(3, np.float32), np.zeros(3, np.float32)),
+        lambda: nothing,
     )
+    text, of_image = [0] * _TEXT_TOKENS, [config.image_token_id] * image_tokens
+    images = (tokens - _TEXT_TOKENS) // (len(text) + len(of_image))
+    ids = (text + of_image) * images
+    ids += [0] * (tokens - len(ids))
+    return Prompt(np.asarray(ids, np.int32), (image,) * images)
 
 
 def measure(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Int, Int32, UInt8
 from transformers import PretrainedConfig
 
 from bsjax.errors import MessageError
@@ -15,15 +15,18 @@ from bsjax.models.image_text_model import ImageTextModel
 from bsjax.models.parameters import ParameterRule
 
 
-class ProcessedImage(NamedTuple):
-    """One image of the messages, cut into patches, and its crops, which count as images too."""
+class ImageShapes(NamedTuple):
+    """What the size of an image of the messages says about it and its crops, which are images too.
 
-    pixel_values: Float32[np.ndarray, "patches patch_values"]
-    """Patches of the image and its crops, one after the other."""
-    grid_thw: Int[np.ndarray, "images 3"]
-    """Frames, rows and columns of patches of the image and of each crop."""
-    image_tokens: Int[np.ndarray, "images"]
-    """Number of tokens of the image and of each crop."""
+    Attributes:
+      grid_thw: frames, rows and columns of patches of the image and of each crop.
+      image_tokens: number of tokens of the image and of each crop.
+      pixels: how many pixels all of them are scaled to.
+    """
+
+    grid_thw: Int32[np.ndarray, "images 3"]
+    image_tokens: tuple[int, ...]
+    pixels: int
 
 
 class Family(ABC):
@@ -37,7 +40,7 @@ class Family(ABC):
       dtypes: the dtypes that its models can run in.
       image_processor: class of the image processor. Unlike AutoProcessor, which handles videos too,
         it must not need torch or torchvision. None for a family that reads text only.
-      image_options: keys that an image part of a message may have for `process_image`.
+      image_options: keys that an image part of a message may have for `image_patches`.
       fewer_image_tokens: what makes a prompt with images shorter, as advice in error messages;
         names of options are in braces.
     """
@@ -126,39 +129,49 @@ class Family(ABC):
             prompt.image_tokens,
         )
 
-    def scaled_pixels(
-        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
-    ) -> int:
-        """How many pixels `process_image` would scale an image to, crops included.
+    def image_shapes(
+        self,
+        height: int,
+        width: int,
+        options: Mapping[str, Any],
+        image_processor: Any,
+        config: PretrainedConfig,
+    ) -> ImageShapes:
+        """What `image_patches` would make of an image of this size.
 
         Args:
           height: of the image.
           width: of the image.
           options: the image part's options; see `image_options`.
           image_processor: the checkpoint's image processor.
+          config: configuration of the whole model.
 
         Raises:
-          MessageError: the family does not have one of the options, or its value is invalid.
+          MessageError: the family does not have one of the options, its value is invalid, or the
+            checkpoint's image settings make no image that the model reads.
         """
         raise MessageError("this model reads text only.")
 
-    def process_image(
+    def image_patches(
         self,
         image: Any,
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> ProcessedImage:
-        """Cuts one image into patches.
+    ) -> list[UInt8[np.ndarray, "patches values"]]:
+        """Scales an image and cuts it into patches; see `pixels.cut_into_patches`.
 
         Args:
-          image: a PIL image or an array, as accepted by transformers' image processors.
+          image: an RGB image, or an array with its channels first and whole values from 0 to 255.
           options: the image part's options; see `image_options`.
           image_processor: the checkpoint's image processor.
           config: configuration of the whole model.
 
+        Returns:
+          The patches of the image and of each crop.
+
         Raises:
-          MessageError: the family does not have one of the options, or its value is invalid.
+          MessageError: as for `image_shapes`.
         """
         raise MessageError("this model reads text only.")
 
@@ -184,8 +197,12 @@ class Family(ABC):
         """Frames, rows and columns of patches of the smallest image."""
         raise NotImplementedError
 
-    def patch_values(self, config: PretrainedConfig) -> int:
-        """How many numbers a patch has."""
+    def patch_area(self, config: PretrainedConfig) -> int:
+        """How many pixels a patch has."""
+        return config.vision_config.patch_size**2
+
+    def channels(self, config: PretrainedConfig) -> int:
+        """How many channels a pixel has."""
         raise NotImplementedError
 
     def patches_per_token(self, config: PretrainedConfig) -> int:

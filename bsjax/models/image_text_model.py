@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.models.language_model import LanguageModel
+from bsjax.models.pixels import Pixels
 
 
 class ImageTextModel(nnx.Module):
@@ -23,13 +24,18 @@ class ImageTextModel(nnx.Module):
         self.lm_head = lm_head
 
     def encode_images(
-        self, pixel_values: Float[Array, "patches pixels"], plan: Any, *, backend: str = "auto"
+        self,
+        pixels: Pixels | Float[Array, "patches values"],
+        plan: Any,
+        *,
+        backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
         """Computes the features of all image tokens, one image after the other.
 
         Args:
-          pixel_values: patches in the order of the family's prompts, padded to the plan's rows. The
-            padding may hold any finite values.
+          pixels: patches in the order of the family's prompts, padded to the plan's rows, in bytes
+            or as transformers' image processors give them (`pixel_values`). The padding may hold
+            any finite values.
           plan: from the family's `vision_plan`.
           backend: attention backend.
 

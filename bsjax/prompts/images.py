@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import threading
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -20,12 +21,14 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from bsjax.errors import MessageError
 from bsjax.files import check_file
+from bsjax.models.pixels import image_size
 from bsjax.prompts.downloads import download
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 
@@ -43,6 +46,13 @@ _LONGEST_SIDE = 2**20
 # default, a hundred take 7 seconds.
 _MOST_SCANS = 100
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+_loading = threading.Lock()
+# Formats whose header says the size of the pixels, and how they are to be turned.
+_SIZE_IN_HEADER = ("JPEG", "MPO", "PNG", "WEBP")
+# EXIF orientations that exchange height and width.
+_TURNED = (5, 6, 7, 8)
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
 _SHOWN_CHARACTERS = 200
 
@@ -125,6 +135,7 @@ def read_image(key: str, source: Any, sources: ImageSources) -> PIL.Image.Image 
         raise MessageError(f"'{key}' holds a {type(source).__name__} and not {what}.")
     if isinstance(source, PIL.Image.Image):
         _check_pixels(source.width, source.height, sources.max_source_pixels)
+        _load(source)
         _check_mode(source)
         return source
     return _read_array(source, sources)
@@ -157,11 +168,36 @@ def check_image(
         return image.height, image.width
 
 
-def image_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
-    """Height and width of what `read_image` returned."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    return image.shape[1], image.shape[2]
+def size_before_reading(key: str, source: Any, sources: ImageSources) -> tuple[int, int] | None:
+    """Height and width that `read_image` will give an image, found without decoding it.
+
+    Args:
+      key: one of `IMAGE_KEYS`.
+      source: the value of that key.
+      sources: which sources are allowed, and limits.
+
+    Returns:
+      None if only decoding the image or downloading it would tell.
+
+    Raises:
+      Exception: as for `read_image`.
+    """
+    if isinstance(source, PIL.Image.Image) and key not in ("base64", "path"):
+        if source.format is not None and source.format not in _SIZE_IN_HEADER:
+            _load(source)
+        _check_pixels(source.width, source.height, sources.max_source_pixels)
+        return source.height, source.width
+    if not isinstance(source, str | PathLike):
+        return image_size(read_image(key, source, sources))
+    if _is_download(key, source):
+        return None
+    with opened_image(_located(key, source, sources), sources.max_source_pixels) as image:
+        if image.format not in _SIZE_IN_HEADER or (image.format == "PNG" and _has_more(image)):
+            return None
+        # A PNG file's own method decodes the image to look for what may follow it.
+        orientation = PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)
+        is_turned = orientation in _TURNED
+        return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
 def shown_source(source: Any) -> str:
@@ -249,8 +285,8 @@ def _decoded(text: str, sources: ImageSources) -> bytes:
         raise MessageError(f"it is not base64 data: {error}.") from error
 
 
-def _read_encoded(source: Path | bytes, sources: ImageSources) -> np.ndarray:
-    """The pixels of an encoded image as transformers' `load_image` gives them, channels first."""
+def _read_encoded(source: Path | bytes, sources: ImageSources) -> PIL.Image.Image | np.ndarray:
+    """The pixels of an encoded image as transformers' `load_image` gives them."""
     with opened_image(source, sources.max_source_pixels) as image:
         image.load()
         # An icon may hold an image of another size than its header says.
@@ -268,7 +304,31 @@ def _read_encoded(source: Path | bytes, sources: ImageSources) -> np.ndarray:
                     "PIL.Image.open(path), or that converted to RGB."
                 )
             return np.moveaxis(as_file, -1, 0)
-        return np.moveaxis(np.array(pixels), -1, 0)
+        return pixels
+
+
+def _load(image: PIL.Image.Image) -> None:
+    """Decodes an image whose file is only open; two threads must not do so at a time."""
+    with _loading:
+        image.load()
+
+
+def _has_more(image: PIL.Image.Image) -> bool:
+    """Whether a PNG file has metadata behind its pixels, which may turn the image."""
+    stream = image.fp
+    before = stream.tell()
+    stream.seek(len(_PNG_SIGNATURE))
+    after_pixels = False
+    try:
+        while len(start := stream.read(8)) == 8:
+            length, kind = int.from_bytes(start[:4], "big"), start[4:]
+            after_pixels |= kind == b"IDAT"
+            if after_pixels and kind in _PNG_METADATA:
+                return True
+            stream.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(before)
 
 
 def _check_pixels(width: int, height: int, most: int) -> None:
@@ -359,6 +419,8 @@ def _read_array(source: Any, sources: ImageSources) -> np.ndarray:
 
 
 def _check_values(array: np.ndarray) -> None:
+    if array.dtype == np.uint8:
+        return
     low, high = float(array.min()), float(array.max())
     if not math.isfinite(low) or not math.isfinite(high) or low < 0 or high > 255:
         raise MessageError(

@@ -6,19 +6,29 @@ chat template writes one placeholder per image, the family expands it, and image
 until each image has all of its tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Int32, Int64, UInt8
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from bsjax.checks import argument, is_failure, truth_value, whole_number
 from bsjax.errors import MessageError
-from bsjax.models.family import Family, ProcessedImage
-from bsjax.prompts.images import check_image, image_size, read_image, shortened, shown_source
+from bsjax.models.family import Family, ImageShapes
+from bsjax.models.pixels import Pixels, PixelScale, image_size, pixel_scale
+from bsjax.prompts.image_reader import ImageReader, Requested
+from bsjax.prompts.images import (
+    check_image,
+    read_image,
+    shortened,
+    shown_source,
+    size_before_reading,
+)
 from bsjax.prompts.messages import ImagePart, check_answer, read_messages
 from bsjax.prompts.rendering import rendered
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
@@ -27,18 +37,112 @@ from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
 _ANY_SIZE = (224, 224)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class PromptImage:
+    """An image of a prompt, which may still be being read.
+
+    Attributes:
+      grid_thw: how many patches it has along time, height and width.
+      tokens: how many image tokens it has.
+      scale: what the values of its pixels mean.
+      read: returns the patches, and waits for them if need be.
+    """
+
+    grid_thw: Int32[np.ndarray, "3"]
+    tokens: int
+    scale: PixelScale
+    read: Callable[[], UInt8[np.ndarray, "patches values"]]
+
+    @property
+    def patches(self) -> UInt8[np.ndarray, "patches values"]:
+        """The patches, in bytes (`bsjax.models.pixels`).
+
+        Raises:
+          MessageError: the image cannot be read.
+        """
+        return self.read()
+
+    @property
+    def size(self) -> int:
+        """How many patches it has."""
+        return int(self.grid_thw.prod(dtype=np.int64))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its pixels and of its shape."""
+        digest = hashlib.sha256(self.grid_thw.astype(np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.patches).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt in prompt order, on the host."""
 
     token_ids: Int32[np.ndarray, "tokens"]
     """Token ids, with the id of an image token once for every image token."""
-    pixel_values: Float32[np.ndarray, "patches patch_values"] | None
-    """Patches of all images, one image after the other; None without images."""
-    grid_thw: Int32[np.ndarray, "images 3"]
-    """Patches of each image along time, height and width."""
-    image_tokens: tuple[int, ...]
-    """Tokens of each image, in prompt order."""
+    images: tuple[PromptImage, ...] = ()
+    """The images; crops are images of their own."""
+
+    @cached_property
+    def grid_thw(self) -> Int32[np.ndarray, "images 3"]:
+        """Patches of each image along time, height and width."""
+        return np.asarray([image.grid_thw for image in self.images], np.int32).reshape(-1, 3)
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        """Tokens of each image, in prompt order."""
+        return tuple(image.tokens for image in self.images)
+
+    @property
+    def pixels(self) -> Pixels:
+        """The patches of all images, one image after the other. There must be at least one."""
+        patches = np.concatenate([image.patches for image in self.images])
+        return Pixels(patches, self.images[0].scale)
+
+    def complete(self) -> "Prompt":
+        """This prompt, after all images have been read.
+
+        Raises:
+          MessageError: an image cannot be read.
+        """
+        for image in self.images:
+            image.read()
+        return self
+
+
+class _ReadImage(NamedTuple):
+    """An image of the messages, cut into patches.
+
+    Attributes:
+      shapes: of the image and of its crops.
+      patches: the patches of each.
+    """
+
+    shapes: ImageShapes
+    patches: tuple[UInt8[np.ndarray, "_ values"], ...]
+
+
+class _RequestedImage(NamedTuple):
+    """An image of the messages, of which the shapes are known.
+
+    Attributes:
+      shapes: of the image and of its crops.
+      request: what an `ImageReader` was asked for.
+      name: names the image in errors.
+    """
+
+    shapes: ImageShapes
+    request: Requested[_ReadImage]
+    name: Callable[[], AbstractContextManager[None]]
+
+    def patches(self, index: int) -> UInt8[np.ndarray, "patches values"]:
+        """The patches of the image, whose index is 0, or of a crop."""
+        shapes, patches = self.request.result()
+        if not np.array_equal(shapes.grid_thw, self.shapes.grid_thw):
+            with self.name():
+                raise MessageError("its pixels have another size than its header says.")
+        return patches[index]
 
 
 class AnsweredPrompt(NamedTuple):
@@ -181,7 +285,7 @@ class Processor:
             with _naming_image(image, number, len(images)):
                 size = check_image(image.key, image.source, options.sources, decode=decode)
                 if size is not None:
-                    self._check_scaled(size, image, options.sources)
+                    self._shapes(size, image, options.sources)
 
     def check_image_options(self, options: Mapping[str, Any]) -> None:
         """Checks the options that image parts will have; None is no option.
@@ -191,20 +295,35 @@ class Processor:
         """
         given = {name: value for name, value in options.items() if value is not None}
         if given:
-            self.family.scaled_pixels(*_ANY_SIZE, given, self.image_processor)
+            self.family.image_shapes(*_ANY_SIZE, given, self.image_processor, self.config)
 
-    def prompt_of(self, messages: Any, options: PromptOptions) -> Prompt:
-        """Like `prompt`, with options that have been checked."""
+    def prompt_of(
+        self, messages: Any, options: PromptOptions, reader: ImageReader | None = None
+    ) -> Prompt:
+        """Like `prompt`, with options that have been checked.
+
+        Args:
+          messages: as for `prompt`.
+          options: how they become a prompt.
+          reader: reads the images after this call, in the order of the prompt. What `prompt` raises
+            about an image that cannot be read, `PromptImage.patches` may raise instead. None reads
+            them now.
+        """
+        if reader is None:
+            with ImageReader() as reader:
+                return self.prompt_of(messages, options, reader).complete()
         template_messages, images = self._read(messages, options)
         text = rendered(
             self.tokenizer,
             template_messages,
             continue_final_message=options.continue_final_message,
         )
-        token_ids, processed = self._processed(text, images, options.sources)
-        return self._assembled(token_ids, processed)
+        token_ids, shapes = self._tokens_and_images(text, images, options.sources, reader)
+        return self._assembled(token_ids, shapes)
 
-    def answered_prompt(self, messages: Any, options: PromptOptions) -> AnsweredPrompt:
+    def answered_prompt(
+        self, messages: Any, options: PromptOptions, reader: ImageReader | None = None
+    ) -> AnsweredPrompt:
         """A prompt that ends with the text of its answer, and where the answer begins.
 
         The whole text is tokenized at once. The answer begins at the first token that the prompt
@@ -213,12 +332,17 @@ class Processor:
 
         Args:
           messages: as for `prompt`; the last one is the answer, and the assistant's.
-          options: as for `prompt`.
+          options: as for `prompt_of`.
+          reader: as for `prompt_of`.
 
         Raises:
           MessageError: as for `prompt`; or the chat template writes an answer differently from the
             way that it lets one begin, or no token comes before the answer.
         """
+        if reader is None:
+            with ImageReader() as reader:
+                prompt, first = self.answered_prompt(messages, options, reader)
+                return AnsweredPrompt(prompt.complete(), first)
         template_messages, images = self._read(messages, options, answered=True)
         text = rendered(self.tokenizer, template_messages, continue_final_message=True)
         before = rendered(self.tokenizer, template_messages[:-1])
@@ -228,8 +352,8 @@ class Processor:
                 "answer of the assistant differently from the way that it lets one begin, so that "
                 "the answer's tokens cannot be told from those of the prompt."
             )
-        token_ids, processed = self._processed(text, images, options.sources)
-        ids_before = self._expanded(before, self._tokenize(before), processed)
+        token_ids, read = self._tokens_and_images(text, images, options.sources, reader)
+        ids_before = self._expanded(before, self._tokenize(before), read)
         shared = min(token_ids.size, ids_before.size)
         differ = np.flatnonzero(token_ids[:shared] != ids_before[:shared])
         first = int(differ[0]) if differ.size else shared
@@ -238,8 +362,8 @@ class Processor:
                 "The tokens of the last message cannot be told from those of the messages before "
                 "it: the tokenizer joins them."
             )
-        start = int(self._repeats(token_ids, processed)[:first].sum())
-        return AnsweredPrompt(self._assembled(token_ids, processed), start)
+        start = int(self._repeats(token_ids, read)[:first].sum())
+        return AnsweredPrompt(self._assembled(token_ids, read), start)
 
     def _read(
         self, messages: Any, options: PromptOptions, *, answered: bool = False
@@ -260,51 +384,59 @@ class Processor:
             images = [image._replace(options=default | image.options) for image in images]
         return template_messages, images
 
-    def _processed(
-        self, text: str, images: Sequence[ImagePart], sources: ImageSources
-    ) -> tuple[Int32[np.ndarray, "expanded"], list[ProcessedImage]]:
-        """The token ids of a rendered template, and the images, cut into patches."""
+    def _tokens_and_images(
+        self, text: str, images: Sequence[ImagePart], sources: ImageSources, reader: ImageReader
+    ) -> tuple[Int32[np.ndarray, "expanded"], list[_RequestedImage]]:
+        """The token ids of a rendered template, and the images."""
         token_ids = self._tokenize(text)
         self._check_placeholders(token_ids, len(images))
-        processed = self._process_images(images, sources)
-        return self._expanded(text, token_ids, processed), processed
+        requested = self._request_images(images, sources, reader)
+        return self._expanded(text, token_ids, requested), requested
 
     def _expanded(
         self,
         text: str,
         token_ids: Int32[np.ndarray, "tokens"],
-        processed: Sequence[ProcessedImage],
+        images: Sequence[_RequestedImage],
     ) -> Int32[np.ndarray, "expanded"]:
         """The token ids of a text, with one token for each image and each crop."""
-        if not processed:
+        if not images:
             return token_ids
         expanded = self.family.expand(
-            text, [len(each.image_tokens) for each in processed], self.tokenizer, self.config
+            text, [len(of.shapes.image_tokens) for of in images], self.tokenizer, self.config
         )
         return token_ids if expanded == text else self._tokenize(expanded)
 
     def _repeats(
-        self, token_ids: Int32[np.ndarray, "expanded"], processed: Sequence[ProcessedImage]
+        self, token_ids: Int32[np.ndarray, "expanded"], images: Sequence[_RequestedImage]
     ) -> Int64[np.ndarray, "expanded"]:
         """How often each token is in the prompt: an image's as often as the image has tokens."""
         repeats = np.ones(token_ids.size, np.int64)
-        if processed:
-            image_tokens = np.concatenate([each.image_tokens for each in processed])
+        if images:
+            image_tokens = np.concatenate([of.shapes.image_tokens for of in images])
             repeats[token_ids == self.family.image_token_id(self.config)] = image_tokens
         return repeats
 
     def _assembled(
-        self, token_ids: Int32[np.ndarray, "expanded"], processed: Sequence[ProcessedImage]
+        self, token_ids: Int32[np.ndarray, "expanded"], images: Sequence[_RequestedImage]
     ) -> Prompt:
-        if not processed:
-            return Prompt(token_ids, None, np.zeros((0, 3), np.int32), ())
-        image_tokens = np.concatenate([each.image_tokens for each in processed])
+        if not images:
+            return Prompt(token_ids)
         return Prompt(
-            np.repeat(token_ids, self._repeats(token_ids, processed)),
-            np.concatenate([each.pixel_values for each in processed]),
-            np.concatenate([each.grid_thw for each in processed]).astype(np.int32),
-            tuple(image_tokens.tolist()),
+            np.repeat(token_ids, self._repeats(token_ids, images)),
+            tuple(
+                PromptImage(grid_thw, tokens, self.pixel_scale, partial(of.patches, index))
+                for of in images
+                for index, (grid_thw, tokens) in enumerate(
+                    zip(of.shapes.grid_thw, of.shapes.image_tokens, strict=True)
+                )
+            ),
         )
+
+    @cached_property
+    def pixel_scale(self) -> PixelScale:
+        """What the values of images' pixels mean; the model must read images."""
+        return pixel_scale(self.image_processor, self.family.channels(self.config))
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
         # `verbose` would warn of long prompts, whose length is checked later with a better message.
@@ -348,29 +480,48 @@ class Processor:
             f"{placeholders} image placeholder{'s' * (placeholders != 1)}. {cause}"
         )
 
-    def _process_images(
-        self, images: Sequence[ImagePart], sources: ImageSources
-    ) -> list[ProcessedImage]:
-        """Reads images and cuts them into patches, one by one, so that errors can name them."""
-        processed = []
+    def _request_images(
+        self, images: Sequence[ImagePart], sources: ImageSources, reader: ImageReader
+    ) -> list[_RequestedImage]:
+        """Finds out the sizes of images, from their headers where that is possible."""
+        found = []
         for number, image in enumerate(images, start=1):
-            with _naming_image(image, number, len(images)):
-                pixels = read_image(image.key, image.source, sources)
-                self._check_scaled(image_size(pixels), image, sources)
-                processed.append(
-                    self.family.process_image(
-                        pixels, image.options, self.image_processor, self.config
-                    )
-                )
-        return processed
+            name = partial(_naming_image, image, number, len(images))
+            with name():
+                size = size_before_reading(image.key, image.source, sources)
+                shapes = None if size is None else self._shapes(size, image, sources)
+            read = partial(self._read_image, image, sources, name)
+            found.append((shapes, reader.request(read), name))
+        return [
+            _RequestedImage(shapes or request.result().shapes, request, name)
+            for shapes, request, name in found
+        ]
 
-    def _check_scaled(self, size: tuple[int, int], image: ImagePart, sources: ImageSources) -> None:
-        scaled = self.family.scaled_pixels(*size, image.options, self.image_processor)
-        if scaled > sources.max_scaled_pixels:
+    def _read_image(
+        self,
+        image: ImagePart,
+        sources: ImageSources,
+        name: Callable[[], AbstractContextManager[None]],
+    ) -> _ReadImage:
+        """Reads an image and cuts it into patches."""
+        with name():
+            pixels = read_image(image.key, image.source, sources)
+            shapes = self._shapes(image_size(pixels), image, sources)
+            patches = self.family.image_patches(
+                pixels, image.options, self.image_processor, self.config
+            )
+            return _ReadImage(shapes, tuple(patches))
+
+    def _shapes(
+        self, size: tuple[int, int], image: ImagePart, sources: ImageSources
+    ) -> ImageShapes:
+        shapes = self.family.image_shapes(*size, image.options, self.image_processor, self.config)
+        if shapes.pixels > sources.max_scaled_pixels:
             raise MessageError(
-                f"it would be scaled to {scaled:,} pixels, more than "
+                f"it would be scaled to {shapes.pixels:,} pixels, more than "
                 f"{sources.max_scaled_pixels:,} (max_scaled_pixels)."
             )
+        return shapes
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from bsjax.checkpoint.loading import DescribedModel
 from bsjax.checks import argument, naming, shown, truth_value, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import AnsweredPrompt, Prompt, PromptOptions
+from bsjax.prompts.image_reader import ImageReader
+from bsjax.prompts.prompt import AnsweredPrompt, Prompt, PromptImage, PromptOptions
 from bsjax.runtime.choice import Choice
 from bsjax.runtime.decoding import MAX_END_TOKENS, AnswerSettings
 from bsjax.runtime.inputs import place
 from bsjax.runtime.sampling import MOST_TOP_TOKENS
+from bsjax.timing import Stopwatch
 
 Messages = Sequence[Mapping[str, Any]]
 """One conversation: Hugging Face chat messages."""
@@ -94,6 +96,7 @@ def checked_prompt(
     profile: Profile | None,
     options: PromptOptions,
     new_tokens: int,
+    stopwatch: Stopwatch | None = None,
 ) -> Prompt:
     """The prompt of a conversation, which can be answered if there is enough memory.
 
@@ -103,14 +106,17 @@ def checked_prompt(
       profile: head categories of prefill.
       options: how the messages become a prompt.
       new_tokens: how many tokens the answer may have.
+      stopwatch: counts the parts `prompt` and `images`.
 
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
       CapacityError: the prompt and its answer need more positions than the model has.
     """
-    prompt = model.prompt_of(messages, options)
-    place(model.architecture, prompt, profile, new_tokens=new_tokens)
-    return prompt
+    stopwatch = stopwatch or Stopwatch()
+    with ImageReader(stopwatch) as reader, stopwatch.part("prompt"):
+        prompt = model.prompt_of(messages, options, reader)
+        place(model.architecture, prompt, profile, new_tokens=new_tokens)
+        return prompt.complete()
 
 
 def checked_answered_prompts(
@@ -134,17 +140,13 @@ def checked_answered_prompts(
       CapacityError: a prompt needs more positions than the model has.
     """
     prompts: list[AnsweredPrompt] = []
+    known: dict[str, PromptImage] = {}
     for conversation in conversations:
         prompt, first = model.answered_prompt(conversation, options)
         place(model.architecture, prompt, profile)
-        shared = prompts[0].prompt.pixel_values if prompts else None
-        if (
-            shared is not None
-            and prompt.pixel_values is not None
-            and np.array_equal(prompt.pixel_values, shared)
-        ):
-            prompt = replace(prompt, pixel_values=shared)
-        prompts.append(AnsweredPrompt(prompt, first))
+        known |= {image.digest: image for image in prompt.images if image.digest not in known}
+        shared = tuple(known[image.digest] for image in prompt.images)
+        prompts.append(AnsweredPrompt(replace(prompt, images=shared), first))
     return prompts
 
 

@@ -9,9 +9,9 @@ copied (`bsjax.runtime.shared_prefixes`).
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from bsjax.checks import check_not_forked
 from bsjax.errors import BsjaxError, CapacityError, GenerationError
 from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
@@ -31,16 +32,17 @@ from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_memory
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
-from bsjax.runtime.results import Result, Stats
+from bsjax.runtime.results import Result, Stats, seconds_of
 from bsjax.runtime.reuse import NOTHING, Reuse, extended
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from bsjax.runtime.sizes import cache_rows, most_sequences
+from bsjax.timing import Stopwatch
 
 # Tokens of each answer between two looks for stop texts.
 _STEPS_BEFORE_STOP = 16
 
-# Patches of the images of waiting prompts, in the host's memory.
-_MOST_PIXEL_BYTES = 2**30
+# Patches of the images of waiting prompts, in the host's memory: about 600 MB.
+_MOST_PATCHES = 2**20
 
 
 class Task(NamedTuple):
@@ -100,15 +102,14 @@ class _Prefix:
       tokens: how many tokens they share.
       sequence: the sequence that holds them; None before they have one.
       is_ready: whether they have run.
-      vision, prefill: seconds that no answer has in its statistics yet.
+      seconds: by part, those that no answer has in its statistics yet.
     """
 
     inputs: ModelInputs
     tokens: int
     sequence: int | None = None
     is_ready: bool = False
-    vision: float = 0.0
-    prefill: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -126,7 +127,9 @@ class _Conversation:
       prefix: what it shares with others.
       is_compared: whether it has been compared with the others that wait.
       reused: how many tokens were copied from a prefix.
-      vision, prefill, decode: seconds so far.
+      stopwatch: has counted the preparation of the prompt.
+      seconds: by part, its share of what runs together with others.
+      first_token: seconds from the beginning of the batch to its first token.
     """
 
     task: Task
@@ -139,9 +142,9 @@ class _Conversation:
     prefix: _Prefix | None = None
     is_compared: bool = False
     reused: int = 0
-    vision: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    seconds: Counter[str] = field(default_factory=Counter)
+    first_token: float = 0.0
 
 
 _Admitted = list[tuple[PlacedPrompt, _Conversation | _Prefix]]
@@ -168,18 +171,19 @@ def run_batch(
     Raises:
       BsjaxError: as for `bsjax.generate`, with the number of the conversation.
     """
-    source = _Source(model, iter(tasks), profile, options, return_errors=return_errors)
-    yield from source.fill()
-    while source.waiting or source.alone:
-        if source.waiting:
-            # First the cache that most prompts wait for.
-            rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
-            yield from _Pool(model, source, rows, source.waiting[rows]).run()
-            del source.waiting[rows]
-        else:
-            rows, conversation = source.alone.pop()
-            yield from _Pool(model, source, rows, deque([conversation]), alone=True).run()
+    with ImageReader() as reader:
+        source = _Source(model, iter(tasks), profile, options, reader, return_errors=return_errors)
         yield from source.fill()
+        while source.waiting or source.alone:
+            if source.waiting:
+                # First the cache that most prompts wait for.
+                rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
+                yield from _Pool(model, source, rows, source.waiting[rows]).run()
+                del source.waiting[rows]
+            else:
+                rows, conversation = source.alone.pop()
+                yield from _Pool(model, source, rows, deque([conversation]), alone=True).run()
+            yield from source.fill()
 
 
 class _Source:
@@ -189,6 +193,7 @@ class _Source:
       waiting: the prompts that are ready, by the rows of a sequence.
       alone: prompts that need the memory of a cache for themselves, and the rows of a sequence.
       is_exhausted: whether there are no more conversations.
+      began: when the batch began (`time.perf_counter`).
     """
 
     def __init__(
@@ -197,9 +202,12 @@ class _Source:
         tasks: Iterator[Task],
         profile: Profile | None,
         options: PromptOptions,
+        reader: ImageReader,
         *,
         return_errors: bool,
     ) -> None:
+        self.began = time.perf_counter()
+        self._reader = reader
         self.waiting: dict[int, deque[_Conversation]] = {}
         self.alone: list[tuple[int, _Conversation]] = []
         self.is_exhausted = False
@@ -210,16 +218,30 @@ class _Source:
 
     def fill(self) -> Iterator[Answered]:
         """Prepares prompts until enough are waiting. Yields the errors of those that cannot run."""
-        while self._has_room():
+        requested: list[list[_Conversation]] = []
+        while self._has_room(requested):
             task = next(self._tasks, None)
             if task is None:
                 self.is_exhausted = True
-                return
+                break
             prepared, failure = self._prepared(task)
-            if failure is not None:
+            if failure is None:
+                requested.append(prepared)
+            else:
                 copies = range(len(task.settings))
                 yield from (Answered(task.number, copy, failure) for copy in copies)
-            for each in prepared:
+        # The images of all of them are read side by side.
+        self._reader.start()
+        for copies_of_one in requested:
+            first = copies_of_one[0]
+            assert first.prompt is not None
+            try:
+                with first.stopwatch.part("images"):
+                    first.prompt.complete()
+            except BsjaxError as error:
+                yield from (self.failed(each, error) for each in copies_of_one)
+                continue
+            for each in copies_of_one:
                 rows = cache_rows(each.inputs.tokens + each.settings.new_tokens)
                 self.waiting.setdefault(rows, deque()).append(each)
 
@@ -243,19 +265,22 @@ class _Source:
             start=start,
         )
 
-    def _has_room(self) -> bool:
-        waiting = [each for queue in self.waiting.values() for each in queue]
+    def _has_room(self, requested: Sequence[Sequence[_Conversation]]) -> bool:
+        queues = [*self.waiting.values(), *requested]
+        waiting = [each for queue in queues for each in queue]
         prompts = {id(each.prompt): each.prompt for each in waiting if each.prompt is not None}
-        pixels = [of.pixel_values for of in prompts.values() if of.pixel_values is not None]
-        held = sum(of.nbytes for of in pixels)
-        return len(waiting) < 2 * most_sequences() and held < _MOST_PIXEL_BYTES
+        held = sum(image.size for of in prompts.values() for image in of.images)
+        return len(waiting) < 2 * most_sequences() and held < _MOST_PATCHES
 
     def _prepared(self, task: Task) -> tuple[list[_Conversation], BsjaxError | None]:
         """The prompts of a conversation, or why it has none."""
+        stopwatch = Stopwatch()
         try:
-            prompt = self._model.prompt_of(task.messages, self._options)
-            longest = max(settings.new_tokens for settings in task.settings)
-            inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+            with stopwatch.part("prompt"):
+                prompt = self._model.prompt_of(task.messages, self._options, self._reader)
+            with stopwatch.part("schedules"):
+                longest = max(settings.new_tokens for settings in task.settings)
+                inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
         except BsjaxError as error:
             failure = _named(error, task.place)
             if not self._return_errors:
@@ -271,6 +296,8 @@ class _Source:
                 inputs=inputs,
                 settings=settings,
                 answer=Answer(self._model.tokenizer, settings),
+                # Several answers share the preparation of their prompt.
+                stopwatch=Stopwatch() if copy else stopwatch,
             )
             for copy, settings in enumerate(task.settings)
         ], None
@@ -446,10 +473,9 @@ class _Pool:
         if sequence != prefix.sequence:
             arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
             self._state = copying_program(self._programs, self._state)(*arguments)
-        if prefix.prefill:
+        if prefix.seconds:
             # The first prompt that uses a prefix has it in its statistics.
-            each.vision, each.prefill = prefix.vision, prefix.prefill
-            prefix.vision = prefix.prefill = 0.0
+            each.seconds, prefix.seconds = prefix.seconds, Counter()
         else:
             assert each.prompt is not None
             each.reused = prefix.tokens
@@ -481,24 +507,27 @@ class _Pool:
                 for each in admitted:
                     yield from self._run_prompts([each])
             return
-        before = (0.0, 0.0)
+        before: Counter[str] = Counter()
         for chunk, chosen, state in prefill.run(self._state):
             self._state = state
-            now = (prefill.vision_seconds, prefill.seconds)
+            now = prefill.stopwatch.seconds.copy()
             image_tokens = [
                 int(part.prompt.images_before[part.end] - part.prompt.images_before[part.start])
                 for part in chunk.parts
             ]
             for part, count in zip(chunk.parts, image_tokens, strict=True):
                 of = owner[id(part.prompt)]
-                of.vision += count / max(sum(image_tokens), 1) * (now[0] - before[0])
-                share = (part.end - part.start) / chunk.tokens
-                of.prefill += share * (now[1] - before[1])
+                of_images = count / max(sum(image_tokens), 1)
+                of_tokens = (part.end - part.start) / chunk.tokens
+                for name, seconds in now.items():
+                    share = of_tokens if name == "prefill" else of_images
+                    of.seconds[name] += share * (seconds - before[name])
             before = now
             for output, part in zip(tokens_of(chosen), chunk.last_parts, strict=False):
                 of = owner[id(part.prompt)]
                 assert isinstance(of, _Conversation)
                 of.answer.add(output)
+                of.first_token = time.perf_counter() - self._source.began
         for _, of in admitted:
             if isinstance(of, _Prefix):
                 of.is_ready = True
@@ -538,7 +567,7 @@ class _Pool:
         chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
         share = (time.perf_counter() - began) / len(self._running)
         for sequence, of in self._running.items():
-            of.decode += share
+            of.seconds["decode"] += share
             for each in tokens_of(chosen[sequence]):
                 of.answer.add(each)
                 if of.answer.has_ended:
@@ -556,15 +585,17 @@ class _Pool:
     def _stats(self, of: _Conversation) -> Stats:
         inputs, programs, compiled = of.inputs, self._programs, self._compiled
         self._compiled = programs.compile_seconds, programs.compilations
+        whole = Stopwatch()
+        whole.seconds = of.stopwatch.seconds + of.seconds
+        whole.seconds["compiling"] += self._compiled[0] - compiled[0]
         return Stats(
             prompt_tokens=inputs.tokens,
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            vision_seconds=of.vision,
-            prefill_seconds=of.prefill,
-            decode_seconds=of.decode,
-            compile_seconds=self._compiled[0] - compiled[0],
+            decode_seconds=of.seconds["decode"],
+            first_token_seconds=of.first_token,
+            **seconds_of(whole),
             compiled_programs=self._compiled[1] - compiled[1],
             backend=self._backend,
             attention_flops_per_kind=inputs.flops_per_kind,

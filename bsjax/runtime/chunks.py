@@ -36,7 +36,7 @@ from bsjax.models.cache import (
     WindowRows,
     ring_rows,
 )
-from bsjax.runtime.images import PromptImage
+from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.reuse import NOTHING, Reuse
 from bsjax.runtime.sizes import MOST_IMAGES, MOST_PROMPTS

@@ -23,6 +23,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked, naming, shown, truth_value
 from bsjax.errors import BsjaxError, GenerationError
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.arguments import (
@@ -56,9 +57,10 @@ from bsjax.runtime.kept_cache import (
 from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import Result, Stats, Token
+from bsjax.runtime.results import Result, Stats, Token, seconds_of
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import Scoring
+from bsjax.timing import Stopwatch
 
 Logits = Float32[np.ndarray, "tokens vocabulary"]
 TokenIds = Int32[np.ndarray, "tokens"]
@@ -367,8 +369,9 @@ def generate(
         raise GenerationError("stream takes one conversation and one answer, not a batch and no n.")
     resolved = Profile.resolve(profile, model)
     if not is_batch and n is None:
-        prompt = model.prompt_of(conversations[0], options)
-        events = generate_once(model, prompt, resolved, settings, one_by_one=stream is not None)
+        events = answer_once(
+            model, conversations[0], options, resolved, settings, one_by_one=stream is not None
+        )
         return result_of(events, stream)
     return_errors = return_errors and is_batch
     if is_batch and not return_errors:
@@ -503,8 +506,9 @@ def stream(
     options = model.options(allow_files, allow_urls, max_pixels, continue_final_message)
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
-    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens)
-    events = generate_once(model, prompt, resolved, settings, one_by_one=True)
+    stopwatch = Stopwatch()
+    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens, stopwatch)
+    events = generate_once(model, prompt, resolved, settings, one_by_one=True, stopwatch=stopwatch)
     return pieces_of(events)
 
 
@@ -554,22 +558,55 @@ def forward_once(
     kept: KeptCache | None = None,
 ) -> tuple[Logits, int, TokenIds]:
     """Logits of the tokens that run, the position of the first of them, and their ids."""
-    prompt = model.prompt_of(messages, options)
-    reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
-    inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
-    layout = layout_of(kept, inputs.tokens)
-    programs = programs_of(model)
-    scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
-    check_memory(
-        inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
-    )
-    # On a CPU, the programs and the result share the host's memory.
-    on_host = max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
-    check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
-    logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
-    if kept is not None:
-        kept.put(prompt, inputs.template, reuse, (), cache)
-    return logits, reuse.start, prompt.token_ids[reuse.start :]
+    with ImageReader() as reader:
+        prompt = model.prompt_of(messages, options, reader)
+        reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
+        inputs = prepare_inputs(
+            model.architecture, prompt, profile, backend=backend, start=reuse.start
+        )
+        reader.start()
+        layout = layout_of(kept, inputs.tokens)
+        programs = programs_of(model)
+        scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
+        check_memory(
+            inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
+        )
+        # On a CPU, the programs and the result share the host's memory.
+        on_host = (
+            max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
+        )
+        check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
+        logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
+        if kept is not None:
+            kept.put(prompt, inputs.template, reuse, (), cache)
+        return logits, reuse.start, prompt.token_ids[reuse.start :]
+
+
+def answer_once(
+    model: LoadedModel,
+    messages: Messages,
+    options: PromptOptions,
+    profile: Profile | None,
+    settings: AnswerSettings,
+    *,
+    one_by_one: bool,
+    kept: KeptCache | None = None,
+) -> Generator[Token | Result, None, None]:
+    """Like `generate_once`, from messages, whose images are read while the first of them run."""
+    stopwatch = Stopwatch()
+    with ImageReader(stopwatch) as reader:
+        with stopwatch.part("prompt"):
+            prompt = model.prompt_of(messages, options, reader)
+        yield from generate_once(
+            model,
+            prompt,
+            profile,
+            settings,
+            one_by_one=one_by_one,
+            kept=kept,
+            reader=reader,
+            stopwatch=stopwatch,
+        )
 
 
 def generate_once(
@@ -580,6 +617,8 @@ def generate_once(
     *,
     one_by_one: bool,
     kept: KeptCache | None = None,
+    reader: ImageReader | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Generator[Token | Result, None, None]:
     """Yields every token, then the result.
 
@@ -591,30 +630,40 @@ def generate_once(
       one_by_one: whether to yield each token as soon as it is generated.
       kept: the cache of a session, of which the call uses as much as it can; None for a cache of
         its own.
+      reader: what reads the prompt's images; None if they have been read.
+      stopwatch: has counted the part `prompt`, and counts the others.
     """
     # Again, because a stream may be asked for its next piece in a forked child.
     check_not_forked(GenerationError)
     programs = programs_of(model)
     compiled_before = programs.compile_seconds, programs.compilations
-    reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
-    inputs = prepare_inputs(
-        model.architecture,
-        prompt,
-        profile,
-        backend=settings.backend,
-        new_tokens=settings.new_tokens,
-        start=reuse.start,
-    )
-    layout = layout_of(kept, inputs.tokens + settings.new_tokens)
-    prompt_in_cache = PlacedPrompt(inputs, reuse)
-    prefill = Prefill(programs, [prompt_in_cache], layout, [settings], settings.backend)
-    decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
-    stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
-    check_memory(inputs, stages, available_bytes(kept, reuse))
-    cache = cache_of(kept, reuse, programs.module, layout)
-    first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
-    answers = Answers.of([inputs], [settings])
-    new = tokens_of(first)
+    stopwatch = stopwatch or Stopwatch()
+    with stopwatch.part("schedules"):
+        reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
+        inputs = prepare_inputs(
+            model.architecture,
+            prompt,
+            profile,
+            backend=settings.backend,
+            new_tokens=settings.new_tokens,
+            start=reuse.start,
+        )
+        if reader is not None:
+            reader.start()
+        layout = layout_of(kept, inputs.tokens + settings.new_tokens)
+        placed = PlacedPrompt(inputs, reuse)
+        prefill = Prefill(programs, [placed], layout, [settings], settings.backend, stopwatch)
+        decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
+        stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
+        check_memory(inputs, stages, available_bytes(kept, reuse))
+    compile_seconds = programs.compile_seconds - compiled_before[0]
+    stopwatch.move(compile_seconds, "schedules", "compiling")
+    with stopwatch.part("prefill"):
+        cache = cache_of(kept, reuse, programs.module, layout)
+        first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
+        answers = Answers.of([inputs], [settings])
+        new = tokens_of(first)
+    until_first_token = stopwatch.total
     chosen: list[int] = []
     answer = Answer(model.tokenizer, settings)
     decode_seconds = 0.0
@@ -646,12 +695,11 @@ def generate_once(
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            vision_seconds=prefill.vision_seconds,
-            prefill_seconds=prefill.seconds,
             decode_seconds=decode_seconds,
-            compile_seconds=programs.compile_seconds - compiled_before[0],
             compiled_programs=programs.compilations - compiled_before[1],
             backend=settings.backend,
+            first_token_seconds=until_first_token,
+            **seconds_of(stopwatch),
             attention_flops_per_kind=inputs.flops_per_kind,
             reused_tokens=reuse.start,
         ),

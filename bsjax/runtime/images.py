@@ -6,51 +6,26 @@ encode the images of all prompts, and the pixels of at most two groups are on th
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from bsjax.attention import block_sizes
 from bsjax.masks.schedule import bucket
 from bsjax.models import Architecture, ImageTextModel
 from bsjax.models.cache import PADDING_ROW
-from bsjax.prompts.prompt import Prompt
+from bsjax.models.pixels import Pixels
+from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import sizes_in_use
+from bsjax.timing import Stopwatch
 
 # Patches along each side of a square. A group's schedules have room for tiles as large as a square,
 # such as the windows of a tower, but not for as many smaller tiles as many small images would need.
 # Each image therefore counts as whole squares.
 _SQUARE = 8
-
-
-class PromptImage(NamedTuple):
-    """An image of a prompt.
-
-    Attributes:
-      patches: its patches; a view of the prompt's patches.
-      grid_thw: how many patches it has along time, height and width.
-      tokens: how many image tokens it has.
-    """
-
-    patches: Float32[np.ndarray, "patches pixels"]
-    grid_thw: Int32[np.ndarray, "3"]
-    tokens: int
-
-
-def images_of(prompt: Prompt) -> tuple[PromptImage, ...]:
-    """The images of a prompt."""
-    if prompt.pixel_values is None:
-        return ()
-    ends = np.cumsum(prompt.grid_thw.prod(axis=1, dtype=np.int64)).tolist()
-    return tuple(
-        PromptImage(prompt.pixel_values[first:end], grid, tokens)
-        for first, end, grid, tokens in zip(
-            [0, *ends], ends, prompt.grid_thw, prompt.image_tokens, strict=False
-        )
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +38,7 @@ class ImageGroup:
       first: index of the group's first token among all image tokens that run.
       padded_tokens: the same, including tokens made of padding patches.
       patches_per_token: patches that are merged into one image token.
+      patch_bytes: bytes of a patch.
     """
 
     images: tuple[PromptImage, ...]
@@ -70,29 +46,35 @@ class ImageGroup:
     first: int
     padded_tokens: int
     patches_per_token: int
+    patch_bytes: int
 
     @property
     def tokens(self) -> int:
         """How many image tokens the group has."""
         return sum(image.tokens for image in self.images)
 
-    def pixel_values(self) -> Float32[np.ndarray, "padded_patches pixels"]:
-        """The padded patches, made on demand: for all groups together they could take gigabytes."""
-        padded = np.zeros(self._shape, np.float32)
+    def pixels(self) -> Pixels:
+        """The padded patches, made on demand. Waits for images that are still being read.
+
+        Raises:
+          MessageError: an image cannot be read.
+        """
+        padded = np.zeros(self._shape, np.uint8)
         end = 0
         for image in self.images:
-            first, end = end, end + len(image.patches)
+            first, end = end, end + image.size
             padded[first:end] = image.patches
-        return padded
+        return Pixels(padded, self.images[0].scale)
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.padded_tokens * self.patches_per_token, self.images[0].patches.shape[1]
+        return self.padded_tokens * self.patches_per_token, self.patch_bytes
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of `encode_images` that follow `features`, with shapes for arrays."""
         rows = jax.ShapeDtypeStruct((self.padded_tokens,), np.int32)
-        return jax.ShapeDtypeStruct(self._shape, np.float32), self.plan, rows
+        values = jax.ShapeDtypeStruct(self._shape, np.uint8)
+        return Pixels(values, self.images[0].scale), self.plan, rows
 
     def rows(self, row_of: Callable[[Any], Any]) -> Int[np.ndarray, "padded_tokens"]:
         """int32: the row of features of each of the group's tokens; `PADDING_ROW` for padding.
@@ -135,6 +117,7 @@ def image_groups(
                 first_token[first],
                 padded // patches_per_token,
                 patches_per_token,
+                family.patch_area(config) * family.channels(config),
             )
         )
     return tuple(groups)
@@ -203,7 +186,7 @@ def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[in
 def encode_images(
     module: ImageTextModel,
     features: Float[Array, "rows hidden"],
-    pixel_values: Float[Array, "patches pixels"],
+    pixels: Pixels,
     plan: Any,
     image_rows: Int[Array, "merged"],
     backend: str,
@@ -215,13 +198,13 @@ def encode_images(
     Args:
       module: the model.
       features: features of other images, or embeddings of a prompt.
-      pixel_values: patches of the images, padded.
+      pixels: patches of the images, padded.
       plan: from the family's `vision_plan`.
       image_rows: the row of `features` for each image token; `PADDING_ROW` for tokens made of
         padding.
       backend: attention backend.
     """
-    encoded = module.encode_images(pixel_values, plan, backend=backend)
+    encoded = module.encode_images(pixels, plan, backend=backend)
     return features.at[image_rows].set(encoded.astype(features.dtype), mode="drop")
 
 
@@ -267,12 +250,31 @@ class ImageEncoder:
             Stage("vision", program, other_bytes + copied) for program in self._programs.values()
         ]
 
-    def encode(self, features: jax.Array, groups: Iterable[ImageGroup]) -> jax.Array:
-        """Encodes groups and returns the features with theirs written; donates `features`."""
-        for group in groups:
-            pixel_values = jax.device_put(group.pixel_values())
-            # Waits for the group before, so that no more than two groups' pixels are on the device.
-            jax.block_until_ready(features)
-            program = self._programs[group.padded_tokens]
-            features = program(features, pixel_values, group.plan, group.rows(self._row_of))
+    def encode(
+        self,
+        features: jax.Array,
+        groups: Iterable[ImageGroup],
+        stopwatch: Stopwatch | None = None,
+    ) -> jax.Array:
+        """Encodes groups and returns the features with theirs written; donates `features`.
+
+        Args:
+          features: shaped as the encoder was told.
+          groups: some of the groups that the encoder was made for.
+          stopwatch: counts the parts `transfer` and `vision`. While it waits for pixels that are
+            still being read, the device encodes the group before.
+        """
+        stopwatch = stopwatch or Stopwatch()
+        with stopwatch.part("vision"):
+            for group in groups:
+                pixels = group.pixels()
+                with stopwatch.part("transfer"):
+                    pixels = jax.device_put(pixels)
+                # Waits for the group before, so that no more than two groups' pixels are on the
+                # device.
+                jax.block_until_ready(features)
+                with stopwatch.part("transfer"):
+                    jax.block_until_ready(pixels)
+                program = self._programs[group.padded_tokens]
+                features = program(features, pixels, group.plan, group.rows(self._row_of))
         return features

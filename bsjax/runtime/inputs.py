@@ -17,8 +17,7 @@ from bsjax.masks.template import Sinks, Template
 from bsjax.masks.visibility import Visibility
 from bsjax.models import Architecture
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt
-from bsjax.runtime.images import PromptImage, images_of
+from bsjax.prompts.prompt import Prompt, PromptImage
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +179,7 @@ def prepare_inputs(
         visibilities=visibilities,
         last_kind=int(layer_kinds[-1]),
         blocks=block_sizes(backend, head_dim, dtype, sparse=sparse),
-        images=images_of(prompt),
+        images=prompt.images,
         flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
         how_to_shorten=how_to_shorten,
     )

@@ -7,7 +7,6 @@ their chunk runs, in an array with room for those of a chunk and those of a grou
 its rows are used up, image tokens start again from the first row.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
 from bsjax.runtime.sizes import Sizes, most_parts, sizes_in_use
+from bsjax.timing import Stopwatch
 
 
 class FirstTokens(NamedTuple):
@@ -187,9 +187,8 @@ class ChunkedRun:
         more.
       features: shape and dtype of the array of image features; None if the model reads no images.
       stages: all stages: one for each size of image group, and one for each size of chunk.
-      vision_seconds: time in the vision tower so far.
-      seconds: time in the language model so far, including the time to build chunks, except those
-        that were built to compile programs.
+      stopwatch: counts the parts `images`, `transfer`, `vision` and `prefill` of `run`. Chunks that
+        are built while the device runs the one before count as `prefill`.
     """
 
     def __init__(
@@ -204,6 +203,7 @@ class ChunkedRun:
         carried: Any,
         more_arguments: Callable[[Chunk], tuple[Any, ...]] = lambda chunk: (),
         all_outputs: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """Compiles the programs that are needed.
 
@@ -218,7 +218,9 @@ class ChunkedRun:
           more_arguments: arguments of `step` after the head categories.
           all_outputs: whether `step` needs the hidden states of all rows, not only those of the
             prompts' last tokens.
+          stopwatch: counts the time; None for one of its own.
         """
+        self.stopwatch = stopwatch or Stopwatch()
         self._programs, self._step, self._backend = programs, step, backend
         self.carried, self._more_arguments = carried, more_arguments
         language_model = programs.module.language_model
@@ -250,10 +252,7 @@ class ChunkedRun:
         )
         # Programs are compiled for the shapes of one chunk of each size. `_build` uses it again.
         of_size = {rows: (parts, rows) for parts, rows in self.chunks.borders}
-        began = time.perf_counter()
         self._built = {borders[0]: self.chunks.chunk(*borders) for borders in of_size.values()}
-        self.vision_seconds = 0.0
-        self.seconds = time.perf_counter() - began
         self.stages = [
             *self._images.stages,
             *(Stage("prefill", self.program_of(chunk)) for chunk in self._built.values()),
@@ -270,28 +269,26 @@ class ChunkedRun:
         if self.features is not None:
             features = jnp.zeros(self.features.shape, self.features.dtype)
         groups = self.groups
-        began = time.perf_counter()
+        part = self.stopwatch.part
         chunks = self._build()
-        chunk = next(chunks, None)
-        self.seconds += time.perf_counter() - began
+        with part("prefill"):
+            chunk = next(chunks, None)
         while chunk is not None:
             if features is not None:
-                began = time.perf_counter()
                 ready = next(
                     (i for i, group in enumerate(groups) if group.first >= chunk.images_end),
                     len(groups),
                 )
-                features = self._images.encode(features, groups[:ready])
+                features = self._images.encode(features, groups[:ready], self.stopwatch)
                 groups = groups[ready:]
-                jax.block_until_ready(features)
-                self.vision_seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            arguments = self._all_arguments(chunk, carried, features)
-            result, carried = self._program(arguments)(*arguments)
-            # The device runs this chunk meanwhile.
-            following = next(chunks, None)
-            jax.block_until_ready(result)
-            self.seconds += time.perf_counter() - began
+                with part("vision"):
+                    jax.block_until_ready(features)
+            with part("prefill"):
+                arguments = self._all_arguments(chunk, carried, features)
+                result, carried = self._program(arguments)(*arguments)
+                # The device runs this chunk meanwhile.
+                following = next(chunks, None)
+                jax.block_until_ready(result)
             yield chunk, result, carried
             chunk = following
 
@@ -330,6 +327,7 @@ class Prefill(ChunkedRun):
         layout: CacheLayout,
         settings: Sequence[AnswerSettings],
         backend: str,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """Compiles the programs that are needed.
 
@@ -339,6 +337,7 @@ class Prefill(ChunkedRun):
           layout: the shape of the cache.
           settings: how each prompt is answered.
           backend: attention backend.
+          stopwatch: as for `ChunkedRun`.
         """
         self._settings = {id(of): each for of, each in zip(prompts, settings, strict=True)}
         self._module = programs.module
@@ -351,6 +350,7 @@ class Prefill(ChunkedRun):
             sizes=sizes_in_use(),
             carried=jax.eval_shape(lambda: DecodeState.empty(programs.module, layout)),
             more_arguments=lambda chunk: (self._first_tokens(chunk),),
+            stopwatch=stopwatch,
         )
 
     def _first_tokens(self, chunk: Chunk) -> FirstTokens:

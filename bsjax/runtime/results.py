@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from bsjax.checks import argument, shown
 from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
+from bsjax.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,19 @@ class Stats:
         dense. Every layer counts in full, although the last one attends from a single row.
         Tokens that were in the cache already (`reused_tokens`) count as keys only.
       attention_flops_sparse: the same with the profile's categories.
-      vision_seconds: time in the vision tower, without image processing on the host. In a batch,
-        seconds are the conversation's share: of the vision tower by its image tokens, of a chunk by
-        its tokens, of decoding by the number of answers that were generated together.
+      first_token_seconds: time from the call to the first token; in a batch, from its beginning.
+        For a single conversation it is the sum of the seconds that follow, `decode_seconds`
+        excepted: each moment that the call waits counts for one of them. What runs meanwhile, such
+        as other images that are being read, counts for none. A stream reads its images before it
+        starts.
+      prompt_seconds: time to render the chat template, to tokenize, and to look at the headers of
+        images.
+      image_seconds: time to wait for images that are read and scaled in other threads.
+      schedule_seconds: time to compute positions and schedules.
+      transfer_seconds: time to wait for pixels that are copied to the device.
+      vision_seconds: time to wait for the vision tower. In a batch, seconds are the conversation's
+        share: of images by its image tokens, of a chunk by its tokens, of decoding by the number of
+        answers that were generated together.
       prefill_seconds: time in prefill, including the choice of the first token.
       decode_seconds: time to generate all tokens after the first.
       compile_seconds: time to compile programs, or to read them from the persistent cache. In a
@@ -40,6 +51,11 @@ class Stats:
     image_tokens: tuple[int, ...]
     attention_flops_dense: int
     attention_flops_sparse: int
+    first_token_seconds: float
+    prompt_seconds: float
+    image_seconds: float
+    schedule_seconds: float
+    transfer_seconds: float
     vision_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -48,6 +64,22 @@ class Stats:
     attention_flops_per_kind: tuple[LayerFlops, ...] = ()
     compiled_programs: int = 0
     reused_tokens: int = 0
+
+
+_PARTS = {
+    "prompt": "prompt_seconds",
+    "images": "image_seconds",
+    "schedules": "schedule_seconds",
+    "compiling": "compile_seconds",
+    "transfer": "transfer_seconds",
+    "vision": "vision_seconds",
+    "prefill": "prefill_seconds",
+}
+
+
+def seconds_of(stopwatch: Stopwatch) -> dict[str, float]:
+    """The fields of `Stats` for the parts of the time to the first token."""
+    return {field: stopwatch.seconds[part] for part, field in _PARTS.items()}
 
 
 class TokenScores(NamedTuple):

@@ -10,7 +10,6 @@ with images starts a span of its own; text that follows text stays in its span, 
 order text comes first.
 """
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ class CachedTokens:
         )
         return cls(
             np.append(prompt.token_ids, ids),
-            image_digests(prompt),
+            tuple(image.digest for image in prompt.images),
             grown,
             extended(span_starts, template.tokens, grown) if ids.size else span_starts,
         )
@@ -120,10 +119,14 @@ class CachedTokens:
         limit = min(self.token_ids.size, prompt.token_ids.size - 1)
         differs = np.flatnonzero(self.token_ids[:limit] != prompt.token_ids[:limit])
         start = int(differs[0]) if differs.size else limit
-        pairs = zip(self.images, image_digests(prompt), strict=False)
-        other = next((index for index, (old, new) in enumerate(pairs) if old != new), None)
-        if other is not None:
-            start = min(start, int(self.template.image_first[other]))
+        for digest, image, first in zip(
+            self.images, prompt.images, self.template.image_first.tolist(), strict=False
+        ):
+            # Images behind the first difference need not have been read yet.
+            if first >= start:
+                break
+            if digest != image.digest:
+                start = first
         if template.image[start] >= 0:  # An image is computed as a whole.
             start = min(start, int(template.image_first[template.image[start]]))
         if start < self.token_ids.size and has_moved_on(visibilities, rows, self.token_ids.size):
@@ -176,18 +179,3 @@ def extended(span_starts: tuple[int, ...], end: int, template: Template) -> tupl
     """The spans when more tokens follow at `end`."""
     only_text = bool((template.image[span_starts[-1] : end] < 0).all())
     return span_starts if only_text else (*span_starts, end)
-
-
-def image_digests(prompt: Prompt) -> tuple[str, ...]:
-    """A digest of the pixels and of the shape of each image."""
-    if prompt.pixel_values is None:
-        return ()
-    ends = np.cumsum(prompt.grid_thw.prod(axis=1, dtype=np.int64))
-    digests = []
-    first = 0
-    for end, grid in zip(ends.tolist(), prompt.grid_thw, strict=True):
-        digest = hashlib.sha256(np.asarray(grid, np.int64).tobytes())
-        digest.update(np.ascontiguousarray(prompt.pixel_values[first:end]).data)
-        digests.append(digest.hexdigest())
-        first = end
-    return tuple(digests)

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, overload
 
 from bsjax.attention import resolve_backend
@@ -11,7 +12,6 @@ from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import check_not_forked, truth_value, whole_number
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import PromptOptions
 from bsjax.runtime.arguments import (
     Messages,
     ProfileLike,
@@ -21,10 +21,10 @@ from bsjax.runtime.arguments import (
     checked_settings,
     one_conversation,
 )
-from bsjax.runtime.decoding import AnswerSettings
 from bsjax.runtime.generation import (
     Logits,
     TokenIds,
+    answer_once,
     forward_once,
     generate_once,
     pieces_of,
@@ -35,6 +35,7 @@ from bsjax.runtime.likelihood import score_once
 from bsjax.runtime.programs import check_model
 from bsjax.runtime.results import Result, Score, Token
 from bsjax.runtime.session_file import read_session, write_session
+from bsjax.timing import Stopwatch
 
 
 def checked_session(
@@ -223,7 +224,16 @@ class Session:
             use_generation_config=use_generation_config,
         )
         options = self._model.options(allow_files, allow_urls, max_pixels, continue_final_message)
-        events = self._events(messages, settings, options, one_by_one=stream is not None)
+        conversation = one_conversation("a session", messages)
+        events = self._events(
+            partial(
+                answer_once,
+                messages=conversation,
+                options=options,
+                settings=settings,
+                one_by_one=stream is not None,
+            )
+        )
         return result_of(events, stream)
 
     def stream(
@@ -263,7 +273,16 @@ class Session:
             use_generation_config=use_generation_config,
         )
         options = self._model.options(allow_files, allow_urls, max_pixels, continue_final_message)
-        return pieces_of(self._events(messages, settings, options, one_by_one=True))
+        conversation = one_conversation("a session", messages)
+        check_not_forked(GenerationError)
+        stopwatch = Stopwatch()
+        prompt = checked_prompt(
+            self._model, conversation, self._profile, options, settings.new_tokens, stopwatch
+        )
+        answer = partial(
+            generate_once, prompt=prompt, settings=settings, one_by_one=True, stopwatch=stopwatch
+        )
+        return pieces_of(self._events(answer))
 
     @overload
     def forward(
@@ -343,32 +362,12 @@ class Session:
             return score_once(self._model, answered, self._profile, self._backend, self._kept)
 
     def _events(
-        self,
-        messages: Messages,
-        settings: AnswerSettings,
-        options: PromptOptions,
-        *,
-        one_by_one: bool,
+        self, answer: Callable[..., Generator[Token | Result, None, None]]
     ) -> Generator[Token | Result, None, None]:
-        """Reads the messages, and returns an iterator over the tokens, then the result."""
-        conversation = one_conversation("a session", messages)
+        """The tokens, then the result, of a call that `answer` answers in this session's cache."""
         check_not_forked(GenerationError)
-        prompt = checked_prompt(
-            self._model, conversation, self._profile, options, settings.new_tokens
-        )
-
-        def events() -> Generator[Token | Result, None, None]:
-            with self._one_call():
-                yield from generate_once(
-                    self._model,
-                    prompt,
-                    self._profile,
-                    settings,
-                    one_by_one=one_by_one,
-                    kept=self._kept,
-                )
-
-        return events()
+        with self._one_call():
+            yield from answer(model=self._model, profile=self._profile, kept=self._kept)
 
     @contextmanager
     def _one_call(self) -> Iterator[None]:

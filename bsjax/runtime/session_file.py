@@ -27,7 +27,7 @@ from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
-_FORMAT = "bsjax session 2"
+_FORMAT = "bsjax session 3"
 
 _DTYPES = {"int32": "I32", "bool": "BOOL", "uint8": "U8"}
 """What safetensors calls the dtypes of the arrays in a session."""

@@ -10,12 +10,12 @@ from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import truth_value, whole_number
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
-from bsjax.prompts.prompt import Prompt
+from bsjax.prompts.prompt import Prompt, PromptImage
 from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
 from bsjax.runtime.batch import copying_program, sequences_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
-from bsjax.runtime.images import ImageEncoder, PromptImage, counted_patches, image_groups
+from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.memory import bytes_available
@@ -89,12 +89,7 @@ def warmup(
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
         tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
-        prompt = Prompt(
-            token_ids=np.zeros(tokens, np.int32),
-            pixel_values=None,
-            grid_thw=np.zeros((0, 3), np.int32),
-            image_tokens=(),
-        )
+        prompt = Prompt(np.zeros(tokens, np.int32))
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
         settings = AnswerSettings(1, backend)
         sequences = sequences_for(programs.module, rows, conversations, bytes_available())
@@ -145,11 +140,8 @@ def _images_of_every_size(model: LoadedModel) -> tuple[PromptImage, ...]:
     if not family.reads_images:
         return ()
     grid = np.asarray(family.smallest_grid(config), np.int32)
-    patches = int(grid.prod())
-    image = PromptImage(
-        np.broadcast_to(np.float32(0), (patches, family.patch_values(config))),
-        grid,
-        patches // family.patches_per_token(config),
-    )
+    tokens = int(grid.prod()) // family.patches_per_token(config)
+    nothing = np.zeros((int(grid.prod()), 0), np.uint8)
+    image = PromptImage(grid, tokens, model.pixel_scale, lambda: nothing)
     counted = int(counted_patches(grid[None])[0])
     return (image,) * sum(size // counted for size in sizes_in_use().patches)

@@ -209,9 +209,9 @@ def described(architecture):
     return architecture.config.to_json_string(use_diff=False), architecture.dtype
 
 
-def traced(module, pixel_values, plan):
+def traced(module, pixels, plan):
     leaves, structure = jax.tree.flatten(plan)
-    return module, pixel_values.shape, structure, [jax.typeof(leaf) for leaf in leaves]
+    return module, pixels.values.shape, structure, [jax.typeof(leaf) for leaf in leaves]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES, Architecture
+from bsjax.models.pixels import pixel_values_of
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Processor
 from bsjax.runtime.inputs import prepare_inputs
@@ -405,7 +406,7 @@ def test_the_exported_checkpoint_is_what_transformers_reads(module, config, enco
         expected = (
             reference(
                 input_ids=torch.tensor(prompt.token_ids[None].astype(np.int64)),
-                pixel_values=torch.tensor(prompt.pixel_values),
+                pixel_values=torch.tensor(pixel_values_of(prompt.pixels, frames=2)),
                 image_grid_thw=torch.tensor(prompt.grid_thw.astype(np.int64)),
                 mm_token_type_ids=torch.tensor(
                     (prompt.token_ids == config.image_token_id)[None].astype(np.int64)

@@ -8,6 +8,7 @@ import transformers
 from sklearn.datasets import load_sample_images
 
 import bsjax
+from bsjax.models.pixels import pixel_values_of
 from tests.support.parity import torch
 
 
@@ -31,7 +32,7 @@ def test_it_answers_as_in_transformers(tiny_source, tiny_model, messages):
         "input_ids": token_ids,
         "attention_mask": torch.ones_like(token_ids),
         "mm_token_type_ids": (token_ids == model.config.image_token_id).int(),
-        "pixel_values": torch.from_numpy(prompt.pixel_values),
+        "pixel_values": torch.from_numpy(pixel_values_of(prompt.pixels, frames=2)),
         "image_grid_thw": torch.from_numpy(prompt.grid_thw.astype(np.int64)),
     }
     with torch.no_grad():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bsjax.errors import CapacityError, TemplateError
 from bsjax.models import FAMILIES
-from bsjax.models.gemma3.vision_plan import to_images, to_patches
+from bsjax.models.gemma3.vision_plan import pooled_side, to_images
+from bsjax.models.pixels import Pixels, PixelScale, cut_into_patches, pixel_values_of
 from tests.support.parity import torch
 from tests.support.small_models import (
     IMAGE,
@@ -158,8 +159,12 @@ def test_prompts_and_grids_of_gemma3_that_are_refused():
 def test_patches_of_gemma3_are_the_image(images, side, seed):
     """Pooled blocks are contiguous, and every pixel is where its position says."""
     config = small_config(Shape("gemma3", image_side=side))
-    pixels = np.random.default_rng(seed).random((images, 3, 4 * side, 4 * side), np.float32)
-    patches = to_patches(pixels, config)
+    shape = (images, 4 * side, 4 * side, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    cut = np.concatenate([cut_into_patches(image, 4, pooled_side(config)) for image in pixels])
+    scale = PixelScale(np.ones(3, np.float32), np.zeros(3, np.float32))
+    patches = pixel_values_of(Pixels(cut, scale))
+    pixels = np.moveaxis(pixels, -1, 1)
     np.testing.assert_array_equal(to_images(patches, config), pixels)
     plan = FAMILIES["gemma3"].vision_plan(
         np.asarray([[1, side, side]] * images), config, patches=len(patches), block_q=16,

@@ -255,7 +255,7 @@ def test_max_pixels_of_a_call_are_the_default_of_its_images():
     )
     assert per_call.image_tokens == per_image.image_tokens
     assert per_call.image_tokens[1] == 1 < per_call.image_tokens[0] <= 20
-    np.testing.assert_array_equal(per_call.pixel_values, per_image.pixel_values)
+    np.testing.assert_array_equal(per_call.pixels.values, per_image.pixels.values)
     assert processor.prompt(images({})).image_tokens == (17 * 23,)
 
 

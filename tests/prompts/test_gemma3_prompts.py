@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, Gemma3ImageProcessorPil, Gemma3Processor
 from bsjax.errors import MessageError
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import to_images
+from bsjax.models.pixels import pixel_values_of
 from bsjax.prompts.prompt import Processor, Prompt
 from tests.support.paths import ROOT
 from tests.support.small_models import Shape, small_config
@@ -97,10 +98,11 @@ def test_prompts_equal_those_of_transformers(files, sizes, options, crops):
     assert prompt.image_tokens == (16,) * images
     assert images == len(sizes) + (crops if len(sizes) > 1 else 0)
     if not sizes:
-        assert prompt.pixel_values is None
+        assert prompt.images == ()
         return
     np.testing.assert_array_equal(prompt.grid_thw, [[1, 8, 8]] * images)
-    np.testing.assert_array_equal(to_images(prompt.pixel_values, config), expected["pixel_values"])
+    pixel_values = to_images(pixel_values_of(prompt.pixels), config)
+    np.testing.assert_allclose(pixel_values, expected["pixel_values"], rtol=0, atol=1e-6)
     is_image = prompt.token_ids == config.image_token_index
     np.testing.assert_array_equal(expected["token_type_ids"][0] == 1, is_image)
 
@@ -165,4 +167,4 @@ def test_text_only_models_refuse_images(files):
     config = small_config(Shape("gemma3_text"))
     with pytest.raises(MessageError, match="1 image, but this model reads text only"):
         prepare(conversation([picture(40, 40)]), config, tokenizer, None)
-    assert prepare(conversation([]), config, tokenizer, None).pixel_values is None
+    assert prepare(conversation([]), config, tokenizer, None).images == ()

@@ -20,6 +20,7 @@ from bsjax.models import FAMILIES
 from bsjax.prompts.prompt import Processor
 from bsjax.prompts.sources import ImageSources
 from tests.support.paths import ROOT
+from tests.support.small_models import Shape, small_config
 
 FOLDER = ROOT / "examples" / "tiny-qwen2.5-vl"
 
@@ -225,8 +226,13 @@ def test_crops_are_counted_before_they_are_made():
         "pan_and_scan_min_crop_size": 1,
         "pan_and_scan_max_num_crops": 10**9,
     }
-    assert family.scaled_pixels(1, 10_000, options, image_processor) == 10_001 * 896**2
-    assert family.scaled_pixels(500, 500, options, image_processor) == 896**2
+    config = small_config(Shape("gemma3", image_side=224))
+
+    def pixels(height, width):
+        return family.image_shapes(height, width, options, image_processor, config).pixels
+
+    assert pixels(1, 10_000) == 10_001 * 896**2
+    assert pixels(500, 500) == 896**2
 
 
 def test_generate_forward_and_stream_take_the_settings(tiny_model, tmp_path):

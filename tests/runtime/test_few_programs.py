@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import bsjax
 from bsjax import CapacityError, GenerationError, Profile
 from bsjax.cli import main
-from bsjax.prompts.prompt import Prompt
+from bsjax.prompts.prompt import Prompt, PromptImage
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import Programs, programs_of
 from bsjax.runtime.sampling import GREEDY, Sampling
@@ -46,14 +46,12 @@ def prompt_of(model, token_ids, merged_grids) -> Prompt:
     """A prompt with blank images. Their grids are counted in image tokens."""
     merge = model.config.vision_config.spatial_merge_size
     grids = np.asarray(merged_grids, np.int32).reshape(-1, 3) * np.int32([1, merge, merge])
-    patches = int(grids.prod(axis=1).sum())
-    values = model.family.patch_values(model.config)
-    return Prompt(
-        token_ids=np.asarray(token_ids, np.int32),
-        pixel_values=np.broadcast_to(np.float32(0), (patches, values)) if patches else None,
-        grid_thw=grids,
-        image_tokens=tuple((grids.prod(axis=1) // merge**2).tolist()),
-    )
+    blank = np.zeros((0, 0), np.uint8)
+    images = [
+        PromptImage(grid, int(grid.prod()) // merge**2, model.pixel_scale, lambda: blank)
+        for grid in grids
+    ]
+    return Prompt(np.asarray(token_ids, np.int32), tuple(images))
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from bsjax import (
     Profile,
     ProfileError,
 )
+from bsjax.models.pixels import pixel_values_of
 from bsjax.runtime.programs import programs_of
 from tests.support.paths import ROOT
 
@@ -53,7 +54,7 @@ def torch_answers(tiny_source, tiny_model, photographs):
         arguments = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
         if images:
             arguments |= {
-                "pixel_values": torch.tensor(prompt.pixel_values),
+                "pixel_values": torch.tensor(pixel_values_of(prompt.pixels, frames=2)),
                 "image_grid_thw": torch.tensor(prompt.grid_thw.astype(np.int64)),
                 "mm_token_type_ids": (token_ids == tiny_model.config.image_token_id).int(),
             }

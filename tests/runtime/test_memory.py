@@ -147,7 +147,7 @@ def test_stages_count_everything_on_the_device(tiny_model):
     (group,) = prefill.groups
     features = size_in_bytes(by_name["vision"].program.output)
     # Features and the cache are updated in place, so they count only as arguments.
-    assert memory["vision"].arguments >= features + group.pixel_values().nbytes
+    assert memory["vision"].arguments >= features + group.pixels().values.nbytes
     assert by_name["vision"].other_bytes == size_in_bytes(prefill.carried) >= cache
     assert memory["prefill"].arguments >= features + cache
     assert memory["decode"].arguments >= cache
@@ -168,7 +168,7 @@ def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
 def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
     small_sizes()
     stages, prefill = stages_of(tiny_model, conversation())
-    pixels = [group.pixel_values().nbytes for group in prefill.groups]
+    pixels = [group.pixels().values.nbytes for group in prefill.groups]
     for stage in stages:
         if stage.name == "vision":
             assert stage.other_bytes == size_in_bytes(prefill.carried) + max(pixels[1:])

@@ -273,6 +273,11 @@ class RandomPrompt:
     pixel_values: np.ndarray | None
     image_tokens: tuple[int, ...]
 
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """As in a `Prompt`, but floats: any values, and every frame its own."""
+        return self.pixel_values
+
 
 def random_prompt(
     config: transformers.PretrainedConfig,

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int, Int32, UInt8
 from transformers import Gemma3ImageProcessorPil, PretrainedConfig
 from typing_extensions import override
 
 from bsjax.checks import argument, shown, whole_number
 from bsjax.errors import MessageError
 from bsjax.masks.visibility import Visibility
-from bsjax.models.family import Family, ProcessedImage
+from bsjax.models.family import Family, ImageShapes
 from bsjax.models.gemma3.model import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from bsjax.models.gemma3.parameters import language_rules, parameter_table
 from bsjax.models.gemma3.text import layer_kinds
@@ -19,11 +19,11 @@ from bsjax.models.gemma3.vision_plan import (
     grid_side,
     pooled_side,
     to_images,
-    to_patches,
     vision_plan,
 )
 from bsjax.models.image_rows import image_starts
 from bsjax.models.parameters import ParameterRule
+from bsjax.models.pixels import cut_into_patches, image_size, pixel_values_of, scaled_to
 
 # Gemma3Processor's settings for an image part without options. They take precedence over the
 # checkpoint's image settings (preprocessor_config.json).
@@ -104,26 +104,41 @@ class Gemma3Family(Gemma3TextFamily):
         return config.boi_token_index
 
     @override
-    def scaled_pixels(
-        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
-    ) -> int:
+    def image_shapes(
+        self,
+        height: int,
+        width: int,
+        options: Mapping[str, Any],
+        image_processor: Any,
+        config: PretrainedConfig,
+    ) -> ImageShapes:
         settings = self._settings(options)
-        crops = 0
-        if settings["do_pan_and_scan"]:
-            # An image of that size which takes no memory; crops are views of it.
-            blank = np.broadcast_to(np.uint8(0), (3, height, width))
-            crops = len(image_processor.pan_and_scan(blank, **{k: settings[k] for k in _CROPS}))
-        size = dict(image_processor.size)
-        return (1 + crops) * (size.get("height") or 1) * (size.get("width") or 1)
+        # An image of that size which takes no memory; crops are views of it.
+        blank = np.broadcast_to(np.uint8(0), (3, height, width))
+        images = [blank, *_crops(blank, settings, image_processor)]
+        sizes = [_scaled_size(*image_size(each), image_processor) for each in images]
+        side = grid_side(config)
+        wanted = side * config.vision_config.patch_size
+        for scaled in sizes:
+            if scaled != (wanted, wanted):
+                raise MessageError(
+                    f"the checkpoint's image settings scale images to {scaled[0]} x {scaled[1]} "
+                    f"pixels, but its vision tower needs {wanted} x {wanted}."
+                )
+        return ImageShapes(
+            np.tile(np.asarray([1, side, side], np.int32), (len(images), 1)),
+            (config.mm_tokens_per_image,) * len(images),
+            len(images) * wanted**2,
+        )
 
     @override
-    def process_image(
+    def image_patches(
         self,
         image: Any,
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> ProcessedImage:
+    ) -> list[UInt8[np.ndarray, "patches values"]]:
         """Scales one image to the model's size and cuts it into patches, followed by its crops.
 
         Crops are made if the option `do_pan_and_scan` is true and the image is long enough
@@ -134,21 +149,28 @@ class Gemma3Family(Gemma3TextFamily):
         Raises:
           MessageError: an option is unknown or has an invalid value.
         """
-        features = image_processor(images=[image], return_tensors="np", **self._settings(options))
-        pixel_values = np.asarray(features["pixel_values"], np.float32)
-        images, _, height, width = pixel_values.shape
-        size = config.vision_config.patch_size
-        wanted = grid_side(config) * size
-        if (height, width) != (wanted, wanted):
-            raise MessageError(
-                f"the checkpoint's image settings scale images to {height} x {width} pixels, but "
-                f"its vision tower needs {wanted} x {wanted}."
+        settings = self._settings(options)
+        # Refuses images that the tower does not read.
+        self.image_shapes(*image_size(image), options, image_processor, config)
+        images = [image]
+        if settings["do_pan_and_scan"]:
+            image = image_processor.process_image(image, do_convert_rgb=settings["do_convert_rgb"])
+            images = [image, *_crops(image, settings, image_processor)]
+        size = grid_side(config) * config.vision_config.patch_size
+        return [
+            cut_into_patches(
+                scaled_to(
+                    each,
+                    (size, size) if image_processor.do_resize else None,
+                    image_processor,
+                    channels=self.channels(config),
+                    convert_rgb=settings["do_convert_rgb"],
+                ),
+                config.vision_config.patch_size,
+                pooled_side(config),
             )
-        return ProcessedImage(
-            to_patches(pixel_values, config),
-            np.tile(np.asarray([1, height // size, width // size], np.int64), (images, 1)),
-            np.full(images, config.mm_tokens_per_image, np.int64),
-        )
+            for each in images
+        ]
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the image processor for an image part with options."""
@@ -202,9 +224,8 @@ class Gemma3Family(Gemma3TextFamily):
         return 1, grid_side(config), grid_side(config)
 
     @override
-    def patch_values(self, config: PretrainedConfig) -> int:
-        vision = config.vision_config
-        return vision.num_channels * vision.patch_size**2
+    def channels(self, config: PretrainedConfig) -> int:
+        return config.vision_config.num_channels
 
     @override
     def patches_per_token(self, config: PretrainedConfig) -> int:
@@ -219,10 +240,10 @@ class Gemma3Family(Gemma3TextFamily):
     @override
     def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
         inputs = super().reference_inputs(prompt, config)
-        if prompt.pixel_values is not None:
+        if len(prompt.grid_thw):
             is_image = inputs["input_ids"] == config.image_token_index
             inputs |= {
-                "pixel_values": to_images(prompt.pixel_values, config),
+                "pixel_values": to_images(pixel_values_of(prompt.pixels), config),
                 "token_type_ids": is_image.astype(np.int64),
             }
         return inputs
@@ -234,6 +255,30 @@ class Gemma3Family(Gemma3TextFamily):
         """Applies the config's soft cap, which Gemma3ForConditionalGeneration ignores."""
         cap = config.text_config.final_logit_softcapping
         return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def _crops(
+    image: UInt8[np.ndarray, "channels height width"],
+    settings: Mapping[str, Any],
+    image_processor: Any,
+) -> list[UInt8[np.ndarray, "channels crop_height crop_width"]]:
+    if not settings["do_pan_and_scan"]:
+        return []
+    return image_processor.pan_and_scan(image, **{name: settings[name] for name in _CROPS})
+
+
+def _scaled_size(height: int, width: int, image_processor: Any) -> tuple[int, int]:
+    """Height and width of an image of this size, scaled."""
+    if not image_processor.do_resize:
+        return height, width
+    size = dict(image_processor.size)
+    # Other settings, such as `shortest_edge`, take precedence in transformers.
+    if set(name for name, value in size.items() if value) != {"height", "width"}:
+        raise MessageError(
+            f"the checkpoint's image settings have the size {size}; bsjax computes those with a "
+            "height and a width."
+        )
+    return size["height"], size["width"]
 
 
 def _check_crops(options: Mapping[str, Any]) -> None:

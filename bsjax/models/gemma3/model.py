@@ -13,6 +13,7 @@ from bsjax.models.gemma3.vision import Gemma3MultiModalProjector, SiglipVisionMo
 from bsjax.models.gemma3.vision_plan import VisionPlan
 from bsjax.models.image_text_model import ImageTextModel, output_projection
 from bsjax.models.parameters import ties_embeddings
+from bsjax.models.pixels import Pixels
 
 
 class Gemma3ForCausalLM(ImageTextModel):
@@ -72,12 +73,12 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     @override
     def encode_images(
         self,
-        pixel_values: Float[Array, "patches pixels"],
+        pixels: Pixels | Float[Array, "patches values"],
         plan: VisionPlan,
         *,
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
-        return self.multi_modal_projector(self.vision_tower(pixel_values, plan, backend=backend))
+        return self.multi_modal_projector(self.vision_tower(pixels, plan, backend=backend))
 
 
 def text_parts(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from bsjax.errors import CheckpointError
 from bsjax.models.gemma3.text import RMSNorm
 from bsjax.models.gemma3.vision_plan import VisionPlan, grid_side, pooled_side
 from bsjax.models.layers import Attend, scan_layers, stack_layers
+from bsjax.models.pixels import Pixels, embedded
 from bsjax.models.vision import VisionMLP, segment_attention
 
 
@@ -26,11 +27,11 @@ class SiglipVisionEmbeddings(nnx.Module):
         )
 
     def __call__(
-        self, pixel_values: Float[Array, "patches pixels"], position: Int[Array, "patches"]
+        self, pixels: Pixels | Float[Array, "patches values"], position: Int[Array, "patches"]
     ) -> Float[Array, "patches width"]:
         """Each patch's embedding, in the dtype of the parameters."""
-        pixel_values = pixel_values.astype(self.patch_embedding.kernel.dtype)
-        return self.patch_embedding(pixel_values) + self.position_embedding(position)
+        embeddings = embedded(pixels, self.patch_embedding.kernel[...])
+        return embeddings + self.patch_embedding.bias[...] + self.position_embedding(position)
 
 
 class SiglipAttention(nnx.Module):
@@ -97,7 +98,7 @@ class SiglipVisionModel(nnx.Module):
         self.post_layernorm = layer_norm(config, dtype, rngs)
 
     def __call__(
-        self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
+        self, pixels: Pixels | Float[Array, "patches values"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "patches width"]:
         """Hidden states of every patch, after the final norm."""
         attend = segment_attention(plan.schedule, self.heads, backend)
@@ -105,7 +106,7 @@ class SiglipVisionModel(nnx.Module):
         def step(layer: SiglipEncoderLayer, hidden: Array, _: None) -> tuple[Array, None]:
             return layer(hidden, attend), None
 
-        hidden, _ = scan_layers(self.layers, step, self.embeddings(pixel_values, plan.position))
+        hidden, _ = scan_layers(self.layers, step, self.embeddings(pixels, plan.position))
         return self.post_layernorm(hidden)
 
 

@@ -59,21 +59,10 @@ def patch_order(config: PretrainedConfig) -> Int[np.ndarray, "patches"]:
     return index.transpose(0, 2, 1, 3).reshape(-1)
 
 
-def to_patches(
-    pixel_values: Float32[np.ndarray, "images channels height width"], config: PretrainedConfig
-) -> Float32[np.ndarray, "patches patch_values"]:
-    """Cuts images into flat patches [channels * rows * columns], in the order of `patch_order`."""
-    size = config.vision_config.patch_size
-    images, channels, height, width = pixel_values.shape
-    cut = pixel_values.reshape(images, channels, height // size, size, width // size, size)
-    flat = cut.transpose(0, 2, 4, 1, 3, 5).reshape(images, -1, channels * size**2)
-    return flat[:, patch_order(config)].reshape(-1, channels * size**2)
-
-
 def to_images(
     patches: Float32[np.ndarray, "patches patch_values"], config: PretrainedConfig
 ) -> Float32[np.ndarray, "images channels height width"]:
-    """The inverse of `to_patches`."""
+    """Puts flat patches [channels * rows * columns], in the order of `patch_order`, together."""
     side, size = grid_side(config), config.vision_config.patch_size
     channels = patches.shape[1] // size**2
     flat = np.asarray(patches).reshape(-1, side**2, patches.shape[1])

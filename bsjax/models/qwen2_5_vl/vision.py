@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from transformers import PretrainedConfig
 
 from bsjax.models.layers import Attend, GatedMLP, scan_layers, stack_layers
+from bsjax.models.pixels import Pixels, in_order
 from bsjax.models.qwen2_vl.vision import (
     EPSILON,
     PatchEmbed,
@@ -59,24 +60,24 @@ class Qwen2_5VisionTransformer(nnx.Module):
         )
 
     def __call__(
-        self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
+        self, pixels: Pixels | Float[Array, "patches values"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "merged hidden"]:
         """Features of image tokens; see `ImageTextModel.encode_images`."""
         assert plan.window_schedule is not None, "the plan must come from this family's vision_plan"
         attend_image = segment_attention(plan.schedule, self.heads, backend)
         attend_window = segment_attention(plan.window_schedule, self.heads, backend)
-        return self.run_blocks(pixel_values, plan, (attend_image, attend_window))
+        return self.run_blocks(pixels, plan, (attend_image, attend_window))
 
     def run_blocks(
         self,
-        pixel_values: Float[Array, "patches pixels"],
+        pixels: Pixels | Float[Array, "patches values"],
         plan: VisionPlan,
         attends: Sequence[Attend],
     ) -> Float[Array, "merged hidden"]:
         """Runs the tower with the caller's attention; the plan's schedules are not used.
 
         Args:
-          pixel_values: as for `ImageTextModel.encode_images`.
+          pixels: as for `ImageTextModel.encode_images`.
           plan: from this family's `vision_plan`.
           attends: attention within images, and attention within windows.
         """
@@ -92,6 +93,6 @@ class Qwen2_5VisionTransformer(nnx.Module):
 
         sees_image = np.isin(np.arange(self.depth), self.fullatt_block_indexes)
         hidden, _ = scan_layers(
-            self.blocks, step, self.patch_embed(pixel_values[plan.order]), sees_image
+            self.blocks, step, self.patch_embed(in_order(pixels, plan.order)), sees_image
         )
         return self.merger(hidden)[plan.merged_row]

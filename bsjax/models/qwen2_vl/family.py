@@ -4,15 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, UInt8
 from transformers import PretrainedConfig, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from typing_extensions import override
 
 from bsjax.checks import argument, shown
 from bsjax.errors import MessageError, TemplateError
-from bsjax.models.family import Family, ProcessedImage
+from bsjax.models.family import Family, ImageShapes
 from bsjax.models.image_rows import image_starts
 from bsjax.models.parameters import ParameterRule
+from bsjax.models.pixels import cut_into_patches, image_size, pixel_values_of, scaled_to
 from bsjax.models.qwen2_vl.model import Qwen2VLForConditionalGeneration
 from bsjax.models.qwen2_vl.parameters import parameter_table
 from bsjax.models.qwen2_vl.text import head_dim
@@ -89,39 +91,67 @@ class Qwen2VLFamily(Family):
         return config.image_token_id
 
     @override
-    def scaled_pixels(
-        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
-    ) -> int:
-        size = self._settings(options, image_processor).get("size", dict(image_processor.size))
-        bounds = {
-            "min_pixels": size.get("shortest_edge") or 1,
-            "max_pixels": size.get("longest_edge") or height * width,
-        }
-        patches = image_processor.get_number_of_image_patches(height, width, bounds)
-        return patches * image_processor.patch_size**2
+    def image_shapes(
+        self,
+        height: int,
+        width: int,
+        options: Mapping[str, Any],
+        image_processor: Any,
+        config: PretrainedConfig,
+    ) -> ImageShapes:
+        height, width = self._scaled_size(height, width, options, image_processor)
+        size, merge = image_processor.patch_size, image_processor.merge_size
+        grid = np.asarray([[1, height // size, width // size]], np.int32)
+        return ImageShapes(grid, (int(grid.prod()) // merge**2,), height * width)
 
     @override
-    def process_image(
+    def image_patches(
         self,
         image: Any,
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> ProcessedImage:
+    ) -> list[UInt8[np.ndarray, "patches values"]]:
         """Scales one image to between `min_pixels` and `max_pixels`, and cuts it into patches.
 
         Raises:
           MessageError: an option is unknown, or the bounds are invalid or not allowed by the
             checkpoint's image settings.
         """
-        settings = self._settings(options, image_processor)
-        features = image_processor(images=[image], return_tensors="np", **settings)
-        grid = features["image_grid_thw"]
-        image_tokens = grid.prod(axis=1) // image_processor.merge_size**2
-        return ProcessedImage(features["pixel_values"], grid, image_tokens)
+        size = self._scaled_size(*image_size(image), options, image_processor)
+        pixels = scaled_to(
+            image,
+            size if image_processor.do_resize else None,
+            image_processor,
+            channels=self.channels(config),
+            convert_rgb=image_processor.do_convert_rgb,
+        )
+        return [cut_into_patches(pixels, image_processor.patch_size, image_processor.merge_size)]
 
-    def _settings(self, options: Mapping[str, Any], image_processor: Any) -> dict[str, Any]:
-        """What an image part's options change in the settings of the image processor."""
+    def _scaled_size(
+        self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
+    ) -> tuple[int, int]:
+        """Height and width of an image of this size, scaled."""
+        size = self._bounds(options, image_processor)
+        multiple = image_processor.patch_size * image_processor.merge_size
+        if image_processor.do_resize:
+            if not size.get("shortest_edge") or not size.get("longest_edge"):
+                raise MessageError(
+                    f"the checkpoint's image settings have the size {size}; bsjax computes those "
+                    "with bounds (shortest_edge and longest_edge, numbers of pixels)."
+                )
+            return smart_resize(
+                height, width, multiple, size["shortest_edge"], size["longest_edge"]
+            )
+        if height % multiple or width % multiple:
+            raise MessageError(
+                f"it has {width} x {height} pixels, and the checkpoint's image settings do not "
+                f"scale images (do_resize): both sides must be multiples of {multiple}."
+            )
+        return height, width
+
+    def _bounds(self, options: Mapping[str, Any], image_processor: Any) -> dict[str, int]:
+        """The size in the settings of the image processor, as an image part's options change it."""
         unknown = [name for name in options if name not in self.image_options]
         if unknown:
             raise MessageError(
@@ -136,9 +166,8 @@ class Qwen2VLFamily(Family):
         maximum, minimum = options.get("max_pixels"), options.get("min_pixels")
         if minimum is not None and maximum is not None and minimum > maximum:
             raise MessageError(f"min_pixels ({minimum}) is above max_pixels ({maximum}).")
-        settings = {}
+        size = dict(image_processor.size)
         if maximum is not None or minimum is not None:
-            size = dict(image_processor.size)
             if "shortest_edge" not in size or "longest_edge" not in size:
                 raise MessageError(
                     f"{argument('max_pixels')} and min_pixels have no effect: this checkpoint "
@@ -147,8 +176,8 @@ class Qwen2VLFamily(Family):
             # In Qwen's image processors, the two "edges" are numbers of pixels.
             maximum = maximum or max(size["longest_edge"], minimum or 0)
             minimum = minimum or min(size["shortest_edge"], maximum)
-            settings["size"] = {"shortest_edge": minimum, "longest_edge": maximum}
-        return settings
+            size |= {"shortest_edge": minimum, "longest_edge": maximum}
+        return size
 
     @override
     def smallest_grid(self, config: PretrainedConfig) -> tuple[int, int, int]:
@@ -156,9 +185,8 @@ class Qwen2VLFamily(Family):
         return 1, merge, merge
 
     @override
-    def patch_values(self, config: PretrainedConfig) -> int:
-        vision = config.vision_config
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    def channels(self, config: PretrainedConfig) -> int:
+        return config.vision_config.in_channels
 
     @override
     def patches_per_token(self, config: PretrainedConfig) -> int:
@@ -173,9 +201,10 @@ class Qwen2VLFamily(Family):
     @override
     def reference_inputs(self, prompt: Any, config: PretrainedConfig) -> dict[str, np.ndarray]:
         inputs = super().reference_inputs(prompt, config)
-        if prompt.pixel_values is not None:
+        if len(prompt.grid_thw):
+            frames = config.vision_config.temporal_patch_size
             inputs |= {
-                "pixel_values": np.array(prompt.pixel_values, np.float32),
+                "pixel_values": pixel_values_of(prompt.pixels, frames=frames),
                 "image_grid_thw": np.array(prompt.grid_thw, np.int64),
                 "mm_token_type_ids": (inputs["input_ids"] == config.image_token_id).astype(
                     np.int32

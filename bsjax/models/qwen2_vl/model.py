@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from bsjax.models.image_text_model import ImageTextModel, output_projection
 from bsjax.models.parameters import ties_embeddings
+from bsjax.models.pixels import Pixels
 from bsjax.models.qwen2_vl.text import Qwen2VLTextModel
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
@@ -45,9 +46,9 @@ class Qwen2VLForConditionalGeneration(ImageTextModel):
     @override
     def encode_images(
         self,
-        pixel_values: Float[Array, "patches pixels"],
+        pixels: Pixels | Float[Array, "patches values"],
         plan: VisionPlan,
         *,
         backend: str = "auto",
     ) -> Float[Array, "merged hidden"]:
-        return self.visual(pixel_values, plan, backend=backend)
+        return self.visual(pixels, plan, backend=backend)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.models.layers import Attend, activation, frequencies, rotate, scan_layers, stack_layers
+from bsjax.models.pixels import Pixels, embedded
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 from bsjax.models.vision import VisionMLP, segment_attention
 
@@ -103,14 +104,15 @@ class PatchEmbed(nnx.Module):
     """Linear projection of flat patches: a convolution with stride equal to its kernel."""
 
     def __init__(self, config: PretrainedConfig, width: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.frames = config.temporal_patch_size
         pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self.proj = nnx.Linear(pixels, width, use_bias=False, param_dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, pixel_values: Float[Array, "patches pixels"]
+        self, pixels: Pixels | Float[Array, "patches values"]
     ) -> Float[Array, "patches width"]:
         """Each patch's embedding, in the dtype of the parameters."""
-        return self.proj(pixel_values.astype(self.proj.kernel.dtype))
+        return embedded(pixels, self.proj.kernel[...], frames=self.frames)
 
 
 class PatchMerger(nnx.Module):
@@ -158,7 +160,7 @@ class Qwen2VisionTransformer(nnx.Module):
         )
 
     def __call__(
-        self, pixel_values: Float[Array, "patches pixels"], plan: VisionPlan, *, backend: str
+        self, pixels: Pixels | Float[Array, "patches values"], plan: VisionPlan, *, backend: str
     ) -> Float[Array, "merged hidden"]:
         """Features of image tokens; see `ImageTextModel.encode_images`."""
         attend = segment_attention(plan.schedule, self.heads, backend)
@@ -167,5 +169,5 @@ class Qwen2VisionTransformer(nnx.Module):
         def step(block: VisionBlock, hidden: Array, _: None) -> tuple[Array, None]:
             return block(hidden, cos, sin, attend), None
 
-        hidden, _ = scan_layers(self.blocks, step, self.patch_embed(pixel_values))
+        hidden, _ = scan_layers(self.blocks, step, self.patch_embed(pixels))
         return self.merger(hidden)

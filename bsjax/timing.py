@@ -1,0 +1,47 @@
+"""Where the time of a call goes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+
+class Stopwatch:
+    """Divides time among the parts of a call: every moment counts for one part only.
+
+    Attributes:
+      seconds: by part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts the time inside the block for a part, which interrupts the part around it."""
+        self._count()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._running.pop()
+
+    def move(self, seconds: float, before: str, after: str) -> None:
+        """Counts seconds that have been counted for one part for another one."""
+        self.seconds[before] -= seconds
+        self.seconds[after] += seconds
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts, the running ones included."""
+        self._count()
+        return sum(self.seconds.values())
+
+    def _count(self) -> None:
+        now = perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
