@@ -10,6 +10,7 @@ row-major and little-endian. The package itself says whether a header is valid.
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bsjax.checks import shown
 from bsjax.errors import CheckpointError
 from bsjax.files import check_file, parse_json
 
@@ -89,6 +91,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     if header.keys() != names:
         raise CheckpointError(f"{file} changed while it was read. Convert it again.")
+    for name, entry in header.items():
+        # The library checks the product of the sizes, which is 0 for a tensor without elements.
+        # NumPy checks that of the others, in bytes of at most 8 a value.
+        if math.prod(max(size, 1) for size in entry["shape"]) * 8 >= 2**63:
+            raise CheckpointError(
+                f"the tensor {name} in {file} has the shape {shown(entry['shape'])}: no array can "
+                "have it."
+            )
     return {
         name: TensorEntry(
             name,

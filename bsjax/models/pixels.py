@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, Float64, Int, UInt8
 from PIL.Image import Resampling
 from transformers.image_transforms import resize
 from transformers.image_utils import ChannelDimension
 
-from bsjax.errors import MessageError
+from bsjax.errors import CheckpointError, MessageError
 
 _VALUES = 256
 _FIRST = ChannelDimension.FIRST
@@ -54,8 +54,25 @@ def pixel_scale(image_processor: Any, channels: int) -> PixelScale:
       channels: channels of its images.
 
     Raises:
-      ValueError: its settings do not fit the number of channels.
+      CheckpointError: a setting is missing, or does not fit the number of channels.
     """
+    try:
+        line = _values(image_processor, channels)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint's image settings (preprocessor_config.json) cannot be used: {error}"
+        ) from error
+    factor = (line[:, -1] - line[:, 0]) / (_VALUES - 1)
+    if not np.isfinite(factor).all() or not np.isfinite(line).all():
+        raise CheckpointError(
+            "The checkpoint's image settings (preprocessor_config.json) make values of pixels that "
+            "are not finite: look at rescale_factor, image_mean and image_std."
+        )
+    return PixelScale(factor.astype(np.float32), line[:, 0].astype(np.float32))
+
+
+def _values(image_processor: Any, channels: int) -> Float64[np.ndarray, "channels values"]:
+    """What an image processor makes of the values 0 to 255 of each channel."""
     values: np.ndarray = np.broadcast_to(np.arange(_VALUES, dtype=np.uint8), (channels, 1, _VALUES))
     if image_processor.do_rescale:
         values = image_processor.rescale(values, image_processor.rescale_factor)
@@ -63,9 +80,7 @@ def pixel_scale(image_processor: Any, channels: int) -> PixelScale:
         values = image_processor.normalize(
             values, image_processor.image_mean, image_processor.image_std
         )
-    line = np.asarray(values, np.float64)[:, 0]
-    factor = (line[:, -1] - line[:, 0]) / (_VALUES - 1)
-    return PixelScale(factor.astype(np.float32), line[:, 0].astype(np.float32))
+    return np.asarray(values, np.float64)[:, 0]
 
 
 def image_size(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
@@ -93,10 +108,11 @@ def scaled_to(
       convert_rgb: whether images of other modes are converted to RGB.
 
     Raises:
-      MessageError: the image has another number of channels.
+      MessageError: the image has another number of channels, or the settings lack the filter.
     """
-    given = image_processor.resample
-    resample = Resampling.BILINEAR if given is None else Resampling(given)
+    if size is not None and image_processor.resample is None:
+        raise MessageError("the checkpoint's image settings do not say how to scale (resample).")
+    resample = Resampling(image_processor.resample or 0)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[0] == 3:
         image = PIL.Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
     if (
@@ -106,7 +122,8 @@ def scaled_to(
     ):
         # What the processor does for all others, without copies from and to arrays.
         if size is not None:
-            image = image.resize(size[::-1], resample)
+            height, width = size
+            image = image.resize((width, height), resample)
         pixels = np.asarray(image)
     else:
         array = image_processor.process_image(image, do_convert_rgb=convert_rgb)

@@ -313,7 +313,7 @@ def _load(image: PIL.Image.Image) -> None:
         image.load()
 
 
-def _has_more(image: PIL.Image.Image) -> bool:
+def _has_more(image: Any) -> bool:
     """Whether a PNG file has metadata behind its pixels, which may turn the image."""
     stream = image.fp
     before = stream.tell()

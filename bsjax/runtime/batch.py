@@ -9,9 +9,10 @@ copied (`bsjax.runtime.shared_prefixes`).
 """
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,7 @@ class _Prefix:
     tokens: int
     sequence: int | None = None
     is_ready: bool = False
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
 
 
 @dataclass(eq=False)
@@ -143,7 +144,7 @@ class _Conversation:
     is_compared: bool = False
     reused: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     first_token: float = 0.0
 
 
@@ -475,7 +476,7 @@ class _Pool:
             self._state = copying_program(self._programs, self._state)(*arguments)
         if prefix.seconds:
             # The first prompt that uses a prefix has it in its statistics.
-            each.seconds, prefix.seconds = prefix.seconds, Counter()
+            each.seconds, prefix.seconds = prefix.seconds, defaultdict(float)
         else:
             assert each.prompt is not None
             each.reused = prefix.tokens
@@ -507,7 +508,7 @@ class _Pool:
                 for each in admitted:
                     yield from self._run_prompts([each])
             return
-        before: Counter[str] = Counter()
+        before: defaultdict[str, float] = defaultdict(float)
         for chunk, chosen, state in prefill.run(self._state):
             self._state = state
             now = prefill.stopwatch.seconds.copy()
@@ -585,9 +586,10 @@ class _Pool:
     def _stats(self, of: _Conversation) -> Stats:
         inputs, programs, compiled = of.inputs, self._programs, self._compiled
         self._compiled = programs.compile_seconds, programs.compilations
-        whole = Stopwatch()
-        whole.seconds = of.stopwatch.seconds + of.seconds
-        whole.seconds["compiling"] += self._compiled[0] - compiled[0]
+        stopwatch = of.stopwatch
+        for name, seconds in of.seconds.items():
+            stopwatch.seconds[name] += seconds
+        stopwatch.seconds["compiling"] += self._compiled[0] - compiled[0]
         return Stats(
             prompt_tokens=inputs.tokens,
             image_tokens=inputs.template.image_tokens,
@@ -595,7 +597,7 @@ class _Pool:
             attention_flops_sparse=inputs.flops_sparse,
             decode_seconds=of.seconds["decode"],
             first_token_seconds=of.first_token,
-            **seconds_of(whole),
+            **seconds_of(stopwatch),
             compiled_programs=self._compiled[1] - compiled[1],
             backend=self._backend,
             attention_flops_per_kind=inputs.flops_per_kind,

@@ -122,7 +122,7 @@ def test_fuzzed_headers_are_read_as_the_library_reads_them_or_refused(
         check_message(error)
         # What the library accepts is refused only for what readers treat differently.
         with contextlib.suppress(SafetensorError), safe_open(file, framework="numpy"):
-            assert any(words in str(error) for words in ("twice", "nested deeper"))
+            assert any(words in str(error) for words in ("twice", "nested deeper", "no array can"))
         return
     with safe_open(file, framework="numpy") as library, TensorReader() as reader:
         assert entries.keys() == set(library.keys())

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from transformers import Gemma3ImageProcessorPil, Qwen2VLImageProcessorPil
 
 import bsjax
-from bsjax.errors import CapacityError, MessageError
+from bsjax.errors import CapacityError, CheckpointError, MessageError
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import to_images
 from bsjax.models.pixels import Pixels, embedded, image_size, pixel_scale, pixel_values_of
@@ -28,7 +28,7 @@ QWEN = small_config(Shape("qwen2_vl"))
 GEMMA = small_config(Shape("gemma3", image_side=8))
 LIMITS = ImageSources()
 
-values = st.floats(0.01, 2, width=32)
+values = st.floats(0.0625, 2, width=32)
 channels = st.lists(values, min_size=3, max_size=3)
 value_settings = st.fixed_dictionaries(
     {
@@ -37,7 +37,7 @@ value_settings = st.fixed_dictionaries(
         "do_normalize": st.booleans(),
         "image_mean": channels | values,
         "image_std": channels | values,
-        "resample": st.sampled_from([None, *Resampling]),
+        "resample": st.sampled_from(Resampling),
     }
 )
 MODES = ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I"]
@@ -134,17 +134,32 @@ def test_one_product_with_the_summed_kernel_is_that_of_all_frames(frames, dtype)
     [
         ({"do_resize": False}, "multiples of 28"),
         ({"size": {"height": 56, "width": 56}}, "with bounds"),
+        ({"resample": None}, "how to scale"),
     ],
 )
 def test_settings_of_qwens_that_are_not_computed_are_refused(changes, words):
     processor = Qwen2VLImageProcessorPil(**changes)
     processor.size = changes.get("size", processor.size)
-    for call in (
-        lambda: FAMILIES["qwen2_vl"].image_shapes(30, 56, {}, processor, QWEN),
-        lambda: FAMILIES["qwen2_vl"].image_patches(Image.new("RGB", (56, 30)), {}, processor, QWEN),
-    ):
-        with pytest.raises(MessageError, match=words):
-            call()
+    with pytest.raises(MessageError, match=words):
+        FAMILIES["qwen2_vl"].image_patches(Image.new("RGB", (56, 30)), {}, processor, QWEN)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": None},
+        {"image_std": [0, 1, 1]},
+        {"rescale_factor": None},
+        {"rescale_factor": float("nan")},
+    ],
+)
+def test_settings_that_make_no_values_are_refused(changes):
+    processor = Qwen2VLImageProcessorPil()
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    with np.errstate(divide="ignore"), pytest.raises(CheckpointError, match="image settings"):
+        pixel_scale(processor, 3)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -254,22 +254,20 @@ def test_what_does_not_fit_beside_others_runs_alone(tiny_model, monkeypatch):
     conversations = [asked(f"Why {number}?") for number in range(4)]
     conversations.insert(1, asked(large, "Why?"))
     expected = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
-    peaks = {}
+    peaks = []
 
     def recording(inputs, stages, available):
-        for stage in stages:
-            peaks.setdefault(stage.name, []).append(stage.peak)
+        of_vision = [stage.peak for stage in stages if stage.name == "vision"]
+        peaks.extend([max(of_vision)] if of_vision else [])
         check_memory(inputs, stages, available)
 
     monkeypatch.setattr(batch, "check_memory", recording)
-    bsjax.generate(tiny_model, conversations, max_new_tokens=2)
-    beside = max(peaks["vision"])
     bsjax.generate(tiny_model, conversations[1:2], max_new_tokens=2)
-    monkeypatch.setattr(batch, "bytes_available", lambda: beside - 1)
+    alone = max(peaks)
+    monkeypatch.setattr(batch, "bytes_available", lambda: alone)
     outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
     assert list(map(outcome, outcomes)) == list(map(outcome, expected))
-    alone = peaks["vision"][-1]
-    assert alone < beside, "the last call is that of the large image alone"
+    assert max(peaks) > alone == peaks[-1], "refused beside the others, it ran alone"
     monkeypatch.setattr(batch, "bytes_available", lambda: alone - 1)
     outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2, return_errors=True)
     assert [type(each) for each in outcomes] == [

@@ -168,7 +168,7 @@ def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
 def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
     small_sizes()
     stages, prefill = stages_of(tiny_model, conversation())
-    pixels = [group.pixels().values.nbytes for group in prefill.groups]
+    pixels = [size_in_bytes(group.pixels()) for group in prefill.groups]
     for stage in stages:
         if stage.name == "vision":
             assert stage.other_bytes == size_in_bytes(prefill.carried) + max(pixels[1:])

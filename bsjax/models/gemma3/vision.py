@@ -30,6 +30,7 @@ class SiglipVisionEmbeddings(nnx.Module):
         self, pixels: Pixels | Float[Array, "patches values"], position: Int[Array, "patches"]
     ) -> Float[Array, "patches width"]:
         """Each patch's embedding, in the dtype of the parameters."""
+        assert self.patch_embedding.bias is not None
         embeddings = embedded(pixels, self.patch_embedding.kernel[...])
         return embeddings + self.patch_embedding.bias[...] + self.position_embedding(position)
 
