@@ -18,9 +18,10 @@ from bsjax.cli.arguments import (
 from bsjax.cli.batch import answer_batch, check_options
 from bsjax.cli.cuda_noise import import_jax
 from bsjax.errors import GenerationError
+from bsjax.timing import Stopwatch, seconds_of_process
 
 if TYPE_CHECKING:
-    from bsjax.runtime.results import Result
+    from bsjax.runtime.results import Result, Stats
 
 
 _USAGE = """\
@@ -93,6 +94,9 @@ def add_to(commands: Any) -> None:
         "--json", action="store_true", help="print the answer and its statistics as JSON"
     )
     parser.add_argument(
+        "--timing", action="store_true", help="print where the time went, to stderr"
+    )
+    parser.add_argument(
         "--use-generation-config",
         action="store_true",
         help="what the options below do not say, as the checkpoint's generation config says",
@@ -131,13 +135,16 @@ def _generate(options: argparse.Namespace) -> int:
         check_options(options)
     elif options.output is not None:
         raise GenerationError("--output is for the answers to --batch; one answer is printed.")
-    import_jax(devices=True)
-    from bsjax.checkpoint.loading import with_weights
-    from bsjax.runtime.arguments import checked_prompt, checked_settings
-    from bsjax.runtime.generation import generate_once, result_of
+    startup, stopwatch = Stopwatch(), Stopwatch()
+    with startup.part("imports"):
+        import_jax(devices=True)
+        from bsjax.checkpoint.loading import with_weights
+        from bsjax.runtime.arguments import checked_prompt, checked_settings
+        from bsjax.runtime.generation import generate_once, result_of
 
     # What can be refused is refused before the weights are read.
-    described = described_model(options)
+    with startup.part("checkpoint"):
+        described = described_model(options)
     settings = checked_settings(
         described,
         options.backend,
@@ -155,21 +162,50 @@ def _generate(options: argparse.Namespace) -> int:
     if options.batch is not None:
         return answer_batch(options, described, settings, profile)
     messages, new_tokens = messages_of(options), settings.new_tokens
-    prompt = checked_prompt(described, messages, profile, described.options(), new_tokens)
+    prompt = checked_prompt(
+        described, messages, profile, described.options(), new_tokens, stopwatch
+    )
 
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)
 
     stream = show if options.stream else None
-    model = with_weights(described)
-    events = generate_once(model, prompt, profile, settings, one_by_one=stream is not None)
+    with startup.part("weights"):
+        model = with_weights(described)
+    events = generate_once(
+        model, prompt, profile, settings, one_by_one=stream is not None, stopwatch=stopwatch
+    )
     result = result_of(events, stream)
+    seconds = _seconds(startup, result.stats)
     if options.json:
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
-        return 0
-    print("" if options.stream else result.text)
-    print(_figures(result), file=sys.stderr)
+        document = dataclasses.asdict(result) | {"seconds": seconds}
+        print(json.dumps(document, ensure_ascii=False, indent=2))
+    else:
+        print("" if options.stream else result.text)
+        print(_figures(result), file=sys.stderr)
+    if options.timing:
+        for part, of_part in seconds.items():
+            print(f"{of_part:9.3f} s  {part}", file=sys.stderr)
     return 0
+
+
+def _seconds(startup: Stopwatch, stats: "Stats") -> dict[str, float]:
+    """Where the time of the command went, since the process was started."""
+    seconds = {
+        "imports": startup.seconds["imports"],
+        "settings and tokenizer": startup.seconds["checkpoint"],
+        "prompt": stats.prompt_seconds,
+        "waiting for images": stats.image_seconds,
+        "weights": startup.seconds["weights"],
+        "schedules": stats.schedule_seconds,
+        "compiling": stats.compile_seconds,
+        "pixels to the device": stats.transfer_seconds,
+        "vision tower": stats.vision_seconds,
+        "prefill": stats.prefill_seconds,
+        "decode": stats.decode_seconds,
+    }
+    total = seconds_of_process()
+    return {"start of Python, and other": total - sum(seconds.values()), **seconds, "total": total}
 
 
 def _figures(result: "Result") -> str:

@@ -85,6 +85,17 @@ def test_generate_is_bsjax_generate(capsys, checkpoint, images):
     assert given["stats"]["attention_flops_sparse"] == given["stats"]["attention_flops_dense"]
 
 
+def test_timing_accounts_for_the_whole_command(capsys, checkpoint, images):
+    assert main(["generate", checkpoint, "What is it?", *images, "--timing"]) == 0
+    lines = capsys.readouterr().err.splitlines()[1:]
+    seconds = {line.partition(" s  ")[2]: float(line.partition(" s  ")[0]) for line in lines}
+    total = seconds.pop("total")
+    assert sum(seconds.values()) == pytest.approx(total, abs=0.01)
+    assert min(seconds.values()) >= 0 < seconds["weights"]
+    given = answer(capsys, checkpoint, "What is it?", *images)
+    assert given["seconds"].keys() == {*seconds, "total"}
+
+
 def test_images_can_be_arguments_or_options(capsys, checkpoint, images):
     first, second = images
     expected = answer(capsys, checkpoint, "Compare.", first, second)["token_ids"]
