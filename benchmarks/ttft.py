@@ -4,21 +4,31 @@
     python -m benchmarks.ttft                                 # without one: a small model, float32
     python -m benchmarks.ttft --size small-gemma-3 --images 100 --rounds 3 --no-transformers
 
-The prompt consists of random pictures and a question. `bsjax.generate` answers it: the time
-includes image processing on the host, vision tower, prefill and first token, but not compilation.
-Variants are interleaved. Weights are random, so the answers are noise and only the cost is
-meaningful. A mix of heads cuts a given share of the dense attention FLOPs in prefill; it is not a
-measured profile.
+The prompt consists of photographs and a question. The photographs are JPEG files, which this
+benchmark makes: `--jpeg` is their size, and `--image-size` the size that they are scaled to.
+`bsjax.generate` answers: the time includes reading the files, vision tower, prefill and first
+token, but not compilation. Variants are interleaved. Weights are random, so the answers are noise
+and only the cost is meaningful. A mix of heads cuts a given share of the dense attention FLOPs in
+prefill; it is not a measured profile.
 
-On a CPU, transformers on PyTorch also runs the model, with the same weights, pixel values and
-number of threads. The table says whether it chooses the same first token.
+`host` is the time that the call waits for the host: for the template, images, schedules and copies
+to the device. `images alone` is the time to read and scale the images when nothing else runs; if it
+is more than `host`, the rest ran while the model did. `first call` is that of a new process, in
+which programs are compiled (cold) or read from the cache that the one before has left.
+
+On a CPU, transformers on PyTorch also runs the model, with the same weights, files and number of
+threads, and its own image processor. The table says whether it chooses the same first token.
 """
 
 import argparse
+import dataclasses
 import importlib.util
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +47,7 @@ from bsjax.masks.flops import LayerFlops, head_flops
 from bsjax.runtime.inputs import prepare_inputs
 
 PARTS = ("host", "vision", "prefill", "total")
+ALONE = "images alone"
 DENSE, TRANSFORMERS = "bsjax, dense", "transformers on torch"
 
 Seconds = dict[str, float]
@@ -44,6 +55,9 @@ Seconds = dict[str, float]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.first_call:
+        print(json.dumps(_first_call(options)))
+        return 0
     result = measure(options)
     print(render(result))
     path = write_result(f"ttft_{options.size}_{jax.default_backend()}", result, options.output)
@@ -64,6 +78,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar=("WIDTH", "HEIGHT"),
         help="in pixels; 28 x 28 pixels are one token, and every image is 256 tokens for Gemma 3",
     )
+    parser.add_argument(
+        "--jpeg",
+        type=int,
+        nargs=2,
+        default=(1920, 1080),
+        metavar=("WIDTH", "HEIGHT"),
+        help="size of the files",
+    )
+    parser.add_argument(
+        "--first-calls",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also measure the first call of two processes",
+    )
+    # What those two processes do.
+    parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument(
         "--cuts",
@@ -88,6 +118,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all variants; returns what goes into the JSON file."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = photographs(Path(folder), options.images, tuple(options.jpeg))
+        return _measure(options, files)
+
+
+def _measure(options: argparse.Namespace, files: Sequence[Path]) -> dict[str, Any]:
     config = model_config(options.size)
     reference = None
     if options.transformers:
@@ -99,7 +135,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         module = random_module(config, options.dtype)
     model = loaded_model(config, module, options.dtype)
-    messages = _messages(options.images, tuple(options.image_size))
+    messages = _messages(model, files, tuple(options.image_size))
     prompt = model.prompt(messages)
     template = model.family.template(prompt, config)
 
@@ -116,12 +152,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, profile in profiles.items()
     }
     if reference is not None:
-        calls[TRANSFORMERS] = _transformers_call(reference, model, messages)
+        calls[TRANSFORMERS] = _transformers_call(reference, model, messages, files)
     tokens = {name: call()[1] for name, call in calls.items()}  # Compiles and warms up.
     samples: dict[str, list[Seconds]] = {name: [] for name in calls}
+    alone = []
     for _ in range(options.rounds):
         for name, call in calls.items():
             samples[name].append(call()[0])
+        start = time.perf_counter()
+        model.prompt(messages)
+        alone.append(time.perf_counter() - start)
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(module))
     return {
@@ -132,6 +172,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": template.tokens,
         "images": template.num_images,
         "tokens_per_image": int(prompt.image_tokens[0]),
+        "jpeg": options.jpeg,
+        "median_images_alone_seconds": statistics.median(alone),
+        "images_alone_seconds": alone,
+        "first_calls": _first_calls(options) if options.first_calls else None,
         "torch_threads": _torch_threads() if reference is not None else None,
         "same_first_token_as_transformers": (
             tokens[DENSE] == tokens[TRANSFORMERS] if reference is not None else None
@@ -177,10 +221,26 @@ def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile
     )
 
 
-def _messages(images: int, size: tuple[int, int]) -> list[dict[str, Any]]:
-    generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (images, size[1], size[0], 3), dtype=np.uint8)
-    parts = [{"type": "image", "image": Image.fromarray(pixels)} for pixels in pictures]
+def photographs(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """Writes JPEG files that compress about as well as photographs do."""
+    files = []
+    for number in range(count):
+        random = np.random.default_rng(number)
+        coarse = random.integers(0, 256, (size[1] // 40 + 1, size[0] // 40 + 1, 3), np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize(size), np.int16)
+        noise = random.integers(-12, 13, smooth.shape, np.int16)
+        files.append(folder / f"{number}.jpg")
+        Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)).save(files[-1])
+    return files
+
+
+def _messages(
+    model: LoadedModel, files: Sequence[Path], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    scaled = {}
+    if "max_pixels" in model.family.image_options:
+        scaled = {"max_pixels": size[0] * size[1]}
+    parts = [{"type": "image", "path": str(file), **scaled} for file in files]
     question = {"type": "text", "text": "What do these pictures show?"}
     return [{"role": "user", "content": [*parts, question]}]
 
@@ -194,14 +254,19 @@ def _ours(
     stats = result.stats
     total -= stats.compile_seconds
     seconds = {"vision": stats.vision_seconds, "prefill": stats.prefill_seconds, "total": total}
+    # What the statistics say, and what they leave out.
     seconds["host"] = total - seconds["vision"] - seconds["prefill"]
+    seconds["unaccounted"] = total + stats.compile_seconds - stats.first_token_seconds
     return seconds, result.token_ids[0]
 
 
 def _transformers_call(
-    reference: Any, model: LoadedModel, messages: list[dict[str, Any]]
+    reference: Any,
+    model: LoadedModel,
+    messages: list[dict[str, Any]],
+    files: Sequence[Path],
 ) -> Callable[[], tuple[Seconds, int]]:
-    """A call that answers the prompt with transformers, on images prepared by bsjax."""
+    """A call that answers the prompt with transformers: its image processor and its model."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -211,13 +276,24 @@ def _transformers_call(
     tower.register_forward_pre_hook(lambda *_: spans.append(-time.perf_counter()))
     tower.register_forward_hook(lambda *_: spans.append(time.perf_counter()))
 
+    # Everything but the pixels, which takes no time to speak of.
+    others = model.family.reference_inputs(model.prompt(messages), model.config)
+    del others["pixel_values"]
+    settings: dict[str, Any] = {}
+    if "max_pixels" in messages[0]["content"][0]:
+        smallest = dict(model.image_processor.size)["shortest_edge"]
+        largest = messages[0]["content"][0]["max_pixels"]
+        settings["size"] = {"shortest_edge": smallest, "longest_edge": largest}
+
     def call() -> tuple[Seconds, int]:
         spans.clear()
         start = time.perf_counter()
-        prompt = model.prompt(messages)
+        pictures = [Image.open(file) for file in files]
+        processed = model.image_processor(images=pictures, return_tensors="np", **settings)
+        pixel_values = np.asarray(processed["pixel_values"], np.float32)
         inputs = {
             name: torch.from_numpy(array)
-            for name, array in model.family.reference_inputs(prompt, model.config).items()
+            for name, array in (others | {"pixel_values": pixel_values}).items()
         }
         host = time.perf_counter() - start
         with torch.inference_mode():
@@ -228,6 +304,35 @@ def _transformers_call(
         return seconds | {"prefill": total - host - vision}, token
 
     return call
+
+
+def _first_calls(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The first call of two processes: with an empty cache of compiled programs, then with it."""
+    arguments = ["--size", options.size, "--dtype", options.dtype, "--images", options.images]
+    arguments += ["--image-size", *options.image_size, "--jpeg", *options.jpeg]
+    calls = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
+        for cache in ("empty", "left by the first process"):
+            command = [sys.executable, "-m", "benchmarks.ttft", "--first-call"]
+            output = subprocess.run(
+                [*command, *map(str, arguments)],
+                check=True,
+                capture_output=True,
+                text=True,
+                env=environment,
+            ).stdout
+            calls.append({"cache": cache, **json.loads(output.splitlines()[-1])})
+    return calls
+
+
+def _first_call(options: argparse.Namespace) -> dict[str, Any]:
+    config = model_config(options.size)
+    model = loaded_model(config, random_module(config, options.dtype), options.dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        files = photographs(Path(folder), options.images, tuple(options.jpeg))
+        messages = _messages(model, files, tuple(options.image_size))
+        return dataclasses.asdict(bsjax.generate(model, messages, max_new_tokens=1).stats)
 
 
 def _torch_threads() -> int:
@@ -278,7 +383,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"### {result['size']} ({result['parameters'] / 1e6:.0f} million random parameters, "
         f"{result['dtype']}): {result['tokens']} tokens, {result['images']} images of "
-        f"{result['tokens_per_image']}",
+        f"{result['tokens_per_image']}, files of {result['jpeg'][0]} x {result['jpeg'][1]}; "
+        f"{ALONE} {result['median_images_alone_seconds']:.3f} s",
         "",
         *(f"- {row['variant']}: {row['heads']}" for row in result["rows"] if row["heads"]),
         "",
@@ -303,7 +409,13 @@ def render(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    return "\n".join([*lines, markdown_table(header, rows)])
+    calls = [
+        f"First call of a process, dense, cache of compiled programs {call['cache']}: "
+        f"{call['first_token_seconds']:.1f} s, {call['compile_seconds']:.1f} of them for "
+        f"{call['compiled_programs']} programs."
+        for call in result["first_calls"] or ()
+    ]
+    return "\n".join([*lines, markdown_table(header, rows), "", *calls]).rstrip()
 
 
 if __name__ == "__main__":

@@ -157,7 +157,28 @@ def prefill_kernel(
     )
 
 
-def compile_decode(
+class DecodeKernel(NamedTuple):
+    """Decode attention and the GPU that it is for."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    gpu: str
+
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the compiled kernels."""
+        return digest(self.function, self.arguments, self.gpu)
+
+    def reports(self) -> dict[str, KernelReport]:
+        """Compiles the kernels; the reports on `decode_attention` and `combine_splits`, by name."""
+        return kernel_reports(self.function, self.arguments, self.gpu)
+
+
+def compile_decode(*arguments: Any, **options: Any) -> dict[str, KernelReport]:
+    """Compiles decode attention; returns the reports on its kernels. See `decode_kernel`."""
+    return decode_kernel(*arguments, **options).reports()
+
+
+def decode_kernel(
     gpu: str,
     head_dim: int,
     dtype: str,
@@ -166,9 +187,8 @@ def compile_decode(
     rows: int = 36_864,
     q_heads: int = 28,
     kv_heads: int = 4,
-) -> dict[str, KernelReport]:
-    """Compiles decode attention; returns the reports on its kernels, `decode_attention` and
-    `combine_splits`, by name.
+) -> DecodeKernel:
+    """Decode attention, to be compiled.
 
     Args:
       gpu: a key of `gpu_targets.TARGETS`.
@@ -189,4 +209,4 @@ def compile_decode(
     cache, own = shape(layers, 1, rows, kv_heads, head_dim), shape(1, kv_heads, head_dim)
     number, lengths = shape(dtype=jnp.int32), shape(1, dtype=jnp.int32)
     arguments = (shape(1, q_heads, head_dim), cache, cache, number, lengths, own, own)
-    return kernel_reports(attend, arguments, gpu)
+    return DecodeKernel(attend, arguments, gpu)

@@ -92,6 +92,7 @@ class DescribedModel(Processor):
         digits. It does not depend on the dtype of the converted checkpoint.
       image_sources: where images of messages may come from, and limits on them.
       max_programs: how many compiled programs are kept for the model.
+      image_cache_bytes: the most bytes of image features that are kept for its calls.
     """
 
     generation_config: GenerationConfig
@@ -100,6 +101,7 @@ class DescribedModel(Processor):
     path: Path
     fingerprint: str
     max_programs: int = MAX_PROGRAMS
+    image_cache_bytes: int = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -125,6 +127,7 @@ def load(
     *,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
+    image_cache_bytes: int = 0,
     image_sources: ImageSources = DEFAULT_SOURCES,
     progress: Progress | bool | None = None,
 ) -> LoadedModel:
@@ -145,6 +148,10 @@ def load(
         bucket of sizes, so that prompts of many sizes need many. Beyond this number, the least
         recently used program is dropped. When it is needed again, it is compiled, or read from
         JAX's persistent cache.
+      image_cache_bytes: the most bytes of host memory for the features of images, by their pixels.
+        An image that comes again, in any conversation, then needs no vision tower
+        (`Result.stats.reused_images`). 0, the default, keeps none. What does not fit is dropped,
+        least recently used first.
       image_sources: where images of messages may come from, and limits on them. A service that
         answers other people's messages should restrict them here.
       progress: None shows a progress bar if stderr is a terminal, False shows nothing; or a
@@ -153,13 +160,18 @@ def load(
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
         format, of an unsupported family or damaged, or fails verification; or `dtype` is not one of
-        the three, or `max_programs` is below 1; or this process was forked from one that had used
-        JAX.
+        the three, or `max_programs` is below 1, or `image_cache_bytes` below 0; or this process was
+        forked from one that had used JAX.
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise CheckpointError(f"progress must be None, False or a function, got {shown(progress)}.")
     described = describe(
-        path, dtype, verify=verify, max_programs=max_programs, image_sources=image_sources
+        path,
+        dtype,
+        verify=verify,
+        max_programs=max_programs,
+        image_cache_bytes=image_cache_bytes,
+        image_sources=image_sources,
     )
     return with_weights(described, progress)
 
@@ -170,6 +182,7 @@ def describe(
     *,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
+    image_cache_bytes: int = 0,
     image_sources: ImageSources = DEFAULT_SOURCES,
 ) -> DescribedModel:
     """All of `load` that needs no weights. The arguments and the errors are those of `load`.
@@ -180,6 +193,9 @@ def describe(
     check_not_forked(CheckpointError)
     verify = truth_value("verify", verify, error=CheckpointError)
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
+    image_cache_bytes = whole_number(
+        "image_cache_bytes", image_cache_bytes, least=0, error=CheckpointError
+    )
     if not isinstance(image_sources, ImageSources):
         raise CheckpointError(f"image_sources must be ImageSources, got {shown(image_sources)}.")
     folder = folder_path(path)
@@ -187,7 +203,10 @@ def describe(
     if verify:
         verify_manifest(folder)
     return dataclasses.replace(
-        _describe_folder(folder, dtype), max_programs=max_programs, image_sources=image_sources
+        _describe_folder(folder, dtype),
+        max_programs=max_programs,
+        image_cache_bytes=image_cache_bytes,
+        image_sources=image_sources,
     )
 
 

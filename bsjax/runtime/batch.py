@@ -29,6 +29,7 @@ from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, DecodeState, Decoding
+from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_memory
 from bsjax.runtime.prefill import Prefill
@@ -128,6 +129,7 @@ class _Conversation:
       prefix: what it shares with others.
       is_compared: whether it has been compared with the others that wait.
       reused: how many tokens were copied from a prefix.
+      reused_images: how many of its images had been encoded before.
       stopwatch: has counted the preparation of the prompt.
       seconds: by part, its share of what runs together with others.
       first_token: seconds from the beginning of the batch to its first token.
@@ -143,6 +145,7 @@ class _Conversation:
     prefix: _Prefix | None = None
     is_compared: bool = False
     reused: int = 0
+    reused_images: int = 0
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     first_token: float = 0.0
@@ -494,7 +497,18 @@ class _Pool:
             of.settings if isinstance(of, _Conversation) else self._unused for _, of in admitted
         ]
         prompts = [prompt for prompt, _ in admitted]
-        prefill = Prefill(self._programs, prompts, self._layout, settings, self._backend)
+        prefill = Prefill(
+            self._programs,
+            prompts,
+            self._layout,
+            settings,
+            self._backend,
+            image_cache=image_cache_of(self._model),
+        )
+        known = {id(image) for group in prefill.groups if group.features for image in group.images}
+        for _, of in admitted:
+            if isinstance(of, _Conversation):
+                of.reused_images = sum(id(image) in known for image in of.inputs.images)
         try:
             check_memory(prompts[0].inputs, prefill.stages, self._available)
         except CapacityError as error:
@@ -602,6 +616,7 @@ class _Pool:
             backend=self._backend,
             attention_flops_per_kind=inputs.flops_per_kind,
             reused_tokens=of.reused,
+            reused_images=of.reused_images,
         )
 
 

@@ -46,6 +46,7 @@ from bsjax.runtime.decoding import (
     DecodeState,
     Decoding,
 )
+from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
@@ -567,7 +568,8 @@ def forward_once(
         reader.start()
         layout = layout_of(kept, inputs.tokens)
         programs = programs_of(model)
-        scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend)
+        image_cache = image_cache_of(model) if kept is None else kept.image_cache
+        scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
         check_memory(
             inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
         )
@@ -652,7 +654,15 @@ def generate_once(
             reader.start()
         layout = layout_of(kept, inputs.tokens + settings.new_tokens)
         placed = PlacedPrompt(inputs, reuse)
-        prefill = Prefill(programs, [placed], layout, [settings], settings.backend, stopwatch)
+        prefill = Prefill(
+            programs,
+            [placed],
+            layout,
+            [settings],
+            settings.backend,
+            image_cache=image_cache_of(model) if kept is None else kept.image_cache,
+            stopwatch=stopwatch,
+        )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
         stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
         check_memory(inputs, stages, available_bytes(kept, reuse))
@@ -702,5 +712,6 @@ def generate_once(
             **seconds_of(stopwatch),
             attention_flops_per_kind=inputs.flops_per_kind,
             reused_tokens=reuse.start,
+            reused_images=prefill.reused_images,
         ),
     )

@@ -4,6 +4,7 @@ A group is as many consecutive images as fit into one of a few sizes. One or two
 encode the images of all prompts, and the pixels of at most two groups are on the device at a time.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from bsjax.models import Architecture, ImageTextModel
 from bsjax.models.cache import PADDING_ROW
 from bsjax.models.pixels import Pixels
 from bsjax.prompts.prompt import PromptImage
-from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+from bsjax.runtime.image_cache import ImageCache
+from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import sizes_in_use
 from bsjax.timing import Stopwatch
 
@@ -34,11 +36,12 @@ class ImageGroup:
 
     Attributes:
       images: the images.
-      plan: the family's `vision_plan` for these images, padded.
+      plan: the family's `vision_plan` for these images, padded; None if they have been encoded.
       first: index of the group's first token among all image tokens that run.
       padded_tokens: the same, including tokens made of padding patches.
       patches_per_token: patches that are merged into one image token.
       patch_bytes: bytes of a patch.
+      features: those of each image, if they have been encoded.
     """
 
     images: tuple[PromptImage, ...]
@@ -47,6 +50,7 @@ class ImageGroup:
     padded_tokens: int
     patches_per_token: int
     patch_bytes: int
+    features: tuple[Float[np.ndarray, "_ hidden"], ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -70,6 +74,13 @@ class ImageGroup:
     def _shape(self) -> tuple[int, int]:
         return self.padded_tokens * self.patches_per_token, self.patch_bytes
 
+    def encoded(self) -> Float[np.ndarray, "padded_tokens hidden"]:
+        """The padded features of images that have been encoded."""
+        assert self.features is not None
+        padded = np.zeros((self.padded_tokens, self.features[0].shape[1]), self.features[0].dtype)
+        padded[: self.tokens] = np.concatenate(self.features)
+        return padded
+
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of `encode_images` that follow `features`, with shapes for arrays."""
         rows = jax.ShapeDtypeStruct((self.padded_tokens,), np.int32)
@@ -88,17 +99,28 @@ class ImageGroup:
 
 
 def image_groups(
-    architecture: Architecture, images: Sequence[PromptImage], backend: str
+    architecture: Architecture,
+    images: Sequence[PromptImage],
+    backend: str,
+    cache: ImageCache | None = None,
 ) -> tuple[ImageGroup, ...]:
     """Divides images into groups for the vision tower.
+
+    Images that have been encoded are in groups of their own.
 
     Args:
       architecture: architecture of the model.
       images: the images of the prompts that run, one prompt after the other.
       backend: attention backend.
+      cache: images that have been encoded. Unless it is empty, waits for the pixels of all images.
     """
     if not images:
         return ()
+    known = [cache.get(image) if cache else None for image in images]
+    runs = [
+        [index for index, _ in run]
+        for _, run in itertools.groupby(enumerate(known), lambda each: each[1] is None)
+    ]
     family, config, dtype = architecture
     block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
     grids = np.stack([image.grid_thw for image in images])
@@ -106,20 +128,27 @@ def image_groups(
     patches_per_token = family.patches_per_token(config)
     groups = []
     counted = counted_patches(grids).tolist()
-    for first, end, padded in group_borders(counted, sizes_in_use().patches):
-        plan = family.vision_plan(
-            grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
-        )
-        groups.append(
-            ImageGroup(
-                tuple(images[first:end]),
-                plan,
-                first_token[first],
-                padded // patches_per_token,
-                patches_per_token,
-                family.patch_area(config) * family.channels(config),
+    for run in runs:
+        borders = group_borders([counted[index] for index in run], sizes_in_use().patches)
+        for first_of_run, end_of_run, padded in borders:
+            first, end = run[0] + first_of_run, run[0] + end_of_run
+            features = tuple(each for each in known[first:end] if each is not None)
+            plan = None
+            if not features:
+                plan = family.vision_plan(
+                    grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
+                )
+            groups.append(
+                ImageGroup(
+                    tuple(images[first:end]),
+                    plan,
+                    first_token[first],
+                    padded // patches_per_token,
+                    patches_per_token,
+                    family.patch_area(config) * family.channels(config),
+                    features or None,
+                )
             )
-        )
     return tuple(groups)
 
 
@@ -208,11 +237,30 @@ def encode_images(
     return features.at[image_rows].set(encoded.astype(features.dtype), mode="drop")
 
 
+def write_features(
+    module: ImageTextModel,
+    features: Float[Array, "rows hidden"],
+    encoded: Float[Array, "merged hidden"],
+    image_rows: Int[Array, "merged"],
+) -> Float[Array, "rows hidden"]:
+    """Writes features of images that have been encoded, as `encode_images` does."""
+    del module
+    return features.at[image_rows].set(encoded, mode="drop")
+
+
+def read_features(
+    module: ImageTextModel, features: Float[Array, "rows hidden"], image_rows: Int[Array, "merged"]
+) -> Float[Array, "merged hidden"]:
+    """The features of a group. Those of padding are any."""
+    del module
+    return features.at[image_rows].get(mode="clip")
+
+
 class ImageEncoder:
     """The stages that run the vision tower.
 
     Attributes:
-      stages: one for each size of group.
+      stages: one for each size of group, and two more if images are kept.
     """
 
     def __init__(
@@ -223,6 +271,7 @@ class ImageEncoder:
         row_of: Callable[[Any], Any],
         backend: str,
         *,
+        cache: ImageCache | None = None,
         other_bytes: int = 0,
     ) -> None:
         """Compiles the programs that are needed.
@@ -234,16 +283,25 @@ class ImageEncoder:
             images.
           row_of: maps indices among all image tokens that run to rows of that array.
           backend: attention backend.
+          cache: keeps the features of images that are encoded; None keeps none.
           other_bytes: bytes on the device while images are encoded, such as the cache, in addition
             to the weights and to what the programs take.
         """
-        self._row_of = row_of
-        self._programs = {
-            group.padded_tokens: programs.get(
-                encode_images, (features, *group.arguments()), static=(backend,), donate=(0,)
-            )
-            for group in groups
-        }
+        self._row_of, self._cache = row_of, cache
+        self._programs: dict[tuple[Callable[..., Any], int], Program] = {}
+        for group in groups:
+            size = group.padded_tokens
+            *_, rows = arguments = group.arguments()
+            if group.features is None:
+                self._programs[encode_images, size] = programs.get(
+                    encode_images, (features, *arguments), static=(backend,), donate=(0,)
+                )
+            if cache is not None and features is not None:
+                encoded = jax.ShapeDtypeStruct((size, features.shape[1]), features.dtype)
+                self._programs[write_features, size] = programs.get(
+                    write_features, (features, encoded, rows), donate=(0,)
+                )
+                self._programs[read_features, size] = programs.get(read_features, (features, rows))
         # While one group is encoded, the pixels of the next are copied to the device.
         copied = max((size_in_bytes(group.arguments()[0]) for group in groups[1:]), default=0)
         self.stages = [
@@ -265,9 +323,11 @@ class ImageEncoder:
             still being read, the device encodes the group before.
         """
         stopwatch = stopwatch or Stopwatch()
+        fresh: list[tuple[ImageGroup, jax.Array]] = []
         with stopwatch.part("vision"):
             for group in groups:
-                pixels = group.pixels()
+                rows = group.rows(self._row_of)
+                pixels = group.encoded() if group.features else group.pixels()
                 with stopwatch.part("transfer"):
                     pixels = jax.device_put(pixels)
                 # Waits for the group before, so that no more than two groups' pixels are on the
@@ -275,6 +335,22 @@ class ImageEncoder:
                 jax.block_until_ready(features)
                 with stopwatch.part("transfer"):
                     jax.block_until_ready(pixels)
-                program = self._programs[group.padded_tokens]
-                features = program(features, pixels, group.plan, group.rows(self._row_of))
+                if group.features:
+                    program = self._programs[write_features, group.padded_tokens]
+                    features = program(features, pixels, rows)
+                    continue
+                program = self._programs[encode_images, group.padded_tokens]
+                features = program(features, pixels, group.plan, rows)
+                if self._cache is not None:
+                    read = self._programs[read_features, group.padded_tokens]
+                    fresh.append((group, read(features, rows)))
+            for group, encoded in fresh:
+                self._keep(group, np.asarray(encoded))
         return features
+
+    def _keep(self, group: ImageGroup, encoded: Float[np.ndarray, "tokens hidden"]) -> None:
+        assert self._cache is not None
+        end = 0
+        for image in group.images:
+            first, end = end, end + image.tokens
+            self._cache.put(image, encoded[first:end].copy())

@@ -18,6 +18,7 @@ from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
+from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import NOTHING, CachedTokens, Reuse, has_moved_on
@@ -76,11 +77,18 @@ class KeptCache:
       rows: rows of a conversation's cache.
       most: the most conversations.
       conversations: the conversations, least recently used first.
+      image_cache: features of images, which all conversations share; None if none are kept.
     """
 
     def __init__(
-        self, model: LoadedModel, profile: Profile | None, max_tokens: int, most: int = 1
+        self,
+        model: LoadedModel,
+        profile: Profile | None,
+        max_tokens: int,
+        most: int = 1,
+        image_cache: ImageCache | None = None,
     ) -> None:
+        self.image_cache = image_cache
         self.max_tokens, self.most = max_tokens, most
         self.rows = cache_rows(max_tokens)
         self.conversations: list[KeptConversation] = []

@@ -18,6 +18,7 @@ from bsjax.runtime.arguments import (
     conversations_of,
 )
 from bsjax.runtime.chunks import PlacedPrompt
+from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
@@ -148,7 +149,10 @@ def score_once(
         reuse = kept.reuse(question, new_tokens=prompt.token_ids.size - first)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     programs, layout = programs_of(model), layout_of(kept, inputs.tokens)
-    scoring = AnswerScoring(programs, PlacedPrompt(inputs, reuse), first, layout, backend)
+    image_cache = image_cache_of(model) if kept is None else kept.image_cache
+    scoring = AnswerScoring(
+        programs, PlacedPrompt(inputs, reuse), first, layout, backend, image_cache
+    )
     check_memory(
         inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
     )

@@ -19,6 +19,7 @@ from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
+from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.images import ImageEncoder, image_groups, most_group_tokens
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
@@ -203,6 +204,7 @@ class ChunkedRun:
         carried: Any,
         more_arguments: Callable[[Chunk], tuple[Any, ...]] = lambda chunk: (),
         all_outputs: bool = False,
+        image_cache: ImageCache | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """Compiles the programs that are needed.
@@ -218,6 +220,7 @@ class ChunkedRun:
           more_arguments: arguments of `step` after the head categories.
           all_outputs: whether `step` needs the hidden states of all rows, not only those of the
             prompts' last tokens.
+          image_cache: keeps features of images; None keeps none.
           stopwatch: counts the time; None for one of its own.
         """
         self.stopwatch = stopwatch or Stopwatch()
@@ -227,7 +230,7 @@ class ChunkedRun:
         inputs = prompts[0].inputs
         self._categories = inputs.head_category
         images = [image for prompt in prompts for image in prompt.images]
-        self.groups = image_groups(inputs.architecture, images, backend)
+        self.groups = image_groups(inputs.architecture, images, backend, image_cache)
         group_tokens = most_group_tokens(inputs.architecture, images)
         self.chunks = Chunks(
             prompts,
@@ -248,6 +251,7 @@ class ChunkedRun:
             self.features,
             self.chunks.feature_row,
             backend,
+            cache=image_cache,
             other_bytes=size_in_bytes(carried),
         )
         # Programs are compiled for the shapes of one chunk of each size. `_build` uses it again.
@@ -257,6 +261,11 @@ class ChunkedRun:
             *self._images.stages,
             *(Stage("prefill", self.program_of(chunk)) for chunk in self._built.values()),
         ]
+
+    @property
+    def reused_images(self) -> int:
+        """How many images have been encoded before."""
+        return sum(len(group.images) for group in self.groups if group.features)
 
     def run(self, carried: Any) -> Iterator[tuple[Chunk, Any, Any]]:
         """Runs one chunk after the other. Yields each chunk, its result and what is carried on.
@@ -327,6 +336,8 @@ class Prefill(ChunkedRun):
         layout: CacheLayout,
         settings: Sequence[AnswerSettings],
         backend: str,
+        *,
+        image_cache: ImageCache | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """Compiles the programs that are needed.
@@ -337,6 +348,7 @@ class Prefill(ChunkedRun):
           layout: the shape of the cache.
           settings: how each prompt is answered.
           backend: attention backend.
+          image_cache: as for `ChunkedRun`.
           stopwatch: as for `ChunkedRun`.
         """
         self._settings = {id(of): each for of, each in zip(prompts, settings, strict=True)}
@@ -350,6 +362,7 @@ class Prefill(ChunkedRun):
             sizes=sizes_in_use(),
             carried=jax.eval_shape(lambda: DecodeState.empty(programs.module, layout)),
             more_arguments=lambda chunk: (self._first_tokens(chunk),),
+            image_cache=image_cache,
             stopwatch=stopwatch,
         )
 

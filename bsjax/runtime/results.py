@@ -45,6 +45,8 @@ class Stats:
         global.
       reused_tokens: tokens of the prompt that were in the cache already, from earlier calls of a
         session or from another conversation of a batch that begins alike.
+      reused_images: images among the other tokens whose features were kept (`image_cache_bytes`),
+        so that the vision tower had nothing to do.
     """
 
     prompt_tokens: int
@@ -64,6 +66,7 @@ class Stats:
     attention_flops_per_kind: tuple[LayerFlops, ...] = ()
     compiled_programs: int = 0
     reused_tokens: int = 0
+    reused_images: int = 0
 
 
 _PARTS = {

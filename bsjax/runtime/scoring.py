@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
+from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.prefill import (
     SCORED_ROWS,
     ChunkedRun,
@@ -33,7 +34,12 @@ class Scoring(ChunkedRun):
     """
 
     def __init__(
-        self, programs: Programs, prompt: PlacedPrompt, layout: CacheLayout, backend: str
+        self,
+        programs: Programs,
+        prompt: PlacedPrompt,
+        layout: CacheLayout,
+        backend: str,
+        image_cache: ImageCache | None = None,
     ) -> None:
         language_model = programs.module.language_model
         sizes = sizes_in_use()
@@ -45,6 +51,7 @@ class Scoring(ChunkedRun):
             backend,
             sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
             carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
+            image_cache=image_cache,
             all_outputs=True,
         )
         logits, _ = self.stages[-1].program.output
@@ -75,6 +82,7 @@ class AnswerScoring(ChunkedRun):
       first: position of the answer's first token.
       layout: the shape of the cache.
       backend: attention backend.
+      image_cache: as for `ChunkedRun`.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class AnswerScoring(ChunkedRun):
         first: int,
         layout: CacheLayout,
         backend: str,
+        image_cache: ImageCache | None = None,
     ) -> None:
         self._first, self._prompt = first, prompt
         language_model = programs.module.language_model
@@ -96,6 +105,7 @@ class AnswerScoring(ChunkedRun):
             sizes=sizes_in_use(),
             carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
             more_arguments=lambda chunk: (self._scored(chunk),),
+            image_cache=image_cache,
             all_outputs=True,
         )
 

@@ -30,6 +30,7 @@ from bsjax.runtime.generation import (
     pieces_of,
     result_of,
 )
+from bsjax.runtime.image_cache import DEFAULT_BYTES, ImageCache, image_cache_of
 from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache
 from bsjax.runtime.likelihood import score_once
 from bsjax.runtime.programs import check_model
@@ -89,6 +90,7 @@ class Session:
         profile: ProfileLike = None,
         max_tokens: int = 8192,
         conversations: int = 1,
+        image_cache_bytes: int = DEFAULT_BYTES,
         backend: str = "auto",
     ) -> None:
         """Prepares a session. The cache is allocated by the first call.
@@ -99,6 +101,9 @@ class Session:
           max_tokens: the most tokens of a prompt and its answer, which set the size of the cache
             of a conversation.
           conversations: the most conversations that are kept.
+          image_cache_bytes: the most bytes of host memory for the features of images, so that an
+            image that comes again, in any order or conversation, needs no vision tower. A model
+            that was loaded with a cache of its own shares that one with the session.
           backend: attention backend, see `sparse_attention`.
 
         Raises:
@@ -115,7 +120,13 @@ class Session:
         conversations = whole_number(
             "conversations", conversations, least=1, most=MOST_CONVERSATIONS, error=GenerationError
         )
-        self._kept = KeptCache(model, self._profile, max_tokens, conversations)
+        image_cache_bytes = whole_number(
+            "image_cache_bytes", image_cache_bytes, least=0, error=GenerationError
+        )
+        own = ImageCache(image_cache_bytes) if image_cache_bytes else None
+        self._kept = KeptCache(
+            model, self._profile, max_tokens, conversations, image_cache_of(model) or own
+        )
         self._lock = threading.Lock()
 
     @property

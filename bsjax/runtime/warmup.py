@@ -15,6 +15,7 @@ from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
 from bsjax.runtime.batch import copying_program, sequences_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
+from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
@@ -95,7 +96,14 @@ def warmup(
         sequences = sequences_for(programs.module, rows, conversations, bytes_available())
         for layout in {CacheLayout(rows), CacheLayout(rows, sequences)}:
             prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
-            ImageEncoder(programs, groups, prefill.features, prefill.chunks.feature_row, backend)
+            ImageEncoder(
+                programs,
+                groups,
+                prefill.features,
+                prefill.chunks.feature_row,
+                backend,
+                cache=ImageCache(1),
+            )
             Decoding(programs, layout, settings.end_tokens, backend)
             if layout.sequences > 1:
                 copying_program(programs, prefill.carried)
