@@ -2,12 +2,14 @@
 
     python -m benchmarks.sessions                             # a small model, random, float32
     python -m benchmarks.sessions --size qwen2.5-vl-7b --tokens 36000 --image-size 560 560
+    python -m benchmarks.sessions --checkpoint FOLDER --profile FILE --tokens 8192 \\
+        --image-size 728 728                                  # 12 images, real weights
 
 The first turn shows images and asks a question. The second turn is either another question or one
 more image with a question. Each is answered by a session that has answered the first turn, and by
 `bsjax.generate`. Seconds are those of vision tower and prefill, without image processing on the
-host and without compilation. Weights are random; the table says whether both answers begin with
-the same token.
+host and without compilation. Unless a checkpoint is named, weights are random. The table says
+whether both answers begin with the same token.
 """
 
 import argparse
@@ -33,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     result = measure(options)
     print(render(result))
-    path = write_result(f"sessions_{options.size}_{jax.default_backend()}", result, options.output)
+    path = write_result(
+        f"sessions_{result['size']}_{jax.default_backend()}", result, options.output
+    )
     print(f"\nwritten to {path}")
     return 0
 
@@ -42,6 +46,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small" if on_cpu else "qwen2.5-vl-7b")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a converted checkpoint, in place of --size"
+    )
+    parser.add_argument("--profile", help="its profile; default: all heads INTRA_IMAGE_SINK")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument(
         "--image-size", type=int, nargs=2, default=(392, 392), metavar=("WIDTH", "HEIGHT")
@@ -54,18 +62,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all conversations; returns what goes into the JSON file."""
-    config = model_config(options.size)
-    model = loaded_model(config, random_module(config, options.dtype), options.dtype)
-    profiles = {"dense": None, "sparse": Profile.uniform("INTRA_IMAGE_SINK", model)}
+    if options.checkpoint is None:
+        config = model_config(options.size)
+        model = loaded_model(config, random_module(config, options.dtype), options.dtype)
+    else:
+        model = bsjax.load(options.checkpoint, options.dtype)
+    sparse = Profile.resolve(options.profile, model) or Profile.uniform("INTRA_IMAGE_SINK", model)
     rows = []
     for tokens in options.tokens:
         turns = _conversations(model, tokens, tuple(options.image_size))
-        for name, profile in profiles.items():
-            samples = [
-                _round(model, profile, turns, tokens) for _ in range(1 + options.rounds)
-            ]  # The first round compiles.
-            rows.append({"tokens": tokens, "heads": name, **_summary(samples[1:])})
-    return {"size": options.size, "weights": "random", "dtype": options.dtype, "rows": rows}
+        for name, profile in {"dense": None, "sparse": sparse}.items():
+            bsjax.warmup(model, max_tokens=_room(tokens), profile=profile)
+            samples = [_round(model, profile, turns, tokens) for _ in range(options.rounds)]
+            rows.append({"tokens": tokens, "heads": name, **_summary(samples)})
+    return {
+        "size": options.size if options.checkpoint is None else options.checkpoint.name,
+        "weights": "random" if options.checkpoint is None else "trained",
+        "dtype": options.dtype,
+        "rows": rows,
+    }
+
+
+def _room(tokens: int) -> int:
+    """The most tokens of a session whose first turn has `tokens`."""
+    return 2 * tokens + 1024
 
 
 def _conversations(
@@ -74,9 +94,13 @@ def _conversations(
     """Chat messages up to each turn. Images fill the first turn up to `tokens` tokens."""
     random = np.random.default_rng(0)
 
+    scaled = {}
+    if "max_pixels" in model.family.image_options:
+        scaled = {"max_pixels": size[0] * size[1], "min_pixels": size[0] * size[1]}
+
     def picture() -> dict[str, Any]:
         pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        return {"type": "image", "image": Image.fromarray(pixels)}
+        return {"type": "image", "image": Image.fromarray(pixels), **scaled}
 
     def user(*parts: dict[str, Any], text: str) -> dict[str, Any]:
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -98,16 +122,18 @@ def _round(
     tokens: int,
 ) -> dict[str, Any]:
     """The statistics of each turn, with a session and without one."""
-    room = 2 * tokens + 1024
+    session = bsjax.Session(model, profile=profile, max_tokens=_room(tokens))
     sample: dict[str, Any] = {}
     for turn in TURNS:
         plain = bsjax.generate(model, turns[turn], profile=profile, max_new_tokens=1)
-        session = bsjax.Session(model, profile=profile, max_tokens=room)
-        answer = session.generate(turns["first"], max_new_tokens=1)
-        if turn != "first":
-            answer = session.generate(turns[turn], max_new_tokens=1)
+        if turn == "image":
+            # Gemma 3's local layers cannot go back to the end of the first turn.
+            session.clear()
+            session.generate(turns["first"], max_new_tokens=1)
+        answer = session.generate(turns[turn], max_new_tokens=1)
         sample[turn] = {
             "prompt_tokens": plain.prompt_tokens,
+            "images": len(plain.stats.image_tokens),
             "reused_tokens": answer.stats.reused_tokens,
             "plain_seconds": plain.stats.vision_seconds + plain.stats.prefill_seconds,
             "session_seconds": answer.stats.vision_seconds + answer.stats.prefill_seconds,

@@ -383,9 +383,14 @@ def take_rows(array: Float[Array, "rows *axes"], rows: Int[Array, "taken"] | Non
 
 
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:
-    """Angles per position of a rotary embedding: `theta ** -(i / count)`, float32."""
+    """Angles per position of a rotary embedding: `theta ** -(i / count)`, float32.
+
+    The power is rounded to float32 once, as torch rounds it nearly always. NumPy's own float32
+    power is often one bit off, which at position 2,000 turns keys by 2e-4.
+    """
     exponent = np.arange(count, dtype=np.float32) / np.float32(count)
-    return (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+    power = np.float64(theta) ** exponent.astype(np.float64)
+    return np.float32(1) / power.astype(np.float32)
 
 
 def rotate(

@@ -370,6 +370,21 @@ def test_chunks_change_no_result(family, packed):
 
 @pytest.mark.slow
 @for_families
+def test_chunks_of_a_prompt_that_ends_in_an_image(family):
+    """One layer, so that the last one is the first; images are larger than chunks."""
+    models, whole = case_of(family, "two images, one layer")
+    end = int(np.flatnonzero(whole.token_ids == IMAGE)[-1]) + 1
+    prompt = replace(whole, token_ids=whole.token_ids[:end])
+    expected = reference_logits(models.reference, prompt)
+    for packed in (False, True):
+        logits, _, _ = models.port.prefill(prompt, packed=packed, chunk_rows=(16,))
+        assert_close(logits, expected)
+        last, _, _ = models.port.prefill(prompt, packed=packed, chunk_rows=(16,), all_outputs=False)
+        assert_close(last, expected[-1:])
+
+
+@pytest.mark.slow
+@for_families
 def test_every_layer_and_head_uses_its_category(family):
     """Block-sparse prefill in packed order is dense attention under the masks of the predicate."""
     models, prompt = case_of(family, "seven images, four layers")
@@ -515,6 +530,7 @@ def test_bfloat16_error_is_at_most_that_of_transformers(family):
     half_features = reference_features(reference, prompt)
     port = Port(reference, jnp.bfloat16)
     logits, _, _ = port.prefill(prompt)
+    in_chunks, _, _ = port.prefill(prompt, packed=True, chunk_rows=(16, 32))
     features = np.asarray(port.image_features(prompt), np.float32)[: len(half_features)]
     assert not np.array_equal(logits, half)
 
@@ -529,3 +545,4 @@ def test_bfloat16_error_is_at_most_that_of_transformers(family):
 
     assert error(features, exact_features) <= 1.1 * error(half_features, exact_features)
     assert error(logits, exact) <= 1.1 * error(half, exact)
+    assert error(in_chunks, exact) <= 1.1 * error(half, exact)
