@@ -100,17 +100,17 @@ def visible(query: TokenInfo, key: TokenInfo, groups: Any, visibility: Visibilit
 def key_visibility(key: TokenInfo, groups: Any, visibility: Visibility) -> KeyVisibility:
     """The half of the predicate that depends on keys alone; kernels compute it only once."""
     where = key.image.__array_namespace__().where
-
-    def keeps(group: KeyGroup) -> Any:
-        return (groups & group.value) != 0
-
-    own = where(key.sink, keeps(KeyGroup.OWN_SINK), keeps(KeyGroup.OWN))
-    other = where(key.sink, keeps(KeyGroup.OTHER_SINK), keeps(KeyGroup.OTHER))
-    other = where(key.image < 0, keeps(KeyGroup.TEXT), other)
+    own = where(key.sink, _keeps(groups, KeyGroup.OWN_SINK), _keeps(groups, KeyGroup.OWN))
+    other = where(key.sink, _keeps(groups, KeyGroup.OTHER_SINK), _keeps(groups, KeyGroup.OTHER))
+    other = where(key.image < 0, _keeps(groups, KeyGroup.TEXT), other)
     own_from = key.position * 0 if visibility.bidirectional_images else key.position
     return KeyVisibility(
         key.position, key.image, where(own, own_from, _NEVER), where(other, key.position, _NEVER)
     )
+
+
+def _keeps(groups: Any, group: KeyGroup) -> Any:
+    return (groups & group.value) != 0
 
 
 def sees(query_position: Any, query_image: Any, key: KeyVisibility, visibility: Visibility) -> Any:

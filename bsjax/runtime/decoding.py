@@ -116,14 +116,12 @@ class Answers(NamedTuple):
           settings: how each is answered. They share end tokens.
         """
         limits = [of.new_tokens for of in settings]
-
-        def each(value: Any) -> Int32[np.ndarray, "sequences"]:
-            return np.asarray([0 if of is None else value(of) for of in prompts], np.int32)
-
+        tokens = [0 if of is None else of.tokens for of in prompts]
+        next_position = [0 if of is None else of.next_position for of in prompts]
         return cls(
             limit=np.where([of is None for of in prompts], 0, limits).astype(np.int32),
-            prompt_tokens=each(lambda of: of.tokens),
-            next_position=each(lambda of: of.next_position),
+            prompt_tokens=np.asarray(tokens, np.int32),
+            next_position=np.asarray(next_position, np.int32),
             sampling=stacked([of.sampling for of in settings]),
             end_tokens=settings[0].end_tokens,
             scored=np.bool_(any(of.top_tokens is not None for of in settings)),
