@@ -10,7 +10,7 @@ copied (`bsjax.runtime.shared_prefixes`).
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -161,7 +161,7 @@ def run_batch(
     options: PromptOptions,
     *,
     return_errors: bool,
-) -> Iterator[Answered]:
+) -> Generator[Answered, None, None]:
     """Answers conversations together. Yields answers as they end.
 
     Args:

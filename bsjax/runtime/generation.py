@@ -459,6 +459,7 @@ def generate_iter(
         for number, conversation in enumerate(conversations)
     )
     outcomes = run_batch(model, tasks, resolved, options, return_errors=return_errors)
+    _open_streams.add(outcomes)
     return ((number, outcome) for number, _, outcome in outcomes)
 
 
@@ -528,12 +529,12 @@ def result_of(
     return result
 
 
-_open_streams: "weakref.WeakSet[Generator[Token | Result, None, None]]" = weakref.WeakSet()
+_open_streams: "weakref.WeakSet[Generator[Any, None, None]]" = weakref.WeakSet()
 
 
 @atexit.register
 def _close_streams() -> None:
-    """Ends the streams that are still open when the interpreter exits.
+    """Ends the streams and batches that are still open when the interpreter exits.
 
     Python would end them later, when modules that they need on the way out are gone.
     """
