@@ -37,6 +37,7 @@ def check_options(options: argparse.Namespace) -> None:
         ("--system", options.system is not None),
         ("--stream", options.stream),
         ("--json", options.json),
+        ("--timing", options.timing),
     ):
         if is_given:
             raise GenerationError(

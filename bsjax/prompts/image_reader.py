@@ -1,11 +1,13 @@
 """Threads that decode and scale images, while the first of them run through the model already."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from bsjax.prompts.downloads import stopping
 from bsjax.timing import Stopwatch
 
 _MOST_THREADS = 8
@@ -17,12 +19,23 @@ class Requested(Generic[T]):
     """What an `ImageReader` has been asked for."""
 
     def __init__(self, reader: "ImageReader", read: Callable[[], T]) -> None:
-        self._reader, self._read = reader, read
-        self._future: Future[T] | None = None
+        self._reader = reader
+        # Dropped as soon as it runs, because it holds the source of an image.
+        self._read: Callable[[], T] | None = read
+        self.future: Future[T] = Future()
 
     def begin(self, threads: ThreadPoolExecutor) -> None:
-        """Reads in one of these threads."""
-        self._future = threads.submit(self._read)
+        """Reads in one of these threads, unless that has begun already."""
+        read, self._read = self._read, None
+        if read is None:
+            return
+        try:
+            self.future = threads.submit(read)
+        except RuntimeError:  # No thread can be started, such as when the interpreter exits.
+            try:
+                self.future.set_result(read())
+            except BaseException as error:
+                self.future.set_exception(error)
 
     def result(self) -> T:
         """Waits for it.
@@ -30,18 +43,17 @@ class Requested(Generic[T]):
         Raises:
           BsjaxError: what reading raised.
         """
-        if self._future is None:
-            self._reader.start()
-        assert self._future is not None
+        self._reader.begin([self])
         with self._reader.stopwatch.part("images"):
-            return self._future.result()
+            return self.future.result()
 
 
 class ImageReader:
     """A few threads that read images in the order in which they are asked for.
 
     Nothing is read before `start`, or before a result is needed, so that a prompt that cannot run
-    is refused first. Leaving the `with` block cancels what has not begun, and waits for what has.
+    is refused first. Leaving the `with` block cancels what has not begun, ends downloads, and waits
+    for images that are being decoded.
 
     Attributes:
       stopwatch: counts the time that callers wait for results, for the part `images`.
@@ -50,7 +62,10 @@ class ImageReader:
     def __init__(self, stopwatch: Stopwatch | None = None) -> None:
         self.stopwatch = stopwatch or Stopwatch()
         self._requested: list[Requested] = []
-        self._threads = ThreadPoolExecutor(_threads(), thread_name_prefix="bsjax-images")
+        self._stopped = threading.Event()
+        self._threads = ThreadPoolExecutor(
+            _threads(), "bsjax-images", initializer=stopping, initargs=(self._stopped,)
+        )
 
     def __enter__(self) -> "ImageReader":
         return self
@@ -61,6 +76,8 @@ class ImageReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._requested.clear()
+        self._stopped.set()
         self._threads.shutdown(cancel_futures=True)
 
     def request(self, read: Callable[[], T]) -> Requested[T]:
@@ -69,11 +86,39 @@ class ImageReader:
         self._requested.append(requested)
         return requested
 
+    @property
+    def requests(self) -> int:
+        """How many requests have not begun."""
+        return len(self._requested)
+
+    def forget(self, requests: int) -> None:
+        """Forgets the requests that have not begun, except for the first ones."""
+        del self._requested[requests:]
+
     def start(self) -> None:
         """Begins to read what has been asked for."""
         requested, self._requested = self._requested, []
+        self.begin(requested)
+
+    def begin(self, requested: Sequence[Requested]) -> None:
+        """Begins to read these."""
         for each in requested:
             each.begin(self._threads)
+
+    def first_of(self, wanted: Sequence[Requested], others: Sequence[Requested]) -> None:
+        """Waits until all that are wanted have been read, or one of all has failed.
+
+        Raises:
+          BsjaxError: what the first of `others`, in their order, that failed has raised.
+        """
+        self.begin(wanted)
+        with self.stopwatch.part("images"):
+            waiting = {each.future for each in wanted}
+            while waiting:
+                _, waiting = wait(waiting, timeout=0.05, return_when=FIRST_COMPLETED)
+                for each in others:
+                    if each.future.done() and each.future.exception() is not None:
+                        each.future.result()
 
 
 def _threads() -> int:

@@ -183,9 +183,10 @@ def size_before_reading(key: str, source: Any, sources: ImageSources) -> tuple[i
       Exception: as for `read_image`.
     """
     if isinstance(source, PIL.Image.Image) and key not in ("base64", "path"):
+        _check_pixels(source.width, source.height, sources.max_source_pixels)
         if source.format is not None and source.format not in _SIZE_IN_HEADER:
             _load(source)
-        _check_pixels(source.width, source.height, sources.max_source_pixels)
+            _check_pixels(source.width, source.height, sources.max_source_pixels)
         return source.height, source.width
     if not isinstance(source, str | PathLike):
         return image_size(read_image(key, source, sources))

@@ -436,6 +436,7 @@ class Processor:
     @cached_property
     def pixel_scale(self) -> PixelScale:
         """What the values of images' pixels mean; the model must read images."""
+        self.family.check_image_settings(self.image_processor, self.config)
         return pixel_scale(self.image_processor, self.family.channels(self.config))
 
     def _tokenize(self, text: str) -> Int32[np.ndarray, "tokens"]:
@@ -492,6 +493,8 @@ class Processor:
                 shapes = None if size is None else self._shapes(size, image, sources)
             read = partial(self._read_image, image, sources, name)
             found.append((shapes, reader.request(read), name))
+        unknown = [request for shapes, request, _ in found if shapes is None]
+        reader.first_of(unknown, [request for _, request, _ in found])
         return [
             _RequestedImage(shapes or request.result().shapes, request, name)
             for shapes, request, name in found

@@ -161,6 +161,7 @@ def run_batch(
     options: PromptOptions,
     *,
     return_errors: bool,
+    ahead: bool = False,
 ) -> Generator[Answered, None, None]:
     """Answers conversations together. Yields answers as they end.
 
@@ -171,12 +172,22 @@ def run_batch(
       options: how messages become prompts.
       return_errors: whether a conversation that cannot be answered gives an error in place of an
         answer; otherwise the error is raised.
+      ahead: whether conversations stay as they are when others are taken, so that the images of
+        several are read side by side. A generator may use a buffer or a file again.
 
     Raises:
       BsjaxError: as for `bsjax.generate`, with the number of the conversation.
     """
     with ImageReader() as reader:
-        source = _Source(model, iter(tasks), profile, options, reader, return_errors=return_errors)
+        source = _Source(
+            model,
+            iter(tasks),
+            profile,
+            options,
+            reader,
+            return_errors=return_errors,
+            ahead=ahead,
+        )
         yield from source.fill()
         while source.waiting or source.alone:
             if source.waiting:
@@ -209,7 +220,9 @@ class _Source:
         reader: ImageReader,
         *,
         return_errors: bool,
+        ahead: bool,
     ) -> None:
+        self._ahead = ahead
         self.began = time.perf_counter()
         self._reader = reader
         self.waiting: dict[int, deque[_Conversation]] = {}
@@ -223,7 +236,7 @@ class _Source:
     def fill(self) -> Iterator[Answered]:
         """Prepares prompts until enough are waiting. Yields the errors of those that cannot run."""
         requested: list[list[_Conversation]] = []
-        while self._has_room(requested):
+        while self._has_room(requested if self._ahead else ()):
             task = next(self._tasks, None)
             if task is None:
                 self.is_exhausted = True
@@ -231,23 +244,28 @@ class _Source:
             prepared, failure = self._prepared(task)
             if failure is None:
                 requested.append(prepared)
+                if not self._ahead:
+                    yield from self._completed(prepared)
             else:
                 copies = range(len(task.settings))
                 yield from (Answered(task.number, copy, failure) for copy in copies)
-        # The images of all of them are read side by side.
+        for prepared in requested if self._ahead else ():
+            yield from self._completed(prepared)
+
+    def _completed(self, prepared: Sequence[_Conversation]) -> Iterator[Answered]:
+        """Reads the images of a conversation, which then waits. Yields the errors if it cannot."""
         self._reader.start()
-        for copies_of_one in requested:
-            first = copies_of_one[0]
-            assert first.prompt is not None
-            try:
-                with first.stopwatch.part("images"):
-                    first.prompt.complete()
-            except BsjaxError as error:
-                yield from (self.failed(each, error) for each in copies_of_one)
-                continue
-            for each in copies_of_one:
-                rows = cache_rows(each.inputs.tokens + each.settings.new_tokens)
-                self.waiting.setdefault(rows, deque()).append(each)
+        first = prepared[0]
+        assert first.prompt is not None
+        try:
+            with first.stopwatch.part("images"):
+                first.prompt.complete()
+        except BsjaxError as error:
+            yield from (self.failed(each, error) for each in prepared)
+            return
+        for each in prepared:
+            rows = cache_rows(each.inputs.tokens + each.settings.new_tokens)
+            self.waiting.setdefault(rows, deque()).append(each)
 
     def failed(self, conversation: _Conversation, error: BsjaxError) -> Answered:
         """The outcome of a conversation whose prompt cannot run."""
@@ -278,7 +296,7 @@ class _Source:
 
     def _prepared(self, task: Task) -> tuple[list[_Conversation], BsjaxError | None]:
         """The prompts of a conversation, or why it has none."""
-        stopwatch = Stopwatch()
+        stopwatch, requests = Stopwatch(), self._reader.requests
         try:
             with stopwatch.part("prompt"):
                 prompt = self._model.prompt_of(task.messages, self._options, self._reader)
@@ -286,6 +304,7 @@ class _Source:
                 longest = max(settings.new_tokens for settings in task.settings)
                 inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
         except BsjaxError as error:
+            self._reader.forget(requests)
             failure = _named(error, task.place)
             if not self._return_errors:
                 raise failure from error

@@ -383,7 +383,7 @@ def generate(
         for number, conversation in enumerate(conversations)
     ]
     for number, copy, outcome in run_batch(
-        model, tasks, resolved, options, return_errors=return_errors
+        model, tasks, resolved, options, return_errors=return_errors, ahead=True
     ):
         results[number][copy] = outcome
     for number, of_conversation in enumerate(results):
@@ -579,6 +579,8 @@ def forward_once(
             max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
         )
         check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
+        if kept is not None:
+            prompt.complete()
         logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
         if kept is not None:
             kept.put(prompt, inputs.template, reuse, (), cache)
@@ -639,7 +641,7 @@ def generate_once(
     # Again, because a stream may be asked for its next piece in a forked child.
     check_not_forked(GenerationError)
     programs = programs_of(model)
-    compiled_before = programs.compile_seconds, programs.compilations
+    compiled_before = programs.of_this_thread
     stopwatch = stopwatch or Stopwatch()
     with stopwatch.part("schedules"):
         reuse = NOTHING if kept is None else kept.reuse(prompt, settings.new_tokens)
@@ -667,8 +669,11 @@ def generate_once(
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
         stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
         check_memory(inputs, stages, available_bytes(kept, reuse))
-    compile_seconds = programs.compile_seconds - compiled_before[0]
+    compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     stopwatch.move(compile_seconds, "schedules", "compiling")
+    if kept is not None:
+        # An image that cannot be read must leave the session as it was.
+        prompt.complete()
     with stopwatch.part("prefill"):
         cache = cache_of(kept, reuse, programs.module, layout)
         first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
@@ -707,7 +712,7 @@ def generate_once(
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
             decode_seconds=decode_seconds,
-            compiled_programs=programs.compilations - compiled_before[1],
+            compiled_programs=programs.of_this_thread[1] - compiled_before[1],
             backend=settings.backend,
             first_token_seconds=until_first_token,
             **seconds_of(stopwatch),

@@ -69,6 +69,4 @@ def image_cache_of(model: LoadedModel) -> ImageCache | None:
     """What all calls of a model share; None if it was loaded without `image_cache_bytes`."""
     if not model.image_cache_bytes:
         return None
-    if model not in _caches:
-        _caches[model] = ImageCache(model.image_cache_bytes)
-    return _caches[model]
+    return _caches.setdefault(model, ImageCache(model.image_cache_bytes))

@@ -129,6 +129,7 @@ class Programs:
         self.graph, self.parameters = nnx.split(module)
         self.compilations = 0
         self.compile_seconds = 0.0
+        self._of_thread = threading.local()
         self._max_programs = max_programs
         # In the order of their last use.
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
@@ -137,6 +138,11 @@ class Programs:
     def __len__(self) -> int:
         """How many programs are kept now."""
         return len(self._programs)
+
+    @property
+    def of_this_thread(self) -> tuple[float, int]:
+        """Seconds that this thread has compiled for, and how many programs."""
+        return getattr(self._of_thread, "value", (0.0, 0))
 
     def get(
         self,
@@ -173,6 +179,8 @@ class Programs:
         seconds = time.perf_counter() - start
         with self._lock:
             self.compile_seconds += seconds
+            of_thread = self.of_this_thread
+            self._of_thread.value = (of_thread[0] + seconds, of_thread[1] + 1)
             self.compilations += 1
             self._programs[key] = program
             self._programs.move_to_end(key)

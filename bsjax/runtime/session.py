@@ -123,9 +123,10 @@ class Session:
         image_cache_bytes = whole_number(
             "image_cache_bytes", image_cache_bytes, least=0, error=GenerationError
         )
+        shared = image_cache_of(model)
         own = ImageCache(image_cache_bytes) if image_cache_bytes else None
         self._kept = KeptCache(
-            model, self._profile, max_tokens, conversations, image_cache_of(model) or own
+            model, self._profile, max_tokens, conversations, own if shared is None else shared
         )
         self._lock = threading.Lock()
 

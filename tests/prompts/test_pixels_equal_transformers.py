@@ -1,5 +1,7 @@
 """Pixels in bytes become what transformers' image processors compute, whatever their settings."""
 
+import copy
+import dataclasses
 import io
 import threading
 
@@ -19,6 +21,7 @@ from bsjax.errors import CapacityError, CheckpointError, MessageError
 from bsjax.models import FAMILIES
 from bsjax.models.gemma3.vision_plan import to_images
 from bsjax.models.pixels import Pixels, embedded, image_size, pixel_scale, pixel_values_of
+from bsjax.prompts import downloads
 from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.images import read_image, size_before_reading
 from bsjax.prompts.sources import ImageSources
@@ -246,6 +249,76 @@ def test_images_that_are_damaged_behind_their_headers_are_named(tiny_model, tmp_
     results = bsjax.generate(tiny_model, [good, bad, good], max_new_tokens=2, return_errors=True)
     assert isinstance(results[1], MessageError) and "conversations[1]: Image 1" in str(results[1])
     assert results[0].token_ids == results[2].token_ids
+
+
+def test_a_damaged_image_leaves_a_session_as_it_was(tiny_model, tmp_path):
+    session = bsjax.Session(tiny_model, max_tokens=512, image_cache_bytes=0)
+    messages = [{"role": "user", "content": "Hi"}]
+    answer = session.generate(messages, max_new_tokens=4)
+    tokens = session.tokens
+    damaged = picture_file(tmp_path, 0)
+    path = tmp_path / "0.png"
+    path.write_bytes(path.read_bytes()[:300])
+    messages = [*messages, {"role": "assistant", "content": answer.text}, *user(damaged)]
+    for call in (session.generate, session.forward):
+        with pytest.raises(MessageError, match="cannot be read"):
+            call(messages)
+        assert session.tokens == tokens > 0
+
+
+def test_a_generator_of_conversations_may_use_its_buffer_again(tiny_model, tmp_path):
+    frames = [np.full((84, 84, 3), value, np.uint8) for value in (0, 120, 255)]
+    options = {"max_new_tokens": 2, "log_probabilities": 0}
+
+    def conversations():
+        buffer = np.empty_like(frames[0])
+        for frame in frames:
+            buffer[:] = frame
+            yield user({"type": "image", "image": buffer})
+
+    expected = bsjax.generate(
+        tiny_model, [user({"type": "image", "image": frame}) for frame in frames], **options
+    )
+    given = dict(bsjax.generate_iter(tiny_model, conversations(), **options))
+    for number, wanted in enumerate(expected):
+        ours, theirs = (
+            [each.log_probability for each in of.log_probabilities or ()]
+            for of in (given[number], wanted)
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_settings_of_another_tower_are_refused(tiny_model):
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        processor = copy.deepcopy(tiny_model.image_processor)
+        setattr(processor, name, 1)
+        other = dataclasses.replace(tiny_model, image_processor=processor)
+        with pytest.raises(CheckpointError, match=f"{name} 1"):
+            other.prompt(user({"type": "image", "image": Image.new("RGB", (56, 56))}))
+
+
+def test_leaving_a_reader_ends_its_downloads(monkeypatch):
+    begun = threading.Event()
+
+    class Slow:
+        def __init__(self, *_):
+            self.closed = threading.Event()
+
+        def run(self):
+            begun.set()
+            self.closed.wait(20)
+            return b""
+
+        def close(self):
+            self.closed.set()
+
+    monkeypatch.setattr(downloads, "_Download", Slow)
+    with ImageReader() as reader:
+        requested = reader.request(lambda: downloads.download("http://a/b", LIMITS))
+        reader.start()
+        begun.wait(10)
+    with pytest.raises(ValueError, match="the call has ended"):
+        requested.result()
 
 
 def test_one_image_object_may_occur_many_times(tiny_model, tmp_path):

@@ -71,6 +71,8 @@ def test_images_come_again_in_any_order(tiny_model, model, encoded):
 
 def test_batches_and_sessions_share_the_models_cache(tiny_model, model, encoded):
     image_cache_of(model).clear()
+    # Also one that was made when the cache was empty.
+    session = bsjax.Session(model, max_tokens=512, image_cache_bytes=0)
     expected = [bsjax.generate(tiny_model, each, max_new_tokens=4) for each in CONVERSATIONS]
     bsjax.generate(model, CONVERSATIONS[0], max_new_tokens=1)
     encoded.clear()
@@ -78,7 +80,6 @@ def test_batches_and_sessions_share_the_models_cache(tiny_model, model, encoded)
     assert [each.token_ids for each in results] == [each.token_ids for each in expected]
     assert [each.stats.reused_images for each in results] == [2, 2, 1]
     encoded.clear()
-    session = bsjax.Session(model, max_tokens=512)
     for conversation, plain in zip(CONVERSATIONS, expected, strict=True):
         assert session.generate(conversation, max_new_tokens=4).token_ids == plain.token_ids
     answer = [*CONVERSATIONS[2], {"role": "assistant", "content": "this one"}]

@@ -10,7 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from typing_extensions import override
 
 from bsjax.checks import argument, shown
-from bsjax.errors import MessageError, TemplateError
+from bsjax.errors import CheckpointError, MessageError, TemplateError
 from bsjax.models.family import Family, ImageShapes
 from bsjax.models.image_rows import image_starts
 from bsjax.models.parameters import ParameterRule
@@ -89,6 +89,21 @@ class Qwen2VLFamily(Family):
     @override
     def image_token_id(self, config: PretrainedConfig) -> int:
         return config.image_token_id
+
+    @override
+    def check_image_settings(self, image_processor: Any, config: PretrainedConfig) -> None:
+        vision = config.vision_config
+        for name, of_tower in (
+            ("patch_size", vision.patch_size),
+            ("merge_size", vision.spatial_merge_size),
+            ("temporal_patch_size", vision.temporal_patch_size),
+        ):
+            of_settings = getattr(image_processor, name)
+            if of_settings != of_tower:
+                raise CheckpointError(
+                    f"The checkpoint's image settings (preprocessor_config.json) have the {name} "
+                    f"{of_settings}, but its vision tower has {of_tower}: they do not match."
+                )
 
     @override
     def image_shapes(
