@@ -19,9 +19,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +29,13 @@ import numpy as np
 from PIL import Image
 
 import bsjax
-from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
+from benchmarks.measure import (
+    RESULTS,
+    first_calls,
+    interleaved_samples,
+    markdown_table,
+    write_result,
+)
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from bsjax import LoadedModel
 from bsjax.prompts.prompt import Prompt
@@ -249,23 +252,9 @@ def _padded(model: LoadedModel, prompts: list[Prompt], longest: int) -> dict[str
 
 
 def _first_calls(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The first call of two processes: with an empty cache of compiled programs, then with it."""
     arguments = ["--size", options.size, "--dtype", options.dtype, "--short", options.short]
     arguments += ["--new-tokens", options.new_tokens, "--image-size", *options.image_size]
-    calls = []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
-        for cache in ("empty", "left by the first process"):
-            command = [sys.executable, "-m", "benchmarks.batches", "--first-call"]
-            output = subprocess.run(
-                [*command, *map(str, arguments)],
-                check=True,
-                capture_output=True,
-                text=True,
-                env=environment,
-            ).stdout
-            calls.append({"cache": cache, **json.loads(output.splitlines()[-1])})
-    return calls
+    return first_calls("benchmarks.batches", arguments)
 
 
 def _first_call(options: argparse.Namespace) -> dict[str, Any]:

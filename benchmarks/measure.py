@@ -9,6 +9,8 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -122,3 +124,22 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def first_calls(module: str, arguments: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first call of two processes: with an empty cache of compiled programs, then with it.
+
+    Args:
+      module: a benchmark that with `--first-call` makes one call and prints JSON as its last line.
+      arguments: its other arguments.
+    """
+    calls = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
+        for cache in ("empty", "left by the first process"):
+            command = [sys.executable, "-m", module, "--first-call", *map(str, arguments)]
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment
+            ).stdout
+            calls.append({"cache": cache, **json.loads(output.splitlines()[-1])})
+    return calls

@@ -26,7 +26,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 import bsjax
-from benchmarks.measure import RESULTS, markdown_table, write_result
+from benchmarks.measure import RESULTS, first_calls, markdown_table, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
 from benchmarks.workloads import head_mix
 from bsjax import HeadCategory, LoadedModel, Profile, Template
@@ -307,23 +306,9 @@ def _transformers_call(
 
 
 def _first_calls(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The first call of two processes: with an empty cache of compiled programs, then with it."""
     arguments = ["--size", options.size, "--dtype", options.dtype, "--images", options.images]
     arguments += ["--image-size", *options.image_size, "--jpeg", *options.jpeg]
-    calls = []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": folder}
-        for cache in ("empty", "left by the first process"):
-            command = [sys.executable, "-m", "benchmarks.ttft", "--first-call"]
-            output = subprocess.run(
-                [*command, *map(str, arguments)],
-                check=True,
-                capture_output=True,
-                text=True,
-                env=environment,
-            ).stdout
-            calls.append({"cache": cache, **json.loads(output.splitlines()[-1])})
-    return calls
+    return first_calls("benchmarks.ttft", arguments)
 
 
 def _first_call(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
+_IMPORTED = perf_counter()
+
 
 class Stopwatch:
     """Divides time among the parts of a call: every moment counts for one part only.
@@ -59,6 +61,3 @@ def seconds_of_process() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (AttributeError, OSError):
         return perf_counter() - _IMPORTED
-
-
-_IMPORTED = perf_counter()

@@ -129,3 +129,16 @@ def tiny_model(tiny_checkpoint):
     import bsjax
 
     return bsjax.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory):
+    """A random Gemma 3 with layers of both kinds and a window of 12 tokens."""
+    import bsjax
+    from convert.conversion import convert_checkpoint
+    from tests.support import convert_sources
+
+    folder = tmp_path_factory.mktemp("gemma3")
+    source = convert_sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
+    convert_checkpoint(source, folder / "ours", dtype="float32")
+    return bsjax.load(folder / "ours", "float32")

@@ -11,6 +11,8 @@ from bsjax.prompts.downloads import stopping
 from bsjax.timing import Stopwatch
 
 _MOST_THREADS = 8
+# Seconds between two looks for requests that have failed.
+_LOOK_AGAIN = 0.05
 
 T = TypeVar("T")
 
@@ -105,18 +107,22 @@ class ImageReader:
         for each in requested:
             each.begin(self._threads)
 
-    def first_of(self, wanted: Sequence[Requested], others: Sequence[Requested]) -> None:
-        """Waits until all that are wanted have been read, or one of all has failed.
+    def wait_for(self, wanted: Sequence[Requested], among: Sequence[Requested]) -> None:
+        """Waits until some requests have been read.
+
+        Args:
+          wanted: these requests.
+          among: all requests that they are among, in the order in which errors are reported.
 
         Raises:
-          BsjaxError: what the first of `others`, in their order, that failed has raised.
+          BsjaxError: what the first request of `among` that has failed raised.
         """
         self.begin(wanted)
         with self.stopwatch.part("images"):
             waiting = {each.future for each in wanted}
             while waiting:
-                _, waiting = wait(waiting, timeout=0.05, return_when=FIRST_COMPLETED)
-                for each in others:
+                _, waiting = wait(waiting, timeout=_LOOK_AGAIN, return_when=FIRST_COMPLETED)
+                for each in among:
                     if each.future.done() and each.future.exception() is not None:
                         each.future.result()
 

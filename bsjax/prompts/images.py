@@ -193,7 +193,9 @@ def size_before_reading(key: str, source: Any, sources: ImageSources) -> tuple[i
     if _is_download(key, source):
         return None
     with opened_image(_located(key, source, sources), sources.max_source_pixels) as image:
-        if image.format not in _SIZE_IN_HEADER or (image.format == "PNG" and _has_more(image)):
+        if image.format not in _SIZE_IN_HEADER or (
+            image.format == "PNG" and _has_late_metadata(image)
+        ):
             return None
         # A PNG file's own method decodes the image to look for what may follow it.
         orientation = PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)
@@ -314,7 +316,7 @@ def _load(image: PIL.Image.Image) -> None:
         image.load()
 
 
-def _has_more(image: Any) -> bool:
+def _has_late_metadata(image: Any) -> bool:
     """Whether a PNG file has metadata behind its pixels, which may turn the image."""
     stream = image.fp
     before = stream.tell()

@@ -318,8 +318,8 @@ class Processor:
             template_messages,
             continue_final_message=options.continue_final_message,
         )
-        token_ids, shapes = self._tokens_and_images(text, images, options.sources, reader)
-        return self._assembled(token_ids, shapes)
+        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader)
+        return self._assembled(token_ids, requested)
 
     def answered_prompt(
         self, messages: Any, options: PromptOptions, reader: ImageReader | None = None
@@ -352,8 +352,8 @@ class Processor:
                 "answer of the assistant differently from the way that it lets one begin, so that "
                 "the answer's tokens cannot be told from those of the prompt."
             )
-        token_ids, read = self._tokens_and_images(text, images, options.sources, reader)
-        ids_before = self._expanded(before, self._tokenize(before), read)
+        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader)
+        ids_before = self._expanded(before, self._tokenize(before), requested)
         shared = min(token_ids.size, ids_before.size)
         differ = np.flatnonzero(token_ids[:shared] != ids_before[:shared])
         first = int(differ[0]) if differ.size else shared
@@ -362,8 +362,8 @@ class Processor:
                 "The tokens of the last message cannot be told from those of the messages before "
                 "it: the tokenizer joins them."
             )
-        start = int(self._repeats(token_ids, read)[:first].sum())
-        return AnsweredPrompt(self._assembled(token_ids, read), start)
+        start = int(self._repeats(token_ids, requested)[:first].sum())
+        return AnsweredPrompt(self._assembled(token_ids, requested), start)
 
     def _read(
         self, messages: Any, options: PromptOptions, *, answered: bool = False
@@ -494,7 +494,7 @@ class Processor:
             read = partial(self._read_image, image, sources, name)
             found.append((shapes, reader.request(read), name))
         unknown = [request for shapes, request, _ in found if shapes is None]
-        reader.first_of(unknown, [request for _, request, _ in found])
+        reader.wait_for(unknown, among=[request for _, request, _ in found])
         return [
             _RequestedImage(shapes or request.result().shapes, request, name)
             for shapes, request, name in found

@@ -46,12 +46,12 @@ from bsjax.runtime.decoding import (
     DecodeState,
     Decoding,
 )
-from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
     cache_of,
+    image_cache_in,
     layout_of,
     moving_stages,
 )
@@ -569,7 +569,7 @@ def forward_once(
         reader.start()
         layout = layout_of(kept, inputs.tokens)
         programs = programs_of(model)
-        image_cache = image_cache_of(model) if kept is None else kept.image_cache
+        image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
         check_memory(
             inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
@@ -663,7 +663,7 @@ def generate_once(
             layout,
             [settings],
             settings.backend,
-            image_cache=image_cache_of(model) if kept is None else kept.image_cache,
+            image_cache=image_cache_in(kept, model),
             stopwatch=stopwatch,
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)

@@ -18,7 +18,7 @@ from bsjax.models import ImageTextModel
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
-from bsjax.runtime.image_cache import ImageCache
+from bsjax.runtime.image_cache import ImageCache, image_cache_of
 from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import NOTHING, CachedTokens, Reuse, has_moved_on
@@ -200,6 +200,11 @@ class KeptCache:
             # The tokens that were left out have taken rows of the window before them.
             return
         self.conversations.append(KeptConversation(tokens, prompt.token_ids.size, cache))
+
+
+def image_cache_in(kept: KeptCache | None, model: LoadedModel) -> ImageCache | None:
+    """The image features that a call may use: a session's, or those of all calls of the model."""
+    return image_cache_of(model) if kept is None else kept.image_cache
 
 
 def layout_of(kept: KeptCache | None, tokens: int) -> CacheLayout:

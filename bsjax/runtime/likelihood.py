@@ -18,12 +18,12 @@ from bsjax.runtime.arguments import (
     conversations_of,
 )
 from bsjax.runtime.chunks import PlacedPrompt
-from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
     cache_of,
+    image_cache_in,
     layout_of,
     moving_stages,
 )
@@ -149,7 +149,7 @@ def score_once(
         reuse = kept.reuse(question, new_tokens=prompt.token_ids.size - first)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     programs, layout = programs_of(model), layout_of(kept, inputs.tokens)
-    image_cache = image_cache_of(model) if kept is None else kept.image_cache
+    image_cache = image_cache_in(kept, model)
     scoring = AnswerScoring(
         programs, PlacedPrompt(inputs, reuse), first, layout, backend, image_cache
     )

@@ -12,8 +12,6 @@ from bsjax.profiles.report import print_profile
 from bsjax.profiling import GROUPS, SPARSE_CATEGORIES, measure
 from bsjax.profiling.prompt_inputs import PackedPrompt, PromptEmbedding
 from bsjax.runtime.programs import programs_of
-from convert.conversion import convert_checkpoint
-from tests.support import convert_sources as sources
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -30,12 +28,9 @@ def conversation(seed: int) -> list[dict]:
     return [{"role": "user", "content": parts}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gemma3")
-    source = sources.write_source(folder / "hf", "gemma3", tied=True, layers=4)
-    convert_checkpoint(source, folder / "ours", dtype="float32")
-    return bsjax.load(folder / "ours", "float32")
+@pytest.fixture
+def model(gemma3):
+    return gemma3
 
 
 def test_a_model_with_random_weights_can_be_profiled(model, tmp_path, capsys):
