@@ -207,7 +207,7 @@ def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile
     """A profile whose sparse heads, spread over all layers, cut this share of attention FLOPs."""
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    # FLOPs of all layers, whatever their kind.
+    # FLOPs of all layers, whatever their kind. In the last one all categories cost the same.
     flops = head_flops(
         template, model.family.visibilities(model.config), model.family.layer_kinds(model.config), 1
     )

@@ -8,7 +8,6 @@ other more. These head categories are evaluated on them:
 
 - categories at several FLOPs budgets, chosen by the one-shot rule (per-head threshold, by output
   error and by attention mass) and by refinement end to end;
-- the one-shot rule, with the knowledge that nothing reads image rows of the last layer;
 - refinement on prompts of two and three images, to see whether it carries over to more images;
 - a profile of the model, as `make profile` writes it;
 - controls, which must lose accuracy if the prompts can show a loss: the profile's categories dealt
@@ -22,7 +21,6 @@ Writes docs/evaluation.md, docs/evaluation.png and benchmarks/results/evaluation
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -83,22 +81,11 @@ class Condition:
 
 
 def one_shot_conditions(measurements: Measurements) -> Iterator[Condition]:
-    """The one-shot rule at all budgets that it reaches, by both criteria.
-
-    Output error is used once more with the last layer's errors left out: errors are measured on
-    image rows, and nothing reads those of the last layer.
-    """
-    error = measurements.error.copy()
-    error[:, -1] = 0
-    of_read_rows = dataclasses.replace(measurements, error=error)
-    for kind, measured, criterion in (
-        ("one-shot, error", measurements, "output_error"),
-        ("one-shot, mass", measurements, "mass"),
-        ("one-shot, last layer free", of_read_rows, "output_error"),
-    ):
+    """The one-shot rule at all budgets that it reaches, by both criteria."""
+    for kind, criterion in (("one-shot, error", "output_error"), ("one-shot, mass", "mass")):
         for budget in BUDGETS:
             try:
-                categories = measured.one_shot(target_reduction=budget, criterion=criterion)
+                categories = measurements.one_shot(target_reduction=budget, criterion=criterion)
             except bsjax.ProfileError:
                 continue
             yield Condition(kind, f"at least {budget:.0%}", categories)
@@ -127,10 +114,14 @@ def refined_conditions(
 
 
 def control_conditions(categories: Categories, seed: int) -> Iterator[Condition]:
-    """The same categories dealt to other heads, and one category for all."""
+    """The same categories dealt to other heads, and one category for all.
+
+    Heads of the last layer, whose categories change nothing, keep theirs.
+    """
     random = np.random.default_rng([seed, 8])
     for number in range(DEALS):
-        dealt = random.permutation(categories.ravel()).reshape(categories.shape)
+        dealt = categories.copy()
+        dealt[:-1] = random.permutation(categories[:-1].ravel()).reshape(categories[:-1].shape)
         yield Condition("dealt at random", f"deal {number + 1}", dealt)
     for number in range(DEALS):
         dealt = random.permuted(categories, axis=1)
@@ -155,15 +146,12 @@ def evaluate(
     for condition in conditions:
         start = time.perf_counter()
         right = answered(prompts, condition.categories, state)
-        of_last_layer = np.zeros_like(condition.categories)
-        of_last_layer[-1] = condition.categories[-1]
         baseline = right if baseline is None else baseline
         rows.append(
             {
                 "kind": condition.kind,
                 "name": condition.name,
                 "reduction": prompts.reduction(condition.categories),
-                "reduction_in_last_layer": prompts.reduction(of_last_layer),
                 **accuracies(right, baseline, prompts.tasks, seed),
                 "categories": condition.categories.tolist(),
                 "right": ["".join(map(str, scene)) for scene in right.astype(int).tolist()],
@@ -318,7 +306,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "refining": {"rounds": REFINING_ROUNDS, "margin": REFINING_MARGIN},
         "seed": options.seed,
         "hybrid": None if hybrid is None else hybrid.description,
-        "layers": len(profile.categories),
         "sets": {},
     }
     for name, images in {"as profiled": PROFILED_IMAGES, "more images": MORE_IMAGES}.items():

@@ -12,7 +12,6 @@ LINES = {
     "refined": ("tab:blue", "o"),
     "one-shot, error": ("tab:orange", "s"),
     "one-shot, mass": ("tab:green", "^"),
-    "one-shot, last layer free": ("tab:olive", "<"),
     "refined on 2 and 3 images": ("tab:gray", "d"),
 }
 CONTROLS = ("dealt at random", "dealt within layers", "one for all heads")
@@ -33,7 +32,7 @@ def report(results: dict[str, Any], picture: str) -> str:
     if hybrid is not None:
         parts[0] += _HYBRID.format(layers=", ".join(map(str, hybrid["sparse_layers"])))
     parts.append(f"![Change of accuracy against FLOPs saved]({picture})\n")
-    parts.append(_NOTES.format(layers=results["layers"]))
+    parts.append(_NOTES)
     for name, one_set in results["sets"].items():
         images = ", ".join(map(str, one_set["images"]))
         parts.append(f"## {_TITLES[name]}\n\n{one_set['prompts']} prompts of {images} images.\n")
@@ -65,24 +64,22 @@ _INTRODUCTION = """\
 The Qwen2.5-VL that `examples/train_small_vlm` trains answers questions about scenes with
 handwritten digits that neither training nor profiling has seen. An answer is right if all of its
 tokens are. *FLOPs saved* counts attention FLOPs of prefill, over all layers, heads and prompts,
-text queries included; the next column is the part saved in the last layer. *Change* is relative to
-dense, prompt by prompt. Intervals are 95 % bootstrap intervals over scenes (questions about one
-scene are not independent).
+text queries included. In the last layer only the last token of a prompt has a query, dense or
+sparse, so nothing can be saved there. *Change* is relative to dense, prompt by prompt. Intervals
+are 95 % bootstrap intervals over scenes (questions about one scene are not independent).
 
 - **dense**: every head sees everything.
 - **profile**: `{profile[name]}`, chosen on {profile[samples]} other prompts ({profile[source]}).
 - **one-shot**: every head takes the cheapest category within a threshold, which limits the error of
   its output or the attention mass that it drops. The threshold is the smallest that saves the given
   share of FLOPs.
-- **one-shot, last layer free**: the same, by output error, but the rule knows that nothing reads
-  the image tokens of the last layer, so that its heads can be SINK.
 - **refined**: categories are chosen by measured damage to the answers per FLOP saved, then
   corrected while all other heads have their chosen categories, too. One-shot and refined
   conditions are chosen on {calibration_prompts} prompts of 4 to 8 images with training digits.
 - **refined on 2 and 3 images**: the same, on as many prompts of two and three images. All prompts
   evaluated here have more images; the FLOPs budget refers to the prompts that were refined on.
-- **dealt at random**: a control. The profile's categories, assigned to other heads at random; the
-  FLOPs are the same.
+- **dealt at random**: a control. The profile's categories, assigned to other heads at random,
+  except those of the last layer, where they change nothing; the FLOPs are the same.
 - **dealt within layers**: a control. Categories are exchanged only between heads of one layer.
 - **one for all heads**: a control. The same category for every head.
 """
@@ -97,11 +94,6 @@ _HYBRID = """\
 _NOTES = """\
 Notes:
 
-- In every model, nothing reads the image tokens of the last layer, so its heads can be SINK without
-  any effect on the answer. In a model of {layers} layers that is a large part of the savings, in
-  one of 28 layers a small part. Refinement finds these savings by measuring damage, the one-shot
-  rule only if it is told, and categories dealt at random lose them: compare *last layer free* and
-  *dealt within layers*.
 - If no question of a task can be asked about a scene (for instance because no image is the only one
   of its kind), the question asks for the content of an image instead. So tasks have different
   numbers of prompts, and *find* and *repeat* become rarer with more images. Beyond eight images,
@@ -128,15 +120,14 @@ def _controls(rows: Sequence[Row]) -> str:
 
 def _table(rows: Iterable[Row]) -> str:
     lines = [
-        "| categories | | FLOPs saved | in the last layer | accuracy | change in points |",
-        "|---|---|---|---|---|---|",
+        "| categories | | FLOPs saved | accuracy | change in points |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         changed = "" if row["kind"] == "dense" else _percent(row["change"], "+.2f")
         accuracy = _percent(row["accuracy"]["all"], ".2f", " %")
         lines.append(
-            f"| {row['kind']} | {row['name']} | {row['reduction']:.1%} "
-            f"| {row['reduction_in_last_layer']:.1%} | {accuracy} | {changed} |"
+            f"| {row['kind']} | {row['name']} | {row['reduction']:.1%} | {accuracy} | {changed} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,9 @@
-"""Attention FLOPs: of one head, of a whole language model, and of its kinds of layers.
+"""Attention FLOPs of prefill: of one head, of a whole language model, and of its kinds of layers.
 
 Only visible (query, key) pairs count. Each costs four FLOPs for each channel of a head: a
-multiplication and an addition in the scores, and again in the output.
+multiplication and an addition in the scores, and again in the output. In the last layer only the
+prompt's last token has a query, because nothing reads the outputs of the others: no profile saves
+anything there that the model has not already saved.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,7 +55,7 @@ def head_flops(
     categories: Iterable[int] = tuple(HeadCategory),
     queries: Span | None = None,
 ) -> Int64[np.ndarray, "layers all_categories"]:
-    """Exact attention FLOPs of one head of every layer, by `HeadCategory`.
+    """Exact attention FLOPs of one head of every layer in prefill, by `HeadCategory`.
 
     Args:
       template: the prompt.
@@ -61,14 +63,19 @@ def head_flops(
       layer_kinds: the kind of each layer, an index into `visibilities`.
       head_dim: channels of a head.
       categories: which categories to count. The others are 0, which saves time.
-      queries: the tokens that look; None for all.
+      queries: the tokens that run, up to the last one; None for all.
     """
-    flops = np.zeros((len(visibilities), len(HeadCategory)), np.int64)
-    for kind, visibility in enumerate(visibilities):
-        for category in map(HeadCategory, set(categories)):
-            pairs = visible_pairs(template, category.groups, visibility, queries)
-            flops[kind, category] = FLOPS_PER_PAIR * head_dim * pairs
-    return flops[layer_kinds]
+    last_token = Span(template.tokens - 1, template.tokens)
+    last = len(layer_kinds) - 1
+    flops = np.zeros((last + 1, len(HeadCategory)), np.int64)
+    for category in map(HeadCategory, set(categories)):
+        for kind in np.unique(layer_kinds[:last]):
+            pairs = visible_pairs(template, category.groups, visibilities[kind], queries)
+            flops[:last][layer_kinds[:last] == kind, category] = pairs
+        visibility = visibilities[layer_kinds[last]]
+        flops[last, category] = visible_pairs(template, category.groups, visibility, last_token)
+    flops *= FLOPS_PER_PAIR * head_dim
+    return flops
 
 
 def total_flops(

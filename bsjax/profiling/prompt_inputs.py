@@ -64,7 +64,7 @@ class Shape:
         )
 
     def category_flops(self, template: Template) -> Int64[np.ndarray, "layers categories"]:
-        """Exact attention FLOPs of one head of each layer over a prompt, by `HeadCategory`."""
+        """Exact attention FLOPs of one head of each layer in prefill, by `HeadCategory`."""
         return head_flops(template, self.visibilities, self.kinds, self.head_dim)
 
 

@@ -18,8 +18,8 @@ class Stats:
       prompt_tokens: tokens of the prompt, image tokens included.
       image_tokens: tokens of each image.
       attention_flops_dense: FLOPs of the language model's attention in prefill, if all heads were
-        dense. Every layer counts in full, although the last one attends from a single row.
-        Tokens that were in the cache already (`reused_tokens`) count as keys only.
+        dense. In the last layer only the prompt's last token has a query. Tokens that were in
+        the cache already (`reused_tokens`) count as keys only.
       attention_flops_sparse: the same with the profile's categories.
       first_token_seconds: time from the call to the first token; in a batch, from its beginning.
         For a single conversation it is the sum of the seconds that follow, `decode_seconds`

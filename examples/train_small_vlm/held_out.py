@@ -44,6 +44,7 @@ class HeldOut:
       tasks: index in `TASKS` of every prompt, int32 [scenes, questions].
       pairs: visible pairs of one head in every prompt, by `HeadCategory`, int64 [scenes, questions,
         categories].
+      tokens: tokens of every prompt, int64 [scenes, questions].
       encoder: the encoder that made the batches.
     """
 
@@ -93,7 +94,8 @@ class HeldOut:
         self.tasks: Int32[np.ndarray, "scenes questions"] = np.concatenate(
             [group.batch.tasks for group in self.encoded]
         )
-        self.pairs = np.concatenate([_pairs(group.batch) for group in self.encoded])
+        counted = [_pairs(group.batch) for group in self.encoded]
+        self.pairs, self.tokens = map(np.concatenate, zip(*counted, strict=True))
 
     def right(
         self, categories: Int8[np.ndarray, "layers heads"]
@@ -116,8 +118,11 @@ class HeldOut:
     def reduction(self, categories: Int8[np.ndarray, "layers heads"]) -> float:
         """The share of prefill's attention FLOPs that the categories save, over all prompts."""
         pairs = self.pairs.sum(axis=(0, 1))
-        dense = int(pairs[HeadCategory.DENSE]) * categories.size
-        return (dense - int(pairs[categories].sum())) / dense
+        # In the last layer only the last token of a prompt, a text token, has a query.
+        *counted, last = categories
+        in_last_layer = int(self.tokens.sum()) * last.size
+        dense = int(pairs[HeadCategory.DENSE]) * np.size(counted) + in_last_layer
+        return (dense - in_last_layer - int(pairs[counted].sum())) / dense
 
 
 def _draw(encoder: Encoder, random: np.random.Generator, images: int) -> Batch:
@@ -141,10 +146,15 @@ def _sinks(
     return sink
 
 
-def _pairs(batch: Batch) -> Int64[np.ndarray, "prompts questions categories"]:
-    """Visible pairs of one head in the prefill of every prompt, by `HeadCategory`."""
+def _pairs(
+    batch: Batch,
+) -> tuple[
+    Int64[np.ndarray, "prompts questions categories"], Int64[np.ndarray, "prompts questions"]
+]:
+    """Visible pairs of one head in every prompt, by `HeadCategory`, and the prompts' tokens."""
     shared = batch.order.shape[1] - batch.tasks.shape[1] * QUESTION_ROWS
-    result = np.zeros((*batch.tasks.shape, len(HeadCategory)), np.int64)
+    pairs = np.zeros((*batch.tasks.shape, len(HeadCategory)), np.int64)
+    tokens = np.zeros(batch.tasks.shape, np.int64)
     for prompt, question in np.ndindex(batch.tasks.shape):
         length = int((batch.order[prompt, :shared] >= 0).sum())
         start = shared + question * QUESTION_ROWS
@@ -155,5 +165,6 @@ def _pairs(batch: Batch) -> Int64[np.ndarray, "prompts questions categories"]:
             np.concatenate([batch.sink[prompt, :length], np.zeros(asked, bool)]),
         )
         for category in HeadCategory:
-            result[prompt, question, category] = visible_pairs(template, category.groups)
-    return result
+            pairs[prompt, question, category] = visible_pairs(template, category.groups)
+        tokens[prompt, question] = template.tokens
+    return pairs, tokens

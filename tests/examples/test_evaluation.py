@@ -10,7 +10,6 @@ import convert.__main__
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES
 from bsjax.profiles.profile import Profile
-from bsjax.profiling import Measurements
 from bsjax.profiling.state import State
 from examples.evaluate import (
     Condition,
@@ -19,7 +18,6 @@ from examples.evaluate import (
     answered,
     control_conditions,
     evaluate,
-    one_shot_conditions,
 )
 from examples.evaluation_report import plot, report
 from examples.train_small_vlm.batches import QUESTION_ROWS
@@ -121,36 +119,15 @@ def test_controls_save_what_the_profile_saves():
     assert len({control.categories.tobytes() for control in dealt}) == len(dealt) > 1
     for control in dealt:
         np.testing.assert_array_equal(
-            np.bincount(control.categories.ravel()), np.bincount(categories.ravel())
+            np.bincount(control.categories[:-1].ravel()), np.bincount(categories[:-1].ravel())
         )
+        np.testing.assert_array_equal(control.categories[-1], categories[-1])
     of_layers = [control for control in controls if control.kind == "dealt within layers"]
     assert len({control.categories.tobytes() for control in of_layers}) == len(of_layers) > 1
     for control in of_layers:
         np.testing.assert_array_equal(np.sort(control.categories), np.sort(categories))
     uniform = {int(c.categories.max()) for c in controls if c.kind == "one for all heads"}
     assert uniform == {HeadCategory.SINK, HeadCategory.INTRA_IMAGE, HeadCategory.INTRA_IMAGE_SINK}
-
-
-def test_the_last_layer_is_free_if_the_rule_knows_that_nothing_reads_it():
-    random = np.random.default_rng(3)
-    shape = (4, LAYERS, HEADS)
-    measurements = Measurements(
-        sinks=bsjax.Sinks(),
-        mass=random.dirichlet(np.ones(5), shape).astype(np.float32),
-        error=random.uniform(0.1, 1, (*shape, 3)).astype(np.float32),
-        flops=np.tile(np.asarray([10, 2, 4, 5]), (LAYERS, 1)),
-        fingerprints=tuple("abcd"),
-        images=np.full(4, 3),
-    )
-    conditions = {}
-    for condition in one_shot_conditions(measurements):
-        conditions.setdefault(condition.kind, []).append(condition.categories)
-    for categories in conditions["one-shot, last layer free"]:
-        assert (categories[-1] == HeadCategory.SINK).all()
-    plain, free = (conditions[f"one-shot, {kind}"][0] for kind in ("error", "last layer free"))
-    assert (plain[-1] == HeadCategory.DENSE).any()
-    # What is saved in the last layer need not be saved elsewhere.
-    assert (free[:-1] == HeadCategory.DENSE).sum() > (plain[:-1] == HeadCategory.DENSE).sum()
 
 
 @pytest.mark.slow
@@ -233,9 +210,6 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
     rows = evaluate(prompts, conditions, 0)
     assert rows[0]["reduction"] == 0 and rows[0]["change"][0] == 0
     assert rows[1]["reduction"] > 0.3
-    # All heads have the same category, so each layer saves the same share.
-    share = rows[1]["reduction"] / LAYERS
-    assert rows[1]["reduction_in_last_layer"] == pytest.approx(share)
     one_set = {
         "images": [3, 5],
         "prompts": 18,
@@ -252,7 +226,6 @@ def test_page_and_picture_hold_every_condition(small_model, prompts, tmp_path):
         "versions": {"jax": "0"},
         "calibration_prompts": 4,
         "profile": {"name": "some-profile", "samples": 96, "source": "somewhere"},
-        "layers": LAYERS,
         "hybrid": None,
         "sets": {"as profiled": one_set, "more images": one_set},
     }
