@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     result = measure(options)
     print(render(result))
-    path = write_result(f"ttft_{options.size}_{jax.default_backend()}", result, options.output)
+    files = f"{options.images}x{'x'.join(map(str, options.jpeg))}"
+    name = f"ttft_{options.size}_{files}_{jax.default_backend()}"
+    path = write_result(name, result, options.output)
     print(f"\nwritten to {path}")
     return 0
 

@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     # Imported here, so that --help is fast.
-    from bsjax.cli.cuda_noise import import_jax
+    from bsjax.cli.imports import import_jax
 
     import_jax(devices=True)
     from convert.conversion import convert_checkpoint

@@ -1,5 +1,5 @@
 """A small model: training, demo and evaluation."""
 
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_jax
 
 import_jax()

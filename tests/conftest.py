@@ -1,5 +1,6 @@
 """Tests run on the CPU, whatever else the machine has."""
 
+import ast
 import atexit
 import importlib.metadata
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import beartype  # noqa: F401
 import pytest
 from hypothesis import settings
+from jaxtyping import _import_hook
 
 from tests.support.paths import ROOT
 
@@ -61,6 +63,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Compilation and other load occasionally make an example slow, which is not a failure.
 settings.register_profile("bsjax", deadline=None, print_blob=True)
 settings.load_profile("bsjax")
+
+
+class CheckedFunctions(_import_hook.JaxtypingTransformer):
+    """Functions inside of functions are not checked.
+
+    They are defined, and would be compiled with their checks, whenever the outer one runs: a tenth
+    of the suite's time.
+    """
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802
+        if any(isinstance(parent, ast.FunctionDef) for parent in self._parents):
+            return node
+        return super().visit_FunctionDef(node)
+
+
+_import_hook.JaxtypingTransformer = CheckedFunctions
 
 NO_TORCH = "torch is not installed"
 

@@ -11,6 +11,8 @@
 import dataclasses
 import os
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,7 @@ def load(
       image_sources: where images of messages may come from, and limits on them. A service that
         answers other people's messages should restrict them here.
       progress: None shows a progress bar if stderr is a terminal, False shows nothing; or a
-        function called as `progress(stage, done, total)`, in bytes.
+        function called as `progress(stage, done, total)`, in bytes, by the thread that reads.
 
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
@@ -165,15 +167,17 @@ def load(
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise CheckpointError(f"progress must be None, False or a function, got {shown(progress)}.")
-    described = describe(
-        path,
-        dtype,
-        verify=verify,
-        max_programs=max_programs,
-        image_cache_bytes=image_cache_bytes,
-        image_sources=image_sources,
-    )
-    return with_weights(described, progress)
+    with WeightsReader(progress) as reader:
+        described = describe(
+            path,
+            dtype,
+            verify=verify,
+            max_programs=max_programs,
+            image_cache_bytes=image_cache_bytes,
+            image_sources=image_sources,
+            reader=reader,
+        )
+        return with_weights(described, reader=reader)
 
 
 def describe(
@@ -184,11 +188,13 @@ def describe(
     max_programs: int = MAX_PROGRAMS,
     image_cache_bytes: int = 0,
     image_sources: ImageSources = DEFAULT_SOURCES,
+    reader: "WeightsReader | None" = None,
 ) -> DescribedModel:
     """All of `load` that needs no weights. The arguments and the errors are those of `load`.
 
     What is known about a model without its weights is enough to find most mistakes in what it will
-    be asked: do so before `with_weights`.
+    be asked: do so before `with_weights`. A `reader` begins to read the weights as soon as it is
+    known what they are.
     """
     check_not_forked(CheckpointError)
     verify = truth_value("verify", verify, error=CheckpointError)
@@ -203,28 +209,94 @@ def describe(
     if verify:
         verify_manifest(folder)
     return dataclasses.replace(
-        _describe_folder(folder, dtype),
+        _describe_folder(folder, dtype, reader),
         max_programs=max_programs,
         image_cache_bytes=image_cache_bytes,
         image_sources=image_sources,
     )
 
 
-def with_weights(described: DescribedModel, progress: Progress | bool | None = None) -> LoadedModel:
+def with_weights(
+    described: DescribedModel,
+    progress: Progress | bool | None = None,
+    *,
+    reader: "WeightsReader | None" = None,
+) -> LoadedModel:
     """Reads the weights of a model onto the default device.
 
     Args:
       described: from `describe`.
       progress: as for `load`.
+      reader: what `describe` was given; reads the weights, and shows its own progress.
 
     Raises:
       CheckpointError: the weights are damaged, or of another model.
     """
-    folder, stored = described.path / PARAMETERS, described.stored_dtype
-    with reporting(progress, in_bytes=True) as report:
-        module = _restore(folder, described.architecture, stored, report)
+    with WeightsReader(progress) as own_reader:
+        if reader is None:
+            own_reader.begin(described.path, described.architecture, described.stored_dtype)
+        module = (reader or own_reader).module()
     known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
     return LoadedModel(module=module, **known)
+
+
+class WeightsReader:
+    """Reads weights onto the default device in a thread, while the caller does something else.
+
+    A context manager. If it is left before the weights have been read, reading stops after the
+    parameter that is being read.
+    """
+
+    def __init__(self, progress: Progress | bool | None = None) -> None:
+        """Reads nothing yet.
+
+        Args:
+          progress: as for `load`.
+        """
+        self._progress = progress
+        self._stopped = False
+        self._reading: Future[ImageTextModel] | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "WeightsReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._exit.close()
+
+    def begin(self, folder: Path, architecture: Architecture, stored: str) -> None:
+        """Begins to read.
+
+        Args:
+          folder: the checkpoint's folder.
+          architecture: what the weights are for.
+          stored: the dtype of the weights in the folder.
+        """
+        thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
+        report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
+
+        def report_or_stop(stage: str, done: int, total: int) -> None:
+            if self._stopped:
+                raise _StoppedError
+            report(stage, done, total)
+
+        self._reading = thread.submit(
+            _restore, folder / PARAMETERS, architecture, stored, report_or_stop
+        )
+
+    def module(self) -> ImageTextModel:
+        """Waits for the weights.
+
+        Raises:
+          CheckpointError: as for `with_weights`.
+        """
+        assert self._reading is not None, "begin comes first"
+        return self._reading.result()
+
+
+class _StoppedError(Exception):
+    """Ends the reading of weights that nobody needs any more."""
 
 
 def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
@@ -236,11 +308,12 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
     return with_weights(_describe_folder(folder, dtype), progress=False)
 
 
-def _describe_folder(folder: Path, dtype: Any) -> DescribedModel:
+def _describe_folder(
+    folder: Path, dtype: Any, reader: WeightsReader | None = None
+) -> DescribedModel:
     target = resolve_dtype(dtype)
     description = _read_description(folder)
-    processor = read_processor(folder)
-    family = processor.family
+    config, family = _read_architecture(folder)
     if description["family"] != family.name:
         raise CheckpointError(
             f"{folder} was converted as {description['family']}, but its config.json is for "
@@ -251,8 +324,11 @@ def _describe_folder(folder: Path, dtype: Any) -> DescribedModel:
             f"{family.name} models cannot run in {target.name}: their activations exceed its "
             f"range. Load {folder} with {argument('dtype')} {' or '.join(family.dtypes)}."
         )
+    if reader is not None:
+        reader.begin(folder, Architecture(family, config, target), description["dtype"])
+    processor = _read_processor(folder, config, family)
     return DescribedModel(
-        config=processor.config,
+        config=config,
         family=family,
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
@@ -270,11 +346,18 @@ def read_processor(folder: Path) -> Processor:
     Raises:
       CheckpointError: a file is missing or damaged, or the family is not supported.
     """
+    return _read_processor(folder, *_read_architecture(folder))
+
+
+def _read_architecture(folder: Path) -> tuple[PretrainedConfig, Family]:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json.")
     check_folder(folder)
     config = read_config(folder)
-    family = family_of(config.model_type, folder)
+    return config, family_of(config.model_type, folder)
+
+
+def _read_processor(folder: Path, config: PretrainedConfig, family: Family) -> Processor:
     image_processor = family.image_processor
     # transformers reads them again, but not with these limits.
     for name in _OF_TOKENIZERS:

@@ -49,13 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
+    Args:
+      arguments: the words after `bsjax`; None for those of this process, which then belongs to the
+        command.
+
     Returns:
       The exit status: 0 for success, 1 if two profiles differ or conversations of a batch have
-      errors, 2 for bad input (one line on stderr
-      says what is wrong), 130 if interrupted.
+      errors, 2 for bad input (one line on stderr says what is wrong), 130 if interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(profile.with_run(given))
+    options.own_process = arguments is None
     # transformers would warn that torch is missing, which tokenizers and image processors do not
     # need.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

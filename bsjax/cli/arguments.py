@@ -9,7 +9,7 @@ from bsjax.errors import BsjaxError
 from bsjax.masks.categories import HeadCategory
 
 if TYPE_CHECKING:
-    from bsjax.checkpoint.loading import DescribedModel
+    from bsjax.checkpoint.loading import DescribedModel, WeightsReader
     from bsjax.profiles.profile import Profile
     from bsjax.prompts.sources import ImageSources
 
@@ -84,17 +84,23 @@ def image_sources_of(options: argparse.Namespace) -> "ImageSources":
     return ImageSources(allow_private_addresses=options.allow_private_addresses)
 
 
-def described_model(options: argparse.Namespace) -> "DescribedModel":
+def described_model(
+    options: argparse.Namespace, reader: "WeightsReader | None" = None
+) -> "DescribedModel":
     """The checkpoint of a command without its weights, by the arguments of `add_device_options`.
 
     Reading weights takes long. A command first checks all that it was given against this model.
+
+    Args:
+      options: the options of the command.
+      reader: reads the weights meanwhile.
     """
     from bsjax.checkpoint.loading import describe
     from bsjax.prompts.sources import DEFAULT_SOURCES
 
     reads_images = hasattr(options, "allow_private_addresses")
     sources = image_sources_of(options) if reads_images else DEFAULT_SOURCES
-    return describe(options.checkpoint, options.dtype, image_sources=sources)
+    return describe(options.checkpoint, options.dtype, image_sources=sources, reader=reader)
 
 
 def names_of(options: argparse.Namespace) -> dict[str, str]:

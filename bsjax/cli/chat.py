@@ -12,7 +12,7 @@ from bsjax.cli.arguments import (
     image_options,
     image_part,
 )
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_libraries
 from bsjax.errors import BsjaxError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_to(commands: Any) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    import_jax(devices=True)
+    import_libraries(options)
     import bsjax
     from bsjax.checkpoint.loading import with_weights
     from bsjax.runtime.choice import Choice

@@ -16,7 +16,7 @@ from bsjax.cli.arguments import (
     profile_of,
 )
 from bsjax.cli.batch import answer_batch, check_options
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_libraries
 from bsjax.errors import GenerationError
 from bsjax.timing import Stopwatch, seconds_of_process
 
@@ -137,41 +137,46 @@ def _generate(options: argparse.Namespace) -> int:
         raise GenerationError("--output is for the answers to --batch; one answer is printed.")
     startup, stopwatch = Stopwatch(), Stopwatch()
     with startup.part("imports"):
-        import_jax(devices=True)
-        from bsjax.checkpoint.loading import with_weights
+        import_libraries(options)
+        from bsjax.checkpoint.loading import WeightsReader, with_weights
         from bsjax.runtime.arguments import checked_prompt, checked_settings
         from bsjax.runtime.generation import generate_once, result_of
 
-    # What can be refused is refused before the weights are read.
-    with startup.part("checkpoint"):
-        described = described_model(options)
-    settings = checked_settings(
-        described,
-        options.backend,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        stop=options.stop,
-        seed=options.seed,
-        use_generation_config=options.use_generation_config,
-    )
-    profile = profile_of(options, described)
-    if options.batch is not None:
-        return answer_batch(options, described, settings, profile)
-    messages, new_tokens = messages_of(options), settings.new_tokens
-    prompt = checked_prompt(
-        described, messages, profile, described.options(), new_tokens, stopwatch
-    )
+    with WeightsReader() as reader:
+        # What can be refused is refused without waiting for the weights.
+        with startup.part("checkpoint"):
+            described = described_model(options, None if options.batch else reader)
+        settings = checked_settings(
+            described,
+            options.backend,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            stop=options.stop,
+            seed=options.seed,
+            use_generation_config=options.use_generation_config,
+        )
+        profile = profile_of(options, described)
+        if options.batch is not None:
+            return answer_batch(options, described, settings, profile)
+        prompt = checked_prompt(
+            described,
+            messages_of(options),
+            profile,
+            described.options(),
+            settings.new_tokens,
+            stopwatch,
+        )
+        with startup.part("weights"):
+            model = with_weights(described, reader=reader)
 
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)
 
     stream = show if options.stream else None
-    with startup.part("weights"):
-        model = with_weights(described)
     events = generate_once(
         model, prompt, profile, settings, one_by_one=stream is not None, stopwatch=stopwatch
     )
@@ -196,7 +201,7 @@ def _seconds(startup: Stopwatch, stats: "Stats") -> dict[str, float]:
         "settings and tokenizer": startup.seconds["checkpoint"],
         "prompt": stats.prompt_seconds,
         "waiting for images": stats.image_seconds,
-        "weights": startup.seconds["weights"],
+        "waiting for weights": startup.seconds["weights"],
         "schedules": stats.schedule_seconds,
         "compiling": stats.compile_seconds,
         "pixels to the device": stats.transfer_seconds,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bsjax.cli.arguments import CATEGORY_NAMES, add_images, category, image_sources_of, messages_of
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_jax, import_libraries
 from bsjax.errors import TemplateError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.visibility import Visibility
@@ -61,7 +61,10 @@ def add_to(commands: Any) -> None:
 
 
 def _mask(options: argparse.Namespace) -> None:
-    import_jax()
+    if options.checkpoint is None:
+        import_jax()
+    else:
+        import_libraries(options, devices=False)
     from bsjax.masks.picture import plot_mask
     from bsjax.masks.query_rows import density
 

@@ -13,7 +13,7 @@ from bsjax.cli.arguments import (
     check_writable,
     described_model,
 )
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_libraries
 from bsjax.errors import ProfileError
 from bsjax.profiles.criteria import MEASURED_CRITERIA
 from bsjax.profiling.settings import Settings, Threshold
@@ -245,7 +245,7 @@ def _add_diff(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    import_jax(devices=True)
+    import_libraries(options)
     import bsjax
     from bsjax.checkpoint.loading import with_weights
     from bsjax.profiling.driver import checked_run, profile_checked

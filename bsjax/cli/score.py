@@ -13,7 +13,7 @@ from bsjax.cli.arguments import (
     messages_of,
     profile_of,
 )
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_libraries
 
 
 def add_to(commands: Any) -> None:
@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    import_jax(devices=True)
+    import_libraries(options)
     from bsjax.attention import resolve_backend
     from bsjax.checkpoint.loading import with_weights
     from bsjax.runtime.arguments import checked_answered_prompts

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from bsjax.cli.arguments import add_device_options, described_model
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_libraries
 
 
 def add_to(commands: Any) -> None:
@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
 
 
 def _warmup(options: argparse.Namespace) -> None:
-    import_jax(devices=True)
+    import_libraries(options)
     import bsjax
     from bsjax.checkpoint.loading import with_weights
     from bsjax.runtime.warmup import checked_warmup

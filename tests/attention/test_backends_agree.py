@@ -50,7 +50,9 @@ def dense_softmax(q, k, v, seen, scale):
         kv_head = head // (q.shape[1] // k.shape[1])
         scores = np.where(seen[head], q[:, head] @ k[:, kv_head].T * scale, -np.inf)
         some = seen[head].any(axis=1)
-        lse[some, head] = np.logaddexp.reduce(scores[some], axis=1)
+        largest = scores[some].max(axis=1)
+        weights = np.exp(scores[some] - largest[:, None])
+        lse[some, head] = largest + np.log(weights.sum(axis=1))
         out[some, head] = np.exp(scores[some] - lse[some, head, None]) @ v[:, kv_head]
     return out, lse
 

@@ -435,7 +435,7 @@ class TestTimeToFirstToken:
         options = ["--size", size, "--images", "2", "--image-size", "112", "84", "--rounds", "1"]
         options += ["--jpeg", "560", "420", "--cuts", "1", "--output", str(tmp_path)]
         assert ttft.main(options) == 0
-        result = json.loads((tmp_path / f"ttft_{size}_cpu.json").read_text())
+        result = json.loads((tmp_path / f"ttft_{size}_2x560x420_cpu.json").read_text())
         assert result["same_first_token_as_transformers"] is True
         assert (result["images"], result["tokens_per_image"]) == (2, image_tokens)
         dense, mixed, reference = result["rows"]

@@ -2,13 +2,16 @@
 
 import io
 import sys
+import threading
 
 import jax
 import pytest
 from flax import nnx
+from transformers import AutoTokenizer
 
 import bsjax
 from bsjax import CheckpointError
+from bsjax.checkpoint import loading
 from bsjax.checkpoint.loading import PARAMETERS
 from bsjax.runtime.programs import size_in_bytes
 from tests.support.refusals import refused
@@ -78,3 +81,34 @@ def test_an_error_of_the_function_reaches_the_caller(tiny_checkpoint):
 def test_other_values_are_refused(tiny_checkpoint, annotations_unchecked, progress):
     words = "progress must be None, False or a function"
     refused(lambda: bsjax.load(tiny_checkpoint, progress=progress), CheckpointError, words)
+
+
+def test_weights_stop_being_read_when_something_else_is_wrong(tiny_source, tmp_path, monkeypatch):
+    """They are read while the tokenizer is, which is damaged here."""
+    from convert.conversion import convert_checkpoint
+
+    convert_checkpoint(tiny_source, tmp_path / "ours")
+    (tmp_path / "ours" / "tokenizer.json").write_text("{}")
+    begun, refused_by_main = threading.Event(), threading.Event()
+    read = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        read.append(done)
+        begun.set()
+        assert refused_by_main.wait(60)
+
+    class Tokenizer:
+        @staticmethod
+        def from_pretrained(*arguments, **options):
+            assert begun.wait(60), "weights are read first"
+            try:
+                return AutoTokenizer.from_pretrained(*arguments, **options)
+            finally:
+                refused_by_main.set()
+
+    monkeypatch.setattr(loading, "AutoTokenizer", Tokenizer)
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        bsjax.load(tmp_path / "ours", progress=progress)
+    assert len(read) < 3, "of more than twenty parameters"
+    assert threading.active_count() <= before

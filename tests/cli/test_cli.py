@@ -51,7 +51,7 @@ with_weights = loading.with_weights
 loaded: dict[Path, bsjax.LoadedModel] = {}
 
 
-def with_weights_once(described, progress=None):
+def with_weights_once(described, progress=None, *, reader=None):
     if described.path not in loaded:
         loaded[described.path] = with_weights(described, progress)
     return loaded[described.path]
@@ -390,13 +390,29 @@ def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import ctypes\n"
-        "from bsjax.cli import cuda_noise\n"
+        "from bsjax.cli import imports\n"
         "def no_driver(name):\n    raise OSError(name)\n"
         "ctypes.CDLL = no_driver\n"
-        "cuda_noise.import_jax()\n"
+        "imports.import_jax()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "a real error\n")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("own_process", [True, False])
+def test_only_a_process_of_its_own_hides_torch_from_transformers(own_process):
+    """transformers imports torch where it can. Programs that call `main` may want it to."""
+    program = (
+        "import argparse, importlib.util, sys\n"
+        "from bsjax.cli.imports import import_libraries\n"
+        f"import_libraries(argparse.Namespace(own_process={own_process}))\n"
+        "from transformers.utils import is_torch_available\n"
+        "print('torch' in sys.modules, is_torch_available())\n"
+        "print(importlib.util.find_spec('torch') is not None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(not own_process)] * 2 + ["True"], done.stderr
 
 
 def test_help_imports_nothing_heavy():

@@ -358,7 +358,7 @@ def profiler(monkeypatch):
 
     monkeypatch.setattr("bsjax.profiling.driver.checked_run", checked_run)
     monkeypatch.setattr("bsjax.profiling.driver.profile_checked", profile_checked)
-    monkeypatch.setattr(loading, "describe", lambda path, dtype, image_sources: (path, dtype))
+    monkeypatch.setattr(loading, "describe", lambda path, dtype, **_: (path, dtype))
     monkeypatch.setattr(loading, "with_weights", lambda described, progress: described)
     return calls
 

@@ -56,7 +56,8 @@ def test_kills_at_every_step_of_saving(tiny_model, tiny_checkpoint, tmp_path):
     paths = {
         (point, earlier): tmp_path / point / str(earlier) / "a.session"
         for point in POINTS
-        for earlier in (True, False)
+        # Without an earlier file there is nothing else to lose.
+        for earlier in ((True, False) if point in ("half written", "renamed") else (True,))
     }
     for (_, earlier), path in paths.items():
         path.parent.mkdir(parents=True)

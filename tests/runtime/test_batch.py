@@ -93,6 +93,8 @@ def test_a_batch_is_answered_as_single_calls(loaded):
             np.testing.assert_allclose(scores_of(ours), scores_of(expected), rtol=1e-4, atol=1e-5)
             for one, other in zip(ours.log_probabilities, expected.log_probabilities, strict=True):
                 assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        if "seed" not in options:
+            continue
         order = generator.permutation(6)[:4]
         some = bsjax.generate(model, [conversations[index] for index in order], **options)
         assert list(map(outcome, some)) == [outcome(alone[index]) for index in order]

@@ -326,7 +326,7 @@ def test_moving_rows_counts_as_memory_and_a_refusal_leaves_the_cache(loaded, mon
 
 _EXIT = """
 import sys
-from bsjax.cli.cuda_noise import import_jax
+from bsjax.cli.imports import import_jax
 import_jax(devices=True)
 import bsjax
 from bsjax.runtime import kept_cache

@@ -1,5 +1,6 @@
-"""Imports JAX without the messages that CUDA's stub prints on a machine without a driver."""
+"""The imports of the console script: JAX without CUDA's messages, transformers without torch."""
 
+import argparse
 import contextlib
 import ctypes
 import importlib.util
@@ -8,6 +9,29 @@ import sys
 import tempfile
 
 _NOISE = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog() is called")
+
+
+def import_libraries(options: argparse.Namespace, *, devices: bool = True) -> None:
+    """Imports what commands need that read checkpoints.
+
+    transformers imports torch wherever it is installed, which costs seconds and hundreds of
+    megabytes, although tokenizers and image processors do not use it. In a process of its own, a
+    command hides torch until transformers has gone on without it.
+
+    Args:
+      options: the options of a command.
+      devices: as for `import_jax`.
+    """
+    import_jax(devices=devices)
+    hide_torch = options.own_process and "torch" not in sys.modules
+    if hide_torch:
+        # A module that is None in sys.modules cannot be imported.
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        import bsjax.checkpoint.loading  # noqa: F401
+    finally:
+        if hide_torch:
+            del sys.modules["torch"]
 
 
 def import_jax(*, devices: bool = False) -> None:
