@@ -30,7 +30,11 @@ def report(results: dict[str, Any], picture: str) -> str:
     parts = [_INTRODUCTION.format(**results)]
     hybrid = results["hybrid"]
     if hybrid is not None:
-        parts[0] += _HYBRID.format(layers=", ".join(map(str, hybrid["sparse_layers"])))
+        measured = hybrid.get("measured")
+        parts[0] += _HYBRID.format(
+            layers=", ".join(map(str, hybrid["sparse_layers"])),
+            measured=f" The hybrid's answers are those of {measured}." if measured else "",
+        )
     parts.append(f"![Change of accuracy against FLOPs saved]({picture})\n")
     parts.append(_NOTES)
     for name, one_set in results["sets"].items():
@@ -88,7 +92,7 @@ _HYBRID = """\
 - **hybrid**: another model, trained in the same way except that its layers {layers} (counted from
   0) are INTRA_IMAGE_SINK from the first training step on. Its change is also relative to the
   dense-trained model. **at the hybrid's FLOPs** is the dense-trained model, refined to the FLOPs of
-  the hybrid.
+  the hybrid.{measured}
 """
 
 _NOTES = """\
