@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     PretrainedConfig,
     Qwen2_5_VLConfig,
+    Qwen2VLConfig,
 )
 
 from bsjax.checkpoint.loading import LoadedModel, read_processor
@@ -27,9 +28,21 @@ _TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5-vl"
 _IMAGE_IN_TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def _small_qwen(text: dict[str, Any], vision: dict[str, Any]) -> PretrainedConfig:
+_SMALL_TEXT = {
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 1408,
+    "vocab_size": 8192,
+}
+
+
+def _qwen(
+    kind: type[PretrainedConfig], text: dict[str, Any], vision: dict[str, Any]
+) -> PretrainedConfig:
     quarter = text["hidden_size"] // text["num_attention_heads"] // 8
-    return Qwen2_5_VLConfig(
+    return kind(
         text_config={
             **text,
             "rms_norm_eps": 1e-6,
@@ -41,33 +54,38 @@ def _small_qwen(text: dict[str, Any], vision: dict[str, Any]) -> PretrainedConfi
             },
             "tie_word_embeddings": True,
         },
-        vision_config={"window_size": 112, "out_hidden_size": text["hidden_size"], **vision},
+        vision_config=vision,
         tie_word_embeddings=True,
     )
 
 
 def _small() -> PretrainedConfig:
-    return _small_qwen(
-        {
-            "hidden_size": 512,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "intermediate_size": 1408,
-            "vocab_size": 8192,
-        },
+    return _qwen(
+        Qwen2_5_VLConfig,
+        _SMALL_TEXT,
         {
             "depth": 4,
             "hidden_size": 320,
             "num_heads": 4,
             "intermediate_size": 860,
             "fullatt_block_indexes": [1, 3],
+            "window_size": 112,
+            "out_hidden_size": 512,
         },
     )
 
 
+def _small_qwen2_vl() -> PretrainedConfig:
+    return _qwen(
+        Qwen2VLConfig,
+        _SMALL_TEXT,
+        {"depth": 4, "embed_dim": 320, "num_heads": 4, "mlp_ratio": 4, "hidden_size": 512},
+    )
+
+
 def _tiny() -> PretrainedConfig:
-    return _small_qwen(
+    return _qwen(
+        Qwen2_5_VLConfig,
         {
             "hidden_size": 128,
             "num_hidden_layers": 2,
@@ -82,6 +100,8 @@ def _tiny() -> PretrainedConfig:
             "num_heads": 1,
             "intermediate_size": 64,
             "fullatt_block_indexes": [1],
+            "window_size": 112,
+            "out_hidden_size": 128,
         },
     )
 
@@ -138,6 +158,7 @@ SIZES: dict[str, Callable[[], PretrainedConfig]] = {
     **{name.lower(): create for name, create in PUBLISHED_MODELS.items()},
     "small": _small,
     "tiny": _tiny,
+    "small-qwen2-vl": _small_qwen2_vl,
     "small-gemma-3": _small_gemma_3,
     "tiny-gemma-3": _tiny_gemma_3,
 }

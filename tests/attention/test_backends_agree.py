@@ -23,7 +23,7 @@ RAGGED = Template.from_segments(
     [Text(5), Image(37), Text(3), Image(1), Image(20), Text(9), Image(50), Text(1)],
     Sinks(first=1, offsets=(4,)),
 )
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "7"))
 MIXED = [
     HeadCategory.DENSE,
     HeadCategory.SINK,
@@ -82,22 +82,21 @@ def test_every_backend_computes_mixed_heads_on_a_ragged_template(backend, visibi
     check(RAGGED, MIXED, q, k, v, backend, 3e-6, visibility)
 
 
+# tests/pallas has the same cases of the kernel.
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 8])
-def test_query_heads_share_their_key_heads(backend, group_size):
+def test_query_heads_share_their_key_heads(group_size):
     q, k, v = arrays(
         RAGGED.tokens, 8 if group_size != 3 else 6, (8 if group_size != 3 else 6) // group_size, 64
     )
-    check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, backend, 3e-6, CAUSAL)
+    check(RAGGED, (MIXED * 2)[: q.shape[1]], q, k, v, "xla", 3e-6, CAUSAL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 128, 256])
-def test_every_head_dimension_of_published_models_is_computed(backend, head_dim):
+def test_every_head_dimension_of_published_models_is_computed(head_dim):
     q, k, v = arrays(RAGGED.tokens, 4, 2, head_dim)
-    check(RAGGED, MIXED, q, k, v, backend, 3e-6, CAUSAL)
+    check(RAGGED, MIXED, q, k, v, "xla", 3e-6, CAUSAL)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])

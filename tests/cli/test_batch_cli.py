@@ -353,7 +353,7 @@ for output, at, share in zip(points[::3], map(int, points[1::3]), map(float, poi
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
 def test_kills_while_lines_are_written(run, model, tiny_checkpoint, folder, tmp_path):
-    points = [(0, 0.5), (1, 0.0), (4, 1.0)]
+    points = [(0, 0.5), (4, 1.0)]
     paths = {point: tmp_path / f"{point[0]}-{point[1]}.jsonl" for point in points}
     assert run()[0] == 0
     expected = answers_in(tmp_path / "out.jsonl")

@@ -45,16 +45,23 @@ def images(tmp_path_factory) -> list[str]:
 def load_once(monkeypatch):
     """Loads the model once for all tests of this file, so that its compiled programs are kept."""
     monkeypatch.setattr(loading, "with_weights", with_weights_once)
+    monkeypatch.setattr(loading.WeightsReader, "begin", begin_once)
 
 
 with_weights = loading.with_weights
+begin = loading.WeightsReader.begin
 loaded: dict[Path, bsjax.LoadedModel] = {}
 
 
 def with_weights_once(described, progress=None, *, reader=None):
     if described.path not in loaded:
-        loaded[described.path] = with_weights(described, progress)
+        loaded[described.path] = with_weights(described, progress, reader=reader)
     return loaded[described.path]
+
+
+def begin_once(reader, folder, architecture, stored):
+    if folder not in loaded:
+        begin(reader, folder, architecture, stored)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -400,6 +407,7 @@ def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 @pytest.mark.parametrize("own_process", [True, False])
 def test_only_a_process_of_its_own_hides_torch_from_transformers(own_process):
     """transformers imports torch where it can. Programs that call `main` may want it to."""

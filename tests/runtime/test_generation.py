@@ -225,8 +225,9 @@ def test_stats_count_visible_pairs(tiny_model, photographs):
         tiny_model, conversation(photographs), profile=profile, max_new_tokens=2
     ).stats
     tokens = stats.prompt_tokens
-    heads = text.num_hidden_layers * text.num_attention_heads
-    assert stats.attention_flops_dense == 4 * head_dim * heads * tokens * (tokens + 1) // 2
+    # In the last layer only the last token has a query.
+    pairs = (text.num_hidden_layers - 1) * tokens * (tokens + 1) // 2 + tokens
+    assert stats.attention_flops_dense == 4 * head_dim * text.num_attention_heads * pairs
     assert 0 < stats.attention_flops_sparse < stats.attention_flops_dense
     assert len(stats.image_tokens) == 5 and sum(stats.image_tokens) < tokens
     assert min(stats.vision_seconds, stats.prefill_seconds, stats.decode_seconds) > 0
