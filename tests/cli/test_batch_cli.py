@@ -324,6 +324,7 @@ def test_a_question_may_follow_options(model, tiny_checkpoint, capsys):
 # killed while it writes a line, counted from 0, of which it has written a share.
 _KILLED = """
 import os, signal, sys
+sys.modules["torch"] = None  # it takes seconds to import
 import bsjax
 from bsjax.cli import main
 from bsjax.runtime.answer_file import AnswerFile

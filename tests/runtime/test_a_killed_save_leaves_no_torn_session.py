@@ -23,6 +23,7 @@ POINTS = {
 # Forks before JAX is used, so that what takes seconds to import is imported once.
 _SAVING = """
 import os, signal, sys
+sys.modules["torch"] = None  # it takes seconds to import
 import bsjax
 from bsjax.runtime import session_file
 

@@ -84,7 +84,8 @@ def test_a_batch_is_answered_as_single_calls(loaded):
     model, words, profile = loaded
     generator = np.random.default_rng(5)
     conversations = [random_conversation(generator, words) for _ in range(6)]
-    for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 7}):
+    drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 7}
+    for options in ({}, drawn) if profile else (drawn,):
         options |= {"profile": profile, "max_new_tokens": 9, "log_probabilities": 3}
         alone = [bsjax.generate(model, each, **options) for each in conversations]
         together = bsjax.generate(model, conversations, **options)

@@ -300,7 +300,9 @@ def test_programs_are_kept_in_the_users_cache_folder(tiny_checkpoint, tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     code = """if True:
-        import sys, bsjax
+        import sys
+        sys.modules["torch"] = None  # it takes seconds to import
+        import bsjax
         messages = [{"role": "user", "content": "Hi"}]
         bsjax.generate(bsjax.load(sys.argv[1]), messages, max_new_tokens=2)
     """

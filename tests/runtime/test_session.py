@@ -23,7 +23,7 @@ from tests.support.histories import History, picture
 from tests.support.paths import ROOT
 
 WORDS = "which picture is brighter than the first one and why not".split()
-STEPS = int(os.environ.get("HISTORY_STEPS", "8"))
+STEPS = int(os.environ.get("HISTORY_STEPS", "6"))
 """Steps of each random history. The long run: HISTORY_STEPS=200 pytest -k histories."""
 
 
@@ -326,6 +326,7 @@ def test_moving_rows_counts_as_memory_and_a_refusal_leaves_the_cache(loaded, mon
 
 _EXIT = """
 import sys
+sys.modules["torch"] = None  # it takes seconds to import
 from bsjax.cli.imports import import_jax
 import_jax(devices=True)
 import bsjax

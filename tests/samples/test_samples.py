@@ -591,7 +591,7 @@ def test_missing_images_of_a_benchmark_are_named(tmp_path):
 @pytest.mark.slow
 def test_files_and_folders_need_no_datasets_library(photographs):
     program = (
-        "import sys; sys.modules['datasets'] = None\n"
+        "import sys; sys.modules['datasets'] = sys.modules['torch'] = None\n"
         f"import bsjax; print(len(bsjax.read_samples({str(photographs)!r}, limit=3).messages))"
     )
     done = subprocess.run(
