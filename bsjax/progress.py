@@ -35,7 +35,9 @@ def reporting(progress: Progress | bool | None, *, in_bytes: bool = False) -> It
             text = TextColumn("{task.description}")
             columns = (text, BarColumn(), DownloadColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        with Bar(*columns, console=console, transient=in_bytes and console.is_terminal) as bar:
+        transient = in_bytes and console.is_terminal
+        # Others may print while something is read in the background.
+        with Bar(*columns, console=console, transient=transient, redirect_stdout=False) as bar:
             tasks = {}
 
             def show(stage: str, done: int, total: int) -> None:

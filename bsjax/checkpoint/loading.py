@@ -11,6 +11,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -243,8 +244,7 @@ def with_weights(
 class WeightsReader:
     """Reads weights onto the default device in a thread, while the caller does something else.
 
-    A context manager. If it is left before the weights have been read, reading stops after the
-    parameter that is being read.
+    A context manager. If it is left before the weights have been read, reading stops.
     """
 
     def __init__(self, progress: Progress | bool | None = None) -> None:
@@ -276,13 +276,9 @@ class WeightsReader:
         thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
         report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
 
-        def report_or_stop(stage: str, done: int, total: int) -> None:
-            if self._stopped:
-                raise _StoppedError
-            report(stage, done, total)
-
+        parameters = folder / PARAMETERS
         self._reading = thread.submit(
-            _restore, folder / PARAMETERS, architecture, stored, report_or_stop
+            _restore, parameters, architecture, stored, report, self._look
         )
 
     def module(self) -> ImageTextModel:
@@ -293,6 +289,10 @@ class WeightsReader:
         """
         assert self._reading is not None, "begin comes first"
         return self._reading.result()
+
+    def _look(self) -> None:
+        if self._stopped:
+            raise _StoppedError
 
 
 class _StoppedError(Exception):
@@ -519,12 +519,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _restore(
-    folder: Path, architecture: Architecture, stored: str, progress: Progress
+    folder: Path,
+    architecture: Architecture,
+    stored: str,
+    progress: Progress,
+    look: Callable[[], None],
 ) -> ImageTextModel:
     module = abstract_module(architecture)
     graph, state = nnx.split(module)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = restore_parameters(folder, parameter_shapes(module), here, stored, progress)
+    arrays = restore_parameters(folder, parameter_shapes(module), here, stored, progress, look)
     filled = {
         path: variable.replace(arrays[tuple(map(str, path))])
         for path, variable in nnx.to_flat_state(state)

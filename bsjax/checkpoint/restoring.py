@@ -6,6 +6,7 @@ parameter, casts it chunk by chunk and moves it to the device before it starts o
 CPU, the model uses the array as read, without a copy.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from bsjax.progress import Progress, no_progress
 
 # JAX uses arrays with this alignment in place and copies all others.
 _ALIGNMENT = 64
+
+# Seconds. A parameter of all layers of a large model is gigabytes.
+_LOOK_AGAIN = 0.1
 
 # Chunks read and decoded concurrently. More would not be faster, and each is in memory twice.
 _CHUNKS_AT_ONCE = 4
@@ -50,12 +54,18 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
     Args:
       sharding: of the arrays.
       restored: called with the bytes of each array when it is on the device.
+      look: called now and then. What it raises ends the reading.
     """
 
-    def __init__(self, sharding: jax.sharding.Sharding, restored: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        sharding: jax.sharding.Sharding,
+        restored: Callable[[int], None],
+        look: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._sharding = sharding
-        self._restored = restored
+        self._restored, self._look = restored, look
         limit = {"limit": _CHUNKS_AT_ONCE}
         self._context = tensorstore.Context(
             {"file_io_concurrency": limit, "data_copy_concurrency": limit}
@@ -85,10 +95,16 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
             # All chunks were written, even if all zeros: a missing one means damage.
             "fill_missing_data_reads": False,
         }
+        self._look()
         try:
             store = tensorstore.open(spec, context=self._context).result()
             array = _aligned(store.shape, dtype)
-            tensorstore.array(array).write(tensorstore.cast(store, dtype)).result()
+            reading = tensorstore.array(array).write(tensorstore.cast(store, dtype))
+            while not reading.commit.done():
+                with contextlib.suppress(TimeoutError):
+                    reading.result(timeout=_LOOK_AGAIN)
+                self._look()
+            reading.result()
         except ValueError as error:
             raise CheckpointError(
                 f"parameter {info.name} in {info.parent_dir} is missing or damaged. {_AGAIN} "
@@ -111,6 +127,7 @@ def restore_parameters(
     sharding: jax.sharding.Sharding,
     stored: str,
     progress: Progress = no_progress,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[tuple[str, ...], jax.Array]:
     """Reads exactly the wanted parameters.
 
@@ -120,6 +137,7 @@ def restore_parameters(
       sharding: sharding of the arrays.
       stored: the dtype that all parameters were stored in.
       progress: called after every parameter, with the bytes in memory so far and in all.
+      look: called now and then. What it raises ends the reading.
 
     Raises:
       CheckpointError: the checkpoint is missing or damaged, or holds other parameters or shapes.
@@ -140,7 +158,7 @@ def restore_parameters(
 
     progress("loading weights", 0, total)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, OneAtATime(sharding, restored)),
+        (np.ndarray, OneAtATime(sharding, restored, look)),
         # Not used, but without it Orbax warns.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )

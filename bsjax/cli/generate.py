@@ -145,7 +145,7 @@ def _generate(options: argparse.Namespace) -> int:
     with WeightsReader() as reader:
         # What can be refused is refused without waiting for the weights.
         with startup.part("checkpoint"):
-            described = described_model(options, None if options.batch else reader)
+            described = described_model(options, reader if options.batch is None else None)
         settings = checked_settings(
             described,
             options.backend,

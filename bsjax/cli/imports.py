@@ -16,7 +16,7 @@ def import_libraries(options: argparse.Namespace, *, devices: bool = True) -> No
 
     transformers imports torch wherever it is installed, which costs seconds and hundreds of
     megabytes, although tokenizers and image processors do not use it. In a process of its own, a
-    command hides torch until transformers has gone on without it.
+    command hides torch while transformers is imported, which remembers that there is none.
 
     Args:
       options: the options of a command.

@@ -2,8 +2,8 @@
 
 Only visible (query, key) pairs count. Each costs four FLOPs for each channel of a head: a
 multiplication and an addition in the scores, and again in the output. In the last layer only the
-prompt's last token has a query, because nothing reads the outputs of the others: no profile saves
-anything there that the model has not already saved.
+prompt's last token has a query, because nothing reads the outputs of the others. If it is a text
+token, as chat templates have it, all categories cost the same there.
 """
 
 from collections.abc import Iterable, Sequence

@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+import time
 
 import jax
 import pytest
@@ -96,6 +97,7 @@ def test_weights_stop_being_read_when_something_else_is_wrong(tiny_source, tmp_p
         read.append(done)
         begun.set()
         assert refused_by_main.wait(60)
+        time.sleep(0.2)  # until the error has left `load`'s `with` block
 
     class Tokenizer:
         @staticmethod
@@ -107,8 +109,7 @@ def test_weights_stop_being_read_when_something_else_is_wrong(tiny_source, tmp_p
                 refused_by_main.set()
 
     monkeypatch.setattr(loading, "AutoTokenizer", Tokenizer)
-    before = threading.active_count()
     with pytest.raises(CheckpointError, match="tokenizer"):
         bsjax.load(tmp_path / "ours", progress=progress)
     assert len(read) < 3, "of more than twenty parameters"
-    assert threading.active_count() <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bsjax")]
