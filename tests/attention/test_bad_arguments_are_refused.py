@@ -90,6 +90,7 @@ def test_scales_that_are_not_valid(backend, scale):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "pallas", "reference"])
 def test_a_traced_scale_is_the_same_scale(backend):
     def attend(scale, backend=backend):

@@ -466,6 +466,7 @@ class TestTimeToFirstToken:
             assert np.isfinite(values).all() and values.std() > 0
 
 
+@pytest.mark.slow
 def test_second_turns_are_answered_alike_with_and_without_a_session(tmp_path, capsys):
     from benchmarks import sessions
 

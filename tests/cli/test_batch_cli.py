@@ -122,6 +122,7 @@ def conversations(folder: Path) -> dict[int, list]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
@@ -217,6 +218,7 @@ def test_a_complete_batch_reads_no_weights(run, folder, tmp_path, tiny_model, mo
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "batch", "words"),
     [
@@ -302,6 +304,7 @@ def test_a_file_of_something_else_is_left_alone(run, no_weights, tmp_path, conte
     assert path.read_text() == content
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_a_terminal(run, model, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")

@@ -440,6 +440,7 @@ def test_every_public_name_is_there():
         bsjax.absent  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 @pytest.mark.parametrize(
     "arguments",
@@ -456,6 +457,7 @@ def test_output_that_cannot_be_written(checkpoint, tmp_path, arguments):
     assert done.stderr.splitlines()[-1].startswith("error: the output cannot be written: ")
 
 
+@pytest.mark.slow
 def test_folders_that_the_terminal_cannot_show(tmp_path):
     command = [sys.executable, "-m", "convert", str(SOURCE), str(tmp_path / "\u00e9")]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}

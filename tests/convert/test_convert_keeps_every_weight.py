@@ -57,6 +57,7 @@ def assert_same_weights(source, model, dtype="float32"):
     assert count == len(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_weight_is_converted(tmp_path, family, tied):
@@ -182,6 +183,7 @@ def test_fingerprint_distinguishes_weights(tmp_path):
     assert len(before.fingerprint) == 64
 
 
+@pytest.mark.slow
 def test_destination_is_self_contained(tmp_path):
     source = sources.write_source(tmp_path / "hf")
     convert_checkpoint(source, tmp_path / "ours")

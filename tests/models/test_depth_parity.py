@@ -85,6 +85,7 @@ def programs(family: str, depth: int) -> dict[str, list]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3"])
 def test_programs_do_not_grow_with_depth(family):
     """Gemma 3's kinds of layers repeat every three layers here; both depths have two left over."""

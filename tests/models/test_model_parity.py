@@ -349,6 +349,7 @@ def test_packed_order_changes_no_result(family):
     assert_greedy_matches(models.port.greedy(prompt, packed=True), models.reference, prompt)
 
 
+@pytest.mark.slow
 @for_families
 @pytest.mark.parametrize("packed", [False, True], ids=["prompt order", "packed order"])
 def test_chunks_change_no_result(family, packed):

@@ -230,6 +230,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_an_image_is_decoded(
     assert not decoded and not image_threads()
 
 
+@pytest.mark.slow
 def test_images_that_are_damaged_behind_their_headers_are_named(tiny_model, tmp_path):
     parts = [picture_file(tmp_path, number) for number in range(3)]
     path = tmp_path / "1.png"
@@ -266,6 +267,7 @@ def test_a_damaged_image_leaves_a_session_as_it_was(tiny_model, tmp_path):
         assert session.tokens == tokens > 0
 
 
+@pytest.mark.slow
 def test_a_generator_of_conversations_may_use_its_buffer_again(tiny_model, tmp_path):
     frames = [np.full((84, 84, 3), value, np.uint8) for value in (0, 120, 255)]
     options = {"max_new_tokens": 2, "log_probabilities": 0}

@@ -251,6 +251,7 @@ def test_common_tokens_end_before_images_that_differ(tiny_model):
     assert shared.tokens == common_tokens(base, differs)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_beside_others_runs_alone(tiny_model, monkeypatch):
     """Its neighbours are answered, and so is it if it fits alone."""
     large = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)

@@ -17,6 +17,7 @@ class KernelReached(Exception):
 
 
 # transformers writes the checkpoint, which needs torch.
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
 def test_generate_reaches_the_kernel_in_seven_files(family, tmp_path, monkeypatch):

@@ -316,6 +316,7 @@ def test_programs_are_kept_in_the_users_cache_folder(tiny_checkpoint, tmp_path):
     assert any((tmp_path / "bsjax" / "compiled").iterdir())
 
 
+@pytest.mark.slow
 def test_statistics_leave_nothing_out(tiny_checkpoint, photographs, tmp_path):
     """The seconds to the first token add up to what the caller waits, within 3 %."""
     model = bsjax.load(tiny_checkpoint)

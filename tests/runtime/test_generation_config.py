@@ -89,6 +89,7 @@ def test_tokens_are_drawn_from_what_transformers_draws_from(
     np.testing.assert_allclose(ours[~differ], expected[~differ], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_calls_that_ask_for_it_use_the_config(tiny_model):
     settings = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
     model = with_config(tiny_model, do_sample=True, max_new_tokens=5, **settings)

@@ -52,6 +52,7 @@ CONVERSATIONS = [
 IMAGES, KNOWN = [2, 4, 4], [0, 2, 3]
 
 
+@pytest.mark.slow
 def test_images_come_again_in_any_order(tiny_model, model, encoded):
     image_cache_of(model).clear()
     profile = bsjax.Profile.uniform("INTRA_IMAGE_SINK", model)
@@ -69,6 +70,7 @@ def test_images_come_again_in_any_order(tiny_model, model, encoded):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_batches_and_sessions_share_the_models_cache(tiny_model, model, encoded):
     image_cache_of(model).clear()
     # Also one that was made when the cache was empty.

@@ -84,6 +84,7 @@ def assert_scores(score, model, reference, messages):
     assert score.is_greedy == likeliest.all()
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_transformers(pairs, family):
@@ -96,6 +97,7 @@ def test_scores_are_those_of_transformers(pairs, family):
     assert_scores(score, model, reference, messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
 @pytest.mark.parametrize("chunks", [(16, 32), (256,)], ids=str)

@@ -400,6 +400,7 @@ def test_files_that_are_not_of_this_session_are_refused(tiny_model, tmp_path):
             bsjax.Session.load(path, tiny_model)
 
 
+@pytest.mark.slow
 def test_a_session_in_16_bits_is_saved_exactly(tiny_checkpoint, tmp_path):
     model = bsjax.load(tiny_checkpoint, "bfloat16")
     session = bsjax.Session(model, max_tokens=512)
