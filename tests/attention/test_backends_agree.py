@@ -99,6 +99,7 @@ def test_every_head_dimension_of_published_models_is_computed(head_dim):
     check(RAGGED, MIXED, q, k, v, "xla", 3e-6, CAUSAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_stays_within_its_rounding(backend, dtype):

@@ -133,6 +133,7 @@ def test_lengths_at_every_edge_of_a_block_share_one_batch(function, own):
     check(function, EDGES[::-1], 100, own=own, kv_heads=1, group=3, layer=2, seed=1)
 
 
+@pytest.mark.slow
 @for_functions
 @pytest.mark.parametrize(("rows", "splits", "group"), [(1, 1, 1), (7, 3, 2), (200, 3, 1)])
 @given(data=st.data())

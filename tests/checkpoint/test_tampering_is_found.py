@@ -94,6 +94,7 @@ TAMPERING = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, found, words", TAMPERING)
 def test_what_load_finds_and_what_the_manifest_finds(folder, change, found, words):
     change(folder)

@@ -22,6 +22,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(FOLDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
