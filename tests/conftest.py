@@ -68,8 +68,7 @@ settings.load_profile("bsjax")
 class CheckedFunctions(_import_hook.JaxtypingTransformer):
     """Functions inside of functions are not checked.
 
-    They are defined, and would be compiled with their checks, whenever the outer one runs: a tenth
-    of the suite's time.
+    They are defined, and would be compiled with their checks, each time the outer one runs.
     """
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802

@@ -178,7 +178,7 @@ def load(
             image_sources=image_sources,
             reader=reader,
         )
-        return with_weights(described, reader=reader)
+        return reader.model(described)
 
 
 def describe(
@@ -217,28 +217,18 @@ def describe(
     )
 
 
-def with_weights(
-    described: DescribedModel,
-    progress: Progress | bool | None = None,
-    *,
-    reader: "WeightsReader | None" = None,
-) -> LoadedModel:
+def with_weights(described: DescribedModel, progress: Progress | bool | None = None) -> LoadedModel:
     """Reads the weights of a model onto the default device.
 
     Args:
       described: from `describe`.
       progress: as for `load`.
-      reader: what `describe` was given; reads the weights, and shows its own progress.
 
     Raises:
       CheckpointError: the weights are damaged, or of another model.
     """
-    with WeightsReader(progress) as own_reader:
-        if reader is None:
-            own_reader.begin(described.path, described.architecture, described.stored_dtype)
-        module = (reader or own_reader).module()
-    known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
-    return LoadedModel(module=module, **known)
+    with WeightsReader(progress) as reader:
+        return reader.model(described)
 
 
 class WeightsReader:
@@ -265,8 +255,10 @@ class WeightsReader:
         self._stopped = True
         self._exit.close()
 
-    def begin(self, folder: Path, architecture: Architecture, stored: str) -> None:
-        """Begins to read.
+    def begin(
+        self, folder: Path, architecture: Architecture, stored: str
+    ) -> "Future[ImageTextModel]":
+        """Begins to read; returns the module to come.
 
         Args:
           folder: the checkpoint's folder.
@@ -275,20 +267,25 @@ class WeightsReader:
         """
         thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
         report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
-
-        parameters = folder / PARAMETERS
         self._reading = thread.submit(
-            _restore, parameters, architecture, stored, report, self._look
+            _restore, folder / PARAMETERS, architecture, stored, report, self._look
         )
+        return self._reading
 
-    def module(self) -> ImageTextModel:
-        """Waits for the weights.
+    def model(self, described: DescribedModel) -> LoadedModel:
+        """The model with its weights, when they have been read.
+
+        Args:
+          described: from `describe`, which was given this reader or none.
 
         Raises:
-          CheckpointError: as for `with_weights`.
+          CheckpointError: the weights are damaged, or of another model.
         """
-        assert self._reading is not None, "begin comes first"
-        return self._reading.result()
+        reading = self._reading or self.begin(
+            described.path, described.architecture, described.stored_dtype
+        )
+        known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
+        return LoadedModel(module=reading.result(), **known)
 
     def _look(self) -> None:
         if self._stopped:

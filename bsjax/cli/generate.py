@@ -138,7 +138,7 @@ def _generate(options: argparse.Namespace) -> int:
     startup, stopwatch = Stopwatch(), Stopwatch()
     with startup.part("imports"):
         import_libraries(options)
-        from bsjax.checkpoint.loading import WeightsReader, with_weights
+        from bsjax.checkpoint.loading import WeightsReader
         from bsjax.runtime.arguments import checked_prompt, checked_settings
         from bsjax.runtime.generation import generate_once, result_of
 
@@ -171,7 +171,7 @@ def _generate(options: argparse.Namespace) -> int:
             stopwatch,
         )
         with startup.part("weights"):
-            model = with_weights(described, reader=reader)
+            model = reader.model(described)
 
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)

@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
 def model(tiny_model, monkeypatch):
     """The model that commands of this process load."""
 
-    def with_weights(described, progress=None, *, reader=None):
+    def with_weights(described):
         return tiny_model
 
     monkeypatch.setattr(loading, "with_weights", with_weights)

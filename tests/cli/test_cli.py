@@ -44,24 +44,22 @@ def images(tmp_path_factory) -> list[str]:
 @pytest.fixture(autouse=True)
 def load_once(monkeypatch):
     """Loads the model once for all tests of this file, so that its compiled programs are kept."""
-    monkeypatch.setattr(loading, "with_weights", with_weights_once)
     monkeypatch.setattr(loading.WeightsReader, "begin", begin_once)
+    monkeypatch.setattr(loading.WeightsReader, "model", model_once)
 
 
-with_weights = loading.with_weights
-begin = loading.WeightsReader.begin
+begin, model = loading.WeightsReader.begin, loading.WeightsReader.model
 loaded: dict[Path, bsjax.LoadedModel] = {}
 
 
-def with_weights_once(described, progress=None, *, reader=None):
-    if described.path not in loaded:
-        loaded[described.path] = with_weights(described, progress, reader=reader)
-    return loaded[described.path]
-
-
 def begin_once(reader, folder, architecture, stored):
-    if folder not in loaded:
-        begin(reader, folder, architecture, stored)
+    return None if folder in loaded else begin(reader, folder, architecture, stored)
+
+
+def model_once(reader, described):
+    if described.path not in loaded:
+        loaded[described.path] = model(reader, described)
+    return loaded[described.path]
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
