@@ -40,7 +40,7 @@ def _score(options: argparse.Namespace) -> None:
     from bsjax.attention import resolve_backend
     from bsjax.checkpoint.loading import with_weights
     from bsjax.runtime.arguments import checked_answered_prompts
-    from bsjax.runtime.likelihood import score_once
+    from bsjax.runtime.likelihood import BatchScoring
 
     # What can be refused is refused before the weights are read.
     described = described_model(options)
@@ -52,7 +52,8 @@ def _score(options: argparse.Namespace) -> None:
     ]
     prompts = checked_answered_prompts(described, conversations, profile, described.options())
     model = with_weights(described)
-    scores = [score_once(model, prompt, profile, backend) for prompt in prompts]
+    batch = BatchScoring(model, profile, backend)
+    scores = [batch.score(prompt) for prompt in prompts]
     if options.json:
         print(json.dumps([dataclasses.asdict(score) for score in scores], indent=2))
         return

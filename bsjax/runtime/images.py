@@ -24,10 +24,8 @@ from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import sizes_in_use
 from bsjax.timing import Stopwatch
 
-# Patches along each side of a square. A group's schedules have room for tiles as large as a square,
-# such as the windows of a tower, but not for as many smaller tiles as many small images would need.
-# Each image therefore counts as whole squares.
-_SQUARE = 8
+# Patches along each side of the windows of a tower, in which each window is a tile.
+_WINDOW = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +119,13 @@ def image_groups(
         [index for index, _ in run]
         for _, run in itertools.groupby(enumerate(known), lambda each: each[1] is None)
     ]
-    family, config, dtype = architecture
-    block_q, block_kv = block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
+    family, config, _ = architecture
+    block_q, block_kv = _blocks(architecture, backend)
     grids = np.stack([image.grid_thw for image in images])
     first_token = np.cumsum([0, *(image.tokens for image in images)]).tolist()
     patches_per_token = family.patches_per_token(config)
     groups = []
-    counted = counted_patches(grids).tolist()
+    counted = counted_patches(architecture, grids, backend).tolist()
     for run in runs:
         borders = group_borders([counted[index] for index in run], sizes_in_use().patches)
         for first_of_run, end_of_run, padded in borders:
@@ -152,10 +150,31 @@ def image_groups(
     return tuple(groups)
 
 
-def counted_patches(grid_thw: Int[np.ndarray, "images 3"]) -> Int[np.ndarray, "images"]:
-    """How many of a group's patches each image counts as: those of whole squares."""
-    squares = (-(-grid_thw[:, 1:] // _SQUARE)).prod(axis=1, dtype=np.int64) * grid_thw[:, 0]
-    return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), squares * _SQUARE**2)
+def counted_patches(
+    architecture: Architecture, grid_thw: Int[np.ndarray, "images 3"], backend: str
+) -> Int[np.ndarray, "images"]:
+    """How many of a group's patches each image counts as.
+
+    A group's schedules have room for twice as many tiles as there would be if all were full. Small
+    images, and those that fill their windows badly, have more tiles, so they count as more patches
+    than they have: as half of those of full tiles.
+
+    Args:
+      architecture: architecture of the model.
+      grid_thw: frames, rows and columns of patches of each image.
+      backend: attention backend.
+    """
+    block_q, _ = _blocks(architecture, backend)
+    frames = grid_thw[:, 0].astype(np.int64)
+    windows = frames * (-(-grid_thw[:, 1:] // _WINDOW)).prod(axis=1, dtype=np.int64)
+    in_tiles = np.maximum(frames * block_q, windows * _WINDOW**2)
+    return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), in_tiles // 2)
+
+
+def _blocks(architecture: Architecture, backend: str) -> tuple[int, int]:
+    """`block_sizes` of the tower."""
+    family, config, dtype = architecture
+    return block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
 
 
 def most_group_tokens(architecture: Architecture, images: Sequence[PromptImage]) -> int:

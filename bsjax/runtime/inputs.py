@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class ModelInputs:
       last_kind: the kind of the last layer, an index into `visibilities`.
       blocks: block_q and block_kv of the language model's schedules.
       images: the images.
-      flops_per_kind: attention FLOPs of the tokens that run, by kind of layer.
+      start: position of the first token that runs.
       how_to_shorten: advice for error messages about prompts that are too long.
     """
 
@@ -49,7 +50,7 @@ class ModelInputs:
     last_kind: int
     blocks: tuple[int, int]
     images: tuple[PromptImage, ...]
-    flops_per_kind: tuple[LayerFlops, ...]
+    start: int
     how_to_shorten: str
 
     @property
@@ -61,6 +62,24 @@ class ModelInputs:
     def is_sparse(self) -> bool:
         """Whether any head is sparse."""
         return bool((self.head_category != HeadCategory.DENSE).any())
+
+    @cached_property
+    def flops_per_kind(self) -> tuple[LayerFlops, ...]:
+        """Attention FLOPs of prefill of the tokens that run, by kind of layer.
+
+        Counting them takes longer than everything else here, and the first token does not need it.
+        """
+        family, config, _ = self.architecture
+        layer_kinds = family.layer_kinds(config)
+        flops = head_flops(
+            self.template,
+            self.visibilities,
+            layer_kinds,
+            family.text_head_dim(config),
+            [HeadCategory.DENSE, *np.unique(self.head_category).tolist()],
+            Span(self.start, self.tokens),
+        )
+        return flops_per_kind(self.head_category, flops, self.visibilities, layer_kinds)
 
     @property
     def flops_dense(self) -> int:
@@ -131,7 +150,7 @@ def prepare_inputs(
     sinks: Sinks | None = None,
     start: int = 0,
 ) -> ModelInputs:
-    """Computes a prompt's template, positions and FLOPs, on the host.
+    """Computes a prompt's template and positions, on the host.
 
     Args:
       architecture: architecture of the model that runs the prompt.
@@ -153,22 +172,11 @@ def prepare_inputs(
         architecture, prompt, profile, new_tokens=new_tokens, sinks=sinks
     )
     layers, q_heads = text_config.num_hidden_layers, text_config.num_attention_heads
-    head_dim = family.text_head_dim(config)
     if profile is None:
         head_category = np.full((layers, q_heads), HeadCategory.DENSE, np.int32)
     else:
         head_category = profile.categories.astype(np.int32)
     sparse = profile is not None and profile.is_sparse
-    visibilities = family.visibilities(config)
-    layer_kinds = family.layer_kinds(config)
-    flops = head_flops(
-        template,
-        visibilities,
-        layer_kinds,
-        head_dim,
-        [HeadCategory.DENSE, *np.unique(head_category).tolist()],
-        Span(start, template.tokens),
-    )
     return ModelInputs(
         architecture=architecture,
         template=template,
@@ -176,11 +184,11 @@ def prepare_inputs(
         token_ids=prompt.token_ids,
         position_ids=position_ids,
         head_category=head_category,
-        visibilities=visibilities,
-        last_kind=int(layer_kinds[-1]),
-        blocks=block_sizes(backend, head_dim, dtype, sparse=sparse),
+        visibilities=family.visibilities(config),
+        last_kind=int(family.layer_kinds(config)[-1]),
+        blocks=block_sizes(backend, family.text_head_dim(config), dtype, sparse=sparse),
         images=prompt.images,
-        flops_per_kind=flops_per_kind(head_category, flops, visibilities, layer_kinds),
+        start=start,
         how_to_shorten=how_to_shorten,
     )
 

@@ -18,6 +18,7 @@ from bsjax.runtime.arguments import (
     conversations_of,
 )
 from bsjax.runtime.chunks import PlacedPrompt
+from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
@@ -32,6 +33,7 @@ from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import Score
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import AnswerScoring
+from bsjax.runtime.sizes import cache_rows
 
 
 @overload
@@ -86,8 +88,8 @@ def score(
     Args:
       model: from `bsjax.load`.
       messages: Hugging Face chat messages of one conversation that ends with an answer, or a list
-        of conversations (a batch). To score several answers to one question, `Session.score` runs
-        the question only once.
+        of conversations (a batch). What a conversation has in common with the one before it runs
+        only once, such as the question that several answers are scored for.
       profile: head categories; None is dense. An answer is text, which sees everything, but it sees
         images as sparse heads have computed them.
       backend: attention backend, see `sparse_attention`.
@@ -116,12 +118,31 @@ def score(
     resolved = Profile.resolve(profile, model)
     if is_batch:
         check_conversations(model, conversations, options, answered=True)
+    if not is_batch:
+        answered = model.answered_prompt(conversations[0], options)
+        return score_once(model, answered, resolved, backend)
+    batch = BatchScoring(model, resolved, backend)
     scores = []
     for number, conversation in enumerate(conversations):
-        with naming(f"conversations[{number}]" if is_batch else None):
-            answered = model.answered_prompt(conversation, options)
-            scores.append(score_once(model, answered, resolved, backend))
-    return scores if is_batch else scores[0]
+        with naming(f"conversations[{number}]"):
+            scores.append(batch.score(model.answered_prompt(conversation, options)))
+    return scores
+
+
+class BatchScoring:
+    """Scores conversations one after the other. What each begins with like the last runs once."""
+
+    def __init__(self, model: LoadedModel, profile: Profile | None, backend: str) -> None:
+        self._model, self._profile, self._backend = model, profile, backend
+        self._kept: KeptCache | None = None
+
+    def score(self, answered: AnsweredPrompt) -> Score:
+        """The score of the next conversation."""
+        rows = cache_rows(answered.prompt.token_ids.size)
+        if self._kept is None or self._kept.rows != rows:
+            images = image_cache_of(self._model)
+            self._kept = KeptCache(self._model, self._profile, rows, image_cache=images)
+        return score_once(self._model, answered, self._profile, self._backend, self._kept)
 
 
 def score_once(

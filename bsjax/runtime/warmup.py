@@ -85,7 +85,7 @@ def warmup(
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     limit = model.config.get_text_config().max_position_embeddings
-    of_every_size = _images_of_every_size(model) if images else ()
+    of_every_size = _images_of_every_size(model, backend) if images else ()
     groups = image_groups(model.architecture, of_every_size, backend)
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
@@ -142,7 +142,7 @@ def cache_lengths(max_tokens: int) -> list[int]:
     return lengths
 
 
-def _images_of_every_size(model: LoadedModel) -> tuple[PromptImage, ...]:
+def _images_of_every_size(model: LoadedModel, backend: str) -> tuple[PromptImage, ...]:
     """Images that fill a group of each size that the smallest image fits into, largest first."""
     family, config = model.family, model.config
     if not family.reads_images:
@@ -151,5 +151,5 @@ def _images_of_every_size(model: LoadedModel) -> tuple[PromptImage, ...]:
     tokens = int(grid.prod()) // family.patches_per_token(config)
     nothing = np.zeros((int(grid.prod()), 0), np.uint8)
     image = PromptImage(grid, tokens, model.pixel_scale, lambda: nothing)
-    counted = int(counted_patches(grid[None])[0])
+    counted = int(counted_patches(model.architecture, grid[None], backend)[0])
     return (image,) * sum(size // counted for size in sizes_in_use().patches)

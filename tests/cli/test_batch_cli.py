@@ -159,6 +159,7 @@ def test_answers_are_those_of_generate(run, model, folder, tmp_path, options, ar
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_conversations_that_cannot_be_answered_have_errors(run, model, folder, tmp_path):
     part = {"type": "image", "image": "cut.png"}
     text = "word " * 40000
@@ -178,6 +179,7 @@ def test_conversations_that_cannot_be_answered_have_errors(run, model, folder, t
     assert given[2]["token_ids"]
 
 
+@pytest.mark.slow
 def test_what_is_answered_is_not_answered_again(run, model, tmp_path, monkeypatch):
     assert run()[0] == 0
     path = tmp_path / "out.jsonl"

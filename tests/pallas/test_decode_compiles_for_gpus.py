@@ -1,8 +1,6 @@
 """Decoding compiles for real GPUs: the kernel as it should be, and no copies around it."""
 
-import hashlib
 import math
-import os
 import re
 
 import jax
@@ -16,8 +14,8 @@ from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
 from bsjax.runtime import decoding
 from bsjax.runtime.sizes import cache_rows
+from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
-from tests.support.paths import ROOT
 from tools.compiled_kernels import DecodeKernel, decode_kernel
 from tools.gpu_targets import TARGETS, KernelReport, compile_for
 from tools.published_models import PUBLISHED_MODELS
@@ -26,10 +24,6 @@ from tools.sass import opcodes
 pytestmark = pytest.mark.slow
 
 LAYERS, ROWS = 28, 40_960
-
-# As for the kernels of prefill.
-CHECKED = ROOT / "tests" / "pallas" / "checked_kernels.txt"
-RECORD = "RECORD_KERNELS" in os.environ
 
 
 def compiled_kernels(kernel: DecodeKernel) -> tuple[KernelReport, KernelReport]:
@@ -58,8 +52,9 @@ def check(
     Does nothing if the same kernels have been checked before, unless `always` is set.
     """
     kernel = decode_kernel(target, head_dim, dtype, layers=LAYERS, rows=rows, **options)
-    key = hashlib.sha256(kernel.digest().encode()).hexdigest()
-    if not always and not RECORD and key in CHECKED.read_text():
+    name = f"decode-{target}-{head_dim}-{dtype}-{rows}"
+    recorded = ProgramCheck.of("-".join([name, *map(str, options.values())]), kernel.digest())
+    if recorded.has_passed and not always:
         return
     expected = decode_configuration(head_dim, dtype)
     reports = compiled_kernels(kernel)
@@ -85,10 +80,7 @@ def check(
         assert products == {"HGMMA"}, f"{case}: products are {products}"
     else:
         assert "mma" in report.ptx, f"{case}: no tensor cores"
-    if RECORD:
-        with CHECKED.open("a") as file:
-            name = f"decode-{target}-{head_dim}-{dtype}-{rows}"
-            file.write(f"{key} {'-'.join([name, *map(str, options.values())])}\n")
+    recorded.passed()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

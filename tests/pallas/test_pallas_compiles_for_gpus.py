@@ -1,8 +1,5 @@
 """The GPU kernel compiles for real GPUs: tensor cores, no spills, within shared memory."""
 
-import functools
-import hashlib
-import os
 import subprocess
 import sys
 
@@ -21,21 +18,19 @@ from bsjax.pallas.configurations import (
     target_in_use,
     target_of,
 )
+from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.paths import ROOT
 from tools import compiled_kernels, gpu_targets, kernel_table
+from tools.compiled_kernels import prefill_kernel
 from tools.configuration_table import TABLE, read_table, write_table
 from tools.gpu_targets import KernelReport
 from tools.kernel_table import PAGE, Case, matrix
 from tools.sass import attention_loops, mix, opcodes
 
-compile_prefill = functools.cache(compiled_kernels.compile_prefill)
-
 # One kernel per architecture is always compiled. Others need not be compiled again if nothing that
-# determines them has changed since they were checked: CONTRIBUTING.md says how to record them.
+# determines them has changed since they were checked.
 ALWAYS = {f"{gpu}-128-bfloat16-sparse" for gpu in ("a100", "l40s", "h200", "b200")}
-CHECKED = ROOT / "tests" / "pallas" / "checked_kernels.txt"
-RECORD = "RECORD_KERNELS" in os.environ
 
 
 def check_kernel(case: Case, chosen: KernelConfiguration, *, line: str = "", **options) -> None:
@@ -48,20 +43,18 @@ def check_kernel(case: Case, chosen: KernelConfiguration, *, line: str = "", **o
       options: more arguments of `compile_prefill`.
     """
     require_gpu_compiler()
-    kernel = compiled_kernels.prefill_kernel(*case[:3], sparse=case.sparse, **options)
-    key = hashlib.sha256(f"{kernel.digest()} {line}".encode()).hexdigest()
+    kernel = prefill_kernel(*case[:3], sparse=case.sparse, **options)
+    recorded = ProgramCheck.of(str(case), kernel.digest(), line)
     always = not options and str(case) in ALWAYS
-    if not always and not RECORD and key in CHECKED.read_text():
+    if recorded.has_passed and not always:
         return
-    report = compile_prefill(*case[:3], sparse=case.sparse, **options)
+    report = kernel.report()
     check(report, case, chosen)
     # Another JAX compiles differently.
     if line and f"with JAX {jax.__version__}," in PAGE.read_text():
         written = f"| {' | '.join(kernel_table.row(case, report))} |"
         assert line == written, f"run python -m {kernel_table.__name__}"
-    if RECORD:
-        with CHECKED.open("a") as file:
-            file.write(f"{key} {case}\n")
+    recorded.passed()
 
 
 def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None:
@@ -102,9 +95,14 @@ def test_it_compiles_for_every_architecture_as_the_page_says(case):
 @pytest.mark.slow
 def test_the_kernel_is_the_same_with_64_bit_jax():
     require_gpu_compiler()
-    wanted = compile_prefill("h200", 128, "bfloat16", sparse=True)
+    wanted = prefill_kernel("h200", 128, "bfloat16")
     with jax.enable_x64(True):
-        assert compiled_kernels.compile_prefill("h200", 128, "bfloat16").sass == wanted.sass
+        with_x64 = prefill_kernel("h200", 128, "bfloat16")
+        recorded = ProgramCheck.of("64-bit-jax", wanted.digest(), with_x64.digest())
+        if recorded.has_passed:
+            return
+        assert with_x64.report().sass == wanted.report().sass
+    recorded.passed()
 
 
 @pytest.mark.parametrize(("same", "gpu"), [("rtx4090", "l40s"), ("h100", "h200")])
@@ -163,12 +161,10 @@ def test_larger_blocks_are_walked_in_steps(head_dim, blocks):
 
 @pytest.mark.slow
 def test_windows_of_a_vision_tower_take_tiles_of_their_size():
-    require_gpu_compiler()
-    report = compile_prefill("h200", 80, "bfloat16", blocks=(64, 64))
     with compiling_for("sm_90"):
         chosen = configuration(80, "bfloat16", 64, 64)
     assert chosen.block_q == 64, "a window's 64 rows should be one program's"
-    check(report, Case("h200", 80, "bfloat16"), chosen)
+    check_kernel(Case("h200", 80, "bfloat16"), chosen, blocks=(64, 64))
 
 
 @pytest.mark.slow
@@ -204,43 +200,50 @@ def test_it_compiles_for_siglip_on_an_a100():
 
 @pytest.mark.slow
 def test_arrays_may_be_larger_than_32_bit_offsets():
-    # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
     require_gpu_compiler()
-    large = compile_prefill(
-        "h200", 128, "bfloat16", tokens=300_000, q_heads=64, kv_heads=8, whole=True
-    )
-    check(
-        large,
-        Case("h200", 128, "bfloat16"),
-        compiled_kernels.default_prefill("h200", 128, "bfloat16"),
-    )
-    small = compile_prefill("h200", 128, "bfloat16", whole=True)
+    case = Case("h200", 128, "bfloat16")
+    # 300K tokens x 64 heads x 128: an index of q does not fit 32 bits.
+    large = prefill_kernel(*case[:3], tokens=300_000, q_heads=64, kv_heads=8, whole=True)
+    small = prefill_kernel(*case[:3], whole=True)
+    recorded = ProgramCheck.of("64-bit-offsets", large.digest(), small.digest())
+    if recorded.has_passed:
+        return
+    reports = [large.report(), small.report()]
+    check(reports[0], case, compiled_kernels.default_prefill(*case[:3]))
     # A 32-bit offset is widened at the end, before it is added to a pointer.
     widened = [
-        kernel.ptx.count("mul.wide.s32") + kernel.ptx.count("cvt.s64.s32")
-        for kernel in (large, small)
+        report.ptx.count("mul.wide.s32") + report.ptx.count("cvt.s64.s32") for report in reports
     ]
     assert widened[0] < widened[1], f"q and out have 32-bit offsets: {widened}"
+    recorded.passed()
 
 
 @pytest.mark.slow
 def test_full_blocks_evaluate_no_mask():
     require_gpu_compiler()
-    full, partial = (
-        mix(loop) for loop in attention_loops(compile_prefill("h200", 128, "bfloat16").sass)
-    )
+    kernel = prefill_kernel("h200", 128, "bfloat16")
+    recorded = ProgramCheck.of("full-blocks", kernel.digest(), "full blocks")
+    if recorded.has_passed:
+        return
+    full, partial = (mix(loop) for loop in attention_loops(kernel.report().sass))
     chosen = compiled_kernels.default_prefill("h200", 128, "bfloat16")
     scores = chosen.block_q * chosen.block_kv // (32 * chosen.num_warps)
     assert full["tensor"] == partial["tensor"]
     # One comparison per score at the very least.
     assert full["other"] + scores <= partial["other"]
+    recorded.passed()
 
 
 @pytest.mark.slow
 def test_heads_of_80_channels_do_not_pay_for_128():
     require_gpu_compiler()
-    memory = {dim: compile_prefill("h200", dim, "bfloat16").shared_memory for dim in (64, 80, 128)}
+    kernels = {dim: prefill_kernel("h200", dim, "bfloat16") for dim in (64, 80, 128)}
+    recorded = ProgramCheck.of("80-channels", *(kernel.digest() for kernel in kernels.values()))
+    if recorded.has_passed:
+        return
+    memory = {dim: kernel.report().shared_memory for dim, kernel in kernels.items()}
     assert memory[80] < (memory[64] + memory[128]) / 2
+    recorded.passed()
 
 
 def test_the_table_has_every_entry_once():

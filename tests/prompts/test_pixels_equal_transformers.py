@@ -252,6 +252,7 @@ def test_images_that_are_damaged_behind_their_headers_are_named(tiny_model, tmp_
     assert results[0].token_ids == results[2].token_ids
 
 
+@pytest.mark.slow
 def test_a_damaged_image_leaves_a_session_as_it_was(tiny_model, tmp_path):
     session = bsjax.Session(tiny_model, max_tokens=512, image_cache_bytes=0)
     messages = [{"role": "user", "content": "Hi"}]

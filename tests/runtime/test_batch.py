@@ -39,9 +39,7 @@ def models_and_profiles(*ids):
     )
 
 
-ALL = models_and_profiles(
-    "qwen2_5_vl", "qwen2_5_vl-INTRA_IMAGE_SINK", "gemma3", "gemma3-INTRA_IMAGE_SINK"
-)
+THREE = models_and_profiles("qwen2_5_vl", "qwen2_5_vl-INTRA_IMAGE_SINK", "gemma3-INTRA_IMAGE_SINK")
 TWO = models_and_profiles("qwen2_5_vl-INTRA_IMAGE_SINK", "gemma3")
 
 
@@ -78,7 +76,7 @@ def scores_of(result):
 
 
 @pytest.mark.slow
-@ALL
+@THREE
 def test_a_batch_is_answered_as_single_calls(loaded):
     """In any order, with any neighbours, greedy and drawn, with fewer sequences than prompts."""
     model, words, profile = loaded

@@ -1,13 +1,15 @@
 """Long prompts through published models, compiled for an H200: memory stays within its goals.
 
 Array sizes are read from the text of the compiled programs, peaks from their memory analysis. Each
-model is compiled once, so each has one test.
+model has one test, which compiles nothing if its programs are the same as when they were checked.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -18,19 +20,45 @@ from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.images import ImageEncoder, ImageGroup, image_groups
 from bsjax.runtime.programs import Memory, Programs, Stage
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
+from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tools import memory_table
 from tools.compiled_kernels import target_name
-from tools.gpu_targets import compile_for
+from tools.gpu_targets import compile_for, digest
 from tools.memory_table import NEW_TOKENS, Measurement
 from tools.published_models import PUBLISHED_MODELS
 
 pytestmark = pytest.mark.slow
 
 
-def measured(model: str, tokens: int) -> Measurement:
+class Uncompiled(NamedTuple):
+    """Stands for a compiled program, of which only the results' shapes are known."""
+
+    out_info: Any
+
+    def memory_analysis(self) -> None:
+        return None
+
+
+@pytest.fixture
+def check_of(monkeypatch) -> Callable[[Callable[[], Any]], ProgramCheck]:
+    """The check of all programs that a call compiles with `tools.memory_table`."""
+
+    def check(call: Callable[[], Any]) -> ProgramCheck:
+        digests = [str(sorted(memory_table.GOALS.items()))]
+
+        def lowered(function, arguments, target):
+            digests.append(digest(function, arguments, target))
+            return Uncompiled(jax.eval_shape(function, *arguments))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(memory_table, "compile_for", lowered)
+            call()
+        assert len(digests) > 3
+        return ProgramCheck.of("published model", *digests)
+
     require_gpu_compiler()
-    return memory_table.measure(model, tokens)
+    return check
 
 
 def largest_array(compiled) -> int:
@@ -97,8 +125,12 @@ def largest_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("largest_chunks")
-def test_300k_tokens_of_the_7b(monkeypatch):
-    found = measured("Qwen2.5-VL-7B", 300_000)
+def test_300k_tokens_of_the_7b(check_of, monkeypatch):
+    measure = partial(memory_table.measure, "Qwen2.5-VL-7B", 300_000)
+    recorded = check_of(measure)
+    if recorded.has_passed:
+        return
+    found = measure()
     check_all_stages(found)
     assert found.inputs.tokens == 300_000 and found.inputs.template.num_images == 297
     assert found.peak == found.weights + max(stage.peak for stage in found.stages)
@@ -124,11 +156,16 @@ def test_300k_tokens_of_the_7b(monkeypatch):
     page = memory_table.markdown([found], {("h200", found.model): profiling})
     assert "| Qwen2.5-VL-7B | 300,000 | 297 |" in page
     assert "| NVIDIA H200 | Qwen2.5-VL-7B | 32,768 | 1.00 |" in page
+    recorded.passed()
 
 
 @pytest.mark.usefixtures("largest_chunks")
-def test_131k_tokens_of_gemma3_4b():
-    found = measured("Gemma-3-4B", 131_000)
+def test_131k_tokens_of_gemma3_4b(check_of):
+    measure = partial(memory_table.measure, "Gemma-3-4B", 131_000)
+    recorded = check_of(measure)
+    if recorded.has_passed:
+        return
+    found = measure()
     check_all_stages(found)
     assert (found.model, found.inputs.tokens) in memory_table.GOALS
     assert found.missed_goal is None
@@ -146,15 +183,20 @@ def test_131k_tokens_of_gemma3_4b():
     (decode,) = (stage for stage in found.stages if stage.name == "decode")
     assert decode.program.memory.temporaries < 2**23, "a copy of a ring would be 31 MB"
     assert decode.program.memory.results < 2**14, "the caches are updated in place"
+    recorded.passed()
 
 
-def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights():
+def test_profiling_32k_tokens_of_the_7b_takes_little_more_than_the_weights(check_of):
     """Any GPU that can answer such a prompt can profile on it: no stage keeps a square array."""
-    require_gpu_compiler()
-    stages = memory_table.measure_profiling("Qwen2.5-VL-7B", 32_768)
+    measure = partial(memory_table.measure_profiling, "Qwen2.5-VL-7B", 32_768)
+    recorded = check_of(measure)
+    if recorded.has_passed:
+        return
+    stages = measure()
     assert [stage.name for stage in stages] == ["heads", "sinks", "comparing"]
     one_head_of_scores = 2 * 32_768**2
     for stage in stages:
         assert "attention" in stage.program.compiled.as_text(), "the GPU kernel is missing"
         assert stage.peak < 3 * 2**30, stage.name
     assert stages[-1].program.memory.temporaries < one_head_of_scores
+    recorded.passed()

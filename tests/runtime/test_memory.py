@@ -165,6 +165,7 @@ def test_no_program_copies_the_cache_on_a_cpu(tiny_model):
         assert stage.program.memory.results < cache / 4, stage.name
 
 
+@pytest.mark.slow
 def test_the_next_groups_pixels_are_counted(tiny_model, small_sizes):
     small_sizes()
     stages, prefill = stages_of(tiny_model, conversation())

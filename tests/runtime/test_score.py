@@ -145,11 +145,17 @@ def test_sparse_heads_change_scores_as_in_the_reference(pairs):
     assert np.abs(dense - scores["xla"]).max() > 1e-3
 
 
+def assert_same(scores, expected):
+    for score, other in zip(scores, expected, strict=True):
+        assert score.token_ids == other.token_ids and score.is_greedy == other.is_greedy
+        np.testing.assert_allclose(score.log_probabilities, other.log_probabilities, atol=1e-5)
+
+
 def test_a_batch_is_a_list_of_scores(tiny_model):
     asked = [{"role": "user", "content": "Is it a cat?"}]
     batch = [answered(asked, answer) for answer in ("yes", "no, a dog")]
     scores = bsjax.score(tiny_model, batch)
-    assert scores == [bsjax.score(tiny_model, messages) for messages in batch]
+    assert_same(scores, [bsjax.score(tiny_model, messages) for messages in batch])
     assert all(type(score) is Score for score in scores)
     assert tiny_model.tokenizer.decode(scores[1].token_ids) == "no, a dog"
     with pytest.raises(MessageError, match=r"^conversations\[1\]: messages\[0\], the last"):
@@ -167,7 +173,7 @@ def test_no_logits_leave_the_device(tiny_model):
         assert {result.shape for result in results} == {(SCORED_ROWS,)}
 
 
-def test_a_session_scores_answers_and_runs_the_question_once(tiny_model, monkeypatch):
+def test_sessions_and_batches_run_a_question_once_for_all_its_answers(tiny_model, monkeypatch):
     asked = [
         {"role": "system", "content": "Be brief."},
         {
@@ -179,7 +185,7 @@ def test_a_session_scores_answers_and_runs_the_question_once(tiny_model, monkeyp
         },
     ]
     answers = [answered(asked, answer) for answer in ("a cat", "a dog", "a cat", "neither of them")]
-    plain = bsjax.score(tiny_model, answers)
+    plain = [bsjax.score(tiny_model, messages) for messages in answers]
     ran = []
     original = AnswerScoring.__init__
 
@@ -190,12 +196,13 @@ def test_a_session_scores_answers_and_runs_the_question_once(tiny_model, monkeyp
     monkeypatch.setattr(AnswerScoring, "__init__", recording)
     session = bsjax.Session(tiny_model, max_tokens=512)
     scores = [session.score(messages) for messages in answers]
-    for score, other in zip(scores, plain, strict=True):
-        assert score.token_ids == other.token_ids and score.is_greedy == other.is_greedy
-        np.testing.assert_allclose(score.log_probabilities, other.log_probabilities, atol=1e-5)
+    assert_same(scores, plain)
     assert ran[0] == session.tokens - len(scores[3].token_ids) + len(scores[0].token_ids)
     # The last token of the question runs again, because it predicts the first of the answer.
     assert ran[1:] == [1 + len(score.token_ids) for score in scores[1:]]
+    by_session, ran[:] = ran[:], []
+    assert_same(bsjax.score(tiny_model, answers), plain)
+    assert ran == by_session
     assert session.generate(asked, max_new_tokens=3).token_ids == (
         bsjax.generate(tiny_model, asked, max_new_tokens=3).token_ids
     )

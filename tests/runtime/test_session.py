@@ -254,6 +254,7 @@ def test_a_stream_function_that_fails_ends_the_call(tiny_model):
     assert kept.value is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_what_follows_an_image_token_in_an_answer_leaves_no_trace(gemma3):
     """It has taken rows of the window, but the conversation goes on without it."""

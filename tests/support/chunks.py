@@ -54,7 +54,7 @@ def chunks_of(
         last_kind=int(family.layer_kinds(config)[-1]),
         blocks=blocks,
         images=(),
-        flops_per_kind=(),
+        start=0,
         how_to_shorten="",
     )
     stacked_heads = text.num_attention_heads // text.num_key_value_heads
@@ -85,7 +85,7 @@ def inputs_of_template(template: Template) -> ModelInputs:
         last_kind=0,
         blocks=(16, 16),
         images=(),
-        flops_per_kind=(),
+        start=0,
         how_to_shorten="",
     )
 
