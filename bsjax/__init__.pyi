@@ -47,6 +47,12 @@ from .masks.categories import (
 from .masks.categories import (
     KeyGroup as KeyGroup,
 )
+from .masks.stacked_masks import (
+    StackedMasks as StackedMasks,
+)
+from .masks.stacked_masks import (
+    stack_masks as stack_masks,
+)
 from .masks.template import (
     Image as Image,
 )

@@ -40,6 +40,11 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         # XLA ends the process at a flag that it does not know.
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+# Eight devices, for tests that shard arrays. Everything else runs on the first one.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
 # Each pytest-xdist worker has a core of its own; more threads would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

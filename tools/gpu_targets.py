@@ -10,17 +10,19 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 
 class GpuTarget(NamedTuple):
@@ -212,11 +214,23 @@ def missing_wheels() -> list[str]:
 
 
 @functools.cache
-def target_topology(name: str) -> topologies.TopologyDescription:
-    """One GPU of the kind `TARGETS[name]`."""
+def target_topology(name: str, devices: int = 1) -> topologies.TopologyDescription:
+    """So many GPUs of the kind `TARGETS[name]`, in one process."""
     return topologies.get_topology_desc(
-        name, platform="cuda", target_config=TARGETS[name].configuration, topology="1x1x1"
+        name, platform="cuda", target_config=TARGETS[name].configuration, topology=f"1x1x{devices}"
     )
+
+
+def target_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
+    """A mesh of GPUs of the kind `TARGETS[name]`; `jax.shard_map` decides where arrays are.
+
+    Args:
+      name: a key of `TARGETS`.
+      axes: the devices along each axis.
+    """
+    devices = target_topology(name, math.prod(axes.values())).devices
+    kinds = (AxisType.Auto,) * len(axes)
+    return Mesh(np.array(devices).reshape(*axes.values()), tuple(axes), axis_types=kinds)
 
 
 def compile_for(
@@ -226,12 +240,13 @@ def compile_for(
     *,
     compiler_options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """Compiles `function`, jitted or not, for one GPU of the kind `target`.
+    """Compiles `function`, jitted or not, for GPUs of the kind `target`.
 
     Args:
       function: the function.
       arguments: its positional arguments, pytrees of arrays or `jax.ShapeDtypeStruct`s. Only shapes
-        and dtypes matter, so whole models need no memory.
+        and dtypes matter, so whole models need no memory. Those whose sharding is given are on the
+        devices of a `target_mesh`, all others on one GPU.
       target: a key of `TARGETS`.
       compiler_options: XLA's debug options for this compilation.
     """
@@ -264,9 +279,12 @@ def _lowered(
     function: Callable[..., Any], arguments: tuple[Any, ...], target: str
 ) -> jax.stages.Lowered:
     device = SingleDeviceSharding(target_topology(target).devices[0])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), arguments
-    )
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        given = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=given or device)
+
+    shapes = jax.tree.map(shape, arguments)
     jitted = function if hasattr(function, "trace") else jax.jit(function)
     with _abstract_device(TARGETS[target]):
         return jitted.trace(*shapes).lower(lowering_platforms=("cuda",))

@@ -15,10 +15,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
 from bsjax.checks import as_number, check_not_forked, shown, truth_value
 from bsjax.errors import BackendError, MaskError
+from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
 from bsjax.pallas import configurations
@@ -133,6 +135,8 @@ def sparse_attention(
     still compiles a program for each number of tokens and each scale, and keeps it until
     `jax.clear_caches()`.
 
+    Arrays may be sharded: docs/devices.md shows how, with an example of each way.
+
     Args:
       q: the mask's queries in prompt order; bfloat16, float16 or float32. Query head h reads
         key-value head h // (q_heads // kv_heads).
@@ -156,7 +160,7 @@ def sparse_attention(
     Raises:
       MaskError: shapes or dtypes do not match each other or the mask, or the scale is not above 0.
       BackendError: the backend is unknown, or does not support the head dimension, dtype or block
-        sizes.
+        sizes; or without a GPU, pallas inside of `jax.shard_map` with `check_vma`.
     """
     check_not_forked(BackendError)
     if not isinstance(mask, BlockMask):
@@ -172,7 +176,8 @@ def sparse_attention(
         q, scale = _scaled(q, scale), 1.0
     else:
         scale = _finite_in_float32(scale)
-    return _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend), return_lse)
+    out, lse = _in_prompt_order(q, k, v, mask, scale, resolve_backend(backend))
+    return (out, lse) if return_lse else out
 
 
 def _finite_in_float32(scale: Any) -> float:
@@ -195,23 +200,22 @@ def _scaled(q: Array, scale: Any) -> Array:
     return (q.astype(jnp.float32) * scale.astype(jnp.float32)).astype(q.dtype)
 
 
-@partial(jax.jit, static_argnames=("scale", "backend", "return_lse"))
+@partial(jax.jit, static_argnames=("scale", "backend"))
 def _in_prompt_order(
-    q: Array, k: Array, v: Array, mask: BlockMask, scale: float, backend: str, return_lse: bool
-) -> Array | tuple[Array, Array]:
-    rows_q = q[mask.order]
-    rows_k, rows_v = (array[mask.key_order][None] for array in (k, v))
-    out, lse = _attend(
-        rows_q,
-        rows_k,
-        rows_v,
-        mask.schedule,
-        mask.head_category,
-        jnp.asarray(0, jnp.int32),
-        scale,
-        backend,
-    )
-    return (out[mask.row], lse[mask.row]) if return_lse else out[mask.row]
+    q: Array, k: Array, v: Array, mask: BlockMask, scale: float, backend: str
+) -> tuple[Array, Array]:
+    def attend(
+        q: Array, k: Array, v: Array, mask: BlockMask, head_category: Array
+    ) -> tuple[Array, Array]:
+        rows_q = q[mask.order]
+        rows_k, rows_v = (array[mask.key_order][None] for array in (k, v))
+        layer = jnp.asarray(0, jnp.int32)
+        out, lse = _attend(
+            rows_q, rows_k, rows_v, mask.schedule, head_category, layer, scale, backend
+        )
+        return out[mask.row], lse[mask.row]
+
+    return over_devices(attend, q, k, v, mask, backend=backend)
 
 
 @overload
@@ -311,9 +315,19 @@ def _attend(
     backend: str,
 ) -> tuple[Array, Array]:
     """Output and log-sum-exp, computed by one backend; `backend` is not `auto` here."""
+    # Outside of the functions with gradients of their own, so that JAX adds up the gradients of
+    # what is the same on several devices.
+    arrays = q, k, v, schedule, head_category, layer
+    axes = varying_axes(arrays)
+    q, k, v, schedule, head_category, layer = varying_over(axes, arrays)
     result: Any
     match backend:
         case "pallas":
+            if axes and not configurations.compiles_for_gpus():
+                raise BackendError(
+                    "Without a GPU the kernel is interpreted, which JAX cannot do inside of "
+                    "jax.shard_map with check_vma: pass check_vma=False, or choose another backend."
+                )
             schedule = jax.tree.map(jnp.asarray, schedule)
             result = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
         case "xla":

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import PADDING, TokenInfo, key_visibility, sees
 
@@ -301,6 +302,7 @@ class _Loops(NamedTuple):
             table = jnp.int32(schedule.tile_columns.shape[0] - 1)
             return over_tiles(table, kv_head * group, kv_head, int(group), carry)
 
+        carry = varying_over(varying_axes(self.q), carry)
         carry = lax.fori_loop(0, q_heads, head_body, carry)
         if schedule.stacked_heads:
             carry = lax.fori_loop(0, kv_heads, kv_head_body, carry)
@@ -351,6 +353,7 @@ class _Loops(NamedTuple):
             return index, jnp.where(start >= end, ranges.start[index], start), state
 
         carry = (tile.first_range, ranges.start[tile.first_range], state)
+        carry = varying_over(varying_axes(self.q), carry)
         carry = lax.fori_loop(_ZERO, tile.full_blocks, partial(visit, False), carry)
         carry = lax.fori_loop(_ZERO, tile.partial_blocks, partial(visit, True), carry)
         return carry[2]

@@ -14,6 +14,7 @@ which are cut into blocks. See `bsjax.masks.visibility` for what a query sees an
 `bsjax.masks.schedule` for the format.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property, partial
 from os import PathLike
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Int
 
 from bsjax.checks import shown, whole_number
@@ -121,10 +123,17 @@ class BlockMask:
         # The caller may change their list later.
         self._template = template if isinstance(template, Template) else templates
         self._query_spans = spans
-        visibility = Visibility(bidirectional_images, window)
+        self._visibility = Visibility(bidirectional_images, window)
+        self._build(block_q, block_kv)
+
+    def _build(
+        self, block_q: int, block_kv: int, queries: int | None = None, keys: int | None = None
+    ) -> None:
+        """Builds the arrays, padded to so many queries and keys."""
+        templates = _checked_templates(self._template)
         tables = category_tables(self._categories)
         rows = partial(Rows, templates, packed=uses_packed_order(tables))
-        query_rows = rows(spans)
+        query_rows = rows(self._query_spans)
         key_rows = rows([Span(0, of.tokens, index) for index, of in enumerate(templates)])
         self.schedule = build_span_schedule(
             query_rows,
@@ -132,12 +141,14 @@ class BlockMask:
             tables,
             block_q=block_q,
             block_kv=block_kv,
-            visibility=visibility,
+            visibility=self._visibility,
+            query_rows=queries,
+            key_rows=keys,
         )
         self.head_category = np.asarray(self._categories, np.int32)
-        self.order = _in_prompt_order(query_rows)
+        self.order = _in_prompt_order(query_rows, self.schedule.query_rows)
         self.row = np.argsort(self.order).astype(np.int32)
-        self.key_order = _in_prompt_order(key_rows)
+        self.key_order = _in_prompt_order(key_rows, self.schedule.key_rows)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """For JAX: only the arrays are part of the pytree."""
@@ -149,6 +160,53 @@ class BlockMask:
         mask = object.__new__(cls)
         mask.schedule, mask.head_category, mask.order, mask.row, mask.key_order = children
         return mask
+
+    def padded(self, queries: int, keys: int) -> "BlockMask":
+        """The mask for arrays with padding behind their tokens.
+
+        Padding queries see nothing, so that their outputs are zeros. Padding keys and values must
+        be finite.
+
+        Args:
+          queries: rows of q.
+          keys: rows of k and v.
+
+        Raises:
+          MaskError: inside a jitted function, or there are more queries or keys.
+        """
+        if "_template" not in self.__dict__:
+            raise _outside_only("padded")
+        padded = copy.copy(self)
+        BlockMask._build(padded, self.schedule.block_q, self.schedule.block_kv, queries, keys)
+        return padded
+
+    def specs(self, heads: str | tuple[str, ...]) -> "BlockMask":
+        """How the mask is sharded where query heads are: for `jax.shard_map` or `jax.device_put`.
+
+        Each device is given the categories of its heads, and everything else whole.
+
+        Args:
+          heads: the mesh axis, or axes, that the heads of q, k and v are sharded over.
+
+        Returns:
+          A pytree like this mask, of `jax.sharding.PartitionSpec`s.
+
+        Example:
+          >>> of_heads = jax.P(None, "tensor")
+          >>> attend = jax.shard_map(
+          ...     bsjax.sparse_attention,
+          ...     in_specs=(of_heads, of_heads, of_heads, mask.specs("tensor")),
+          ...     out_specs=of_heads,
+          ... )
+        """
+        specs = jax.tree.map(lambda _: PartitionSpec(), self)
+        specs.head_category = PartitionSpec(heads)
+        return specs
+
+    def with_schedule(self, schedule: Schedule) -> "BlockMask":
+        """The arrays of this mask with another schedule of the same rows."""
+        (_, *others), _ = self.tree_flatten()
+        return self.tree_unflatten(None, (schedule, *others))
 
     @property
     def template(self) -> Template | Sequence[Template]:
@@ -350,9 +408,13 @@ def _checked_queries(queries: Any, templates: Sequence[Template]) -> list[Span]:
     return spans
 
 
-def _in_prompt_order(rows: Rows) -> Int[np.ndarray, "rows"]:
-    """The index of each row among the same tokens in prompt order, prompt by prompt."""
-    index = rows.position.copy()
+def _in_prompt_order(rows: Rows, padded: int) -> Int[np.ndarray, "padded"]:
+    """The index of each row among the same tokens in prompt order, prompt by prompt.
+
+    Padding stays behind them.
+    """
+    index = np.arange(padded, dtype=np.int32)
+    index[: rows.tokens] = rows.position
     for number, span in enumerate(rows.spans):
         index[rows.rows_of(number)] += int(rows.first_row[number]) - span.start
     return index

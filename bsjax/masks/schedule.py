@@ -380,6 +380,24 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
     return changed
 
 
+def share_of_tiles(schedule: Schedule, share: Any, shares: int) -> Schedule:
+    """The schedule in which only some tiles of each table have blocks: one share of several.
+
+    Shares have about equally many blocks: in each table, tiles are dealt from the longest to the
+    shortest, forth and back.
+
+    Args:
+      schedule: the schedule; may be traced.
+      share: which share; may be traced.
+      shares: how many there are.
+    """
+    turn = np.arange(schedule.tile_columns.shape[1]) % (2 * shares)
+    owner = np.minimum(turn, 2 * shares - 1 - turn).astype(np.int32)
+    has_blocks = np.isin(Tile._fields, ("full_blocks", "partial_blocks"))
+    is_kept = (owner == share)[:, None] | ~has_blocks
+    return replace(schedule, tile_columns=schedule.tile_columns * is_kept)
+
+
 def segment_schedule(
     lengths: Sequence[int] | Int[np.ndarray, "segments"],
     *,

@@ -47,6 +47,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
+from bsjax.manual_axes import result_shape
 from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
@@ -162,17 +163,18 @@ def prefill_attention(
         lse_of_rows = pl.BlockSpec((rows, None), lambda head, tile: (0, head))
     whole = pl.BlockSpec()
     parts = schedule.parts
-    out_shape = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
+    result = functools.partial(result_shape, like=q)
+    out_shape = [result(q.shape, q.dtype)]
     out_specs = [of_rows]
     if return_lse or parts is not None:
-        out_shape.append(jax.ShapeDtypeStruct((rows, q_heads), jnp.float32))
+        out_shape.append(result((rows, q_heads), jnp.float32))
         out_specs.append(lse_of_rows)
     heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
     if parts is not None:
         shape = (parts.count, kv_heads, schedule.block_q)
         out_shape += [
-            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            result((*shape, head_dim), jnp.float32),
+            result(shape, jnp.float32),
         ]
         out_specs += [
             pl.BlockSpec((*shape, width), lambda head, tile: (0, 0, 0, 0)),
