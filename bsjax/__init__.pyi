@@ -65,6 +65,7 @@ from .masks.template import (
 from .masks.template import (
     Text as Text,
 )
+from .models.sharding import mesh as mesh
 from .profiles.profile import Profile as Profile
 from .profiling.driver import profile as profile
 from .prompts.sources import ImageSources as ImageSources

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,7 +33,7 @@ from transformers import (
 
 from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
-from bsjax.checkpoint.restoring import restore_parameters
+from bsjax.checkpoint.restoring import Placement, restore_parameters
 from bsjax.checkpoint.tokenizer_checks import check_tokenizer
 from bsjax.checks import (
     argument,
@@ -46,6 +47,13 @@ from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
 from bsjax.models.config_checks import check_settings
+from bsjax.models.sharding import (
+    KV_HEADS,
+    checked_mesh,
+    key_head_repeats,
+    spec_of,
+    with_repeated_key_heads,
+)
 from bsjax.progress import Progress, reporting
 from bsjax.prompts.prompt import Processor
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
@@ -96,6 +104,7 @@ class DescribedModel(Processor):
       image_sources: where images of messages may come from, and limits on them.
       max_programs: how many compiled programs are kept for the model.
       image_cache_bytes: the most bytes of image features that are kept for its calls.
+      mesh: the devices that the weights are divided among, or will be; None for one device.
     """
 
     generation_config: GenerationConfig
@@ -105,6 +114,7 @@ class DescribedModel(Processor):
     fingerprint: str
     max_programs: int = MAX_PROGRAMS
     image_cache_bytes: int = 0
+    mesh: Mesh | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -117,8 +127,8 @@ class LoadedModel(DescribedModel):
     """A model ready to run, with everything that turns messages into its input.
 
     Attributes:
-      module: the Flax module with its weights, on the default device. All other attributes are
-        those of `DescribedModel`.
+      module: the Flax module with its weights, on the default device or on those of the mesh. All
+        other attributes are those of `DescribedModel`.
     """
 
     module: ImageTextModel
@@ -128,13 +138,14 @@ def load(
     path: str | Path,
     dtype: Any = None,
     *,
+    mesh: Mesh | None = None,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
     image_cache_bytes: int = 0,
     image_sources: ImageSources = DEFAULT_SOURCES,
     progress: Progress | bool | None = None,
 ) -> LoadedModel:
-    """Loads a converted checkpoint onto the default device.
+    """Loads a converted checkpoint onto the default device, or divides it among several.
 
     Always checked: that all files and parameters are there, their shapes and dtypes, and a checksum
     of every piece of the weights that is read. This finds damaged files, but not intact files that
@@ -145,6 +156,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16" (or the NumPy or JAX dtype). Weights are cast to
         it while they are read. By default float32 on a CPU, whose matrix products are fastest in
         float32, and bfloat16 elsewhere.
+      mesh: the devices that the model is divided among, from `bsjax.mesh`; None for the default
+        device. No device holds the whole model, and the host only parts of a parameter at a time.
       verify: first compare the SHA-256 of every file with the one that was written when the
         checkpoint was converted, as `bsjax verify` does. Takes the time to read all files once.
       max_programs: how many compiled programs to keep in memory. There is one for every stage and
@@ -163,8 +176,9 @@ def load(
     Raises:
       CheckpointError: the folder is missing, not converted, only partly converted, of a newer
         format, of an unsupported family or damaged, or fails verification; or `dtype` is not one of
-        the three, or `max_programs` is below 1, or `image_cache_bytes` below 0; or this process was
-        forked from one that had used JAX.
+        the three, or `max_programs` is below 1, or `image_cache_bytes` below 0; or the model cannot
+        be divided among the devices of the mesh; or this process was forked from one that had used
+        JAX.
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise CheckpointError(f"progress must be None, False or a function, got {shown(progress)}.")
@@ -172,6 +186,7 @@ def load(
         described = describe(
             path,
             dtype,
+            mesh=mesh,
             verify=verify,
             max_programs=max_programs,
             image_cache_bytes=image_cache_bytes,
@@ -185,6 +200,7 @@ def describe(
     path: str | Path,
     dtype: Any = None,
     *,
+    mesh: Mesh | None = None,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
     image_cache_bytes: int = 0,
@@ -198,6 +214,7 @@ def describe(
     known what they are.
     """
     check_not_forked(CheckpointError)
+    mesh = checked_mesh(mesh)
     verify = truth_value("verify", verify, error=CheckpointError)
     max_programs = whole_number("max_programs", max_programs, least=1, error=CheckpointError)
     image_cache_bytes = whole_number(
@@ -210,7 +227,7 @@ def describe(
     if verify:
         verify_manifest(folder)
     return dataclasses.replace(
-        _describe_folder(folder, dtype, reader),
+        _describe_folder(folder, dtype, reader, mesh),
         max_programs=max_programs,
         image_cache_bytes=image_cache_bytes,
         image_sources=image_sources,
@@ -218,7 +235,7 @@ def describe(
 
 
 def with_weights(described: DescribedModel, progress: Progress | bool | None = None) -> LoadedModel:
-    """Reads the weights of a model onto the default device.
+    """Reads the weights of a model onto its devices.
 
     Args:
       described: from `describe`.
@@ -232,7 +249,7 @@ def with_weights(described: DescribedModel, progress: Progress | bool | None = N
 
 
 class WeightsReader:
-    """Reads weights onto the default device in a thread, while the caller does something else.
+    """Reads weights onto devices in a thread, while the caller does something else.
 
     A context manager. If it is left before the weights have been read, reading stops.
     """
@@ -256,19 +273,20 @@ class WeightsReader:
         self._exit.close()
 
     def begin(
-        self, folder: Path, architecture: Architecture, stored: str
+        self, folder: Path, architecture: Architecture, mesh: Mesh | None, stored: str
     ) -> "Future[ImageTextModel]":
         """Begins to read; returns the module to come.
 
         Args:
           folder: the checkpoint's folder.
           architecture: what the weights are for.
+          mesh: the devices that they are divided among; None for the default one.
           stored: the dtype of the weights in the folder.
         """
         thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
         report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
         self._reading = thread.submit(
-            _restore, folder / PARAMETERS, architecture, stored, report, self._look
+            _restore, folder / PARAMETERS, architecture, mesh, stored, report, self._look
         )
         return self._reading
 
@@ -282,7 +300,7 @@ class WeightsReader:
           CheckpointError: the weights are damaged, or of another model.
         """
         reading = self._reading or self.begin(
-            described.path, described.architecture, described.stored_dtype
+            described.path, described.architecture, described.mesh, described.stored_dtype
         )
         known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
         return LoadedModel(module=reading.result(), **known)
@@ -306,7 +324,10 @@ def read_folder(folder: Path, dtype: Any = None) -> LoadedModel:
 
 
 def _describe_folder(
-    folder: Path, dtype: Any, reader: WeightsReader | None = None
+    folder: Path,
+    dtype: Any,
+    reader: WeightsReader | None = None,
+    mesh: Mesh | None = None,
 ) -> DescribedModel:
     target = resolve_dtype(dtype)
     description = _read_description(folder)
@@ -321,8 +342,10 @@ def _describe_folder(
             f"{family.name} models cannot run in {target.name}: their activations exceed its "
             f"range. Load {folder} with {argument('dtype')} {' or '.join(family.dtypes)}."
         )
+    if mesh is not None:
+        key_head_repeats(config, mesh.size)
     if reader is not None:
-        reader.begin(folder, Architecture(family, config, target), description["dtype"])
+        reader.begin(folder, Architecture(family, config, target), mesh, description["dtype"])
     processor = _read_processor(folder, config, family)
     return DescribedModel(
         config=config,
@@ -332,6 +355,7 @@ def _describe_folder(
         generation_config=read_generation_config(folder),
         dtype=target,
         stored_dtype=description["dtype"],
+        mesh=mesh,
         path=folder,
         fingerprint=description["fingerprint"],
     )
@@ -445,6 +469,54 @@ def abstract_module(architecture: Architecture) -> ImageTextModel:
         raise CheckpointError(f"config.json does not describe a model: {error}") from error
 
 
+def placed_module(
+    architecture: Architecture, mesh: Mesh | None
+) -> tuple[ImageTextModel, dict[tuple[str, ...], Placement]]:
+    """The model with shapes in place of weights, and where each parameter goes, by its path.
+
+    The shapes of a model on a mesh have their shardings, and as many key heads as its devices need.
+
+    Args:
+      architecture: architecture of the model.
+      mesh: the devices; None for the default one.
+
+    Raises:
+      CheckpointError: the configuration does not describe a model, or it cannot be divided.
+    """
+    if mesh is None:
+        module = abstract_module(architecture)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = parameter_shapes(module)
+        return module, {path: Placement(shape, here) for path, shape in shapes.items()}
+    family, config, _ = architecture
+    repeats = key_head_repeats(config, mesh.size)
+    module = abstract_module(architecture._replace(config=with_repeated_key_heads(config, repeats)))
+    shapes = parameter_shapes(module)
+    head_dim = family.text_head_dim(config)
+    placements = {}
+    for rule in family.parameter_table(config):
+        axes = rule.axes if rule.layers is None or not rule.axes else (None, *rule.axes)
+        of_heads = rule.axes[-1:] == (KV_HEADS,)
+        placements[rule.target] = Placement(
+            shapes[rule.target],
+            NamedSharding(mesh, spec_of(axes)),
+            repeats if of_heads else 1,
+            head_dim,
+        )
+    graph, state = nnx.split(module)
+    placed = {
+        path: variable.replace(
+            jax.ShapeDtypeStruct(
+                variable.shape,
+                variable.dtype,
+                sharding=placements[tuple(map(str, path))].sharding,
+            )
+        )
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(placed)), placements
+
+
 def parameter_shapes(module: nnx.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter of an abstract module, by its path."""
     return {
@@ -518,14 +590,14 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _restore(
     folder: Path,
     architecture: Architecture,
+    mesh: Mesh | None,
     stored: str,
     progress: Progress,
     look: Callable[[], None],
 ) -> ImageTextModel:
-    module = abstract_module(architecture)
+    module, placements = placed_module(architecture, mesh)
     graph, state = nnx.split(module)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = restore_parameters(folder, parameter_shapes(module), here, stored, progress, look)
+    arrays = restore_parameters(folder, placements, stored, progress, look)
     filled = {
         path: variable.replace(arrays[tuple(map(str, path))])
         for path, variable in nnx.to_flat_state(state)

@@ -1,15 +1,16 @@
-"""Reads the weights of a converted checkpoint, one parameter at a time, into arrays on a device.
+"""Reads the weights of a converted checkpoint, one parameter at a time, into arrays on devices.
 
 Orbax restores all arrays of a tree concurrently and holds many of them in both encoded and decoded
 form: nearly twice the size of the model. The handler here replaces Orbax's own. It reads one
 parameter, casts it chunk by chunk and moves it to the device before it starts on the next. On a
-CPU, the model uses the array as read, without a copy.
+CPU, the model uses the array as read, without a copy. Of a parameter that is divided among devices,
+the parts are read one after the other, and only those of this process's devices.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,23 +49,53 @@ _METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
 _AGAIN = "Convert the checkpoint again."
 
 
+class Placement(NamedTuple):
+    """Where a parameter goes.
+
+    Attributes:
+      shape: its shape and dtype in the model.
+      sharding: where its parts are.
+      repeats: how often each block of the last axis of the stored array is repeated.
+      block: entries of such a block. If it is repeated, each device has one block.
+    """
+
+    shape: jax.ShapeDtypeStruct
+    sharding: jax.sharding.Sharding
+    repeats: int = 1
+    block: int = 1
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored array."""
+        *others, last = self.shape.shape
+        return (*others, last // self.repeats)
+
+    def stored(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Which part of the stored array is this part of the parameter."""
+        if self.repeats == 1:
+            return index
+        *others, last = index
+        first = (last.start or 0) // self.block // self.repeats * self.block
+        return (*others, slice(first, first + self.block))
+
+
 class OneAtATime(ocp.type_handlers.NumpyHandler):
-    """Restores Orbax's NumPy arrays as JAX arrays with one sharding, one after the other.
+    """Restores Orbax's NumPy arrays as JAX arrays, one after the other.
 
     Args:
-      sharding: of the arrays.
-      restored: called with the bytes of each array when it is on the device.
+      placements: where each parameter goes, by its name.
+      restored: called with the bytes of each array when it is on its devices.
       look: called now and then. What it raises ends the reading.
     """
 
     def __init__(
         self,
-        sharding: jax.sharding.Sharding,
+        placements: Mapping[str, Placement],
         restored: Callable[[int], None],
         look: Callable[[], None],
     ) -> None:
         super().__init__()
-        self._sharding = sharding
+        self._placements = placements
         self._restored, self._look = restored, look
         limit = {"limit": _CHUNKS_AT_ONCE}
         self._context = tensorstore.Context(
@@ -82,13 +113,29 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
           CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
             against its checksum.
         """
-        if args is None:
-            raise ValueError("a dtype is needed for each parameter")
-        return [
-            self._read(info, np.dtype(arg.dtype)) for info, arg in zip(infos, args, strict=True)
-        ]
+        return [self._read(info) for info in infos]
 
-    def _read(self, info: ocp.type_handlers.ParamInfo, dtype: np.dtype) -> jax.Array:
+    def _read(self, info: ocp.type_handlers.ParamInfo) -> jax.Array:
+        placement = self._placements[info.name]
+        shape, sharding = placement.shape.shape, placement.sharding
+        of_devices = sharding.addressable_devices_indices_map(shape)
+        parts: dict[tuple[Any, ...], list[jax.Device]] = {}
+        for device, index in of_devices.items():
+            bounds = tuple(of.indices(size)[:2] for of, size in zip(index, shape, strict=True))
+            parts.setdefault(bounds, []).append(device)
+        on_devices = []
+        for bounds, devices in parts.items():
+            part = placement.stored(tuple(slice(*of) for of in bounds))
+            array = self._read_part(info, part, placement.shape.dtype)
+            on_devices += [jax.device_put(array, device) for device in devices]
+            jax.block_until_ready(on_devices)
+        whole = jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
+        self._restored(whole.nbytes)
+        return whole
+
+    def _read_part(
+        self, info: ocp.type_handlers.ParamInfo, part: tuple[slice, ...], dtype: np.dtype
+    ) -> np.ndarray:
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
@@ -97,7 +144,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         }
         self._look()
         try:
-            store = tensorstore.open(spec, context=self._context).result()
+            store = tensorstore.open(spec, context=self._context).result()[part]
             array = _aligned(store.shape, dtype)
             reading = tensorstore.array(array).write(tensorstore.cast(store, dtype))
             while not reading.commit.done():
@@ -116,15 +163,12 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
                 f"parameter {info.name} in {info.parent_dir} holds weights too large for float16. "
                 "Load it as bfloat16 or float32."
             )
-        on_device = jax.block_until_ready(jax.device_put(array, self._sharding))
-        self._restored(array.nbytes)
-        return on_device
+        return array
 
 
 def restore_parameters(
     folder: Path,
-    wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct],
-    sharding: jax.sharding.Sharding,
+    wanted: Mapping[tuple[str, ...], Placement],
     stored: str,
     progress: Progress = no_progress,
     look: Callable[[], None] = lambda: None,
@@ -133,8 +177,7 @@ def restore_parameters(
 
     Args:
       folder: the Orbax checkpoint, a tree of nested dictionaries.
-      wanted: shape and dtype of every parameter, by its path.
-      sharding: sharding of the arrays.
+      wanted: where every parameter goes, by its path.
       stored: the dtype that all parameters were stored in.
       progress: called after every parameter, with the bytes in memory so far and in all.
       look: called now and then. What it raises ends the reading.
@@ -146,9 +189,10 @@ def restore_parameters(
     for name in _METADATA:
         if (folder / name).exists():
             read_json_object(folder / name, error=CheckpointError)
-    for path, leaf in wanted.items():
-        _check_array(folder, ".".join(path), tuple(leaf.shape), stored)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+    for path, placement in wanted.items():
+        _check_array(folder, ".".join(path), placement.stored_shape, stored)
+    shapes = {path: placement.shape for path, placement in wanted.items()}
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
     done = 0
 
     def restored(nbytes: int) -> None:
@@ -157,8 +201,9 @@ def restore_parameters(
         progress("loading weights", done, total)
 
     progress("loading weights", 0, total)
+    by_name = {".".join(path): placement for path, placement in wanted.items()}
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, OneAtATime(sharding, restored, look)),
+        (np.ndarray, OneAtATime(by_name, restored, look)),
         # Not used, but without it Orbax warns.
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
@@ -167,7 +212,7 @@ def restore_parameters(
     )
     arguments = {
         path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-        for path, leaf in wanted.items()
+        for path, leaf in shapes.items()
     }
     try:
         with ocp.Checkpointer(handler) as checkpointer:

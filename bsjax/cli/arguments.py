@@ -75,6 +75,13 @@ def add_device_options(parser: Any) -> None:
     parser.add_argument(
         "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
     )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide the model among N devices (default 1)",
+    )
 
 
 def image_sources_of(options: argparse.Namespace) -> "ImageSources":
@@ -96,11 +103,18 @@ def described_model(
       reader: reads the weights meanwhile.
     """
     from bsjax.checkpoint.loading import describe
+    from bsjax.models.sharding import mesh
     from bsjax.prompts.sources import DEFAULT_SOURCES
 
     reads_images = hasattr(options, "allow_private_addresses")
     sources = image_sources_of(options) if reads_images else DEFAULT_SOURCES
-    return describe(options.checkpoint, options.dtype, image_sources=sources, reader=reader)
+    return describe(
+        options.checkpoint,
+        options.dtype,
+        mesh=mesh(tensor=options.tensor) if options.tensor != 1 else None,
+        image_sources=sources,
+        reader=reader,
+    )
 
 
 def names_of(options: argparse.Namespace) -> dict[str, str]:

@@ -22,6 +22,10 @@ def import_libraries(options: argparse.Namespace, *, devices: bool = True) -> No
       options: the options of a command.
       devices: as for `import_jax`.
     """
+    tensor = getattr(options, "tensor", 1)
+    if tensor > 1:
+        # A CPU has as many devices as this says when JAX starts.
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(tensor))
     import_jax(devices=devices)
     hide_torch = options.own_process and "torch" not in sys.modules
     if hide_torch:

@@ -57,9 +57,26 @@ class Cache(NamedTuple):
     v: Float[Array, "layers rows kv_heads head_dim"]
 
     @classmethod
-    def empty(cls, layers: int, rows: int, kv_heads: int, head_dim: int, dtype: Any) -> "Cache":
-        """A cache of zeros. Rows that no query sees must be finite: kernels multiply them by 0."""
-        zeros = partial(jnp.zeros, (layers, rows, kv_heads, head_dim), dtype)
+    def empty(
+        cls,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any,
+        device: jax.sharding.Sharding | None = None,
+    ) -> "Cache":
+        """A cache of zeros. Rows that no query sees must be finite: kernels multiply them by 0.
+
+        Args:
+          layers: of the model.
+          rows: of all sequences.
+          kv_heads: of a layer.
+          head_dim: channels of a head.
+          dtype: of keys and values.
+          device: where it is; None for the default device.
+        """
+        zeros = partial(jnp.zeros, (layers, rows, kv_heads, head_dim), dtype, device=device)
         return cls(zeros(), zeros())
 
     def written(

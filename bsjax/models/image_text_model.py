@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.pixels import Pixels
+from bsjax.models.sharding import on_all_devices
 
 
 class ImageTextModel(nnx.Module):
@@ -77,7 +78,8 @@ class ImageTextModel(nnx.Module):
             kernel, equation = self.language_model.embed_tokens.embedding, "...h,vh->...v"
         else:
             kernel, equation = self.lm_head.kernel, "...h,hv->...v"
-        return jnp.einsum(equation, hidden, kernel[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum(equation, hidden, kernel[...], preferred_element_type=jnp.float32)
+        return on_all_devices(logits)
 
 
 def output_projection(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:

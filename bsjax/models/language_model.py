@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from bsjax.models.cache import CachedRows, OutputRows
 from bsjax.models.layers import LayerAttend
+from bsjax.models.sharding import cache_sharding
 
 
 class LanguageModel(nnx.Module):
@@ -30,6 +32,11 @@ class LanguageModel(nnx.Module):
     head_dim: int
     dtype: Any
     scale: float
+
+    @property
+    def cache_sharding(self) -> NamedSharding | None:
+        """Where caches are; None if the model is on one device."""
+        return cache_sharding(self.embed_tokens.embedding.get_value())
 
     @abstractmethod
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:

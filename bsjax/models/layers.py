@@ -9,11 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bsjax.attention import decode_attention, ragged_attention
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache, CachedRows, GlobalRows, WindowRows
+from bsjax.models.sharding import (
+    OF_CACHE,
+    OF_HEAD,
+    OF_HEADS,
+    OF_INPUTS,
+    OF_OUTPUTS,
+    TENSOR,
+    on_a_mesh,
+    over_heads,
+)
 
 Attend = Callable[[Array, Array, Array], Array]
 """Attention of one layer: maps q [rows, q_heads, head_dim] and k, v [rows, kv_heads, head_dim] to
@@ -88,14 +99,19 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
       backend: attention backend.
     """
     attention = partial(ragged_attention, scale=scale, backend=backend)
-    if isinstance(rows, GlobalRows):
-        return partial(_attend_to_all, rows, attention)
-    return partial(_attend_to_window, rows, attention)
+    attend: Any = _attend_to_all if isinstance(rows, GlobalRows) else _attend_to_window
+    everywhere = PartitionSpec()
+    on_devices = over_heads(
+        partial(attend, attention),
+        (everywhere, OF_HEADS, OF_HEADS, OF_HEADS, OF_HEAD, everywhere, OF_CACHE),
+        (OF_HEADS, OF_CACHE),
+    )
+    return partial(on_devices, rows)
 
 
 def _attend_to_all(
-    rows: GlobalRows,
     attention: Callable[..., Array],
+    rows: GlobalRows,
     q: Float[Array, "queries q_heads head_dim"],
     k: Float[Array, "rows kv_heads head_dim"],
     v: Float[Array, "rows kv_heads head_dim"],
@@ -109,8 +125,8 @@ def _attend_to_all(
 
 
 def _attend_to_window(
-    rows: WindowRows,
     attention: Callable[..., Array],
+    rows: WindowRows,
     q: Float[Array, "queries q_heads head_dim"],
     k: Float[Array, "rows kv_heads head_dim"],
     v: Float[Array, "rows kv_heads head_dim"],
@@ -150,18 +166,27 @@ def decode_attend(
     """
     sequences = tokens.shape[0]
 
-    def attend(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
+    def attend(q: Array, k: Array, v: Array, index: Array, tokens: Array, cache: Cache) -> Array:
         # The axis of sequences is added inside the loop over layers. XLA would choose another
         # layout for a cache that has it outside, and copy the whole cache into the loop.
         cached_k, cached_v = (
             rows.reshape(rows.shape[0], sequences, -1, *rows.shape[2:]) for rows in cache
         )
-        attended = decode_attention(
+        return decode_attention(
             q, cached_k, cached_v, index, tokens, k, v, scale=scale, backend=backend
         )
-        return attended, (k, v)
 
-    return attend
+    everywhere = PartitionSpec()
+    on_devices = over_heads(
+        attend,
+        (OF_HEADS, OF_HEADS, OF_HEADS, everywhere, everywhere, OF_CACHE),
+        OF_HEADS,
+    )
+
+    def keeping(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
+        return on_devices(q, k, v, index, tokens, cache), (k, v)
+
+    return keeping
 
 
 def stack_layers(create: Callable[[nnx.Rngs], Layer], layers: int, rngs: nnx.Rngs) -> Layer:
@@ -322,6 +347,43 @@ def _concatenated(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
+def by_outputs(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
+) -> Array:
+    """The `dot_general` of a linear layer whose outputs are divided among devices."""
+    product = partial(
+        dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
+    )
+    return over_heads(product, (PartitionSpec(), OF_OUTPUTS), OF_OUTPUTS)(lhs, rhs)
+
+
+def by_inputs(
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: jax.lax.DotDimensionNumbers,
+    precision: jax.lax.PrecisionLike = None,
+    **options: Any,
+) -> Array:
+    """The `dot_general` of a linear layer whose inputs are divided among devices.
+
+    The products of the devices are added up.
+    """
+    product = partial(
+        dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
+    )
+
+    def summed(lhs: Array, rhs: Array) -> Array:
+        return jax.lax.psum(product(lhs, rhs), TENSOR)
+
+    if not on_a_mesh():
+        return product(lhs, rhs)
+    return over_heads(summed, (OF_OUTPUTS, OF_INPUTS), PartitionSpec())(lhs, rhs)
+
+
 def dot_general(
     lhs: Array,
     rhs: Array,
@@ -413,14 +475,32 @@ class GatedMLP(nnx.Module):
     """Gated feed-forward layer (transformers: Qwen2MLP, Qwen2_5_VLMLP, Gemma3MLP)."""
 
     def __init__(
-        self, width: int, inner: int, act: str, *, bias: bool, dtype: Any, rngs: nnx.Rngs
+        self,
+        width: int,
+        inner: int,
+        act: str,
+        *,
+        bias: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        is_divided: bool = False,
     ) -> None:
-        linear = partial(
-            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
-        )
-        self.gate_proj = linear(width, inner)
-        self.up_proj = linear(width, inner)
-        self.down_proj = linear(inner, width)
+        """Creates random parameters.
+
+        Args:
+          width: channels of inputs and outputs.
+          inner: channels between them.
+          act: name of the activation.
+          bias: whether the linear layers have biases.
+          dtype: dtype of the parameters.
+          rngs: random numbers.
+          is_divided: whether the inner channels are divided among the devices of a mesh.
+        """
+        linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
+        outwards, inwards = (by_outputs, by_inputs) if is_divided else (dot_general, dot_general)
+        self.gate_proj = linear(width, inner, dot_general=outwards)
+        self.up_proj = linear(width, inner, dot_general=outwards)
+        self.down_proj = linear(inner, width, dot_general=inwards)
         self.act = activation(act)
 
     def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig
 
+from bsjax.models.sharding import KV_HEADS, MLP, Q_HEADS, VOCABULARY
+
 _PREFIXES = (
     ("model.visual.", "model.visual."),
     ("model.vision_tower.vision_model.", "model.vision_tower."),
@@ -35,12 +37,16 @@ class ParameterRule:
       source: the canonical Hugging Face key, containing `{layer}` for a stacked parameter.
       layers: how many source tensors are stacked on a leading axis, or None for a single one.
       transform: a key of `TRANSFORMS`, applied to each source tensor.
+      axes: the logical axes of our parameter that are divided among devices
+        (`bsjax.models.sharding`), without that of layers; None for those that are not, and () if
+        none is.
     """
 
     target: tuple[str, ...]
     source: str
     layers: int | None
     transform: str
+    axes: tuple[str | None, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -103,13 +109,55 @@ def tied_keys(config: PretrainedConfig) -> dict[str, str]:
 
 
 def linear_rules(
-    target: tuple[str, ...], source: str, *, bias: bool, layers: int | None = None
+    target: tuple[str, ...],
+    source: str,
+    *,
+    bias: bool,
+    layers: int | None = None,
+    axes: tuple[str | None, str | None] = (None, None),
 ) -> list[ParameterRule]:
-    """The rules of a linear layer: its kernel, and its bias if there is one."""
-    rules = [ParameterRule((*target, "kernel"), f"{source}.weight", layers, "transpose")]
+    """The rules of a linear layer: its kernel [inputs, outputs], and its bias if there is one.
+
+    Args:
+      target: path of the layer in the module's state.
+      source: the canonical Hugging Face prefix.
+      bias: whether there is a bias.
+      layers: as for `ParameterRule`.
+      axes: the logical axes of inputs and outputs.
+    """
+    rules = [ParameterRule((*target, "kernel"), f"{source}.weight", layers, "transpose", axes)]
     if bias:
-        rules.append(ParameterRule((*target, "bias"), f"{source}.bias", layers, "copy"))
+        rules.append(ParameterRule((*target, "bias"), f"{source}.bias", layers, "copy", axes[1:]))
     return rules
+
+
+LANGUAGE_LINEARS: dict[str, tuple[str | None, str | None]] = {
+    "q_proj": (None, Q_HEADS),
+    "k_proj": (None, KV_HEADS),
+    "v_proj": (None, KV_HEADS),
+    "o_proj": (Q_HEADS, None),
+    "gate_proj": (None, MLP),
+    "up_proj": (None, MLP),
+    "down_proj": (MLP, None),
+}
+"""The logical axes of the linear layers of every language model."""
+
+
+EMBEDDING = ParameterRule(
+    ("language_model", "embed_tokens", "embedding"),
+    "model.language_model.embed_tokens.weight",
+    None,
+    "copy",
+    (VOCABULARY, None),
+)
+"""The embedding table of every language model."""
+
+
+def output_rules(config: PretrainedConfig) -> list[ParameterRule]:
+    """The rules of the output projection: none if it is tied to the embedding table."""
+    if ties_embeddings(config):
+        return []
+    return linear_rules(("lm_head",), "lm_head", bias=False, axes=(None, VOCABULARY))
 
 
 def norm_rules(

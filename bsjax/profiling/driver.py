@@ -26,7 +26,7 @@ from bsjax.profiling.refinement import Refinement, refine_with
 from bsjax.profiling.settings import Divergence, Reduction, Settings, Threshold
 from bsjax.profiling.state import State, conditions_of
 from bsjax.progress import Progress, reporting
-from bsjax.runtime.programs import check_model
+from bsjax.runtime.programs import check_model, check_one_device
 from bsjax.samples import Samples
 
 
@@ -137,6 +137,7 @@ def profile_with(
 ) -> Profile:
     """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
     check_model(model, ProfileError)
+    check_one_device(model, ProfileError)
     run = checked_run(
         settings, model, samples, sinks=sinks, source=source, resume=resume, backend=backend
     )

@@ -35,7 +35,7 @@ from bsjax.profiling.state import NO_STATE, State
 from bsjax.progress import Progress, no_progress
 from bsjax.runtime.generation import generate
 from bsjax.runtime.memory import bytes_available, check_memory
-from bsjax.runtime.programs import Stage, check_model, programs_of
+from bsjax.runtime.programs import Stage, check_model, check_one_device, programs_of
 from bsjax.samples import Samples
 
 
@@ -116,6 +116,7 @@ class Evaluator:
           BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
         """
         check_model(model, ProfileError)
+        check_one_device(model, ProfileError)
         samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
         self.answer_tokens = whole_number(
             "answer_tokens", answer_tokens, least=1, error=ProfileError

@@ -34,7 +34,7 @@ from bsjax.profiling.settings import Reduction, Settings, Threshold
 from bsjax.profiling.state import NO_STATE, State
 from bsjax.progress import Progress, no_progress
 from bsjax.runtime.memory import bytes_available, check_memory
-from bsjax.runtime.programs import Stage, check_model, programs_of
+from bsjax.runtime.programs import Stage, check_model, check_one_device, programs_of
 from bsjax.samples import Samples
 
 
@@ -181,6 +181,7 @@ def measure(
       BsjaxError: as for `generate`, if a prompt is not valid or does not fit.
     """
     check_model(model, ProfileError)
+    check_one_device(model, ProfileError)
     samples = samples if isinstance(samples, OrderedSamples) else OrderedSamples.of(samples)
     check_images(samples, several=True)
     backend = resolve_backend(backend)

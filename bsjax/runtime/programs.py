@@ -5,7 +5,6 @@ programs are compiled before they run, the memory that a prompt needs is known b
 """
 
 import contextlib
-import math
 import os
 import sys
 import threading
@@ -13,15 +12,18 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from bsjax.checkpoint.loading import MAX_PROGRAMS, LoadedModel
 from bsjax.checks import check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
+from bsjax.models.sharding import bytes_on_a_device, constrained, mesh_of, placed
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes, for this machine's device or for
@@ -103,6 +105,7 @@ class Programs:
       module: the model.
       graph: the module without its parameters.
       parameters: the module's parameters, the first argument of every program.
+      mesh: the devices that they are on; None for one device.
       compilations: how many programs have been compiled, or read from the persistent cache.
       compile_seconds: the time that compilation took, reading from the cache included.
     """
@@ -127,6 +130,7 @@ class Programs:
         self._compile = compile or _compile_here
         self.module = module
         self.graph, self.parameters = nnx.split(module)
+        self.mesh = mesh_of(self.parameters)
         self.compilations = 0
         self.compile_seconds = 0.0
         self._of_thread = threading.local()
@@ -166,10 +170,17 @@ class Programs:
             if key in self._programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
-        graph, shapes = self.graph, _shapes((self.parameters, *arguments))
+        graph, mesh = self.graph, self.mesh
+        shapes = (_where_they_are(self.parameters), *placed(arguments, mesh))
 
         def run(parameters: Any, *arguments: Any) -> Any:
-            return function(nnx.merge(graph, parameters), *arguments, *static)
+            with (
+                nullcontext()
+                if mesh is None
+                else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+            ):
+                results = function(nnx.merge(graph, parameters), *arguments, *static)
+                return constrained(results, mesh)
 
         run.__name__ = function.__name__.lstrip("_")
         start = time.perf_counter()
@@ -222,6 +233,17 @@ def check_model(model: Any, error: type[BsjaxError]) -> None:
     check_not_forked(error)
 
 
+def check_one_device(model: LoadedModel, error: type[BsjaxError]) -> None:
+    """Refuses a model that is divided among the devices of a mesh.
+
+    Args:
+      model: a loaded model.
+      error: raised if it is.
+    """
+    if model.mesh is not None:
+        raise error("Profiling runs on one device: load the model without a mesh.")
+
+
 def programs_of(model: LoadedModel) -> Programs:
     """The programs of a model, kept as long as the model exists."""
     if model not in _programs:
@@ -238,10 +260,16 @@ def use_persistent_cache() -> None:
 
 
 def size_in_bytes(tree: Any) -> int:
-    """The bytes of all arrays, or of `jax.ShapeDtypeStruct`s, in a pytree."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """The bytes of all arrays, or of `jax.ShapeDtypeStruct`s, in a pytree, on each device."""
+    return sum(map(bytes_on_a_device, jax.tree.leaves(tree)))
 
 
-def _shapes(tree: Any) -> Any:
-    """The tree with shapes in place of arrays."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def _where_they_are(parameters: Any) -> Any:
+    """The shapes of parameters, with their shardings if they are on several devices."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        on_mesh = sharding if isinstance(sharding, NamedSharding) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_mesh)
+
+    return jax.tree.map(shape, parameters)

@@ -188,10 +188,10 @@ def _restored(
     of_each = described["conversations"]
     if not isinstance(of_each, list) or len(of_each) > most:
         raise ValueError("it has too many conversations")
-    empty_cache = partial(model.module.language_model.empty_cache, cache_rows(max_tokens))
-    shapes = jax.eval_shape(empty_cache)
+    language_model = model.module.language_model
+    shapes = jax.eval_shape(partial(language_model.empty_cache, cache_rows(max_tokens)))
     conversations = [
-        _conversation(arrays, f"{number}.", each, max_tokens, shapes)
+        _conversation(arrays, f"{number}.", each, max_tokens, shapes, language_model.cache_sharding)
         for number, each in enumerate(of_each)
     ]
     return SavedSession(max_tokens, most, conversations)
@@ -203,6 +203,7 @@ def _conversation(
     described: dict[str, Any],
     max_tokens: int,
     shapes: Any,
+    where: jax.sharding.Sharding | None,
 ) -> KeptConversation:
     """One conversation, whose arrays have names that begin with `prefix`.
 
@@ -230,7 +231,7 @@ def _conversation(
         used = min(template.tokens, of.shape[1])
         if rows.shape != (of.shape[0], used, *of.shape[2:]):
             raise ValueError("its cache does not match its tokens")
-        filled.append(jnp.zeros(of.shape, of.dtype).at[:, :used].set(rows))
+        filled.append(jnp.zeros(of.shape, of.dtype, device=where).at[:, :used].set(rows))
     tokens = CachedTokens(token_ids, images, template, span_starts)
     return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
 

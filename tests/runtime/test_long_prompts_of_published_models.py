@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import pytest
@@ -20,45 +20,22 @@ from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.images import ImageEncoder, ImageGroup, image_groups
 from bsjax.runtime.programs import Memory, Programs, Stage
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
-from tests.support.checked_programs import ProgramCheck
+from tests.support.checked_programs import ProgramCheck, check_of_published_model
 from tests.support.gpu_compiler import require_gpu_compiler
 from tools import memory_table
 from tools.compiled_kernels import target_name
-from tools.gpu_targets import compile_for, digest
+from tools.gpu_targets import compile_for
 from tools.memory_table import NEW_TOKENS, Measurement
 from tools.published_models import PUBLISHED_MODELS
 
 pytestmark = pytest.mark.slow
 
 
-class Uncompiled(NamedTuple):
-    """Stands for a compiled program, of which only the results' shapes are known."""
-
-    out_info: Any
-
-    def memory_analysis(self) -> None:
-        return None
-
-
 @pytest.fixture
 def check_of(monkeypatch) -> Callable[[Callable[[], Any]], ProgramCheck]:
     """The check of all programs that a call compiles with `tools.memory_table`."""
-
-    def check(call: Callable[[], Any]) -> ProgramCheck:
-        digests = [str(sorted(memory_table.GOALS.items()))]
-
-        def lowered(function, arguments, target):
-            digests.append(digest(function, arguments, target))
-            return Uncompiled(jax.eval_shape(function, *arguments))
-
-        with monkeypatch.context() as patched:
-            patched.setattr(memory_table, "compile_for", lowered)
-            call()
-        assert len(digests) > 3
-        return ProgramCheck.of("published model", *digests)
-
     require_gpu_compiler()
-    return check
+    return partial(check_of_published_model, monkeypatch)
 
 
 def largest_array(compiled) -> int:

@@ -5,9 +5,15 @@ CONTRIBUTING.md says how to record them anew.
 
 import hashlib
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import pytest
 
 from tests.support.paths import ROOT
+from tools import memory_table
+from tools.gpu_targets import digest
 
 _FILE = ROOT / "tests" / "support" / "checked_programs.txt"
 _RECORD = "RECORD_PROGRAMS" in os.environ
@@ -39,3 +45,29 @@ class ProgramCheck(NamedTuple):
         if _RECORD:
             with _FILE.open("a") as file:
                 file.write(f"{self.key} {self.name}\n")
+
+
+class _Uncompiled(NamedTuple):
+    """Stands for a compiled program, of which only the results' shapes are known."""
+
+    out_info: Any
+
+    def memory_analysis(self) -> None:
+        return None
+
+
+def check_of_published_model(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]
+) -> ProgramCheck:
+    """The check of all programs that a call compiles with `tools.memory_table`."""
+    digests = [str(sorted(memory_table.GOALS.items()))]
+
+    def lowered(function: Any, arguments: tuple[Any, ...], target: str) -> _Uncompiled:
+        digests.append(digest(function, arguments, target))
+        return _Uncompiled(jax.eval_shape(function, *arguments))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory_table, "compile_for", lowered)
+        call()
+    assert len(digests) > 3
+    return ProgramCheck.of("published model", *digests)

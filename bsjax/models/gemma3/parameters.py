@@ -2,7 +2,14 @@
 
 from transformers import PretrainedConfig
 
-from bsjax.models.parameters import ParameterRule, linear_rules, norm_rules, ties_embeddings
+from bsjax.models.parameters import (
+    EMBEDDING,
+    LANGUAGE_LINEARS,
+    ParameterRule,
+    linear_rules,
+    norm_rules,
+    output_rules,
+)
 
 
 def parameter_table(config: PretrainedConfig) -> list[ParameterRule]:
@@ -70,9 +77,7 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
     model, source = ("language_model",), "model.language_model"
     layers, layer_source = (*model, "layers"), f"{source}.layers.{{layer}}"
     rules = [
-        ParameterRule(
-            (*model, "embed_tokens", "embedding"), f"{source}.embed_tokens.weight", None, "copy"
-        ),
+        EMBEDDING,
         *norm_rules(
             (
                 "input_layernorm",
@@ -99,8 +104,10 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
         *(("mlp", name, False) for name in ("gate_proj", "up_proj", "down_proj")),
     ):
         rules += linear_rules(
-            (*layers, part, name), f"{layer_source}.{part}.{name}", bias=has_bias, layers=count
+            (*layers, part, name),
+            f"{layer_source}.{part}.{name}",
+            bias=has_bias,
+            layers=count,
+            axes=LANGUAGE_LINEARS[name],
         )
-    if not ties_embeddings(config):
-        rules += linear_rules(("lm_head",), "lm_head", bias=False)
-    return rules
+    return rules + output_rules(config)

@@ -27,10 +27,11 @@ from bsjax.models.layers import (
     KeepingAttend,
     LayerAttend,
     LayerStep,
+    by_inputs,
+    by_outputs,
     by_rows,
     chunk_attend,
     decode_attend,
-    dot_general,
     frequencies,
     rotate,
     run_layer,
@@ -38,6 +39,7 @@ from bsjax.models.layers import (
     stack_layers,
     take_rows,
 )
+from bsjax.models.sharding import embedded
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 """The names of the kinds of layers in configs: local, global."""
@@ -166,13 +168,12 @@ class Attention(nnx.Module):
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, bool(config.attention_bias)
-        linear = partial(
-            nnx.Linear, use_bias=bias, param_dtype=dtype, dot_general=dot_general, rngs=rngs
-        )
-        self.q_proj = linear(hidden, self.q_heads * self.head_dim)
-        self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
-        self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
-        self.o_proj = linear(self.q_heads * self.head_dim, hidden)
+        linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
+        of_heads = partial(linear, hidden, dot_general=by_outputs)
+        self.q_proj = of_heads(self.q_heads * self.head_dim)
+        self.k_proj = of_heads(self.kv_heads * self.head_dim)
+        self.v_proj = of_heads(self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.q_heads * self.head_dim, hidden, dot_general=by_inputs)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
 
@@ -214,6 +215,7 @@ class DecoderLayer(nnx.Module):
             bias=False,
             dtype=dtype,
             rngs=rngs,
+            is_divided=True,
         )
         self.post_feedforward_layernorm = norm()
 
@@ -266,18 +268,17 @@ class Gemma3TextModel(LanguageModel):
     @override
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
         # The scale is rounded to the parameters' dtype, as in transformers.
-        embedded = self.embed_tokens(token_ids)
-        return embedded * jnp.asarray(self.embed_scale, embedded.dtype)
+        embeddings = embedded(self.embed_tokens, token_ids)
+        return embeddings * jnp.asarray(self.embed_scale, embeddings.dtype)
 
     @override
     def empty_cache(self, rows: int, sequences: int = 1) -> Caches:
         of_kind = (ring_rows(self.window, rows), rows)
         layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
+        of_heads = self.kv_heads, self.head_dim, self.dtype, self.cache_sharding
         return Caches(
             *(
-                Cache.empty(count, sequences * length, self.kv_heads, self.head_dim, self.dtype)
-                if count
-                else None
+                Cache.empty(count, sequences * length, *of_heads) if count else None
                 for count, length in zip(layers, of_kind, strict=True)
             )
         )

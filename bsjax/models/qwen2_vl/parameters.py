@@ -2,7 +2,14 @@
 
 from transformers import PretrainedConfig
 
-from bsjax.models.parameters import ParameterRule, linear_rules, norm_rules, ties_embeddings
+from bsjax.models.parameters import (
+    EMBEDDING,
+    LANGUAGE_LINEARS,
+    ParameterRule,
+    linear_rules,
+    norm_rules,
+    output_rules,
+)
 
 
 def parameter_table(config: PretrainedConfig) -> list[ParameterRule]:
@@ -44,9 +51,7 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
     model, source = ("language_model",), "model.language_model"
     target, layer_source = ("language_model", "layers"), f"{source}.layers.{{layer}}"
     rules = [
-        ParameterRule(
-            (*model, "embed_tokens", "embedding"), f"{source}.embed_tokens.weight", None, "copy"
-        ),
+        EMBEDDING,
         *norm_rules(
             ("input_layernorm", "post_attention_layernorm"),
             target,
@@ -66,8 +71,10 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
         ("mlp", "down_proj", False),
     ):
         rules += linear_rules(
-            (*target, part, name), f"{layer_source}.{part}.{name}", bias=bias, layers=layers
+            (*target, part, name),
+            f"{layer_source}.{part}.{name}",
+            bias=bias,
+            layers=layers,
+            axes=LANGUAGE_LINEARS[name],
         )
-    if not ties_embeddings(config):
-        rules += linear_rules(("lm_head",), "lm_head", bias=False)
-    return rules
+    return rules + output_rules(config)

@@ -21,10 +21,11 @@ from bsjax.models.layers import (
     KeepingAttend,
     LayerAttend,
     LayerStep,
+    by_inputs,
+    by_outputs,
     by_rows,
     chunk_attend,
     decode_attend,
-    dot_general,
     frequencies,
     rotate,
     run_layer,
@@ -32,6 +33,7 @@ from bsjax.models.layers import (
     stack_layers,
     take_rows,
 )
+from bsjax.models.sharding import embedded
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -92,11 +94,14 @@ class Attention(nnx.Module):
         self.kv_heads = config.num_key_value_heads
         hidden = config.hidden_size
         self.head_dim = head_dim(config)
-        linear = partial(nnx.Linear, param_dtype=dtype, dot_general=dot_general, rngs=rngs)
-        self.q_proj = linear(hidden, self.q_heads * self.head_dim)
-        self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
-        self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
-        self.o_proj = linear(self.q_heads * self.head_dim, hidden, use_bias=False)
+        linear = partial(nnx.Linear, param_dtype=dtype, rngs=rngs)
+        of_heads = partial(linear, hidden, dot_general=by_outputs)
+        self.q_proj = of_heads(self.q_heads * self.head_dim)
+        self.k_proj = of_heads(self.kv_heads * self.head_dim)
+        self.v_proj = of_heads(self.kv_heads * self.head_dim)
+        self.o_proj = linear(
+            self.q_heads * self.head_dim, hidden, use_bias=False, dot_general=by_inputs
+        )
 
     def __call__(
         self,
@@ -130,7 +135,13 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, dtype, rngs)
         self.post_attention_layernorm = norm()
         self.mlp = GatedMLP(
-            hidden, config.intermediate_size, config.hidden_act, bias=False, dtype=dtype, rngs=rngs
+            hidden,
+            config.intermediate_size,
+            config.hidden_act,
+            bias=False,
+            dtype=dtype,
+            rngs=rngs,
+            is_divided=True,
         )
 
     def __call__(
@@ -188,12 +199,12 @@ class Qwen2VLTextModel(LanguageModel):
 
     @override
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
-        return self.embed_tokens(token_ids)
+        return embedded(self.embed_tokens, token_ids)
 
     @override
     def empty_cache(self, rows: int, sequences: int = 1) -> tuple[Cache]:
         shape = (self.num_layers, sequences * rows, self.kv_heads, self.head_dim)
-        return (Cache.empty(*shape, self.dtype),)
+        return (Cache.empty(*shape, self.dtype, self.cache_sharding),)
 
     @override
     def moved(self, cache: tuple[Cache], rows: Int[Array, "rows"]) -> tuple[Cache]:
