@@ -372,7 +372,7 @@ def _checked_templates(template: Any) -> tuple[Template, ...]:
         return (template,)
     if not isinstance(template, list | tuple) or not template:
         raise MaskError(
-            "template must be a bsjax.Template or a list of at least one, got "
+            "template must be a bsjax.Template or a list of one or more, got "
             f"{type(template).__name__}."
         )
     for item in template:

@@ -1,6 +1,6 @@
 """The drawing of the packages in docs/architecture.md agrees with the imports.
 
-So do the lists of modules in docstrings of packages with the modules that there are.
+The lists of modules in the docstrings of packages agree with the files.
 """
 
 import ast
