@@ -397,7 +397,7 @@ class _Pool:
             decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
             stages = [*prefill.stages, *decoding.stages]
             if sequences > 1:
-                # Whoever has images that do not fit beside this cache runs alone.
+                # A conversation whose images do not fit beside this cache runs alone.
                 stages = [stage for stage in stages if stage.name != "vision"]
             try:
                 check_memory(first.inputs, stages, self._available)

@@ -454,7 +454,7 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_r
     firsts = np.flatnonzero(in_run % length == 0)
     assert firsts.size <= count
     runs = Runs(np.zeros(count, np.int32), np.full((count, length), PADDING_ROW, np.int32))
-    # The last rows of the cache are reached from further up.
+    # A run near the end of the cache starts earlier, so that it stays within bounds.
     runs.cache_row[: firsts.size] = np.minimum(ordered[firsts], all_rows - length)
     run = np.cumsum(in_run % length == 0) - 1
     runs.chunk_row[run, ordered - runs.cache_row[run]] = chunk_row

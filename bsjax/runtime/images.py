@@ -270,7 +270,7 @@ def write_features(
 def read_features(
     module: ImageTextModel, features: Float[Array, "rows hidden"], image_rows: Int[Array, "merged"]
 ) -> Float[Array, "merged hidden"]:
-    """The features of a group. Those of padding are any."""
+    """The features of a group. Rows for padding tokens hold arbitrary values."""
     del module
     return features.at[image_rows].get(mode="clip")
 
