@@ -91,7 +91,7 @@ class PlacedPrompt:
     def spans(self) -> list[Span]:
         """The spans of the tokens before `end`."""
         ends = (*self.reuse.span_starts[1:], self.end)
-        return [Span(*of) for of in zip(self.reuse.span_starts, ends, strict=True)]
+        return [Span(*borders) for borders in zip(self.reuse.span_starts, ends, strict=True)]
 
     @cached_property
     def row_of_token(self) -> Int[np.ndarray, "end"]:
@@ -104,8 +104,8 @@ class PlacedPrompt:
     @cached_property
     def images_before(self) -> Int[np.ndarray, "positions"]:
         """How many image tokens that run come before each position."""
-        before = np.append(0, np.cumsum(self.inputs.template.image >= 0))
-        return before - before[self.reuse.start]
+        counts = np.append(0, np.cumsum(self.inputs.template.image >= 0))
+        return counts - counts[self.reuse.start]
 
     @property
     def images(self) -> tuple[PromptImage, ...]:
@@ -219,7 +219,9 @@ class Chunks:
         self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
         # of its queries runs: no chunk may end inside an image.
-        whole_images = any(of.bidirectional_images for of in self._inputs.visibilities)
+        whole_images = any(
+            visibility.bidirectional_images for visibility in self._inputs.visibilities
+        )
         self.borders = chunk_borders(
             self.prompts, sizes, most_prompts=layout.most_prompts, whole_images=whole_images
         )
@@ -231,7 +233,9 @@ class Chunks:
         self._keys: tuple[tuple[PlacedPrompt, ...], Rows, list[Any]] | None = None
         images = [int(prompt.images_before[prompt.end]) for prompt in self.prompts]
         firsts = np.cumsum([0, *images]).tolist()
-        self._first_image = {id(of): at for of, at in zip(self.prompts, firsts, strict=False)}
+        self._first_image = {
+            id(prompt): first for prompt, first in zip(self.prompts, firsts, strict=False)
+        }
 
     def __iter__(self) -> Iterator[Chunk]:
         """Builds one chunk after the other."""
@@ -263,12 +267,14 @@ class Chunks:
             for visibility in self._inputs.visibilities
         ]
         arguments = ChunkArguments(
-            token_ids=by_row(lambda prompt, at: prompt.inputs.token_ids[at], 0),
-            position_ids=by_row(lambda prompt, at: prompt.inputs.position_ids[:, at], 0),
+            token_ids=by_row(lambda prompt, position: prompt.inputs.token_ids[position], 0),
+            position_ids=by_row(
+                lambda prompt, position: prompt.inputs.position_ids[:, position], 0
+            ),
             feature_row=by_row(self._feature_rows, PADDING_ROW),
             cached_rows=tuple(
-                self._cached_rows(visibility, parts, queries, of_kind, rows)
-                for visibility, of_kind in zip(self._inputs.visibilities, keys, strict=True)
+                self._cached_rows(visibility, parts, queries, kind_keys, rows)
+                for visibility, kind_keys in zip(self._inputs.visibilities, keys, strict=True)
             ),
             outputs=None if self._all_outputs else self._last_rows(parts, queries, keys),
         )
@@ -289,9 +295,9 @@ class Chunks:
         ends = [index for index, part in enumerate(parts) if part.is_last]
         rows = np.zeros(most, np.int32)
         for output, index in enumerate(ends):
-            of_part = queries.rows_of(index)
-            (row,) = np.flatnonzero(queries.position[of_part] == parts[index].end - 1)
-            rows[output] = of_part.start + row
+            own_rows = queries.rows_of(index)
+            (row,) = np.flatnonzero(queries.position[own_rows] == parts[index].end - 1)
+            rows[output] = own_rows.start + row
         last = Rows(
             queries.templates,
             [Span(parts[index].end - 1, parts[index].end, index) for index in ends],
@@ -300,8 +306,8 @@ class Chunks:
         # Each row has one tile, which may be split into parts.
         capacity = _room_for(most + self._most_parts)
         visibility = inputs.visibilities[inputs.last_kind]
-        of_kind = keys[inputs.last_kind]
-        return OutputRows(rows, self._schedule(visibility, last, *of_kind, most, capacity))
+        last_keys = keys[inputs.last_kind]
+        return OutputRows(rows, self._schedule(visibility, last, *last_keys, most, capacity))
 
     def _ring(self, visibility: Visibility) -> int:
         """Rows of a sequence in layers with a window."""
@@ -350,9 +356,9 @@ class Chunks:
         cache_row = np.full(queries.tokens, PADDING_ROW, np.int32)
         if visibility.window is None:
             for index, part in enumerate(parts):
-                of_part = queries.rows_of(index)
+                own_rows = queries.rows_of(index)
                 first = part.prompt.sequence * self.layout.rows
-                cache_row[of_part] = first + part.prompt.row_of_token[queries.position[of_part]]
+                cache_row[own_rows] = first + part.prompt.row_of_token[queries.position[own_rows]]
             all_rows = self.layout.sequences * self.layout.rows
             return GlobalRows(schedule, self._runs(cache_row, rows, all_rows))
         ring = self._ring(visibility)
@@ -360,15 +366,15 @@ class Chunks:
         window, key_rows = keys
         place_of_key = np.zeros(key_rows, np.int32)
         for index, part in enumerate(parts):
-            of_part, (start, end, _) = queries.rows_of(index), window.spans[index]
-            position, first_row = queries.position[of_part], part.prompt.sequence * ring
+            own_rows, (start, end, _) = queries.rows_of(index), window.spans[index]
+            position, first_row = queries.position[own_rows], part.prompt.sequence * ring
             place = first_row + np.arange(start, end) % ring
             # The chunk's own rows follow those of all rings.
-            place[position - start] = all_rows + np.arange(of_part.start, of_part.stop)
-            of_window = window.rows_of(index)
-            place_of_key[of_window] = place[window.position[of_window] - start]
+            place[position - start] = all_rows + np.arange(own_rows.start, own_rows.stop)
+            window_rows = window.rows_of(index)
+            place_of_key[window_rows] = place[window.position[window_rows] - start]
             kept = np.where(position >= end - ring, first_row + position % ring, PADDING_ROW)
-            cache_row[of_part] = kept
+            cache_row[own_rows] = kept
         return WindowRows(schedule, place_of_key, self._runs(cache_row, rows, all_rows))
 
     def _runs(self, cache_row: Int[np.ndarray, "tokens"], rows: int, all_rows: int) -> Runs:
@@ -404,10 +410,10 @@ class Chunks:
         )
         if self._keys is not None and keys is self._keys[1]:
             # Chunks of the same prompts have the same keys, which are copied to the device once.
-            on_device = self._keys[2]
-            if not on_device:
-                on_device.append(jax.device_put(schedule.keys))
-            schedule = replace(schedule, keys=on_device[0])
+            device_keys = self._keys[2]
+            if not device_keys:
+                device_keys.append(jax.device_put(schedule.keys))
+            schedule = replace(schedule, keys=device_keys[0])
         return schedule
 
 
@@ -424,9 +430,9 @@ def schedule_capacity(
       most_prompts: how many prompts the chunk may have tokens of.
     """
     # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
-    of_images = -(-rows // block_q) + MOST_IMAGES
-    of_text = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
-    return _room_for(max(of_images, of_text) + most_parts + 16)
+    image_tiles = -(-rows // block_q) + MOST_IMAGES
+    text_tiles = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
+    return _room_for(max(image_tiles, text_tiles) + most_parts + 16)
 
 
 def _room_for(tiles: int) -> Capacity:
@@ -450,13 +456,13 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_r
     ordered = cache_row[chunk_row]
     index = np.arange(ordered.size)
     begins = np.append(True, np.diff(ordered) != 1)[: ordered.size]
-    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
-    firsts = np.flatnonzero(in_run % length == 0)
+    offset = index - np.maximum.accumulate(np.where(begins, index, 0))
+    firsts = np.flatnonzero(offset % length == 0)
     assert firsts.size <= count
     runs = Runs(np.zeros(count, np.int32), np.full((count, length), PADDING_ROW, np.int32))
     # A run near the end of the cache starts earlier, so that it stays within bounds.
     runs.cache_row[: firsts.size] = np.minimum(ordered[firsts], all_rows - length)
-    run = np.cumsum(in_run % length == 0) - 1
+    run = np.cumsum(offset % length == 0) - 1
     runs.chunk_row[run, ordered - runs.cache_row[run]] = chunk_row
     return runs
 
@@ -537,11 +543,11 @@ def _image_end(template: Template, position: int) -> int:
 def _by_row(
     prompts: Sequence[tuple[PlacedPrompt, Int[np.ndarray, "_"]]],
     rows: int,
-    of_prompt: Callable[..., Int[np.ndarray, "..."]],
+    value: Callable[..., Int[np.ndarray, "..."]],
     padding: int,
 ) -> Int32[np.ndarray, "*axes rows"]:
-    """What `of_prompt` gives for prompts and positions in them, side by side and padded."""
-    values = [of_prompt(prompt, positions) for prompt, positions in prompts]
+    """What `value` gives for prompts and positions in them, side by side and padded."""
+    values = [value(prompt, positions) for prompt, positions in prompts]
     joined = np.concatenate(values, axis=-1)
     padded = np.full((*joined.shape[:-1], rows), padding, np.int32)
     padded[..., : joined.shape[-1]] = joined
