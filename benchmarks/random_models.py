@@ -20,9 +20,9 @@ from transformers import (
     Qwen2VLConfig,
 )
 
+from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax.checkpoint.loading import LoadedModel, read_processor
 from bsjax.models import FAMILIES
-from tools.published_models import PUBLISHED_MODELS
 
 _TINY = Path(__file__).resolve().parent.parent / "examples" / "tiny-qwen2.5-vl"
 _IMAGE_IN_TEMPLATE = "<|vision_start|><|image_pad|><|vision_end|>"

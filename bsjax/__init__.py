@@ -3,7 +3,7 @@
 The public names are those of `bsjax.__all__` and `bsjax.profiling.__all__`; everything else may
 change without notice. A name is imported when it is first used, so that a program that only calls
 `sparse_attention`, or asks the console script for help, does not import transformers.
-`__init__.pyi` says where each name is defined.
+`__init__.pyi` says which module provides each.
 """
 
 import lazy_loader

@@ -1,4 +1,5 @@
-# Everything public, and where it is defined. `__init__.py` imports each name when it is first used.
+# The public names, and the module that provides each. `__init__.py` imports a name when it is first
+# used.
 
 from .attention import sparse_attention as sparse_attention
 from .checkpoint.loading import (

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PretrainedConfig
 
+from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES, Architecture
@@ -45,7 +46,6 @@ from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
 from tools.compiled_kernels import target_name
 from tools.gpu_targets import TARGETS, compile_for
-from tools.published_models import PUBLISHED_MODELS
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 PROMPTS = {

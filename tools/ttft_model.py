@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.masks.flops import FLOPS_PER_PAIR
@@ -31,7 +32,6 @@ from bsjax.runtime.programs import Programs, size_in_bytes
 from bsjax.runtime.sizes import cache_rows
 from tools.compiled_kernels import target_name
 from tools.memory_table import DTYPE, image_prompt
-from tools.published_models import PUBLISHED_MODELS
 
 PAGE = Path(__file__).parent.parent / "docs" / "ttft.md"
 CASES = {

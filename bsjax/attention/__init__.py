@@ -3,6 +3,7 @@
 api         what users and models call: checks the arguments and chooses a backend
 reference   the definition, with the whole score matrix
 xla         plain JAX, for any device; also computes the gradients of every backend
+explicit    attention on meshes with explicit axes
 decode      one new token per sequence against a cache
 
 The GPU kernels are in `bsjax.pallas`.

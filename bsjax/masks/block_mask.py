@@ -76,8 +76,9 @@ class BlockMask:
       key_order: int32 [keys], the key in each row of the schedule.
 
     Raises:
-      MaskError: `categories` is empty or names an unknown category, a block size or the window is
-        below 1, or `queries` are not positions of the prompt.
+      MaskError: `template` is neither a `Template` nor a list of one or more, `categories` is empty
+        or names an unknown category, a block size or the window is below 1, `bidirectional_images`
+        is not a boolean, or `queries` are not positions of the prompt.
 
     Example:
       The second half of a prompt, as queries against the keys and values of all of it:
@@ -183,7 +184,7 @@ class BlockMask:
     def specs(self, heads: str | tuple[str, ...]) -> "BlockMask":
         """How the mask is sharded where query heads are: for `jax.shard_map` or `jax.device_put`.
 
-        Each device is given the categories of its heads, and everything else whole.
+        Each device gets the categories of its own heads, and a full copy of everything else.
 
         Args:
           heads: the mesh axis, or axes, that the heads of q, k and v are sharded over.
@@ -372,7 +373,7 @@ def _checked_templates(template: Any) -> tuple[Template, ...]:
         return (template,)
     if not isinstance(template, list | tuple) or not template:
         raise MaskError(
-            "template must be a bsjax.Template or a list of at least one, got "
+            "template must be a bsjax.Template or a list of one or more, got "
             f"{type(template).__name__}."
         )
     for item in template:

@@ -383,8 +383,8 @@ def without_text_queries(schedule: Schedule, tables: Iterable[int]) -> Schedule:
 def share_of_tiles(schedule: Schedule, share: Any, shares: int) -> Schedule:
     """The schedule in which only some tiles of each table have blocks: one share of several.
 
-    Shares have about equally many blocks: in each table, tiles are dealt from the longest to the
-    shortest, forth and back.
+    Shares have about equally many blocks: in each table, tiles are dealt from longest to shortest,
+    back and forth over the shares.
 
     Args:
       schedule: the schedule; may be traced.

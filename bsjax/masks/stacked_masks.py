@@ -51,7 +51,11 @@ class StackedMasks:
         return self.masks.order.shape[0]
 
     def __getitem__(self, index: Any) -> BlockMask:
-        """One of the masks; the index may be traced."""
+        """One of the masks; the index may be traced.
+
+        Raises:
+          IndexError: the index is a Python integer, and there is no such mask.
+        """
         if isinstance(index, int) and not -len(self) <= index < len(self):
             raise IndexError(f"Mask {index} does not exist: there are {len(self)}.")
         return jax.tree.map(lambda array: jnp.asarray(array)[index], self.masks)

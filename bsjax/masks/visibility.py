@@ -25,7 +25,8 @@ class Visibility:
       window: how many positions back a query sees, its own included; None for all.
 
     Raises:
-      MaskError: `window` is not a whole number of at least 1.
+      MaskError: `window` is not a whole number of at least 1, or `bidirectional_images` is not a
+        boolean.
     """
 
     bidirectional_images: bool = False

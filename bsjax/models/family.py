@@ -16,7 +16,7 @@ from bsjax.models.parameters import ParameterRule
 
 
 class ImageShapes(NamedTuple):
-    """What the size of an image of the messages says about it and its crops, which are images too.
+    """Grid, tokens and pixels of an image and its crops, as determined by the image's size.
 
     Attributes:
       grid_thw: frames, rows and columns of patches of the image and of each crop.

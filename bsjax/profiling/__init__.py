@@ -25,7 +25,7 @@ end_to_end       the check on held-out samples
 state            a file that keeps what a run has measured
 driver           `profile`
 
-A name is imported when it is first used; `__init__.pyi` says where each name is defined.
+A name is imported when it is first used; `__init__.pyi` says which module provides each.
 """
 
 import lazy_loader

@@ -1,4 +1,5 @@
-# The public names, and where each is defined. `__init__.py` imports a name when it is first used.
+# The public names, and the module that provides each. `__init__.py` imports a name when it is first
+# used.
 
 from .driver import Evidence as Evidence
 from .driver import profile as profile

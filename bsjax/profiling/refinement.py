@@ -137,7 +137,7 @@ def refine(
         evaluator has other sinks than the measurements, or the reduction cannot be reached.
     """
     if (target_reduction is None) == (max_kl is None):
-        raise ProfileError("Refining needs either a target_reduction or a max_kl.")
+        raise ProfileError("Refining needs a target_reduction or a max_kl, and not both.")
     settings = Settings.of(
         target_reduction=target_reduction,
         max_kl=max_kl,

@@ -1,9 +1,12 @@
 """From chat messages to a prompt: token ids, pixel values and the tokens of each image.
 
-messages    checks chat messages, and separates images from what the chat template needs
-sources     `ImageSources`: where images may come from, and limits on them
-downloads   downloads within these limits
-images      reads images from files, URLs, data and arrays
-rendering   renders chat templates, in the process of template_process
-prompt      `Processor`: renders the chat template, tokenizes the text and cuts images into patches
+messages          checks chat messages, and separates images from what the chat template needs
+sources           `ImageSources`: where images may come from, and limits on them
+downloads         downloads within these limits
+images            reads images from files, URLs, data and arrays
+image_reader      threads that decode and scale images
+rendering         renders chat templates
+template_process  the process that renders them
+prompt            `Processor`: renders the chat template, tokenizes the text and cuts images into
+                  patches
 """

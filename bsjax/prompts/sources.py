@@ -30,6 +30,9 @@ class ImageSources:
         default the number from which Pillow suspects a decompression bomb.
       max_scaled_pixels: the most pixels that an image is scaled to, crops included; by default
         twice what the published checkpoints scale to.
+
+    Raises:
+      MessageError: a setting has the wrong type, or is out of range.
     """
 
     allow_files: bool = True

@@ -15,6 +15,7 @@ reuse            which tokens in a cache the next prompt can use again
 inputs           a prompt as it can be known before it runs: template, positions, FLOPs, images
 chunks           prompts, chunk by chunk: padded arrays, schedules, rows of the cache
 sizes            the few sizes of chunks, caches and groups of images
+image_cache      features of images that have been encoded
 images           stage: groups of images through the vision tower
 prefill          stage: the chunks of prompts, up to the first tokens
 decoding         stage: the tokens after the first

@@ -293,7 +293,7 @@ class _Source:
         queues = [*self.waiting.values(), *requested]
         waiting = [each for queue in queues for each in queue]
         prompts = {id(each.prompt): each.prompt for each in waiting if each.prompt is not None}
-        held = sum(image.size for of in prompts.values() for image in of.images)
+        held = sum(image.size for prompt in prompts.values() for image in prompt.images)
         return len(waiting) < 2 * most_sequences() and held < _MOST_PATCHES
 
     def _prepared(self, task: Task) -> tuple[list[_Conversation], BsjaxError | None]:
@@ -399,7 +399,7 @@ class _Pool:
             decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
             stages = [*prefill.stages, *decoding.stages]
             if sequences > 1:
-                # Whoever has images that do not fit beside this cache runs alone.
+                # A conversation whose images do not fit beside this cache runs alone.
                 stages = [stage for stage in stages if stage.name != "vision"]
             try:
                 check_memory(first.inputs, stages, self._available)
@@ -426,8 +426,8 @@ class _Pool:
             candidates = new + others
             for shared in shared_prefixes([each.inputs for each in candidates]):
                 members = [candidates[index] for index in shared.members]
-                of_known = [known.get(id(each)) for each in members]
-                saved = sum(of.tokens for of in of_known if of is not None)
+                replaced = [known.get(id(each)) for each in members]
+                saved = sum(prefix.tokens for prefix in replaced if prefix is not None)
                 if (len(members) - 1) * shared.tokens > saved:
                     prefix = _Prefix(members[0].inputs, shared.tokens)
                     self._prefixes.append(prefix)
@@ -469,8 +469,8 @@ class _Pool:
             if prefix is not None and prefix.sequence is None and free:
                 if len(free) > 1:
                     prefix.sequence = free.pop()
-                    of_prefix = PlacedPrompt(prefix.inputs, NOTHING, prefix.sequence, prefix.tokens)
-                    admitted.append((of_prefix, prefix))
+                    placed = PlacedPrompt(prefix.inputs, NOTHING, prefix.sequence, prefix.tokens)
+                    admitted.append((placed, prefix))
                 elif not admitted and not self._running:
                     # Other prefixes have all other sequences.
                     each.prefix = prefix = None
@@ -513,9 +513,10 @@ class _Pool:
     def _run_prompts(self, admitted: _Admitted) -> Iterator[Answered]:
         """Runs prompts, to the first tokens of their answers."""
         check_not_forked(GenerationError)
-        owner = {id(prompt): of for prompt, of in admitted}
+        owners = {id(prompt): owner for prompt, owner in admitted}
         settings = [
-            of.settings if isinstance(of, _Conversation) else self._unused for _, of in admitted
+            owner.settings if isinstance(owner, _Conversation) else self._unused
+            for _, owner in admitted
         ]
         prompts = [prompt for prompt, _ in admitted]
         prefill = Prefill(
@@ -527,9 +528,9 @@ class _Pool:
             image_cache=image_cache_of(self._model),
         )
         known = {id(image) for group in prefill.groups if group.features for image in group.images}
-        for _, of in admitted:
-            if isinstance(of, _Conversation):
-                of.reused_images = sum(id(image) in known for image in of.inputs.images)
+        for _, owner in admitted:
+            if isinstance(owner, _Conversation):
+                owner.reused_images = sum(id(image) in known for image in owner.inputs.images)
         try:
             check_memory(prompts[0].inputs, prefill.stages, self._available)
         except CapacityError as error:
@@ -543,7 +544,7 @@ class _Pool:
                 for each in admitted:
                     yield from self._run_prompts([each])
             return
-        before: defaultdict[str, float] = defaultdict(float)
+        counted: defaultdict[str, float] = defaultdict(float)
         for chunk, chosen, state in prefill.run(self._state):
             self._state = state
             now = prefill.stopwatch.seconds.copy()
@@ -552,77 +553,79 @@ class _Pool:
                 for part in chunk.parts
             ]
             for part, count in zip(chunk.parts, image_tokens, strict=True):
-                of = owner[id(part.prompt)]
-                of_images = count / max(sum(image_tokens), 1)
-                of_tokens = (part.end - part.start) / chunk.tokens
+                owner = owners[id(part.prompt)]
+                image_share = count / max(sum(image_tokens), 1)
+                token_share = (part.end - part.start) / chunk.tokens
                 for name, seconds in now.items():
-                    share = of_tokens if name == "prefill" else of_images
-                    of.seconds[name] += share * (seconds - before[name])
-            before = now
+                    share = token_share if name == "prefill" else image_share
+                    owner.seconds[name] += share * (seconds - counted[name])
+            counted = now
             for output, part in zip(tokens_of(chosen), chunk.last_parts, strict=False):
-                of = owner[id(part.prompt)]
-                assert isinstance(of, _Conversation)
-                of.answer.add(output)
-                of.first_token = time.perf_counter() - self._source.began
-        for _, of in admitted:
-            if isinstance(of, _Prefix):
-                of.is_ready = True
+                owner = owners[id(part.prompt)]
+                assert isinstance(owner, _Conversation)
+                owner.answer.add(output)
+                owner.first_token = time.perf_counter() - self._source.began
+        for _, owner in admitted:
+            if isinstance(owner, _Prefix):
+                owner.is_ready = True
             else:
                 # The pixels are not needed any more.
-                of.prompt, of.inputs = None, replace(of.inputs, images=())
+                owner.prompt, owner.inputs = None, replace(owner.inputs, images=())
         yield from self._ended()
 
     def _refused(
-        self, prompt: PlacedPrompt, of: _Conversation | _Prefix, error: CapacityError
+        self, prompt: PlacedPrompt, owner: _Conversation | _Prefix, error: CapacityError
     ) -> Iterator[Answered]:
         """Puts aside what does not fit, such as very large images; refuses it if it is alone."""
-        if isinstance(of, _Prefix):
-            self._prefixes.remove(of)
+        if isinstance(owner, _Prefix):
+            self._prefixes.remove(owner)
             for each in self._waiting:
-                each.prefix = None if each.prefix is of else each.prefix
+                each.prefix = None if each.prefix is owner else each.prefix
             return
         del self._running[prompt.sequence]
         if self._layout.sequences > 1:
-            assert of.prompt is not None
-            of.inputs = self._source.inputs_of(of.prompt, of.settings.new_tokens, self._backend)
-            of.prefix, of.reused = None, 0
-            self._source.alone.append((self._rows, of))
+            assert owner.prompt is not None
+            owner.inputs = self._source.inputs_of(
+                owner.prompt, owner.settings.new_tokens, self._backend
+            )
+            owner.prefix, owner.reused = None, 0
+            self._source.alone.append((self._rows, owner))
         else:
-            yield self._source.failed(of, error)
+            yield self._source.failed(owner, error)
 
     def _decode(self) -> Iterator[Answered]:
         """Goes on with all answers, until enough have ended to let waiting prompts in."""
         check_not_forked(GenerationError)
-        of_sequence = [self._running.get(index) for index in range(self._layout.sequences)]
-        settings = [of.settings if of else self._unused for of in of_sequence]
-        answers = Answers.of([of.inputs if of else None for of in of_sequence], settings)
+        conversations = [self._running.get(index) for index in range(self._layout.sequences)]
+        settings = [each.settings if each else self._unused for each in conversations]
+        answers = Answers.of([each.inputs if each else None for each in conversations], settings)
         # Several prompts fill a chunk better than one.
         ends = min(len(self._waiting), max(1, len(self._running) // 4)) or len(self._running)
-        steps = _STEPS_BEFORE_STOP if any(of.stop for of in settings) else DECODE_CHUNK
+        steps = _STEPS_BEFORE_STOP if any(each.stop for each in settings) else DECODE_CHUNK
         began = time.perf_counter()
         chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
         share = (time.perf_counter() - began) / len(self._running)
-        for sequence, of in self._running.items():
-            of.seconds["decode"] += share
-            for each in tokens_of(chosen[sequence]):
-                of.answer.add(each)
-                if of.answer.has_ended:
+        for sequence, conversation in self._running.items():
+            conversation.seconds["decode"] += share
+            for token in tokens_of(chosen[sequence]):
+                conversation.answer.add(token)
+                if conversation.answer.has_ended:
                     break
         yield from self._ended()
 
     def _ended(self) -> Iterator[Answered]:
         """Yields the answers that have ended, and frees their sequences."""
-        for sequence, of in list(self._running.items()):
-            if of.answer.has_ended:
+        for sequence, conversation in list(self._running.items()):
+            if conversation.answer.has_ended:
                 del self._running[sequence]
-                result = of.answer.result(of.inputs, self._stats(of))
-                yield Answered(of.task.number, of.copy, result)
+                result = conversation.answer.result(conversation.inputs, self._stats(conversation))
+                yield Answered(conversation.task.number, conversation.copy, result)
 
-    def _stats(self, of: _Conversation) -> Stats:
-        inputs, programs, compiled = of.inputs, self._programs, self._compiled
+    def _stats(self, conversation: _Conversation) -> Stats:
+        inputs, programs, compiled = conversation.inputs, self._programs, self._compiled
         self._compiled = programs.compile_seconds, programs.compilations
-        stopwatch = of.stopwatch
-        for name, seconds in of.seconds.items():
+        stopwatch = conversation.stopwatch
+        for name, seconds in conversation.seconds.items():
             stopwatch.seconds[name] += seconds
         stopwatch.seconds["compiling"] += self._compiled[0] - compiled[0]
         return Stats(
@@ -630,14 +633,14 @@ class _Pool:
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=of.seconds["decode"],
-            first_token_seconds=of.first_token,
+            decode_seconds=conversation.seconds["decode"],
+            first_token_seconds=conversation.first_token,
             **seconds_of(stopwatch),
             compiled_programs=self._compiled[1] - compiled[1],
             backend=self._backend,
             attention_flops_per_kind=inputs.flops_per_kind,
-            reused_tokens=of.reused,
-            reused_images=of.reused_images,
+            reused_tokens=conversation.reused,
+            reused_images=conversation.reused_images,
         )
 
 

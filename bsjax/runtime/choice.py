@@ -85,7 +85,7 @@ _WITHOUT_EFFECT = {
     "transformers_version",
 }
 
-# Values that ask for nothing, besides None.
+# Values, other than None, that have no effect.
 _NEUTRAL = {
     "num_beams": 1,
     "num_beam_groups": 1,

@@ -91,7 +91,7 @@ class PlacedPrompt:
     def spans(self) -> list[Span]:
         """The spans of the tokens before `end`."""
         ends = (*self.reuse.span_starts[1:], self.end)
-        return [Span(*of) for of in zip(self.reuse.span_starts, ends, strict=True)]
+        return [Span(*borders) for borders in zip(self.reuse.span_starts, ends, strict=True)]
 
     @cached_property
     def row_of_token(self) -> Int[np.ndarray, "end"]:
@@ -104,8 +104,8 @@ class PlacedPrompt:
     @cached_property
     def images_before(self) -> Int[np.ndarray, "positions"]:
         """How many image tokens that run come before each position."""
-        before = np.append(0, np.cumsum(self.inputs.template.image >= 0))
-        return before - before[self.reuse.start]
+        counts = np.append(0, np.cumsum(self.inputs.template.image >= 0))
+        return counts - counts[self.reuse.start]
 
     @property
     def images(self) -> tuple[PromptImage, ...]:
@@ -115,7 +115,7 @@ class PlacedPrompt:
         return self.inputs.images[begin:end]
 
 
-class Part(NamedTuple):
+class PromptSlice(NamedTuple):
     """Consecutive tokens of a prompt that are in one chunk.
 
     Attributes:
@@ -160,13 +160,13 @@ class Chunk:
     """Tokens that run together.
 
     Attributes:
-      parts: the prompts that it has tokens of.
+      parts: the slices of prompts that it has.
       order: the position of each row in its prompt, without padding rows.
       arguments: what the programs are given.
       images_end: how many image tokens this chunk and all chunks before it have.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[PromptSlice, ...]
     order: Int32[np.ndarray, "tokens"]
     arguments: ChunkArguments
     images_end: int
@@ -177,9 +177,9 @@ class Chunk:
         return self.order.size
 
     @property
-    def last_parts(self) -> list[Part]:
-        """The parts with the last token of a prompt, in the order of the program's outputs."""
-        return [part for part in self.parts if part.is_last]
+    def last_parts(self) -> list[PromptSlice]:
+        """The slices with the last token of a prompt, in the order of the program's outputs."""
+        return [each for each in self.parts if each.is_last]
 
 
 class Chunks:
@@ -201,7 +201,7 @@ class Chunks:
       prompts: as given.
       layout: as given.
       feature_rows: as given.
-      borders: for each chunk, its parts, and the rows that it is padded to.
+      borders: for each chunk, its slices of prompts, and the rows that it is padded to.
     """
 
     def __init__(
@@ -219,7 +219,9 @@ class Chunks:
         self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
         # of its queries runs: no chunk may end inside an image.
-        whole_images = any(of.bidirectional_images for of in self._inputs.visibilities)
+        whole_images = any(
+            visibility.bidirectional_images for visibility in self._inputs.visibilities
+        )
         self.borders = chunk_borders(
             self.prompts, sizes, most_prompts=layout.most_prompts, whole_images=whole_images
         )
@@ -231,7 +233,9 @@ class Chunks:
         self._keys: tuple[tuple[PlacedPrompt, ...], Rows, list[Any]] | None = None
         images = [int(prompt.images_before[prompt.end]) for prompt in self.prompts]
         firsts = np.cumsum([0, *images]).tolist()
-        self._first_image = {id(of): at for of, at in zip(self.prompts, firsts, strict=False)}
+        self._first_image = {
+            id(prompt): first for prompt, first in zip(self.prompts, firsts, strict=False)
+        }
 
     def __iter__(self) -> Iterator[Chunk]:
         """Builds one chunk after the other."""
@@ -243,36 +247,38 @@ class Chunks:
         """The rows of image tokens' features, given their indices among all that run."""
         return image_tokens % self.feature_rows
 
-    def chunk(self, parts: Sequence[Part], rows: int) -> Chunk:
+    def chunk(self, slices: Sequence[PromptSlice], rows: int) -> Chunk:
         """The chunk of these tokens, padded to `rows` rows."""
         queries = Rows(
-            [part.prompt.inputs.template for part in parts],
-            [Span(part.start, part.end, index) for index, part in enumerate(parts)],
+            [each.prompt.inputs.template for each in slices],
+            [Span(each.start, each.end, index) for index, each in enumerate(slices)],
             packed=self._inputs.is_sparse,
             sinks_apart=False,
         )
-        positions = [queries.position[queries.rows_of(index)] for index in range(len(parts))]
-        prompts = [part.prompt for part in parts]
+        positions = [queries.position[queries.rows_of(index)] for index in range(len(slices))]
+        prompts = [each.prompt for each in slices]
         by_row = partial(_by_row, list(zip(prompts, positions, strict=True)), rows)
         images_end = [
-            self._first_image[id(part.prompt)] + int(part.prompt.images_before[part.end])
-            for part in parts
+            self._first_image[id(each.prompt)] + int(each.prompt.images_before[each.end])
+            for each in slices
         ]
         keys = [
-            self._keys_of(visibility, parts, queries, rows)
+            self._keys_of(visibility, slices, queries, rows)
             for visibility in self._inputs.visibilities
         ]
         arguments = ChunkArguments(
-            token_ids=by_row(lambda prompt, at: prompt.inputs.token_ids[at], 0),
-            position_ids=by_row(lambda prompt, at: prompt.inputs.position_ids[:, at], 0),
+            token_ids=by_row(lambda prompt, position: prompt.inputs.token_ids[position], 0),
+            position_ids=by_row(
+                lambda prompt, position: prompt.inputs.position_ids[:, position], 0
+            ),
             feature_row=by_row(self._feature_rows, PADDING_ROW),
             cached_rows=tuple(
-                self._cached_rows(visibility, parts, queries, of_kind, rows)
-                for visibility, of_kind in zip(self._inputs.visibilities, keys, strict=True)
+                self._cached_rows(visibility, slices, queries, kind_keys, rows)
+                for visibility, kind_keys in zip(self._inputs.visibilities, keys, strict=True)
             ),
-            outputs=None if self._all_outputs else self._last_rows(parts, queries, keys),
+            outputs=None if self._all_outputs else self._last_rows(slices, queries, keys),
         )
-        return Chunk(tuple(parts), queries.position, arguments, max(images_end))
+        return Chunk(tuple(slices), queries.position, arguments, max(images_end))
 
     def _feature_rows(
         self, prompt: PlacedPrompt, position: Int[np.ndarray, "rows"]
@@ -282,26 +288,26 @@ class Chunks:
         return np.where(is_image, self.feature_row(index), PADDING_ROW)
 
     def _last_rows(
-        self, parts: Sequence[Part], queries: Rows, keys: Sequence[tuple[Rows, int]]
+        self, slices: Sequence[PromptSlice], queries: Rows, keys: Sequence[tuple[Rows, int]]
     ) -> OutputRows:
         """The rows of the prompts' last tokens. All others see no keys."""
         inputs, most = self._inputs, self.layout.most_prompts
-        ends = [index for index, part in enumerate(parts) if part.is_last]
+        ends = [index for index, each in enumerate(slices) if each.is_last]
         rows = np.zeros(most, np.int32)
         for output, index in enumerate(ends):
-            of_part = queries.rows_of(index)
-            (row,) = np.flatnonzero(queries.position[of_part] == parts[index].end - 1)
-            rows[output] = of_part.start + row
+            own_rows = queries.rows_of(index)
+            (row,) = np.flatnonzero(queries.position[own_rows] == slices[index].end - 1)
+            rows[output] = own_rows.start + row
         last = Rows(
             queries.templates,
-            [Span(parts[index].end - 1, parts[index].end, index) for index in ends],
+            [Span(slices[index].end - 1, slices[index].end, index) for index in ends],
             packed=queries.packed,
         )
         # Each row has one tile, which may be split into parts.
         capacity = _room_for(most + self._most_parts)
         visibility = inputs.visibilities[inputs.last_kind]
-        of_kind = keys[inputs.last_kind]
-        return OutputRows(rows, self._schedule(visibility, last, *of_kind, most, capacity))
+        last_keys = keys[inputs.last_kind]
+        return OutputRows(rows, self._schedule(visibility, last, *last_keys, most, capacity))
 
     def _ring(self, visibility: Visibility) -> int:
         """Rows of a sequence in layers with a window."""
@@ -309,17 +315,17 @@ class Chunks:
         return ring_rows(visibility.window, self.layout.rows)
 
     def _keys_of(
-        self, visibility: Visibility, parts: Sequence[Part], queries: Rows, rows: int
+        self, visibility: Visibility, slices: Sequence[PromptSlice], queries: Rows, rows: int
     ) -> tuple[Rows, int]:
         """The keys that a chunk sees, and the rows that they are padded to."""
         if visibility.window is not None:
             spans = [
-                Span(max(0, part.start - (visibility.window - 1)), part.end, index)
-                for index, part in enumerate(parts)
+                Span(max(0, each.start - (visibility.window - 1)), each.end, index)
+                for index, each in enumerate(slices)
             ]
             keys = Rows(queries.templates, spans, packed=queries.packed)
             return keys, self.layout.most_prompts * self._ring(visibility) + rows
-        prompts = tuple(part.prompt for part in parts)
+        prompts = tuple(each.prompt for each in slices)
         if self._keys is None or self._keys[0] != prompts:
             spans, first_rows = [], []
             for index in np.argsort([prompt.sequence for prompt in prompts]).tolist():
@@ -334,7 +340,7 @@ class Chunks:
     def _cached_rows(
         self,
         visibility: Visibility,
-        parts: Sequence[Part],
+        slices: Sequence[PromptSlice],
         queries: Rows,
         keys: tuple[Rows, int],
         rows: int,
@@ -349,26 +355,26 @@ class Chunks:
         schedule = self._schedule(visibility, queries, *keys, rows, capacity)
         cache_row = np.full(queries.tokens, PADDING_ROW, np.int32)
         if visibility.window is None:
-            for index, part in enumerate(parts):
-                of_part = queries.rows_of(index)
-                first = part.prompt.sequence * self.layout.rows
-                cache_row[of_part] = first + part.prompt.row_of_token[queries.position[of_part]]
+            for index, each in enumerate(slices):
+                own_rows = queries.rows_of(index)
+                first = each.prompt.sequence * self.layout.rows
+                cache_row[own_rows] = first + each.prompt.row_of_token[queries.position[own_rows]]
             all_rows = self.layout.sequences * self.layout.rows
             return GlobalRows(schedule, self._runs(cache_row, rows, all_rows))
         ring = self._ring(visibility)
         all_rows = self.layout.sequences * ring
         window, key_rows = keys
         place_of_key = np.zeros(key_rows, np.int32)
-        for index, part in enumerate(parts):
-            of_part, (start, end, _) = queries.rows_of(index), window.spans[index]
-            position, first_row = queries.position[of_part], part.prompt.sequence * ring
+        for index, each in enumerate(slices):
+            own_rows, (start, end, _) = queries.rows_of(index), window.spans[index]
+            position, first_row = queries.position[own_rows], each.prompt.sequence * ring
             place = first_row + np.arange(start, end) % ring
             # The chunk's own rows follow those of all rings.
-            place[position - start] = all_rows + np.arange(of_part.start, of_part.stop)
-            of_window = window.rows_of(index)
-            place_of_key[of_window] = place[window.position[of_window] - start]
+            place[position - start] = all_rows + np.arange(own_rows.start, own_rows.stop)
+            window_rows = window.rows_of(index)
+            place_of_key[window_rows] = place[window.position[window_rows] - start]
             kept = np.where(position >= end - ring, first_row + position % ring, PADDING_ROW)
-            cache_row[of_part] = kept
+            cache_row[own_rows] = kept
         return WindowRows(schedule, place_of_key, self._runs(cache_row, rows, all_rows))
 
     def _runs(self, cache_row: Int[np.ndarray, "tokens"], rows: int, all_rows: int) -> Runs:
@@ -404,10 +410,10 @@ class Chunks:
         )
         if self._keys is not None and keys is self._keys[1]:
             # Chunks of the same prompts have the same keys, which are copied to the device once.
-            on_device = self._keys[2]
-            if not on_device:
-                on_device.append(jax.device_put(schedule.keys))
-            schedule = replace(schedule, keys=on_device[0])
+            device_keys = self._keys[2]
+            if not device_keys:
+                device_keys.append(jax.device_put(schedule.keys))
+            schedule = replace(schedule, keys=device_keys[0])
         return schedule
 
 
@@ -424,9 +430,9 @@ def schedule_capacity(
       most_prompts: how many prompts the chunk may have tokens of.
     """
     # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
-    of_images = -(-rows // block_q) + MOST_IMAGES
-    of_text = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
-    return _room_for(max(of_images, of_text) + most_parts + 16)
+    image_tiles = -(-rows // block_q) + MOST_IMAGES
+    text_tiles = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
+    return _room_for(max(image_tiles, text_tiles) + most_parts + 16)
 
 
 def _room_for(tiles: int) -> Capacity:
@@ -450,13 +456,13 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_r
     ordered = cache_row[chunk_row]
     index = np.arange(ordered.size)
     begins = np.append(True, np.diff(ordered) != 1)[: ordered.size]
-    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
-    firsts = np.flatnonzero(in_run % length == 0)
+    offset = index - np.maximum.accumulate(np.where(begins, index, 0))
+    firsts = np.flatnonzero(offset % length == 0)
     assert firsts.size <= count
     runs = Runs(np.zeros(count, np.int32), np.full((count, length), PADDING_ROW, np.int32))
-    # The last rows of the cache are reached from further up.
+    # A run near the end of the cache starts earlier, so that it stays within bounds.
     runs.cache_row[: firsts.size] = np.minimum(ordered[firsts], all_rows - length)
-    run = np.cumsum(in_run % length == 0) - 1
+    run = np.cumsum(offset % length == 0) - 1
     runs.chunk_row[run, ordered - runs.cache_row[run]] = chunk_row
     return runs
 
@@ -467,7 +473,7 @@ def chunk_borders(
     *,
     whole_images: bool,
     most_prompts: int = 1,
-) -> list[tuple[tuple[Part, ...], int]]:
+) -> list[tuple[tuple[PromptSlice, ...], int]]:
     """Where chunks begin and end, and the rows that each is padded to.
 
     A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
@@ -484,48 +490,48 @@ def chunk_borders(
       most_prompts: how many prompts a chunk may have tokens of.
 
     Returns:
-      For each chunk, its parts, and the rows that it is padded to.
+      For each chunk, its slices of prompts, and the rows that it is padded to.
     """
     borders = []
-    pending = [Part(prompt, prompt.reuse.start, prompt.end) for prompt in prompts]
+    pending = [PromptSlice(prompt, prompt.reuse.start, prompt.end) for prompt in prompts]
     while pending:
-        left = sum(part.end - part.start for part in pending)
+        left = sum(each.end - each.start for each in pending)
         padded = -(-left // sizes[0]) * sizes[0]
         size = max(size for size in sizes if size <= padded)
-        while not (parts := _filled(pending[:most_prompts], size, whole_images)):
+        while not (slices := _filled(pending[:most_prompts], size, whole_images)):
             # The chunk begins with an image that does not fit.
             larger = [bigger for bigger in sizes if bigger > size]
             own = _image_end(pending[0].prompt.inputs.template, pending[0].start) - pending[0].start
             size = larger[0] if larger else -(-own // sizes[-1]) * sizes[-1]
-        borders.append((tuple(parts), size))
-        rest = pending[len(parts) - 1]._replace(start=parts[-1].end)
-        pending = [rest] * (rest.start < rest.end) + pending[len(parts) :]
+        borders.append((tuple(slices), size))
+        rest = pending[len(slices) - 1]._replace(start=slices[-1].end)
+        pending = [rest] * (rest.start < rest.end) + pending[len(slices) :]
     return borders
 
 
-def _filled(pending: Sequence[Part], size: int, whole_images: bool) -> list[Part]:
+def _filled(pending: Sequence[PromptSlice], size: int, whole_images: bool) -> list[PromptSlice]:
     """The first of the pending tokens that fit into a chunk of `size` rows."""
-    parts = []
+    slices = []
     room, images_left = size, MOST_IMAGES
-    for part in pending:
-        template = part.prompt.inputs.template
+    for each in pending:
+        template = each.prompt.inputs.template
         firsts = np.asarray(template.image_first)
         ends = firsts + np.asarray(template.image_tokens, np.int64)
-        end = min(part.start + room, part.end)
-        next_image = int(np.searchsorted(ends, part.start, side="right"))
+        end = min(each.start + room, each.end)
+        next_image = int(np.searchsorted(ends, each.start, side="right"))
         if next_image + images_left < firsts.size:
-            end = min(end, max(part.start, int(firsts[next_image + images_left])))
+            end = min(end, max(each.start, int(firsts[next_image + images_left])))
         cut = int(np.searchsorted(firsts, end, side="left")) - 1
         if whole_images and cut >= 0 and firsts[cut] < end < ends[cut]:
             end = int(firsts[cut])
-        if end <= part.start:
+        if end <= each.start:
             break
-        parts.append(part._replace(end=end))
-        room -= end - part.start
+        slices.append(each._replace(end=end))
+        room -= end - each.start
         images_left -= int(np.searchsorted(firsts, end, side="left")) - next_image
-        if end < part.end or not room:
+        if end < each.end or not room:
             break
-    return parts
+    return slices
 
 
 def _image_end(template: Template, position: int) -> int:
@@ -537,11 +543,11 @@ def _image_end(template: Template, position: int) -> int:
 def _by_row(
     prompts: Sequence[tuple[PlacedPrompt, Int[np.ndarray, "_"]]],
     rows: int,
-    of_prompt: Callable[..., Int[np.ndarray, "..."]],
+    value: Callable[..., Int[np.ndarray, "..."]],
     padding: int,
 ) -> Int32[np.ndarray, "*axes rows"]:
-    """What `of_prompt` gives for prompts and positions in them, side by side and padded."""
-    values = [of_prompt(prompt, positions) for prompt, positions in prompts]
+    """What `value` gives for prompts and positions in them, side by side and padded."""
+    values = [value(prompt, positions) for prompt, positions in prompts]
     joined = np.concatenate(values, axis=-1)
     padded = np.full((*joined.shape[:-1], rows), padding, np.int32)
     padded[..., : joined.shape[-1]] = joined

@@ -115,16 +115,16 @@ class Answers(NamedTuple):
           prompts: the prompt of each sequence; None for one without an answer.
           settings: how each is answered. They share end tokens.
         """
-        limits = [of.new_tokens for of in settings]
-        tokens = [0 if of is None else of.tokens for of in prompts]
-        next_position = [0 if of is None else of.next_position for of in prompts]
+        limits = [each.new_tokens for each in settings]
+        tokens = [0 if prompt is None else prompt.tokens for prompt in prompts]
+        next_position = [0 if prompt is None else prompt.next_position for prompt in prompts]
         return cls(
-            limit=np.where([of is None for of in prompts], 0, limits).astype(np.int32),
+            limit=np.where([prompt is None for prompt in prompts], 0, limits).astype(np.int32),
             prompt_tokens=np.asarray(tokens, np.int32),
             next_position=np.asarray(next_position, np.int32),
-            sampling=stacked([of.sampling for of in settings]),
+            sampling=stacked([each.sampling for each in settings]),
             end_tokens=settings[0].end_tokens,
-            scored=np.bool_(any(of.top_tokens is not None for of in settings)),
+            scored=np.bool_(any(each.top_tokens is not None for each in settings)),
         )
 
 
@@ -168,13 +168,13 @@ def decode(
     def step(carry: tuple[Chosen, Array, DecodeState]) -> tuple[Chosen, Array, DecodeState]:
         tokens, count, state = carry
         advances = active(state)
-        # How many tokens of the answer come before `state.token`.
-        before = state.chosen - 1
+        # The index of `state.token` among the tokens of the answer.
+        index = state.chosen - 1
         logits, cache = module.decode_step(
             state.token,
-            answers.next_position + before,
+            answers.next_position + index,
             state.cache,
-            jnp.where(advances, answers.prompt_tokens + before, -1),
+            jnp.where(advances, answers.prompt_tokens + index, -1),
             backend=backend,
         )
         occurred = state.occurred.at[jnp.arange(sequences), state.token].set(True)
@@ -240,11 +240,11 @@ class Decoding:
           What was chosen for each sequence: NumPy arrays whose first axis is that of the tokens.
           And the next state.
         """
-        before = np.asarray(state.chosen)
+        old_counts = np.asarray(state.chosen)
         chosen, state = self._decode(state, answers, np.int32(steps), np.int32(ends))
-        counts = np.asarray(state.chosen) - before
-        on_host = jax.tree.map(np.asarray, chosen)
+        counts = np.asarray(state.chosen) - old_counts
+        chosen = jax.tree.map(np.asarray, chosen)
         return [
-            Chosen(*(values[sequence, :count] for values in on_host))
+            Chosen(*(values[sequence, :count] for values in chosen))
             for sequence, count in enumerate(counts)
         ], state

@@ -367,7 +367,9 @@ def generate(
     check_stream(stream)
     conversations, is_batch = conversations_of(messages)
     if stream is not None and (is_batch or n is not None):
-        raise GenerationError("stream takes one conversation and one answer, not a batch and no n.")
+        raise GenerationError(
+            "stream needs one conversation and one answer: leave out n, and do not pass a batch."
+        )
     resolved = Profile.resolve(profile, model)
     if not is_batch and n is None:
         events = answer_once(

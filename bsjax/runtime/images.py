@@ -167,8 +167,8 @@ def counted_patches(
     block_q, _ = _blocks(architecture, backend)
     frames = grid_thw[:, 0].astype(np.int64)
     windows = frames * (-(-grid_thw[:, 1:] // _WINDOW)).prod(axis=1, dtype=np.int64)
-    in_tiles = np.maximum(frames * block_q, windows * _WINDOW**2)
-    return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), in_tiles // 2)
+    tile_patches = np.maximum(frames * block_q, windows * _WINDOW**2)
+    return np.maximum(grid_thw.prod(axis=1, dtype=np.int64), tile_patches // 2)
 
 
 def _blocks(architecture: Architecture, backend: str) -> tuple[int, int]:
@@ -270,7 +270,7 @@ def write_features(
 def read_features(
     module: ImageTextModel, features: Float[Array, "rows hidden"], image_rows: Int[Array, "merged"]
 ) -> Float[Array, "merged hidden"]:
-    """The features of a group. Those of padding are any."""
+    """The features of a group. Rows for padding tokens hold arbitrary values."""
     del module
     return features.at[image_rows].get(mode="clip")
 

@@ -31,8 +31,8 @@ MOST_CONVERSATIONS = 1024
 def moving_program(programs: Programs, rows: int) -> Program:
     """The program that moves the rows of all tokens in a cache of this many rows."""
     cache = jax.eval_shape(partial(programs.module.language_model.empty_cache, rows))
-    from_rows = jax.ShapeDtypeStruct((rows,), np.int32)
-    return programs.get(move_rows, (cache, from_rows), donate=(0,))
+    sources = jax.ShapeDtypeStruct((rows,), np.int32)
+    return programs.get(move_rows, (cache, sources), donate=(0,))
 
 
 def move_rows(module: ImageTextModel, cache: Any, rows: Int[Array, "cache_rows"]) -> Any:

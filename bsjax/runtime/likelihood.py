@@ -74,12 +74,12 @@ def score(
 ) -> Score | list[Score]:
     """How likely a model finds the last message of a conversation, given all before it.
 
-    The last message is the assistant's. Scored are the tokens of its text, and not what the chat
+    The last message is the assistant's. Only the tokens of its text are scored, not what the chat
     template writes after it, such as the end of the turn. If the template trims the text, spaces at
     its ends are not scored.
 
-    Prompt and answer are tokenized together, as evaluation harnesses do, and scored is what follows
-    the tokens of the prompt: those that `bsjax.generate` would have before its first token. If the
+    Prompt and answer are tokenized together, as evaluation harnesses do. What follows the tokens of
+    the prompt, those that `bsjax.generate` would have before its first token, is scored. If the
     tokenizer joins the end of the prompt and the beginning of the answer in one token, such as two
     newlines, the prompt's tokens are not a prefix of all tokens. Scoring then begins at the first
     token that differs, so that the scored tokens hold every character of the answer, and a few of

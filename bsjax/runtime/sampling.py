@@ -93,7 +93,7 @@ GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)
 
 
 MOST_TOP_TOKENS = 20
-"""The most tokens whose log-probabilities are given beside that of the chosen one."""
+"""The most tokens whose log-probabilities are returned in addition to the chosen one's."""
 
 
 class Chosen(NamedTuple):

@@ -49,7 +49,7 @@ def test_arrays_and_masks(arguments, words):
     ("arguments", "words"),
     [
         ({"template": [TEMPLATE, 3]}, "got int in it"),
-        ({"template": 3}, "template must be a bsjax.Template or a list of at least one, got int"),
+        ({"template": 3}, "template must be a bsjax.Template or a list of one or more, got int"),
         ({"queries": 3}, "a range of positions for each of 1 prompts, got 3"),
         ({"queries": [3]}, "consecutive positions, got 3"),
     ],

@@ -252,7 +252,7 @@ def test_tiles_are_dealt_evenly(template, shares):
         for name in set(Tile._fields) - {"full_blocks", "partial_blocks"}:
             ours, whole = getattr(of.tiles, name), getattr(schedule.tiles, name)
             np.testing.assert_array_equal(ours, whole)
-    # Dealt forth and back, shares differ by no more than the longest tile.
+    # Dealt back and forth, shares differ by no more than the longest tile.
     of_share = blocks.sum(axis=2)
     longest = schedule.tiles.blocks.max(axis=1)
     assert np.all(of_share.max(axis=0) - of_share.min(axis=0) <= longest)

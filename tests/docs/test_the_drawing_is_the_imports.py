@@ -1,8 +1,12 @@
-"""The drawing of the packages in docs/architecture.md agrees with the imports."""
+"""The drawing of the packages in docs/architecture.md agrees with the imports.
+
+The lists of modules in the docstrings of packages agree with the files.
+"""
 
 import ast
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -65,12 +69,12 @@ def test_every_imported_name_of_bsjax_is_a_drawn_package():
 
 @pytest.fixture(scope="module")
 def contract() -> list[str]:
-    """The layers that import-linter checks, from top to bottom."""
+    """The layers of bsjax that import-linter checks, from top to bottom."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (layers,) = [
         contract["layers"]
         for contract in settings["tool"]["importlinter"]["contracts"]
-        if contract["type"] == "layers"
+        if contract["type"] == "layers" and contract["layers"][0].startswith("bsjax.")
     ]
     return layers
 
@@ -85,3 +89,25 @@ def test_every_file_that_the_page_names_exists():
     assert len(named) > 10
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def listed_modules(package: Path) -> list[str]:
+    """The modules that a package's docstring lists, each on a line with what it does."""
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    return re.findall(r"^(\w+) {2,}\S", ast.get_docstring(tree) or "", re.MULTILINE)
+
+
+PACKAGES = [
+    path.parent for root in (PACKAGE, ROOT / "examples") for path in root.rglob("__init__.py")
+]
+WITH_LISTS = [package for package in PACKAGES if listed_modules(package)]
+
+
+def test_lists_of_modules_are_found():
+    assert len(WITH_LISTS) > 5
+
+
+@pytest.mark.parametrize("package", WITH_LISTS, ids=lambda package: package.name)
+def test_a_list_of_modules_names_each_of_them_once(package):
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert sorted(listed_modules(package)) == sorted(modules)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax.models import FAMILIES
 from bsjax.models.cache import Cache
 from bsjax.pallas.decode import decode_configuration
@@ -18,7 +19,6 @@ from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tools.compiled_kernels import DecodeKernel, decode_kernel
 from tools.gpu_targets import TARGETS, KernelReport, compile_for
-from tools.published_models import PUBLISHED_MODELS
 from tools.sass import opcodes
 
 pytestmark = pytest.mark.slow

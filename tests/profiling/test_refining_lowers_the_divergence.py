@@ -175,8 +175,8 @@ def test_categories_that_save_nothing_are_not_tried():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({}, "either a target_reduction or a max_kl"),
-        ({"target_reduction": 0.2, "max_kl": 0.1}, "either a target_reduction or a max_kl"),
+        ({}, "a target_reduction or a max_kl, and not both"),
+        ({"target_reduction": 0.2, "max_kl": 0.1}, "a target_reduction or a max_kl, and not both"),
         ({"target_reduction": 0.99}, "fall by 95.0%"),
         ({"target_reduction": 1.5}, "between 0 and 1"),
         ({"max_kl": 0.0}, "above 0"),

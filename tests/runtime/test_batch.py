@@ -197,7 +197,7 @@ def test_bad_arguments_of_batches_are_refused(tiny_model, annotations_unchecked)
         ({"n": 0}, "n must be"),
         ({"n": 2}, "without a temperature"),
         ({"n": 2, "temperature": 1.0, "seed": 2**32 - 1}, "seeds must be below"),
-        ({"n": 1, "stream": print}, "stream takes"),
+        ({"n": 1, "stream": print}, "stream needs"),
         ({"log_probabilities": 21}, "log_probabilities must be"),
         ({"log_probabilities": True}, "log_probabilities must be"),
         ({"return_errors": "yes"}, "return_errors must be"),

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import pytest
 
+from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax.checkpoint.loading import abstract_module
 from bsjax.models import FAMILIES, Architecture
 from bsjax.pallas.configurations import compiling_for
@@ -26,7 +27,6 @@ from tools import memory_table
 from tools.compiled_kernels import target_name
 from tools.gpu_targets import compile_for
 from tools.memory_table import NEW_TOKENS, Measurement
-from tools.published_models import PUBLISHED_MODELS
 
 pytestmark = pytest.mark.slow
 
