@@ -23,9 +23,10 @@ from transformers import PretrainedConfig
 
 from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
-from bsjax.checkpoint.loading import abstract_module
+from bsjax.checkpoint.loading import abstract_module, placed_module
 from bsjax.models import FAMILIES, Architecture
 from bsjax.models.pixels import PixelScale
+from bsjax.models.sharding import TENSOR
 from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -45,7 +46,7 @@ from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
 from tools.compiled_kernels import target_name
-from tools.gpu_targets import TARGETS, compile_for
+from tools.gpu_targets import TARGETS, compile_for, target_mesh
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 PROMPTS = {
@@ -153,19 +154,32 @@ def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
 
 
 def measure(
-    model: str, tokens: int, target: str = GPUS[0], *, conversations: int = 1
+    model: str,
+    tokens: int,
+    target: str = GPUS[0],
+    *,
+    conversations: int = 1,
+    devices: int = 1,
 ) -> Measurement:
     """Compiles the programs of `bsjax.generate` for prompts of `tokens` tokens.
 
     All four categories occur among the heads, so that schedules have all tables. With one
     conversation, the last stage is what a session runs to move the rows that it keeps; with
     several, what a batch runs to copy what prompts begin with.
+
+    Args:
+      model: a key of `PUBLISHED_MODELS`.
+      tokens: of each prompt.
+      target: a key of `gpu_targets.TARGETS`.
+      conversations: how many prompts the cache has room for.
+      devices: how many GPUs the model is divided among. The figures are those of each.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
     text = config.get_text_config()
     architecture = Architecture(family, config, DTYPE)
-    module = abstract_module(architecture)
+    mesh = target_mesh(target, {TENSOR: devices}) if devices > 1 else None
+    module, _ = placed_module(architecture, mesh)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)
     mixed = np.arange(np.prod(shape), dtype=np.int8) % len(HeadCategory)

@@ -119,13 +119,15 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         placement = self._placements[info.name]
         shape, sharding = placement.shape.shape, placement.sharding
         of_devices = sharding.addressable_devices_indices_map(shape)
-        parts: dict[tuple[Any, ...], list[jax.Device]] = {}
+        parts: dict[tuple[Any, ...], list[Any]] = {}
         for device, index in of_devices.items():
-            bounds = tuple(of.indices(size)[:2] for of, size in zip(index, shape, strict=True))
+            assert index is not None
+            slices = zip(index, shape, strict=True)
+            bounds = tuple(axis.indices(size)[:2] for axis, size in slices)
             parts.setdefault(bounds, []).append(device)
         on_devices = []
         for bounds, devices in parts.items():
-            part = placement.stored(tuple(slice(*of) for of in bounds))
+            part = placement.stored(tuple(slice(*axis) for axis in bounds))
             array = self._read_part(info, part, placement.shape.dtype)
             on_devices += [jax.device_put(array, device) for device in devices]
             jax.block_until_ready(on_devices)

@@ -47,12 +47,12 @@ OF_INPUTS = PartitionSpec(TENSOR, None)
 """Matrices [inputs, outputs] of linear layers whose inputs are divided."""
 
 
-def mesh(tensor: int, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(tensor: int, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh for `bsjax.load`, so that a model runs on several devices.
 
     Args:
       tensor: how many devices the model is divided among.
-      devices: the devices; by default the first ones that JAX has.
+      devices: JAX's devices; by default the first ones that JAX has.
 
     Raises:
       CheckpointError: there are fewer devices.

@@ -6,11 +6,11 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import bsjax
 from bsjax import CheckpointError, Profile, ProfileError
-from bsjax.checkpoint.loading import placed_module
 from bsjax.cli import main
 from bsjax.models.sharding import TENSOR
 from bsjax.runtime.programs import size_in_bytes
@@ -18,7 +18,6 @@ from bsjax.runtime.sizes import cache_rows
 from tests.support.checked_programs import check_of_published_model
 from tests.support.gpu_compiler import require_gpu_compiler
 from tools import memory_table
-from tools.gpu_targets import target_mesh
 
 WORDS = " Which of these pictures is brighter, and why?"
 
@@ -39,9 +38,8 @@ def conversation(*parts) -> list:
 
 @pytest.fixture(
     params=[
-        pytest.param(("qwen2_5_vl", 2), id="heads divided"),
         pytest.param(("qwen2_5_vl", 4), id="key heads repeated"),
-        pytest.param(("gemma3", 4), id="gemma3", marks=pytest.mark.parity),
+        pytest.param(("gemma3", 2), id="gemma3", marks=pytest.mark.parity),
     ]
 )
 def models(request, tiny_model):
@@ -57,15 +55,12 @@ def test_answers_are_those_of_one_device(models, tmp_path):
     one, several = models
     sparse = Profile.uniform("INTRA_IMAGE_SINK", one)
     asked = conversation(WORDS * 3, picture(0), WORDS, picture(1), "Why?")
-    for profile in (None, sparse):
-        wanted = bsjax.forward(one, asked, profile=profile)
-        found = bsjax.forward(several, asked, profile=profile)
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    wanted, found = (bsjax.forward(model, asked) for model in models)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
     batch = [asked, conversation("Why?"), conversation(picture(2), WORDS)]
-    drawn = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "profile": sparse}
-    for options in ({"max_new_tokens": 6}, drawn):
-        alone, together = (bsjax.generate(model, batch, **options) for model in models)
-        assert [of.token_ids for of in together] == [of.token_ids for of in alone]
+    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "profile": sparse}
+    alone, together = (bsjax.generate(model, batch, **options) for model in models)
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
 
     # A session, saved and loaded.
     answers = []
@@ -76,37 +71,31 @@ def test_answers_are_those_of_one_device(models, tmp_path):
         session = bsjax.Session.load(tmp_path / "session", model, profile=sparse)
         more = [*asked, {"role": "assistant", "content": first.text}, *conversation("And?")]
         second = session.generate(more, max_new_tokens=4)
-        assert second.stats.reused_tokens > 60
+        # The rings of Gemma 3 have moved on.
+        assert (second.stats.reused_tokens > 60) == (one.family.name != "gemma3")
         answers.append((first.token_ids, second.token_ids))
     assert answers[0] == answers[1]
 
 
 def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
-    tensor = 4
-    model = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=tensor))
-    state = dict(jax.tree_util.tree_leaves_with_path(model.module.language_model))
-    divided = [leaf for leaf in jax.tree.leaves(state) if TENSOR in leaf.sharding.spec]
+    model = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=4))
+    parameters = jax.tree.leaves(nnx.state(model.module.language_model))
+    divided = [leaf for leaf in parameters if TENSOR in leaf.sharding.spec]
     # The embeddings, four matrices of attention, three biases, three matrices of MLPs.
     assert len(divided) == 11
     for leaf in divided:
         assert {4 * part.data.size for part in leaf.addressable_shards} == {leaf.size}
-    # The rest of the language model is vectors: norms.
-    attention, mlp = (
-        getattr(model.module.language_model.layers, of) for of in ("self_attn", "mlp")
-    )
-    for ours, whole in (
-        (attention.q_proj, tiny_model.module.language_model.layers.self_attn.q_proj),
-        (mlp.down_proj, tiny_model.module.language_model.layers.mlp.down_proj),
-    ):
-        np.testing.assert_array_equal(ours.kernel[...], whole.kernel[...])
+    ours, whole = (each.module.language_model.layers for each in (model, tiny_model))
+    for part, name in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp", "down_proj")):
+        kernels = [getattr(getattr(layers, part), name).kernel[...] for layers in (ours, whole)]
+        np.testing.assert_array_equal(*kernels)
     # Two key heads of 64 channels, for four devices.
-    ours = np.asarray(attention.k_proj.kernel[...])
-    whole = np.asarray(tiny_model.module.language_model.layers.self_attn.k_proj.kernel[...])
+    ours, whole = (np.asarray(layers.self_attn.k_proj.kernel[...]) for layers in (ours, whole))
     expected = np.repeat(whole.reshape(*whole.shape[:2], 2, -1), 2, axis=2)
     np.testing.assert_array_equal(ours, expected.reshape(ours.shape))
-    cache = model.module.language_model.empty_cache(100)
-    assert tensor * size_in_bytes(cache) == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-    assert cache[0].k.sharding.shard_shape(cache[0].k.shape) == (4, 100, 1, 64)
+    (cache,) = model.module.language_model.empty_cache(100)
+    assert 4 * size_in_bytes(cache) == cache.k.nbytes + cache.v.nbytes
+    assert cache.k.sharding.shard_shape(cache.k.shape) == (4, 100, 1, 64)
 
 
 def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotations_unchecked):
@@ -116,7 +105,7 @@ def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotati
     ):
         with pytest.raises(CheckpointError, match=message):
             bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=tensor))
-    with pytest.raises(CheckpointError, match="9 devices was asked for, but there are 8"):
+    with pytest.raises(CheckpointError, match="9 devices was asked for: there are 8"):
         bsjax.mesh(tensor=9)
     with pytest.raises(CheckpointError, match="tensor must be"):
         bsjax.mesh(tensor=0)
@@ -131,7 +120,7 @@ def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotati
 
 @pytest.mark.slow
 def test_the_command_line_divides_a_model(tiny_checkpoint, capsys):
-    arguments = ["generate", str(tiny_checkpoint), "--prompt", "Why?", "--max-new-tokens", "4"]
+    arguments = ["generate", str(tiny_checkpoint), "Why?", "--max-new-tokens", "4"]
     assert main(arguments) == 0
     alone = capsys.readouterr().out
     assert main([*arguments, "--tensor", "2"]) == 0
@@ -144,9 +133,7 @@ def test_the_command_line_divides_a_model(tiny_checkpoint, capsys):
 def test_the_72b_on_eight_gpus(monkeypatch):
     """It fits, and a layer adds up hidden states twice; nothing else travels in it."""
     require_gpu_compiler()
-    mesh = target_mesh("h200", {TENSOR: 8})
-    monkeypatch.setattr(memory_table, "abstract_module", lambda of: placed_module(of, mesh)[0])
-    measure = partial(memory_table.measure, "Qwen2.5-VL-72B", 36_000)
+    measure = partial(memory_table.measure, "Qwen2.5-VL-72B", 36_000, devices=8)
     recorded = check_of_published_model(monkeypatch, measure)
     if recorded.has_passed:
         return
@@ -156,8 +143,8 @@ def test_the_72b_on_eight_gpus(monkeypatch):
     # 72.7 billion parameters are divided; the vision tower is on every device.
     assert found.weights == pytest.approx(18.2 * gib, rel=0.01)
     assert found.cache * 8 == 2 * 80 * cache_rows(36_000 + memory_table.NEW_TOKENS) * 8 * 128 * 2
-    for name, rows in (("prefill", 4096), ("decode", 1)):
-        program = next(of.program for of in reversed(found.stages) if of.name == name)
+    for name, rows in (("prefill", 512), ("decode", 1)):
+        program = next(stage.program for stage in reversed(found.stages) if stage.name == name)
         travels = re.findall(
             r"= \(?(\w+\[[\d,]*\])\S* .*?(all-\w+|reduce-scatter|collective-permute)(?:-start)?\(",
             program.compiled.as_text(),
