@@ -176,7 +176,9 @@ def _answer(
     new_tokens, errors, began = 0, sum(answers.done.values()), time.monotonic()
     total = len(conversations.ids)
     with counting("answering", len(answers.done), total) as report:
-        outcomes: Any = run_batch(model, tasks, profile, described.options(), return_errors=True)
+        outcomes: Any = run_batch(
+            model, tasks, profile, described.options(), return_errors=True, ahead=True
+        )
         with closing(outcomes):
             for answered in outcomes:
                 new_tokens += _write(answers, answered)

@@ -103,13 +103,17 @@ def _chat(options: argparse.Namespace) -> None:
         elif line:
             question = [*images, {"type": "text", "text": line}]
             asked = [*messages, {"role": "user", "content": question}]
-            images = []
             try:
                 result = session.generate(asked, max_new_tokens=options.max_new_tokens, stream=show)
             except BsjaxError as error:
                 # The conversation goes on as if this had not been asked.
+                images = []
                 print(f"error: {error}", file=sys.stderr)
                 continue
+            except KeyboardInterrupt:
+                print("\ninterrupted: ask again, or /quit.", file=sys.stderr)
+                continue
+            images = []
             print(flush=True)
             print(_figures(result.stats), file=sys.stderr)
             messages = [*asked, {"role": "assistant", "content": result.text}]

@@ -40,11 +40,12 @@ class Requested(Generic[T]):
                 self.future.set_exception(error)
 
     def result(self) -> T:
-        """Waits for it.
+        """Waits for it. Whatever else has been asked for is read at the same time.
 
         Raises:
           BsjaxError: what reading raised.
         """
+        self._reader.start()
         self._reader.begin([self])
         with self._reader.stopwatch.part("images"):
             return self.future.result()
@@ -53,9 +54,9 @@ class Requested(Generic[T]):
 class ImageReader:
     """A few threads that read images in the order in which they are asked for.
 
-    Nothing is read before `start`, or before a result is needed, so that a prompt that cannot run
-    is refused first. Leaving the `with` block cancels what has not begun, ends downloads, and waits
-    for images that are being decoded.
+    Nothing is read before `start`, or before a result is needed, so that a prompt that needs more
+    positions than the model has is refused first. Leaving the `with` block cancels what has not
+    begun, ends downloads, and waits for images that are being decoded.
 
     Attributes:
       stopwatch: counts the time that callers wait for results, for the part `images`.

@@ -377,8 +377,17 @@ class Processor:
             )
         if options.continue_final_message or answered:
             check_answer(template_messages)
-        if answered and len(template_messages) == 1:
-            raise MessageError("messages[0] is an answer to nothing: give a user message first.")
+        if answered:
+            last = len(template_messages) - 1
+            if not last:
+                raise MessageError(
+                    "messages[0] is an answer to nothing: give a user message first."
+                )
+            content = template_messages[-1]["content"]
+            if any(part["type"] == "image" for part in content if isinstance(part, dict)):
+                raise MessageError(
+                    f"messages[{last}] has an image, but only the text of an answer can be scored."
+                )
         if options.max_pixels is not None:
             default = {"max_pixels": options.max_pixels}
             images = [image._replace(options=default | image.options) for image in images]

@@ -62,7 +62,10 @@ def conversations_of(messages: Any) -> tuple[list[Messages], bool]:
     """The conversations in `messages`, and whether it is a batch rather than one conversation."""
     if isinstance(messages, Sequence) and not len(messages):
         raise MessageError("The list of messages is empty: give at least one user message.")
-    if isinstance(messages, list | tuple) and isinstance(messages[0], list | tuple):
+    # A malformed conversation among others has an error of its own.
+    if isinstance(messages, list | tuple) and any(
+        isinstance(each, list | tuple) for each in messages
+    ):
         return list(messages), True
     return [messages], False
 

@@ -702,7 +702,8 @@ def generate_once(
             decode_seconds += time.perf_counter() - start
             new = tokens_of(more)
     finally:
-        if kept is not None:
+        # An interrupt may have come after the tokens were written, and before they were counted.
+        if kept is not None and _has_chosen(state, len(chosen)):
             # The last token is not in the cache yet.
             kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
 
@@ -723,3 +724,8 @@ def generate_once(
             reused_images=prefill.reused_images,
         ),
     )
+
+
+def _has_chosen(state: DecodeState, tokens: int) -> bool:
+    """Whether the only sequence of a state has that many tokens of an answer."""
+    return not state.chosen.is_deleted() and int(state.chosen[0]) == tokens

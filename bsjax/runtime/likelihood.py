@@ -88,8 +88,9 @@ def score(
     Args:
       model: from `bsjax.load`.
       messages: Hugging Face chat messages of one conversation that ends with an answer, or a list
-        of conversations (a batch). What a conversation has in common with the one before it runs
-        only once, such as the question that several answers are scored for.
+        of conversations (a batch). A prefix shared with the previous conversation runs only once,
+        such as the question that several answers are scored for. In Gemma 3, whose local layers
+        keep a window only, it must be shorter than the window.
       profile: head categories; None is dense. An answer is text, which sees everything, but it sees
         images as sparse heads have computed them.
       backend: attention backend, see `sparse_attention`.
@@ -130,7 +131,11 @@ def score(
 
 
 class BatchScoring:
-    """Scores conversations one after the other. What each begins with like the last runs once."""
+    """Scores conversations one after the other.
+
+    A prefix shared with the previous conversation runs only once, unless layers with a window have
+    moved on from it.
+    """
 
     def __init__(self, model: LoadedModel, profile: Profile | None, backend: str) -> None:
         self._model, self._profile, self._backend = model, profile, backend

@@ -167,6 +167,7 @@ class Session:
         *,
         profile: ProfileLike = None,
         backend: str = "auto",
+        image_cache_bytes: int = DEFAULT_BYTES,
     ) -> "Session":
         """A session that goes on where a saved one was.
 
@@ -175,10 +176,11 @@ class Session:
           model: the model that the session was saved with, in the same dtype.
           profile: the profile that the session was saved with.
           backend: attention backend, see `sparse_attention`.
+          image_cache_bytes: as for `Session`. Features of images are not saved.
 
         Raises:
           SessionError: the file is missing or damaged, or was saved with another checkpoint,
-            profile or dtype.
+            profile, settings or dtype.
           BsjaxError: as for `Session`.
         """
         check_model(model, GenerationError)
@@ -191,6 +193,7 @@ class Session:
             max_tokens=saved.max_tokens,
             conversations=saved.most,
             backend=backend,
+            image_cache_bytes=image_cache_bytes,
         )
         session._kept.conversations += saved.conversations
         return session

@@ -27,7 +27,7 @@ from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
-_FORMAT = "bsjax session 3"
+_FORMAT = "bsjax session 4"
 
 _DTYPES = {"int32": "I32", "bool": "BOOL", "uint8": "U8"}
 """What safetensors calls the dtypes of the arrays in a session."""
@@ -244,7 +244,24 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
         digest = hashlib.sha256(np.ascontiguousarray(profile.categories, np.int8).tobytes())
         digest.update(repr(profile.sinks).encode())
         of_profile = digest.hexdigest()
-    return {"checkpoint": model.fingerprint, "profile": of_profile, "dtype": str(model.dtype)}
+    return {
+        "checkpoint": model.fingerprint,
+        "settings": _settings_digest(model),
+        "profile": of_profile,
+        "dtype": str(model.dtype),
+    }
+
+
+def _settings_digest(model: LoadedModel) -> str:
+    """SHA-256 of the checkpoint's config and image settings, which its weights do not determine."""
+    settings = [model.config.to_dict()]
+    if model.image_processor is not None:
+        settings.append(model.image_processor.to_dict())
+    for each in settings:
+        # Where a checkpoint came from makes no difference.
+        for name in ("_name_or_path", "transformers_version"):
+            each.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def content_digest(arrays: dict[str, np.ndarray], described: dict[str, Any]) -> str:

@@ -217,6 +217,24 @@ def test_a_chat_goes_on_and_computes_only_what_is_new(capsys, checkpoint, images
     assert err.count("error: ") == 2
 
 
+def test_an_interrupted_answer_does_not_end_a_chat(capsys, checkpoint, monkeypatch):
+    lines = ["Why?", "Why not?", "/quit"]
+    answered = bsjax.Session.generate
+    interrupts = iter([True, False])
+
+    def generate(self, *arguments, **options):
+        if next(interrupts):
+            raise KeyboardInterrupt
+        return answered(self, *arguments, **options)
+
+    monkeypatch.setattr(bsjax.Session, "generate", generate)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    status, out, err = run(capsys, "chat", checkpoint, "--max-new-tokens", "1")
+    assert status == 0 and "interrupted: ask again" in err
+    asked = [{"role": "user", "content": "Why not?"}]
+    assert out == f"{bsjax.generate(bsjax.load(checkpoint), asked, max_new_tokens=1).text}\n"
+
+
 def test_the_version_is_shown(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

@@ -186,6 +186,17 @@ def test_messages_that_cannot_be_continued_or_scored(messages, words):
     refused(lambda: processor.answered_prompt(messages, options), MessageError, words)
 
 
+def test_answers_with_images_are_not_scored():
+    processor = PROCESSORS["qwen2_5_vl"]
+    answer = assistant([{"type": "image", "image": PICTURE}, text("a")])
+    options = processor.options(None, None, None)
+    words = "messages[1] has an image, but only the text of an answer can be scored"
+    messages = [user("Why?"), answer]
+    refused(lambda: processor.answered_prompt(messages, options), MessageError, words)
+    refused(lambda: processor.check(messages, options, answered=True), MessageError, words)
+    assert processor.prompt(messages, continue_final_message=True).images
+
+
 def test_answers_to_nothing_are_not_scored():
     processor = PROCESSORS["qwen2_5_vl"]
     options = processor.options(None, None, None)

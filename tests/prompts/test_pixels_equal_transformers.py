@@ -252,6 +252,15 @@ def test_images_that_are_damaged_behind_their_headers_are_named(tiny_model, tmp_
     assert results[0].token_ids == results[2].token_ids
 
 
+def test_images_are_read_side_by_side(monkeypatch):
+    """Whoever waits for one of them lets the others be read, too."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    both_run = threading.Barrier(2)
+    with ImageReader() as reader:
+        requested = [reader.request(lambda: both_run.wait(timeout=20)) for _ in range(2)]
+        assert sorted(each.result() for each in requested) == [0, 1]
+
+
 @pytest.mark.slow
 def test_a_damaged_image_leaves_a_session_as_it_was(tiny_model, tmp_path):
     session = bsjax.Session(tiny_model, max_tokens=512, image_cache_bytes=0)

@@ -174,8 +174,9 @@ def test_bad_conversations_are_named_or_returned(tiny_model, annotations_uncheck
         ("Why?", MessageError),
         ([], MessageError),
     ):
-        with pytest.raises(error, match=r"^conversations\[1\]: "):
-            bsjax.generate(tiny_model, [good, bad], max_new_tokens=2)
+        for number, conversations in enumerate(([bad, good], [good, bad])):
+            with pytest.raises(error, match=rf"^conversations\[{number}\]: "):
+                bsjax.generate(tiny_model, conversations, max_new_tokens=2)
     outcomes = bsjax.generate(
         tiny_model, [bad_image, good, bad_form, too_long], max_new_tokens=2, return_errors=True
     )

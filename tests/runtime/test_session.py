@@ -1,5 +1,6 @@
 """A session answers as calls without one do, and computes only what its cache does not hold."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -239,6 +240,21 @@ def test_a_call_that_fails_half_way_leaves_nothing(tiny_model, monkeypatch):
     assert answer.token_ids == plain.token_ids
 
 
+def test_an_interrupt_before_tokens_are_counted_leaves_nothing(tiny_model, monkeypatch):
+    """The cache then holds tokens that the call does not know of."""
+    session = bsjax.Session(tiny_model)
+
+    def interrupt(chosen):
+        raise KeyboardInterrupt
+
+    pieces = session.stream([user("Why?")], max_new_tokens=9)
+    next(pieces)
+    monkeypatch.setattr("bsjax.runtime.generation.tokens_of", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(pieces)
+    assert session.tokens == 0
+
+
 def test_a_stream_function_that_fails_ends_the_call(tiny_model):
     session = bsjax.Session(tiny_model)
     messages = [user(picture(0), "Why?")]
@@ -389,6 +405,13 @@ def test_files_that_are_not_of_this_session_are_refused(tiny_model, tmp_path):
     other = dataclasses.replace(tiny_model, fingerprint="0" * 64)
     with pytest.raises(SessionError, match="saved with another checkpoint"):
         bsjax.Session.load(path, other)
+    settings = copy.deepcopy(tiny_model.image_processor)
+    settings.image_mean = [0.5, 0.5, 0.6]
+    config = copy.deepcopy(tiny_model.config)
+    config.text_config.rms_norm_eps = 1e-4
+    for change in ({"image_processor": settings}, {"config": config}):
+        with pytest.raises(SessionError, match="saved with another settings"):
+            bsjax.Session.load(path, dataclasses.replace(tiny_model, **change))
     with pytest.raises(SessionError, match="There is no session file"):
         bsjax.Session.load(tmp_path / "missing", tiny_model)
     with pytest.raises(SessionError, match="cannot be written"):
