@@ -23,7 +23,7 @@ def import_libraries(options: argparse.Namespace, *, devices: bool = True) -> No
       devices: as for `import_jax`.
     """
     tensor = getattr(options, "tensor", 1)
-    if tensor > 1:
+    if tensor > 1 and "jax" not in sys.modules:
         # A CPU has as many devices as this says when JAX starts.
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(tensor))
     import_jax(devices=devices)

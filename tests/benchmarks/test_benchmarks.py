@@ -496,3 +496,16 @@ def test_a_batch_gives_the_answers_of_single_calls_and_of_transformers(tmp_path,
         assert row["same_answers_as_one_by_one"] == row["prompts"], row["variant"]
         assert row["new_tokens"] == 4 * row["prompts"]
     assert "transformers, batch" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_models_on_several_devices_choose_the_same_token(tmp_path):
+    from benchmarks import devices
+
+    options = ["--size", "small-gemma-3", "--tokens", "300", "--rounds", "1"]
+    assert devices.main([*options, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "devices_small-gemma-3_2_cpu.json").read_text())
+    assert [row["heads"] for row in result["rows"]] == ["dense", "sparse"]
+    for row in result["rows"]:
+        assert row["same_token"]
+        assert len(row["seconds"]["several"]) == 1 and row["times_as_fast"] > 0

@@ -52,8 +52,8 @@ begin, model = loading.WeightsReader.begin, loading.WeightsReader.model
 loaded: dict[Path, bsjax.LoadedModel] = {}
 
 
-def begin_once(reader, folder, architecture, stored):
-    return None if folder in loaded else begin(reader, folder, architecture, stored)
+def begin_once(reader, folder, *arguments):
+    return None if folder in loaded else begin(reader, folder, *arguments)
 
 
 def model_once(reader, described):

@@ -379,7 +379,7 @@ def test_templates_of_similar_size_share_shapes():
         (lambda t: BlockMask(t, [0]).to_dense(1), "Head 1 does not exist"),
         (lambda t: BlockMask(t, [0]).plot(head=3), "Head 3 does not exist"),
         (lambda t: build_schedule(t, [None], block_q=1, block_kv=1, tokens=1), "Cannot pad"),
-        (lambda t: BlockMask([], [0]), "a list of at least one"),
+        (lambda t: BlockMask([], [0]), "a list of one or more"),
         (lambda t: BlockMask(t, [0], queries=range(3, 6)), "not positions of a prompt of 5 tokens"),
         (lambda t: BlockMask(t, [0], queries=range(4, 2)), "not positions of a prompt of 5 tokens"),
         (lambda t: BlockMask(t, [0], queries=range(0, 4, 2)), "consecutive positions"),

@@ -269,7 +269,7 @@ def test_empty_and_malformed_messages_are_refused(tiny_model):
         bsjax.generate(tiny_model, [])
     with pytest.raises(MessageError, match="empty"):
         bsjax.forward(tiny_model, [[]])
-    with pytest.raises(GenerationError, match="not a batch"):
+    with pytest.raises(GenerationError, match="do not pass a batch"):
         batch = [conversation([], "Hi")] * 2
         bsjax.generate(tiny_model, batch, stream=lambda piece, token_id: None)
     profile = Profile.uniform("sink", family="qwen2_vl", layers=3, heads=2)
