@@ -10,32 +10,22 @@ same token.
 
 import argparse
 import dataclasses
-import os
 import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    # A CPU has as many devices as this says when JAX starts.
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import bsjax  # noqa: E402
-from benchmarks.measure import RESULTS, markdown_table, write_result  # noqa: E402
-from benchmarks.random_models import (  # noqa: E402
-    SIZES,
-    loaded_model,
-    model_config,
-    random_module,
-)
-from bsjax import LoadedModel, Profile  # noqa: E402
-from bsjax.checkpoint.loading import placed_module  # noqa: E402
+import bsjax
+from benchmarks.measure import RESULTS, markdown_table, write_result
+from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
+from bsjax import LoadedModel, Profile
+from bsjax.checkpoint.loading import placed_module
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,9 +69,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             # Compiles, and keeps the features of images.
             first = {which: run(each) for which, each in models.items()}
             seconds: dict[str, list[float]] = {which: [] for which in models}
-            for _ in range(options.rounds):
-                for which, each in models.items():
-                    seconds[which].append(run(each).stats.prefill_seconds)
+            for number in range(options.rounds):
+                # In turns, because the machine's speed drifts.
+                order = list(models) if number % 2 else list(reversed(models))
+                for which in order:
+                    seconds[which].append(run(models[which]).stats.prefill_seconds)
             ratios = [
                 one / several
                 for one, several in zip(seconds["one"], seconds["several"], strict=True)
@@ -157,4 +149,6 @@ def render(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    # A CPU has as many devices as this says when JAX starts.
+    jax.config.update("jax_num_cpu_devices", 8)
     raise SystemExit(main())

@@ -42,9 +42,10 @@ def over_devices(
       MaskError: the key heads cannot be divided like the query heads.
     """
     rows, heads, _ = jax.typeof(q).sharding.spec
-    if all(part is None for array in (q, k, v) for part in jax.typeof(array).sharding.spec):
+    shardings = [jax.typeof(array).sharding for array in (q, k, v, *jax.tree.leaves(mask))]
+    if all(axis is None for sharding in shardings for axis in sharding.spec):
         return attend(q, k, v, mask, jnp.asarray(mask.head_category))
-    mesh = jax.typeof(q).sharding.mesh
+    mesh = next(sharding.mesh for sharding in shardings if not sharding.mesh.empty)
     # The reference has no tiles.
     dealt = None if backend == "reference" else rows
     sizes = {None: 1, **mesh.shape}

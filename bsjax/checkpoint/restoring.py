@@ -9,10 +9,12 @@ the parts are read one after the other, and only those of this process's devices
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -42,6 +44,9 @@ _FIELDS = {
     *("zarr_format", "node_type", "shape", "data_type", "fill_value"),
     *("chunk_grid", "chunk_key_encoding", "codecs"),
 }
+
+# Axes of the matrices of all layers.
+_STACKED = 3
 
 # Files of Orbax about the whole tree.
 _METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -125,15 +130,60 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
             slices = zip(index, shape, strict=True)
             bounds = tuple(axis.indices(size)[:2] for axis, size in slices)
             parts.setdefault(bounds, []).append(device)
-        on_devices = []
-        for bounds, devices in parts.items():
-            part = placement.stored(tuple(slice(*axis) for axis in bounds))
-            array = self._read_part(info, part, placement.shape.dtype)
-            on_devices += [jax.device_put(array, device) for device in devices]
-            jax.block_until_ready(on_devices)
+        if len(parts) > 1 and len(shape) == _STACKED:
+            on_devices = self._read_layers(info, placement, parts)
+        else:
+            on_devices = []
+            for bounds, devices in parts.items():
+                part = placement.stored(tuple(slice(*axis) for axis in bounds))
+                array = self._read_part(info, part, placement.shape.dtype)
+                on_devices += [jax.device_put(array, device) for device in devices]
+                jax.block_until_ready(on_devices)
+                # Before the next part takes as much memory again.
+                del array
         whole = jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
         self._restored(whole.nbytes)
         return whole
+
+    def _read_layers(
+        self,
+        info: ocp.type_handlers.ParamInfo,
+        placement: Placement,
+        parts: Mapping[tuple[Any, ...], Sequence[Any]],
+    ) -> list[jax.Array]:
+        """The parts of stacked matrices, on their devices.
+
+        Each layer is stored in chunks of its own and read once, for all parts.
+
+        Args:
+          info: Orbax's description of the parameter.
+          placement: where it goes.
+          parts: the devices of each part, by the bounds of its slices.
+        """
+        layers, *of_layer = placement.stored_shape
+        whole = tuple(slice(0, size) for size in of_layer)
+        indices = {
+            device: placement.stored(tuple(slice(*axis) for axis in bounds))[1:]
+            for bounds, devices in parts.items()
+            for device in devices
+        }
+        stacked = {
+            device: jnp.zeros(
+                (layers, *(end - start for start, end in bounds[1:])),
+                placement.shape.dtype,
+                device=device,
+            )
+            for bounds, devices in parts.items()
+            for device in devices
+        }
+        for layer in range(layers):
+            of_this = slice(layer, layer + 1)
+            array = self._read_part(info, (of_this, *whole), placement.shape.dtype)
+            for device, index in indices.items():
+                own = jax.device_put(np.ascontiguousarray(array[0][index]), device)
+                stacked[device] = _with_layer(stacked[device], own, layer)
+            jax.block_until_ready(list(stacked.values()))
+        return list(stacked.values())
 
     def _read_part(
         self, info: ocp.type_handlers.ParamInfo, part: tuple[slice, ...], dtype: np.dtype
@@ -166,6 +216,11 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
                 "Load it as bfloat16 or float32."
             )
         return array
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_layer(stacked: jax.Array, of_layer: jax.Array, layer: Any) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, of_layer, layer, 0)
 
 
 def restore_parameters(

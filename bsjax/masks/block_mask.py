@@ -350,6 +350,8 @@ class BlockMask:
         )
 
     def __repr__(self) -> str:
+        if not hasattr(self.head_category, "shape"):
+            return f"BlockMask(heads: {self.head_category}, everything else: {self.order})"
         if "_template" not in self.__dict__:
             return (
                 f"BlockMask(queries={self.schedule.query_rows}, keys={self.schedule.key_rows}, "
@@ -423,6 +425,6 @@ def _in_prompt_order(rows: Rows, padded: int) -> Int[np.ndarray, "padded"]:
 
 def _outside_only(name: str) -> MaskError:
     return MaskError(
-        f"Inside a jitted function a block mask has only its arrays: use {name}, flops, density, "
-        "to_dense and plot outside."
+        f"A block mask that comes from a jitted function, jax.device_put or jax.tree.map has only "
+        f"its arrays: use {name}, flops, density, to_dense and plot of the mask that was built."
     )

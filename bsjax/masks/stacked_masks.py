@@ -86,6 +86,8 @@ class StackedMasks:
         return cls(*children)
 
     def __repr__(self) -> str:
+        if not hasattr(self.masks.order, "shape"):
+            return f"StackedMasks({self.masks})"
         return f"StackedMasks({len(self)}, queries={self.queries}, keys={self.keys})"
 
 

@@ -58,6 +58,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # Rows of a matrix that one reduction on a GPU sums. Few enough that matrices of published sizes
 # occupy all multiprocessors; many enough that the partial sums are much smaller than the matrix.
 _ROWS_PER_SUM = 128
+_LEAST_PER_SUM = 32
 
 
 @cache
@@ -400,7 +401,7 @@ def dot_general(
     product = partial(
         jax.lax.dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
     )
-    if lhs.shape[:-1] != (1,) or rhs.ndim != 2 or rhs.shape[0] % _ROWS_PER_SUM:
+    if lhs.shape[:-1] != (1,) or rhs.ndim != 2 or _rows_per_sum(rhs.shape[0]) < _LEAST_PER_SUM:
         return product(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cuda=one_row_product, default=product)
 
@@ -408,15 +409,21 @@ def dot_general(
 def one_row_product(
     row: Float[Array, "1 width"], matrix: Float[Array, "width outputs"]
 ) -> Float[Array, "1 outputs"]:
-    """`row @ matrix`, summed in float32 and returned in `row`'s dtype; `width` % 128 must be 0.
+    """`row @ matrix`, summed in float32 and returned in `row`'s dtype.
 
     The sum has two stages, because a single one does not occupy a whole GPU. The barrier keeps XLA
     from merging them.
     """
-    parts = (matrix.shape[0] // _ROWS_PER_SUM, _ROWS_PER_SUM)
+    rows = _rows_per_sum(matrix.shape[0])
+    parts = (matrix.shape[0] // rows, rows)
     products = row.reshape(*parts, 1).astype(jnp.float32) * matrix.reshape(*parts, -1)
     sums = jax.lax.optimization_barrier(products.sum(axis=1))
     return sums.sum(axis=0, keepdims=True).astype(row.dtype)
+
+
+def _rows_per_sum(width: int) -> int:
+    """The largest divisor of a width that is at most `_ROWS_PER_SUM`."""
+    return next(rows for rows in range(_ROWS_PER_SUM, 0, -1) if width % rows == 0)
 
 
 def by_rows(

@@ -4,8 +4,8 @@ A mesh has the axis `tensor`: each of its devices has some of the heads, of the 
 the MLPs and of the vocabulary. Parameters say so with names of logical axes
 (`bsjax.models.parameters`). Everything else, such as hidden states, is on all devices.
 
-XLA divides matrix products by itself, given where their parameters are. Attention is divided here,
-because XLA cannot divide loops over tiles or kernels.
+Linear layers, attention and the lookup of embeddings are divided here, with `jax.shard_map`. Only
+the output projection is left to XLA.
 """
 
 import copy
@@ -52,7 +52,7 @@ def mesh(tensor: int, *, devices: Sequence[Any] | None = None) -> Mesh:
 
     Args:
       tensor: how many devices the model is divided among.
-      devices: JAX's devices; by default the first ones that JAX has.
+      devices: JAX's devices; by default the first ones of this process.
 
     Raises:
       CheckpointError: there are fewer devices.
@@ -61,7 +61,7 @@ def mesh(tensor: int, *, devices: Sequence[Any] | None = None) -> Mesh:
       >>> model = bsjax.load("checkpoints/qwen2.5-vl-72b", mesh=bsjax.mesh(tensor=8))
     """
     tensor = whole_number("tensor", tensor, least=1, error=CheckpointError)
-    devices = jax.devices() if devices is None else list(devices)
+    devices = jax.local_devices() if devices is None else list(devices)
     if len(devices) < tensor:
         raise CheckpointError(
             f"A mesh of {tensor} devices was asked for: there are {len(devices)}."
@@ -82,6 +82,8 @@ def checked_mesh(given: Any) -> Mesh | None:
             f'mesh must be a jax.sharding.Mesh with the axis "{TENSOR}" alone, such as '
             f"bsjax.mesh(tensor=4), got {shown(given)}."
         )
+    if any(device.process_index != jax.process_index() for device in given.devices.flat):
+        raise CheckpointError("mesh has devices of other processes, which bsjax cannot use yet.")
     # Explicit axes would need a sharding of every intermediate result.
     return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,))
 
@@ -103,17 +105,15 @@ def key_head_repeats(config: PretrainedConfig, devices: int) -> int:
         ("entries of the vocabulary", text.vocab_size),
     ):
         if size % devices:
-            fitting = [count for count in range(1, devices) if _divides(text, count)]
             raise CheckpointError(
-                f"The model has {size} {what}, which cannot be divided among {devices} devices. It "
-                f"can be among {' or '.join(map(str, fitting))}."
+                f"The model has {size} {what}, which cannot be divided among {devices} devices: "
+                f"use {_fewer(text, devices)}."
             )
     kv_heads = text.num_key_value_heads
     if kv_heads % devices and devices % kv_heads:
-        fitting = [count for count in range(1, devices) if _divides(text, count)]
         raise CheckpointError(
             f"The model has {kv_heads} key heads, which can neither be divided among {devices} "
-            f"devices nor be repeated for them. They can for {' or '.join(map(str, fitting))}."
+            f"devices nor be repeated for them: use {_fewer(text, devices)}."
         )
     return max(1, devices // kv_heads)
 
@@ -123,6 +123,12 @@ def with_repeated_key_heads(config: PretrainedConfig, repeats: int) -> Pretraine
     config = copy.deepcopy(config)
     config.get_text_config().num_key_value_heads *= repeats
     return config
+
+
+def _fewer(text: PretrainedConfig, devices: int) -> str:
+    """The smaller numbers of devices that the model can be divided among, in words."""
+    *others, last = (count for count in range(1, devices) if _divides(text, count))
+    return f"{', '.join(map(str, others))} or {last} devices" if others else "one device"
 
 
 def _divides(text: PretrainedConfig, devices: int) -> bool:

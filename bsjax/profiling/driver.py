@@ -137,7 +137,6 @@ def profile_with(
 ) -> Profile:
     """Like `profile`, with all settings in one object, `rounds` and `margin` included."""
     check_model(model, ProfileError)
-    check_one_device(model, ProfileError)
     run = checked_run(
         settings, model, samples, sinks=sinks, source=source, resume=resume, backend=backend
     )
@@ -185,6 +184,7 @@ def checked_run(
     Raises:
       BsjaxError: as for `profile`.
     """
+    check_one_device(model, ProfileError)
     if sinks is not None and not isinstance(sinks, Sinks):
         raise ProfileError(f"sinks must be bsjax.Sinks or None, got {shown(sinks)}.")
     if not isinstance(source, str):

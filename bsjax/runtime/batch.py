@@ -381,7 +381,7 @@ class _Pool:
 
     def _allocate(self) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
-        self._available = bytes_available()
+        self._available = bytes_available(self._programs.mesh)
         most = len(self._waiting) if self._source.is_exhausted else most_sequences()
         sequences = 1
         if not self._alone:

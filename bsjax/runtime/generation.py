@@ -574,7 +574,9 @@ def forward_once(
         image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
         check_memory(
-            inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
+            inputs,
+            [*scoring.stages, *moving_stages(kept, reuse)],
+            available_bytes(kept, reuse, programs.mesh),
         )
         # On a CPU, the programs and the result share the host's memory.
         on_host = (
@@ -670,7 +672,7 @@ def generate_once(
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
         stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
-        check_memory(inputs, stages, available_bytes(kept, reuse))
+        check_memory(inputs, stages, available_bytes(kept, reuse, programs.mesh))
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from bsjax.checkpoint.loading import LoadedModel
@@ -232,9 +233,9 @@ def cache_of(
     return module.language_model.empty_cache(*layout) if cache is None else cache
 
 
-def available_bytes(kept: KeptCache | None, reuse: Reuse) -> int | None:
-    """Free bytes on the device, those of a cache that is taken over included; None if unknown."""
-    available = bytes_available()
+def available_bytes(kept: KeptCache | None, reuse: Reuse, mesh: Mesh | None) -> int | None:
+    """Free bytes on each device, those of a cache that is taken over included; None if unknown."""
+    available = bytes_available(mesh)
     return available if available is None or kept is None else available + kept.freed_bytes(reuse)
 
 

@@ -180,7 +180,9 @@ def score_once(
         programs, PlacedPrompt(inputs, reuse), first, layout, backend, image_cache
     )
     check_memory(
-        inputs, [*scoring.stages, *moving_stages(kept, reuse)], available_bytes(kept, reuse)
+        inputs,
+        [*scoring.stages, *moving_stages(kept, reuse)],
+        available_bytes(kept, reuse, programs.mesh),
     )
     scores, likeliest, cache = scoring.scores(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:

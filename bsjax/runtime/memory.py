@@ -6,8 +6,10 @@ each stage is known: the stage's arguments, its temporaries and its results.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from bsjax.errors import CapacityError
 from bsjax.runtime.inputs import ModelInputs, describe_images
@@ -55,9 +57,23 @@ def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -
         )
 
 
-def bytes_available() -> int | None:
-    """Free memory of the default device, in bytes; None if unknown."""
-    device = jax.devices()[0]
+def bytes_available(mesh: Mesh | None = None) -> int | None:
+    """Free bytes on the device that has the least; None if unknown.
+
+    Args:
+      mesh: the devices; None for the default one.
+    """
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    of_devices = [_bytes_available_on(device) for device in devices]
+    known = [available for available in of_devices if available is not None]
+    if len(known) < len(of_devices):
+        return None
+    # The devices of a CPU share its memory.
+    shared_by = len(known) if of_devices and devices[0].platform == "cpu" else 1
+    return min(known) // shared_by
+
+
+def _bytes_available_on(device: Any) -> int | None:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)

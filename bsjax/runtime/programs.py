@@ -12,7 +12,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from bsjax.checkpoint.loading import MAX_PROGRAMS, LoadedModel
-from bsjax.checks import check_not_forked, not_a_model
+from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
+from bsjax.checks import argument, check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
 from bsjax.models.sharding import bytes_on_a_device, constrained, mesh_of, placed
 
@@ -174,18 +173,13 @@ class Programs:
         shapes = (_where_they_are(self.parameters), *placed(arguments, mesh))
 
         def run(parameters: Any, *arguments: Any) -> Any:
-            with (
-                nullcontext()
-                if mesh is None
-                else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-            ):
-                results = function(nnx.merge(graph, parameters), *arguments, *static)
-                return constrained(results, mesh)
+            return constrained(function(nnx.merge(graph, parameters), *arguments, *static), mesh)
 
         run.__name__ = function.__name__.lstrip("_")
         start = time.perf_counter()
         jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
-        with _said_on_a_terminal(f"bsjax: compiling {run.__name__} ..."):
+        # The model's mesh, or none, whatever mesh the caller has set.
+        with jax.set_mesh(mesh), _said_on_a_terminal(f"bsjax: compiling {run.__name__} ..."):
             program = Program(self.parameters, self._compile(jitted, shapes), shapes[1:])
         seconds = time.perf_counter() - start
         with self._lock:
@@ -233,15 +227,15 @@ def check_model(model: Any, error: type[BsjaxError]) -> None:
     check_not_forked(error)
 
 
-def check_one_device(model: LoadedModel, error: type[BsjaxError]) -> None:
+def check_one_device(model: DescribedModel, error: type[BsjaxError]) -> None:
     """Refuses a model that is divided among the devices of a mesh.
 
     Args:
-      model: a loaded model.
+      model: a model, with or without weights.
       error: raised if it is.
     """
-    if model.mesh is not None:
-        raise error("Profiling runs on one device: load the model without a mesh.")
+    if model.mesh is not None and model.mesh.size > 1:
+        raise error(f"Profiling runs on one device: leave out the mesh ({argument('tensor')}).")
 
 
 def programs_of(model: LoadedModel) -> Programs:

@@ -231,9 +231,34 @@ def _conversation(
         used = min(template.tokens, of.shape[1])
         if rows.shape != (of.shape[0], used, *of.shape[2:]):
             raise ValueError("its cache does not match its tokens")
-        filled.append(jnp.zeros(of.shape, of.dtype, device=where).at[:, :used].set(rows))
+        filled.append(_padded(rows, of.shape, where))
     tokens = CachedTokens(token_ids, images, template, span_starts)
     return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
+
+
+def _padded(
+    rows: np.ndarray, shape: tuple[int, ...], where: jax.sharding.Sharding | None
+) -> jax.Array:
+    """An array of a cache with these rows, followed by zeros.
+
+    Args:
+      rows: [layers, used, kv_heads, head_dim].
+      shape: of the array.
+      where: where it is; None for the default device.
+    """
+    used = rows.shape[1]
+    if where is None:
+        return jnp.zeros(shape, rows.dtype).at[:, :used].set(rows)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        # Only layers and heads are divided.
+        layers, _, heads, _ = index or (slice(None),) * 4
+        own = rows[layers, :, heads]
+        padded = np.zeros((own.shape[0], shape[1], *own.shape[2:]), rows.dtype)
+        padded[:, :used] = own
+        return padded
+
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
@@ -246,6 +271,7 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
         of_profile = digest.hexdigest()
     return {
         "checkpoint": model.fingerprint,
+        "number of key heads": str(model.module.language_model.kv_heads),
         "settings": _settings_digest(model),
         "profile": of_profile,
         "dtype": str(model.dtype),

@@ -93,7 +93,9 @@ def warmup(
         prompt = Prompt(np.zeros(tokens, np.int32))
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
         settings = AnswerSettings(1, backend)
-        sequences = sequences_for(programs.module, rows, conversations, bytes_available())
+        sequences = sequences_for(
+            programs.module, rows, conversations, bytes_available(programs.mesh)
+        )
         for layout in {CacheLayout(rows), CacheLayout(rows, sequences)}:
             prefill = Prefill(programs, [PlacedPrompt(inputs)], layout, [settings], backend)
             ImageEncoder(

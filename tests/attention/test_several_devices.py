@@ -245,6 +245,24 @@ def test_masks_that_do_not_fit_together_are_refused(annotations_unchecked):
         jax.jit(lambda mask: mask.padded(400, 400).order)(mask)
     with pytest.raises(IndexError):
         bsjax.stack_masks([mask])[1]
+    with pytest.raises(MaskError, match="jax.device_put"):
+        bsjax.stack_masks([jax.device_put(mask)])
+
+
+def test_specs_say_where_arrays_are():
+    mask = MASKS["causal"]
+    assert "tensor" in repr(mask.specs("tensor"))
+    assert "data" in repr(bsjax.stack_masks([mask]).specs("data"))
+
+
+def test_the_mesh_may_be_known_from_the_keys_alone(annotations_unchecked):
+    mesh = jax.make_mesh((4,), ("tensor",))
+    q, k, v = random_arrays()
+    k, v = (jax.device_put(array, NamedSharding(mesh, OF_HEADS)) for array in (k, v))
+    expected = bsjax.sparse_attention(*random_arrays(), MASKS["causal"])
+    with jax.set_mesh(mesh):
+        found = bsjax.sparse_attention(np.asarray(q), k, v, MASKS["causal"])
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 
 @settings(max_examples=30)

@@ -223,7 +223,7 @@ def test_what_does_not_fit_together_runs_in_fewer_sequences(tiny_model, monkeypa
 
     monkeypatch.setattr(batch.Decoding, "__init__", recording)
     available = 60 * 2**20
-    monkeypatch.setattr(batch, "bytes_available", lambda: available)
+    monkeypatch.setattr(batch, "bytes_available", lambda *_: available)
     fewer = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
     assert list(map(outcome, fewer)) == list(map(outcome, expected))
     assert layouts[-1] == 2
@@ -267,11 +267,11 @@ def test_what_does_not_fit_beside_others_runs_alone(tiny_model, monkeypatch):
     monkeypatch.setattr(batch, "check_memory", recording)
     bsjax.generate(tiny_model, conversations[1:2], max_new_tokens=2)
     alone = max(peaks)
-    monkeypatch.setattr(batch, "bytes_available", lambda: alone)
+    monkeypatch.setattr(batch, "bytes_available", lambda *_: alone)
     outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
     assert list(map(outcome, outcomes)) == list(map(outcome, expected))
     assert max(peaks) > alone == peaks[-1], "refused beside the others, it ran alone"
-    monkeypatch.setattr(batch, "bytes_available", lambda: alone - 1)
+    monkeypatch.setattr(batch, "bytes_available", lambda *_: alone - 1)
     outcomes = bsjax.generate(tiny_model, conversations, max_new_tokens=2, return_errors=True)
     assert [type(each) for each in outcomes] == [
         CapacityError if number == 1 else bsjax.Result for number in range(5)

@@ -240,7 +240,7 @@ def test_a_prompt_longer_than_the_positions_is_refused(tiny_model):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_it_runs(tiny_model, photographs, monkeypatch):
-    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: 2**20)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda *_: 2**20)
     with pytest.raises(CapacityError, match=r"2 images of 6, 10 tokens.*max_pixels"):
         bsjax.generate(tiny_model, conversation(photographs[:2]), max_new_tokens=3)
 

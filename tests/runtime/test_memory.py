@@ -212,12 +212,12 @@ def test_chunks_cover_all_prompts_and_may_keep_images_whole(templates, whole_ima
 def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, monkeypatch):
     messages = conversation()
     peak = max(stage.peak for stage in stages_of(tiny_model, messages)[0])
-    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: peak)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda *_: peak)
     assert len(bsjax.generate(tiny_model, messages, max_new_tokens=8).token_ids) == 8
-    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: peak - 1)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda *_: peak - 1)
     with pytest.raises(CapacityError, match="5 images of 6, 10, 4, 12, 6 tokens"):
         bsjax.generate(tiny_model, messages, max_new_tokens=8)
-    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: None)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda *_: None)
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 

@@ -216,7 +216,7 @@ def test_bad_calls_are_refused(tiny_model, monkeypatch, annotations_unchecked):
         bsjax.score("some/folder", messages)
     with pytest.raises(MessageError, match="max_pixels must be at least 1"):
         bsjax.score(tiny_model, messages, max_pixels=0)
-    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda: 2**20)
+    monkeypatch.setattr("bsjax.runtime.kept_cache.bytes_available", lambda *_: 2**20)
     with pytest.raises(CapacityError, match="memory"):
         bsjax.score(tiny_model, messages)
 
