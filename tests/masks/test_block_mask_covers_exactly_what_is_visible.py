@@ -394,7 +394,7 @@ def test_bad_input_is_refused_with_a_reason(call, words):
 
 def test_inside_a_jitted_function_a_mask_says_what_it_lacks():
     mask = BlockMask(Template.from_segments([Text(2), Image(3)]), [0])
-    with pytest.raises(MaskError, match="Inside a jitted function"):
+    with pytest.raises(MaskError, match="comes from a jitted function"):
         jax.jit(lambda mask: mask.flops)(mask)
 
 
