@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 
 class GpuTarget(NamedTuple):
@@ -250,7 +250,7 @@ def compile_for(
       target: a key of `TARGETS`.
       compiler_options: XLA's debug options for this compilation.
     """
-    with _abstract_device(TARGETS[target]), _no_compilation_cache():
+    with _abstract_device(TARGETS[target], arguments), _no_compilation_cache():
         # XLA's default, whatever XLA_FLAGS says for the CPU.
         options = {"xla_backend_optimization_level": 3, **(compiler_options or {})}
         return _lowered(function, arguments, target).compile(compiler_options=options)
@@ -286,7 +286,7 @@ def _lowered(
 
     shapes = jax.tree.map(shape, arguments)
     jitted = function if hasattr(function, "trace") else jax.jit(function)
-    with _abstract_device(TARGETS[target]):
+    with _abstract_device(TARGETS[target], arguments):
         return jitted.trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
@@ -414,9 +414,15 @@ def _find(module: str) -> importlib.machinery.ModuleSpec | None:
         return None
 
 
-def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any]:
-    """Tells Pallas which GPU it is lowering for, as JAX 0.11 and later require."""
-    if jax.__version_info__ < (0, 11):
+def _abstract_device(
+    target: GpuTarget, arguments: tuple[Any, ...]
+) -> contextlib.AbstractContextManager[Any]:
+    """Tells Pallas which GPU it is lowering for, as JAX 0.11 and later require.
+
+    The mesh of sharded arguments says so itself.
+    """
+    leaves = jax.tree.leaves(arguments)
+    if jax.__version_info__ < (0, 11) or any(map(_is_on_a_mesh, leaves)):
         return contextlib.nullcontext()
     sharding: Any = jax.sharding
     device = sharding.AbstractDevice(
@@ -430,6 +436,10 @@ def _abstract_device(target: GpuTarget) -> contextlib.AbstractContextManager[Any
             (1,), ("x",), axis_types=(sharding.AxisType.Auto,), abstract_device=device
         )
     )
+
+
+def _is_on_a_mesh(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def test_the_72b_on_eight_gpus(monkeypatch):
     for name, rows in (("prefill", 512), ("decode", 1)):
         program = next(stage.program for stage in reversed(found.stages) if stage.name == name)
         travels = re.findall(
-            r"= \(?(\w+\[[\d,]*\])\S* .*?(all-\w+|reduce-scatter|collective-permute)(?:-start)?\(",
+            r"= \(*(\w+\[[\d,]*\])\S* .*?(all-\w+|reduce-scatter|collective-permute)(?:-start)?\(",
             program.compiled.as_text(),
         )
         # The output of attention and of the MLP, in the loop over layers; and the embeddings.
