@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 import bsjax
 from benchmarks.measure import RESULTS, markdown_table, write_result
-from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
+from benchmarks.random_models import SIZES, loaded_model, model_config, noise_image, random_module
 from bsjax import LoadedModel, Profile
 from bsjax.checkpoint.loading import placed_module
 
@@ -115,13 +114,9 @@ def divided(model: LoadedModel, tensor: int) -> LoadedModel:
 def conversation(model: LoadedModel, tokens: int, size: tuple[int, int]) -> list[dict[str, Any]]:
     """A question about as many images as fit into `tokens` tokens."""
     random = np.random.default_rng(0)
-    scaled = {}
-    if "max_pixels" in model.family.image_options:
-        scaled = {"max_pixels": size[0] * size[1], "min_pixels": size[0] * size[1]}
 
     def picture() -> dict[str, Any]:
-        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        return {"type": "image", "image": Image.fromarray(pixels), **scaled}
+        return noise_image(model, size, random)
 
     def asked(count: int) -> list[dict[str, Any]]:
         question = {"type": "text", "text": "What do these pictures show?"}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 from transformers import (
     Gemma3Config,
     Gemma3ImageProcessorPil,
@@ -213,6 +214,23 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], dtype: Any) ->
         "embedding": (0.0, shape[-1] ** -0.5),
     }.get(name, (0.0, shape[-2] ** -0.5 if len(shape) > 1 else 1.0))
     return (mean + deviation * jax.random.normal(key, shape)).astype(dtype)
+
+
+def noise_image(
+    model: LoadedModel, size: tuple[int, int], random: np.random.Generator
+) -> dict[str, Any]:
+    """The part of a message with an image of noise.
+
+    Args:
+      model: the model that reads it.
+      size: width and height in pixels, which it keeps if the model scales images.
+      random: draws it.
+    """
+    pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    scaled = {}
+    if "max_pixels" in model.family.image_options:
+        scaled = {"max_pixels": size[0] * size[1], "min_pixels": size[0] * size[1]}
+    return {"type": "image", "image": Image.fromarray(pixels), **scaled}
 
 
 def loaded_model(config: PretrainedConfig, module: nnx.Module, dtype: Any) -> LoadedModel:

@@ -20,11 +20,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 import bsjax
 from benchmarks.measure import RESULTS, markdown_table, write_result
-from benchmarks.random_models import SIZES, loaded_model, model_config, random_module
+from benchmarks.random_models import SIZES, loaded_model, model_config, noise_image, random_module
 from bsjax import LoadedModel, Profile
 
 TURNS = ("first", "question", "image")
@@ -94,13 +93,8 @@ def _conversations(
     """Chat messages up to each turn. Images fill the first turn up to `tokens` tokens."""
     random = np.random.default_rng(0)
 
-    scaled = {}
-    if "max_pixels" in model.family.image_options:
-        scaled = {"max_pixels": size[0] * size[1], "min_pixels": size[0] * size[1]}
-
     def picture() -> dict[str, Any]:
-        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        return {"type": "image", "image": Image.fromarray(pixels), **scaled}
+        return noise_image(model, size, random)
 
     def user(*parts: dict[str, Any], text: str) -> dict[str, Any]:
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

@@ -23,7 +23,7 @@ from bsjax.models.sharding import (
     OF_OUTPUTS,
     TENSOR,
     on_a_mesh,
-    over_heads,
+    on_each_device,
 )
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -102,7 +102,7 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
     attention = partial(ragged_attention, scale=scale, backend=backend)
     attend: Any = _attend_to_all if isinstance(rows, GlobalRows) else _attend_to_window
     everywhere = PartitionSpec()
-    on_devices = over_heads(
+    on_devices = on_each_device(
         partial(attend, attention),
         (everywhere, OF_HEADS, OF_HEADS, OF_HEADS, OF_HEAD, everywhere, OF_CACHE),
         (OF_HEADS, OF_CACHE),
@@ -178,7 +178,7 @@ def decode_attend(
         )
 
     everywhere = PartitionSpec()
-    on_devices = over_heads(
+    on_devices = on_each_device(
         attend,
         (OF_HEADS, OF_HEADS, OF_HEADS, everywhere, everywhere, OF_CACHE),
         OF_HEADS,
@@ -359,7 +359,7 @@ def by_outputs(
     product = partial(
         dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
     )
-    return over_heads(product, (PartitionSpec(), OF_OUTPUTS), OF_OUTPUTS)(lhs, rhs)
+    return on_each_device(product, (PartitionSpec(), OF_OUTPUTS), OF_OUTPUTS)(lhs, rhs)
 
 
 def by_inputs(
@@ -382,7 +382,7 @@ def by_inputs(
 
     if not on_a_mesh():
         return product(lhs, rhs)
-    return over_heads(summed, (OF_OUTPUTS, OF_INPUTS), PartitionSpec())(lhs, rhs)
+    return on_each_device(summed, (OF_OUTPUTS, OF_INPUTS), PartitionSpec())(lhs, rhs)
 
 
 def dot_general(

@@ -4,7 +4,7 @@ The tables are in each family's `parameters.py`. Source names are those of the n
 transformers 5 saves; `canonical_key` maps the hub's older layouts to it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,16 +131,36 @@ def linear_rules(
     return rules
 
 
-LANGUAGE_LINEARS: dict[str, tuple[str | None, str | None]] = {
-    "q_proj": (None, Q_HEADS),
-    "k_proj": (None, KV_HEADS),
-    "v_proj": (None, KV_HEADS),
-    "o_proj": (Q_HEADS, None),
-    "gate_proj": (None, MLP),
-    "up_proj": (None, MLP),
-    "down_proj": (MLP, None),
+_LANGUAGE_LINEARS: dict[str, tuple[str | None, str | None]] = {
+    "self_attn.q_proj": (None, Q_HEADS),
+    "self_attn.k_proj": (None, KV_HEADS),
+    "self_attn.v_proj": (None, KV_HEADS),
+    "self_attn.o_proj": (Q_HEADS, None),
+    "mlp.gate_proj": (None, MLP),
+    "mlp.up_proj": (None, MLP),
+    "mlp.down_proj": (MLP, None),
 }
-"""The logical axes of the linear layers of every language model."""
+"""The linear layers of a decoder layer, and the logical axes of their inputs and outputs."""
+
+
+def decoder_linear_rules(layers: int, biases: Collection[str]) -> list[ParameterRule]:
+    """The rules of the linear layers of every language model.
+
+    Args:
+      layers: how many decoder layers there are.
+      biases: which of the linear layers have biases, such as "q_proj".
+    """
+    rules = []
+    for name, axes in _LANGUAGE_LINEARS.items():
+        part, linear = name.split(".")
+        rules += linear_rules(
+            ("language_model", "layers", part, linear),
+            f"model.language_model.layers.{{layer}}.{name}",
+            bias=linear in biases,
+            layers=layers,
+            axes=axes,
+        )
+    return rules
 
 
 EMBEDDING = ParameterRule(

@@ -155,33 +155,33 @@ def mesh_of(parameters: Any) -> Mesh | None:
 
 def cache_sharding(parameter: Any) -> NamedSharding | None:
     """Where the caches of a model with this parameter are; None if it is on one device."""
-    on = mesh_of(parameter)
-    return None if on is None else NamedSharding(on, OF_CACHE)
+    devices = mesh_of(parameter)
+    return None if devices is None else NamedSharding(devices, OF_CACHE)
 
 
-def placed(tree: Any, on: Mesh | None) -> Any:
+def sharded_shapes(tree: Any, mesh: Mesh | None) -> Any:
     """The shapes of a tree with the shardings that they have between programs.
 
     Args:
       tree: arguments or results of programs.
-      on: the mesh; None for one device.
+      mesh: the devices; None for one.
     """
-    if on is None:
+    if mesh is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
     def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(on, spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return _by_cache(place, tree)
 
 
-def constrained(tree: Any, on: Mesh | None) -> Any:
-    """The arrays of a tree, inside of a program, with the shardings that `placed` says."""
-    if on is None:
+def constrained(tree: Any, mesh: Mesh | None) -> Any:
+    """The arrays of a tree, inside of a program, with the shardings that `sharded_shapes` gives."""
+    if mesh is None:
         return tree
 
     def constrain(leaf: Any, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(on, spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return _by_cache(constrain, tree)
 
@@ -206,18 +206,20 @@ def on_a_mesh() -> bool:
     return TENSOR in jax.sharding.get_abstract_mesh().axis_names
 
 
-def over_heads(attend: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Attention of each device's heads, if a program is for a mesh; `attend` itself otherwise.
+def on_each_device(
+    function: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """The function of what each device has, if a program is for a mesh; else the function itself.
 
     Args:
-      attend: attention of any of the heads.
+      function: what to compute, such as attention of any of the heads.
       in_specs: as for `jax.shard_map`.
       out_specs: as for `jax.shard_map`.
     """
     if not on_a_mesh():
-        return attend
+        return function
     return jax.shard_map(
-        attend,
+        function,
         in_specs=in_specs,
         out_specs=out_specs,
         # Kernels that are interpreted on a CPU do not pass the check.
@@ -237,7 +239,7 @@ def embedded(table: nnx.Embed, token_ids: Int[Array, "tokens"]) -> Float[Array, 
     if not on_a_mesh():
         return table(token_ids)
     everywhere = PartitionSpec()
-    lookup = over_heads(own_rows, (PartitionSpec(TENSOR, None), everywhere), everywhere)
+    lookup = on_each_device(own_rows, (PartitionSpec(TENSOR, None), everywhere), everywhere)
     return lookup(table.embedding[...], token_ids)
 
 

@@ -24,7 +24,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked
 from bsjax.errors import BsjaxError, CapacityError, GenerationError
 from bsjax.models import ImageTextModel
-from bsjax.models.sharding import mesh_of, placed
+from bsjax.models.sharding import mesh_of, sharded_shapes
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
@@ -654,7 +654,7 @@ def sequences_for(module: ImageTextModel, rows: int, prompts: int, available: in
       available: free bytes on the device; None if unknown.
     """
     shapes = jax.eval_shape(lambda: module.language_model.empty_cache(rows))
-    cache = size_in_bytes(placed(shapes, mesh_of(nnx.state(module))))
+    cache = size_in_bytes(sharded_shapes(shapes, mesh_of(nnx.state(module))))
     sequences = 1
     while sequences < min(prompts, most_sequences()):
         if available is not None and 2 * sequences * cache > available // 2:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
-from bsjax.models.sharding import placed
+from bsjax.models.sharding import sharded_shapes
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
@@ -226,7 +226,7 @@ class ChunkedRun:
         """
         self.stopwatch = stopwatch or Stopwatch()
         self._programs, self._step, self._backend = programs, step, backend
-        self.carried = carried = placed(carried, programs.mesh)
+        self.carried = carried = sharded_shapes(carried, programs.mesh)
         self._more_arguments = more_arguments
         language_model = programs.module.language_model
         inputs = prompts[0].inputs

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
 from bsjax.checks import argument, check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
-from bsjax.models.sharding import bytes_on_a_device, constrained, mesh_of, placed
+from bsjax.models.sharding import bytes_on_a_device, constrained, mesh_of, sharded_shapes
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes, for this machine's device or for
@@ -170,7 +170,7 @@ class Programs:
                 self._programs.move_to_end(key)
                 return self._programs[key]
         graph, mesh = self.graph, self.mesh
-        shapes = (_where_they_are(self.parameters), *placed(arguments, mesh))
+        shapes = (_where_they_are(self.parameters), *sharded_shapes(arguments, mesh))
 
         def run(parameters: Any, *arguments: Any) -> Any:
             return constrained(function(nnx.merge(graph, parameters), *arguments, *static), mesh)

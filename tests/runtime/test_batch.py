@@ -9,6 +9,7 @@ from bsjax.runtime import batch
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import check_memory
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
+from tests.support.messages import asked
 
 WORDS = " Which of these pictures is brighter, and why?".split()
 
@@ -47,16 +48,6 @@ def picture(seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     height, width = generator.integers(30, 120, 2)
     return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def asked(*parts) -> list:
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
 
 
 def random_conversation(generator, words) -> list:

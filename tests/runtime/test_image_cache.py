@@ -9,20 +9,11 @@ from bsjax.models.pixels import PixelScale
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime import images
 from bsjax.runtime.image_cache import ImageCache, image_cache_of
+from tests.support.messages import asked
 
 
 def picture(number, size=(84, 112)):
     return np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-def asked(*parts):
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
 
 
 @pytest.fixture

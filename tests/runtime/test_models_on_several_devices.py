@@ -17,6 +17,7 @@ from bsjax.runtime.programs import size_in_bytes
 from bsjax.runtime.sizes import cache_rows
 from tests.support.checked_programs import check_of_published_model
 from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.messages import asked
 from tools import memory_table
 
 WORDS = " Which of these pictures is brighter, and why?"
@@ -24,16 +25,6 @@ WORDS = " Which of these pictures is brighter, and why?"
 
 def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-
-
-def conversation(*parts) -> list:
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    return [{"role": "user", "content": content}]
 
 
 @pytest.fixture(
@@ -54,10 +45,10 @@ def models(request, tiny_model):
 def test_answers_are_those_of_one_device(models, tmp_path):
     one, several = models
     sparse = Profile.uniform("INTRA_IMAGE_SINK", one)
-    asked = conversation(WORDS * 3, picture(0), WORDS, picture(1), "Why?")
-    wanted, found = (bsjax.forward(model, asked) for model in models)
+    question = asked(WORDS * 3, picture(0), WORDS, picture(1), "Why?")
+    wanted, found = (bsjax.forward(model, question) for model in models)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-    batch = [asked, conversation("Why?"), conversation(picture(2), WORDS)]
+    batch = [question, asked("Why?"), asked(picture(2), WORDS)]
     options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "profile": sparse}
     alone, together = (bsjax.generate(model, batch, **options) for model in models)
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
@@ -66,10 +57,10 @@ def test_answers_are_those_of_one_device(models, tmp_path):
     answers = []
     for model in models:
         session = bsjax.Session(model, max_tokens=512, profile=sparse)
-        first = session.generate(asked, max_new_tokens=4)
+        first = session.generate(question, max_new_tokens=4)
         session.save(tmp_path / "session")
         session = bsjax.Session.load(tmp_path / "session", model, profile=sparse)
-        more = [*asked, {"role": "assistant", "content": first.text}, *conversation("And?")]
+        more = [*question, {"role": "assistant", "content": first.text}, *asked("And?")]
         second = session.generate(more, max_new_tokens=4)
         # The rings of Gemma 3 have moved on.
         assert (second.stats.reused_tokens > 60) == (one.family.name != "gemma3")
@@ -115,7 +106,7 @@ def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotati
     model = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=2))
     assert model.mesh.axis_types == (AxisType.Auto,)
     with pytest.raises(ProfileError, match="runs on one device: leave out the mesh"):
-        bsjax.profile(model, [conversation("Why?")], threshold=0.1)
+        bsjax.profile(model, [asked("Why?")], threshold=0.1)
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from transformers import PretrainedConfig
 
 from bsjax.models.parameters import (
     EMBEDDING,
-    LANGUAGE_LINEARS,
     ParameterRule,
+    decoder_linear_rules,
     linear_rules,
     norm_rules,
     output_rules,
@@ -73,7 +73,7 @@ def projector_rules() -> list[ParameterRule]:
 def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
     """The rules of the language model and the output projection."""
     text = config.get_text_config()
-    count, bias = text.num_hidden_layers, bool(text.attention_bias)
+    count = text.num_hidden_layers
     model, source = ("language_model",), "model.language_model"
     layers, layer_source = (*model, "layers"), f"{source}.layers.{{layer}}"
     rules = [
@@ -99,15 +99,5 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
         ),
         *norm_rules(("norm",), model, source, bias=False, layers=None),
     ]
-    for part, name, has_bias in (
-        *(("self_attn", name, bias) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-        *(("mlp", name, False) for name in ("gate_proj", "up_proj", "down_proj")),
-    ):
-        rules += linear_rules(
-            (*layers, part, name),
-            f"{layer_source}.{part}.{name}",
-            bias=has_bias,
-            layers=count,
-            axes=LANGUAGE_LINEARS[name],
-        )
-    return rules + output_rules(config)
+    biases = ("q_proj", "k_proj", "v_proj", "o_proj") if text.attention_bias else ()
+    return rules + decoder_linear_rules(count, biases) + output_rules(config)

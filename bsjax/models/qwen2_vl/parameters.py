@@ -4,8 +4,8 @@ from transformers import PretrainedConfig
 
 from bsjax.models.parameters import (
     EMBEDDING,
-    LANGUAGE_LINEARS,
     ParameterRule,
+    decoder_linear_rules,
     linear_rules,
     norm_rules,
     output_rules,
@@ -61,20 +61,5 @@ def language_rules(config: PretrainedConfig) -> list[ParameterRule]:
         ),
         *norm_rules(("norm",), model, source, bias=False, layers=None),
     ]
-    for part, name, bias in (
-        ("self_attn", "q_proj", True),
-        ("self_attn", "k_proj", True),
-        ("self_attn", "v_proj", True),
-        ("self_attn", "o_proj", False),
-        ("mlp", "gate_proj", False),
-        ("mlp", "up_proj", False),
-        ("mlp", "down_proj", False),
-    ):
-        rules += linear_rules(
-            (*target, part, name),
-            f"{layer_source}.{part}.{name}",
-            bias=bias,
-            layers=layers,
-            axes=LANGUAGE_LINEARS[name],
-        )
-    return rules + output_rules(config)
+    biases = ("q_proj", "k_proj", "v_proj")
+    return rules + decoder_linear_rules(layers, biases) + output_rules(config)
