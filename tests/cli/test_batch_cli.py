@@ -352,7 +352,8 @@ for output, at, share in zip(points[::3], map(int, points[1::3]), map(float, poi
         AnswerFile._write = killed
         os._exit(main(["generate", checkpoint, "--batch", batch, "--output", output,
                        "--max-new-tokens", "4"]))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    # Flushed, or the next child may print it again.
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
