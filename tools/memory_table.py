@@ -26,7 +26,7 @@ from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module, placed_module
 from bsjax.models import FAMILIES, Architecture
 from bsjax.models.pixels import PixelScale
-from bsjax.models.sharding import TENSOR
+from bsjax.models.collectives import CONTEXT, TENSOR
 from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -178,7 +178,7 @@ def measure(
     family = FAMILIES[config.model_type]
     text = config.get_text_config()
     architecture = Architecture(family, config, DTYPE)
-    mesh = target_mesh(target, {TENSOR: devices}) if devices > 1 else None
+    mesh = target_mesh(target, {CONTEXT: 1, TENSOR: devices}) if devices > 1 else None
     module, _ = placed_module(architecture, mesh)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)

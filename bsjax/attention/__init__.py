@@ -16,7 +16,7 @@ from bsjax.attention.api import (
     resolve_backend,
     sparse_attention,
 )
-from bsjax.attention.decode import decode_attention
+from bsjax.attention.decode import decode_attention, with_own_token
 
 __all__ = [
     "BACKENDS",
@@ -25,4 +25,5 @@ __all__ = [
     "ragged_attention",
     "resolve_backend",
     "sparse_attention",
+    "with_own_token",
 ]

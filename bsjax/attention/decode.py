@@ -115,6 +115,37 @@ def decode_attention(
     return result if return_lse else result[0]
 
 
+def with_own_token(
+    parts: Float[Array, "parts batch q_heads head_dim"],
+    lse: Float[Array, "parts batch q_heads"],
+    q: Float[Array, "batch q_heads head_dim"],
+    own_k: Float[Array, "batch kv_heads head_dim"],
+    own_v: Float[Array, "batch kv_heads head_dim"],
+    *,
+    scale: float,
+) -> Float[Array, "batch q_heads head_dim"]:
+    """Attention to a cache in several parts and to the token itself.
+
+    Args:
+      parts: the output of `decode_attention` for each part of the cache.
+      lse: the log-sum-exp of each.
+      q: queries.
+      own_k: the tokens' own keys.
+      own_v: the tokens' own values.
+      scale: factor applied to the scores.
+
+    Returns:
+      The output for all parts and the token, in the dtype of `q`.
+    """
+    group = q.shape[1] // own_k.shape[1]
+    k, v = (jnp.repeat(own.astype(jnp.float32), group, axis=1) for own in (own_k, own_v))
+    own_lse = scale * jnp.sum(q.astype(jnp.float32) * k, axis=-1)
+    # A part without any valid row has an lse of -inf and no weight.
+    weights = jax.nn.softmax(jnp.concatenate([lse, own_lse[None]]), axis=0)
+    outputs = jnp.concatenate([parts.astype(jnp.float32), v[None]])
+    return jnp.sum(weights[..., None] * outputs, axis=0).astype(q.dtype)
+
+
 def _xla_decode_attention(
     q: Array,
     k_cache: Array,

@@ -46,6 +46,7 @@ from bsjax.checks import (
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
+from bsjax.models.collectives import TENSOR
 from bsjax.models.config_checks import check_settings
 from bsjax.models.sharding import (
     KV_HEADS,
@@ -343,7 +344,7 @@ def _describe_folder(
             f"range. Load {folder} with {argument('dtype')} {' or '.join(family.dtypes)}."
         )
     if mesh is not None:
-        key_head_repeats(config, mesh.size)
+        key_head_repeats(config, mesh.shape[TENSOR])
     if reader is not None:
         reader.begin(folder, Architecture(family, config, target), mesh, description["dtype"])
     processor = _read_processor(folder, config, family)
@@ -489,7 +490,7 @@ def placed_module(
         shapes = parameter_shapes(module)
         return module, {path: Placement(shape, here) for path, shape in shapes.items()}
     family, config, _ = architecture
-    repeats = key_head_repeats(config, mesh.size)
+    repeats = key_head_repeats(config, mesh.shape[TENSOR])
     module = abstract_module(architecture._replace(config=with_repeated_key_heads(config, repeats)))
     shapes = parameter_shapes(module)
     head_dim = family.text_head_dim(config)

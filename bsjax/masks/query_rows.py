@@ -159,9 +159,12 @@ class QueryRows:
             if window < block_q:
                 return np.arange(rows.start, rows.stop)
             far = self._run_positions() + window - 1 - self._span.start
-            row_at = np.empty(self.tokens, np.int64)
+            positions = self._span.end - self._span.start
+            row_at = np.full(positions, -1)
             row_at[self.position - self._span.start] = np.arange(self.tokens)
-            enters = row_at[far[(far >= 0) & (far < self.tokens)]]
+            enters = row_at[far[(far >= 0) & (far < positions)]]
+            # Without a row, it is in a gap of positions, whose ends are probes.
+            enters = enters[enters >= 0]
             steps = np.flatnonzero(np.diff(self.position) != 1) + 1
             first = np.concatenate([first, steps, enters, enters + 1])
         probes = np.unique(np.concatenate([first, first - 1, [rows.stop - 1]]))

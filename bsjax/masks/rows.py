@@ -77,6 +77,8 @@ class Rows:
         otherwise sinks stay in their images.
       first_row: the first row of each span, ascending, if there may be padding between them, as in
         a cache of several conversations; None if each span begins where the one before it ends.
+      kept: for each span, the positions of the tokens that have rows, ascending, as those of queries
+        that are dealt to several devices; None if all have.
 
     Attributes:
       templates: as given.
@@ -97,8 +99,10 @@ class Rows:
         packed: bool,
         sinks_apart: bool = True,
         first_row: Sequence[int] | None = None,
+        kept: Sequence[Int[np.ndarray, "_"]] | None = None,
     ) -> None:
         self.templates, self.spans = tuple(templates), tuple(spans)
+        self._kept = kept
         self.packed, self.sinks_apart = packed, sinks_apart
         for span in self.spans:
             tokens = self.templates[span.conversation].tokens
@@ -107,11 +111,14 @@ class Rows:
                     f"Tokens {span.start} to {span.end} are not within a template of {tokens} "
                     "tokens."
                 )
-        lengths = [span.end - span.start for span in self.spans]
+        if kept is None:
+            self._lengths = [span.end - span.start for span in self.spans]
+        else:
+            self._lengths = [positions.size for positions in kept]
         if first_row is None:
-            first_row = [0, *itertools.accumulate(lengths)][:-1]
+            first_row = [0, *itertools.accumulate(self._lengths)][:-1]
         self.first_row = tuple(first_row)
-        ends = [first + length for first, length in zip(self.first_row, lengths, strict=True)]
+        ends = [first + length for first, length in zip(self.first_row, self._lengths, strict=True)]
         self._tokens = ends[-1] if ends else 0
 
     @property
@@ -136,6 +143,10 @@ class Rows:
                 order = template.packed_order_of(start, end, sinks_apart=self.sinks_apart)
             else:
                 order = np.arange(start, end, dtype=np.int32)
+            if self._kept is not None:
+                is_kept = np.zeros(end - start, bool)
+                is_kept[self._kept[index] - start] = True
+                order = order[is_kept[order - start]]
             info.position[rows] = order
             info.image[rows] = template.image[order]
             info.sink[rows] = template.sink[order]
@@ -144,13 +155,16 @@ class Rows:
 
     def rows_of(self, index: int) -> slice:
         """The rows of one span."""
-        span, first = self.spans[index], self.first_row[index]
-        return slice(first, first + span.end - span.start)
+        first = self.first_row[index]
+        return slice(first, first + self._lengths[index])
 
     @cached_property
     def segments(self) -> tuple[tuple[KeySegment, ...], ...]:
-        """For each conversation, its key segments. Packed rows must have `sinks_apart` set."""
-        assert self.sinks_apart or not self.packed
+        """For each conversation, its key segments.
+
+        Packed rows must have `sinks_apart` set, and all tokens must have rows.
+        """
+        assert self._kept is None and (self.sinks_apart or not self.packed)
         segments: list[list[KeySegment]] = [[] for _ in self.templates]
         for first_row, span in zip(self.first_row, self.spans, strict=True):
             template = self.templates[span.conversation]

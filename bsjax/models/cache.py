@@ -1,15 +1,17 @@
 """The KV cache of a stack of layers, and where the rows of a chunk of a prompt are in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from bsjax.masks.schedule import Schedule
+from bsjax.models.collectives import CONTEXT, TENSOR, devices_along, gathered, own_index, own_part
 
 PADDING_ROW = np.iinfo(np.int32).max
 """The row of padding in any array. It is out of bounds, so that writes with `mode="drop"` leave it
@@ -48,13 +50,19 @@ class Cache(NamedTuple):
 
     Sequence number n of those with m rows each has the rows n * m to (n + 1) * m.
 
+    On a mesh, each device along `TENSOR` has the rows of its key heads, and each device along
+    `CONTEXT` has equally many rows of every sequence: the first device the first ones.
+
     Attributes:
       k: [layers, rows, kv_heads, head_dim], rotary embedding applied.
       v: [layers, rows, kv_heads, head_dim].
+      spec: how both are divided among the devices of a mesh.
     """
 
     k: Float[Array, "layers rows kv_heads head_dim"]
     v: Float[Array, "layers rows kv_heads head_dim"]
+
+    spec = PartitionSpec(None, CONTEXT, TENSOR, None)
 
     @classmethod
     def empty(
@@ -64,7 +72,7 @@ class Cache(NamedTuple):
         kv_heads: int,
         head_dim: int,
         dtype: Any,
-        device: jax.sharding.Sharding | None = None,
+        mesh: Mesh | None = None,
     ) -> "Cache":
         """A cache of zeros. Rows that no query sees must be finite: kernels multiply them by 0.
 
@@ -74,8 +82,9 @@ class Cache(NamedTuple):
           kv_heads: of a layer.
           head_dim: channels of a head.
           dtype: of keys and values.
-          device: where it is; None for the default device.
+          mesh: the devices that it is divided among; None for the default device.
         """
+        device = None if mesh is None else NamedSharding(mesh, cls.spec)
         zeros = partial(jnp.zeros, (layers, rows, kv_heads, head_dim), dtype, device=device)
         return cls(zeros(), zeros())
 
@@ -94,26 +103,56 @@ class Cache(NamedTuple):
             have.
         """
         sequences = row.shape[0]
-        if sequences == 1:  # A slice is updated in place on every device.
+        if sequences == 1 and self.devices == 1:  # A slice is updated in place on every device.
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=row[0], axis=1)
-            return Cache(write(self.k, k), write(self.v, v))
+            return self._replace(k=write(self.k, k), v=write(self.v, v))
         rows = self.k.shape[1] // sequences
-        index = jnp.where(row < 0, PADDING_ROW, row + rows * jnp.arange(sequences, dtype=row.dtype))
-        return Cache(
-            *(
-                cache.at[:, index].set(new, mode="drop", unique_indices=True)
-                for cache, new in ((self.k, k), (self.v, v))
-            )
+        own = row - self.first_row(sequences)
+        index = own + rows * jnp.arange(sequences, dtype=row.dtype)
+        index = jnp.where((row < 0) | (own < 0) | (own >= rows), PADDING_ROW, index)
+        return self._replace(
+            **{
+                name: cache.at[:, index].set(new, mode="drop", unique_indices=True)
+                for name, cache, new in (("k", self.k, k), ("v", self.v, v))
+            }
         )
+
+    @property
+    def devices(self) -> int:
+        """How many devices the rows are divided among, in the program that is being traced."""
+        return devices_along(CONTEXT)
+
+    def first_row(self, sequences: int) -> Any:
+        """The first row of each sequence that this device has."""
+        return own_index(CONTEXT) * (self.k.shape[1] // sequences) if self.devices > 1 else 0
+
+    def all_rows(
+        self, layer: Int[Array, ""], sequences: int
+    ) -> tuple[Array, Array, Int[Array, ""] | None]:
+        """What attention of a chunk reads: keys and values of all rows, and the layer's index.
+
+        If rows are divided among devices, those of one layer are gathered, and there is no index.
+        """
+        if self.devices == 1:
+            return self.k, self.v, layer
+
+        def gather(array: Array) -> Array:
+            own = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+            own = own.reshape(sequences, -1, *own.shape[1:])
+            return gathered(own, CONTEXT, axis=1).reshape(-1, *own.shape[2:])
+
+        return gather(self.k), gather(self.v), None
 
     def moved(self, rows: Int[Array, "rows"]) -> "Cache":
         """The cache with each row taken from another one, layer by layer to save memory."""
+        rows = own_part(rows, CONTEXT)
 
         def move(layer: Array, array: Array) -> Array:
-            taken = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)[rows]
+            of_layer = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+            taken = gathered(of_layer, CONTEXT)[rows]
             return jax.lax.dynamic_update_index_in_dim(array, taken, layer, axis=0)
 
-        return Cache(*(jax.lax.fori_loop(0, of.shape[0], move, of) for of in self))
+        return self._make(jax.lax.fori_loop(0, array.shape[0], move, array) for array in self)
 
     def copied(self, source: Int[Array, ""], target: Int[Array, ""], sequences: int) -> "Cache":
         """The cache with one of its `sequences` sequences copied over another one."""
@@ -125,8 +164,9 @@ class Cache(NamedTuple):
             taken = jax.lax.dynamic_slice(array, (layer, source * rows, zero, zero), size)
             return jax.lax.dynamic_update_slice(array, taken, (layer, target * rows, zero, zero))
 
-        return Cache(
-            *(jax.lax.fori_loop(jnp.int32(0), jnp.int32(of.shape[0]), copy, of) for of in self)
+        return self._make(
+            jax.lax.fori_loop(jnp.int32(0), jnp.int32(array.shape[0]), copy, array)
+            for array in self
         )
 
     def chunk_written(
@@ -142,12 +182,26 @@ class Cache(NamedTuple):
         write = partial(
             jax.lax.platform_dependent, cpu=runs_written_in_turn, default=runs_scattered
         )
-        return Cache(
-            *(
-                write(cache, new, layer, cache_row, chunk_row)
-                for cache, new in ((self.k, k), (self.v, v))
-            )
+        return self._make(
+            write(cache, new, layer, cache_row, chunk_row)
+            for cache, new in ((self.k, k), (self.v, v))
         )
+
+
+class Ring(Cache):
+    """The cache of layers with a window: the last tokens of each sequence, on all devices.
+
+    Position p is in row p modulo the number of rows of its sequence.
+    """
+
+    __slots__ = ()
+
+    spec = PartitionSpec(None, None, TENSOR, None)
+
+    @property
+    def devices(self) -> int:
+        """One: rows are not divided."""
+        return 1
 
 
 def runs_written_in_turn(
@@ -191,22 +245,26 @@ def runs_scattered(
 class GlobalRows:
     """The rows of a chunk in the cache of layers that keep all tokens.
 
+    On several devices, the queries are the rows of one device, and the runs are in its part of the
+    cache; the rows of a chunk are those of all devices, and so are the keys.
+
     Attributes:
       schedule: queries are the chunk's rows, keys are the rows of the cache.
       runs: where the chunk's rows are in the cache.
+      sequences: how many sequences the cache has.
     """
 
     schedule: Schedule
     runs: Runs
+    sequences: int = field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class WindowRows:
-    """The rows of a chunk in the cache of layers with a window: a ring of the last tokens.
+    """The rows of a chunk in a `Ring`.
 
-    Position p is in row p modulo the number of rows of its sequence. A chunk sees itself and the
-    rings as the chunk before left them.
+    A chunk sees itself and the rings as the chunk before left them.
 
     Attributes:
       schedule: queries are the chunk's rows, keys are the tokens in the window before the chunk and

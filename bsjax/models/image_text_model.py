@@ -7,9 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
+from bsjax.models.collectives import TENSOR, gathered
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.pixels import Pixels
-from bsjax.models.sharding import on_all_devices
 
 
 class ImageTextModel(nnx.Module):
@@ -79,7 +79,7 @@ class ImageTextModel(nnx.Module):
         else:
             kernel, equation = self.lm_head.kernel, "...h,hv->...v"
         logits = jnp.einsum(equation, hidden, kernel[...], preferred_element_type=jnp.float32)
-        return on_all_devices(logits)
+        return gathered(logits, TENSOR, axis=-1)
 
 
 def output_projection(config: PretrainedConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from bsjax.models.cache import CachedRows, OutputRows
 from bsjax.models.layers import LayerAttend
-from bsjax.models.sharding import cache_sharding
+from bsjax.models.sharding import mesh_of
 
 
 class LanguageModel(nnx.Module):
@@ -34,9 +34,9 @@ class LanguageModel(nnx.Module):
     scale: float
 
     @property
-    def cache_sharding(self) -> NamedSharding | None:
-        """Where caches are; None if the model is on one device."""
-        return cache_sharding(self.embed_tokens.embedding.get_value())
+    def mesh(self) -> Mesh | None:
+        """The devices that the model is on; None for one."""
+        return mesh_of(self.embed_tokens.embedding.get_value())
 
     @abstractmethod
     def embed(self, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:

@@ -9,22 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention import decode_attention, ragged_attention
+from bsjax.attention import decode_attention, ragged_attention, with_own_token
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache, CachedRows, GlobalRows, WindowRows
-from bsjax.models.sharding import (
-    OF_CACHE,
-    OF_HEAD,
-    OF_HEADS,
-    OF_INPUTS,
-    OF_OUTPUTS,
-    TENSOR,
-    on_a_mesh,
-    on_each_device,
-)
+from bsjax.models.collectives import CONTEXT, TENSOR, gathered, rows_of_all, summed
 
 Attend = Callable[[Array, Array, Array], Array]
 """Attention of one layer: maps q [rows, q_heads, head_dim] and k, v [rows, kv_heads, head_dim] to
@@ -101,13 +91,7 @@ def chunk_attend(rows: CachedRows, *, scale: float, backend: str) -> CachingAtte
     """
     attention = partial(ragged_attention, scale=scale, backend=backend)
     attend: Any = _attend_to_all if isinstance(rows, GlobalRows) else _attend_to_window
-    everywhere = PartitionSpec()
-    on_devices = on_each_device(
-        partial(attend, attention),
-        (everywhere, OF_HEADS, OF_HEADS, OF_HEADS, OF_HEAD, everywhere, OF_CACHE),
-        (OF_HEADS, OF_CACHE),
-    )
-    return partial(on_devices, rows)
+    return partial(attend, attention, rows)
 
 
 def _attend_to_all(
@@ -120,9 +104,10 @@ def _attend_to_all(
     layer: Int[Array, ""],
     cache: Cache,
 ) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
-    """Writes the chunk's keys and values, then attends to the rows of the cache in place."""
-    cache = cache.chunk_written(layer, k, v, rows.runs)
-    return attention(q, cache.k, cache.v, rows.schedule, categories, layer), cache
+    """Writes the chunk's keys and values, then attends to the rows of the cache."""
+    cache = cache.chunk_written(layer, gathered(k, CONTEXT), gathered(v, CONTEXT), rows.runs)
+    keys, values, layer_index = cache.all_rows(layer, rows.sequences)
+    return attention(q, keys, values, rows.schedule, categories, layer_index), cache
 
 
 def _attend_to_window(
@@ -136,6 +121,7 @@ def _attend_to_window(
     cache: Cache,
 ) -> tuple[Float[Array, "queries q_heads head_dim"], Cache]:
     """Attends to the window before the chunk and to the chunk, and updates the ring."""
+    k, v = gathered(k, CONTEXT), gathered(v, CONTEXT)
     cached_rows = cache.k.shape[1]
     is_new = (rows.key_rows >= cached_rows)[:, None, None]
     keys, values = (
@@ -166,26 +152,21 @@ def decode_attend(
       backend: attention backend.
     """
     sequences = tokens.shape[0]
+    on_devices = cache.devices > 1
 
-    def attend(q: Array, k: Array, v: Array, index: Array, tokens: Array, cache: Cache) -> Array:
+    def keeping(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
         # The axis of sequences is added inside the loop over layers. XLA would choose another
         # layout for a cache that has it outside, and copy the whole cache into the loop.
         cached_k, cached_v = (
             rows.reshape(rows.shape[0], sequences, -1, *rows.shape[2:]) for rows in cache
         )
-        return decode_attention(
-            q, cached_k, cached_v, index, tokens, k, v, scale=scale, backend=backend
-        )
-
-    everywhere = PartitionSpec()
-    on_devices = on_each_device(
-        attend,
-        (OF_HEADS, OF_HEADS, OF_HEADS, everywhere, everywhere, OF_CACHE),
-        OF_HEADS,
-    )
-
-    def keeping(q: Array, k: Array, v: Array, index: Array) -> tuple[Array, Any]:
-        return on_devices(q, k, v, index, tokens, cache), (k, v)
+        attend = partial(decode_attention, q, cached_k, cached_v, index)
+        if not on_devices:
+            return attend(tokens, k, v, scale=scale, backend=backend), (k, v)
+        own = jnp.clip(tokens - cache.first_row(sequences), 0, cached_k.shape[2])
+        out, lse = attend(own, scale=scale, backend=backend, return_lse=True)
+        parts = gathered(out[None], CONTEXT), gathered(lse[None], CONTEXT)
+        return with_own_token(*parts, q, k, v, scale=scale), (k, v)
 
     return keeping
 
@@ -348,20 +329,6 @@ def _concatenated(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
-def by_outputs(
-    lhs: Array,
-    rhs: Array,
-    dimension_numbers: jax.lax.DotDimensionNumbers,
-    precision: jax.lax.PrecisionLike = None,
-    **options: Any,
-) -> Array:
-    """The `dot_general` of a linear layer whose outputs are divided among devices."""
-    product = partial(
-        dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
-    )
-    return on_each_device(product, (PartitionSpec(), OF_OUTPUTS), OF_OUTPUTS)(lhs, rhs)
-
-
 def by_inputs(
     lhs: Array,
     rhs: Array,
@@ -369,20 +336,11 @@ def by_inputs(
     precision: jax.lax.PrecisionLike = None,
     **options: Any,
 ) -> Array:
-    """The `dot_general` of a linear layer whose inputs are divided among devices.
+    """The `dot_general` of a linear layer whose inputs are divided among the devices of `TENSOR`.
 
     The products of the devices are added up.
     """
-    product = partial(
-        dot_general, dimension_numbers=dimension_numbers, precision=precision, **options
-    )
-
-    def summed(lhs: Array, rhs: Array) -> Array:
-        return jax.lax.psum(product(lhs, rhs), TENSOR)
-
-    if not on_a_mesh():
-        return product(lhs, rhs)
-    return on_each_device(summed, (OF_OUTPUTS, OF_INPUTS), PartitionSpec())(lhs, rhs)
+    return summed(dot_general(lhs, rhs, dimension_numbers, precision, **options), TENSOR)
 
 
 def dot_general(
@@ -447,8 +405,8 @@ def by_rows(
 
 
 def take_rows(array: Float[Array, "rows *axes"], rows: Int[Array, "taken"] | None) -> Array:
-    """Some rows of an array, or all of them if `rows` is None."""
-    return array if rows is None else array[rows]
+    """Some rows of a chunk, or all rows of this device if `rows` is None."""
+    return array if rows is None else rows_of_all(array, rows)
 
 
 def frequencies(theta: float, count: int) -> Float[np.ndarray, "count"]:
@@ -504,10 +462,11 @@ class GatedMLP(nnx.Module):
           is_divided: whether the inner channels are divided among the devices of a mesh.
         """
         linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
-        outwards, inwards = (by_outputs, by_inputs) if is_divided else (dot_general, dot_general)
-        self.gate_proj = linear(width, inner, dot_general=outwards)
-        self.up_proj = linear(width, inner, dot_general=outwards)
-        self.down_proj = linear(inner, width, dot_general=inwards)
+        self.gate_proj = linear(width, inner, dot_general=dot_general)
+        self.up_proj = linear(width, inner, dot_general=dot_general)
+        self.down_proj = linear(
+            inner, width, dot_general=by_inputs if is_divided else dot_general
+        )
         self.act = activation(act)
 
     def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:

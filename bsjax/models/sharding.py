@@ -1,11 +1,11 @@
 """Where the parts of a model are on the devices of a mesh.
 
-A mesh has the axis `tensor`: each of its devices has some of the heads, of the inner channels of
-the MLPs and of the vocabulary. Parameters say so with names of logical axes
-(`bsjax.models.parameters`). Everything else, such as hidden states, is on all devices.
+A mesh has two axes. Along `tensor`, each device has some of the heads, of the inner channels of the
+MLPs and of the vocabulary: parameters say so with names of logical axes (`bsjax.models.parameters`).
+Along `context`, each device has some of the rows of a chunk and of the cache. The vision tower is
+on all devices.
 
-Linear layers, attention and the lookup of embeddings are divided here, with `jax.shard_map`. Only
-the output projection is left to XLA.
+Programs run on every device with what it has (`bsjax.models.collectives`).
 """
 
 import copy
@@ -14,78 +14,86 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 from transformers import PretrainedConfig
 
 from bsjax.checks import shown, whole_number
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache
-
-TENSOR = "tensor"
-"""The mesh axis of heads, MLP channels and vocabulary."""
+from bsjax.models.collectives import CONTEXT, TENSOR, Shares, is_shares
 
 Q_HEADS, KV_HEADS, MLP, VOCABULARY = "q_heads", "kv_heads", "mlp", "vocabulary"
 """Logical axes of parameters that are divided among the devices of the axis `TENSOR`."""
 
-OF_CACHE = PartitionSpec(None, None, TENSOR, None)
-"""Arrays [layers, rows, kv_heads, head_dim]."""
 
-OF_HEADS = PartitionSpec(None, TENSOR, None)
-"""Arrays [rows, heads, head_dim]."""
-
-OF_HEAD = PartitionSpec(TENSOR)
-"""Arrays [heads]."""
-
-OF_OUTPUTS = PartitionSpec(None, TENSOR)
-"""Matrices [inputs, outputs] of linear layers whose outputs are divided, and rows of them."""
-
-OF_INPUTS = PartitionSpec(TENSOR, None)
-"""Matrices [inputs, outputs] of linear layers whose inputs are divided."""
+MOST_CONTEXT = 64
+"""The most devices that rows are divided among."""
 
 
-def mesh(tensor: int, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh for `bsjax.load`, so that a model runs on several devices.
+def mesh(
+    tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh for `bsjax.load`, so that a model runs on `context * tensor` devices.
 
     Args:
-      tensor: how many devices the model is divided among.
-      devices: JAX's devices; by default the first ones of this process.
+      tensor: how many devices the weights are divided among. Each layer adds up hidden states over
+        them twice, so they should be connected well.
+      context: how many devices, or groups of `tensor` devices, the rows of a prompt and of its
+        cache are divided among: a power of two. Each has all of the weights.
+      devices: JAX's devices; by default the first ones.
 
     Raises:
-      CheckpointError: there are fewer devices.
+      CheckpointError: there are fewer devices, or a number is out of range.
 
     Example:
       >>> model = bsjax.load("checkpoints/qwen2.5-vl-72b", mesh=bsjax.mesh(tensor=8))
     """
     tensor = whole_number("tensor", tensor, least=1, error=CheckpointError)
-    devices = jax.local_devices() if devices is None else list(devices)
-    if len(devices) < tensor:
+    context = whole_number("context", context, least=1, error=CheckpointError)
+    _check_context(context)
+    devices = jax.devices() if devices is None else list(devices)
+    count = context * tensor
+    if len(devices) < count:
         raise CheckpointError(
-            f"A mesh of {tensor} devices was asked for: there are {len(devices)}."
+            f"A mesh of {count} devices was asked for: there are {len(devices)}."
         )
-    return Mesh(np.array(devices[:tensor]), (TENSOR,), axis_types=(AxisType.Auto,))
+    return _with_both_axes(np.array(devices[:count]).reshape(context, tensor))
+
+
+def _check_context(context: int) -> None:
+    # Lengths of caches are multiples of a power of two.
+    if context & (context - 1) or context > MOST_CONTEXT:
+        raise CheckpointError(
+            f"The rows of a prompt cannot be divided among {context} devices: context must be a "
+            f"power of two up to {MOST_CONTEXT}."
+        )
+
+
+def _with_both_axes(devices: np.ndarray) -> Mesh:
+    # Explicit axes would need a sharding of every intermediate result.
+    return Mesh(devices, (CONTEXT, TENSOR), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def checked_mesh(given: Any) -> Mesh | None:
-    """The argument `mesh` of `load`.
+    """The argument `mesh` of `load`, with both axes, in the order of `bsjax.mesh`.
 
     Raises:
-      CheckpointError: it is not a mesh with the axis `TENSOR` alone.
+      CheckpointError: it is not a mesh with the axes `CONTEXT` and `TENSOR`, or with one of them.
     """
     if given is None:
         return None
-    if not isinstance(given, Mesh) or given.axis_names != (TENSOR,):
+    names = given.axis_names if isinstance(given, Mesh) else ()
+    if not names or not set(names) <= {CONTEXT, TENSOR}:
         raise CheckpointError(
-            f'mesh must be a jax.sharding.Mesh with the axis "{TENSOR}" alone, such as '
-            f"bsjax.mesh(tensor=4), got {shown(given)}."
+            f'mesh must be a jax.sharding.Mesh with the axes "{CONTEXT}" and "{TENSOR}", or with '
+            f"one of them, such as bsjax.mesh(tensor=4), got {shown(given)}."
         )
+    _check_context(given.shape.get(CONTEXT, 1))
     if any(device.process_index != jax.process_index() for device in given.devices.flat):
         raise CheckpointError("mesh has devices of other processes, which bsjax cannot use yet.")
-    # Explicit axes would need a sharding of every intermediate result.
-    return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,))
+    in_order = given.devices.T if names == (TENSOR, CONTEXT) else given.devices
+    return _with_both_axes(in_order.reshape(given.shape.get(CONTEXT, 1), -1))
 
 
 def key_head_repeats(config: PretrainedConfig, devices: int) -> int:
@@ -153,10 +161,52 @@ def mesh_of(parameters: Any) -> Mesh | None:
     return None
 
 
-def cache_sharding(parameter: Any) -> NamedSharding | None:
-    """Where the caches of a model with this parameter are; None if it is on one device."""
-    devices = mesh_of(parameter)
-    return None if devices is None else NamedSharding(devices, OF_CACHE)
+def specs_of(tree: Any) -> Any:
+    """How the arguments or results of a program are divided among the devices of a mesh.
+
+    Parts of caches and `Shares` are where their types say; everything else is on all devices.
+    """
+
+    def of_node(node: Any) -> Any:
+        spec = node.spec if isinstance(node, Cache | Shares) else PartitionSpec()
+        return jax.tree.map(lambda _: spec, node)
+
+    return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Cache | Shares))
+
+
+def size_along(mesh: Mesh | None, axis: str) -> int:
+    """How many devices a mesh has along an axis; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape[axis]
+
+
+def on_every_device(
+    function: Callable[..., Any], mesh: Mesh, arguments: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """A function of whole arrays that calls `function`, on every device, with what the device has.
+
+    Args:
+      function: its results are divided as `specs_of` says.
+      mesh: the devices.
+      arguments: shapes of the arguments, with their shardings.
+    """
+
+    def on_device(*arguments: Any) -> Any:
+        own = jax.tree.map(
+            lambda node: node.own if is_shares(node) else node, arguments, is_leaf=is_shares
+        )
+        return function(*own)
+
+    # Only the structure of the results is needed: outside of the mesh, their shapes mean nothing.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    results = jax.eval_shape(on_device, *shapes)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=jax.tree.map(lambda leaf: leaf.sharding.spec, arguments),
+        out_specs=specs_of(results),
+        # Kernels that are interpreted on a CPU do not pass the check.
+        check_vma=False,
+    )
 
 
 def sharded_shapes(tree: Any, mesh: Mesh | None) -> Any:
@@ -172,75 +222,7 @@ def sharded_shapes(tree: Any, mesh: Mesh | None) -> Any:
     def place(leaf: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return _by_cache(place, tree)
-
-
-def constrained(tree: Any, mesh: Mesh | None) -> Any:
-    """The arrays of a tree, inside of a program, with the shardings that `sharded_shapes` gives."""
-    if mesh is None:
-        return tree
-
-    def constrain(leaf: Any, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
-
-    return _by_cache(constrain, tree)
-
-
-def _by_cache(function: Callable[[Any, PartitionSpec], Any], tree: Any) -> Any:
-    def apply(node: Any) -> Any:
-        spec = OF_CACHE if isinstance(node, Cache) else PartitionSpec()
-        return jax.tree.map(lambda leaf: function(leaf, spec), node)
-
-    return jax.tree.map(apply, tree, is_leaf=lambda node: isinstance(node, Cache))
-
-
-def on_all_devices(array: jax.Array) -> jax.Array:
-    """The array with a copy of it on every device of the mesh, if there is one."""
-    if not on_a_mesh():
-        return array
-    return jax.lax.with_sharding_constraint(array, PartitionSpec())
-
-
-def on_a_mesh() -> bool:
-    """Whether the program that is being traced is for the devices of a mesh."""
-    return TENSOR in jax.sharding.get_abstract_mesh().axis_names
-
-
-def on_each_device(
-    function: Callable[..., Any], in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """The function of what each device has, if a program is for a mesh; else the function itself.
-
-    Args:
-      function: what to compute, such as attention of any of the heads.
-      in_specs: as for `jax.shard_map`.
-      out_specs: as for `jax.shard_map`.
-    """
-    if not on_a_mesh():
-        return function
-    return jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        # Kernels that are interpreted on a CPU do not pass the check.
-        check_vma=False,
-    )
-
-
-def embedded(table: nnx.Embed, token_ids: Int[Array, "tokens"]) -> Float[Array, "tokens hidden"]:
-    """`table(token_ids)`, without a copy of the table on every device."""
-
-    def own_rows(table: Array, token_ids: Array) -> Array:
-        row = token_ids - table.shape[0] * jax.lax.axis_index(TENSOR)
-        is_own = (row >= 0) & (row < table.shape[0])
-        rows = table.at[row].get(mode="clip")
-        return jax.lax.psum(jnp.where(is_own[:, None], rows, 0), TENSOR)
-
-    if not on_a_mesh():
-        return table(token_ids)
-    everywhere = PartitionSpec()
-    lookup = on_each_device(own_rows, (PartitionSpec(TENSOR, None), everywhere), everywhere)
-    return lookup(table.embedding[...], token_ids)
+    return jax.tree.map(place, tree, specs_of(tree))
 
 
 def bytes_on_a_device(leaf: Any) -> int:

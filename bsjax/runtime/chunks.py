@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int32
 
+from bsjax.masks.categories import HeadCategory
+from bsjax.masks.dealing import Attending, Dealt, deal
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Template
@@ -36,6 +38,7 @@ from bsjax.models.cache import (
     WindowRows,
     ring_rows,
 )
+from bsjax.models.collectives import shared_out
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.reuse import NOTHING, Reuse
@@ -137,6 +140,8 @@ class PromptSlice(NamedTuple):
 class ChunkArguments(NamedTuple):
     """What the programs are given about a chunk: a pytree, padded to one of the chunks' sizes.
 
+    On several devices, each is given its own, with equally many rows.
+
     Attributes:
       token_ids: int32 [rows].
       position_ids: int32 [axes, rows].
@@ -161,20 +166,24 @@ class Chunk:
 
     Attributes:
       parts: the slices of prompts that it has.
-      order: the position of each row in its prompt, without padding rows.
-      arguments: what the programs are given.
+      position: the position of each row in its prompt, -1 for padding; the rows of one device after
+        the other.
+      arguments: what the programs are given: `ChunkArguments`, or a `Shares` of them.
       images_end: how many image tokens this chunk and all chunks before it have.
+      blocks: the blocks that the attention of each device visits, in all layers and heads, as far
+        as it is known when rows are dealt; None on one device.
     """
 
     parts: tuple[PromptSlice, ...]
-    order: Int32[np.ndarray, "tokens"]
-    arguments: ChunkArguments
+    position: Int32[np.ndarray, "rows"]
+    arguments: Any
     images_end: int
+    blocks: Int[np.ndarray, "devices"] | None = None
 
     @property
     def tokens(self) -> int:
         """How many tokens it has."""
-        return self.order.size
+        return sum(each.end - each.start for each in self.parts)
 
     @property
     def last_parts(self) -> list[PromptSlice]:
@@ -196,6 +205,7 @@ class Chunks:
         into, all together; 0 splits none.
       all_outputs: whether the hidden states of all rows are needed, not only those of the prompts'
         last tokens.
+      devices: how many devices the rows of a chunk and those of the cache are divided among.
 
     Attributes:
       prompts: as given.
@@ -214,7 +224,9 @@ class Chunks:
         feature_rows: int,
         most_parts: int = 0,
         all_outputs: bool = False,
+        devices: int = 1,
     ) -> None:
+        self._devices = devices
         self.prompts, self.layout, self.feature_rows = tuple(prompts), layout, feature_rows
         self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
@@ -223,7 +235,11 @@ class Chunks:
             visibility.bidirectional_images for visibility in self._inputs.visibilities
         )
         self.borders = chunk_borders(
-            self.prompts, sizes, most_prompts=layout.most_prompts, whole_images=whole_images
+            self.prompts,
+            sizes,
+            most_prompts=layout.most_prompts,
+            most_images=devices * MOST_IMAGES,
+            whole_images=whole_images,
         )
         self._stacked_heads = stacked_heads
         self._most_parts = most_parts
@@ -249,36 +265,94 @@ class Chunks:
 
     def chunk(self, slices: Sequence[PromptSlice], rows: int) -> Chunk:
         """The chunk of these tokens, padded to `rows` rows."""
-        queries = Rows(
+        spans = [Span(each.start, each.end, index) for index, each in enumerate(slices)]
+        rows_of = partial(
+            Rows,
             [each.prompt.inputs.template for each in slices],
-            [Span(each.start, each.end, index) for index, each in enumerate(slices)],
+            spans,
             packed=self._inputs.is_sparse,
             sinks_apart=False,
         )
-        positions = [queries.position[queries.rows_of(index)] for index in range(len(slices))]
-        prompts = [each.prompt for each in slices]
-        by_row = partial(_by_row, list(zip(prompts, positions, strict=True)), rows)
-        images_end = [
-            self._first_image[id(each.prompt)] + int(each.prompt.images_before[each.end])
-            for each in slices
-        ]
+        queries = rows_of()
         keys = [
             self._keys_of(visibility, slices, queries, rows)
             for visibility in self._inputs.visibilities
         ]
-        arguments = ChunkArguments(
+        of_devices, blocks = [queries], None
+        if self._devices > 1:
+            dealt = self._dealt(queries, keys, rows)
+            blocks = dealt.blocks
+            of_devices = [
+                rows_of(kept=_positions_in(queries, own_rows)) for own_rows in dealt.rows
+            ]
+        placed = ChunkRows(of_devices, rows)
+        outputs = None if self._all_outputs else self._last_rows(slices, placed, keys)
+        arguments = [
+            self._arguments_of(device, slices, placed, keys, outputs)
+            for device in range(self._devices)
+        ]
+        images_end = [
+            self._first_image[id(each.prompt)] + int(each.prompt.images_before[each.end])
+            for each in slices
+        ]
+        return Chunk(
+            tuple(slices), placed.position, shared_out(arguments), max(images_end), blocks
+        )
+
+    def _dealt(self, queries: Rows, keys: Sequence[tuple[Rows, int]], rows: int) -> Dealt:
+        """The query rows of each device."""
+        inputs = self._inputs
+        block_q, block_kv = inputs.blocks
+        family, config, _ = inputs.architecture
+        kinds = family.layer_kinds(config)
+        attending = [
+            Attending(
+                kind_keys,
+                visibility,
+                np.bincount(
+                    inputs.head_category[kinds == kind].ravel(), minlength=len(HeadCategory)
+                ),
+            )
+            for kind, (visibility, (kind_keys, _)) in enumerate(
+                zip(inputs.visibilities, keys, strict=True)
+            )
+        ]
+        # A multiple of the rows of a tile of text rows.
+        piece_rows = max(1, block_q // self._stacked_heads) * self._stacked_heads
+        return deal(
+            queries,
+            attending,
+            self._devices,
+            rows // self._devices,
+            piece_rows=min(piece_rows, block_q),
+            block_kv=block_kv,
+        )
+
+    def _arguments_of(
+        self,
+        device: int,
+        slices: Sequence[PromptSlice],
+        placed: "ChunkRows",
+        keys: Sequence[tuple[Rows, int]],
+        outputs: OutputRows | None,
+    ) -> ChunkArguments:
+        """What the programs of one device are given."""
+        queries = placed.of_devices[device]
+        positions = [queries.position[queries.rows_of(index)] for index in range(len(slices))]
+        prompts = [each.prompt for each in slices]
+        by_row = partial(_by_row, list(zip(prompts, positions, strict=True)), placed.of_each)
+        return ChunkArguments(
             token_ids=by_row(lambda prompt, position: prompt.inputs.token_ids[position], 0),
             position_ids=by_row(
                 lambda prompt, position: prompt.inputs.position_ids[:, position], 0
             ),
             feature_row=by_row(self._feature_rows, PADDING_ROW),
             cached_rows=tuple(
-                self._cached_rows(visibility, slices, queries, kind_keys, rows)
+                self._cached_rows(visibility, device, slices, placed, kind_keys)
                 for visibility, kind_keys in zip(self._inputs.visibilities, keys, strict=True)
             ),
-            outputs=None if self._all_outputs else self._last_rows(slices, queries, keys),
+            outputs=outputs,
         )
-        return Chunk(tuple(slices), queries.position, arguments, max(images_end))
 
     def _feature_rows(
         self, prompt: PlacedPrompt, position: Int[np.ndarray, "rows"]
@@ -288,20 +362,23 @@ class Chunks:
         return np.where(is_image, self.feature_row(index), PADDING_ROW)
 
     def _last_rows(
-        self, slices: Sequence[PromptSlice], queries: Rows, keys: Sequence[tuple[Rows, int]]
+        self,
+        slices: Sequence[PromptSlice],
+        placed: "ChunkRows",
+        keys: Sequence[tuple[Rows, int]],
     ) -> OutputRows:
         """The rows of the prompts' last tokens. All others see no keys."""
         inputs, most = self._inputs, self.layout.most_prompts
         ends = [index for index, each in enumerate(slices) if each.is_last]
         rows = np.zeros(most, np.int32)
         for output, index in enumerate(ends):
-            own_rows = queries.rows_of(index)
-            (row,) = np.flatnonzero(queries.position[own_rows] == slices[index].end - 1)
-            rows[output] = own_rows.start + row
+            chunk_rows, position = placed.rows_of(index)
+            (row,) = np.flatnonzero(position == slices[index].end - 1)
+            rows[output] = chunk_rows[row]
         last = Rows(
-            queries.templates,
+            [each.prompt.inputs.template for each in slices],
             [Span(slices[index].end - 1, slices[index].end, index) for index in ends],
-            packed=queries.packed,
+            packed=inputs.is_sparse,
         )
         # Each row has one tile, which may be split into parts.
         capacity = _room_for(most + self._most_parts)
@@ -340,46 +417,48 @@ class Chunks:
     def _cached_rows(
         self,
         visibility: Visibility,
+        device: int,
         slices: Sequence[PromptSlice],
-        queries: Rows,
+        placed: "ChunkRows",
         keys: tuple[Rows, int],
-        rows: int,
     ) -> CachedRows:
+        rows, most_prompts = placed.of_each, self.layout.most_prompts
         capacity = schedule_capacity(
-            rows,
-            self._inputs.blocks[0],
-            self._stacked_heads,
-            self._most_parts,
-            self.layout.most_prompts,
+            rows, self._inputs.blocks[0], self._stacked_heads, self._most_parts, most_prompts
         )
-        schedule = self._schedule(visibility, queries, *keys, rows, capacity)
-        cache_row = np.full(queries.tokens, PADDING_ROW, np.int32)
+        schedule = self._schedule(visibility, placed.of_devices[device], *keys, rows, capacity)
+        cache_row = np.full(placed.position.size, PADDING_ROW, np.int32)
+        sequences = self.layout.sequences
         if visibility.window is None:
+            of_device = self.layout.rows // self._devices
             for index, each in enumerate(slices):
-                own_rows = queries.rows_of(index)
-                first = each.prompt.sequence * self.layout.rows
-                cache_row[own_rows] = first + each.prompt.row_of_token[queries.position[own_rows]]
-            all_rows = self.layout.sequences * self.layout.rows
-            return GlobalRows(schedule, self._runs(cache_row, rows, all_rows))
+                chunk_rows, position = placed.rows_of(index)
+                # Of those that this device has; others are negative or too large.
+                own = each.prompt.row_of_token[position] - device * of_device
+                is_own = (own >= 0) & (own < of_device)
+                first = each.prompt.sequence * of_device
+                cache_row[chunk_rows] = np.where(is_own, first + own, PADDING_ROW)
+            runs = self._runs(cache_row, sequences * of_device)
+            return GlobalRows(schedule, runs, sequences)
         ring = self._ring(visibility)
-        all_rows = self.layout.sequences * ring
+        all_rows = sequences * ring
         window, key_rows = keys
         place_of_key = np.zeros(key_rows, np.int32)
         for index, each in enumerate(slices):
-            own_rows, (start, end, _) = queries.rows_of(index), window.spans[index]
-            position, first_row = queries.position[own_rows], each.prompt.sequence * ring
+            (chunk_rows, position), (start, end, _) = placed.rows_of(index), window.spans[index]
+            first_row = each.prompt.sequence * ring
             place = first_row + np.arange(start, end) % ring
             # The chunk's own rows follow those of all rings.
-            place[position - start] = all_rows + np.arange(own_rows.start, own_rows.stop)
+            place[position - start] = all_rows + chunk_rows
             window_rows = window.rows_of(index)
             place_of_key[window_rows] = place[window.position[window_rows] - start]
             kept = np.where(position >= end - ring, first_row + position % ring, PADDING_ROW)
-            cache_row[own_rows] = kept
-        return WindowRows(schedule, place_of_key, self._runs(cache_row, rows, all_rows))
+            cache_row[chunk_rows] = kept
+        return WindowRows(schedule, place_of_key, self._runs(cache_row, all_rows))
 
-    def _runs(self, cache_row: Int[np.ndarray, "tokens"], rows: int, all_rows: int) -> Runs:
-        """The runs of a chunk of `rows` rows in a cache that has `all_rows` rows."""
-        most = self.layout.most_prompts
+    def _runs(self, cache_row: Int[np.ndarray, "rows"], all_rows: int) -> Runs:
+        """The runs of a chunk in a cache that has `all_rows` rows."""
+        rows, most = cache_row.size, self.layout.most_prompts
         if most == 1:
             return runs_of(cache_row, MOST_RUNS, min(rows, all_rows), all_rows)
         length = min(_SHORT_RUN, rows, all_rows)
@@ -408,13 +487,48 @@ class Chunks:
             capacity=capacity,
             most_parts=self._most_parts,
         )
-        if self._keys is not None and keys is self._keys[1]:
+        if self._devices == 1 and self._keys is not None and keys is self._keys[1]:
             # Chunks of the same prompts have the same keys, which are copied to the device once.
             device_keys = self._keys[2]
             if not device_keys:
                 device_keys.append(jax.device_put(schedule.keys))
             schedule = replace(schedule, keys=device_keys[0])
         return schedule
+
+
+class ChunkRows:
+    """The rows of a chunk: those of one device after those of another, each padded alike.
+
+    Attributes:
+      of_devices: the tokens of each device.
+      of_each: rows of each device, with padding.
+      position: the position of each row in its prompt; -1 for padding.
+    """
+
+    def __init__(self, of_devices: Sequence[Rows], rows: int) -> None:
+        self.of_devices, self.of_each = of_devices, rows // len(of_devices)
+        self.position = np.full(rows, -1, np.int32)
+        for device, of_device in enumerate(of_devices):
+            first = device * self.of_each
+            self.position[first : first + of_device.tokens] = of_device.position
+
+    def rows_of(self, index: int) -> tuple[Int[np.ndarray, "_"], Int32[np.ndarray, "_"]]:
+        """The rows of a prompt's tokens, and their positions."""
+        rows = np.concatenate(
+            [
+                device * self.of_each + np.arange(of.rows_of(index).start, of.rows_of(index).stop)
+                for device, of in enumerate(self.of_devices)
+            ]
+        )
+        return rows, self.position[rows]
+
+
+def _positions_in(queries: Rows, rows: Int[np.ndarray, "_"]) -> list[Int32[np.ndarray, "_"]]:
+    """The positions of some query rows in each span, ascending."""
+    spans = [queries.rows_of(index) for index in range(len(queries.spans))]
+    return [
+        np.sort(queries.position[rows[(rows >= span.start) & (rows < span.stop)]]) for span in spans
+    ]
 
 
 def schedule_capacity(
@@ -445,8 +559,8 @@ def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_r
     """The runs of a chunk, given the row of the cache that each of its rows goes to.
 
     Args:
-      cache_row: for each row of the chunk except padding, its row of the cache; `PADDING_ROW` if it
-        is not kept.
+      cache_row: for each row of the chunk, its row of the cache; `PADDING_ROW` for padding and for
+        rows that are not kept.
       count: how many runs there is room for.
       length: rows of a run. Longer ones are cut.
       all_rows: rows of the cache.
@@ -473,13 +587,14 @@ def chunk_borders(
     *,
     whole_images: bool,
     most_prompts: int = 1,
+    most_images: int = MOST_IMAGES,
 ) -> list[tuple[tuple[PromptSlice, ...], int]]:
     """Where chunks begin and end, and the rows that each is padded to.
 
     A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
     after it. Its size is the largest that does not exceed the number of tokens left, rounded up to
     a multiple of the smallest size. A chunk has fewer tokens than its size if it would otherwise
-    have more than `MOST_IMAGES` images or `most_prompts` prompts, or end inside an image although
+    have more than `most_images` images or `most_prompts` prompts, or end inside an image although
     `whole_images` is set.
 
     Args:
@@ -488,6 +603,7 @@ def chunk_borders(
       whole_images: whether no chunk may end inside an image. An image that is larger than all sizes
         is then a chunk of its own, padded to a multiple of the largest size.
       most_prompts: how many prompts a chunk may have tokens of.
+      most_images: how many images a chunk may have tokens of.
 
     Returns:
       For each chunk, its slices of prompts, and the rows that it is padded to.
@@ -498,7 +614,7 @@ def chunk_borders(
         left = sum(each.end - each.start for each in pending)
         padded = -(-left // sizes[0]) * sizes[0]
         size = max(size for size in sizes if size <= padded)
-        while not (slices := _filled(pending[:most_prompts], size, whole_images)):
+        while not (slices := _filled(pending[:most_prompts], size, whole_images, most_images)):
             # The chunk begins with an image that does not fit.
             larger = [bigger for bigger in sizes if bigger > size]
             own = _image_end(pending[0].prompt.inputs.template, pending[0].start) - pending[0].start
@@ -509,10 +625,12 @@ def chunk_borders(
     return borders
 
 
-def _filled(pending: Sequence[PromptSlice], size: int, whole_images: bool) -> list[PromptSlice]:
+def _filled(
+    pending: Sequence[PromptSlice], size: int, whole_images: bool, most_images: int
+) -> list[PromptSlice]:
     """The first of the pending tokens that fit into a chunk of `size` rows."""
     slices = []
-    room, images_left = size, MOST_IMAGES
+    room, images_left = size, most_images
     for each in pending:
         template = each.prompt.inputs.template
         firsts = np.asarray(template.image_first)

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
-from bsjax.models.sharding import sharded_shapes
+from bsjax.models.collectives import CONTEXT, TENSOR, Shares, own_part, rows_of_all
+from bsjax.models.sharding import sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
@@ -89,14 +90,15 @@ def all_logits(
     chunk: ChunkArguments,
     head_category: Int[Array, "layers q_heads"],
     backend: str,
-) -> tuple[Float32[Array, "rows vocabulary"], Any]:
+) -> tuple[Shares, Any]:
     """Runs a chunk for the logits of all its rows. The arguments are those of `prefill`.
 
     Returns:
-      The logits of each row, padding included, and the cache with the chunk.
+      The logits of each row, padding included, float32 [devices, rows, vocabulary], and the cache
+      with the chunk.
     """
     hidden, cache = _run_chunk(module, cache, features, chunk, head_category, backend)
-    return module.logits(hidden), cache
+    return Shares(module.logits(hidden)[None]), cache
 
 
 SCORED_ROWS = 128
@@ -137,7 +139,7 @@ def log_probabilities(
         first = index * SCORED_ROWS
         rows = jax.lax.dynamic_slice(scored.rows, (first,), (SCORED_ROWS,))
         token_ids = jax.lax.dynamic_slice(scored.next_token_ids, (first,), (SCORED_ROWS,))
-        logits = module.logits(hidden[rows])
+        logits = module.logits(rows_of_all(hidden, rows))
         chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1)[:, 0]
         scores = chosen - jax.nn.logsumexp(logits, axis=1)
         # As `sample` chooses it: of equally likely tokens, the first.
@@ -172,7 +174,7 @@ def _run_chunk(
         embeddings,
         chunk.position_ids,
         chunk.cached_rows,
-        head_category,
+        own_part(head_category, TENSOR, axis=1),
         cache,
         only=chunk.outputs,
         backend=backend,
@@ -234,6 +236,8 @@ class ChunkedRun:
         images = [image for prompt in prompts for image in prompt.images]
         self.groups = image_groups(inputs.architecture, images, backend, image_cache)
         group_tokens = most_group_tokens(inputs.architecture, images)
+        devices = size_along(programs.mesh, CONTEXT)
+        sizes = sizes.on_devices(devices)
         self.chunks = Chunks(
             prompts,
             layout,
@@ -242,6 +246,7 @@ class ChunkedRun:
             feature_rows=sizes.chunks[-1] + group_tokens,
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
+            devices=devices,
         )
         self.features: jax.ShapeDtypeStruct | None = None
         if group_tokens:

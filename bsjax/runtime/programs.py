@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
 from bsjax.checks import argument, check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
-from bsjax.models.sharding import bytes_on_a_device, constrained, mesh_of, sharded_shapes
+from bsjax.models.sharding import bytes_on_a_device, mesh_of, on_every_device, sharded_shapes
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes, for this machine's device or for
@@ -173,8 +173,10 @@ class Programs:
         shapes = (_where_they_are(self.parameters), *sharded_shapes(arguments, mesh))
 
         def run(parameters: Any, *arguments: Any) -> Any:
-            return constrained(function(nnx.merge(graph, parameters), *arguments, *static), mesh)
+            return function(nnx.merge(graph, parameters), *arguments, *static)
 
+        if mesh is not None:
+            run = on_every_device(run, mesh, shapes)
         run.__name__ = function.__name__.lstrip("_")
         start = time.perf_counter()
         jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))

@@ -54,8 +54,7 @@ class Scoring(ChunkedRun):
             image_cache=image_cache,
             all_outputs=True,
         )
-        logits, _ = self.stages[-1].program.output
-        self._vocabulary = logits.shape[1]
+        self._vocabulary = language_model.embed_tokens.num_embeddings
         self._start = prompt.reuse.start
         self._tokens = prompt.end - prompt.reuse.start
         self.result_bytes = 4 * self._tokens * self._vocabulary
@@ -69,7 +68,11 @@ class Scoring(ChunkedRun):
         result = np.empty((self._tokens, self._vocabulary), np.float32)
         after = cache
         for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
-            result[chunk.order - self._start] = np.asarray(logits)[: chunk.tokens]
+            of_devices = np.asarray(logits.stacked)
+            positions = chunk.position.reshape(of_devices.shape[:2])
+            for position, of_device in zip(positions, of_devices, strict=True):
+                tokens = np.count_nonzero(position >= 0)
+                result[position[:tokens] - self._start] = of_device[:tokens]
         return result, after
 
 
@@ -121,7 +124,7 @@ class AnswerScoring(ChunkedRun):
         scores, likeliest = np.empty(tokens, np.float32), np.empty(tokens, bool)
         after = cache
         for chunk, results, after in self.run(cache):  # noqa: B007 (the last one is returned)
-            before = chunk.order[self._scored_rows(chunk)]
+            before = chunk.position[self._scored_rows(chunk)]
             for into, values in zip((scores, likeliest), results, strict=True):
                 into[before + 1 - self._first] = np.asarray(values)[: before.size]
         return scores, likeliest, after
@@ -129,11 +132,10 @@ class AnswerScoring(ChunkedRun):
     def _scored_rows(self, chunk: Chunk) -> Int[np.ndarray, "scored"]:
         """The rows of a chunk that a token of the answer follows."""
         last = self._prompt.end - 1
-        return np.flatnonzero((chunk.order >= self._first - 1) & (chunk.order < last))
+        return np.flatnonzero((chunk.position >= self._first - 1) & (chunk.position < last))
 
     def _scored(self, chunk: Chunk) -> ScoredRows:
         rows = self._scored_rows(chunk)
-        chunk_rows = chunk.arguments.token_ids.shape[0]
-        padded = np.zeros((2, -(-chunk_rows // SCORED_ROWS) * SCORED_ROWS), np.int32)
-        padded[:, : rows.size] = rows, self._prompt.inputs.token_ids[chunk.order[rows] + 1]
+        padded = np.zeros((2, -(-chunk.position.size // SCORED_ROWS) * SCORED_ROWS), np.int32)
+        padded[:, : rows.size] = rows, self._prompt.inputs.token_ids[chunk.position[rows] + 1]
         return ScoredRows(np.int32(rows.size), *padded)

@@ -21,6 +21,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import shown, whole_number
 from bsjax.errors import SessionError
 from bsjax.masks.template import Template
+from bsjax.models.sharding import sharded_shapes
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache, KeptConversation
 from bsjax.runtime.reuse import CachedTokens
@@ -190,8 +191,9 @@ def _restored(
         raise ValueError("it has too many conversations")
     language_model = model.module.language_model
     shapes = jax.eval_shape(partial(language_model.empty_cache, cache_rows(max_tokens)))
+    shapes = sharded_shapes(shapes, language_model.mesh)
     conversations = [
-        _conversation(arrays, f"{number}.", each, max_tokens, shapes, language_model.cache_sharding)
+        _conversation(arrays, f"{number}.", each, max_tokens, shapes)
         for number, each in enumerate(of_each)
     ]
     return SavedSession(max_tokens, most, conversations)
@@ -203,7 +205,6 @@ def _conversation(
     described: dict[str, Any],
     max_tokens: int,
     shapes: Any,
-    where: jax.sharding.Sharding | None,
 ) -> KeptConversation:
     """One conversation, whose arrays have names that begin with `prefix`.
 
@@ -231,7 +232,7 @@ def _conversation(
         used = min(template.tokens, of.shape[1])
         if rows.shape != (of.shape[0], used, *of.shape[2:]):
             raise ValueError("its cache does not match its tokens")
-        filled.append(_padded(rows, of.shape, where))
+        filled.append(_padded(rows, of.shape, of.sharding))
     tokens = CachedTokens(token_ids, images, template, span_starts)
     return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
 
@@ -251,11 +252,11 @@ def _padded(
         return jnp.zeros(shape, rows.dtype).at[:, :used].set(rows)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        # Only layers and heads are divided.
-        layers, _, heads, _ = index or (slice(None),) * 4
-        own = rows[layers, :, heads]
-        padded = np.zeros((own.shape[0], shape[1], *own.shape[2:]), rows.dtype)
-        padded[:, :used] = own
+        layers, of_device, heads, _ = index or (slice(None),) * 4
+        first, end, _ = of_device.indices(shape[1])
+        own = rows[layers, first:end, heads]
+        padded = np.zeros((own.shape[0], end - first, *own.shape[2:]), rows.dtype)
+        padded[:, : own.shape[1]] = own
         return padded
 
     return jax.make_array_from_callback(shape, where, part)

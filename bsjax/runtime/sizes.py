@@ -26,6 +26,10 @@ class Sizes(NamedTuple):
     patches: tuple[int, ...]
     feature_patches: int = 0
 
+    def on_devices(self, devices: int) -> "Sizes":
+        """The sizes if the rows of a chunk are divided among devices: each has as many as one."""
+        return self._replace(chunks=tuple(rows * devices for rows in self.chunks))
+
     def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
         """The one or two sizes of chunks for a prompt whose cache has `cache_rows` rows.
 

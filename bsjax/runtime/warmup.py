@@ -9,6 +9,8 @@ from bsjax.attention import resolve_backend
 from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import truth_value, whole_number
 from bsjax.errors import GenerationError
+from bsjax.models.collectives import CONTEXT
+from bsjax.models.sharding import size_along
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt, PromptImage
 from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
@@ -87,9 +89,10 @@ def warmup(
     limit = model.config.get_text_config().max_position_embeddings
     of_every_size = _images_of_every_size(model, backend) if images else ()
     groups = image_groups(model.architecture, of_every_size, backend)
+    sizes = sizes_in_use().on_devices(size_along(programs.mesh, CONTEXT))
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
-        tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
+        tokens = min(sizes.chunks_for(rows)[-1] + 1, rows, limit)
         prompt = Prompt(np.zeros(tokens, np.int32))
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
         settings = AnswerSettings(1, backend)

@@ -180,7 +180,7 @@ class Port:
                 only=arguments.outputs,
             )
             if all_outputs:
-                logits[chunk.order] = self.logits_of(hidden)[: chunk.order.size]
+                logits[chunk.position[: chunk.tokens]] = self.logits_of(hidden)[: chunk.tokens]
             elif chunk.last_parts:
                 logits = np.asarray(self.logits_of(hidden))
         keys = chunk.arguments.cached_rows[-1].schedule.keys.position[:tokens]

@@ -117,8 +117,9 @@ def test_kinds_of_layers_run_the_same_rows(model):
     for chunk in prefilled(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
         local, everywhere = (of.schedule for of in chunk.arguments.cached_rows)
         np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
-        np.testing.assert_array_equal(local.queries.position[: chunk.order.size], chunk.order)
-        assert np.any(np.diff(chunk.order) < 0), "packed"
+        position = chunk.position[: chunk.tokens]
+        np.testing.assert_array_equal(local.queries.position[: chunk.tokens], position)
+        assert np.any(np.diff(position) < 0), "packed"
         assert (local.visibility.window, everywhere.visibility.window) == (12, None)
 
 
@@ -143,7 +144,7 @@ def test_a_ring_holds_the_last_positions_at_their_remainders(model):
         np.testing.assert_array_equal(keys[real], local.schedule.keys.position[real])
         for first, rows in zip(*local.runs, strict=True):
             kept = np.flatnonzero(rows != PADDING_ROW)
-            ring[first + kept] = chunk.order[rows[kept]]
+            ring[first + kept] = chunk.position[rows[kept]]
     last = np.arange(max(0, part.end - 11), part.end)
     np.testing.assert_array_equal(ring[last % 11], last)
 

@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from bsjax.checks import positive_number
 from bsjax.errors import CheckpointError
-from bsjax.models.cache import Cache, CachedRows, OutputRows, ring_rows
+from bsjax.models.cache import Cache, CachedRows, OutputRows, Ring, ring_rows
+from bsjax.models.collectives import embedded
 from bsjax.models.config_checks import check_attention_heads, check_positive
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -28,7 +29,7 @@ from bsjax.models.layers import (
     LayerAttend,
     LayerStep,
     by_inputs,
-    by_outputs,
+    dot_general,
     by_rows,
     chunk_attend,
     decode_attend,
@@ -39,7 +40,6 @@ from bsjax.models.layers import (
     stack_layers,
     take_rows,
 )
-from bsjax.models.sharding import embedded
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
 """The names of the kinds of layers in configs: local, global."""
@@ -88,12 +88,12 @@ class Caches(NamedTuple):
     """Keys and values of the tokens so far: one cache for the layers of each kind.
 
     Attributes:
-      of_local: a ring of the last tokens, as many as a query sees in addition to itself: position p
-        is in row p modulo the number of rows. None if there is no local layer.
+      of_local: the last tokens, as many as a query sees in addition to itself. None if there is no
+        local layer.
       of_global: all tokens. None if there is no global layer.
     """
 
-    of_local: Cache | None
+    of_local: Ring | None
     of_global: Cache | None
 
 
@@ -169,7 +169,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, bool(config.attention_bias)
         linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
-        of_heads = partial(linear, hidden, dot_general=by_outputs)
+        of_heads = partial(linear, hidden, dot_general=dot_general)
         self.q_proj = of_heads(self.q_heads * self.head_dim)
         self.k_proj = of_heads(self.kv_heads * self.head_dim)
         self.v_proj = of_heads(self.kv_heads * self.head_dim)
@@ -192,9 +192,9 @@ class Attention(nnx.Module):
         """
         tokens = hidden.shape[0]
         queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
-        q = self.q_norm(self.q_proj(queries).reshape(-1, self.q_heads, self.head_dim))
-        k = self.k_norm(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim))
-        v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
+        q = self.q_norm(self.q_proj(queries).reshape(queries.shape[0], -1, self.head_dim))
+        k = self.k_norm(self.k_proj(hidden).reshape(tokens, -1, self.head_dim))
+        v = self.v_proj(hidden).reshape(tokens, -1, self.head_dim)
         attended, kept = attend(rotate(q, q_cos, q_sin), rotate(k, cos, sin), v)
         return self.o_proj(attended.reshape(attended.shape[0], -1)), kept
 
@@ -275,11 +275,11 @@ class Gemma3TextModel(LanguageModel):
     def empty_cache(self, rows: int, sequences: int = 1) -> Caches:
         of_kind = (ring_rows(self.window, rows), rows)
         layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
-        of_heads = self.kv_heads, self.head_dim, self.dtype, self.cache_sharding
+        of_heads = self.kv_heads, self.head_dim, self.dtype, self.mesh
         return Caches(
             *(
-                Cache.empty(count, sequences * length, *of_heads) if count else None
-                for count, length in zip(layers, of_kind, strict=True)
+                kind.empty(count, sequences * length, *of_heads) if count else None
+                for kind, count, length in zip((Ring, Cache), layers, of_kind, strict=True)
             )
         )
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from bsjax.errors import CheckpointError
 from bsjax.models.cache import Cache, CachedRows, OutputRows
+from bsjax.models.collectives import embedded
 from bsjax.models.config_checks import check_attention_heads
 from bsjax.models.language_model import LanguageModel
 from bsjax.models.layers import (
@@ -22,7 +23,7 @@ from bsjax.models.layers import (
     LayerAttend,
     LayerStep,
     by_inputs,
-    by_outputs,
+    dot_general,
     by_rows,
     chunk_attend,
     decode_attend,
@@ -33,7 +34,6 @@ from bsjax.models.layers import (
     stack_layers,
     take_rows,
 )
-from bsjax.models.sharding import embedded
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
         hidden = config.hidden_size
         self.head_dim = head_dim(config)
         linear = partial(nnx.Linear, param_dtype=dtype, rngs=rngs)
-        of_heads = partial(linear, hidden, dot_general=by_outputs)
+        of_heads = partial(linear, hidden, dot_general=dot_general)
         self.q_proj = of_heads(self.q_heads * self.head_dim)
         self.k_proj = of_heads(self.kv_heads * self.head_dim)
         self.v_proj = of_heads(self.kv_heads * self.head_dim)
@@ -118,9 +118,9 @@ class Attention(nnx.Module):
         """
         tokens = hidden.shape[0]
         queries, q_cos, q_sin = (take_rows(rows, only) for rows in (hidden, cos, sin))
-        q = rotate(self.q_proj(queries).reshape(-1, self.q_heads, self.head_dim), q_cos, q_sin)
-        k = rotate(self.k_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim), cos, sin)
-        v = self.v_proj(hidden).reshape(tokens, self.kv_heads, self.head_dim)
+        q = rotate(self.q_proj(queries).reshape(queries.shape[0], -1, self.head_dim), q_cos, q_sin)
+        k = rotate(self.k_proj(hidden).reshape(tokens, -1, self.head_dim), cos, sin)
+        v = self.v_proj(hidden).reshape(tokens, -1, self.head_dim)
         attended, kept = attend(q, k, v)
         return self.o_proj(attended.reshape(attended.shape[0], -1)), kept
 
@@ -204,7 +204,7 @@ class Qwen2VLTextModel(LanguageModel):
     @override
     def empty_cache(self, rows: int, sequences: int = 1) -> tuple[Cache]:
         shape = (self.num_layers, sequences * rows, self.kv_heads, self.head_dim)
-        return (Cache.empty(*shape, self.dtype, self.cache_sharding),)
+        return (Cache.empty(*shape, self.dtype, self.mesh),)
 
     @override
     def moved(self, cache: tuple[Cache], rows: Int[Array, "rows"]) -> tuple[Cache]:
