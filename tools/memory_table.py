@@ -25,8 +25,8 @@ from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module, placed_module
 from bsjax.models import FAMILIES, Architecture
-from bsjax.models.pixels import PixelScale
 from bsjax.models.collectives import CONTEXT, TENSOR
+from bsjax.models.pixels import PixelScale
 from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
@@ -159,7 +159,8 @@ def measure(
     target: str = GPUS[0],
     *,
     conversations: int = 1,
-    devices: int = 1,
+    context: int = 1,
+    tensor: int = 1,
 ) -> Measurement:
     """Compiles the programs of `bsjax.generate` for prompts of `tokens` tokens.
 
@@ -172,13 +173,17 @@ def measure(
       tokens: of each prompt.
       target: a key of `gpu_targets.TARGETS`.
       conversations: how many prompts the cache has room for.
-      devices: how many GPUs the model is divided among. The figures are those of each.
+      context: how many GPUs, or groups of `tensor` GPUs, the rows are divided among. Figures are
+        those of each GPU.
+      tensor: how many GPUs the weights are divided among.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
     text = config.get_text_config()
     architecture = Architecture(family, config, DTYPE)
-    mesh = target_mesh(target, {CONTEXT: 1, TENSOR: devices}) if devices > 1 else None
+    mesh = None
+    if context * tensor > 1:
+        mesh = target_mesh(target, {CONTEXT: context, TENSOR: tensor})
     module, _ = placed_module(architecture, mesh)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)

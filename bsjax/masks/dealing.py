@@ -1,17 +1,18 @@
-"""Deals query rows to devices, so that each has as many rows and about as much attention to compute.
+"""Deals query rows to devices: each has as many, and about as much attention to compute.
 
 Rows are dealt in *pieces*: consecutive rows of one image or of the text, as many as a tile has. The
 pieces that visit the most blocks are dealt first, each to the device that has the fewest blocks so
-far and room for it.
+far and room for it. Dense prompts, in which all pieces are alike, have larger pieces.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
 from bsjax.masks.query_rows import QueryRows
 from bsjax.masks.rows import Rows
 from bsjax.masks.visibility import Visibility
@@ -49,8 +50,9 @@ def deal(
     devices: int,
     most_rows: int,
     *,
-    piece_rows: int,
+    block_q: int,
     block_kv: int,
+    stacked_heads: int,
 ) -> Dealt:
     """Deals all query rows.
 
@@ -59,18 +61,19 @@ def deal(
       attending: what they see, for each kind of layers.
       devices: how many devices there are.
       most_rows: the most rows of a device. All of them together have room for all rows.
-      piece_rows: rows of a piece, at most.
+      block_q: query rows of a tile, at most.
       block_kv: keys of a block.
+      stacked_heads: how many query heads the tiles of text rows stack.
     """
+    pieces = partial(_pieces, queries, attending, block_q, block_kv, stacked_heads)
+    nothing = (np.arange(0),) * 3
+    spans = [
+        index
+        for index in range(len(queries.spans))
+        if queries.position[queries.rows_of(index)].size
+    ]
     first, length, blocks = (
-        np.concatenate(column)
-        for column in zip(
-            *(
-                _pieces(queries, index, attending, piece_rows, block_kv)
-                for index in range(len(queries.spans))
-            ),
-            strict=True,
-        )
+        np.concatenate(column) for column in zip(nothing, *map(pieces, spans), strict=True)
     )
     of_device: list[list[tuple[int, int]]] = [[] for _ in range(devices)]
     room, visited = np.full(devices, most_rows), np.zeros(devices)
@@ -93,38 +96,49 @@ def deal(
 
 
 def _pieces(
-    queries: Rows, index: int, attending: Sequence[Attending], piece_rows: int, block_kv: int
+    queries: Rows,
+    attending: Sequence[Attending],
+    block_q: int,
+    block_kv: int,
+    stacked_heads: int,
+    index: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First row, rows and blocks of the pieces of one span."""
     before = queries.rows_of(index).start
-    # Where the rows of another image begin, or those of an image after text.
     image = queries.info.image[queries.rows_of(index)]
-    begins = np.append(-2, image[:-1]) != image
-    borders = np.flatnonzero(begins).tolist() if queries.packed else [0]
-    ends = [*borders[1:], image.size]
-    first = np.concatenate(
-        [
-            np.arange(0),
-            *(np.arange(*bounds, piece_rows) for bounds in zip(borders, ends, strict=True)),
-        ]
-    )
+    text_rows = max(1, block_q // stacked_heads)
+    if queries.packed:
+        borders = np.flatnonzero(np.append(-2, image[:-1]) != image).tolist()
+        steps = np.where(image[borders] < 0, text_rows, block_q).tolist()
+    else:
+        borders, steps = [0], [text_rows * stacked_heads]
+    first = [np.arange(0)]
+    for start, end, step in zip(borders, [*borders[1:], image.size], steps, strict=True):
+        if queries.packed:  # As many as there are tiles, and equally long, so that they fit.
+            step = -(-(end - start) // -(-(end - start) // step))
+        first.append(np.arange(start, end, step))
+    first = np.concatenate(first)
     length = np.diff(first, append=image.size)
-    blocks = np.zeros(first.size, np.int64)
+    full = np.asarray(steps)[np.searchsorted(borders, first, side="right") - 1]
+    blocks = np.zeros(first.size)
     for keys, visibility, heads in attending:
         rows = QueryRows(queries, index, keys, visibility)
-        is_text = rows.image[first] < 0
+        is_text = (rows.image[first] < 0) & queries.packed
         for category, count in zip(HeadCategory, heads.tolist(), strict=True):
             if count:
                 seen = _blocks(rows, category.groups, first, length, block_kv)
+                if category.groups == ALL_KEY_GROUPS:
+                    # Tiles of dense heads are full: short pieces share one.
+                    seen = seen * length / full
                 blocks += count * np.where(is_text, 0, seen)
         seen = _blocks(rows, ALL_KEY_GROUPS, first, length, block_kv)
-        blocks += int(heads.sum()) * np.where(is_text, seen, 0)
+        blocks += int(heads.sum()) // stacked_heads * np.where(is_text, seen, 0)
     return first + before, length, blocks
 
 
 def _blocks(
     rows: QueryRows,
-    groups: int,
+    groups: KeyGroup,
     first: Int[np.ndarray, "pieces"],
     length: Int[np.ndarray, "pieces"],
     block_kv: int,
@@ -135,5 +149,7 @@ def _blocks(
         begins = rows.ranges(segment, groups, first)
         ends = rows.ranges(segment, groups, first + length - 1)
         keys = np.maximum(ends.high - begins.low, 0)
-        blocks += np.where((ends.high > ends.low) | (begins.high > begins.low), -(-keys // block_kv), 0)
+        blocks += np.where(
+            (ends.high > ends.low) | (begins.high > begins.low), -(-keys // block_kv), 0
+        )
     return blocks

@@ -77,8 +77,8 @@ class Rows:
         otherwise sinks stay in their images.
       first_row: the first row of each span, ascending, if there may be padding between them, as in
         a cache of several conversations; None if each span begins where the one before it ends.
-      kept: for each span, the positions of the tokens that have rows, ascending, as those of queries
-        that are dealt to several devices; None if all have.
+      kept: for each span, the positions of the tokens that have rows, ascending, as those of
+        queries that are dealt to several devices; None if all have.
 
     Attributes:
       templates: as given.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ def ring_rows(window: int, cache_rows: int) -> int:
       cache_rows: rows of a cache that keeps all tokens.
     """
     return min(max(window - 1, 1), cache_rows)
+
+
+AnyCache = TypeVar("AnyCache", bound="Cache")
 
 
 class Runs(NamedTuple):
@@ -66,14 +69,14 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(
-        cls,
+        cls: type[AnyCache],
         layers: int,
         rows: int,
         kv_heads: int,
         head_dim: int,
         dtype: Any,
         mesh: Mesh | None = None,
-    ) -> "Cache":
+    ) -> AnyCache:
         """A cache of zeros. Rows that no query sees must be finite: kernels multiply them by 0.
 
         Args:
@@ -89,11 +92,11 @@ class Cache(NamedTuple):
         return cls(zeros(), zeros())
 
     def written(
-        self,
+        self: AnyCache,
         k: Float[Array, "layers sequences kv_heads head_dim"],
         v: Float[Array, "layers sequences kv_heads head_dim"],
         row: Int[Array, "sequences"],
-    ) -> "Cache":
+    ) -> AnyCache:
         """The cache with a row of each sequence replaced, in place if the cache is donated.
 
         Args:
@@ -143,7 +146,7 @@ class Cache(NamedTuple):
 
         return gather(self.k), gather(self.v), None
 
-    def moved(self, rows: Int[Array, "rows"]) -> "Cache":
+    def moved(self: AnyCache, rows: Int[Array, "rows"]) -> AnyCache:
         """The cache with each row taken from another one, layer by layer to save memory."""
         rows = own_part(rows, CONTEXT)
 
@@ -154,7 +157,9 @@ class Cache(NamedTuple):
 
         return self._make(jax.lax.fori_loop(0, array.shape[0], move, array) for array in self)
 
-    def copied(self, source: Int[Array, ""], target: Int[Array, ""], sequences: int) -> "Cache":
+    def copied(
+        self: AnyCache, source: Int[Array, ""], target: Int[Array, ""], sequences: int
+    ) -> AnyCache:
         """The cache with one of its `sequences` sequences copied over another one."""
         rows = self.k.shape[1] // sequences
 
@@ -170,12 +175,12 @@ class Cache(NamedTuple):
         )
 
     def chunk_written(
-        self,
+        self: AnyCache,
         layer: Int[Array, ""],
         k: Float[Array, "rows kv_heads head_dim"],
         v: Float[Array, "rows kv_heads head_dim"],
         runs: Runs,
-    ) -> "Cache":
+    ) -> AnyCache:
         """The cache with the rows of a chunk written in one layer, in place if it is donated."""
         cache_row, chunk_row = map(jnp.asarray, runs)
         # A scatter writes everything at the same time on a GPU, but row by row on a CPU.

@@ -22,6 +22,9 @@ TENSOR = "tensor"
 CONTEXT = "context"
 """The mesh axis of rows: those of chunks, and those of the cache."""
 
+ALL_AXES = (CONTEXT, TENSOR)
+"""All axes: each device has something else."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,17 @@ def shared_out(values: Sequence[Any], axes: tuple[str, ...] = (CONTEXT,)) -> Any
     return Shares(jax.tree.map(stack, *values), axes)
 
 
+def shape_of_shares(value: Any, devices: int, axes: tuple[str, ...]) -> Any:
+    """The shapes of what `shared_out` makes of values of this shape, one for each device."""
+    if devices == 1:
+        return value
+
+    def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype)
+
+    return Shares(jax.tree.map(stacked, value), axes)
+
+
 def devices_along(axis: str) -> int:
     """How many devices of the mesh have different values of an axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -97,6 +111,13 @@ def gathered(array: Array, mesh_axis: str, axis: int = 0) -> Array:
     if devices_along(mesh_axis) == 1:
         return array
     return jax.lax.all_gather(array, mesh_axis, axis=axis, tiled=True)
+
+
+def gathered_from_all(array: Array) -> Array:
+    """What all devices of the mesh have, one after the other along the first axis."""
+    for axis in reversed(ALL_AXES):
+        array = gathered(array, axis)
+    return array
 
 
 def own_part(array: Array, mesh_axis: str, axis: int = 0) -> Array:

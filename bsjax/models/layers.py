@@ -464,9 +464,7 @@ class GatedMLP(nnx.Module):
         linear = partial(nnx.Linear, use_bias=bias, param_dtype=dtype, rngs=rngs)
         self.gate_proj = linear(width, inner, dot_general=dot_general)
         self.up_proj = linear(width, inner, dot_general=dot_general)
-        self.down_proj = linear(
-            inner, width, dot_general=by_inputs if is_divided else dot_general
-        )
+        self.down_proj = linear(inner, width, dot_general=by_inputs if is_divided else dot_general)
         self.act = activation(act)
 
     def __call__(self, hidden: Float[Array, "rows width"]) -> Float[Array, "rows width"]:

@@ -1,9 +1,8 @@
 """Where the parts of a model are on the devices of a mesh.
 
 A mesh has two axes. Along `tensor`, each device has some of the heads, of the inner channels of the
-MLPs and of the vocabulary: parameters say so with names of logical axes (`bsjax.models.parameters`).
-Along `context`, each device has some of the rows of a chunk and of the cache. The vision tower is
-on all devices.
+MLPs and of the vocabulary: parameters name these axes (`bsjax.models.parameters`). Along `context`,
+each device has some of the rows of a chunk and of the cache. The vision tower is on all devices.
 
 Programs run on every device with what it has (`bsjax.models.collectives`).
 """
@@ -31,9 +30,7 @@ MOST_CONTEXT = 64
 """The most devices that rows are divided among."""
 
 
-def mesh(
-    tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None
-) -> Mesh:
+def mesh(tensor: int = 1, context: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh for `bsjax.load`, so that a model runs on `context * tensor` devices.
 
     Args:
@@ -55,9 +52,7 @@ def mesh(
     devices = jax.devices() if devices is None else list(devices)
     count = context * tensor
     if len(devices) < count:
-        raise CheckpointError(
-            f"A mesh of {count} devices was asked for: there are {len(devices)}."
-        )
+        raise CheckpointError(f"A mesh of {count} devices was asked for: there are {len(devices)}.")
     return _with_both_axes(np.array(devices[:count]).reshape(context, tensor))
 
 

@@ -282,9 +282,7 @@ class Chunks:
         if self._devices > 1:
             dealt = self._dealt(queries, keys, rows)
             blocks = dealt.blocks
-            of_devices = [
-                rows_of(kept=_positions_in(queries, own_rows)) for own_rows in dealt.rows
-            ]
+            of_devices = [rows_of(kept=_positions_in(queries, own_rows)) for own_rows in dealt.rows]
         placed = ChunkRows(of_devices, rows)
         outputs = None if self._all_outputs else self._last_rows(slices, placed, keys)
         arguments = [
@@ -295,9 +293,7 @@ class Chunks:
             self._first_image[id(each.prompt)] + int(each.prompt.images_before[each.end])
             for each in slices
         ]
-        return Chunk(
-            tuple(slices), placed.position, shared_out(arguments), max(images_end), blocks
-        )
+        return Chunk(tuple(slices), placed.position, shared_out(arguments), max(images_end), blocks)
 
     def _dealt(self, queries: Rows, keys: Sequence[tuple[Rows, int]], rows: int) -> Dealt:
         """The query rows of each device."""
@@ -317,15 +313,14 @@ class Chunks:
                 zip(inputs.visibilities, keys, strict=True)
             )
         ]
-        # A multiple of the rows of a tile of text rows.
-        piece_rows = max(1, block_q // self._stacked_heads) * self._stacked_heads
         return deal(
             queries,
             attending,
             self._devices,
             rows // self._devices,
-            piece_rows=min(piece_rows, block_q),
+            block_q=block_q,
             block_kv=block_kv,
+            stacked_heads=self._stacked_heads,
         )
 
     def _arguments_of(

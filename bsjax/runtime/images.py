@@ -2,10 +2,12 @@
 
 A group is as many consecutive images as fit into one of a few sizes. One or two programs therefore
 encode the images of all prompts, and the pixels of at most two groups are on the device at a time.
+
+On several devices, each encodes a group of its own: groups of one size run together, in *rounds*.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,15 @@ from bsjax.attention import block_sizes
 from bsjax.masks.schedule import bucket
 from bsjax.models import Architecture, ImageTextModel
 from bsjax.models.cache import PADDING_ROW
+from bsjax.models.collectives import (
+    ALL_AXES,
+    Shares,
+    gathered_from_all,
+    shape_of_shares,
+    shared_out,
+)
 from bsjax.models.pixels import Pixels
+from bsjax.models.sharding import sharded_shapes
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
@@ -101,6 +111,8 @@ def image_groups(
     images: Sequence[PromptImage],
     backend: str,
     cache: ImageCache | None = None,
+    *,
+    devices: int = 1,
 ) -> tuple[ImageGroup, ...]:
     """Divides images into groups for the vision tower.
 
@@ -111,6 +123,7 @@ def image_groups(
       images: the images of the prompts that run, one prompt after the other.
       backend: attention backend.
       cache: images that have been encoded. Unless it is empty, waits for the pixels of all images.
+      devices: how many groups run together.
     """
     if not images:
         return ()
@@ -127,7 +140,8 @@ def image_groups(
     groups = []
     counted = counted_patches(architecture, grids, backend).tolist()
     for run in runs:
-        borders = group_borders([counted[index] for index in run], sizes_in_use().patches)
+        patches = [counted[index] for index in run]
+        borders = group_borders(patches, sizes_in_use().patches_for(sum(patches), devices))
         for first_of_run, end_of_run, padded in borders:
             first, end = run[0] + first_of_run, run[0] + end_of_run
             features = tuple(each for each in known[first:end] if each is not None)
@@ -177,23 +191,27 @@ def _blocks(architecture: Architecture, backend: str) -> tuple[int, int]:
     return block_sizes(backend, family.vision_head_dim(config), dtype, sparse=True)
 
 
-def most_group_tokens(architecture: Architecture, images: Sequence[PromptImage]) -> int:
-    """The most image tokens of a group, rounded up; 0 if the model reads text only.
+def most_round_tokens(
+    architecture: Architecture, images: Sequence[PromptImage], devices: int = 1
+) -> int:
+    """The most image tokens of a round, rounded up; 0 if the model reads text only.
 
     It is the same for nearly all prompts, because the programs of chunks depend on it.
 
     Args:
       architecture: architecture of the model.
       images: the images. A very large one may exceed the usual sizes.
+      devices: how many groups run together.
     """
     family, config, _ = architecture
     if not family.reads_images:
         return 0
-    sizes = sizes_in_use()
-    usual = max(sizes.patches[-1], sizes.feature_patches) // family.patches_per_token(config)
+    sizes, patches_per_token = sizes_in_use(), family.patches_per_token(config)
+    usual = sizes.patches_for(2**63, devices)[-1] // patches_per_token
     # Tokens made of padding are not kept. A long, narrow image has far more of them than of others.
-    most = max((image.tokens for image in images), default=0)
-    return bucket(most, smallest=usual, steps=1)
+    of_image = max((image.tokens for image in images), default=0)
+    of_groups = devices * bucket(of_image, smallest=usual, steps=1)
+    return max(of_groups, sizes.feature_patches // patches_per_token)
 
 
 def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -231,6 +249,25 @@ def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[in
     return groups
 
 
+def rounds(groups: Sequence[ImageGroup], devices: int) -> Iterator[Sequence[ImageGroup]]:
+    """Consecutive groups that run together: of one size, at most one for each device.
+
+    Images that have been encoded are written group by group.
+    """
+    first = 0
+    while first < len(groups):
+        size, end = groups[first].padded_tokens, first + 1
+        while (
+            end < min(len(groups), first + devices)
+            and groups[first].features is None
+            and groups[end].features is None
+            and groups[end].padded_tokens == size
+        ):
+            end += 1
+        yield groups[first:end]
+        first = end
+
+
 def encode_images(
     module: ImageTextModel,
     features: Float[Array, "rows hidden"],
@@ -241,7 +278,8 @@ def encode_images(
 ) -> Float[Array, "rows hidden"]:
     """Encodes a group of images and writes their features into rows of an array.
 
-    Donate `features` so that they are updated in place.
+    Donate `features` so that they are updated in place. On several devices, each has a group of its
+    own, and the features of all.
 
     Args:
       module: the model.
@@ -252,7 +290,8 @@ def encode_images(
         padding.
       backend: attention backend.
     """
-    encoded = module.encode_images(pixels, plan, backend=backend)
+    encoded = gathered_from_all(module.encode_images(pixels, plan, backend=backend))
+    image_rows = gathered_from_all(image_rows)
     return features.at[image_rows].set(encoded.astype(features.dtype), mode="drop")
 
 
@@ -307,30 +346,37 @@ class ImageEncoder:
             to the weights and to what the programs take.
         """
         self._row_of, self._cache = row_of, cache
+        self._put = programs.put
+        self._devices = 1 if programs.mesh is None else programs.mesh.size
         self._programs: dict[tuple[Callable[..., Any], int], Program] = {}
+        copied = [0]
         for group in groups:
             size = group.padded_tokens
             *_, rows = arguments = group.arguments()
             if group.features is None:
+                arguments = shape_of_shares(arguments, self._devices, ALL_AXES)
+                if isinstance(arguments, Shares):
+                    arguments = tuple(Shares(of, ALL_AXES) for of in arguments.stacked)
                 self._programs[encode_images, size] = programs.get(
                     encode_images, (features, *arguments), static=(backend,), donate=(0,)
                 )
+                copied.append(size_in_bytes(sharded_shapes(arguments[0], programs.mesh)))
             if cache is not None and features is not None:
                 encoded = jax.ShapeDtypeStruct((size, features.shape[1]), features.dtype)
                 self._programs[write_features, size] = programs.get(
                     write_features, (features, encoded, rows), donate=(0,)
                 )
                 self._programs[read_features, size] = programs.get(read_features, (features, rows))
-        # While one group is encoded, the pixels of the next are copied to the device.
-        copied = max((size_in_bytes(group.arguments()[0]) for group in groups[1:]), default=0)
+        # While one round is encoded, the pixels of the next are copied to the devices.
+        more = max(copied) if len(groups) > self._devices else 0
         self.stages = [
-            Stage("vision", program, other_bytes + copied) for program in self._programs.values()
+            Stage("vision", program, other_bytes + more) for program in self._programs.values()
         ]
 
     def encode(
         self,
         features: jax.Array,
-        groups: Iterable[ImageGroup],
+        groups: Sequence[ImageGroup],
         stopwatch: Stopwatch | None = None,
     ) -> jax.Array:
         """Encodes groups and returns the features with theirs written; donates `features`.
@@ -344,28 +390,40 @@ class ImageEncoder:
         stopwatch = stopwatch or Stopwatch()
         fresh: list[tuple[ImageGroup, jax.Array]] = []
         with stopwatch.part("vision"):
-            for group in groups:
-                rows = group.rows(self._row_of)
-                pixels = group.encoded() if group.features else group.pixels()
+            for groups_of_round in rounds(groups, self._devices):
+                program, pixels, *others = self._arguments(groups_of_round)
                 with stopwatch.part("transfer"):
-                    pixels = jax.device_put(pixels)
-                # Waits for the group before, so that no more than two groups' pixels are on the
-                # device.
+                    pixels = self._put(pixels)
+                # Waits for the round before, so that no more than two rounds' pixels are on the
+                # devices.
                 jax.block_until_ready(features)
                 with stopwatch.part("transfer"):
                     jax.block_until_ready(pixels)
-                if group.features:
-                    program = self._programs[write_features, group.padded_tokens]
-                    features = program(features, pixels, rows)
-                    continue
-                program = self._programs[encode_images, group.padded_tokens]
-                features = program(features, pixels, group.plan, rows)
+                features = program(features, pixels, *others)
                 if self._cache is not None:
-                    read = self._programs[read_features, group.padded_tokens]
-                    fresh.append((group, read(features, rows)))
+                    for group in groups_of_round:
+                        if group.features is None:
+                            read = self._programs[read_features, group.padded_tokens]
+                            fresh.append((group, read(features, group.rows(self._row_of))))
             for group, encoded in fresh:
                 self._keep(group, np.asarray(encoded))
         return features
+
+    def _arguments(self, groups: Sequence[ImageGroup]) -> tuple[Any, ...]:
+        """The program of a round, and its arguments after `features`."""
+        size = groups[0].padded_tokens
+        rows = [group.rows(self._row_of) for group in groups]
+        if groups[0].features:
+            return self._programs[write_features, size], groups[0].encoded(), *rows
+        pixels, plans = [group.pixels() for group in groups], [group.plan for group in groups]
+        # Devices without a group encode the last one again, which nobody reads.
+        missing = self._devices - len(groups)
+        pixels, plans = pixels + pixels[-1:] * missing, plans + plans[-1:] * missing
+        rows += [np.full_like(rows[-1], PADDING_ROW)] * missing
+        return (
+            self._programs[encode_images, size],
+            *(shared_out(values, ALL_AXES) for values in (pixels, plans, rows)),
+        )
 
     def _keep(self, group: ImageGroup, encoded: Float[np.ndarray, "tokens hidden"]) -> None:
         assert self._cache is not None

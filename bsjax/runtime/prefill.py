@@ -22,7 +22,7 @@ from bsjax.models.sharding import sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
-from bsjax.runtime.images import ImageEncoder, image_groups, most_group_tokens
+from bsjax.runtime.images import ImageEncoder, image_groups, most_round_tokens
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
@@ -234,8 +234,11 @@ class ChunkedRun:
         inputs = prompts[0].inputs
         self._categories = inputs.head_category
         images = [image for prompt in prompts for image in prompt.images]
-        self.groups = image_groups(inputs.architecture, images, backend, image_cache)
-        group_tokens = most_group_tokens(inputs.architecture, images)
+        everywhere = 1 if programs.mesh is None else programs.mesh.size
+        self.groups = image_groups(
+            inputs.architecture, images, backend, image_cache, devices=everywhere
+        )
+        round_tokens = most_round_tokens(inputs.architecture, images, everywhere)
         devices = size_along(programs.mesh, CONTEXT)
         sizes = sizes.on_devices(devices)
         self.chunks = Chunks(
@@ -243,13 +246,13 @@ class ChunkedRun:
             layout,
             sizes.chunks_for(layout.rows),
             inputs.head_category.shape[1] // language_model.kv_heads,
-            feature_rows=sizes.chunks[-1] + group_tokens,
+            feature_rows=sizes.chunks[-1] + round_tokens,
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
             devices=devices,
         )
         self.features: jax.ShapeDtypeStruct | None = None
-        if group_tokens:
+        if round_tokens:
             shape = (self.chunks.feature_rows, language_model.embed_tokens.features)
             self.features = jax.ShapeDtypeStruct(shape, language_model.dtype)
         self._images = ImageEncoder(

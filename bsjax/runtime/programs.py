@@ -147,6 +147,13 @@ class Programs:
         """Seconds that this thread has compiled for, and how many programs."""
         return getattr(self._of_thread, "value", (0.0, 0))
 
+    def put(self, tree: Any) -> Any:
+        """Copies arguments of programs to where the programs need them."""
+        if self.mesh is None:
+            return jax.device_put(tree)
+        shapes = sharded_shapes(tree, self.mesh)
+        return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+
     def get(
         self,
         function: Callable[..., Any],

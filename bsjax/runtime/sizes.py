@@ -30,6 +30,19 @@ class Sizes(NamedTuple):
         """The sizes if the rows of a chunk are divided among devices: each has as many as one."""
         return self._replace(chunks=tuple(rows * devices for rows in self.chunks))
 
+    def patches_for(self, patches: int, devices: int) -> tuple[int, ...]:
+        """The sizes of groups of images, if each device has a group of its own.
+
+        All groups that run together have as many patches as a group on one device, and no group
+        has more than it takes for every device to have some of the images.
+
+        Args:
+          patches: of all images.
+          devices: how many groups run together.
+        """
+        smallest, largest = self.patches[0], max(self.patches[-1] // devices, self.patches[0])
+        return (smallest,) if patches <= smallest * devices else tuple({smallest: 0, largest: 0})
+
     def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
         """The one or two sizes of chunks for a prompt whose cache has `cache_rows` rows.
 

@@ -88,7 +88,7 @@ def warmup(
     before, start = programs.compilations, time.perf_counter()
     limit = model.config.get_text_config().max_position_embeddings
     of_every_size = _images_of_every_size(model, backend) if images else ()
-    groups = image_groups(model.architecture, of_every_size, backend)
+    groups = image_groups(model.architecture, of_every_size, backend, devices=_devices(model))
     sizes = sizes_in_use().on_devices(size_along(programs.mesh, CONTEXT))
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
@@ -157,4 +157,10 @@ def _images_of_every_size(model: LoadedModel, backend: str) -> tuple[PromptImage
     nothing = np.zeros((int(grid.prod()), 0), np.uint8)
     image = PromptImage(grid, tokens, model.pixel_scale, lambda: nothing)
     counted = int(counted_patches(model.architecture, grid[None], backend)[0])
-    return (image,) * sum(size // counted for size in sizes_in_use().patches)
+    devices = _devices(model)
+    sizes = sizes_in_use().patches_for(2**63, devices)
+    return (image,) * (devices * sum(size // counted for size in sizes))
+
+
+def _devices(model: LoadedModel) -> int:
+    return 1 if model.mesh is None else model.mesh.size

@@ -13,9 +13,12 @@ import bsjax
 from bsjax import CheckpointError, Profile, ProfileError
 from bsjax.cli import main
 from bsjax.models.collectives import TENSOR
-from bsjax.runtime.programs import size_in_bytes
-from bsjax.runtime.sizes import cache_rows
+from bsjax.runtime.images import rounds
+from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.programs import programs_of, size_in_bytes
+from bsjax.runtime.sizes import Sizes, cache_rows
 from tests.support.checked_programs import check_of_published_model
+from tests.support.chunks import logits_of, prefill_of
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.messages import asked
 from tools import memory_table
@@ -68,6 +71,30 @@ def test_answers_are_those_of_one_device(models, tmp_path):
         assert (second.stats.reused_tokens > 60) == (one.family.name != "gemma3")
         answers.append((first.token_ids, second.token_ids))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("category", [None, "INTRA_IMAGE_SINK"])
+def test_many_chunks_and_rounds_change_nothing(
+    tiny_checkpoint, tiny_model, monkeypatch, category
+):
+    """Prompts of several chunks; images in several rounds, the last of which is not full."""
+    several = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(context=4, tensor=2))
+    sizes = Sizes((16, 32), (24, 48))
+    for module in ("prefill", "scoring", "images"):
+        monkeypatch.setattr(f"bsjax.runtime.{module}.sizes_in_use", lambda: sizes)
+    profile = None if category is None else Profile.uniform(category, tiny_model)
+    # 18 images, each of which is a group.
+    question = asked(WORDS * 2, *(part for seed in range(18) for part in (picture(seed), "?")))
+    logits = []
+    for model in (tiny_model, several):
+        inputs = prepare_inputs(model.architecture, model.prompt(question), profile, backend="xla")
+        programs = programs_of(model)
+        logits.append(logits_of(programs, inputs))
+        groups = prefill_of(programs, inputs).groups
+        if model is several:
+            assert [len(each) for each in rounds(groups, 8)] == [8, 8, 2]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
 
 def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
@@ -126,7 +153,7 @@ def test_the_command_line_divides_a_model(tiny_checkpoint, capsys):
 def test_the_72b_on_eight_gpus(monkeypatch):
     """It fits, and a layer adds up hidden states twice; nothing else travels in it."""
     require_gpu_compiler()
-    measure = partial(memory_table.measure, "Qwen2.5-VL-72B", 36_000, devices=8)
+    measure = partial(memory_table.measure, "Qwen2.5-VL-72B", 36_000, tensor=8)
     recorded = check_of_published_model(monkeypatch, measure)
     if recorded.has_passed:
         return

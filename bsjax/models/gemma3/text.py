@@ -7,7 +7,7 @@ own visibility, rotary embedding and cache.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,10 @@ from bsjax.models.layers import (
     LayerAttend,
     LayerStep,
     by_inputs,
-    dot_general,
     by_rows,
     chunk_attend,
     decode_attend,
+    dot_general,
     frequencies,
     rotate,
     run_layer,
@@ -276,12 +276,11 @@ class Gemma3TextModel(LanguageModel):
         of_kind = (ring_rows(self.window, rows), rows)
         layers = [self.kinds.count(kind) for kind in range(len(LAYER_TYPES))]
         of_heads = self.kv_heads, self.head_dim, self.dtype, self.mesh
-        return Caches(
-            *(
-                kind.empty(count, sequences * length, *of_heads) if count else None
-                for kind, count, length in zip((Ring, Cache), layers, of_kind, strict=True)
-            )
+        of_local, of_global = (
+            kind.empty(count, sequences * length, *of_heads) if count else None
+            for kind, count, length in zip((Ring, Cache), layers, of_kind, strict=True)
         )
+        return Caches(cast(Ring | None, of_local), of_global)
 
     @override
     def moved(self, cache: Caches, rows: Int[Array, "rows"]) -> Caches:
@@ -291,7 +290,11 @@ class Gemma3TextModel(LanguageModel):
     def copied(
         self, cache: Caches, source: Int[Array, ""], target: Int[Array, ""], sequences: int
     ) -> Caches:
-        return Caches(*(of and of.copied(source, target, sequences) for of in cache))
+        of_local, of_global = cache
+        return Caches(
+            of_local and of_local.copied(source, target, sequences),
+            of_global and of_global.copied(source, target, sequences),
+        )
 
     @override
     def prefill(
