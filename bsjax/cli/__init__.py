@@ -10,6 +10,7 @@ import bsjax
 from bsjax.checks import arguments_named
 from bsjax.cli import chat, generate, mask, profile, score, verify, warmup
 from bsjax.cli.arguments import names_of
+from bsjax.cli.distributed import leaving_at_errors
 from bsjax.cli.output import output_failed
 from bsjax.errors import BsjaxError
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Answers may contain characters that the terminal cannot encode.
         sys.stdout.reconfigure(errors="replace")
     try:
-        with arguments_named(names_of(options)):
+        with leaving_at_errors(options), arguments_named(names_of(options)):
             status = options.run(options) or 0
         sys.stdout.flush()
     except BsjaxError as error:

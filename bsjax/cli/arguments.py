@@ -80,7 +80,14 @@ def add_device_options(parser: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="divide the model among N devices (default 1)",
+        help="divide the weights among N devices (default 1)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide the rows of prompts among N devices, or groups of them (default 1)",
     )
 
 
@@ -106,12 +113,13 @@ def described_model(
     from bsjax.models.sharding import mesh
     from bsjax.prompts.sources import DEFAULT_SOURCES
 
+    sizes = options.tensor, options.context
     reads_images = hasattr(options, "allow_private_addresses")
     sources = image_sources_of(options) if reads_images else DEFAULT_SOURCES
     return describe(
         options.checkpoint,
         options.dtype,
-        mesh=mesh(tensor=options.tensor) if options.tensor != 1 else None,
+        mesh=None if sizes == (1, 1) else mesh(*sizes),
         image_sources=sources,
         reader=reader,
     )

@@ -12,6 +12,7 @@ from bsjax.cli.arguments import (
     image_options,
     image_part,
 )
+from bsjax.cli.distributed import add_process_options, is_distributed, same_lines
 from bsjax.cli.imports import import_libraries
 from bsjax.errors import BsjaxError
 
@@ -56,6 +57,7 @@ def add_to(commands: Any) -> None:
     )
     add_image_settings(parser)
     add_device_options(parser)
+    add_process_options(parser)
     parser.set_defaults(run=_chat)
 
 
@@ -90,7 +92,7 @@ def _chat(options: argparse.Namespace) -> None:
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)
 
-    for line in _lines():
+    for line in same_lines(_lines()):
         command, _, rest = line.partition(" ")
         if command == "/quit":
             break
@@ -111,6 +113,8 @@ def _chat(options: argparse.Namespace) -> None:
                 print(f"error: {error}", file=sys.stderr)
                 continue
             except KeyboardInterrupt:
+                if is_distributed(options):  # The other processes go on with the answer.
+                    raise
                 print("\ninterrupted: ask again, or /quit.", file=sys.stderr)
                 continue
             images = []

@@ -16,6 +16,7 @@ from bsjax.cli.arguments import (
     profile_of,
 )
 from bsjax.cli.batch import answer_batch, check_options
+from bsjax.cli.distributed import add_process_options, is_distributed
 from bsjax.cli.imports import import_libraries
 from bsjax.errors import GenerationError
 from bsjax.timing import Stopwatch, seconds_of_process
@@ -127,12 +128,15 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: 0")
     add_device_options(parser)
+    add_process_options(parser)
     parser.set_defaults(run=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
     if options.batch is not None:
         check_options(options)
+        if is_distributed(options):
+            raise GenerationError("--batch cannot be run by several processes: leave out one.")
     elif options.output is not None:
         raise GenerationError("--output is for the answers to --batch; one answer is printed.")
     startup, stopwatch = Stopwatch(), Stopwatch()

@@ -8,6 +8,8 @@ import os
 import sys
 import tempfile
 
+from bsjax.cli.distributed import is_distributed, join
+
 _NOISE = (b"cudart_stub.cc", b"All log messages before absl::InitializeLog() is called")
 
 
@@ -22,11 +24,15 @@ def import_libraries(options: argparse.Namespace, *, devices: bool = True) -> No
       options: the options of a command.
       devices: as for `import_jax`.
     """
-    tensor = getattr(options, "tensor", 1)
-    if tensor > 1 and "jax" not in sys.modules:
+    count = getattr(options, "tensor", 1) * getattr(options, "context", 1)
+    count //= getattr(options, "processes", None) or 1
+    if count > 1 and "jax" not in sys.modules:
         # A CPU has as many devices as this says when JAX starts.
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(tensor))
-    import_jax(devices=devices)
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
+    several = is_distributed(options)
+    import_jax(devices=devices and not several)
+    if several:
+        join(options)
     hide_torch = options.own_process and "torch" not in sys.modules
     if hide_torch:
         # A module that is None in sys.modules cannot be imported.

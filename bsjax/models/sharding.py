@@ -85,8 +85,6 @@ def checked_mesh(given: Any) -> Mesh | None:
             f"one of them, such as bsjax.mesh(tensor=4), got {shown(given)}."
         )
     _check_context(given.shape.get(CONTEXT, 1))
-    if any(device.process_index != jax.process_index() for device in given.devices.flat):
-        raise CheckpointError("mesh has devices of other processes, which bsjax cannot use yet.")
     in_order = given.devices.T if names == (TENSOR, CONTEXT) else given.devices
     return _with_both_axes(in_order.reshape(given.shape.get(CONTEXT, 1), -1))
 
@@ -154,6 +152,11 @@ def mesh_of(parameters: Any) -> Mesh | None:
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return sharding.mesh
     return None
+
+
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """Where arrays are that all devices of a mesh have; None, for the default device, without."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def specs_of(tree: Any) -> Any:

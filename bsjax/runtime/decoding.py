@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from bsjax.models import ImageTextModel
+from bsjax.models.sharding import replicated
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Programs, Stage
@@ -82,8 +83,13 @@ class DecodeState(NamedTuple):
         """Before any token of an answer has been chosen, with a cache."""
         vocabulary = module.language_model.embed_tokens.num_embeddings
         sequences = layout.sequences
-        zeros = partial(jnp.zeros, sequences, jnp.int32)
-        return cls(zeros(), zeros(), jnp.zeros((sequences, vocabulary), jnp.bool_), cache)
+        zeros = partial(jnp.zeros, device=replicated(module.language_model.mesh))
+        return cls(
+            zeros(sequences, jnp.int32),
+            zeros(sequences, jnp.int32),
+            zeros((sequences, vocabulary), jnp.bool_),
+            cache,
+        )
 
 
 class Answers(NamedTuple):

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from bsjax.errors import CapacityError
 from bsjax.runtime.inputs import ModelInputs, describe_images
+from bsjax.runtime.processes import least_of_all
 from bsjax.runtime.programs import Stage
 
 
@@ -63,14 +64,15 @@ def bytes_available(mesh: Mesh | None = None) -> int | None:
     Args:
       mesh: the devices; None for the default one.
     """
-    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    devices = jax.devices()[:1] if mesh is None else mesh.local_devices
     of_devices = [_bytes_available_on(device) for device in devices]
     known = [available for available in of_devices if available is not None]
-    if len(known) < len(of_devices):
-        return None
-    # The devices of a CPU share its memory.
-    shared_by = len(known) if of_devices and devices[0].platform == "cpu" else 1
-    return min(known) // shared_by
+    least = None
+    if len(known) == len(of_devices):
+        # The devices of a CPU share its memory.
+        shared_by = len(known) if devices[0].platform == "cpu" else 1
+        least = min(known) // shared_by
+    return least_of_all(least, mesh)
 
 
 def _bytes_available_on(device: Any) -> int | None:

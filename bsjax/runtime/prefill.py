@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
 from bsjax.models.collectives import CONTEXT, TENSOR, Shares, own_part, rows_of_all
-from bsjax.models.sharding import sharded_shapes, size_along
+from bsjax.models.sharding import replicated, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
@@ -286,7 +286,8 @@ class ChunkedRun:
         """
         features = None
         if self.features is not None:
-            features = jnp.zeros(self.features.shape, self.features.dtype)
+            where = replicated(self._programs.mesh)
+            features = jnp.zeros(self.features.shape, self.features.dtype, device=where)
         groups = self.groups
         part = self.stopwatch.part
         chunks = self._build()

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
 from bsjax.checks import argument, check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
 from bsjax.models.sharding import bytes_on_a_device, mesh_of, on_every_device, sharded_shapes
+from bsjax.runtime.processes import placed, spans_processes
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
 """Compiles a jitted function for arguments of given shapes, for this machine's device or for
@@ -38,14 +39,23 @@ class Program:
       memory: device memory that the program needs.
     """
 
-    def __init__(self, parameters: Any, compiled: Any, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        parameters: Any,
+        compiled: Any,
+        arguments: tuple[Any, ...],
+        mesh: Mesh | None = None,
+    ) -> None:
         self._parameters = parameters
+        self._shapes = arguments if spans_processes(mesh) else None
         self.compiled = compiled
         self.output = compiled.out_info
         self.memory = Memory.of(compiled, arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the program. Arguments must have the shapes and dtypes that it was compiled for."""
+        if self._shapes is not None:
+            arguments = placed(arguments, self._shapes)
         return self.compiled(self._parameters, *arguments)
 
 
@@ -152,6 +162,8 @@ class Programs:
         if self.mesh is None:
             return jax.device_put(tree)
         shapes = sharded_shapes(tree, self.mesh)
+        if spans_processes(self.mesh):
+            return placed(tree, shapes)
         return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     def get(
@@ -189,7 +201,8 @@ class Programs:
         jitted = jax.jit(run, donate_argnums=tuple(index + 1 for index in donate))
         # The model's mesh, or none, whatever mesh the caller has set.
         with jax.set_mesh(mesh), _said_on_a_terminal(f"bsjax: compiling {run.__name__} ..."):
-            program = Program(self.parameters, self._compile(jitted, shapes), shapes[1:])
+            compiled = self._compile(jitted, shapes)
+            program = Program(self.parameters, compiled, shapes[1:], mesh)
         seconds = time.perf_counter() - start
         with self._lock:
             self.compile_seconds += seconds

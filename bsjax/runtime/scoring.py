@@ -19,6 +19,7 @@ from bsjax.runtime.prefill import (
     all_logits,
     log_probabilities,
 )
+from bsjax.runtime.processes import fetched
 from bsjax.runtime.programs import Programs
 from bsjax.runtime.sizes import sizes_in_use
 
@@ -68,7 +69,7 @@ class Scoring(ChunkedRun):
         result = np.empty((self._tokens, self._vocabulary), np.float32)
         after = cache
         for chunk, logits, after in self.run(cache):  # noqa: B007 (the last one is returned)
-            of_devices = np.asarray(logits.stacked)
+            of_devices = fetched(logits.stacked)
             positions = chunk.position.reshape(of_devices.shape[:2])
             for position, of_device in zip(positions, of_devices, strict=True):
                 tokens = np.count_nonzero(position >= 0)

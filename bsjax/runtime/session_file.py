@@ -24,6 +24,7 @@ from bsjax.masks.template import Template
 from bsjax.models.sharding import sharded_shapes
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache, KeptConversation
+from bsjax.runtime.processes import fetched
 from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
@@ -70,7 +71,7 @@ def write_session(
         arrays[f"{number}.sink"] = tokens.template.sink
         for index, leaf in enumerate(jax.tree.leaves(cache)):
             # Also of a ring: before it is full, its last rows are not in use.
-            rows = np.ascontiguousarray(np.asarray(leaf[:, :used]))
+            rows = np.ascontiguousarray(fetched(leaf)[:, :used])
             arrays[f"{number}.cache.{index}"] = rows.view(np.uint8)
         described["conversations"].append(
             {

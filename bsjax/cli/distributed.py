@@ -1,0 +1,133 @@
+"""Commands that run as several processes, each with some of the devices (`jax.distributed`).
+
+Every process is started with the same arguments. Process 0 prints the answers and reads what is
+typed; the others say nothing but errors.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from bsjax.errors import GenerationError
+
+_HEARTBEAT_SECONDS = 30
+"""After this time without a sign of life, a process counts as ended, and the others end, too."""
+
+
+def add_process_options(parser: Any) -> None:
+    """Adds the options; `parser` is a parser or an argument group."""
+    group = parser.add_argument_group(
+        "several processes", "Start the same command in every process, one for each host or GPU."
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of the processes of a SLURM, Open MPI or Kubernetes job",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 on")
+
+
+def is_distributed(options: argparse.Namespace) -> bool:
+    """Whether the command is one of several processes."""
+    return bool(getattr(options, "distributed", False) or getattr(options, "coordinator", None))
+
+
+def join(options: argparse.Namespace) -> None:
+    """Waits for the other processes. Must be called before JAX has looked for devices.
+
+    Raises:
+      GenerationError: the options do not say how to find the others, or they cannot be reached.
+    """
+    explicit = (options.coordinator, options.processes, options.process)
+    if options.coordinator and None in explicit:
+        raise GenerationError("--coordinator needs --processes and --process, too.")
+    if not options.coordinator and (options.processes, options.process) != (None, None):
+        raise GenerationError("--processes and --process need --coordinator HOST:PORT, too.")
+    if options.coordinator and not 0 <= options.process < options.processes:
+        raise GenerationError(
+            f"--process must be 0 to {options.processes - 1}, got {options.process}."
+        )
+    if not options.own_process:
+        raise GenerationError("Only a process of its own can be one of several.")
+    import jax
+
+    # What two processes with CPU devices use; with GPUs it has no effect.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise GenerationError(
+            f"The other processes cannot be joined: {str(error).splitlines()[0]}"
+        ) from error
+    # Gloo writes about its connections to file descriptor 1, which is for answers.
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(answers, "w", errors="replace")  # noqa: SIM115 (open as long as the process)
+    if jax.process_index() > 0:
+        options.errors = sys.stderr
+        # Open as long as the process.
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def leaving_at_errors(options: argparse.Namespace) -> Iterator[None]:
+    """Ends the process at an error. The others, which wait for it, then end as well.
+
+    Python would wait for them, and they for this one.
+    """
+    if not is_distributed(options):
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        from jax.errors import JaxRuntimeError
+
+        from bsjax.errors import BsjaxError
+
+        if isinstance(error, KeyboardInterrupt):
+            _leave(options, "interrupted", 130)
+        if isinstance(error, BsjaxError):
+            _leave(options, f"error: {error}", 2)
+        if isinstance(error, JaxRuntimeError):
+            reason = str(error).splitlines()[0]
+            _leave(options, f"error: another process has ended, or is out of reach: {reason}", 1)
+        raise
+
+
+def _leave(options: argparse.Namespace, line: str, status: int) -> NoReturn:
+    errors = getattr(options, "errors", sys.stderr)
+    # Not with `process_index`, which needs the other processes if there are no devices yet.
+    which = f"process {options.process}: " if options.process else ""
+    print(f"{which}{line}", file=errors, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def same_lines(lines: Iterator[str]) -> Iterator[str]:
+    """The lines that process 0 reads, in all processes."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        yield from lines
+        return
+    while True:
+        line = next(lines, None) if jax.process_index() == 0 else None
+        text = b"" if line is None else line.encode()
+        # -1 is the end of the input.
+        size = multihost_utils.broadcast_one_to_all(np.int32(-1 if line is None else len(text)))
+        if size < 0:
+            return
+        padded = np.frombuffer(text.ljust(int(size), b"\0"), np.uint8)
+        yield np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()

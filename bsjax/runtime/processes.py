@@ -1,0 +1,50 @@
+"""Several processes, each with some of the devices of a mesh (`jax.distributed`).
+
+All processes make the same calls with the same arguments. What a call decides on the host must
+therefore be the same everywhere, and what it returns is.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether some devices of a mesh belong to other processes."""
+    return mesh is not None and mesh.is_multi_process
+
+
+def placed(tree: Any, shapes: Any) -> Any:
+    """Arguments of a program whose devices belong to several processes.
+
+    Args:
+      tree: arrays of the host, which are the same in all processes, and of devices.
+      shapes: their shapes, with shardings.
+    """
+
+    def place(leaf: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(shape.shape, shape.sharding, lambda part: array[part])
+
+    return jax.tree.map(place, tree, shapes)
+
+
+def fetched(array: jax.Array) -> np.ndarray:
+    """The whole array, on the host of every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def least_of_all(value: int | None, mesh: Mesh | None) -> int | None:
+    """The least of the values of all processes that have devices of a mesh; None if one is None."""
+    if not spans_processes(mesh):
+        return value
+    values = multihost_utils.process_allgather(np.int64(-1 if value is None else value))
+    least = int(np.min(values))
+    return None if least < 0 else least
