@@ -1,6 +1,7 @@
 """Measures prefill of a model on several devices and on one, in one run.
 
     python -m benchmarks.devices                   # a small model, random, float32, two CPU devices
+    python -m benchmarks.devices --tensor 1 --context 2
     python -m benchmarks.devices --size qwen2.5-vl-7b --tensor 4 --tokens 36000
 
 Seconds are those of prefill, without the vision tower, whose features are kept, and without
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     result = measure(options)
     print(render(result))
-    name = f"devices_{options.size}_{options.tensor}_{jax.default_backend()}"
+    sizes = f"{options.context}x{options.tensor}"
+    name = f"devices_{options.size}_{sizes}_{jax.default_backend()}"
     print(f"\nwritten to {write_result(name, result, options.output)}")
     return 0
 
@@ -41,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small" if on_cpu else "qwen2.5-vl-7b")
     parser.add_argument("--tensor", type=int, default=2)
+    parser.add_argument("--context", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument(
         "--image-size", type=int, nargs=2, default=(560, 560), metavar=("WIDTH", "HEIGHT")
@@ -58,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         loaded_model(config, random_module(config, options.dtype), options.dtype),
         image_cache_bytes=2**32,
     )
-    models = {"one": model, "several": divided(model, options.tensor)}
+    models = {"one": model, "several": divided(model, options.tensor, options.context)}
     sparse = Profile.uniform("INTRA_IMAGE_SINK", model)
     rows = []
     for tokens in options.tokens:
@@ -90,14 +93,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "weights": "random",
         "dtype": options.dtype,
-        "devices": options.tensor,
+        "tensor": options.tensor,
+        "context": options.context,
         "rows": rows,
     }
 
 
-def divided(model: LoadedModel, tensor: int) -> LoadedModel:
+def divided(model: LoadedModel, tensor: int, context: int) -> LoadedModel:
     """The model on a mesh of so many devices."""
-    mesh = bsjax.mesh(tensor=tensor)
+    mesh = bsjax.mesh(tensor, context)
     _, placements = placed_module(model.architecture, mesh)
     graph, state = nnx.split(model.module)
     placed = {}
@@ -128,7 +132,12 @@ def conversation(model: LoadedModel, tokens: int, size: tuple[int, int]) -> list
 
 def render(result: dict[str, Any]) -> str:
     """The results as a table."""
-    header = ["tokens", "heads", "1 device, s", f"{result['devices']} devices, s"]
+    header = [
+        "tokens",
+        "heads",
+        "1 device, s",
+        f"{result['tensor'] * result['context']} devices, s",
+    ]
     rows = [
         [
             f"{row['tokens']:,}",

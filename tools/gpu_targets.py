@@ -214,21 +214,25 @@ def missing_wheels() -> list[str]:
 
 
 @functools.cache
-def target_topology(name: str, devices: int = 1) -> topologies.TopologyDescription:
-    """So many GPUs of the kind `TARGETS[name]`, in one process."""
+def target_topology(name: str, devices: int = 1, hosts: int = 1) -> topologies.TopologyDescription:
+    """So many GPUs of the kind `TARGETS[name]` in each of one or several processes."""
     return topologies.get_topology_desc(
-        name, platform="cuda", target_config=TARGETS[name].configuration, topology=f"1x1x{devices}"
+        name,
+        platform="cuda",
+        target_config=TARGETS[name].configuration,
+        topology=f"{hosts}x1x{devices}",
     )
 
 
-def target_mesh(name: str, axes: Mapping[str, int]) -> Mesh:
+def target_mesh(name: str, axes: Mapping[str, int], hosts: int = 1) -> Mesh:
     """A mesh of GPUs of the kind `TARGETS[name]`; `jax.shard_map` decides where arrays are.
 
     Args:
       name: a key of `TARGETS`.
       axes: the devices along each axis.
+      hosts: how many processes they belong to, the same number to each.
     """
-    devices = target_topology(name, math.prod(axes.values())).devices
+    devices = target_topology(name, math.prod(axes.values()) // hosts, hosts).devices
     kinds = (AxisType.Auto,) * len(axes)
     return Mesh(np.array(devices).reshape(*axes.values()), tuple(axes), axis_types=kinds)
 

@@ -131,13 +131,21 @@ class Measurement(NamedTuple):
         )
 
 
-def image_prompt(config: PretrainedConfig, tokens: int) -> Prompt:
+def image_prompt(
+    config: PretrainedConfig, tokens: int, grid: tuple[int, int, int] = _GRID
+) -> Prompt:
     """A prompt of `tokens` tokens: images, with a little text before each and at the end.
 
     Images have 1000 tokens, or 256 for Gemma 3. Pixel values are zeros and take no memory.
+
+    Args:
+      config: the configuration of the model.
+      tokens: of the prompt.
+      grid: frames, rows and columns of patches of each image, if the model takes images of any
+        size.
     """
     family = FAMILIES[config.model_type]
-    grid = family.smallest_grid(config) if config.model_type == "gemma3" else _GRID
+    grid = family.smallest_grid(config) if config.model_type == "gemma3" else grid
     image_tokens = int(np.prod(grid)) // family.patches_per_token(config)
     nothing = np.broadcast_to(np.uint8(0), (int(np.prod(grid)), family.patch_area(config) * 3))
     image = PromptImage(
@@ -161,6 +169,7 @@ def measure(
     conversations: int = 1,
     context: int = 1,
     tensor: int = 1,
+    hosts: int = 1,
 ) -> Measurement:
     """Compiles the programs of `bsjax.generate` for prompts of `tokens` tokens.
 
@@ -176,6 +185,7 @@ def measure(
       context: how many GPUs, or groups of `tensor` GPUs, the rows are divided among. Figures are
         those of each GPU.
       tensor: how many GPUs the weights are divided among.
+      hosts: how many processes the GPUs belong to.
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
@@ -183,7 +193,7 @@ def measure(
     architecture = Architecture(family, config, DTYPE)
     mesh = None
     if context * tensor > 1:
-        mesh = target_mesh(target, {CONTEXT: context, TENSOR: tensor})
+        mesh = target_mesh(target, {CONTEXT: context, TENSOR: tensor}, hosts)
     module, _ = placed_module(architecture, mesh)
     programs = Programs(module, partial(_compile, target))
     shape = (text.num_hidden_layers, text.num_attention_heads)

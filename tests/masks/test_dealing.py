@@ -102,9 +102,7 @@ def test_devices_visit_about_as_many_blocks(images, tokens, most, devices, categ
     for rows in dealt.rows:
         kept = [np.sort(queries.position[rows])]
         own = Rows([template], spans, packed=packed, sinks_apart=False, kept=kept)
-        schedule = build_span_schedule(
-            own, keys, tables, block_q=128, block_kv=64, stacked_heads=7
-        )
+        schedule = build_span_schedule(own, keys, tables, block_q=128, block_kv=64, stacked_heads=7)
         visited = schedule.tiles.blocks.sum(axis=1)
         blocks.append(28 * int(visited[:-1].sum()) + 4 * int(visited[-1]))
     assert max(blocks) <= most * np.mean(blocks)

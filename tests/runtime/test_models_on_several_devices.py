@@ -75,9 +75,7 @@ def test_answers_are_those_of_one_device(models, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("category", [None, "INTRA_IMAGE_SINK"])
-def test_many_chunks_and_rounds_change_nothing(
-    tiny_checkpoint, tiny_model, monkeypatch, category
-):
+def test_many_chunks_and_rounds_change_nothing(tiny_checkpoint, tiny_model, monkeypatch, category):
     """Prompts of several chunks; images in several rounds, the last of which is not full."""
     several = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(context=4, tensor=2))
     sizes = Sizes((16, 32), (24, 48))
