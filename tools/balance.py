@@ -111,8 +111,10 @@ def dealt(inputs: ModelInputs, gpus: int, *, whole: bool = False) -> Dealt:
     for chunk in chunks:
         arguments = chunk.arguments
         columns = (
-            arguments.stacked if isinstance(arguments, Shares) else arguments
-        ).cached_rows[0].schedule.tile_columns
+            (arguments.stacked if isinstance(arguments, Shares) else arguments)
+            .cached_rows[0]
+            .schedule.tile_columns
+        )
         full, partial = columns[..., 3], columns[..., 4]
         visited = (full + partial).sum(axis=-1).reshape(-1, weights.size)
         blocks.append(visited @ weights)
