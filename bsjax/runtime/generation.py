@@ -8,7 +8,6 @@
 
 import atexit
 import inspect
-import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -377,15 +376,23 @@ def generate(
         )
         return result_of(events, stream)
     return_errors = return_errors and is_batch
+    stopwatch = Stopwatch()
     if is_batch and not return_errors:
-        check_conversations(model, conversations, options)
+        with stopwatch.part("prompt"):
+            check_conversations(model, conversations, options)
     results: list[Any] = [[None] * len(copies) for _ in conversations]
     tasks = [
         Task(number, conversation, tuple(copies), f"conversations[{number}]" if is_batch else None)
         for number, conversation in enumerate(conversations)
     ]
     for number, copy, outcome in run_batch(
-        model, tasks, resolved, options, return_errors=return_errors, ahead=True
+        model,
+        tasks,
+        resolved,
+        options,
+        return_errors=return_errors,
+        ahead=True,
+        stopwatch=stopwatch,
     ):
         results[number][copy] = outcome
     for number, of_conversation in enumerate(results):
@@ -686,12 +693,13 @@ def generate_once(
     until_first_token = stopwatch.total
     chosen: list[int] = []
     answer = Answer(model.tokenizer, settings)
-    decode_seconds = 0.0
     try:
         while True:
             chosen += [int(each.token) for each in new]
             for each in new:
-                yield answer.add(each)
+                with stopwatch.part("decode"):
+                    token = answer.add(each)
+                yield token
                 if answer.has_ended:
                     break
             if answer.has_ended:
@@ -699,10 +707,9 @@ def generate_once(
             left = settings.new_tokens - len(answer.token_ids)
             limit = 1 if one_by_one else min(DECODE_CHUNK, left)
             check_not_forked(GenerationError)
-            start = time.perf_counter()
-            (more,), state = decoding.run(state, answers, steps=limit)
-            decode_seconds += time.perf_counter() - start
-            new = tokens_of(more)
+            with stopwatch.part("decode"):
+                (more,), state = decoding.run(state, answers, steps=limit)
+                new = tokens_of(more)
     finally:
         # An interrupt may have come after the tokens were written, and before they were counted.
         if kept is not None and _has_chosen(state, len(chosen)):
@@ -716,11 +723,11 @@ def generate_once(
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=decode_seconds,
+            decode_seconds=stopwatch.seconds["decode"],
             compiled_programs=programs.of_this_thread[1] - compiled_before[1],
             backend=settings.backend,
             first_token_seconds=until_first_token,
-            **seconds_of(stopwatch),
+            **seconds_of(stopwatch.seconds),
             attention_flops_per_kind=inputs.flops_per_kind,
             reused_tokens=reuse.start,
             reused_images=prefill.reused_images,

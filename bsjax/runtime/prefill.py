@@ -277,12 +277,12 @@ class ChunkedRun:
             prompts' first chunks, alone or with more. It is donated, and so is what is yielded.
         """
         features = None
-        if self.features is not None:
-            features = jnp.zeros(self.features.shape, self.features.dtype)
         groups = self.groups
         part = self.stopwatch.part
         chunks = self._build()
         with part("prefill"):
+            if self.features is not None:
+                features = jnp.zeros(self.features.shape, self.features.dtype)
             chunk = next(chunks, None)
         while chunk is not None:
             if features is not None:
