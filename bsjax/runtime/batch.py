@@ -33,7 +33,7 @@ from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
 from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
-from bsjax.runtime.memory import bytes_available, check_memory
+from bsjax.runtime.memory import bytes_available, check_cache_memory, check_memory
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
 from bsjax.runtime.results import Result, Stats, seconds_of
@@ -259,6 +259,9 @@ class _Source:
         self._model, self._tasks, self._options = model, tasks, options
         self._profile = profile
         self._return_errors = return_errors
+        self._programs = programs_of(model)
+        # All that is free while no pool has a cache.
+        self._available = bytes_available(self._programs.mesh)
 
     def fill(self) -> Iterator[Answered]:
         """Prepares prompts until enough are waiting. Yields the errors of those that cannot run."""
@@ -332,6 +335,8 @@ class _Source:
                 prompt = self._model.prompt_of(task.messages, self._options, self._reader)
             longest = max(settings.new_tokens for settings in task.settings)
             inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+            layout = CacheLayout(cache_rows(inputs.tokens + longest))
+            check_cache_memory(inputs, self._programs, layout, self._available)
         except BsjaxError as error:
             self._reader.forget(requests)
             failure = _named(error, task.place)

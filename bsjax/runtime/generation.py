@@ -45,7 +45,7 @@ from bsjax.runtime.decoding import (
     DecodeState,
     Decoding,
 )
-from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.inputs import Placed, prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
@@ -54,7 +54,12 @@ from bsjax.runtime.kept_cache import (
     layout_of,
     moving_stages,
 )
-from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
+from bsjax.runtime.memory import (
+    check_cache_memory,
+    check_host_memory,
+    check_memory,
+    host_bytes_available,
+)
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import Result, Stats, Token, seconds_of
@@ -518,7 +523,15 @@ def stream(
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
     stopwatch = Stopwatch()
-    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens, stopwatch)
+    programs = programs_of(model)
+
+    def check_cache(placed: Placed) -> None:
+        layout = layout_of(None, placed.template.tokens + settings.new_tokens)
+        check_cache_memory(placed, programs, layout, available_bytes(None, NOTHING, programs.mesh))
+
+    prompt = checked_prompt(
+        model, conversation, resolved, options, settings.new_tokens, stopwatch, check_cache
+    )
     events = generate_once(model, prompt, resolved, settings, one_by_one=True, stopwatch=stopwatch)
     return pieces_of(events)
 
@@ -575,16 +588,13 @@ def forward_once(
         inputs = prepare_inputs(
             model.architecture, prompt, profile, backend=backend, start=reuse.start
         )
+        layout, programs = layout_of(kept, inputs.tokens), programs_of(model)
+        available = available_bytes(kept, reuse, programs.mesh)
+        check_cache_memory(inputs, programs, layout, available)
         reader.start()
-        layout = layout_of(kept, inputs.tokens)
-        programs = programs_of(model)
         image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
-        check_memory(
-            inputs,
-            [*scoring.stages, *moving_stages(kept, reuse)],
-            available_bytes(kept, reuse, programs.mesh),
-        )
+        check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
         # On a CPU, the programs and the result share the host's memory.
         on_host = (
             max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
@@ -664,9 +674,11 @@ def generate_once(
             new_tokens=settings.new_tokens,
             start=reuse.start,
         )
+        layout = layout_of(kept, inputs.tokens + settings.new_tokens)
+        available = available_bytes(kept, reuse, programs.mesh)
+        check_cache_memory(inputs, programs, layout, available)
         if reader is not None:
             reader.start()
-        layout = layout_of(kept, inputs.tokens + settings.new_tokens)
         placed = PlacedPrompt(inputs, reuse)
         prefill = Prefill(
             programs,
@@ -679,7 +691,7 @@ def generate_once(
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
         stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
-        check_memory(inputs, stages, available_bytes(kept, reuse, programs.mesh))
+        check_memory(inputs, stages, available)
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
