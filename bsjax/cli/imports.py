@@ -48,9 +48,8 @@ def import_jax(*, devices: bool = False) -> None:
 
     The stub reports the missing driver several times, at any log level. Stderr is therefore
     captured during the import, and all other lines are written afterwards. With a driver, or
-    without JAX's CUDA plugin, nothing is captured. With a driver, or if
-    `JAX_PLATFORMS` asks for a GPU, a CUDA plugin that cannot be used is reported in one line, where
-    JAX writes a traceback.
+    without JAX's CUDA plugin, nothing is captured. With a driver, or if `JAX_PLATFORMS` asks for a
+    GPU, a CUDA plugin that cannot be used is reported in one line, where JAX writes a traceback.
 
     Args:
       devices: whether to look for devices as well, which makes the stub report again.
