@@ -101,7 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         nargs="*",
         default=(0.41, 1.0),
-        help="shares of the attention FLOPs that the mixes cut; 1 makes every head sparse",
+        help="shares of the attention FLOPs that the mixes cut; 1 makes all heads sparse, except "
+        "for the last layer's",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -206,18 +207,23 @@ def _measure(options: argparse.Namespace, files: Sequence[Path]) -> dict[str, An
 
 
 def mixed_profile(model: LoadedModel, template: Template, cut: float) -> Profile:
-    """A profile whose sparse heads, spread over all layers, cut this share of attention FLOPs."""
+    """A profile whose sparse heads cut this share of attention FLOPs.
+
+    They are spread over all layers but the last one, where a profile leaves heads DENSE: it saves
+    nothing there.
+    """
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    # FLOPs of all layers, whatever their kind. In the last one all categories cost the same.
+    # FLOPs of these layers, whatever their kind.
     flops = head_flops(
         template, model.family.visibilities(model.config), model.family.layer_kinds(model.config), 1
-    )
+    )[:-1]
     pairs = dict(zip(HeadCategory, flops.sum(axis=0).tolist(), strict=True))
-    categories = np.asarray(head_mix(pairs, layers * heads, cut), np.int8)
+    categories = np.full((layers, heads), HeadCategory.DENSE, np.int8)
+    categories[:-1] = np.reshape(head_mix(pairs, (layers - 1) * heads, cut), (layers - 1, heads))
     return Profile(
         family=model.family.name,
-        categories=categories.reshape(layers, heads),
+        categories=categories,
         source=f"none: a benchmark's mix for a cut of {cut:.0%} of the attention FLOPs",
     )
 

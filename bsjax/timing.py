@@ -19,6 +19,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
+        self._began = perf_counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._running: list[str] = []
         self._since = 0.0
@@ -38,6 +39,17 @@ class Stopwatch:
         """Counts seconds that have been counted for one part for another one."""
         self.seconds[before] -= seconds
         self.seconds[after] += seconds
+
+    def take(self) -> defaultdict[str, float]:
+        """Seconds of all parts, which then begin again at 0."""
+        self._count()
+        taken, self.seconds = self.seconds, defaultdict(float)
+        return taken
+
+    @property
+    def age(self) -> float:
+        """Seconds since this was made, whatever they count for."""
+        return perf_counter() - self._began
 
     @property
     def total(self) -> float:

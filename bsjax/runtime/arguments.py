@@ -3,7 +3,7 @@
 No check needs weights: where one needs a model, a `DescribedModel` is enough.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -20,7 +20,7 @@ from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import AnsweredPrompt, Prompt, PromptImage, PromptOptions
 from bsjax.runtime.choice import Choice
 from bsjax.runtime.decoding import MAX_END_TOKENS, AnswerSettings
-from bsjax.runtime.inputs import place
+from bsjax.runtime.inputs import Placed, place
 from bsjax.runtime.sampling import MOST_TOP_TOKENS
 from bsjax.timing import Stopwatch
 
@@ -100,6 +100,7 @@ def checked_prompt(
     options: PromptOptions,
     new_tokens: int,
     stopwatch: Stopwatch | None = None,
+    check: Callable[[Placed], None] | None = None,
 ) -> Prompt:
     """The prompt of a conversation, which can be answered if there is enough memory.
 
@@ -110,6 +111,7 @@ def checked_prompt(
       options: how the messages become a prompt.
       new_tokens: how many tokens the answer may have.
       stopwatch: counts the parts `prompt` and `images`.
+      check: raises an error if the prompt is to be refused, before its images are decoded.
 
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
@@ -118,7 +120,9 @@ def checked_prompt(
     stopwatch = stopwatch or Stopwatch()
     with ImageReader(stopwatch) as reader, stopwatch.part("prompt"):
         prompt = model.prompt_of(messages, options, reader)
-        place(model.architecture, prompt, profile, new_tokens=new_tokens)
+        placed = place(model.architecture, prompt, profile, new_tokens=new_tokens)
+        if check is not None:
+            check(placed)
         return prompt.complete()
 
 

@@ -8,9 +8,9 @@ sequence. What several prompts begin with runs once, in a sequence of its own, f
 copied (`bsjax.runtime.shared_prefixes`).
 """
 
-import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,11 +29,11 @@ from bsjax.profiles.profile import Profile
 from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
-from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
+from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
 from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
-from bsjax.runtime.memory import bytes_available, check_memory
+from bsjax.runtime.memory import bytes_available, check_cache_memory, check_memory
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
 from bsjax.runtime.results import Result, Stats, seconds_of
@@ -132,8 +132,7 @@ class _Conversation:
       is_compared: whether it has been compared with the others that wait.
       reused: how many tokens were copied from a prefix.
       reused_images: how many of its images had been encoded before.
-      stopwatch: has counted the preparation of the prompt.
-      seconds: by part, its share of what runs together with others.
+      seconds: by part, its share of the time of the batch.
       first_token: seconds from the beginning of the batch to its first token.
     """
 
@@ -148,12 +147,24 @@ class _Conversation:
     is_compared: bool = False
     reused: int = 0
     reused_images: int = 0
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     first_token: float = 0.0
 
 
 _Admitted = list[tuple[PlacedPrompt, _Conversation | _Prefix]]
+
+
+def _share(
+    seconds: Mapping[str, float],
+    owners: Sequence[_Conversation | _Prefix],
+    weights: Sequence[int] | None = None,
+) -> None:
+    """Divides seconds among those that they were needed for: evenly, or by their weights."""
+    weights = [1] * len(owners) if weights is None else weights
+    whole = sum(weights)
+    for owner, weight in zip(owners, weights, strict=True):
+        for part, of_part in seconds.items():
+            owner.seconds[part] += of_part * weight / whole
 
 
 def run_batch(
@@ -164,6 +175,7 @@ def run_batch(
     *,
     return_errors: bool,
     ahead: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> Generator[Answered, None, None]:
     """Answers conversations together. Yields answers as they end.
 
@@ -176,11 +188,13 @@ def run_batch(
         answer; otherwise the error is raised.
       ahead: whether conversations stay as they are when others are taken, so that the images of
         several are read side by side. A generator may use a buffer or a file again.
+      stopwatch: was made when the batch began, and has counted what came before this call.
 
     Raises:
       BsjaxError: as for `bsjax.generate`, with the number of the conversation.
     """
-    with ImageReader() as reader:
+    stopwatch = stopwatch or Stopwatch()
+    with ImageReader(stopwatch) as reader:
         source = _Source(
             model,
             iter(tasks),
@@ -190,17 +204,29 @@ def run_batch(
             return_errors=return_errors,
             ahead=ahead,
         )
+        with closing(_answered(model, source)) as outcomes:
+            while True:
+                # What is no other part, but not what the caller does with an outcome.
+                with stopwatch.part("schedules"):
+                    outcome = next(outcomes, None)
+                if outcome is None:
+                    return
+                yield outcome
+
+
+def _answered(model: LoadedModel, source: "_Source") -> Generator[Answered, None, None]:
+    """Yields the outcomes of all conversations of a source."""
+    yield from source.fill()
+    while source.waiting or source.alone:
+        if source.waiting:
+            # First the cache that most prompts wait for.
+            rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
+            yield from _Pool(model, source, rows, source.waiting[rows]).run()
+            del source.waiting[rows]
+        else:
+            rows, conversation = source.alone.pop()
+            yield from _Pool(model, source, rows, deque([conversation]), alone=True).run()
         yield from source.fill()
-        while source.waiting or source.alone:
-            if source.waiting:
-                # First the cache that most prompts wait for.
-                rows = max(source.waiting, key=lambda rows: len(source.waiting[rows]))
-                yield from _Pool(model, source, rows, source.waiting[rows]).run()
-                del source.waiting[rows]
-            else:
-                rows, conversation = source.alone.pop()
-                yield from _Pool(model, source, rows, deque([conversation]), alone=True).run()
-            yield from source.fill()
 
 
 class _Source:
@@ -210,7 +236,7 @@ class _Source:
       waiting: the prompts that are ready, by the rows of a sequence.
       alone: prompts that need the memory of a cache for themselves, and the rows of a sequence.
       is_exhausted: whether there are no more conversations.
-      began: when the batch began (`time.perf_counter`).
+      stopwatch: counts the time of the batch, which is then shared among its conversations.
     """
 
     def __init__(
@@ -225,8 +251,7 @@ class _Source:
         ahead: bool,
     ) -> None:
         self._ahead = ahead
-        self.began = time.perf_counter()
-        self._reader = reader
+        self._reader, self.stopwatch = reader, reader.stopwatch
         self.waiting: dict[int, deque[_Conversation]] = {}
         self.alone: list[tuple[int, _Conversation]] = []
         self.is_exhausted = False
@@ -234,12 +259,16 @@ class _Source:
         self._model, self._tasks, self._options = model, tasks, options
         self._profile = profile
         self._return_errors = return_errors
+        self._programs = programs_of(model)
+        # All that is free while no pool has a cache.
+        self._available = bytes_available(self._programs.mesh)
 
     def fill(self) -> Iterator[Answered]:
         """Prepares prompts until enough are waiting. Yields the errors of those that cannot run."""
         requested: list[list[_Conversation]] = []
         while self._has_room(requested if self._ahead else ()):
-            task = next(self._tasks, None)
+            with self.stopwatch.part("conversations"):
+                task = next(self._tasks, None)
             if task is None:
                 self.is_exhausted = True
                 break
@@ -256,15 +285,17 @@ class _Source:
 
     def _completed(self, prepared: Sequence[_Conversation]) -> Iterator[Answered]:
         """Reads the images of a conversation, which then waits. Yields the errors if it cannot."""
-        self._reader.start()
-        first = prepared[0]
-        assert first.prompt is not None
+        prompt = prepared[0].prompt
+        assert prompt is not None
         try:
-            with first.stopwatch.part("images"):
-                first.prompt.complete()
+            with self.stopwatch.part("images"):
+                self._reader.start()
+                prompt.complete()
         except BsjaxError as error:
             yield from (self.failed(each, error) for each in prepared)
             return
+        finally:
+            _share(self.stopwatch.take(), prepared)
         for each in prepared:
             rows = cache_rows(each.inputs.tokens + each.settings.new_tokens)
             self.waiting.setdefault(rows, deque()).append(each)
@@ -298,21 +329,24 @@ class _Source:
 
     def _prepared(self, task: Task) -> tuple[list[_Conversation], BsjaxError | None]:
         """The prompts of a conversation, or why it has none."""
-        stopwatch, requests = Stopwatch(), self._reader.requests
+        requests = self._reader.requests
         try:
-            with stopwatch.part("prompt"):
+            with self.stopwatch.part("prompt"):
                 prompt = self._model.prompt_of(task.messages, self._options, self._reader)
-            with stopwatch.part("schedules"):
-                longest = max(settings.new_tokens for settings in task.settings)
-                inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+            longest = max(settings.new_tokens for settings in task.settings)
+            inputs = self.inputs_of(prompt, longest, task.settings[0].backend)
+            layout = CacheLayout(cache_rows(inputs.tokens + longest))
+            check_cache_memory(inputs, self._programs, layout, self._available)
         except BsjaxError as error:
             self._reader.forget(requests)
             failure = _named(error, task.place)
             if not self._return_errors:
                 raise failure from error
+            # No answer has this time in its statistics.
+            self.stopwatch.take()
             return [], failure
         self._arrivals += 1
-        return [
+        prepared = [
             _Conversation(
                 task=task,
                 copy=copy,
@@ -321,11 +355,11 @@ class _Source:
                 inputs=inputs,
                 settings=settings,
                 answer=Answer(self._model.tokenizer, settings),
-                # Several answers share the preparation of their prompt.
-                stopwatch=Stopwatch() if copy else stopwatch,
             )
             for copy, settings in enumerate(task.settings)
-        ], None
+        ]
+        _share(self.stopwatch.take(), prepared)
+        return prepared, None
 
 
 def _named(error: BsjaxError, place: str | None) -> BsjaxError:
@@ -359,8 +393,8 @@ class _Pool:
         """
         self._model, self._source, self._rows = model, source, rows
         self._waiting, self._alone = waiting, alone
-        self._programs = programs_of(model)
-        self._compiled = self._programs.compile_seconds, self._programs.compilations
+        self._programs, self._stopwatch = programs_of(model), source.stopwatch
+        self._compilations = self._programs.compilations
         self._running: dict[int, _Conversation] = {}
         self._prefixes: list[_Prefix] = []
         first = waiting[0].settings
@@ -371,13 +405,22 @@ class _Pool:
         """Answers all prompts that wait for this cache, and those that come meanwhile."""
         yield from self._allocate()
         while self._waiting or self._running:
-            self._find_prefixes()
-            while admitted := self._admit():
+            while admitted := self._admitted():
                 yield from self._run_prompts(admitted)
             if self._running:
                 yield from self._decode()
             if not self._alone:
                 yield from self._source.fill()
+
+    @contextmanager
+    def _may_compile(self) -> Iterator[None]:
+        """Counts for compiling how long the block compiles programs."""
+        before, _ = self._programs.of_this_thread
+        try:
+            yield
+        finally:
+            after, _ = self._programs.of_this_thread
+            self._stopwatch.move(after - before, "schedules", "compiling")
 
     def _allocate(self) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
@@ -389,30 +432,33 @@ class _Pool:
         while self._waiting:
             layout = CacheLayout(self._rows, sequences)
             first = self._waiting[0]
-            prefill = Prefill(
-                self._programs,
-                [PlacedPrompt(first.inputs)],
-                layout,
-                [first.settings],
-                self._backend,
-            )
-            decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
-            stages = [*prefill.stages, *decoding.stages]
-            if sequences > 1:
-                # A conversation whose images do not fit beside this cache runs alone.
-                stages = [stage for stage in stages if stage.name != "vision"]
-            try:
-                check_memory(first.inputs, stages, self._available)
-            except CapacityError as error:
-                failure = error
-            else:
-                self._layout, self._decoding = layout, decoding
-                self._state = DecodeState.empty(self._programs.module, layout)
+            with self._may_compile():
+                failure = self._allocate_for(layout, first)
+            _share(self._stopwatch.take(), [first])
+            if failure is None:
                 return
             if sequences > 1:
                 sequences //= 2
             else:
                 yield self._source.failed(self._waiting.popleft(), failure)
+
+    def _allocate_for(self, layout: CacheLayout, first: _Conversation) -> CapacityError | None:
+        """Allocates a cache of this shape, unless a prompt does not fit beside it."""
+        prefill = Prefill(
+            self._programs, [PlacedPrompt(first.inputs)], layout, [first.settings], self._backend
+        )
+        decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
+        stages = [*prefill.stages, *decoding.stages]
+        if layout.sequences > 1:
+            # A conversation whose images do not fit beside this cache runs alone.
+            stages = [stage for stage in stages if stage.name != "vision"]
+        try:
+            check_memory(first.inputs, stages, self._available)
+        except CapacityError as error:
+            return error
+        self._layout, self._decoding = layout, decoding
+        self._state = DecodeState.empty(self._programs.module, layout)
+        return None
 
     def _find_prefixes(self) -> None:
         """Looks for what waiting prompts begin with, and forgets what none of them needs.
@@ -444,6 +490,9 @@ class _Pool:
         ordered = sorted(self._waiting, key=lambda each: first[id(each.prefix or each)])
         self._waiting.clear()
         self._waiting.extend(ordered)
+        for prefix in self._prefixes:
+            if id(prefix) not in first:
+                _share(prefix.seconds, self._rest())
         self._prefixes = [prefix for prefix in self._prefixes if id(prefix) in first]
 
     def _longest_prefix(self, conversation: _Conversation) -> _Prefix | None:
@@ -454,6 +503,18 @@ class _Pool:
             if common_tokens(prefix.inputs, conversation.inputs) >= prefix.tokens
         ]
         return max(fitting, key=lambda prefix: prefix.tokens, default=None)
+
+    def _admitted(self) -> _Admitted:
+        """The prompts that run next, and what they share."""
+        with self._may_compile():
+            self._find_prefixes()
+            admitted = self._admit()
+        _share(self._stopwatch.take(), [owner for _, owner in admitted] or self._rest())
+        return admitted
+
+    def _rest(self) -> list[_Conversation]:
+        """Those that are answered or wait for it."""
+        return [*self._running.values(), *self._waiting]
 
     def _admit(self) -> _Admitted:
         """Gives sequences to waiting prompts, and to what they share."""
@@ -500,7 +561,8 @@ class _Pool:
             self._state = copying_program(self._programs, self._state)(*arguments)
         if prefix.seconds:
             # The first prompt that uses a prefix has it in its statistics.
-            each.seconds, prefix.seconds = prefix.seconds, defaultdict(float)
+            _share(prefix.seconds, [each])
+            prefix.seconds.clear()
         else:
             assert each.prompt is not None
             each.reused = prefix.tokens
@@ -519,14 +581,17 @@ class _Pool:
             for _, owner in admitted
         ]
         prompts = [prompt for prompt, _ in admitted]
-        prefill = Prefill(
-            self._programs,
-            prompts,
-            self._layout,
-            settings,
-            self._backend,
-            image_cache=image_cache_of(self._model),
-        )
+        with self._may_compile():
+            prefill = Prefill(
+                self._programs,
+                prompts,
+                self._layout,
+                settings,
+                self._backend,
+                image_cache=image_cache_of(self._model),
+                stopwatch=self._stopwatch,
+            )
+        _share(self._stopwatch.take(), list(owners.values()))
         known = {id(image) for group in prefill.groups if group.features for image in group.images}
         for _, owner in admitted:
             if isinstance(owner, _Conversation):
@@ -544,27 +609,14 @@ class _Pool:
                 for each in admitted:
                     yield from self._run_prompts([each])
             return
-        counted: defaultdict[str, float] = defaultdict(float)
         for chunk, chosen, state in prefill.run(self._state):
             self._state = state
-            now = prefill.stopwatch.seconds.copy()
-            image_tokens = [
-                int(part.prompt.images_before[part.end] - part.prompt.images_before[part.start])
-                for part in chunk.parts
-            ]
-            for part, count in zip(chunk.parts, image_tokens, strict=True):
-                owner = owners[id(part.prompt)]
-                image_share = count / max(sum(image_tokens), 1)
-                token_share = (part.end - part.start) / chunk.tokens
-                for name, seconds in now.items():
-                    share = token_share if name == "prefill" else image_share
-                    owner.seconds[name] += share * (seconds - counted[name])
-            counted = now
+            self._share_chunk(chunk, owners)
             for output, part in zip(tokens_of(chosen), chunk.last_parts, strict=False):
                 owner = owners[id(part.prompt)]
                 assert isinstance(owner, _Conversation)
                 owner.answer.add(output)
-                owner.first_token = time.perf_counter() - self._source.began
+                owner.first_token = self._stopwatch.age
         for _, owner in admitted:
             if isinstance(owner, _Prefix):
                 owner.is_ready = True
@@ -573,12 +625,26 @@ class _Pool:
                 owner.prompt, owner.inputs = None, replace(owner.inputs, images=())
         yield from self._ended()
 
+    def _share_chunk(self, chunk: Chunk, owners: Mapping[int, _Conversation | _Prefix]) -> None:
+        """Shares the time of a chunk by tokens, and that of its images by image tokens."""
+        seconds = self._stopwatch.take()
+        of_images = {name: seconds.pop(name, 0.0) for name in ("images", "transfer", "vision")}
+        of_parts = [owners[id(part.prompt)] for part in chunk.parts]
+        tokens = [part.end - part.start for part in chunk.parts]
+        image_tokens = [
+            int(part.prompt.images_before[part.end] - part.prompt.images_before[part.start])
+            for part in chunk.parts
+        ]
+        _share(seconds, of_parts, tokens)
+        _share(of_images, of_parts, image_tokens if any(image_tokens) else tokens)
+
     def _refused(
         self, prompt: PlacedPrompt, owner: _Conversation | _Prefix, error: CapacityError
     ) -> Iterator[Answered]:
         """Puts aside what does not fit, such as very large images; refuses it if it is alone."""
         if isinstance(owner, _Prefix):
             self._prefixes.remove(owner)
+            _share(owner.seconds, self._rest())
             for each in self._waiting:
                 each.prefix = None if each.prefix is owner else each.prefix
             return
@@ -602,15 +668,14 @@ class _Pool:
         # Several prompts fill a chunk better than one.
         ends = min(len(self._waiting), max(1, len(self._running) // 4)) or len(self._running)
         steps = _STEPS_BEFORE_STOP if any(each.stop for each in settings) else DECODE_CHUNK
-        began = time.perf_counter()
-        chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
-        share = (time.perf_counter() - began) / len(self._running)
-        for sequence, conversation in self._running.items():
-            conversation.seconds["decode"] += share
-            for token in tokens_of(chosen[sequence]):
-                conversation.answer.add(token)
-                if conversation.answer.has_ended:
-                    break
+        with self._stopwatch.part("decode"):
+            chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
+            for sequence, conversation in self._running.items():
+                for token in tokens_of(chosen[sequence]):
+                    conversation.answer.add(token)
+                    if conversation.answer.has_ended:
+                        break
+        _share(self._stopwatch.take(), list(self._running.values()))
         yield from self._ended()
 
     def _ended(self) -> Iterator[Answered]:
@@ -622,12 +687,10 @@ class _Pool:
                 yield Answered(conversation.task.number, conversation.copy, result)
 
     def _stats(self, conversation: _Conversation) -> Stats:
-        inputs, programs, compiled = conversation.inputs, self._programs, self._compiled
-        self._compiled = programs.compile_seconds, programs.compilations
-        stopwatch = conversation.stopwatch
-        for name, seconds in conversation.seconds.items():
-            stopwatch.seconds[name] += seconds
-        stopwatch.seconds["compiling"] += self._compiled[0] - compiled[0]
+        inputs, compilations = conversation.inputs, self._compilations
+        self._compilations = self._programs.compilations
+        flops_per_kind = inputs.flops_per_kind
+        _share(self._stopwatch.take(), [conversation])
         return Stats(
             prompt_tokens=inputs.tokens,
             image_tokens=inputs.template.image_tokens,
@@ -635,10 +698,10 @@ class _Pool:
             attention_flops_sparse=inputs.flops_sparse,
             decode_seconds=conversation.seconds["decode"],
             first_token_seconds=conversation.first_token,
-            **seconds_of(stopwatch),
-            compiled_programs=self._compiled[1] - compiled[1],
+            **seconds_of(conversation.seconds),
+            compiled_programs=self._compilations - compilations,
             backend=self._backend,
-            attention_flops_per_kind=inputs.flops_per_kind,
+            attention_flops_per_kind=flops_per_kind,
             reused_tokens=conversation.reused,
             reused_images=conversation.reused_images,
         )

@@ -8,7 +8,6 @@
 
 import atexit
 import inspect
-import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -46,7 +45,7 @@ from bsjax.runtime.decoding import (
     DecodeState,
     Decoding,
 )
-from bsjax.runtime.inputs import prepare_inputs
+from bsjax.runtime.inputs import Placed, prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
@@ -55,7 +54,12 @@ from bsjax.runtime.kept_cache import (
     layout_of,
     moving_stages,
 )
-from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
+from bsjax.runtime.memory import (
+    check_cache_memory,
+    check_host_memory,
+    check_memory,
+    host_bytes_available,
+)
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import Result, Stats, Token, seconds_of
@@ -377,15 +381,23 @@ def generate(
         )
         return result_of(events, stream)
     return_errors = return_errors and is_batch
+    stopwatch = Stopwatch()
     if is_batch and not return_errors:
-        check_conversations(model, conversations, options)
+        with stopwatch.part("prompt"):
+            check_conversations(model, conversations, options)
     results: list[Any] = [[None] * len(copies) for _ in conversations]
     tasks = [
         Task(number, conversation, tuple(copies), f"conversations[{number}]" if is_batch else None)
         for number, conversation in enumerate(conversations)
     ]
     for number, copy, outcome in run_batch(
-        model, tasks, resolved, options, return_errors=return_errors, ahead=True
+        model,
+        tasks,
+        resolved,
+        options,
+        return_errors=return_errors,
+        ahead=True,
+        stopwatch=stopwatch,
     ):
         results[number][copy] = outcome
     for number, of_conversation in enumerate(results):
@@ -511,7 +523,15 @@ def stream(
     conversation = one_conversation("stream", messages)
     resolved = Profile.resolve(profile, model)
     stopwatch = Stopwatch()
-    prompt = checked_prompt(model, conversation, resolved, options, settings.new_tokens, stopwatch)
+    programs = programs_of(model)
+
+    def check_cache(placed: Placed) -> None:
+        layout = layout_of(None, placed.template.tokens + settings.new_tokens)
+        check_cache_memory(placed, programs, layout, available_bytes(None, NOTHING, programs.mesh))
+
+    prompt = checked_prompt(
+        model, conversation, resolved, options, settings.new_tokens, stopwatch, check_cache
+    )
     events = generate_once(model, prompt, resolved, settings, one_by_one=True, stopwatch=stopwatch)
     return pieces_of(events)
 
@@ -568,16 +588,13 @@ def forward_once(
         inputs = prepare_inputs(
             model.architecture, prompt, profile, backend=backend, start=reuse.start
         )
+        layout, programs = layout_of(kept, inputs.tokens), programs_of(model)
+        available = available_bytes(kept, reuse, programs.mesh)
+        check_cache_memory(inputs, programs, layout, available)
         reader.start()
-        layout = layout_of(kept, inputs.tokens)
-        programs = programs_of(model)
         image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
-        check_memory(
-            inputs,
-            [*scoring.stages, *moving_stages(kept, reuse)],
-            available_bytes(kept, reuse, programs.mesh),
-        )
+        check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
         # On a CPU, the programs and the result share the host's memory.
         on_host = (
             max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
@@ -657,9 +674,11 @@ def generate_once(
             new_tokens=settings.new_tokens,
             start=reuse.start,
         )
+        layout = layout_of(kept, inputs.tokens + settings.new_tokens)
+        available = available_bytes(kept, reuse, programs.mesh)
+        check_cache_memory(inputs, programs, layout, available)
         if reader is not None:
             reader.start()
-        layout = layout_of(kept, inputs.tokens + settings.new_tokens)
         placed = PlacedPrompt(inputs, reuse)
         prefill = Prefill(
             programs,
@@ -672,7 +691,7 @@ def generate_once(
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
         stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
-        check_memory(inputs, stages, available_bytes(kept, reuse, programs.mesh))
+        check_memory(inputs, stages, available)
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
@@ -686,12 +705,13 @@ def generate_once(
     until_first_token = stopwatch.total
     chosen: list[int] = []
     answer = Answer(model.tokenizer, settings)
-    decode_seconds = 0.0
     try:
         while True:
             chosen += [int(each.token) for each in new]
             for each in new:
-                yield answer.add(each)
+                with stopwatch.part("decode"):
+                    token = answer.add(each)
+                yield token
                 if answer.has_ended:
                     break
             if answer.has_ended:
@@ -699,10 +719,9 @@ def generate_once(
             left = settings.new_tokens - len(answer.token_ids)
             limit = 1 if one_by_one else min(DECODE_CHUNK, left)
             check_not_forked(GenerationError)
-            start = time.perf_counter()
-            (more,), state = decoding.run(state, answers, steps=limit)
-            decode_seconds += time.perf_counter() - start
-            new = tokens_of(more)
+            with stopwatch.part("decode"):
+                (more,), state = decoding.run(state, answers, steps=limit)
+                new = tokens_of(more)
     finally:
         # An interrupt may have come after the tokens were written, and before they were counted.
         if kept is not None and _has_chosen(state, len(chosen)):
@@ -716,11 +735,11 @@ def generate_once(
             image_tokens=inputs.template.image_tokens,
             attention_flops_dense=inputs.flops_dense,
             attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=decode_seconds,
+            decode_seconds=stopwatch.seconds["decode"],
             compiled_programs=programs.of_this_thread[1] - compiled_before[1],
             backend=settings.backend,
             first_token_seconds=until_first_token,
-            **seconds_of(stopwatch),
+            **seconds_of(stopwatch.seconds),
             attention_flops_per_kind=inputs.flops_per_kind,
             reused_tokens=reuse.start,
             reused_images=prefill.reused_images,

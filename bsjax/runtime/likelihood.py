@@ -10,6 +10,7 @@ from bsjax.checkpoint.loading import LoadedModel
 from bsjax.checks import check_not_forked, naming
 from bsjax.errors import GenerationError
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import AnsweredPrompt
 from bsjax.runtime.arguments import (
     Messages,
@@ -28,7 +29,7 @@ from bsjax.runtime.kept_cache import (
     layout_of,
     moving_stages,
 )
-from bsjax.runtime.memory import check_memory
+from bsjax.runtime.memory import check_cache_memory, check_memory
 from bsjax.runtime.programs import check_model, programs_of
 from bsjax.runtime.results import Score
 from bsjax.runtime.reuse import NOTHING
@@ -120,13 +121,15 @@ def score(
     if is_batch:
         check_conversations(model, conversations, options, answered=True)
     if not is_batch:
-        answered = model.answered_prompt(conversations[0], options)
-        return score_once(model, answered, resolved, backend)
+        with ImageReader() as reader:
+            answered = model.answered_prompt(conversations[0], options, reader)
+            return score_once(model, answered, resolved, backend, reader=reader)
     batch = BatchScoring(model, resolved, backend)
     scores = []
     for number, conversation in enumerate(conversations):
-        with naming(f"conversations[{number}]"):
-            scores.append(batch.score(model.answered_prompt(conversation, options)))
+        with naming(f"conversations[{number}]"), ImageReader() as reader:
+            answered = model.answered_prompt(conversation, options, reader)
+            scores.append(batch.score(answered, reader))
     return scores
 
 
@@ -141,13 +144,13 @@ class BatchScoring:
         self._model, self._profile, self._backend = model, profile, backend
         self._kept: KeptCache | None = None
 
-    def score(self, answered: AnsweredPrompt) -> Score:
-        """The score of the next conversation."""
+    def score(self, answered: AnsweredPrompt, reader: ImageReader | None = None) -> Score:
+        """The score of the next conversation. The arguments are those of `score_once`."""
         rows = cache_rows(answered.prompt.token_ids.size)
         if self._kept is None or self._kept.rows != rows:
             images = image_cache_of(self._model)
             self._kept = KeptCache(self._model, self._profile, rows, image_cache=images)
-        return score_once(self._model, answered, self._profile, self._backend, self._kept)
+        return score_once(self._model, answered, self._profile, self._backend, self._kept, reader)
 
 
 def score_once(
@@ -156,6 +159,7 @@ def score_once(
     profile: Profile | None,
     backend: str,
     kept: KeptCache | None = None,
+    reader: ImageReader | None = None,
 ) -> Score:
     """Scores one conversation.
 
@@ -165,6 +169,7 @@ def score_once(
       profile: head categories.
       backend: attention backend, already resolved.
       kept: the cache of a session; None for a cache of its own.
+      reader: what reads the prompt's images; None if they have been read.
     """
     check_not_forked(GenerationError)
     prompt, first = answered
@@ -175,15 +180,18 @@ def score_once(
         reuse = kept.reuse(question, new_tokens=prompt.token_ids.size - first)
     inputs = prepare_inputs(model.architecture, prompt, profile, backend=backend, start=reuse.start)
     programs, layout = programs_of(model), layout_of(kept, inputs.tokens)
+    available = available_bytes(kept, reuse, programs.mesh)
+    check_cache_memory(inputs, programs, layout, available)
+    if reader is not None:
+        reader.start()
     image_cache = image_cache_in(kept, model)
     scoring = AnswerScoring(
         programs, PlacedPrompt(inputs, reuse), first, layout, backend, image_cache
     )
-    check_memory(
-        inputs,
-        [*scoring.stages, *moving_stages(kept, reuse)],
-        available_bytes(kept, reuse, programs.mesh),
-    )
+    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
+    if kept is not None:
+        # An image that cannot be read must leave the session as it was.
+        prompt.complete()
     scores, likeliest, cache = scoring.scores(cache_of(kept, reuse, programs.module, layout))
     if kept is not None:
         kept.put(prompt, inputs.template, reuse, (), cache)

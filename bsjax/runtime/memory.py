@@ -1,7 +1,8 @@
 """The device memory of each stage of a run, and the check that a prompt fits before it runs.
 
 All programs of a run are compiled before the first one starts. By then, what the device holds at
-each stage is known: the stage's arguments, its temporaries and its results.
+each stage is known: the stage's arguments, its temporaries and its results. The largest of them is
+known before that, and before any image is decoded: the cache.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,38 @@ import jax
 from jax.sharding import Mesh
 
 from bsjax.errors import CapacityError
-from bsjax.runtime.inputs import ModelInputs, describe_images
+from bsjax.models.sharding import sharded_shapes
+from bsjax.runtime.chunks import CacheLayout
+from bsjax.runtime.inputs import ModelInputs, Placed, describe_images
 from bsjax.runtime.processes import least_of_all
-from bsjax.runtime.programs import Stage
+from bsjax.runtime.programs import Programs, Stage, size_in_bytes
+
+
+def check_cache_memory(
+    prompt: ModelInputs | Placed, programs: Programs, layout: CacheLayout, available: int | None
+) -> None:
+    """Rejects a prompt whose cache alone does not fit.
+
+    Args:
+      prompt: the prompt, whose images need not have been read.
+      programs: the programs of the model; none is compiled.
+      layout: the shape of the cache.
+      available: free bytes on the device, with the weights already loaded; None if unknown.
+
+    Raises:
+      CapacityError: the message says how much memory is needed, how much is available, and how to
+        need less.
+    """
+    language_model = programs.module.language_model
+    cache = jax.eval_shape(lambda: language_model.empty_cache(*layout))
+    needed = size_in_bytes(sharded_shapes(cache, programs.mesh))
+    if available is not None and needed > available:
+        template = prompt.template
+        raise CapacityError(
+            f"The prompt of {template.tokens} tokens ({describe_images(template)}) needs "
+            f"{_gib(needed)} of device memory for its cache, in addition to the weights and to "
+            f"what runs, but only {_gib(available)} are available. {prompt.how_to_shorten}"
+        )
 
 
 def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | None) -> None:

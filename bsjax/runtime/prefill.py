@@ -285,13 +285,13 @@ class ChunkedRun:
             prompts' first chunks, alone or with more. It is donated, and so is what is yielded.
         """
         features = None
-        if self.features is not None:
-            where = replicated(self._programs.mesh)
-            features = jnp.zeros(self.features.shape, self.features.dtype, device=where)
         groups = self.groups
         part = self.stopwatch.part
         chunks = self._build()
         with part("prefill"):
+            if self.features is not None:
+                where = replicated(self._programs.mesh)
+                features = jnp.zeros(self.features.shape, self.features.dtype, device=where)
             chunk = next(chunks, None)
         while chunk is not None:
             if features is not None:

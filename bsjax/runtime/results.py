@@ -1,13 +1,12 @@
 """What calls return: an answer, its statistics and its text as it is generated; a score."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bsjax.checks import argument, shown
 from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
-from bsjax.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -21,25 +20,28 @@ class Stats:
         dense. In the last layer only the prompt's last token has a query. Tokens that were in
         the cache already (`reused_tokens`) count as keys only.
       attention_flops_sparse: the same with the profile's categories.
-      first_token_seconds: time from the call to the first token; in a batch, from its beginning.
-        For a single conversation it is the sum of the seconds that follow, `decode_seconds`
-        excepted: each moment that the call waits counts for one of them. What runs meanwhile, such
-        as other images that are being read, counts for none. A stream reads its images before it
-        starts.
+      first_token_seconds: time from the call to the first token. For a single conversation it is
+        the sum of the seconds that follow, `decode_seconds` excepted: each moment that the call
+        waits counts for one of them. What runs meanwhile, such as other images that are being read,
+        counts for none. A stream reads its images before it starts. In a batch, the time from the
+        beginning of the batch, other conversations and what the caller does between results
+        included. All other seconds of an answer are its share there: those of all answers,
+        `decode_seconds` included, add up to the time of the batch. What is done for one answer
+        alone counts for that one, and what is done for several for each of them alike: of a chunk,
+        by its tokens; of vision, by its image tokens. What prompts begin with alike counts for the
+        first of them. Conversations that give an error have no share.
       prompt_seconds: time to render the chat template, to tokenize, and to look at the headers of
         images.
       image_seconds: time to wait for images that are read and scaled in other threads.
-      schedule_seconds: time to compute positions and schedules.
+      schedule_seconds: time to compute positions and schedules; in a batch, also for all that is
+        none of the others, such as to choose what runs together, and to count FLOPs.
       transfer_seconds: time to wait for pixels that are copied to the device.
-      vision_seconds: time to wait for the vision tower. In a batch, seconds are the conversation's
-        share: of images by its image tokens, of a chunk by its tokens, of decoding by the number of
-        answers that were generated together.
+      vision_seconds: time to wait for the vision tower.
       prefill_seconds: time in prefill, including the choice of the first token.
-      decode_seconds: time to generate all tokens after the first.
-      compile_seconds: time to compile programs, or to read them from the persistent cache. In a
-        batch, the next answer that ends has it.
+      decode_seconds: time to generate all tokens after the first, and the text of all.
+      compile_seconds: time to compile programs, or to read them from the persistent cache.
       compiled_programs: how many programs were compiled or read. `bsjax.warmup` does this before
-        the first prompt arrives.
+        the first prompt arrives. In a batch, the next answer that ends has them.
       backend: the attention backend.
       attention_flops_per_kind: attention FLOPs, dense and sparse, for each kind of layer, local or
         global.
@@ -80,9 +82,9 @@ _PARTS = {
 }
 
 
-def seconds_of(stopwatch: Stopwatch) -> dict[str, float]:
+def seconds_of(seconds: Mapping[str, float]) -> dict[str, float]:
     """The fields of `Stats` for the parts of the time to the first token."""
-    return {field: stopwatch.seconds[part] for part, field in _PARTS.items()}
+    return {field: seconds.get(part, 0.0) for part, field in _PARTS.items()}
 
 
 class TokenScores(NamedTuple):

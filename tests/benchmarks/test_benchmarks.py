@@ -440,12 +440,32 @@ class TestTimeToFirstToken:
         assert (result["images"], result["tokens_per_image"]) == (2, image_tokens)
         dense, mixed, reference = result["rows"]
         assert dense["attention_flops_over_dense"] == 1 > mixed["attention_flops_over_dense"]
-        assert mixed["heads"] == "1 SINK + 1 INTRA_IMAGE + 2 INTRA_IMAGE_SINK"
+        # Those of the last layer are DENSE, as in a profile.
+        assert mixed["heads"] == "2 DENSE + 1 INTRA_IMAGE + 1 INTRA_IMAGE_SINK"
         for row in (dense, mixed, reference):
             (sample,) = row["seconds"]
             parts = sample["host"] + sample["vision"] + sample["prefill"]
             assert sample["total"] == pytest.approx(parts)
         assert "transformers on torch" in capsys.readouterr().out
+
+    def test_the_host_makes_the_bytes_that_pillow_makes(self, tmp_path, capsys, monkeypatch):
+        from benchmarks import host
+
+        monkeypatch.delitem(host.TARGETS, "an H200")  # A process less.
+        options = ["--size", "tiny", "--images", "2", "--jpeg", "560", "420", "--rounds", "2"]
+        assert host.main([*options, "--max-pixels", "50176", "--output", str(tmp_path)]) == 0
+        result = json.loads((tmp_path / "host.json").read_text())
+        width, height = result["image_size"]
+        assert width * height <= 50176 and result["pixel_bytes"] == 2 * 3 * width * height
+        assert result["tokens_per_image"] == width * height // 28**2
+        assert not result["rounds_agree"], "two rounds are too few"
+        for sample in result["seconds"]["bsjax"]:
+            parts = sample["prompt"] + sample["schedules"] + sample["images"]
+            assert 0.9 * sample["total"] < parts <= sample["total"]
+        for of_device in result["peaks"].values():
+            assert of_device["pixel_bytes"] == result["pixel_bytes"]
+            assert 0 < of_device["idle_bytes"] <= of_device["peak_bytes"]
+        assert "2 rounds, which DO NOT AGREE" in capsys.readouterr().out
 
     def test_random_weights_have_the_published_shapes(self):
         from flax import nnx

@@ -422,6 +422,35 @@ def test_other_lines_of_an_import_still_reach_stderr(tmp_path):
     assert (done.returncode, done.stderr) == (0, "a real error\n")
 
 
+@pytest.mark.parametrize(
+    ("has_driver", "platforms", "shown"),
+    [(False, "", False), (False, "cpu", False), (True, "", True), (False, "cuda,cpu", True)],
+)
+def test_a_cuda_plugin_that_cannot_be_used_is_one_line_or_none(
+    tmp_path, has_driver, platforms, shown
+):
+    (tmp_path / "jax_cuda12_plugin.py").touch()
+    (tmp_path / "jax.py").write_text(
+        "import logging\n"
+        "logger = logging.getLogger('jax._src.xla_bridge')\n"
+        "try:\n    raise RuntimeError('Unable to load\\nCUDA.')\n"
+        "except RuntimeError:\n"
+        "    logger.exception('Jax plugin configuration error: %s', 'initialize')\n"
+        "    logger.exception('another error')\n"
+    )
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from bsjax.cli import imports\n"
+        f"imports._has_driver = lambda: {has_driver}\n"
+        "imports.import_jax()\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": platforms}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    said = "warning: JAX does not use this machine's GPU: Unable to load CUDA.\n"
+    assert done.stderr.startswith(said * shown + "another error\nTraceback"), done.stderr
+
+
 @pytest.mark.parity
 @pytest.mark.slow
 def test_the_console_script_does_not_import_torch(checkpoint):

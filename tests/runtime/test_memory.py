@@ -221,6 +221,37 @@ def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, monkeypatc
     bsjax.generate(tiny_model, messages, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("call", ["generate", "batch", "stream", "forward", "score", "session"])
+def test_a_prompt_whose_cache_does_not_fit_is_refused_before_an_image_is_decoded(
+    tiny_model, monkeypatch, tmp_path, call
+):
+    def refuse(*_):
+        raise AssertionError("an image is decoded")
+
+    files = [tmp_path / f"{number}.jpg" for number in range(2)]
+    for file in files:
+        Image.new("RGB", (140, 84)).save(file)
+    parts = [{"type": "image", "path": str(file)} for file in files]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "Which?"}]}]
+    answer = [*messages, {"role": "assistant", "content": "None"}]
+    session = bsjax.Session(tiny_model, max_tokens=512)
+    calls = {
+        "generate": lambda: bsjax.generate(tiny_model, messages),
+        "batch": lambda: bsjax.generate(tiny_model, [messages, messages]),
+        "stream": lambda: bsjax.stream(tiny_model, messages),
+        "forward": lambda: bsjax.forward(tiny_model, messages),
+        "score": lambda: bsjax.score(tiny_model, answer),
+        "session": lambda: session.generate(messages),
+    }
+    monkeypatch.setattr("bsjax.prompts.prompt.read_image", refuse)
+    for module in ("kept_cache", "batch"):
+        monkeypatch.setattr(f"bsjax.runtime.{module}.bytes_available", lambda *_: 2**16)
+    with pytest.raises(
+        CapacityError, match=r"2 images of 15, 15 tokens.*for its cache.*max_pixels"
+    ):
+        calls[call]()
+
+
 def test_a_refusal_says_how_much_is_needed_and_in_which_stage(tiny_model):
     gib = 2**30
     stages = [
