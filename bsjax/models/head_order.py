@@ -57,9 +57,7 @@ def dealt_heads(
             for head in range(kv_heads):
                 of_group = _dealt(costs[layer, head], devices // kv_heads)
                 q_order[layer, head] = head * group + of_group
-    return HeadOrder(
-        q_order.reshape(layers, q_heads).astype(np.int32), kv_order.astype(np.int32)
-    )
+    return HeadOrder(q_order.reshape(layers, q_heads).astype(np.int32), kv_order.astype(np.int32))
 
 
 def costs_of(categories: Int[np.ndarray, "layers q_heads"]) -> Float[np.ndarray, "layers q_heads"]:
