@@ -30,7 +30,7 @@ from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
-from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, DecodeState, Decoding
+from bsjax.runtime.decoding import Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_memory
@@ -41,9 +41,6 @@ from bsjax.runtime.reuse import NOTHING, Reuse, extended
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from bsjax.runtime.sizes import cache_rows, most_sequences
 from bsjax.timing import Stopwatch
-
-# Tokens of each answer between two looks for stop texts.
-_STEPS_BEFORE_STOP = 16
 
 # Patches of the images of waiting prompts, in the host's memory: about 600 MB.
 _MOST_PATCHES = 2**20
@@ -601,7 +598,7 @@ class _Pool:
         answers = Answers.of([each.inputs if each else None for each in conversations], settings)
         # Several prompts fill a chunk better than one.
         ends = min(len(self._waiting), max(1, len(self._running) // 4)) or len(self._running)
-        steps = _STEPS_BEFORE_STOP if any(each.stop for each in settings) else DECODE_CHUNK
+        steps = min(each.steps for each in settings)
         began = time.perf_counter()
         chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
         share = (time.perf_counter() - began) / len(self._running)

@@ -39,18 +39,13 @@ from bsjax.runtime.arguments import (
 )
 from bsjax.runtime.batch import Task, run_batch
 from bsjax.runtime.chunks import PlacedPrompt
-from bsjax.runtime.decoding import (
-    DECODE_CHUNK,
-    Answers,
-    AnswerSettings,
-    DecodeState,
-    Decoding,
-)
+from bsjax.runtime.decoding import Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
     cache_of,
+    earlier_rings,
     image_cache_in,
     layout_of,
     moving_stages,
@@ -671,7 +666,13 @@ def generate_once(
             stopwatch=stopwatch,
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
-        stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
+        rings = earlier_rings(
+            kept, inputs, settings, programs.module.language_model, prefill.carried.cache
+        )
+        decoding_stages = [
+            stage._replace(other_bytes=rings.bytes) if rings else stage for stage in decoding.stages
+        ]
+        stages = [*prefill.stages, *decoding_stages, *moving_stages(kept, reuse)]
         check_memory(inputs, stages, available_bytes(kept, reuse, programs.mesh))
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     stopwatch.move(compile_seconds, "schedules", "compiling")
@@ -697,7 +698,10 @@ def generate_once(
             if answer.has_ended:
                 break
             left = settings.new_tokens - len(answer.token_ids)
-            limit = 1 if one_by_one else min(DECODE_CHUNK, left)
+            limit = 1 if one_by_one else min(settings.steps, left)
+            # The first token is not in the cache yet, whether or not a stop text begins with it.
+            if rings is not None and (len(chosen) == 1 or not answer.is_cut):
+                rings.renew(state.cache, len(chosen) - 1)
             check_not_forked(GenerationError)
             start = time.perf_counter()
             (more,), state = decoding.run(state, answers, steps=limit)
@@ -707,7 +711,10 @@ def generate_once(
         # An interrupt may have come after the tokens were written, and before they were counted.
         if kept is not None and _has_chosen(state, len(chosen)):
             # The last token is not in the cache yet.
-            kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
+            cached, cache = chosen[:-1], state.cache
+            if rings is not None and answer.is_cut:
+                cached, cache = rings.restored(cached, cache)
+            kept.put(prompt, inputs.template, reuse, cached, cache)
 
     yield answer.result(
         inputs,

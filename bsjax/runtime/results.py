@@ -178,6 +178,11 @@ class IncrementalText:
         self.whole = ""
         self.stopped = False
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there is text that is not in `whole` yet."""
+        return bool(self._held or self._pending)
+
     def add(self, token_id: int, *, last: bool) -> str:
         """The text that this token completes; empty while bytes of a character are missing."""
         self._pending.append(token_id)
