@@ -47,6 +47,7 @@ from bsjax.runtime.kept_cache import (
     cache_of,
     earlier_rings,
     image_cache_in,
+    known_images_of,
     layout_of,
     moving_stages,
 )
@@ -558,16 +559,18 @@ def forward_once(
 ) -> tuple[Logits, int, TokenIds]:
     """Logits of the tokens that run, the position of the first of them, and their ids."""
     with ImageReader() as reader:
-        prompt = model.prompt_of(messages, options, reader)
+        prompt = model.prompt_of(messages, options, reader, known_images_of(kept))
         reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
         inputs = prepare_inputs(
             model.architecture, prompt, profile, backend=backend, start=reuse.start
         )
+        placed = PlacedPrompt(inputs, reuse)
         reader.start()
+        placed.begin_images()
         layout = layout_of(kept, inputs.tokens)
         programs = programs_of(model)
         image_cache = image_cache_in(kept, model)
-        scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
+        scoring = Scoring(programs, placed, layout, backend, image_cache)
         check_memory(
             inputs,
             [*scoring.stages, *moving_stages(kept, reuse)],
@@ -579,7 +582,7 @@ def forward_once(
         )
         check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
         if kept is not None:
-            prompt.complete()
+            placed.complete_images()
         logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
         if kept is not None:
             kept.put(prompt, inputs.template, reuse, (), cache)
@@ -600,7 +603,7 @@ def answer_once(
     stopwatch = Stopwatch()
     with ImageReader(stopwatch) as reader:
         with stopwatch.part("prompt"):
-            prompt = model.prompt_of(messages, options, reader)
+            prompt = model.prompt_of(messages, options, reader, known_images_of(kept))
         yield from generate_once(
             model,
             prompt,
@@ -652,10 +655,11 @@ def generate_once(
             new_tokens=settings.new_tokens,
             start=reuse.start,
         )
+        placed = PlacedPrompt(inputs, reuse)
         if reader is not None:
             reader.start()
+            placed.begin_images()
         layout = layout_of(kept, inputs.tokens + settings.new_tokens)
-        placed = PlacedPrompt(inputs, reuse)
         prefill = Prefill(
             programs,
             [placed],
@@ -678,7 +682,7 @@ def generate_once(
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
         # An image that cannot be read must leave the session as it was.
-        prompt.complete()
+        placed.complete_images()
     with stopwatch.part("prefill"):
         cache = cache_of(kept, reuse, programs.module, layout)
         first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))

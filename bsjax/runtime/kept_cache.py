@@ -18,6 +18,7 @@ from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
 from bsjax.models.language_model import LanguageModel
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.known_images import KnownImages
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.decoding import STEPS_BEFORE_STOP, AnswerSettings
@@ -82,6 +83,7 @@ class KeptCache:
       most: the most conversations.
       conversations: the conversations, least recently used first.
       image_cache: features of images, which all conversations share; None if none are kept.
+      known_images: digests of images of earlier calls.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class KeptCache:
         image_cache: ImageCache | None = None,
     ) -> None:
         self.image_cache = image_cache
+        self.known_images = KnownImages()
         self.max_tokens, self.most = max_tokens, most
         self.rows = cache_rows(max_tokens)
         self.conversations: list[KeptConversation] = []
@@ -118,6 +121,9 @@ class KeptCache:
         if not self.conversations:
             return best
         family, config = self._model.family, self._model.config
+        for image in prompt.images:
+            if image.known_digest() is None:
+                image.begin()
         sinks = None if self._profile is None else self._profile.sinks
         template = family.template(prompt, config, sinks)
         for index, each in enumerate(self.conversations):
@@ -247,6 +253,11 @@ class EarlierRings:
         if self._rings is None:
             return answer, cache
         return answer[: self._tokens], self._language_model.with_rings(cache, self._rings)
+
+
+def known_images_of(kept: KeptCache | None) -> KnownImages | None:
+    """The images that a session knows; None for a call without one."""
+    return None if kept is None else kept.known_images
 
 
 def earlier_rings(
