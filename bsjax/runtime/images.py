@@ -5,6 +5,7 @@ encode the images of all prompts, and the pixels of at most two groups are on th
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,19 @@ def most_group_tokens(architecture: Architecture, images: Sequence[PromptImage])
     # Tokens made of padding are not kept. A long, narrow image has far more of them than of others.
     most = max((image.tokens for image in images), default=0)
     return bucket(most, smallest=usual, steps=1)
+
+
+def uncut_tokens(architecture: Architecture) -> int:
+    """Tokens of the smallest image, if no chunk may end inside an image; 0 otherwise.
+
+    Args:
+      architecture: architecture of the model.
+    """
+    family, config, _ = architecture
+    visibilities = family.visibilities(config)
+    if not family.reads_images or not any(each.bidirectional_images for each in visibilities):
+        return 0
+    return math.prod(family.smallest_grid(config)) // family.patches_per_token(config)
 
 
 def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:

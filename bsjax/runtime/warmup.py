@@ -16,7 +16,7 @@ from bsjax.runtime.batch import copying_program, sequences_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.image_cache import ImageCache
-from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups
+from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups, uncut_tokens
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.memory import bytes_available
@@ -89,7 +89,8 @@ def warmup(
     groups = image_groups(model.architecture, of_every_size, backend)
     for rows in cache_lengths(max_tokens):
         # Long enough for a chunk of each size that prompts with this cache use.
-        tokens = min(sizes_in_use().chunks_for(rows)[-1] + 1, rows, limit)
+        sizes = sizes_in_use().chunks_for(rows, uncut_tokens(model.architecture))
+        tokens = min(sum(sizes[1:]) + 1, rows, limit)
         prompt = Prompt(np.zeros(tokens, np.int32))
         inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
         settings = AnswerSettings(1, backend)
