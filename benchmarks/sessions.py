@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for tokens in options.tokens:
         turns = _conversations(model, tokens, tuple(options.image_size))
         for name, profile in {"dense": None, "sparse": sparse}.items():
-            bsjax.warmup(model, max_tokens=_room(tokens), profile=profile)
+            bsjax.warmup(model, max_tokens=_room(tokens), profile=profile, scoring=False)
             samples = [_round(model, profile, turns, tokens) for _ in range(options.rounds)]
             rows.append({"tokens": tokens, "heads": name, **_summary(samples)})
     return {
