@@ -11,6 +11,7 @@ copied (`bsjax.runtime.shared_prefixes`).
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_memory
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
-from bsjax.runtime.results import Result, Stats, seconds_of
+from bsjax.runtime.results import Result, Stats, seconds_of, stats_of
 from bsjax.runtime.reuse import NOTHING, Reuse, extended
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from bsjax.runtime.sizes import cache_rows, most_sequences
@@ -357,7 +358,8 @@ class _Pool:
         self._model, self._source, self._rows = model, source, rows
         self._waiting, self._alone = waiting, alone
         self._programs = programs_of(model)
-        self._compiled = self._programs.compile_seconds, self._programs.compilations
+        # Seconds and programs that no answer has in its statistics yet.
+        self._compiled = 0.0, 0
         self._running: dict[int, _Conversation] = {}
         self._prefixes: list[_Prefix] = []
         first = waiting[0].settings
@@ -376,6 +378,17 @@ class _Pool:
             if not self._alone:
                 yield from self._source.fill()
 
+    @contextmanager
+    def _may_compile(self) -> Iterator[None]:
+        """Counts what the block compiles, which is not what other threads and callers do."""
+        before = self._programs.of_this_thread
+        try:
+            yield
+        finally:
+            after = self._programs.of_this_thread
+            seconds, programs = self._compiled
+            self._compiled = seconds + after[0] - before[0], programs + after[1] - before[1]
+
     def _allocate(self) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
         self._available = bytes_available(self._programs.mesh)
@@ -386,14 +399,15 @@ class _Pool:
         while self._waiting:
             layout = CacheLayout(self._rows, sequences)
             first = self._waiting[0]
-            prefill = Prefill(
-                self._programs,
-                [PlacedPrompt(first.inputs)],
-                layout,
-                [first.settings],
-                self._backend,
-            )
-            decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
+            with self._may_compile():
+                prefill = Prefill(
+                    self._programs,
+                    [PlacedPrompt(first.inputs)],
+                    layout,
+                    [first.settings],
+                    self._backend,
+                )
+                decoding = Decoding(self._programs, layout, self._end_tokens, self._backend)
             stages = [*prefill.stages, *decoding.stages]
             if sequences > 1:
                 # A conversation whose images do not fit beside this cache runs alone.
@@ -494,7 +508,9 @@ class _Pool:
         assert prefix.sequence is not None
         if sequence != prefix.sequence:
             arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
-            self._state = copying_program(self._programs, self._state)(*arguments)
+            with self._may_compile():
+                copy = copying_program(self._programs, self._state)
+            self._state = copy(*arguments)
         if prefix.seconds:
             # The first prompt that uses a prefix has it in its statistics.
             each.seconds, prefix.seconds = prefix.seconds, defaultdict(float)
@@ -516,14 +532,15 @@ class _Pool:
             for _, owner in admitted
         ]
         prompts = [prompt for prompt, _ in admitted]
-        prefill = Prefill(
-            self._programs,
-            prompts,
-            self._layout,
-            settings,
-            self._backend,
-            image_cache=image_cache_of(self._model),
-        )
+        with self._may_compile():
+            prefill = Prefill(
+                self._programs,
+                prompts,
+                self._layout,
+                settings,
+                self._backend,
+                image_cache=image_cache_of(self._model),
+            )
         known = {id(image) for group in prefill.groups if group.features for image in group.images}
         for _, owner in admitted:
             if isinstance(owner, _Conversation):
@@ -619,23 +636,18 @@ class _Pool:
                 yield Answered(conversation.task.number, conversation.copy, result)
 
     def _stats(self, conversation: _Conversation) -> Stats:
-        inputs, programs, compiled = conversation.inputs, self._programs, self._compiled
-        self._compiled = programs.compile_seconds, programs.compilations
+        (seconds, programs), self._compiled = self._compiled, (0.0, 0)
         stopwatch = conversation.stopwatch
-        for name, seconds in conversation.seconds.items():
-            stopwatch.seconds[name] += seconds
-        stopwatch.seconds["compiling"] += self._compiled[0] - compiled[0]
-        return Stats(
-            prompt_tokens=inputs.tokens,
-            image_tokens=inputs.template.image_tokens,
-            attention_flops_dense=inputs.flops_dense,
-            attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=conversation.seconds["decode"],
-            first_token_seconds=conversation.first_token,
-            **seconds_of(stopwatch),
-            compiled_programs=self._compiled[1] - compiled[1],
+        for name, share in conversation.seconds.items():
+            stopwatch.seconds[name] += share
+        stopwatch.seconds["compiling"] += seconds
+        return stats_of(
+            conversation.inputs,
+            seconds_of(stopwatch),
             backend=self._backend,
-            attention_flops_per_kind=inputs.flops_per_kind,
+            first_token_seconds=conversation.first_token,
+            decode_seconds=conversation.seconds["decode"],
+            compiled_programs=programs,
             reused_tokens=conversation.reused,
             reused_images=conversation.reused_images,
         )

@@ -54,7 +54,7 @@ from bsjax.runtime.kept_cache import (
 from bsjax.runtime.memory import check_host_memory, check_memory, host_bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import Result, Stats, Token, seconds_of
+from bsjax.runtime.results import Result, Token, seconds_of, stats_of
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import Scoring
 from bsjax.timing import Stopwatch
@@ -678,7 +678,9 @@ def generate_once(
         ]
         stages = [*prefill.stages, *decoding_stages, *moving_stages(kept, reuse)]
         check_memory(inputs, stages, available_bytes(kept, reuse, programs.mesh))
+    # Here, because a stream's caller may have this thread compile programs for other calls.
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
+    compiled_programs = programs.of_this_thread[1] - compiled_before[1]
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
         # An image that cannot be read must leave the session as it was.
@@ -722,17 +724,13 @@ def generate_once(
 
     yield answer.result(
         inputs,
-        Stats(
-            prompt_tokens=inputs.tokens,
-            image_tokens=inputs.template.image_tokens,
-            attention_flops_dense=inputs.flops_dense,
-            attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=decode_seconds,
-            compiled_programs=programs.of_this_thread[1] - compiled_before[1],
+        stats_of(
+            inputs,
+            seconds_of(stopwatch),
             backend=settings.backend,
             first_token_seconds=until_first_token,
-            **seconds_of(stopwatch),
-            attention_flops_per_kind=inputs.flops_per_kind,
+            decode_seconds=decode_seconds,
+            compiled_programs=compiled_programs,
             reused_tokens=reuse.start,
             reused_images=prefill.reused_images,
         ),
