@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for tokens in options.tokens:
         turns = _conversations(model, tokens, tuple(options.image_size))
         for name, profile in {"dense": None, "sparse": sparse}.items():
-            bsjax.warmup(model, max_tokens=_room(tokens), profile=profile)
+            bsjax.warmup(model, max_tokens=_room(tokens), profile=profile, scoring=False)
             samples = [_round(model, profile, turns, tokens) for _ in range(options.rounds)]
             rows.append({"tokens": tokens, "heads": name, **_summary(samples)})
     return {
@@ -142,9 +142,9 @@ def _summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         of_turn = [sample[turn] for sample in samples]
         summary[turn] = {
             **of_turn[0],
-            "plain_seconds": statistics.median(of["plain_seconds"] for of in of_turn),
-            "session_seconds": statistics.median(of["session_seconds"] for of in of_turn),
-            "same_token": all(of["same_token"] for of in of_turn),
+            "plain_seconds": statistics.median(sample["plain_seconds"] for sample in of_turn),
+            "session_seconds": statistics.median(sample["session_seconds"] for sample in of_turn),
+            "same_token": all(sample["same_token"] for sample in of_turn),
         }
     return summary
 

@@ -25,6 +25,7 @@ def add_to(commands: Any) -> None:
         help="the most tokens of a prompt and its answer; default: 8192",
     )
     parser.add_argument("--no-images", action="store_true", help="prompts have no images")
+    parser.add_argument("--no-scoring", action="store_true", help="no answers are scored")
     parser.add_argument(
         "--profile",
         metavar="FILE",
@@ -53,6 +54,7 @@ def _warmup(options: argparse.Namespace) -> None:
         "max_tokens": options.max_tokens,
         "images": not options.no_images,
         "conversations": options.conversations,
+        "scoring": not options.no_scoring,
         "backend": options.backend,
     }
     profile, _ = checked_warmup(described, profile=options.profile, **arguments)

@@ -57,6 +57,19 @@ class LanguageModel(nnx.Module):
           rows: int32, the row to take for each row.
         """
 
+    def rings(self, cache: Any) -> Any:
+        """The part of a cache that keeps the last tokens only, of layers with a window: a pytree.
+
+        None if no layer has a window.
+        """
+        del cache
+        return None
+
+    def with_rings(self, cache: Any, rings: Any) -> Any:
+        """The cache with its `rings` replaced."""
+        del rings
+        return cache
+
     @abstractmethod
     def copied(
         self, cache: Any, source: Int[Array, ""], target: Int[Array, ""], sequences: int

@@ -39,6 +39,10 @@ class Requested(Generic[T]):
             except BaseException as error:
                 self.future.set_exception(error)
 
+    def start(self) -> None:
+        """Begins to read it, unless that has begun already."""
+        self._reader.begin([self])
+
     def result(self) -> T:
         """Waits for it. Whatever else has been asked for is read at the same time.
 
@@ -46,7 +50,7 @@ class Requested(Generic[T]):
           BsjaxError: what reading raised.
         """
         self._reader.start()
-        self._reader.begin([self])
+        self.start()
         with self._reader.stopwatch.part("images"):
             return self.future.result()
 

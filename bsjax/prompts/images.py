@@ -129,7 +129,7 @@ def read_image(key: str, source: Any, sources: ImageSources) -> PIL.Image.Image 
       Exception: the image cannot be read; decoders and connections raise many kinds of exceptions.
     """
     if isinstance(source, str | PathLike):
-        return _read_encoded(_located(key, source, sources), sources)
+        return read_encoded(_located(key, source, sources), sources)
     if key in ("base64", "path"):
         what = "base64 text" if key == "base64" else "the path of a file"
         raise MessageError(f"'{key}' holds a {type(source).__name__} and not {what}.")
@@ -139,6 +139,33 @@ def read_image(key: str, source: Any, sources: ImageSources) -> PIL.Image.Image 
         _check_mode(source)
         return source
     return _read_array(source, sources)
+
+
+def encoded_content(key: str, source: Any, sources: ImageSources) -> bytes | None:
+    """The bytes of an encoded image: of a file, a data URL or base64 text.
+
+    Args:
+      key: one of `IMAGE_KEYS`.
+      source: the value of that key.
+      sources: which sources are allowed, and limits.
+
+    Returns:
+      None for an image in memory, for one that would be downloaded, and for a file with more than
+      `max_bytes`, of which decoders may need a part only.
+
+    Raises:
+      MessageError: the source is not allowed, or exceeds a limit.
+      OSError: the file cannot be read.
+    """
+    if not isinstance(source, str | PathLike) or _is_download(key, source):
+        return None
+    located = _located(key, source, sources)
+    if isinstance(located, bytes):
+        return located
+    check_file(located, error=MessageError)
+    if located.stat().st_size > sources.max_bytes:
+        return None
+    return located.read_bytes()
 
 
 def check_image(
@@ -288,8 +315,17 @@ def _decoded(text: str, sources: ImageSources) -> bytes:
         raise MessageError(f"it is not base64 data: {error}.") from error
 
 
-def _read_encoded(source: Path | bytes, sources: ImageSources) -> PIL.Image.Image | np.ndarray:
-    """The pixels of an encoded image as transformers' `load_image` gives them."""
+def read_encoded(source: Path | bytes, sources: ImageSources) -> PIL.Image.Image | np.ndarray:
+    """The pixels of an encoded image as transformers' `load_image` gives them.
+
+    Args:
+      source: an ordinary file, or the bytes of one.
+      sources: limits.
+
+    Raises:
+      MessageError: the image exceeds a limit, or is ambiguous.
+      Exception: it cannot be decoded; decoders raise many kinds of exceptions.
+    """
     with opened_image(source, sources.max_source_pixels) as image:
         image.load()
         # An icon may hold an image of another size than its header says.

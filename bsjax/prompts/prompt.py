@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Int32, Int64, UInt8
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from bsjax.prompts.images import (
     shown_source,
     size_before_reading,
 )
+from bsjax.prompts.known_images import ImageContent, KnownImages
 from bsjax.prompts.messages import ImagePart, check_answer, read_messages
 from bsjax.prompts.rendering import rendered
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
@@ -46,12 +48,18 @@ class PromptImage:
       tokens: how many image tokens it has.
       scale: what the values of its pixels mean.
       read: returns the patches, and waits for them if need be.
+      begin: begins to read them in another thread, if nothing else does.
+      known_digest: the digest, if it is known from an earlier call.
+      keep_digest: keeps the digest for later calls.
     """
 
     grid_thw: Int32[np.ndarray, "3"]
     tokens: int
     scale: PixelScale
     read: Callable[[], UInt8[np.ndarray, "patches values"]]
+    begin: Callable[[], None] = lambda: None
+    known_digest: Callable[[], str | None] = lambda: None
+    keep_digest: Callable[[str], None] = lambda digest: None
 
     @property
     def patches(self) -> UInt8[np.ndarray, "patches values"]:
@@ -69,9 +77,13 @@ class PromptImage:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its pixels and of its shape."""
+        """SHA-256 of its pixels and of its shape. Unless it is known, waits for the pixels."""
+        known = self.known_digest()
+        if known is not None:
+            return known
         digest = hashlib.sha256(self.grid_thw.astype(np.int64).tobytes())
         digest.update(np.ascontiguousarray(self.patches).data)
+        self.keep_digest(digest.hexdigest())
         return digest.hexdigest()
 
 
@@ -130,11 +142,13 @@ class _RequestedImage(NamedTuple):
       shapes: of the image and of its crops.
       request: what an `ImageReader` was asked for.
       name: names the image in errors.
+      content: asks for the digest of what it is read from; None where digests are not kept.
     """
 
     shapes: ImageShapes
     request: Requested[_ReadImage]
     name: Callable[[], AbstractContextManager[None]]
+    content: Requested[str | None] | None
 
     def patches(self, index: int) -> UInt8[np.ndarray, "patches values"]:
         """The patches of the image, whose index is 0, or of a crop."""
@@ -143,6 +157,23 @@ class _RequestedImage(NamedTuple):
             with self.name():
                 raise MessageError("its pixels have another size than its header says.")
         return patches[index]
+
+    def image(self, index: int, scale: PixelScale, known: KnownImages | None) -> PromptImage:
+        """The image, whose index is 0, or a crop of it."""
+        grid_thw, tokens = self.shapes.grid_thw[index], self.shapes.image_tokens[index]
+        read = partial(self.patches, index)
+        content = self.content
+        if known is None or content is None:
+            return PromptImage(grid_thw, tokens, scale, read)
+        return PromptImage(
+            grid_thw,
+            tokens,
+            scale,
+            read,
+            begin=self.request.start,
+            known_digest=lambda: known.get(content.result(), index),
+            keep_digest=lambda digest: known.put(content.result(), index, digest),
+        )
 
 
 class AnsweredPrompt(NamedTuple):
@@ -298,7 +329,11 @@ class Processor:
             self.family.image_shapes(*_ANY_SIZE, given, self.image_processor, self.config)
 
     def prompt_of(
-        self, messages: Any, options: PromptOptions, reader: ImageReader | None = None
+        self,
+        messages: Any,
+        options: PromptOptions,
+        reader: ImageReader | None = None,
+        known: KnownImages | None = None,
     ) -> Prompt:
         """Like `prompt`, with options that have been checked.
 
@@ -308,6 +343,8 @@ class Processor:
           reader: reads the images after this call, in the order of the prompt. What `prompt` raises
             about an image that cannot be read, `PromptImage.patches` may raise instead. None reads
             them now.
+          known: images of earlier calls. Images are then read only when `PromptImage.begin` says
+            so, or when somebody waits for them.
         """
         if reader is None:
             with ImageReader() as reader:
@@ -318,8 +355,8 @@ class Processor:
             template_messages,
             continue_final_message=options.continue_final_message,
         )
-        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader)
-        return self._assembled(token_ids, requested)
+        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader, known)
+        return self._assembled(token_ids, requested, known)
 
     def answered_prompt(
         self, messages: Any, options: PromptOptions, reader: ImageReader | None = None
@@ -394,12 +431,17 @@ class Processor:
         return template_messages, images
 
     def _tokens_and_images(
-        self, text: str, images: Sequence[ImagePart], sources: ImageSources, reader: ImageReader
+        self,
+        text: str,
+        images: Sequence[ImagePart],
+        sources: ImageSources,
+        reader: ImageReader,
+        known: KnownImages | None = None,
     ) -> tuple[Int32[np.ndarray, "expanded"], list[_RequestedImage]]:
         """The token ids of a rendered template, and the images."""
         token_ids = self._tokenize(text)
         self._check_placeholders(token_ids, len(images))
-        requested = self._request_images(images, sources, reader)
+        requested = self._request_images(images, sources, reader, known)
         return self._expanded(text, token_ids, requested), requested
 
     def _expanded(
@@ -412,7 +454,7 @@ class Processor:
         if not images:
             return token_ids
         expanded = self.family.expand(
-            text, [len(of.shapes.image_tokens) for of in images], self.tokenizer, self.config
+            text, [len(image.shapes.image_tokens) for image in images], self.tokenizer, self.config
         )
         return token_ids if expanded == text else self._tokenize(expanded)
 
@@ -422,23 +464,24 @@ class Processor:
         """How often each token is in the prompt: an image's as often as the image has tokens."""
         repeats = np.ones(token_ids.size, np.int64)
         if images:
-            image_tokens = np.concatenate([of.shapes.image_tokens for of in images])
+            image_tokens = np.concatenate([image.shapes.image_tokens for image in images])
             repeats[token_ids == self.family.image_token_id(self.config)] = image_tokens
         return repeats
 
     def _assembled(
-        self, token_ids: Int32[np.ndarray, "expanded"], images: Sequence[_RequestedImage]
+        self,
+        token_ids: Int32[np.ndarray, "expanded"],
+        images: Sequence[_RequestedImage],
+        known: KnownImages | None = None,
     ) -> Prompt:
         if not images:
             return Prompt(token_ids)
         return Prompt(
             np.repeat(token_ids, self._repeats(token_ids, images)),
             tuple(
-                PromptImage(grid_thw, tokens, self.pixel_scale, partial(of.patches, index))
-                for of in images
-                for index, (grid_thw, tokens) in enumerate(
-                    zip(of.shapes.grid_thw, of.shapes.image_tokens, strict=True)
-                )
+                image.image(index, self.pixel_scale, known)
+                for image in images
+                for index in range(len(image.shapes.image_tokens))
             ),
         )
 
@@ -491,7 +534,11 @@ class Processor:
         )
 
     def _request_images(
-        self, images: Sequence[ImagePart], sources: ImageSources, reader: ImageReader
+        self,
+        images: Sequence[ImagePart],
+        sources: ImageSources,
+        reader: ImageReader,
+        known: KnownImages | None,
     ) -> list[_RequestedImage]:
         """Finds out the sizes of images, from their headers where that is possible."""
         found = []
@@ -500,24 +547,34 @@ class Processor:
             with name():
                 size = size_before_reading(image.key, image.source, sources)
                 shapes = None if size is None else self._shapes(size, image, sources)
-            read = partial(self._read_image, image, sources, name)
-            found.append((shapes, reader.request(read), name))
-        unknown = [request for shapes, request, _ in found if shapes is None]
-        reader.wait_for(unknown, among=[request for _, request, _ in found])
+            if known is None:
+                read = partial(read_image, image.key, image.source, sources)
+                request = reader.request(partial(self._read_image, image, read, sources, name))
+                found.append((shapes, request, name, None))
+            else:
+                content = ImageContent(image, sources)
+                read = partial(self._read_image, image, content.pixels, sources, name)
+                found.append(
+                    (shapes, Requested(reader, read), name, Requested(reader, content.digest))
+                )
+        reader.begin([digest for _, _, _, digest in found if digest is not None])
+        unknown = [request for shapes, request, _, _ in found if shapes is None]
+        reader.wait_for(unknown, among=[request for _, request, _, _ in found])
         return [
-            _RequestedImage(shapes or request.result().shapes, request, name)
-            for shapes, request, name in found
+            _RequestedImage(shapes or request.result().shapes, request, name, digest)
+            for shapes, request, name, digest in found
         ]
 
     def _read_image(
         self,
         image: ImagePart,
+        read: Callable[[], PIL.Image.Image | np.ndarray],
         sources: ImageSources,
         name: Callable[[], AbstractContextManager[None]],
     ) -> _ReadImage:
         """Reads an image and cuts it into patches."""
         with name():
-            pixels = read_image(image.key, image.source, sources)
+            pixels = read()
             shapes = self._shapes(image_size(pixels), image, sources)
             patches = self.family.image_patches(
                 pixels, image.options, self.image_processor, self.config

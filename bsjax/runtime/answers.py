@@ -33,6 +33,11 @@ class Answer:
         """Whether it has ended, by itself or because it has as many tokens as it may have."""
         return self._stopped or len(self.token_ids) == self._settings.new_tokens
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text lacks the end of the tokens: a stop text, or what may become one."""
+        return self._text.stopped or self._text.holds_back
+
     def add(self, chosen: Chosen) -> Token:
         """Adds a token, and returns it with the text that it completes.
 

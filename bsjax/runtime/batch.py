@@ -30,20 +30,17 @@ from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import Prompt, PromptOptions
 from bsjax.runtime.answers import Answer, tokens_of
 from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
-from bsjax.runtime.decoding import DECODE_CHUNK, Answers, AnswerSettings, DecodeState, Decoding
+from bsjax.runtime.decoding import Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.image_cache import image_cache_of
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.memory import bytes_available, check_cache_memory, check_memory
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Program, Programs, programs_of, size_in_bytes
-from bsjax.runtime.results import Result, Stats, seconds_of
+from bsjax.runtime.results import Result, Stats, seconds_of, stats_of
 from bsjax.runtime.reuse import NOTHING, Reuse, extended
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from bsjax.runtime.sizes import cache_rows, most_sequences
 from bsjax.timing import Stopwatch
-
-# Tokens of each answer between two looks for stop texts.
-_STEPS_BEFORE_STOP = 16
 
 # Patches of the images of waiting prompts, in the host's memory: about 600 MB.
 _MOST_PATCHES = 2**20
@@ -394,7 +391,8 @@ class _Pool:
         self._model, self._source, self._rows = model, source, rows
         self._waiting, self._alone = waiting, alone
         self._programs, self._stopwatch = programs_of(model), source.stopwatch
-        self._compilations = self._programs.compilations
+        # Programs that no answer has in its statistics yet.
+        self._compiled = 0
         self._running: dict[int, _Conversation] = {}
         self._prefixes: list[_Prefix] = []
         first = waiting[0].settings
@@ -414,13 +412,14 @@ class _Pool:
 
     @contextmanager
     def _may_compile(self) -> Iterator[None]:
-        """Counts for compiling how long the block compiles programs."""
-        before, _ = self._programs.of_this_thread
+        """Counts what the block compiles, which is not what other threads and callers do."""
+        before = self._programs.of_this_thread
         try:
             yield
         finally:
-            after, _ = self._programs.of_this_thread
-            self._stopwatch.move(after - before, "schedules", "compiling")
+            after = self._programs.of_this_thread
+            self._stopwatch.move(after[0] - before[0], "schedules", "compiling")
+            self._compiled += after[1] - before[1]
 
     def _allocate(self) -> Iterator[Answered]:
         """Chooses how many sequences there are. Refuses prompts that do not fit even alone."""
@@ -558,7 +557,9 @@ class _Pool:
         assert prefix.sequence is not None
         if sequence != prefix.sequence:
             arguments = self._state, np.int32(prefix.sequence), np.int32(sequence)
-            self._state = copying_program(self._programs, self._state)(*arguments)
+            with self._may_compile():
+                copy = copying_program(self._programs, self._state)
+            self._state = copy(*arguments)
         if prefix.seconds:
             # The first prompt that uses a prefix has it in its statistics.
             _share(prefix.seconds, [each])
@@ -667,7 +668,7 @@ class _Pool:
         answers = Answers.of([each.inputs if each else None for each in conversations], settings)
         # Several prompts fill a chunk better than one.
         ends = min(len(self._waiting), max(1, len(self._running) // 4)) or len(self._running)
-        steps = _STEPS_BEFORE_STOP if any(each.stop for each in settings) else DECODE_CHUNK
+        steps = min(each.steps for each in settings)
         with self._stopwatch.part("decode"):
             chosen, self._state = self._decoding.run(self._state, answers, steps=steps, ends=ends)
             for sequence, conversation in self._running.items():
@@ -687,21 +688,17 @@ class _Pool:
                 yield Answered(conversation.task.number, conversation.copy, result)
 
     def _stats(self, conversation: _Conversation) -> Stats:
-        inputs, compilations = conversation.inputs, self._compilations
-        self._compilations = self._programs.compilations
-        flops_per_kind = inputs.flops_per_kind
+        programs, self._compiled = self._compiled, 0
+        # Counted here, so that the time that it takes is this conversation's.
+        _ = conversation.inputs.flops_per_kind
         _share(self._stopwatch.take(), [conversation])
-        return Stats(
-            prompt_tokens=inputs.tokens,
-            image_tokens=inputs.template.image_tokens,
-            attention_flops_dense=inputs.flops_dense,
-            attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=conversation.seconds["decode"],
-            first_token_seconds=conversation.first_token,
-            **seconds_of(conversation.seconds),
-            compiled_programs=self._compilations - compilations,
+        return stats_of(
+            conversation.inputs,
+            seconds_of(conversation.seconds),
             backend=self._backend,
-            attention_flops_per_kind=flops_per_kind,
+            first_token_seconds=conversation.first_token,
+            decode_seconds=conversation.seconds["decode"],
+            compiled_programs=programs,
             reused_tokens=conversation.reused,
             reused_images=conversation.reused_images,
         )

@@ -117,6 +117,20 @@ class PlacedPrompt:
         begin, end = np.searchsorted(first, [self.reuse.start, self.end])
         return self.inputs.images[begin:end]
 
+    def begin_images(self) -> None:
+        """Begins to read the images that run, if nothing does."""
+        for image in self.images:
+            image.begin()
+
+    def complete_images(self) -> None:
+        """Waits for the images that run.
+
+        Raises:
+          MessageError: an image cannot be read.
+        """
+        for image in self.images:
+            image.read()
+
 
 class PromptSlice(NamedTuple):
     """Consecutive tokens of a prompt that are in one chunk.
@@ -587,10 +601,10 @@ def chunk_borders(
     """Where chunks begin and end, and the rows that each is padded to.
 
     A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
-    after it. Its size is the largest that does not exceed the number of tokens left, rounded up to
-    a multiple of the smallest size. A chunk has fewer tokens than its size if it would otherwise
-    have more than `most_images` images or `most_prompts` prompts, or end inside an image although
-    `whole_images` is set.
+    after it. Of the sizes, it has the one that the tokens fill best, where the last tokens count as
+    a multiple of the smallest size; of several, the largest. A chunk has fewer tokens than its size
+    if it would otherwise have more than `most_images` images or `most_prompts` prompts, or end
+    inside an image although `whole_images` is set.
 
     Args:
       prompts: the prompts.
@@ -607,13 +621,20 @@ def chunk_borders(
     pending = [PromptSlice(prompt, prompt.reuse.start, prompt.end) for prompt in prompts]
     while pending:
         left = sum(each.end - each.start for each in pending)
-        padded = -(-left // sizes[0]) * sizes[0]
-        size = max(size for size in sizes if size <= padded)
-        while not (slices := _filled(pending[:most_prompts], size, whole_images, most_images)):
+        fill = partial(
+            _filled,
+            pending[:most_prompts],
+            whole_images=whole_images,
+            most_images=most_images,
+        )
+        filled = {size: fill(size) for size in sizes}
+        size = max(sizes, key=partial(_share_filled, filled, left, sizes[0]))
+        slices = filled[size]
+        if not slices:
             # The chunk begins with an image that does not fit.
-            larger = [bigger for bigger in sizes if bigger > size]
             own = _image_end(pending[0].prompt.inputs.template, pending[0].start) - pending[0].start
-            size = larger[0] if larger else -(-own // sizes[-1]) * sizes[-1]
+            size = -(-own // sizes[-1]) * sizes[-1]
+            slices = fill(size)
         borders.append((tuple(slices), size))
         rest = pending[len(slices) - 1]._replace(start=slices[-1].end)
         pending = [rest] * (rest.start < rest.end) + pending[len(slices) :]
@@ -645,6 +666,22 @@ def _filled(
         if end < each.end or not room:
             break
     return slices
+
+
+def _share_filled(
+    filled: dict[int, list[PromptSlice]], left: int, smallest: int, size: int
+) -> tuple[float, int]:
+    """The share of a chunk's rows that are filled, and its size.
+
+    Args:
+      filled: what chunks of each size take.
+      left: how many tokens are left. Those of a chunk that takes all count as a multiple of the
+        smallest size.
+      smallest: the smallest size.
+      size: rows of the chunk.
+    """
+    tokens = sum(each.end - each.start for each in filled[size])
+    return (-(-tokens // smallest) * smallest if tokens == left else tokens) / size, size
 
 
 def _image_end(template: Template, position: int) -> int:

@@ -32,6 +32,9 @@ MAX_END_TOKENS = 8
 DECODE_CHUNK = 64
 """The most tokens of each sequence that one call of `decode` generates."""
 
+STEPS_BEFORE_STOP = 16
+"""Tokens of each answer between two looks for stop texts."""
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerSettings:
@@ -55,6 +58,11 @@ class AnswerSettings:
         default_factory=lambda: np.full(MAX_END_TOKENS, -1, np.int32)
     )
     top_tokens: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """The most tokens to generate before the text is looked at."""
+        return STEPS_BEFORE_STOP if self.stop else DECODE_CHUNK
 
 
 class DecodeState(NamedTuple):

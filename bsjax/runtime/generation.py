@@ -38,19 +38,15 @@ from bsjax.runtime.arguments import (
 )
 from bsjax.runtime.batch import Task, run_batch
 from bsjax.runtime.chunks import PlacedPrompt
-from bsjax.runtime.decoding import (
-    DECODE_CHUNK,
-    Answers,
-    AnswerSettings,
-    DecodeState,
-    Decoding,
-)
+from bsjax.runtime.decoding import Answers, AnswerSettings, DecodeState, Decoding
 from bsjax.runtime.inputs import Placed, prepare_inputs
 from bsjax.runtime.kept_cache import (
     KeptCache,
     available_bytes,
     cache_of,
+    earlier_rings,
     image_cache_in,
+    known_images_of,
     layout_of,
     moving_stages,
 )
@@ -62,7 +58,7 @@ from bsjax.runtime.memory import (
 )
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
-from bsjax.runtime.results import Result, Stats, Token, seconds_of
+from bsjax.runtime.results import Result, Token, seconds_of, stats_of
 from bsjax.runtime.reuse import NOTHING
 from bsjax.runtime.scoring import Scoring
 from bsjax.timing import Stopwatch
@@ -583,17 +579,19 @@ def forward_once(
 ) -> tuple[Logits, int, TokenIds]:
     """Logits of the tokens that run, the position of the first of them, and their ids."""
     with ImageReader() as reader:
-        prompt = model.prompt_of(messages, options, reader)
+        prompt = model.prompt_of(messages, options, reader, known_images_of(kept))
         reuse = NOTHING if kept is None else kept.reuse(prompt, new_tokens=0)
         inputs = prepare_inputs(
             model.architecture, prompt, profile, backend=backend, start=reuse.start
         )
+        placed = PlacedPrompt(inputs, reuse)
         layout, programs = layout_of(kept, inputs.tokens), programs_of(model)
         available = available_bytes(kept, reuse, programs.mesh)
         check_cache_memory(inputs, programs, layout, available)
         reader.start()
+        placed.begin_images()
         image_cache = image_cache_in(kept, model)
-        scoring = Scoring(programs, PlacedPrompt(inputs, reuse), layout, backend, image_cache)
+        scoring = Scoring(programs, placed, layout, backend, image_cache)
         check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
         # On a CPU, the programs and the result share the host's memory.
         on_host = (
@@ -601,7 +599,7 @@ def forward_once(
         )
         check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
         if kept is not None:
-            prompt.complete()
+            placed.complete_images()
         logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
         if kept is not None:
             kept.put(prompt, inputs.template, reuse, (), cache)
@@ -622,7 +620,7 @@ def answer_once(
     stopwatch = Stopwatch()
     with ImageReader(stopwatch) as reader:
         with stopwatch.part("prompt"):
-            prompt = model.prompt_of(messages, options, reader)
+            prompt = model.prompt_of(messages, options, reader, known_images_of(kept))
         yield from generate_once(
             model,
             prompt,
@@ -677,9 +675,10 @@ def generate_once(
         layout = layout_of(kept, inputs.tokens + settings.new_tokens)
         available = available_bytes(kept, reuse, programs.mesh)
         check_cache_memory(inputs, programs, layout, available)
+        placed = PlacedPrompt(inputs, reuse)
         if reader is not None:
             reader.start()
-        placed = PlacedPrompt(inputs, reuse)
+            placed.begin_images()
         prefill = Prefill(
             programs,
             [placed],
@@ -690,13 +689,21 @@ def generate_once(
             stopwatch=stopwatch,
         )
         decoding = Decoding(programs, layout, settings.end_tokens, settings.backend)
-        stages = [*prefill.stages, *decoding.stages, *moving_stages(kept, reuse)]
+        rings = earlier_rings(
+            kept, inputs, settings, programs.module.language_model, prefill.carried.cache
+        )
+        decoding_stages = [
+            stage._replace(other_bytes=rings.bytes) if rings else stage for stage in decoding.stages
+        ]
+        stages = [*prefill.stages, *decoding_stages, *moving_stages(kept, reuse)]
         check_memory(inputs, stages, available)
+    # Here, because a stream's caller may have this thread compile programs for other calls.
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
+    compiled_programs = programs.of_this_thread[1] - compiled_before[1]
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
         # An image that cannot be read must leave the session as it was.
-        prompt.complete()
+        placed.complete_images()
     with stopwatch.part("prefill"):
         cache = cache_of(kept, reuse, programs.module, layout)
         first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))
@@ -717,7 +724,10 @@ def generate_once(
             if answer.has_ended:
                 break
             left = settings.new_tokens - len(answer.token_ids)
-            limit = 1 if one_by_one else min(DECODE_CHUNK, left)
+            limit = 1 if one_by_one else min(settings.steps, left)
+            # The first token is not in the cache yet, whether or not a stop text begins with it.
+            if rings is not None and (len(chosen) == 1 or not answer.is_cut):
+                rings.renew(state.cache, len(chosen) - 1)
             check_not_forked(GenerationError)
             with stopwatch.part("decode"):
                 (more,), state = decoding.run(state, answers, steps=limit)
@@ -726,21 +736,20 @@ def generate_once(
         # An interrupt may have come after the tokens were written, and before they were counted.
         if kept is not None and _has_chosen(state, len(chosen)):
             # The last token is not in the cache yet.
-            kept.put(prompt, inputs.template, reuse, chosen[:-1], state.cache)
+            cached, cache = chosen[:-1], state.cache
+            if rings is not None and answer.is_cut:
+                cached, cache = rings.restored(cached, cache)
+            kept.put(prompt, inputs.template, reuse, cached, cache)
 
     yield answer.result(
         inputs,
-        Stats(
-            prompt_tokens=inputs.tokens,
-            image_tokens=inputs.template.image_tokens,
-            attention_flops_dense=inputs.flops_dense,
-            attention_flops_sparse=inputs.flops_sparse,
-            decode_seconds=stopwatch.seconds["decode"],
-            compiled_programs=programs.of_this_thread[1] - compiled_before[1],
+        stats_of(
+            inputs,
+            seconds_of(stopwatch.seconds),
             backend=settings.backend,
             first_token_seconds=until_first_token,
-            **seconds_of(stopwatch.seconds),
-            attention_flops_per_kind=inputs.flops_per_kind,
+            decode_seconds=stopwatch.seconds["decode"],
+            compiled_programs=compiled_programs,
             reused_tokens=reuse.start,
             reused_images=prefill.reused_images,
         ),

@@ -7,6 +7,7 @@ On several devices, each encodes a group of its own: groups of one size run toge
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,19 @@ def most_round_tokens(
     of_image = max((image.tokens for image in images), default=0)
     of_groups = devices * bucket(of_image, smallest=usual, steps=1)
     return max(of_groups, sizes.feature_patches // patches_per_token)
+
+
+def uncut_tokens(architecture: Architecture) -> int:
+    """Tokens of the smallest image, if no chunk may end inside an image; 0 otherwise.
+
+    Args:
+      architecture: architecture of the model.
+    """
+    family, config, _ = architecture
+    visibilities = family.visibilities(config)
+    if not family.reads_images or not any(each.bidirectional_images for each in visibilities):
+        return 0
+    return math.prod(family.smallest_grid(config)) // family.patches_per_token(config)
 
 
 def group_borders(patches: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int, int]]:

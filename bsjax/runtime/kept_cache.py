@@ -16,10 +16,14 @@ from bsjax.checks import argument
 from bsjax.errors import CapacityError
 from bsjax.masks.template import Template
 from bsjax.models import ImageTextModel
+from bsjax.models.language_model import LanguageModel
 from bsjax.profiles.profile import Profile
+from bsjax.prompts.known_images import KnownImages
 from bsjax.prompts.prompt import Prompt
 from bsjax.runtime.chunks import CacheLayout
+from bsjax.runtime.decoding import STEPS_BEFORE_STOP, AnswerSettings
 from bsjax.runtime.image_cache import ImageCache, image_cache_of
+from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.programs import Program, Programs, Stage, programs_of, size_in_bytes
 from bsjax.runtime.reuse import NOTHING, CachedTokens, Reuse, has_moved_on
@@ -79,6 +83,7 @@ class KeptCache:
       most: the most conversations.
       conversations: the conversations, least recently used first.
       image_cache: features of images, which all conversations share; None if none are kept.
+      known_images: digests of images of earlier calls.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class KeptCache:
         image_cache: ImageCache | None = None,
     ) -> None:
         self.image_cache = image_cache
+        self.known_images = KnownImages()
         self.max_tokens, self.most = max_tokens, most
         self.rows = cache_rows(max_tokens)
         self.conversations: list[KeptConversation] = []
@@ -115,6 +121,9 @@ class KeptCache:
         if not self.conversations:
             return best
         family, config = self._model.family, self._model.config
+        for image in prompt.images:
+            if image.known_digest() is None:
+                image.begin()
         sinks = None if self._profile is None else self._profile.sinks
         template = family.template(prompt, config, sinks)
         for index, each in enumerate(self.conversations):
@@ -201,6 +210,77 @@ class KeptCache:
             # The tokens that were left out have taken rows of the window before them.
             return
         self.conversations.append(KeptConversation(tokens, prompt.token_ids.size, cache))
+
+
+class EarlierRings:
+    """A copy of a session's rings, from before the stop text that may end an answer.
+
+    The next prompt has the answer up to the stop text. Decoding writes the tokens of that text, and
+    some after it, over the oldest tokens of the window, without which the next turn could use
+    nothing again. With the copy, a session goes on from where it was made.
+
+    Attributes:
+      bytes: those of the copy on each device.
+    """
+
+    def __init__(self, language_model: LanguageModel, cache: Any) -> None:
+        """Prepares a copy, which is made by `renew`.
+
+        Args:
+          language_model: of the model.
+          cache: shapes and dtypes of its cache.
+        """
+        self._language_model = language_model
+        self.bytes = size_in_bytes(language_model.rings(cache))
+        self._rings: Any = None
+        self._tokens = 0
+
+    def renew(self, cache: Any, tokens: int) -> None:
+        """Copies the rings, unless the copy is hardly older.
+
+        Args:
+          cache: the cache.
+          tokens: how many tokens of the answer are in it.
+        """
+        if self._rings is None or tokens - self._tokens >= STEPS_BEFORE_STOP:
+            # First, so that there is no second copy at any time.
+            self._rings = None
+            self._rings = jax.tree.map(jnp.copy, self._language_model.rings(cache))
+            self._tokens = tokens
+
+    def restored(self, answer: list[int], cache: Any) -> tuple[list[int], Any]:
+        """The tokens of an answer that are in the cache, and the cache, as they were then."""
+        if self._rings is None:
+            return answer, cache
+        return answer[: self._tokens], self._language_model.with_rings(cache, self._rings)
+
+
+def known_images_of(kept: KeptCache | None) -> KnownImages | None:
+    """The images that a session knows; None for a call without one."""
+    return None if kept is None else kept.known_images
+
+
+def earlier_rings(
+    kept: KeptCache | None,
+    inputs: ModelInputs,
+    settings: AnswerSettings,
+    language_model: LanguageModel,
+    cache: Any,
+) -> EarlierRings | None:
+    """What a call needs so that its answer may end with a stop text; None if it needs nothing.
+
+    Args:
+      kept: the cache of a session; None if the call has one of its own.
+      inputs: the prompt.
+      settings: how it is answered.
+      language_model: of the model.
+      cache: shapes and dtypes of the cache.
+    """
+    if kept is None or not settings.stop:
+        return None
+    if not has_moved_on(inputs.visibilities, kept.rows, inputs.tokens + settings.new_tokens):
+        return None
+    return EarlierRings(language_model, cache)
 
 
 def image_cache_in(kept: KeptCache | None, model: LoadedModel) -> ImageCache | None:

@@ -22,7 +22,7 @@ from bsjax.models.sharding import replicated, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
-from bsjax.runtime.images import ImageEncoder, image_groups, most_round_tokens
+from bsjax.runtime.images import ImageEncoder, image_groups, most_round_tokens, uncut_tokens
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
@@ -244,7 +244,7 @@ class ChunkedRun:
         self.chunks = Chunks(
             prompts,
             layout,
-            sizes.chunks_for(layout.rows),
+            sizes.chunks_for(layout.rows, uncut_tokens(inputs.architecture)),
             inputs.head_category.shape[1] // language_model.kv_heads,
             feature_rows=sizes.chunks[-1] + round_tokens,
             most_parts=most_parts(backend, language_model.dtype),

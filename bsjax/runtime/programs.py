@@ -116,7 +116,6 @@ class Programs:
       parameters: the module's parameters, the first argument of every program.
       mesh: the devices that they are on; None for one device.
       compilations: how many programs have been compiled, or read from the persistent cache.
-      compile_seconds: the time that compilation took, reading from the cache included.
     """
 
     def __init__(
@@ -141,7 +140,6 @@ class Programs:
         self.graph, self.parameters = nnx.split(module)
         self.mesh = mesh_of(self.parameters)
         self.compilations = 0
-        self.compile_seconds = 0.0
         self._of_thread = threading.local()
         self._max_programs = max_programs
         # In the order of their last use.
@@ -205,7 +203,6 @@ class Programs:
             program = Program(self.parameters, compiled, shapes[1:], mesh)
         seconds = time.perf_counter() - start
         with self._lock:
-            self.compile_seconds += seconds
             of_thread = self.of_this_thread
             self._of_thread.value = (of_thread[0] + seconds, of_thread[1] + 1)
             self.compilations += 1

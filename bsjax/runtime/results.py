@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from bsjax.checks import argument, shown
 from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
+from bsjax.runtime.inputs import ModelInputs
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,45 @@ _PARTS = {
 def seconds_of(seconds: Mapping[str, float]) -> dict[str, float]:
     """The fields of `Stats` for the parts of the time to the first token."""
     return {field: seconds.get(part, 0.0) for part, field in _PARTS.items()}
+
+
+def stats_of(
+    inputs: ModelInputs,
+    parts: Mapping[str, float],
+    *,
+    backend: str,
+    first_token_seconds: float,
+    decode_seconds: float,
+    compiled_programs: int,
+    reused_tokens: int,
+    reused_images: int,
+) -> Stats:
+    """The statistics of an answer.
+
+    Args:
+      inputs: the prompt.
+      parts: from `seconds_of`.
+      backend: the attention backend.
+      first_token_seconds: as in `Stats`, like the arguments that follow.
+      decode_seconds: see `Stats`.
+      compiled_programs: see `Stats`.
+      reused_tokens: see `Stats`.
+      reused_images: see `Stats`.
+    """
+    return Stats(
+        prompt_tokens=inputs.tokens,
+        image_tokens=inputs.template.image_tokens,
+        attention_flops_dense=inputs.flops_dense,
+        attention_flops_sparse=inputs.flops_sparse,
+        attention_flops_per_kind=inputs.flops_per_kind,
+        **parts,
+        backend=backend,
+        first_token_seconds=first_token_seconds,
+        decode_seconds=decode_seconds,
+        compiled_programs=compiled_programs,
+        reused_tokens=reused_tokens,
+        reused_images=reused_images,
+    )
 
 
 class TokenScores(NamedTuple):
@@ -179,6 +219,11 @@ class IncrementalText:
         self._held = ""
         self.whole = ""
         self.stopped = False
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there is text that is not in `whole` yet."""
+        return bool(self._held or self._pending)
 
     def add(self, token_id: int, *, last: bool) -> str:
         """The text that this token completes; empty while bytes of a character are missing."""

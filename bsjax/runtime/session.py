@@ -68,7 +68,8 @@ class Session:
     recently used is dropped.
 
     Layers with a window keep only the tokens in it (Gemma 3). If the prompt does not continue all
-    tokens in the cache, and the window has moved on, everything runs again.
+    tokens in the cache, and the window has moved on, everything runs again. An answer that a stop
+    text ended is continued from a few tokens before that text.
     `Result.stats.reused_tokens` says how many tokens were used again.
 
     One call runs at a time. A stream that is dropped or closed before its end leaves the tokens

@@ -43,14 +43,20 @@ class Sizes(NamedTuple):
         smallest, largest = self.patches[0], max(self.patches[-1] // devices, self.patches[0])
         return (smallest,) if patches <= smallest * devices else tuple({smallest: 0, largest: 0})
 
-    def chunks_for(self, cache_rows: int) -> tuple[int, ...]:
-        """The one or two sizes of chunks for a prompt whose cache has `cache_rows` rows.
+    def chunks_for(self, cache_rows: int, uncut_tokens: int = 0) -> tuple[int, ...]:
+        """The few sizes of chunks for a prompt whose cache has `cache_rows` rows.
 
         They are the smallest size, and the largest that is at most half as long as the cache:
-        prompts with a cache of this length would seldom fill a larger chunk.
+        prompts with a cache of this length would seldom fill a larger chunk. Where images are not
+        cut, the smallest that holds one comes between them, for images that follow in later turns.
+
+        Args:
+          cache_rows: rows of the cache of one sequence.
+          uncut_tokens: tokens of the smallest image, if no chunk may end inside an image.
         """
         fitting = [rows for rows in self.chunks if 2 * rows <= cache_rows]
-        return tuple(sorted({self.chunks[0], *fitting[-1:]}))
+        holding = [rows for rows in fitting if rows >= uncut_tokens]
+        return tuple(sorted({self.chunks[0], *fitting[-1:], *holding[:1]}))
 
 
 # Photos and screenshots often have more patches than a group. With room for 8192 tokens of one, all

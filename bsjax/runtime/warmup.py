@@ -18,12 +18,13 @@ from bsjax.runtime.batch import copying_program, sequences_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, Decoding
 from bsjax.runtime.image_cache import ImageCache
-from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups
+from bsjax.runtime.images import ImageEncoder, counted_patches, image_groups, uncut_tokens
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.memory import bytes_available
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import check_model, programs_of
+from bsjax.runtime.scoring import AnswerScoring
 from bsjax.runtime.sizes import cache_rows, sizes_in_use
 
 
@@ -47,9 +48,10 @@ def warmup(
     images: bool = True,
     profile: ProfileLike = None,
     conversations: int = 1,
+    scoring: bool = True,
     backend: str = "auto",
 ) -> Warmup:
-    """Compiles what `generate` and sessions need, so that no prompt has to wait for it.
+    """Compiles what `generate`, sessions and `score` need, so that no prompt has to wait for it.
 
     A handful of programs serves all prompts up to a length: chunks, caches and groups of images
     have few sizes. They are kept with the model, and in JAX's persistent cache for later processes.
@@ -63,6 +65,7 @@ def warmup(
         need others. If prompts run both ways, call this once with and once without a profile.
       conversations: how many conversations batches have; 1 for no batches. Batches of other sizes
         may need other programs.
+      scoring: whether answers are scored, which takes other programs for the same chunks.
       backend: attention backend, see `sparse_attention`.
 
     Raises:
@@ -73,7 +76,7 @@ def warmup(
 
     Example:
       >>> bsjax.warmup(model, max_tokens=2048)
-      Warmup(programs=5, seconds=...)
+      Warmup(programs=..., seconds=...)
     """
     check_model(model, GenerationError)
     resolved, backend = checked_warmup(
@@ -82,19 +85,28 @@ def warmup(
         images=images,
         profile=profile,
         conversations=conversations,
+        scoring=scoring,
         backend=backend,
     )
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
-    limit = model.config.get_text_config().max_position_embeddings
     of_every_size = _images_of_every_size(model, backend) if images else ()
     groups = image_groups(model.architecture, of_every_size, backend, devices=_devices(model))
-    sizes = sizes_in_use().on_devices(size_along(programs.mesh, CONTEXT))
-    for rows in cache_lengths(max_tokens):
-        # Long enough for a chunk of each size that prompts with this cache use.
-        tokens = min(sizes.chunks_for(rows)[-1] + 1, rows, limit)
-        prompt = Prompt(np.zeros(tokens, np.int32))
-        inputs = prepare_inputs(model.architecture, prompt, resolved, backend=backend)
+    moves_rows = bool(groups) and resolved is not None and resolved.is_sparse
+    prepared = {
+        rows: prepare_inputs(
+            model.architecture, _prompt_of_every_chunk(model, rows), resolved, backend=backend
+        )
+        for rows in cache_lengths(max_tokens)
+    }
+    # First, because a model that has too many programs drops those that were compiled first.
+    for rows, inputs in prepared.items() if scoring else ():
+        prompt = PlacedPrompt(inputs)
+        AnswerScoring(programs, prompt, inputs.tokens - 1, CacheLayout(rows), backend)
+        if moves_rows:
+            # Of several answers to one question.
+            moving_program(programs, rows)
+    for rows, inputs in prepared.items():
         settings = AnswerSettings(1, backend)
         sequences = sequences_for(
             programs.module, rows, conversations, bytes_available(programs.mesh)
@@ -112,7 +124,7 @@ def warmup(
             Decoding(programs, layout, settings.end_tokens, backend)
             if layout.sequences > 1:
                 copying_program(programs, prefill.carried)
-    if groups and resolved is not None and resolved.is_sparse:
+    if moves_rows:
         # Of a session with this many tokens.
         moving_program(programs, cache_rows(max_tokens))
     return Warmup(programs.compilations - before, time.perf_counter() - start)
@@ -125,6 +137,7 @@ def checked_warmup(
     images: bool,
     profile: ProfileLike,
     conversations: int,
+    scoring: bool,
     backend: str,
 ) -> tuple[Profile | None, str]:
     """The profile and the backend of `warmup`, whose arguments are checked without weights.
@@ -134,6 +147,7 @@ def checked_warmup(
     """
     checked_max_tokens(model, max_tokens, least=1)
     truth_value("images", images, error=GenerationError)
+    truth_value("scoring", scoring, error=GenerationError)
     whole_number("conversations", conversations, least=1, error=GenerationError)
     backend = resolve_backend(backend)
     return Profile.resolve(profile, model), backend
@@ -145,6 +159,14 @@ def cache_lengths(max_tokens: int) -> list[int]:
     while lengths[-1] < max_tokens:
         lengths.append(cache_rows(lengths[-1] + 1))
     return lengths
+
+
+def _prompt_of_every_chunk(model: LoadedModel, rows: int) -> Prompt:
+    """Long enough for a chunk of each size that prompts with a cache of `rows` rows use."""
+    limit = model.config.get_text_config().max_position_embeddings
+    sizes = sizes_in_use().on_devices(size_along(model.mesh, CONTEXT))
+    sizes = sizes.chunks_for(rows, uncut_tokens(model.architecture))
+    return Prompt(np.zeros(min(sum(sizes[1:]) + 1, rows, limit), np.int32))
 
 
 def _images_of_every_size(model: LoadedModel, backend: str) -> tuple[PromptImage, ...]:

@@ -1,5 +1,7 @@
 """Conversations that run together are answered as each of them alone."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from bsjax import CapacityError, GenerationError, MessageError, Profile
 from bsjax.runtime import batch
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import check_memory
+from bsjax.runtime.programs import programs_of
 from bsjax.runtime.shared_prefixes import common_tokens, shared_prefixes
 from tests.support.messages import asked
 
@@ -290,3 +293,35 @@ def test_a_long_prefix_is_found_beside_a_short_one(tiny_model, monkeypatch):
     assert sum(result.stats.reused_tokens > 500 for result in results[12:]) >= 6
     alone = bsjax.generate(tiny_model, conversations[-1], max_new_tokens=2)
     assert outcome(results[-1]) == outcome(alone)
+
+
+def test_what_others_compile_is_in_no_answer(tiny_model):
+    """Neither what the caller compiles between two answers or tokens, nor another thread."""
+    programs, sizes = programs_of(tiny_model), iter(range(1, 9))
+
+    def compile_another(*_):
+        programs.get(twice, (np.zeros(next(sizes), np.float32),))
+
+    conversations = [asked("Why? " * length) for length in (1, 2, 3)]
+
+    def compiled():
+        for _, result in bsjax.generate_iter(tiny_model, conversations, max_new_tokens=2):
+            assert isinstance(result, bsjax.Result)
+            yield result.stats.compiled_programs, result.stats.compile_seconds > 0
+
+    list(compiled())
+    bsjax.generate(tiny_model, conversations[0], max_new_tokens=2)
+    before = programs.compilations
+    for counted in compiled():
+        assert counted == (0, False)
+        compile_another()
+        thread = threading.Thread(target=compile_another)
+        thread.start()
+        thread.join()
+    result = bsjax.generate(tiny_model, conversations[0], max_new_tokens=2, stream=compile_another)
+    assert (result.stats.compiled_programs, result.stats.compile_seconds) == (0, 0.0)
+    assert programs.compilations == before + 8
+
+
+def twice(module, values):
+    return 2 * values

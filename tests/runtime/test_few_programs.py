@@ -89,7 +89,7 @@ def test_large_images_need_no_chunks_of_their_own(tiny_model):
         prompt = prompt_of(tiny_model, of_image + text, [(1, rows, columns)])
         inputs = prepare_inputs(tiny_model.architecture, prompt, None, backend="xla", new_tokens=9)
         prefill = prefill_of(programs, inputs, new_tokens=9)
-        own.append({id(of.program) for of in prefill.stages if of.name == "prefill"})
+        own.append({id(stage.program) for stage in prefill.stages if stage.name == "prefill"})
     assert own[1:] == own[:-1]
 
 
@@ -103,14 +103,27 @@ def test_after_warmup_no_prompt_compiles(tiny_checkpoint):
         parts = [{"type": "image", "image": picture}] * images
         text = {"type": "text", "text": "What is this? " * 5 * (images + 1)}
         messages = [{"role": "user", "content": [*parts, text]}]
-        stats = bsjax.generate(model, messages, max_new_tokens=3, temperature=0.5).stats
+        options = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.2}
+        stats = bsjax.generate(
+            model, messages, max_new_tokens=3, log_probabilities=2, **options
+        ).stats
         assert (stats.compiled_programs, stats.compile_seconds) == (0, 0.0)
+        answers = [{"role": "assistant", "content": text} for text in ("This.", "I do not know. ")]
+        bsjax.score(model, [*messages, answers[0]])
+        bsjax.score(model, [[*messages, answer] for answer in answers])
+    assert programs_of(model).compilations == done.programs
     assert bsjax.warmup(model, max_tokens=2000).programs == 0
     assert bsjax.warmup(model, max_tokens=2000, conversations=4).programs > 0
     question = [{"role": "user", "content": "What is this? " * 80}]
     for result in bsjax.generate(model, [question] * 3, max_new_tokens=3):
         assert (result.stats.compiled_programs, result.stats.compile_seconds) == (0, 0.0)
-    assert bsjax.warmup(model, max_tokens=2000, profile=Profile.uniform("sink", model)).programs
+    sparse = Profile.uniform("sink", model)
+    before = programs_of(model).compilations
+    done = bsjax.warmup(model, max_tokens=2000, profile=sparse, scoring=False)
+    more = bsjax.warmup(model, max_tokens=2000, profile=sparse)
+    assert done.programs > more.programs > 0
+    bsjax.score(model, [[*messages, answer] for answer in answers], profile=sparse)
+    assert programs_of(model).compilations == before + done.programs + more.programs
 
 
 @given(st.integers(1, 400_000), st.integers(1, 400_000))
@@ -126,7 +139,7 @@ def test_bad_arguments_of_warmup_are_refused(tiny_model, annotations_unchecked):
     limit = tiny_model.config.text_config.max_position_embeddings
     with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):
         bsjax.warmup(tiny_model, max_tokens=limit + 1)
-    for arguments in ({"max_tokens": 0}, {"images": "no"}, {"conversations": 0}):
+    for arguments in ({"max_tokens": 0}, {"images": "no"}, {"conversations": 0}, {"scoring": 1}):
         with pytest.raises(GenerationError, match=next(iter(arguments))):
             bsjax.warmup(tiny_model, **arguments)
     with pytest.raises(GenerationError, match=r"bsjax\.load"):
@@ -135,8 +148,11 @@ def test_bad_arguments_of_warmup_are_refused(tiny_model, annotations_unchecked):
 
 @pytest.mark.slow
 def test_the_command_line_warms_up(tiny_checkpoint, capsys):
-    assert main(["warmup", str(tiny_checkpoint), "--max-tokens", "300", "--no-images"]) == 0
+    arguments = ["warmup", str(tiny_checkpoint), "--max-tokens", "300", "--no-images"]
+    assert main([*arguments, "--no-scoring"]) == 0
     assert "dense: 3 programs in" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "dense: 5 programs in" in capsys.readouterr().out
     assert main(["warmup", str(tiny_checkpoint), "--profile", "no-such-profile"]) == 2
     said = capsys.readouterr()
     assert "no-such-profile" in said.err and not said.out, "before anything is compiled"

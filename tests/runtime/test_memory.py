@@ -209,6 +209,25 @@ def test_chunks_cover_all_prompts_and_may_keep_images_whole(templates, whole_ima
         assert padded < tokens + 16, "less padding than the smallest chunk"
 
 
+@pytest.mark.parametrize(
+    ("segments", "rows"),
+    [
+        ([Text(13), ImageTokens(256), Text(14)], [512]),
+        ([Text(7), ImageTokens(256)] * 2, [512, 512]),
+        ([Text(7), ImageTokens(256)] * 28, [2048] * 4),
+        ([Text(30), ImageTokens(3000)], [128, 4096]),
+        ([Text(1990)], [2048]),
+        ([Text(1900)], [512, 512, 512, 128, 128, 128]),
+    ],
+)
+def test_whole_images_have_chunks_that_they_fill(segments, rows):
+    prompt = PlacedPrompt(inputs_of_template(Template.from_segments(segments)))
+    assert Sizes((128, 512, 2048), ()).chunks_for(8192, 256) == (128, 512, 2048)
+    assert Sizes((128, 512, 2048), ()).chunks_for(8192) == (128, 2048)
+    borders = chunk_borders([prompt], (128, 512, 2048), whole_images=True)
+    assert [size for _, size in borders] == rows
+
+
 def test_a_prompt_is_refused_exactly_when_it_does_not_fit(tiny_model, monkeypatch):
     messages = conversation()
     peak = max(stage.peak for stage in stages_of(tiny_model, messages)[0])

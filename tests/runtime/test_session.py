@@ -288,6 +288,27 @@ def test_what_follows_an_image_token_in_an_answer_leaves_no_trace(gemma3):
     assert_close(logits, bsjax.forward(gemma3, messages)[first:])
 
 
+@pytest.mark.slow
+@pytest.mark.parity
+def test_a_turn_that_a_stop_text_ends_is_cheap_to_follow(gemma3):
+    """Decoding goes on for some tokens, which take rows of the window of 12."""
+    options = {"max_new_tokens": 60, "temperature": 20.0, "seed": 1}
+    messages = [user(" ".join(f"word{n}" for n in range(3, 30)))]
+    words = bsjax.generate(gemma3, messages, **options).text.split()
+    assert len(words) == 60 and len(set(itertools.pairwise(words))) == 59
+    # Words of the answer before the stop text; tokens of it that are used again.
+    for before, kept in ((0, 0), (1, 0), (15, 0), (17, 16), (19, 16), (35, 32)):
+        for stream in (None, lambda piece, token_id: None):
+            stop = " ".join(words[before : before + 2])
+            session = bsjax.Session(gemma3, max_tokens=256)
+            first = session.generate(messages, stop=stop, stream=stream, **options)
+            assert first.text.split() == words[:before]
+            said = [*messages, assistant(f" {first.text}"), user(" word9 word7")]
+            follow_up = session.generate(said, max_new_tokens=6)
+            assert follow_up.token_ids == bsjax.generate(gemma3, said, max_new_tokens=6).token_ids
+            assert follow_up.stats.reused_tokens == first.prompt_tokens + kept
+
+
 def test_bad_arguments_of_sessions_are_refused(tiny_model, annotations_unchecked):
     limit = tiny_model.config.text_config.max_position_embeddings
     with pytest.raises(CapacityError, match=f"has {limit} positions. Lower it to {limit}"):

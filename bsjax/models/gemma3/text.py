@@ -287,6 +287,14 @@ class Gemma3TextModel(LanguageModel):
         return cache._replace(of_global=cache.of_global and cache.of_global.moved(rows))
 
     @override
+    def rings(self, cache: Caches) -> Cache | None:
+        return cache.of_local
+
+    @override
+    def with_rings(self, cache: Caches, rings: Cache | None) -> Caches:
+        return cache._replace(of_local=rings)
+
+    @override
     def copied(
         self, cache: Caches, source: Int[Array, ""], target: Int[Array, ""], sequences: int
     ) -> Caches:
