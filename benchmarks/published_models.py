@@ -95,6 +95,9 @@ PUBLISHED_MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "Qwen2-VL-7B": lambda: _qwen2_vl(
         _qwen_text(3584, 28, (28, 4), 18944, 152064, 32768, tied=False)
     ),
+    "Qwen2-VL-72B": lambda: _qwen2_vl(
+        _qwen_text(8192, 80, (64, 8), 29568, 152064, 32768, tied=False)
+    ),
     "Qwen2.5-VL-3B": lambda: _qwen2_5_vl(
         _qwen_text(2048, 36, (16, 2), 11008, 151936, 128000, tied=True)
     ),

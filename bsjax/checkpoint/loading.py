@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -45,11 +46,14 @@ from bsjax.checks import (
 )
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
+from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
 from bsjax.models.collectives import TENSOR
 from bsjax.models.config_checks import check_settings
+from bsjax.models.head_order import HeadOrder, dealt_heads
 from bsjax.models.sharding import (
     KV_HEADS,
+    Q_HEADS,
     checked_mesh,
     key_head_repeats,
     spec_of,
@@ -106,6 +110,7 @@ class DescribedModel(Processor):
       max_programs: how many compiled programs are kept for the model.
       image_cache_bytes: the most bytes of image features that are kept for its calls.
       mesh: the devices that the weights are divided among, or will be; None for one device.
+      head_order: the order of heads on these devices; None for that of the checkpoint.
     """
 
     generation_config: GenerationConfig
@@ -116,6 +121,7 @@ class DescribedModel(Processor):
     max_programs: int = MAX_PROGRAMS
     image_cache_bytes: int = 0
     mesh: Mesh | None = None
+    head_order: HeadOrder | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -140,6 +146,7 @@ def load(
     dtype: Any = None,
     *,
     mesh: Mesh | None = None,
+    head_categories: Int[np.ndarray, "layers q_heads"] | None = None,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
     image_cache_bytes: int = 0,
@@ -159,6 +166,9 @@ def load(
         float32, and bfloat16 elsewhere.
       mesh: the devices that the model is divided among, from `bsjax.mesh`; None for the default
         device. No device holds the whole model, and the host only parts of a parameter at a time.
+      head_categories: `Profile.categories` of the profile that the model will run with, so that the
+        heads that take long do not all go to the same devices of the mesh. The model can run with
+        any profile, whatever is given here.
       verify: first compare the SHA-256 of every file with the one that was written when the
         checkpoint was converted, as `bsjax verify` does. Takes the time to read all files once.
       max_programs: how many compiled programs to keep in memory. There is one for every stage and
@@ -188,6 +198,7 @@ def load(
             path,
             dtype,
             mesh=mesh,
+            head_categories=head_categories,
             verify=verify,
             max_programs=max_programs,
             image_cache_bytes=image_cache_bytes,
@@ -202,6 +213,7 @@ def describe(
     dtype: Any = None,
     *,
     mesh: Mesh | None = None,
+    head_categories: Int[np.ndarray, "layers q_heads"] | None = None,
     verify: bool = False,
     max_programs: int = MAX_PROGRAMS,
     image_cache_bytes: int = 0,
@@ -228,7 +240,7 @@ def describe(
     if verify:
         verify_manifest(folder)
     return dataclasses.replace(
-        _describe_folder(folder, dtype, reader, mesh),
+        _describe_folder(folder, dtype, reader, mesh, head_categories),
         max_programs=max_programs,
         image_cache_bytes=image_cache_bytes,
         image_sources=image_sources,
@@ -274,7 +286,12 @@ class WeightsReader:
         self._exit.close()
 
     def begin(
-        self, folder: Path, architecture: Architecture, mesh: Mesh | None, stored: str
+        self,
+        folder: Path,
+        architecture: Architecture,
+        mesh: Mesh | None,
+        stored: str,
+        head_order: HeadOrder | None = None,
     ) -> "Future[ImageTextModel]":
         """Begins to read; returns the module to come.
 
@@ -283,11 +300,19 @@ class WeightsReader:
           architecture: what the weights are for.
           mesh: the devices that they are divided among; None for the default one.
           stored: the dtype of the weights in the folder.
+          head_order: the order of heads; None for that of the checkpoint.
         """
         thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
         report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
         self._reading = thread.submit(
-            _restore, folder / PARAMETERS, architecture, mesh, stored, report, self._look
+            _restore,
+            folder / PARAMETERS,
+            architecture,
+            mesh,
+            stored,
+            report,
+            self._look,
+            head_order,
         )
         return self._reading
 
@@ -301,7 +326,11 @@ class WeightsReader:
           CheckpointError: the weights are damaged, or of another model.
         """
         reading = self._reading or self.begin(
-            described.path, described.architecture, described.mesh, described.stored_dtype
+            described.path,
+            described.architecture,
+            described.mesh,
+            described.stored_dtype,
+            described.head_order,
         )
         known = {each.name: getattr(described, each.name) for each in fields(DescribedModel)}
         return LoadedModel(module=reading.result(), **known)
@@ -329,6 +358,7 @@ def _describe_folder(
     dtype: Any,
     reader: WeightsReader | None = None,
     mesh: Mesh | None = None,
+    head_categories: Any = None,
 ) -> DescribedModel:
     target = resolve_dtype(dtype)
     description = _read_description(folder)
@@ -345,8 +375,10 @@ def _describe_folder(
         )
     if mesh is not None:
         key_head_repeats(config, mesh.shape[TENSOR])
+    head_order = _head_order(config, mesh, head_categories)
     if reader is not None:
-        reader.begin(folder, Architecture(family, config, target), mesh, description["dtype"])
+        architecture = Architecture(family, config, target)
+        reader.begin(folder, architecture, mesh, description["dtype"], head_order)
     processor = _read_processor(folder, config, family)
     return DescribedModel(
         config=config,
@@ -357,9 +389,42 @@ def _describe_folder(
         dtype=target,
         stored_dtype=description["dtype"],
         mesh=mesh,
+        head_order=head_order,
         path=folder,
         fingerprint=description["fingerprint"],
     )
+
+
+def with_heads_dealt(described: DescribedModel, head_categories: Any) -> DescribedModel:
+    """A model, before its weights are read, for the `head_categories` of `load`.
+
+    Raises:
+      CheckpointError: they are not those of a profile for the model.
+    """
+    order = _head_order(described.config, described.mesh, head_categories)
+    return dataclasses.replace(described, head_order=order)
+
+
+def _head_order(
+    config: PretrainedConfig, mesh: Mesh | None, head_categories: Any
+) -> HeadOrder | None:
+    if head_categories is None:
+        return None
+    text = config.get_text_config()
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    categories = np.asarray(head_categories)
+    if (
+        categories.shape != shape
+        or categories.dtype.kind not in "iu"
+        or not np.isin(categories, list(HeadCategory)).all()
+    ):
+        raise CheckpointError(
+            "head_categories must be the `categories` of a profile for this model, with "
+            f"{shape[1]} heads in each of {shape[0]} layers, got {shown(head_categories)}."
+        )
+    if mesh is None or mesh.shape[TENSOR] == 1:
+        return None
+    return dealt_heads(categories, text.num_key_value_heads, mesh.shape[TENSOR])
 
 
 def read_processor(folder: Path) -> Processor:
@@ -471,7 +536,7 @@ def abstract_module(architecture: Architecture) -> ImageTextModel:
 
 
 def placed_module(
-    architecture: Architecture, mesh: Mesh | None
+    architecture: Architecture, mesh: Mesh | None, head_order: HeadOrder | None = None
 ) -> tuple[ImageTextModel, dict[tuple[str, ...], Placement]]:
     """The model with shapes in place of weights, and where each parameter goes, by its path.
 
@@ -480,6 +545,7 @@ def placed_module(
     Args:
       architecture: architecture of the model.
       mesh: the devices; None for the default one.
+      head_order: the order of heads; None for that of the checkpoint.
 
     Raises:
       CheckpointError: the configuration does not describe a model, or it cannot be divided.
@@ -497,12 +563,18 @@ def placed_module(
     placements = {}
     for rule in family.parameter_table(config):
         axes = rule.axes if rule.layers is None or not rule.axes else (None, *rule.axes)
-        of_heads = rule.axes[-1:] == (KV_HEADS,)
+        order = None
+        if head_order is not None and Q_HEADS in rule.axes:
+            order = head_order.q_heads
+        # Key heads that are repeated stay in their order.
+        if head_order is not None and KV_HEADS in rule.axes and repeats == 1:
+            order = head_order.kv_heads
         placements[rule.target] = Placement(
             shapes[rule.target],
             NamedSharding(mesh, spec_of(axes)),
-            repeats if of_heads else 1,
+            repeats if rule.axes[-1:] == (KV_HEADS,) else 1,
             head_dim,
+            order,
         )
     graph, state = nnx.split(module)
     placed = {
@@ -595,8 +667,9 @@ def _restore(
     stored: str,
     progress: Progress,
     look: Callable[[], None],
+    head_order: HeadOrder | None = None,
 ) -> ImageTextModel:
-    module, placements = placed_module(architecture, mesh)
+    module, placements = placed_module(architecture, mesh, head_order)
     graph, state = nnx.split(module)
     arrays = restore_parameters(folder, placements, stored, progress, look)
     filled = {

@@ -22,6 +22,7 @@ import tensorstore
 from bsjax.checks import shown
 from bsjax.errors import CheckpointError
 from bsjax.files import read_json_object
+from bsjax.models.collectives import TENSOR
 from bsjax.progress import Progress, no_progress
 
 # JAX uses arrays with this alignment in place and copies all others.
@@ -62,12 +63,15 @@ class Placement(NamedTuple):
       sharding: where its parts are.
       repeats: how often each block of the last axis of the stored array is repeated.
       block: entries of such a block. If it is repeated, each device has one block.
+      order: int [layers, blocks], which block of the stored array is at each place, along the axis
+        that is divided; None if they stay where they are.
     """
 
     shape: jax.ShapeDtypeStruct
     sharding: jax.sharding.Sharding
     repeats: int = 1
     block: int = 1
+    order: np.ndarray | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -82,6 +86,15 @@ class Placement(NamedTuple):
         *others, last = index
         first = (last.start or 0) // self.block // self.repeats * self.block
         return (*others, slice(first, first + self.block))
+
+    def ordered(self, of_layer: np.ndarray, layer: int) -> np.ndarray:
+        """The array of a layer with its blocks in the order that the model has them in."""
+        if self.order is None:
+            return of_layer
+        axis = self.sharding.spec.index(TENSOR) - 1  # pyright: ignore[reportAttributeAccessIssue]
+        shape = of_layer.shape
+        blocks = of_layer.reshape(*shape[:axis], -1, self.block, *shape[axis + 1 :])
+        return np.take(blocks, self.order[layer], axis=axis).reshape(shape)
 
 
 class OneAtATime(ocp.type_handlers.NumpyHandler):
@@ -130,7 +143,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
             slices = zip(index, shape, strict=True)
             bounds = tuple(axis.indices(size)[:2] for axis, size in slices)
             parts.setdefault(bounds, []).append(device)
-        if len(parts) > 1 and len(shape) == _STACKED:
+        if placement.order is not None or (len(parts) > 1 and len(shape) == _STACKED):
             on_devices = self._read_layers(info, placement, parts)
         else:
             on_devices = []
@@ -151,7 +164,7 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         placement: Placement,
         parts: Mapping[tuple[Any, ...], Sequence[Any]],
     ) -> list[jax.Array]:
-        """The parts of stacked matrices, on their devices.
+        """The parts of stacked arrays, on their devices.
 
         Each layer is stored in chunks of its own and read once, for all parts.
 
@@ -178,9 +191,10 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         }
         for layer in range(layers):
             of_this = slice(layer, layer + 1)
-            array = self._read_part(info, (of_this, *whole), placement.shape.dtype)
+            (array,) = self._read_part(info, (of_this, *whole), placement.shape.dtype)
+            array = placement.ordered(array, layer)
             for device, index in indices.items():
-                own = jax.device_put(np.ascontiguousarray(array[0][index]), device)
+                own = jax.device_put(np.ascontiguousarray(array[index]), device)
                 stacked[device] = _with_layer(stacked[device], own, layer)
             jax.block_until_ready(list(stacked.values()))
         return list(stacked.values())

@@ -125,6 +125,13 @@ def described_model(
     )
 
 
+def with_profile(described: "DescribedModel", profile: "Profile | None") -> "DescribedModel":
+    """The model, before its weights are read, with its heads dealt to devices by a profile."""
+    from bsjax.checkpoint.loading import with_heads_dealt
+
+    return with_heads_dealt(described, None if profile is None else profile.categories)
+
+
 def names_of(options: argparse.Namespace) -> dict[str, str]:
     """How a command's error messages name arguments of Python: as the options that set them."""
     names = {name: f"--{name.replace('_', '-')}" for name in vars(options)}

@@ -11,6 +11,7 @@ from bsjax.cli.arguments import (
     described_model,
     image_options,
     image_part,
+    with_profile,
 )
 from bsjax.cli.distributed import add_process_options, is_distributed, same_lines
 from bsjax.cli.imports import import_libraries
@@ -85,7 +86,10 @@ def _chat(options: argparse.Namespace) -> None:
     shortest = described.prompt([*begin, {"role": "user", "content": "?"}])
     check_room(shortest, new_tokens, options.max_tokens)
     session = bsjax.Session(
-        with_weights(described), profile=profile, max_tokens=options.max_tokens, backend=backend
+        with_weights(with_profile(described, profile)),
+        profile=profile,
+        max_tokens=options.max_tokens,
+        backend=backend,
     )
     messages, images = list(begin), []
 

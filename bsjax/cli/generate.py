@@ -14,6 +14,7 @@ from bsjax.cli.arguments import (
     described_model,
     messages_of,
     profile_of,
+    with_profile,
 )
 from bsjax.cli.batch import answer_batch, check_options
 from bsjax.cli.distributed import add_process_options, is_distributed
@@ -149,7 +150,9 @@ def _generate(options: argparse.Namespace) -> int:
     with WeightsReader() as reader:
         # What can be refused is refused without waiting for the weights.
         with startup.part("checkpoint"):
-            described = described_model(options, reader if options.batch is None else None)
+            # Heads are dealt to devices by the profile, which is read later.
+            early = options.batch is None and options.tensor == 1
+            described = described_model(options, reader if early else None)
         settings = checked_settings(
             described,
             options.backend,
@@ -164,6 +167,7 @@ def _generate(options: argparse.Namespace) -> int:
             use_generation_config=options.use_generation_config,
         )
         profile = profile_of(options, described)
+        described = with_profile(described, profile)
         if options.batch is not None:
             return answer_batch(options, described, settings, profile)
         prompt = checked_prompt(

@@ -12,6 +12,7 @@ from bsjax.cli.arguments import (
     described_model,
     messages_of,
     profile_of,
+    with_profile,
 )
 from bsjax.cli.imports import import_libraries
 
@@ -51,7 +52,7 @@ def _score(options: argparse.Namespace) -> None:
         [*question, {"role": "assistant", "content": answer}] for answer in options.answers
     ]
     prompts = checked_answered_prompts(described, conversations, profile, described.options())
-    model = with_weights(described)
+    model = with_weights(with_profile(described, profile))
     batch = BatchScoring(model, profile, backend)
     scores = [batch.score(prompt) for prompt in prompts]
     if options.json:

@@ -23,7 +23,7 @@ COSTS = {
 
 
 class HeadOrder(NamedTuple):
-    """The order in which the heads of each layer are on the devices.
+    """The order in which the heads of each layer are on the devices, first device first.
 
     Attributes:
       q_heads: int32 [layers, q_heads], the checkpoint's head that is at each place.

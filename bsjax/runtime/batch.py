@@ -129,6 +129,7 @@ class _Conversation:
       is_compared: whether it has been compared with the others that wait.
       reused: how many tokens were copied from a prefix.
       reused_images: how many of its images had been encoded before.
+      imbalance: of the devices, while its prompt ran.
       seconds: by part, its share of the time of the batch.
       first_token: seconds from the beginning of the batch to its first token.
     """
@@ -144,6 +145,7 @@ class _Conversation:
     is_compared: bool = False
     reused: int = 0
     reused_images: int = 0
+    imbalance: float = 1.0
     seconds: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     first_token: float = 0.0
 
@@ -622,6 +624,7 @@ class _Pool:
             if isinstance(owner, _Prefix):
                 owner.is_ready = True
             else:
+                owner.imbalance = prefill.imbalance
                 # The pixels are not needed any more.
                 owner.prompt, owner.inputs = None, replace(owner.inputs, images=())
         yield from self._ended()
@@ -701,6 +704,7 @@ class _Pool:
             compiled_programs=programs,
             reused_tokens=conversation.reused,
             reused_images=conversation.reused_images,
+            imbalance=conversation.imbalance,
         )
 
 

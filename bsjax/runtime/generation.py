@@ -752,6 +752,7 @@ def generate_once(
             compiled_programs=compiled_programs,
             reused_tokens=reuse.start,
             reused_images=prefill.reused_images,
+            imbalance=prefill.imbalance,
         ),
     )
 

@@ -232,7 +232,9 @@ class ChunkedRun:
         self._more_arguments = more_arguments
         language_model = programs.module.language_model
         inputs = prompts[0].inputs
-        self._categories = inputs.head_category
+        self._categories = programs.in_head_order(inputs.head_category)
+        self._imbalance_of_heads = programs.imbalance_of_heads(inputs.head_category)
+        self._blocks = np.zeros((2,))
         images = [image for prompt in prompts for image in prompt.images]
         everywhere = 1 if programs.mesh is None else programs.mesh.size
         self.groups = image_groups(
@@ -273,6 +275,12 @@ class ChunkedRun:
         ]
 
     @property
+    def imbalance(self) -> float:
+        """Greatest over mean of what the devices have computed in attention, as far as is known."""
+        greatest, mean = self._blocks
+        return self._imbalance_of_heads * float(greatest / mean if mean else 1.0)
+
+    @property
     def reused_images(self) -> int:
         """How many images have been encoded before."""
         return sum(len(group.images) for group in self.groups if group.features)
@@ -309,6 +317,9 @@ class ChunkedRun:
                 # The device runs this chunk meanwhile.
                 following = next(chunks, None)
                 jax.block_until_ready(result)
+            if chunk.blocks is not None:
+                # Devices wait for each other in each chunk.
+                self._blocks += chunk.blocks.max(), chunk.blocks.mean()
             yield chunk, result, carried
             chunk = following
 

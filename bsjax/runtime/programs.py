@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int32
 
 from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
 from bsjax.checks import argument, check_not_forked, not_a_model
 from bsjax.errors import BsjaxError
-from bsjax.models.sharding import bytes_on_a_device, mesh_of, on_every_device, sharded_shapes
+from bsjax.models.collectives import TENSOR
+from bsjax.models.head_order import HeadOrder, imbalance
+from bsjax.models.sharding import (
+    bytes_on_a_device,
+    mesh_of,
+    on_every_device,
+    sharded_shapes,
+    size_along,
+)
 from bsjax.runtime.processes import placed, spans_processes
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
@@ -124,6 +134,7 @@ class Programs:
         compile: Compile | None = None,
         *,
         max_programs: int = MAX_PROGRAMS,
+        head_order: HeadOrder | None = None,
     ) -> None:
         """Prepares a model, without compiling any program yet.
 
@@ -132,7 +143,9 @@ class Programs:
           compile: compiles the programs; by default for this machine's device, with JAX's
             persistent cache.
           max_programs: how many programs are kept.
+          head_order: the order of the module's heads; None for that of the checkpoint.
         """
+        self._head_order = head_order
         if compile is None:
             use_persistent_cache()
         self._compile = compile or _compile_here
@@ -154,6 +167,18 @@ class Programs:
     def of_this_thread(self) -> tuple[float, int]:
         """Seconds that this thread has compiled for, and how many programs."""
         return getattr(self._of_thread, "value", (0.0, 0))
+
+    def in_head_order(
+        self, head_category: Int32[np.ndarray, "layers q_heads"]
+    ) -> Int32[np.ndarray, "layers q_heads"]:
+        """Categories of the checkpoint's heads, in the order in which the module has these."""
+        if self._head_order is None:
+            return head_category
+        return np.take_along_axis(head_category, self._head_order.q_heads, axis=1)
+
+    def imbalance_of_heads(self, head_category: Int32[np.ndarray, "layers q_heads"]) -> float:
+        """Greatest over mean of the costs of heads of the devices along `TENSOR`."""
+        return imbalance(self.in_head_order(head_category), size_along(self.mesh, TENSOR))
 
     def put(self, tree: Any) -> Any:
         """Copies arguments of programs to where the programs need them."""
@@ -260,7 +285,9 @@ def check_one_device(model: DescribedModel, error: type[BsjaxError]) -> None:
 def programs_of(model: LoadedModel) -> Programs:
     """The programs of a model, kept as long as the model exists."""
     if model not in _programs:
-        _programs[model] = Programs(model.module, max_programs=model.max_programs)
+        _programs[model] = Programs(
+            model.module, max_programs=model.max_programs, head_order=model.head_order
+        )
     return _programs[model]
 
 

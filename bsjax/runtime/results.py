@@ -50,6 +50,9 @@ class Stats:
         session or from another conversation of a batch that begins alike.
       reused_images: images among the other tokens whose features were kept (`image_cache_bytes`),
         so that the vision tower had nothing to do.
+      imbalance: attention in prefill of the device of a mesh that has the most, over that of an
+        average one, from the blocks of its rows and the categories of its heads; 1 on one device.
+        In a batch, that of the prompts that ran together.
     """
 
     prompt_tokens: int
@@ -70,6 +73,7 @@ class Stats:
     compiled_programs: int = 0
     reused_tokens: int = 0
     reused_images: int = 0
+    imbalance: float = 1.0
 
 
 _PARTS = {
@@ -98,6 +102,7 @@ def stats_of(
     compiled_programs: int,
     reused_tokens: int,
     reused_images: int,
+    imbalance: float,
 ) -> Stats:
     """The statistics of an answer.
 
@@ -110,6 +115,7 @@ def stats_of(
       compiled_programs: see `Stats`.
       reused_tokens: see `Stats`.
       reused_images: see `Stats`.
+      imbalance: see `Stats`.
     """
     return Stats(
         prompt_tokens=inputs.tokens,
@@ -124,6 +130,7 @@ def stats_of(
         compiled_programs=compiled_programs,
         reused_tokens=reused_tokens,
         reused_images=reused_images,
+        imbalance=imbalance,
     )
 
 

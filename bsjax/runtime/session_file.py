@@ -274,10 +274,17 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
     return {
         "checkpoint": model.fingerprint,
         "number of key heads": str(model.module.language_model.kv_heads),
+        "order of heads": _order_digest(model),
         "settings": _settings_digest(model),
         "profile": of_profile,
         "dtype": str(model.dtype),
     }
+
+
+def _order_digest(model: LoadedModel) -> str:
+    if model.head_order is None:
+        return "the checkpoint's"
+    return hashlib.sha256(model.head_order.kv_heads.tobytes()).hexdigest()
 
 
 def _settings_digest(model: LoadedModel) -> str:

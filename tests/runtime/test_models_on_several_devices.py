@@ -10,9 +10,10 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import bsjax
-from bsjax import CheckpointError, Profile, ProfileError
+from bsjax import CheckpointError, HeadCategory, Profile, ProfileError
 from bsjax.cli import main
 from bsjax.models.collectives import TENSOR
+from bsjax.models.head_order import dealt_heads, imbalance
 from bsjax.runtime.images import rounds
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of, size_in_bytes
@@ -116,6 +117,45 @@ def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
     assert cache.k.sharding.shard_shape(cache.k.shape) == (4, 100, 1, 64)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "kv_heads"), [(2, 2), (4, 2)])
+def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tensor, kv_heads):
+    """Which heads are together changes no answer, and balances what the devices have to do."""
+    shape = (tiny_model.config.text_config.num_hidden_layers, 4)
+    categories = np.zeros(shape, np.int8)
+    categories[:, 1] = HeadCategory.INTRA_IMAGE  # With head 0, it shares a key head.
+    profile = Profile(family=tiny_model.family.name, categories=categories)
+    several = bsjax.load(
+        tiny_checkpoint, mesh=bsjax.mesh(tensor=tensor), head_categories=categories
+    )
+    question = asked(WORDS, picture(0), WORDS, picture(1), "Why?")
+    wanted, found = (
+        bsjax.forward(model, question, profile=profile) for model in (tiny_model, several)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    assert several.head_order is not None
+    assert bsjax.generate(several, question, profile=profile, max_new_tokens=1).stats.imbalance > 1
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "devices", "before", "after"), [(8, 4, 1.8, 1.0), (2, 4, 1.8, 1.0)]
+)
+def test_expensive_heads_do_not_sit_together(kv_heads, devices, before, after):
+    categories = np.full((3, 16), HeadCategory.INTRA_IMAGE, np.int32)
+    if kv_heads == 8:
+        categories[:, [0, 1, 2, 3, 4, 5, 6, 7]] = HeadCategory.DENSE
+    else:
+        categories[:, [0, 1, 2, 3, 8, 9, 10, 11]] = HeadCategory.DENSE
+    order = dealt_heads(categories, kv_heads, devices)
+    np.testing.assert_array_equal(np.sort(order.q_heads), np.tile(np.arange(16), (3, 1)))
+    # Query heads stay with the key head that they share.
+    group = 16 // kv_heads
+    np.testing.assert_array_equal(order.q_heads[:, ::group] // group, order.kv_heads)
+    assert imbalance(categories, devices) == pytest.approx(before, abs=0.05)
+    dealt = np.take_along_axis(categories, order.q_heads, axis=1)
+    assert imbalance(dealt, devices) == pytest.approx(after, abs=0.01)
+
+
 def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotations_unchecked):
     for tensor, message in (
         (3, "4 query heads, which cannot be divided among 3 devices: use 1 or 2 devices."),
@@ -130,6 +170,11 @@ def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotati
     for mesh in ("tensor", Mesh(np.array(jax.devices()[:2]), ("x",))):
         with pytest.raises(CheckpointError, match="mesh must be a jax.sharding.Mesh"):
             bsjax.load(tiny_checkpoint, mesh=mesh)
+    with pytest.raises(CheckpointError, match="context must be a power of two up to 64"):
+        bsjax.mesh(context=3)
+    for wrong in (np.zeros((4, 3), np.int8), np.full((4, 4), 7), "DENSE"):
+        with pytest.raises(CheckpointError, match="head_categories must be the `categories` of"):
+            bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=2), head_categories=wrong)
     model = bsjax.load(tiny_checkpoint, mesh=bsjax.mesh(tensor=2))
     assert set(model.mesh.axis_types) == {AxisType.Auto}
     with pytest.raises(ProfileError, match="runs on one device: leave out the mesh"):
