@@ -142,9 +142,9 @@ def _summary(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         of_turn = [sample[turn] for sample in samples]
         summary[turn] = {
             **of_turn[0],
-            "plain_seconds": statistics.median(of["plain_seconds"] for of in of_turn),
-            "session_seconds": statistics.median(of["session_seconds"] for of in of_turn),
-            "same_token": all(of["same_token"] for of in of_turn),
+            "plain_seconds": statistics.median(sample["plain_seconds"] for sample in of_turn),
+            "session_seconds": statistics.median(sample["session_seconds"] for sample in of_turn),
+            "same_token": all(sample["same_token"] for sample in of_turn),
         }
     return summary
 

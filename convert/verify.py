@@ -96,7 +96,7 @@ def verify(source: Path, converted: Path, rounded_to: str | None) -> Verificatio
 
 def _question(model: "LoadedModel") -> str:
     """Text with more tokens than any window of the model's layers."""
-    windows = [of.window or 0 for of in model.family.visibilities(model.config)]
+    windows = [visibility.window or 0 for visibility in model.family.visibilities(model.config)]
     tokens = len(model.tokenizer(_QUESTION, add_special_tokens=False)["input_ids"])
     return " ".join([_QUESTION] * (1 + max(windows) // tokens))
 

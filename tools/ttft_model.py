@@ -146,7 +146,9 @@ def count(model: str, tokens: int, sparse: float) -> Counts:
 
     def traced(jitted: Any, shapes: tuple[Any, ...]) -> Any:
         trace = jitted.trace(*shapes)
-        out = jax.tree.map(lambda of: jax.ShapeDtypeStruct(of.shape, of.dtype), trace.out_info)
+        out = jax.tree.map(
+            lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), trace.out_info
+        )
         result = SimpleNamespace(out_info=out, memory_analysis=lambda: None)
         traces[id(result)] = trace.jaxpr.jaxpr
         kept.append(result)
@@ -169,9 +171,9 @@ def count(model: str, tokens: int, sparse: float) -> Counts:
         vision = 0
         per_pair = FLOPS_PER_PAIR * family.vision_head_dim(config)
         of_group = {
-            id(of.program): products(traces[id(of.program.compiled)])
-            for of in prefill.stages
-            if of.name == "vision"
+            id(each.program): products(traces[id(each.program.compiled)])
+            for each in prefill.stages
+            if each.name == "vision"
         }
         # Groups of one size share a program, and padding is computed too.
         sizes = sorted({group.padded_tokens for group in prefill.groups})

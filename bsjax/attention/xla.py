@@ -161,8 +161,8 @@ def attention_gradients(
     start = tuple(jnp.zeros(rows.shape, jnp.float32) for rows in (loops.q, loops.k, loops.v))
     q_gradient, k_gradient, v_gradient = loops.tiles(tile_body, start)
     q_gradient, k_gradient, v_gradient = (
-        gradient[tuple(map(slice, of.shape))].astype(of.dtype)
-        for gradient, of in ((q_gradient, q), (k_gradient, k), (v_gradient, v))
+        gradient[tuple(map(slice, array.shape))].astype(array.dtype)
+        for gradient, array in ((q_gradient, q), (k_gradient, k), (v_gradient, v))
     )
     return q_gradient, k_gradient, v_gradient, None, None, None
 

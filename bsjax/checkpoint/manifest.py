@@ -81,7 +81,9 @@ def verify_manifest(folder: Path) -> Verified:
             f"the files in {folder} are not those that were converted ({'; '.join(problems)}). "
             "Convert the checkpoint again."
         )
-    return Verified(len(stated), sum(of["bytes"] for of in stated.values()), _fingerprint(stated))
+    return Verified(
+        len(stated), sum(entry["bytes"] for entry in stated.values()), _fingerprint(stated)
+    )
 
 
 def _read(file: Path) -> Entries:

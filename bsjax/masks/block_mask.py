@@ -135,7 +135,7 @@ class BlockMask:
         tables = category_tables(self._categories)
         rows = partial(Rows, templates, packed=uses_packed_order(tables))
         query_rows = rows(self._query_spans)
-        key_rows = rows([Span(0, of.tokens, index) for index, of in enumerate(templates)])
+        key_rows = rows([Span(0, each.tokens, index) for index, each in enumerate(templates)])
         self.schedule = build_span_schedule(
             query_rows,
             key_rows,

@@ -461,15 +461,15 @@ class _Table(NamedTuple):
           padding: first row and rows of the tiles of padding rows.
           block_kv: keys of a block.
         """
-        rows = np.concatenate([np.zeros((0, 2), np.int64), *(of.rows for of in spans), padding])
-        first_tile = np.cumsum([0, *(len(of.rows) for of in spans)]).tolist()
+        rows = np.concatenate([np.zeros((0, 2), np.int64), *(each.rows for each in spans), padding])
+        first_tile = np.cumsum([0, *(len(each.rows) for each in spans)]).tolist()
         full, partial = (
             [
                 part._replace(tile=part.tile + first)
-                for of, first in zip(spans, first_tile, strict=False)
-                for part in parts(of)
+                for each, first in zip(spans, first_tile, strict=False)
+                for part in parts(each)
             ]
-            for parts in (lambda of: of.full, lambda of: of.partial)
+            for parts in (lambda each: each.full, lambda each: each.partial)
         )
         full_blocks = _blocks_per_tile(full, block_kv, len(rows))
         partial_blocks = _blocks_per_tile(partial, block_kv, len(rows))

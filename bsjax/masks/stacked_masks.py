@@ -130,9 +130,9 @@ def stack_masks(masks: Sequence[BlockMask]) -> StackedMasks:
                     f"Stacked masks must have the same {what}, but masks[{number}] has {own} and "
                     f"masks[0] has {first}."
                 )
-    queries = max(of.schedule.query_rows for of in masks)
-    keys = max(of.schedule.key_rows for of in masks)
-    padded = [of.padded(queries, keys) for of in masks]
+    queries = max(each.schedule.query_rows for each in masks)
+    keys = max(each.schedule.key_rows for each in masks)
+    padded = [each.padded(queries, keys) for each in masks]
 
     def stacked(*arrays: np.ndarray) -> np.ndarray:
         """Tables of tiles and ranges are as long as the longest; entries of zeros have no rows."""
@@ -144,4 +144,6 @@ def stack_masks(masks: Sequence[BlockMask]) -> StackedMasks:
             ]
         )
 
-    return StackedMasks(jax.tree.map(stacked, *(of.with_schedule(of.schedule) for of in padded)))
+    return StackedMasks(
+        jax.tree.map(stacked, *(each.with_schedule(each.schedule) for each in padded))
+    )

@@ -199,7 +199,7 @@ def pixel_values_of(
     """What transformers' image processors make of patches, on the host: float32, every frame."""
     if not isinstance(pixels, Pixels):
         return np.array(pixels, np.float32)
-    factor, offset = (np.asarray(of, np.float32) for of in pixels.scale)
+    factor, offset = (np.asarray(array, np.float32) for array in pixels.scale)
     values = np.asarray(pixels.values).reshape(len(pixels.values), -1, factor.size)
     normalized = np.swapaxes(values * factor + offset, 1, 2)
     repeated = np.repeat(normalized[:, :, None], frames, axis=2)

@@ -15,11 +15,8 @@ import numpy as np
 from bsjax.checks import naming
 from bsjax.errors import ProfileError
 from bsjax.prompts.images import IMAGE_FILE_KEYS, image_file
-from bsjax.prompts.messages import read_messages
+from bsjax.prompts.messages import Messages, read_messages
 from bsjax.samples import Samples
-
-Messages = Sequence[Mapping[str, Any]]
-"""One conversation: Hugging Face chat messages."""
 
 
 class OrderedSamples(NamedTuple):

@@ -13,6 +13,8 @@ _OPTION_KEYS = tuple(
     sorted({name for family in FAMILIES.values() for name in family.image_options})
 )
 
+Messages = Sequence[Mapping[str, Any]]
+"""One conversation: Hugging Face chat messages."""
 
 MAX_CHARACTERS = 1_000_000
 """Most characters of text in the messages of a conversation: more than any model reads. Tokenizers

@@ -454,7 +454,7 @@ class Processor:
         if not images:
             return token_ids
         expanded = self.family.expand(
-            text, [len(of.shapes.image_tokens) for of in images], self.tokenizer, self.config
+            text, [len(image.shapes.image_tokens) for image in images], self.tokenizer, self.config
         )
         return token_ids if expanded == text else self._tokenize(expanded)
 
@@ -464,7 +464,7 @@ class Processor:
         """How often each token is in the prompt: an image's as often as the image has tokens."""
         repeats = np.ones(token_ids.size, np.int64)
         if images:
-            image_tokens = np.concatenate([of.shapes.image_tokens for of in images])
+            image_tokens = np.concatenate([image.shapes.image_tokens for image in images])
             repeats[token_ids == self.family.image_token_id(self.config)] = image_tokens
         return repeats
 

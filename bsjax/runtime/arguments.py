@@ -3,7 +3,7 @@
 No check needs weights: where one needs a model, a `DescribedModel` is enough.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -17,6 +17,7 @@ from bsjax.checks import argument, naming, shown, truth_value, whole_number
 from bsjax.errors import CapacityError, GenerationError, MessageError
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.image_reader import ImageReader
+from bsjax.prompts.messages import Messages
 from bsjax.prompts.prompt import AnsweredPrompt, Prompt, PromptImage, PromptOptions
 from bsjax.runtime.choice import Choice
 from bsjax.runtime.decoding import MAX_END_TOKENS, AnswerSettings
@@ -24,8 +25,6 @@ from bsjax.runtime.inputs import place
 from bsjax.runtime.sampling import MOST_TOP_TOKENS
 from bsjax.timing import Stopwatch
 
-Messages = Sequence[Mapping[str, Any]]
-"""One conversation: Hugging Face chat messages."""
 ProfileLike = Profile | str | PathLike[str] | None
 """None (dense), a profile, a path, or the name of a shipped profile."""
 

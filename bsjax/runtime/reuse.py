@@ -171,7 +171,7 @@ def has_moved_on(visibilities: Sequence[Visibility], rows: int, tokens: int) -> 
       rows: rows of the cache of layers that keep all tokens.
       tokens: how many tokens have been written.
     """
-    windows = [of.window for of in visibilities if of.window is not None]
+    windows = [visibility.window for visibility in visibilities if visibility.window is not None]
     return any(tokens > ring_rows(window, rows) for window in windows)
 
 

@@ -85,7 +85,7 @@ class Sampling(NamedTuple):
 
 def stacked(samplings: Sequence[Sampling]) -> Sampling:
     """Several ways to choose tokens, one for each sequence: every field is an array."""
-    return Sampling(*(np.stack(of) for of in zip(*samplings, strict=True)))
+    return Sampling(*(np.stack(field) for field in zip(*samplings, strict=True)))
 
 
 GREEDY = Sampling.checked(temperature=0.0, top_k=None, top_p=None, seed=0)

@@ -35,7 +35,9 @@ def shared_prefixes(prompts: Sequence[ModelInputs]) -> list[SharedPrefix]:
     prefix ends inside an image.
     """
     # Several answers to one prompt share it, and its key.
-    keys = {id(prompt): _sort_key(prompt) for prompt in {id(of): of for of in prompts}.values()}
+    keys = {
+        id(prompt): _sort_key(prompt) for prompt in {id(each): each for each in prompts}.values()
+    }
     order = sorted(range(len(prompts)), key=lambda index: keys[id(prompts[index])])
     common = [0] + [
         common_tokens(prompts[before], prompts[after])

@@ -137,15 +137,15 @@ def test_chunks_turns_and_batches_read_one_layer_of_a_cache(backend, visibility)
 
     @settings(max_examples=EXAMPLES)
     @given(
-        of=spans,
+        placed=spans,
         stacked_heads=st.sampled_from([0, 2]),
         categories=st.lists(st.sampled_from(HeadCategory), min_size=4, max_size=4),
         layer=st.integers(0, 1),
         sinks_apart=st.booleans(),
     )
-    def run(of, stacked_heads, categories, layer, sinks_apart):
-        queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
-        keys = Rows(of.templates, of.keys, packed=True, first_row=of.first_key_rows)
+    def run(placed, stacked_heads, categories, layer, sinks_apart):
+        queries = Rows(placed.templates, placed.queries, packed=True, sinks_apart=sinks_apart)
+        keys = Rows(placed.templates, placed.keys, packed=True, first_row=placed.first_key_rows)
         schedule = build_span_schedule(
             queries,
             keys,
@@ -201,8 +201,8 @@ def test_prompts_of_a_batch_do_not_see_each_other(backend):
     mask = BlockMask([RAGGED, other], MIXED, 16, 16, queries=[range(3, 126), range(20, 47)])
     out = bsjax.sparse_attention(jnp.concatenate([q[3:126], q[146:]]), k, v, mask, backend=backend)
     expected = [
-        bsjax.sparse_attention(*of, BlockMask(template, MIXED, 16, 16), backend="reference")
-        for template, of in zip((RAGGED, other), alone, strict=True)
+        bsjax.sparse_attention(*arrays, BlockMask(template, MIXED, 16, 16), backend="reference")
+        for template, arrays in zip((RAGGED, other), alone, strict=True)
     ]
     np.testing.assert_allclose(out, jnp.concatenate([expected[0][3:], expected[1][20:]]), atol=3e-6)
 

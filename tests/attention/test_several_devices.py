@@ -44,12 +44,12 @@ def random_arrays(tokens: int = TEMPLATE.tokens, seed: int = 0) -> tuple[jax.Arr
 def loss(attend):
     """A number that depends on all outputs and, differently, on all log-sum-exps."""
 
-    def of(q, k, v, mask):
+    def total(q, k, v, mask):
         out, lse = attend(q, k, v, mask)
         weights = jnp.cos(jnp.arange(64, dtype=out.dtype))
         return (out * weights).sum() + jnp.where(jnp.isneginf(lse), 0.0, jnp.sin(lse)).sum()
 
-    return of
+    return total
 
 
 def attention(backend: str):
@@ -63,8 +63,8 @@ def check(attend, arrays, mask, expected_of=None, expected_mask=None) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=2e-5)
     gradients, expected = (
-        jax.jit(jax.grad(loss(of), (0, 1, 2)))(*on, masked)
-        for of, on, masked in (
+        jax.jit(jax.grad(loss(each), (0, 1, 2)))(*on, masked)
+        for each, on, masked in (
             (attend, arrays, mask),
             (attention("reference"), expected_of or arrays, expected_mask or mask),
         )
@@ -198,7 +198,7 @@ def test_prompts_of_a_batch_on_several_devices():
     rows = max(template.tokens for template in of_batch)
     assert (masks.queries, masks.keys) == (rows, rows)
     arrays = jax.tree.map(
-        lambda *of: jnp.stack(of), *(random_arrays(rows, seed) for seed in range(4))
+        lambda *each: jnp.stack(each), *(random_arrays(rows, seed) for seed in range(4))
     )
 
     def on_device(q, k, v, masks):
@@ -271,12 +271,12 @@ def test_tiles_are_dealt_evenly(template, shares):
     tables = category_tables(list(HeadCategory))
     schedule = build_schedule(template, tables, block_q=16, block_kv=16)
     dealt = [share_of_tiles(schedule, share, shares) for share in range(shares)]
-    blocks = np.stack([of.tiles.blocks for of in dealt])
+    blocks = np.stack([each.tiles.blocks for each in dealt])
     assert np.all((blocks > 0).sum(axis=0) == (schedule.tiles.blocks > 0)), "in one share each"
     np.testing.assert_array_equal(blocks.sum(axis=0), schedule.tiles.blocks)
-    for of in dealt:
+    for each in dealt:
         for name in set(Tile._fields) - {"full_blocks", "partial_blocks"}:
-            ours, whole = getattr(of.tiles, name), getattr(schedule.tiles, name)
+            ours, whole = getattr(each.tiles, name), getattr(schedule.tiles, name)
             np.testing.assert_array_equal(ours, whole)
     # Dealt back and forth, shares differ by no more than the longest tile.
     of_share = blocks.sum(axis=2)

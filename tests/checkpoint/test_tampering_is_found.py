@@ -141,13 +141,13 @@ def test_the_command_names_what_changed(folder, capsys):
 
 
 MANIFESTS = {
-    "an entry changed": lambda of: of["files"]["config.json"].update(bytes=1),
-    "an entry removed": lambda of: of["files"].pop("config.json"),
-    "an entry of another type": lambda of: of["files"].update({"config.json": 1}),
-    "no entries": lambda of: of.pop("files"),
-    "entries in a list": lambda of: of.update(files=list(of["files"])),
-    "no fingerprint": lambda of: of.pop("fingerprint"),
-    "another format": lambda of: of.update(format_version=2),
+    "an entry changed": lambda manifest: manifest["files"]["config.json"].update(bytes=1),
+    "an entry removed": lambda manifest: manifest["files"].pop("config.json"),
+    "an entry of another type": lambda manifest: manifest["files"].update({"config.json": 1}),
+    "no entries": lambda manifest: manifest.pop("files"),
+    "entries in a list": lambda manifest: manifest.update(files=list(manifest["files"])),
+    "no fingerprint": lambda manifest: manifest.pop("fingerprint"),
+    "another format": lambda manifest: manifest.update(format_version=2),
 }
 
 

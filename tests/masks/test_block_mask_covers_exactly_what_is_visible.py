@@ -129,7 +129,7 @@ def test_every_visible_pair_is_covered_once(
 
 @settings(max_examples=200)
 @given(
-    of=spans,
+    placed=spans,
     tables=tables_of_key_groups,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
@@ -139,12 +139,12 @@ def test_every_visible_pair_is_covered_once(
     sinks_apart=st.booleans(),
 )
 def test_chunks_turns_and_batches_are_covered_once(
-    of, tables, block_q, block_kv, padding, stacked_heads, visibility, sinks_apart
+    placed, tables, block_q, block_kv, padding, stacked_heads, visibility, sinks_apart
 ):
     """Queries of some tokens, keys in rows of several turns, conversations in any order."""
     packed = uses_packed_order(tables)
-    queries = Rows(of.templates, of.queries, packed=packed, sinks_apart=sinks_apart)
-    keys = Rows(of.templates, of.keys, packed=packed, first_row=of.first_key_rows)
+    queries = Rows(placed.templates, placed.queries, packed=packed, sinks_apart=sinks_apart)
+    keys = Rows(placed.templates, placed.keys, packed=packed, first_row=placed.first_key_rows)
     schedule = build_span_schedule(
         queries,
         keys,
@@ -163,7 +163,7 @@ def test_chunks_turns_and_batches_are_covered_once(
 
 @settings(max_examples=100)
 @given(
-    of=spans,
+    placed=spans,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 5),
     stacked_heads=st.integers(1, 4),
@@ -171,9 +171,11 @@ def test_chunks_turns_and_batches_are_covered_once(
     visibility=visibilities,
 )
 def test_split_tiles_cover_what_whole_ones_do(
-    of, block_q, block_kv, stacked_heads, most_parts, visibility
+    placed, block_q, block_kv, stacked_heads, most_parts, visibility
 ):
-    queries, keys = (Rows(of.templates, part, packed=True) for part in (of.queries, of.keys))
+    queries, keys = (
+        Rows(placed.templates, part, packed=True) for part in (placed.queries, placed.keys)
+    )
     build = partial(
         build_span_schedule,
         queries,
@@ -212,11 +214,11 @@ def test_split_tiles_cover_what_whole_ones_do(
 
 
 @settings(max_examples=30)
-@given(of=spans, categories=categories, visibility=visibilities)
-def test_a_mask_of_some_queries_is_that_part_of_the_whole(of, categories, visibility):
+@given(placed=spans, categories=categories, visibility=visibilities)
+def test_a_mask_of_some_queries_is_that_part_of_the_whole(placed, categories, visibility):
     def mask(queries):
         return BlockMask(
-            list(of.templates),
+            list(placed.templates),
             categories,
             8,
             4,
@@ -226,16 +228,16 @@ def test_a_mask_of_some_queries_is_that_part_of_the_whole(of, categories, visibi
         )
 
     spans = [
-        next((range(s.start, s.end) for s in of.queries if s.conversation == index), range(0))
-        for index in range(len(of.templates))
+        next((range(s.start, s.end) for s in placed.queries if s.conversation == index), range(0))
+        for index in range(len(placed.templates))
     ]
     some, whole = mask(spans), mask(None)
-    firsts = np.cumsum([0, *(template.tokens for template in of.templates)]).tolist()
+    firsts = np.cumsum([0, *(template.tokens for template in placed.templates)]).tolist()
     rows = [first + p for first, span in zip(firsts, spans, strict=False) for p in span]
     for head, category in enumerate(categories):
         np.testing.assert_array_equal(some.to_dense(head), whole.to_dense(head)[rows])
         assert some.visible_pairs[head] == whole.to_dense(head)[rows].sum()
-        for first, template in zip(firsts, of.templates, strict=False):
+        for first, template in zip(firsts, placed.templates, strict=False):
             own = slice(first, first + template.tokens)
             np.testing.assert_array_equal(
                 whole.to_dense(head)[own, own],
@@ -271,26 +273,28 @@ def test_to_dense_flops_and_density_agree_with_the_predicate(
 @pytest.mark.slow
 @settings(max_examples=150)
 @given(
-    of=spans,
+    placed=spans,
     groups=st.sampled_from(HeadCategory).map(lambda c: c.groups) | group_sets,
     block_q=st.integers(1, 12),
     block_kv=st.integers(1, 12),
     visibility=visibilities,
     sinks_apart=st.booleans(),
 )
-def test_probes_give_the_ranges_of_all_rows(of, groups, block_q, block_kv, visibility, sinks_apart):
+def test_probes_give_the_ranges_of_all_rows(
+    placed, groups, block_q, block_kv, visibility, sinks_apart
+):
     def build():
         # The second table makes the order packed, whatever key groups the first one has.
         tables = [groups, HeadCategory.SINK.groups]
-        queries = Rows(of.templates, of.queries, packed=True, sinks_apart=sinks_apart)
-        keys = Rows(of.templates, of.keys, packed=True, first_row=of.first_key_rows)
+        queries = Rows(placed.templates, placed.queries, packed=True, sinks_apart=sinks_apart)
+        keys = Rows(placed.templates, placed.keys, packed=True, first_row=placed.first_key_rows)
         return build_span_schedule(
             queries, keys, tables, block_q=block_q, block_kv=block_kv, visibility=visibility
         )
 
     few = build()
     with mock.patch.object(
-        QueryRows, "probes", lambda of, starts, block_q, rows: np.arange(rows.start, rows.stop)
+        QueryRows, "probes", lambda placed, starts, block_q, rows: np.arange(rows.start, rows.stop)
     ):
         every = build()
     np.testing.assert_array_equal(few.tile_columns, every.tile_columns)

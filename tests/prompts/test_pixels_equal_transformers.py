@@ -120,7 +120,7 @@ def test_one_product_with_the_summed_kernel_is_that_of_all_frames(frames, dtype)
     # What torch computes: products of rounded values, summed in float32 or better.
     exact = pixel_values_of(pixels, frames=frames).astype(dtype).astype(np.float64)
     expected = exact @ kernel.astype(np.float64)
-    ours = jax.jit(lambda *of: embedded(*of, frames=frames))(pixels, jnp.asarray(kernel))
+    ours = jax.jit(lambda *answer: embedded(*answer, frames=frames))(pixels, jnp.asarray(kernel))
     assert ours.dtype == dtype
     rounding = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(
@@ -294,8 +294,8 @@ def test_a_generator_of_conversations_may_use_its_buffer_again(tiny_model, tmp_p
     given = dict(bsjax.generate_iter(tiny_model, conversations(), **options))
     for number, wanted in enumerate(expected):
         ours, theirs = (
-            [each.log_probability for each in of.log_probabilities or ()]
-            for of in (given[number], wanted)
+            [each.log_probability for each in answer.log_probabilities or ()]
+            for answer in (given[number], wanted)
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 

@@ -87,15 +87,15 @@ def test_every_public_function_that_takes_a_model_is_tested():
     public = {name: getattr(bsjax, name) for name in bsjax.__all__}
     public |= {name: getattr(profiling, name) for name in profiling.__all__}
     public |= {
-        f"{name}.{method}": getattr(of, method)
-        for name, of in list(public.items())
+        f"{name}.{method}": getattr(member, method)
+        for name, member in list(public.items())
         for method in ("load", "resolve", "uniform")
-        if hasattr(of, method)
+        if hasattr(member, method)
     }
     takes = [
         name
-        for name, of in public.items()
-        if callable(of) and "model" in inspect.signature(of).parameters
+        for name, member in public.items()
+        if callable(member) and "model" in inspect.signature(member).parameters
     ]
     assert set(takes) <= set(TAKE_A_MODEL)
 

@@ -89,7 +89,7 @@ def test_large_images_need_no_chunks_of_their_own(tiny_model):
         prompt = prompt_of(tiny_model, of_image + text, [(1, rows, columns)])
         inputs = prepare_inputs(tiny_model.architecture, prompt, None, backend="xla", new_tokens=9)
         prefill = prefill_of(programs, inputs, new_tokens=9)
-        own.append({id(of.program) for of in prefill.stages if of.name == "prefill"})
+        own.append({id(stage.program) for stage in prefill.stages if stage.name == "prefill"})
     assert own[1:] == own[:-1]
 
 

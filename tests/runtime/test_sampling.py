@@ -71,7 +71,10 @@ def test_greedy_answers_heed_the_penalty():
     logits = jnp.asarray([[1.0, 3.0, 2.9, -1.0]] * 2)
     occurred = jnp.asarray([[False, True, False, True]] * 2)
     both = stacked(
-        [Sampling.checked(0.0, None, None, 0, repetition_penalty=of) for of in (None, 1.2)]
+        [
+            Sampling.checked(0.0, None, None, 0, repetition_penalty=penalty)
+            for penalty in (None, 1.2)
+        ]
     )
     chosen = choose(logits, both, jnp.zeros(2, jnp.int32), occurred, jnp.asarray(True))
     assert chosen.token.tolist() == [1, 2]
@@ -89,11 +92,17 @@ def test_draws_depend_on_nothing_but_seed_and_step():
     each = [Sampling.checked(1.0 * (n != 4), 9, 0.9, n % 3) for n in range(6)]
     steps = np.arange(6, dtype=np.int32) % 2
 
-    def tokens(of):
-        of = np.asarray(of)
-        arguments = (logits[of], stacked([each[n] for n in of]), steps[of], occurred[of], False)
+    def tokens(rows):
+        rows = np.asarray(rows)
+        arguments = (
+            logits[rows],
+            stacked([each[n] for n in rows]),
+            steps[rows],
+            occurred[rows],
+            False,
+        )
         chosen = choose(*jax.tree.map(jnp.asarray, arguments))
-        return dict(zip(of.tolist(), chosen.token.tolist(), strict=True))
+        return dict(zip(rows.tolist(), chosen.token.tolist(), strict=True))
 
     together = tokens(range(6))
     assert tokens([5, 2, 0]) == {n: together[n] for n in (5, 2, 0)}
