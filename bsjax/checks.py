@@ -170,7 +170,7 @@ def naming(place: str | None) -> Iterator[None]:
         raise type(error)(f"{place}: {error}") from error
 
 
-_in_use = False
+jax_in_use = False
 _forked_from: int | None = None
 
 
@@ -183,7 +183,7 @@ def check_not_forked(error: type[BsjaxError]) -> None:
     Args:
       error: raised in such a child.
     """
-    global _in_use
+    global jax_in_use
     if _forked_from is not None:
         raise error(
             f"This process was forked from process {_forked_from} after JAX had been used "
@@ -191,7 +191,7 @@ def check_not_forked(error: type[BsjaxError]) -> None:
             "multiprocessing.get_context('spawn'), or fork before loading the model and load it in "
             "the child."
         )
-    _in_use = True
+    jax_in_use = True
 
 
 def _after_fork() -> None:
@@ -201,7 +201,7 @@ def _after_fork() -> None:
     # have not used it.
     bridge: Any = sys.modules.get("jax._src.xla_bridge")
     started = getattr(bridge, "backends_are_initialized", None)
-    if _forked_from is None and (_in_use or (started is not None and started())):
+    if _forked_from is None and (jax_in_use or (started is not None and started())):
         _forked_from = os.getppid()
 
 

@@ -45,7 +45,7 @@ def download(url: str, sources: ImageSources) -> bytes:
       OSError: the connection fails.
       http.client.HTTPException: the answer is not valid HTTP.
     """
-    work = _Download(url, sources)
+    work = Download(url, sources)
     result: Future[bytes] = Future()
 
     def run() -> None:
@@ -87,7 +87,7 @@ def _waited_for(result: "Future[bytes]", seconds: float) -> bytes:
     return result.result(max(end - time.monotonic(), 0))
 
 
-class _Download:
+class Download:
     """One download; `close` ends it from another thread."""
 
     def __init__(self, url: str, sources: ImageSources) -> None:
@@ -98,6 +98,12 @@ class _Download:
         self._closed = False
 
     def run(self) -> bytes:
+        """What is downloaded.
+
+        Raises:
+          MessageError: it exceeds a limit, or an address is not allowed.
+          Exception: connections fail in many ways.
+        """
         url = self._url
         for _ in range(self._sources.max_redirects + 1):
             self._connection, target, headers = _connection(url, self._sources)
@@ -119,6 +125,7 @@ class _Download:
         )
 
     def close(self) -> None:
+        """Ends the download, in whatever thread it runs."""
         self._closed = True
         for sock in (self._socket, self._connection and self._connection.sock):
             if sock is not None:

@@ -143,7 +143,7 @@ def test_whichever_limit_ends_first_is_named(monkeypatch, error, raised, reason)
     def run(self):
         raise error
 
-    monkeypatch.setattr("bsjax.prompts.downloads._Download.run", run)
+    monkeypatch.setattr("bsjax.prompts.downloads.Download.run", run)
     with pytest.raises(raised, match=reason):
         download("http://127.0.0.1/", ImageSources())
 

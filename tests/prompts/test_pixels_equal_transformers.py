@@ -324,7 +324,7 @@ def test_leaving_a_reader_ends_its_downloads(monkeypatch):
         def close(self):
             self.closed.set()
 
-    monkeypatch.setattr(downloads, "_Download", Slow)
+    monkeypatch.setattr(downloads, "Download", Slow)
     with ImageReader() as reader:
         requested = reader.request(lambda: downloads.download("http://a/b", LIMITS))
         reader.start()

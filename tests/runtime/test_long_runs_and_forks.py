@@ -147,7 +147,7 @@ def test_a_stream_does_not_go_on_in_a_forked_child(tiny_model, begun):
 
 
 def test_a_process_that_was_forked_after_jax_was_used_without_bsjax_is_told(monkeypatch):
-    monkeypatch.setattr(checks, "_in_use", False)
+    monkeypatch.setattr(checks, "jax_in_use", False)
     assert in_a_forked_child(attend).startswith("BackendError: This process was forked from")
 
 
