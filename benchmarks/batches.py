@@ -107,8 +107,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name, conversations in _workloads(model, options).items():
         calls: dict[str, Callable[[], Answers]] = {
-            TOGETHER: lambda of=conversations: _together(model, of, options.new_tokens),
-            ONE_BY_ONE: lambda of=conversations: _one_by_one(model, of, options.new_tokens),
+            TOGETHER: lambda asked=conversations: _together(model, asked, options.new_tokens),
+            ONE_BY_ONE: lambda asked=conversations: _one_by_one(model, asked, options.new_tokens),
         }
         if reference is not None:
             calls[TRANSFORMERS] = _transformers_call(
@@ -173,7 +173,7 @@ def _workloads(
     one = model.prompt(conversation(1, 5)).token_ids.size
     images = max(1, options.long_tokens // one)
     long = [conversation(images, 10) for _ in range(options.long)]
-    return {name: of for name, of in (("short", short), ("long", long)) if of}
+    return {name: some for name, some in (("short", short), ("long", long)) if some}
 
 
 def _together(model: LoadedModel, conversations: list[Any], new_tokens: int) -> Answers:
@@ -237,16 +237,16 @@ def _padded(model: LoadedModel, prompts: list[Prompt], longest: int) -> dict[str
     each = [model.family.reference_inputs(prompt, model.config) for prompt in prompts]
     lengths = np.asarray([prompt.token_ids.size for prompt in prompts])
     inputs: dict[str, np.ndarray] = {}
-    for name in {name for of in each for name in of}:
-        some = next(of[name] for of in each if name in of)
+    for name in {name for one in each for name in one}:
+        some = next(one[name] for one in each if name in one)
         if name not in ("pixel_values", "image_grid_thw"):
             # One value for each token; zeros for prompts without images.
-            rows = [of.get(name, np.zeros((1, 0), some.dtype)) for of in each]
+            rows = [one.get(name, np.zeros((1, 0), some.dtype)) for one in each]
             inputs[name] = np.concatenate(
                 [np.pad(row, ((0, 0), (longest - row.shape[1], 0))) for row in rows]
             )
         else:
-            inputs[name] = np.concatenate([of[name] for of in each if name in of])
+            inputs[name] = np.concatenate([one[name] for one in each if name in one])
     mask = np.arange(longest)[None, :] >= longest - lengths[:, None]
     return inputs | {"attention_mask": mask.astype(np.int64)}
 

@@ -116,7 +116,7 @@ def travel_row(case: Case, found: Measurement) -> str:
     collectives = travelling(stage.program.compiled.as_text())
 
     def count(kind: str) -> str:
-        sizes = [size for of, size in collectives if of == kind]
+        sizes = [size for each, size in collectives if each == kind]
         return f"{len(sizes)} of {max(sizes) / 2**20:.1f}" if sizes else "none"
 
     total = sum(size for _, size in collectives)
@@ -126,7 +126,7 @@ def travel_row(case: Case, found: Measurement) -> str:
         count("all-reduce"),
         " + ".join(
             f"{size / 2**20:.1f}"
-            for kind, size in sorted(collectives, key=lambda of: of[1])
+            for kind, size in sorted(collectives, key=lambda each: each[1])
             if kind == "all-gather"
         )
         or "none",

@@ -266,7 +266,7 @@ def digest(function: Callable[..., Any], arguments: tuple[Any, ...], target: str
     Takes a fraction of the time of compiling.
     """
     packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12")
-    installed = {of.name: of.version for of in importlib.metadata.distributions()}
+    installed = {each.name: each.version for each in importlib.metadata.distributions()}
     versions = [f"{name} {installed.get(name)}" for name in packages]
     limit = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, limit)

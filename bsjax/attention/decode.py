@@ -161,7 +161,7 @@ def _xla_decode_attention(
     rows, kv_heads = k_cache.shape[2:4]
     block = min(rows, max(_XLA_BLOCK // max(batch, 1), _SMALLEST_XLA_BLOCK))
     # Without a batch axis of length 1, for which XLA may choose another layout and copy the cache.
-    caches = [jax.lax.squeeze(of, (1,)) if batch == 1 else of for of in (k_cache, v_cache)]
+    caches = [jax.lax.squeeze(cache, (1,)) if batch == 1 else cache for cache in (k_cache, v_cache)]
     batches = (batch,) * (batch != 1)
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads, head_dim)
     product = partial(

@@ -11,7 +11,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -44,7 +44,7 @@ from bsjax.checks import (
     truth_value,
     whole_number,
 )
-from bsjax.errors import CheckpointError
+from bsjax.errors import CapacityError, CheckpointError
 from bsjax.files import read_json_object
 from bsjax.masks.categories import HeadCategory
 from bsjax.models import FAMILIES, Architecture, Family, ImageTextModel
@@ -54,6 +54,7 @@ from bsjax.models.head_order import HeadOrder, dealt_heads
 from bsjax.models.sharding import (
     KV_HEADS,
     Q_HEADS,
+    bytes_on_a_device,
     checked_mesh,
     key_head_repeats,
     spec_of,
@@ -190,6 +191,7 @@ def load(
         the three, or `max_programs` is below 1, or `image_cache_bytes` below 0; or the model cannot
         be divided among the devices of the mesh; or this process was forked from one that had used
         JAX.
+      CapacityError: a device has less memory than its weights need.
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise CheckpointError(f"progress must be None, False or a function, got {shown(progress)}.")
@@ -670,6 +672,7 @@ def _restore(
     head_order: HeadOrder | None = None,
 ) -> ImageTextModel:
     module, placements = placed_module(architecture, mesh, head_order)
+    check_weights_fit(module, jax.local_devices()[:1] if mesh is None else mesh.local_devices)
     graph, state = nnx.split(module)
     arrays = restore_parameters(folder, placements, stored, progress, look)
     filled = {
@@ -677,6 +680,41 @@ def _restore(
         for path, variable in nnx.to_flat_state(state)
     }
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def check_weights_fit(module: ImageTextModel, devices: Sequence[Any]) -> None:
+    """Rejects a model whose weights do not fit, before any of them is read.
+
+    Args:
+      module: with shapes in place of weights.
+      devices: those of this process that it goes to. Of the kinds that do not say how much memory
+        they have, such as CPUs, nothing is checked.
+
+    Raises:
+      CapacityError: the message says how much is needed and available, and how to need less.
+    """
+    sizes = {
+        tuple(map(str, path)): bytes_on_a_device(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(nnx.state(module))
+    }
+    needed = sum(sizes.values())
+    # What a mesh divides; the vision tower is on every device.
+    divided = sum(size for path, size in sizes.items() if path[0] in ("language_model", "lm_head"))
+    for device in devices:
+        statistics = device.memory_stats() or {}
+        if "bytes_limit" not in statistics:
+            continue
+        free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+        if needed > free:
+            more = next(
+                (n for n in (2, 4, 8, 16) if needed - divided + divided / n < 0.9 * free), 0
+            )
+            advice = f"divide them among {more} times as many devices ({argument('tensor')})"
+            raise CapacityError(
+                f"The weights need {needed / 2**30:.2f} GiB on device {device.id} "
+                f"({device.device_kind}), which has {free / 2**30:.2f} GiB free: "
+                f"{advice if more else 'use devices with more memory'}."
+            )
 
 
 def _component(folder: Path, what: str, kind: Any) -> Any:

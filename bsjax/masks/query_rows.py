@@ -57,7 +57,7 @@ class QueryRows:
         self._packed = queries.packed
         self._visibility = visibility
         self._span = span
-        self._key_spans = [of for of in keys.spans if of.conversation == span.conversation]
+        self._key_spans = [each for each in keys.spans if each.conversation == span.conversation]
         self._template = template = queries.templates[span.conversation]
         self._image_first = template.image_first
         self._image_end = template.image_first + np.asarray(template.image_tokens, np.int64)

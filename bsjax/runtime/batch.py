@@ -454,7 +454,7 @@ class _Pool:
             # A conversation whose images do not fit beside this cache runs alone.
             stages = [stage for stage in stages if stage.name != "vision"]
         try:
-            check_memory(first.inputs, stages, self._available)
+            check_memory(first.inputs, stages, self._available, self._programs, layout)
         except CapacityError as error:
             return error
         self._layout, self._decoding = layout, decoding
@@ -600,7 +600,13 @@ class _Pool:
             if isinstance(owner, _Conversation):
                 owner.reused_images = sum(id(image) in known for image in owner.inputs.images)
         try:
-            check_memory(prompts[0].inputs, prefill.stages, self._available)
+            check_memory(
+                prompts[0].inputs,
+                prefill.stages,
+                self._available,
+                self._programs,
+                self._layout,
+            )
         except CapacityError as error:
             failure = error
         else:

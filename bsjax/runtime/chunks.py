@@ -523,10 +523,11 @@ class ChunkRows:
 
     def rows_of(self, index: int) -> tuple[Int[np.ndarray, "_"], Int32[np.ndarray, "_"]]:
         """The rows of a prompt's tokens, and their positions."""
+        slices = [queries.rows_of(index) for queries in self.of_devices]
         rows = np.concatenate(
             [
-                device * self.of_each + np.arange(of.rows_of(index).start, of.rows_of(index).stop)
-                for device, of in enumerate(self.of_devices)
+                device * self.of_each + np.arange(own.start, own.stop)
+                for device, own in enumerate(slices)
             ]
         )
         return rows, self.position[rows]

@@ -592,7 +592,8 @@ def forward_once(
         placed.begin_images()
         image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, placed, layout, backend, image_cache)
-        check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
+        stages = [*scoring.stages, *moving_stages(kept, reuse)]
+        check_memory(inputs, stages, available, programs, layout)
         # On a CPU, the programs and the result share the host's memory.
         on_host = (
             max(stage.peak for stage in scoring.stages) if jax.default_backend() == "cpu" else 0
@@ -696,7 +697,7 @@ def generate_once(
             stage._replace(other_bytes=rings.bytes) if rings else stage for stage in decoding.stages
         ]
         stages = [*prefill.stages, *decoding_stages, *moving_stages(kept, reuse)]
-        check_memory(inputs, stages, available)
+        check_memory(inputs, stages, available, programs, layout)
     # Here, because a stream's caller may have this thread compile programs for other calls.
     compile_seconds = programs.of_this_thread[0] - compiled_before[0]
     compiled_programs = programs.of_this_thread[1] - compiled_before[1]

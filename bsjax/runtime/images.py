@@ -370,7 +370,7 @@ class ImageEncoder:
             if group.features is None:
                 arguments = shape_of_shares(arguments, self._devices, ALL_AXES)
                 if isinstance(arguments, Shares):
-                    arguments = tuple(Shares(of, ALL_AXES) for of in arguments.stacked)
+                    arguments = tuple(Shares(each, ALL_AXES) for each in arguments.stacked)
                 self._programs[encode_images, size] = programs.get(
                     encode_images, (features, *arguments), static=(backend,), donate=(0,)
                 )

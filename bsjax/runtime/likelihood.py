@@ -188,7 +188,8 @@ def score_once(
     scoring = AnswerScoring(
         programs, PlacedPrompt(inputs, reuse), first, layout, backend, image_cache
     )
-    check_memory(inputs, [*scoring.stages, *moving_stages(kept, reuse)], available)
+    stages = [*scoring.stages, *moving_stages(kept, reuse)]
+    check_memory(inputs, stages, available, programs, layout)
     if kept is not None:
         # An image that cannot be read must leave the session as it was.
         prompt.complete()

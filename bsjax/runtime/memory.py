@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
+from bsjax.checks import argument
 from bsjax.errors import CapacityError
-from bsjax.models.sharding import sharded_shapes
+from bsjax.models.collectives import CONTEXT, TENSOR
+from bsjax.models.sharding import bytes_on_a_device, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.inputs import ModelInputs, Placed, describe_images
 from bsjax.runtime.processes import least_of_all
@@ -35,25 +38,39 @@ def check_cache_memory(
       CapacityError: the message says how much memory is needed, how much is available, and how to
         need less.
     """
-    language_model = programs.module.language_model
-    cache = jax.eval_shape(lambda: language_model.empty_cache(*layout))
-    needed = size_in_bytes(sharded_shapes(cache, programs.mesh))
+    needed = _cache_bytes(programs, layout)
     if available is not None and needed > available:
         template = prompt.template
         raise CapacityError(
             f"The prompt of {template.tokens} tokens ({describe_images(template)}) needs "
             f"{_gib(needed)} of device memory for its cache, in addition to the weights and to "
-            f"what runs, but only {_gib(available)} are available. {prompt.how_to_shorten}"
+            f"what runs, but only {_gib(available)} are available{_where(programs.mesh)}. "
+            f"{prompt.how_to_shorten}{_larger_mesh(programs, needed, needed, available)}"
         )
 
 
-def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | None) -> None:
+def _cache_bytes(programs: Programs, layout: CacheLayout) -> int:
+    """On each device."""
+    language_model = programs.module.language_model
+    cache = jax.eval_shape(lambda: language_model.empty_cache(*layout))
+    return size_in_bytes(sharded_shapes(cache, programs.mesh))
+
+
+def check_memory(
+    inputs: ModelInputs,
+    stages: Sequence[Stage],
+    available: int | None,
+    programs: Programs | None = None,
+    layout: CacheLayout | None = None,
+) -> None:
     """Rejects a prompt that does not fit, before any of its programs runs.
 
     Args:
       inputs: the inputs of the prompt.
       stages: all stages of the run.
       available: free bytes on the device, with the weights already loaded; None if unknown.
+      programs: the programs of the model, if a mesh of more devices may be proposed.
+      layout: the shape of the cache.
 
     Raises:
       CapacityError: the message says how much memory is needed, at which stage, how much is
@@ -61,11 +78,88 @@ def check_memory(inputs: ModelInputs, stages: Sequence[Stage], available: int | 
     """
     worst = max(stages, key=lambda stage: stage.peak)
     if available is not None and worst.peak > available:
+        where = larger = ""
+        if programs is not None and layout is not None:
+            where = _where(programs.mesh)
+            cache = _cache_bytes(programs, layout)
+            larger = _larger_mesh(programs, cache, worst.peak, available)
         raise CapacityError(
             f"The prompt of {inputs.tokens} tokens ({describe_images(inputs.template)}) needs "
             f"{_gib(worst.peak)} of device memory in addition to the weights (the peak is in "
-            f"{worst.name}), but only {_gib(available)} are available. {inputs.how_to_shorten}"
+            f"{worst.name}), but only {_gib(available)} are available{where}. "
+            f"{inputs.how_to_shorten}{larger}"
         )
+
+
+def _where(mesh: Mesh | None) -> str:
+    """Which device has the least memory, in words; nothing if there is only one."""
+    if mesh is None or mesh.size == 1:
+        return ""
+    tightest = min(mesh.local_devices, key=lambda device: _bytes_available_on(device) or 0)
+    return f" on device {tightest.id} ({tightest.device_kind})"
+
+
+def _larger_mesh(programs: Programs, cache: int, peak: int, available: int) -> str:
+    """Which mesh a prompt would fit, in words; nothing if devices share their memory."""
+    if jax.devices()[0].platform == "cpu":
+        return ""
+    sizes = mesh_that_fits(programs, cache, peak, available)
+    if sizes is None:
+        return ""
+    context, tensor = sizes
+    return (
+        f" Or use {context * tensor} such devices, on which it would fit by estimate: "
+        f"{argument('context')} {context}, {argument('tensor')} {tensor}."
+    )
+
+
+def mesh_that_fits(
+    programs: Programs, cache: int, peak: int, available: int
+) -> tuple[int, int] | None:
+    """The smallest mesh of devices like these that a run fits, by estimate.
+
+    Weights of the language model are divided along `TENSOR`, the cache along both axes; what else
+    the run takes stays as it is.
+
+    Args:
+      programs: the programs of the model.
+      cache: bytes of the cache on each device.
+      peak: bytes that the run needs on each device, in addition to the weights.
+      available: free bytes on each device.
+
+    Returns:
+      Devices along `CONTEXT` and `TENSOR`; None if no mesh of up to 64 devices would do.
+    """
+    context, tensor = (size_along(programs.mesh, axis) for axis in (CONTEXT, TENSOR))
+    text: Any = programs.module.language_model
+    sizes = (
+        text.layers.self_attn.q_heads,
+        text.layers.mlp.gate_proj.out_features,
+        text.embed_tokens.num_embeddings,
+    )
+    parts = {"language_model": 0, "lm_head": 0}
+    weights = 0
+    for path, leaf in nnx.to_flat_state(programs.parameters):
+        size = bytes_on_a_device(leaf.get_value())
+        weights += size
+        if path[0] in parts:
+            parts[str(path[0])] += size
+    divided = sum(parts.values())
+    memory = available + weights
+    for power in range(1, 7):
+        for tensor_power in range(power + 1):
+            wider, longer = 2**tensor_power, 2 ** (power - tensor_power)
+            if wider < tensor or longer < context or wider * longer <= context * tensor:
+                continue
+            if any(size % wider for size in sizes):
+                continue
+            of_weights = weights - divided + divided * tensor // wider
+            # Beyond the number of key heads, they are repeated.
+            heads = min(wider, text.kv_heads) // min(tensor, text.kv_heads)
+            of_cache = cache * context // (longer * max(1, heads))
+            if of_weights + of_cache + peak - cache <= memory:
+                return longer, wider
+    return None
 
 
 def check_host_memory(inputs: ModelInputs, needed: int, available: int | None) -> None:

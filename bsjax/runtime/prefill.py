@@ -373,7 +373,7 @@ class Prefill(ChunkedRun):
           image_cache: as for `ChunkedRun`.
           stopwatch: as for `ChunkedRun`.
         """
-        self._settings = {id(of): each for of, each in zip(prompts, settings, strict=True)}
+        self._settings = {id(prompt): each for prompt, each in zip(prompts, settings, strict=True)}
         self._module = programs.module
         super().__init__(
             programs,
@@ -398,8 +398,8 @@ class Prefill(ChunkedRun):
             sequence[output] = part.prompt.sequence
             occurred[output] = occurring_tokens(self._module, part.prompt.inputs)
             settings[output] = self._settings[id(part.prompt)]
-        scored = any(of.top_tokens is not None for of in settings)
-        sampling = stacked([of.sampling for of in settings])
+        scored = any(each.top_tokens is not None for each in settings)
+        sampling = stacked([each.sampling for each in settings])
         return FirstTokens(sequence, sampling, occurred, np.bool_(scored))
 
     def first_token(self, state: DecodeState) -> tuple[Chosen, DecodeState]:

@@ -50,7 +50,7 @@ class Scoring(ChunkedRun):
             layout,
             all_logits,
             backend,
-            sizes=sizes._replace(chunks=tuple(of for of in sizes.chunks if of <= _MOST_ROWS)),
+            sizes=sizes._replace(chunks=tuple(rows for rows in sizes.chunks if rows <= _MOST_ROWS)),
             carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
             image_cache=image_cache,
             all_outputs=True,

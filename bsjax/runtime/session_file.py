@@ -228,12 +228,12 @@ def _conversation(
         raise ValueError("its tokens do not match")
     leaves, structure = jax.tree.flatten(shapes)
     filled = []
-    for index, of in enumerate(leaves):
-        rows = arrays[f"{prefix}cache.{index}"].view(of.dtype)
-        used = min(template.tokens, of.shape[1])
-        if rows.shape != (of.shape[0], used, *of.shape[2:]):
+    for index, leaf in enumerate(leaves):
+        rows = arrays[f"{prefix}cache.{index}"].view(leaf.dtype)
+        used = min(template.tokens, leaf.shape[1])
+        if rows.shape != (leaf.shape[0], used, *leaf.shape[2:]):
             raise ValueError("its cache does not match its tokens")
-        filled.append(_padded(rows, of.shape, of.sharding))
+        filled.append(_padded(rows, leaf.shape, leaf.sharding))
     tokens = CachedTokens(token_ids, images, template, span_starts)
     return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
 

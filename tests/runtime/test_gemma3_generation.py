@@ -115,7 +115,7 @@ def prefilled(model, profile=None, new_tokens=2):
 
 def test_kinds_of_layers_run_the_same_rows(model):
     for chunk in prefilled(model, Profile.uniform(HeadCategory.SINK, model)).chunks:
-        local, everywhere = (of.schedule for of in chunk.arguments.cached_rows)
+        local, everywhere = (rows.schedule for rows in chunk.arguments.cached_rows)
         np.testing.assert_array_equal(local.queries.position, everywhere.queries.position)
         position = chunk.position[: chunk.tokens]
         np.testing.assert_array_equal(local.queries.position[: chunk.tokens], position)

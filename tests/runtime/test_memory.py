@@ -1,5 +1,6 @@
 """Memory is bounded and known before anything runs; bounding it does not change results."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ from bsjax.models import layers
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt, chunk_borders
 from bsjax.runtime.images import group_borders, image_groups
 from bsjax.runtime.inputs import prepare_inputs
-from bsjax.runtime.memory import check_memory
+from bsjax.runtime.memory import check_memory, mesh_that_fits
 from bsjax.runtime.programs import Memory, Stage, programs_of, size_in_bytes
 from bsjax.runtime.scoring import Scoring
 from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows, sizes_in_use
@@ -284,6 +285,24 @@ def test_a_refusal_says_how_much_is_needed_and_in_which_stage(tiny_model):
         check_memory(inputs, stages, stages[1].peak - gib // 2)
     message = str(refusal.value)
     assert "3.50 GiB" in message and "3.00 GiB" in message and "in prefill" in message
+
+
+def test_a_refusal_names_a_mesh_that_would_do(tiny_model, monkeypatch):
+    programs, layout = programs_of(tiny_model), CacheLayout(2048)
+    cache = 2 * 4 * 2048 * 2 * 64 * 4  # Keys and values of 4 layers, in float32.
+    weights = size_in_bytes(programs.parameters)
+    fits = partial(mesh_that_fits, programs, cache)
+    # Rows of the cache are divided first: then no hidden states have to be added up.
+    assert fits(cache + 1000, available=cache + 999) == (2, 1)
+    # What is needed besides the cache finds room only where there are fewer weights.
+    assert fits(cache + weights // 4, available=cache // 2) == (1, 2)
+    assert fits(cache + 100 * weights, available=cache) is None
+    stages = [Stage("prefill", SimpleNamespace(memory=Memory(cache, 1000, 0)))]
+    inputs = inputs_of(tiny_model, conversation([0, 1]))
+    gpu = SimpleNamespace(platform="gpu")
+    monkeypatch.setattr("bsjax.runtime.memory.jax.devices", lambda: [gpu])
+    with pytest.raises(CapacityError, match="Or use 2 such devices.*context 2, tensor 1"):
+        check_memory(inputs, stages, cache, programs, layout)
 
 
 def test_logits_that_the_host_cannot_hold_are_refused(tiny_model, logits, monkeypatch):

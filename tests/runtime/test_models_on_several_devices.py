@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import bsjax
-from bsjax import CheckpointError, HeadCategory, Profile, ProfileError
+from bsjax import CapacityError, CheckpointError, HeadCategory, Profile, ProfileError
+from bsjax.checkpoint.loading import check_weights_fit, placed_module
 from bsjax.cli import main
 from bsjax.models.collectives import TENSOR
 from bsjax.models.head_order import dealt_heads, imbalance
@@ -179,6 +181,17 @@ def test_what_cannot_be_divided_is_refused(tiny_checkpoint, tiny_model, annotati
     assert set(model.mesh.axis_types) == {AxisType.Auto}
     with pytest.raises(ProfileError, match="runs on one device: leave out the mesh"):
         bsjax.profile(model, [asked("Why?")], threshold=0.1)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_checkpoint, tiny_model):
+    module, _ = placed_module(tiny_model.architecture, bsjax.mesh(tensor=2))
+    needed = size_in_bytes(nnx.state(module))
+    statistics = {"bytes_limit": needed + 5, "bytes_in_use": 5}
+    gpu = SimpleNamespace(id=1, device_kind="GPU", memory_stats=lambda: statistics)
+    check_weights_fit(module, [gpu])
+    statistics["bytes_in_use"] = 6
+    with pytest.raises(CapacityError, match=r"on device 1 \(GPU\).*among 2 times as many"):
+        check_weights_fit(module, [gpu])
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ LAYER_TYPES = ("sliding_attention", "full_attention")
 
 def layer_kinds(config: PretrainedConfig) -> Int[np.ndarray, "layers"]:
     """0 for local layers, 1 for global ones: indices into `LAYER_TYPES`."""
-    return np.asarray([LAYER_TYPES.index(of) for of in _layer_types(config)], np.int32)
+    return np.asarray([LAYER_TYPES.index(each) for each in _layer_types(config)], np.int32)
 
 
 def _layer_types(config: PretrainedConfig) -> list[str]:
