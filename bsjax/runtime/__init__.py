@@ -23,6 +23,7 @@ scoring          in place of prefill and decoding: the logits of all tokens, or 
 warmup           compiling programs before the first prompt arrives
 memory           the memory of each stage, and the check that a prompt fits
 programs         ahead-of-time compilation of programs
+processes        arguments and results of programs whose devices belong to several processes
 sampling         choosing the next token
 results          `Result`, `Stats` and `Score`
 """
