@@ -306,6 +306,7 @@ class WeightsReader:
         """
         thread = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="bsjax weights"))
         report = self._exit.enter_context(reporting(self._progress, in_bytes=True))
+        self._begun_with = head_order
         self._reading = thread.submit(
             _restore,
             folder / PARAMETERS,
@@ -327,6 +328,8 @@ class WeightsReader:
         Raises:
           CheckpointError: the weights are damaged, or of another model.
         """
+        if self._reading is not None and self._begun_with != described.head_order:
+            raise CheckpointError("The weights are being read with another order of heads.")
         reading = self._reading or self.begin(
             described.path,
             described.architecture,

@@ -3,8 +3,8 @@
 Orbax restores all arrays of a tree concurrently and holds many of them in both encoded and decoded
 form: nearly twice the size of the model. The handler here replaces Orbax's own. It reads one
 parameter, casts it chunk by chunk and moves it to the device before it starts on the next. On a
-CPU, the model uses the array as read, without a copy. Of a parameter that is divided among devices,
-the parts are read one after the other, and only those of this process's devices.
+CPU, the model uses the array as read, without a copy. A parameter that is divided among devices is
+read layer by layer, and each device is given its part of the layer.
 """
 
 import contextlib

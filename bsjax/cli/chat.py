@@ -112,6 +112,8 @@ def _chat(options: argparse.Namespace) -> None:
             try:
                 result = session.generate(asked, max_new_tokens=options.max_new_tokens, stream=show)
             except BsjaxError as error:
+                if is_distributed(options):  # It may be an error of this process only.
+                    raise
                 # The conversation goes on as if this had not been asked.
                 images = []
                 print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -20,12 +21,14 @@ _HEARTBEAT_SECONDS = 30
 def add_process_options(parser: Any) -> None:
     """Adds the options; `parser` is a parser or an argument group."""
     group = parser.add_argument_group(
-        "several processes", "Start the same command in every process, one for each host or GPU."
+        "several processes",
+        "Start the same command in every process. Together they have the devices of --tensor and "
+        "--context.",
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of the processes of a SLURM, Open MPI or Kubernetes job",
+        help="this is a process of a SLURM, Open MPI or Kubernetes job, which has one for each GPU",
     )
     group.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others"
@@ -36,7 +39,8 @@ def add_process_options(parser: Any) -> None:
 
 def is_distributed(options: argparse.Namespace) -> bool:
     """Whether the command is one of several processes."""
-    return bool(getattr(options, "distributed", False) or getattr(options, "coordinator", None))
+    given = (getattr(options, name, None) for name in ("coordinator", "processes", "process"))
+    return getattr(options, "distributed", False) or any(each is not None for each in given)
 
 
 def join(options: argparse.Namespace) -> None:
@@ -66,6 +70,13 @@ def join(options: argparse.Namespace) -> None:
         raise GenerationError(
             f"The other processes cannot be joined: {str(error).splitlines()[0]}"
         ) from error
+    options.process = jax.process_index()
+    devices, wanted = jax.device_count(), options.tensor * options.context
+    if devices != wanted:
+        raise GenerationError(
+            f"The {jax.process_count()} processes have {devices} devices together, but --tensor "
+            f"{options.tensor} and --context {options.context} name {wanted}."
+        )
     # Gloo writes about its connections to file descriptor 1, which is for answers.
     sys.stdout.flush()
     answers = os.dup(1)
@@ -97,18 +108,20 @@ def leaving_at_errors(options: argparse.Namespace) -> Iterator[None]:
             _leave(options, "interrupted", 130)
         if isinstance(error, BsjaxError):
             _leave(options, f"error: {error}", 2)
-        if isinstance(error, JaxRuntimeError):
+        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             _leave(options, f"error: another process has ended, or is out of reach: {reason}", 1)
-        raise
+        if isinstance(error, BrokenPipeError):
+            _leave(options, "", 2)
+        _leave(options, "".join(traceback.format_exception(error)), 1)
 
 
 def _leave(options: argparse.Namespace, line: str, status: int) -> NoReturn:
     errors = getattr(options, "errors", sys.stderr)
-    # Not with `process_index`, which needs the other processes if there are no devices yet.
     which = f"process {options.process}: " if options.process else ""
-    print(f"{which}{line}", file=errors, flush=True)
     with contextlib.suppress(OSError, ValueError):
+        if line:
+            print(f"{which}{line}", file=errors, flush=True)
         sys.stdout.flush()
     os._exit(status)
 

@@ -120,6 +120,16 @@ def gathered_from_all(array: Array) -> Array:
     return array
 
 
+def of_first_context(array: Array) -> Array:
+    """What the first device along `CONTEXT` has, on all of them.
+
+    Devices that compute the same need not round alike. What a loop depends on must be the same.
+    """
+    if devices_along(CONTEXT) == 1:
+        return array
+    return jax.lax.psum(jnp.where(own_index(CONTEXT) == 0, array, jnp.zeros_like(array)), CONTEXT)
+
+
 def own_part(array: Array, mesh_axis: str, axis: int = 0) -> Array:
     """This device's part of an array that all devices have: the inverse of `gathered`."""
     devices = devices_along(mesh_axis)

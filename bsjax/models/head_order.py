@@ -9,7 +9,7 @@ least so far.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from bsjax.masks.categories import HeadCategory
 
@@ -19,7 +19,8 @@ COSTS = {
     HeadCategory.INTRA_IMAGE: 0.1,
     HeadCategory.INTRA_IMAGE_SINK: 0.12,
 }
-"""About how long attention of a head takes, for a long prompt of many images."""
+"""About the share of a dense head's attention, for a long prompt of many images. It only decides
+which heads are together."""
 
 
 class HeadOrder(NamedTuple):
@@ -65,15 +66,16 @@ def costs_of(categories: Int[np.ndarray, "layers q_heads"]) -> Float[np.ndarray,
     return np.asarray([COSTS[category] for category in HeadCategory])[categories]
 
 
-def imbalance(categories: Int[np.ndarray, "layers q_heads"], devices: int) -> float:
+def imbalance(costs: Shaped[np.ndarray, "layers q_heads"], devices: int) -> float:
     """Greatest over mean of the devices' costs, over all layers; 1 if all have the same.
 
     Args:
-      categories: the `HeadCategory` of each head, in the order in which they are on the devices.
+      costs: those of each head, in the order in which they are on the devices.
       devices: how many devices the heads are divided among.
     """
-    of_devices = costs_of(categories).reshape(categories.shape[0], devices, -1).sum(axis=2)
-    return float(of_devices.max(axis=1).sum() / of_devices.mean(axis=1).sum())
+    of_devices = costs.reshape(costs.shape[0], devices, -1).sum(axis=2)
+    mean = of_devices.mean(axis=1).sum()
+    return float(of_devices.max(axis=1).sum() / mean) if mean else 1.0
 
 
 def _dealt(costs: Float[np.ndarray, "items"], devices: int) -> Int[np.ndarray, "items"]:

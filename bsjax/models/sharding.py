@@ -172,6 +172,11 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Cache | Shares))
 
 
+def all_devices(mesh: Mesh | None) -> int:
+    """How many devices a mesh has; 1 without a mesh."""
+    return 1 if mesh is None else mesh.size
+
+
 def size_along(mesh: Mesh | None, axis: str) -> int:
     """How many devices a mesh has along an axis; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape[axis]

@@ -433,7 +433,13 @@ class Chunks:
     ) -> CachedRows:
         rows, most_prompts = placed.of_each, self.layout.most_prompts
         capacity = schedule_capacity(
-            rows, self._inputs.blocks[0], self._stacked_heads, self._most_parts, most_prompts
+            rows,
+            self._inputs.blocks[0],
+            self._stacked_heads,
+            self._most_parts,
+            most_prompts,
+            # A device may be dealt tokens of nearly all images of a chunk.
+            most_images=min(self._devices * MOST_IMAGES, rows),
         )
         schedule = self._schedule(visibility, placed.of_devices[device], *keys, rows, capacity)
         cache_row = np.full(placed.position.size, PADDING_ROW, np.int32)
@@ -542,9 +548,14 @@ def _positions_in(queries: Rows, rows: Int[np.ndarray, "_"]) -> list[Int32[np.nd
 
 
 def schedule_capacity(
-    rows: int, block_q: int, stacked_heads: int, most_parts: int, most_prompts: int = 1
+    rows: int,
+    block_q: int,
+    stacked_heads: int,
+    most_parts: int,
+    most_prompts: int = 1,
+    most_images: int = MOST_IMAGES,
 ) -> Capacity:
-    """Enough entries for the schedule of any chunk of up to `MOST_IMAGES` images.
+    """Enough entries for the schedule of any chunk of up to `most_images` images.
 
     Args:
       rows: rows of the chunk.
@@ -552,9 +563,10 @@ def schedule_capacity(
       stacked_heads: how many query heads the tiles of text rows stack.
       most_parts: how many parts these tiles may be split into, all together.
       most_prompts: how many prompts the chunk may have tokens of.
+      most_images: how many images the chunk may have tokens of.
     """
     # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
-    image_tiles = -(-rows // block_q) + MOST_IMAGES
+    image_tiles = -(-rows // block_q) + most_images
     text_tiles = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
     return _room_for(max(image_tiles, text_tiles) + most_parts + 16)
 

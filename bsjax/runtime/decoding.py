@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32
 
 from bsjax.models import ImageTextModel
+from bsjax.models.collectives import of_first_context
 from bsjax.models.sharding import replicated
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.inputs import ModelInputs
@@ -193,6 +194,7 @@ def decode(
         )
         occurred = state.occurred.at[jnp.arange(sequences), state.token].set(True)
         chosen = choose(logits, answers.sampling, state.chosen, occurred, answers.scored)
+        chosen = jax.tree.map(of_first_context, chosen)
         return (
             jax.tree.map(lambda all_, new: all_.at[:, count].set(new), tokens, chosen),
             count + 1,

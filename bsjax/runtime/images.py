@@ -22,13 +22,12 @@ from bsjax.models import Architecture, ImageTextModel
 from bsjax.models.cache import PADDING_ROW
 from bsjax.models.collectives import (
     ALL_AXES,
-    Shares,
     gathered_from_all,
     shape_of_shares,
     shared_out,
 )
 from bsjax.models.pixels import Pixels
-from bsjax.models.sharding import sharded_shapes
+from bsjax.models.sharding import all_devices, sharded_shapes
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
@@ -282,6 +281,22 @@ def rounds(groups: Sequence[ImageGroup], devices: int) -> Iterator[Sequence[Imag
         first = end
 
 
+def rounds_until(groups: Sequence[ImageGroup], image_token: int, devices: int) -> int:
+    """How many groups, of whole rounds, have all image tokens before a given one.
+
+    Args:
+      groups: the groups that have not been encoded.
+      image_token: index among all image tokens that run.
+      devices: how many groups run together.
+    """
+    count = 0
+    for groups_of_round in rounds(groups, devices):
+        if groups_of_round[0].first >= image_token:
+            break
+        count += len(groups_of_round)
+    return count
+
+
 def encode_images(
     module: ImageTextModel,
     features: Float[Array, "rows hidden"],
@@ -361,16 +376,14 @@ class ImageEncoder:
         """
         self._row_of, self._cache = row_of, cache
         self._put = programs.put
-        self._devices = 1 if programs.mesh is None else programs.mesh.size
+        self._devices = all_devices(programs.mesh)
         self._programs: dict[tuple[Callable[..., Any], int], Program] = {}
         copied = [0]
         for group in groups:
             size = group.padded_tokens
             *_, rows = arguments = group.arguments()
             if group.features is None:
-                arguments = shape_of_shares(arguments, self._devices, ALL_AXES)
-                if isinstance(arguments, Shares):
-                    arguments = tuple(Shares(each, ALL_AXES) for each in arguments.stacked)
+                arguments = [shape_of_shares(each, self._devices, ALL_AXES) for each in arguments]
                 self._programs[encode_images, size] = programs.get(
                     encode_images, (features, *arguments), static=(backend,), donate=(0,)
                 )
@@ -382,7 +395,7 @@ class ImageEncoder:
                 )
                 self._programs[read_features, size] = programs.get(read_features, (features, rows))
         # While one round is encoded, the pixels of the next are copied to the devices.
-        more = max(copied) if len(groups) > self._devices else 0
+        more = max(copied) if len(list(rounds(groups, self._devices))) > 1 else 0
         self.stages = [
             Stage("vision", program, other_bytes + more) for program in self._programs.values()
         ]

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from bsjax.attention import block_sizes
 from bsjax.checks import argument, shown, with_arguments
@@ -64,22 +64,32 @@ class ModelInputs:
         return bool((self.head_category != HeadCategory.DENSE).any())
 
     @cached_property
-    def flops_per_kind(self) -> tuple[LayerFlops, ...]:
-        """Attention FLOPs of prefill of the tokens that run, by kind of layer.
+    def _flops(self) -> Int64[np.ndarray, "layers all_categories"]:
+        """Attention FLOPs of prefill of the tokens that run, of one head of every layer.
 
         Counting them takes longer than everything else here, and the first token does not need it.
         """
         family, config, _ = self.architecture
-        layer_kinds = family.layer_kinds(config)
-        flops = head_flops(
+        return head_flops(
             self.template,
             self.visibilities,
-            layer_kinds,
+            family.layer_kinds(config),
             family.text_head_dim(config),
             [HeadCategory.DENSE, *np.unique(self.head_category).tolist()],
             Span(self.start, self.tokens),
         )
-        return flops_per_kind(self.head_category, flops, self.visibilities, layer_kinds)
+
+    @cached_property
+    def flops_per_kind(self) -> tuple[LayerFlops, ...]:
+        """Attention FLOPs of prefill of the tokens that run, by kind of layer."""
+        family, config, _ = self.architecture
+        layer_kinds = family.layer_kinds(config)
+        return flops_per_kind(self.head_category, self._flops, self.visibilities, layer_kinds)
+
+    @property
+    def flops_per_head(self) -> Int64[np.ndarray, "layers q_heads"]:
+        """Attention FLOPs of prefill of the tokens that run, of every head."""
+        return np.take_along_axis(self._flops, self.head_category.astype(np.int64), axis=1)
 
     @property
     def flops_dense(self) -> int:

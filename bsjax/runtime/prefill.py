@@ -17,12 +17,25 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
-from bsjax.models.collectives import CONTEXT, TENSOR, Shares, own_part, rows_of_all
-from bsjax.models.sharding import replicated, sharded_shapes, size_along
+from bsjax.models.collectives import (
+    CONTEXT,
+    TENSOR,
+    Shares,
+    of_first_context,
+    own_part,
+    rows_of_all,
+)
+from bsjax.models.sharding import all_devices, replicated, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
-from bsjax.runtime.images import ImageEncoder, image_groups, most_round_tokens, uncut_tokens
+from bsjax.runtime.images import (
+    ImageEncoder,
+    image_groups,
+    most_round_tokens,
+    rounds_until,
+    uncut_tokens,
+)
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
@@ -75,6 +88,7 @@ def prefill(
     hidden, cache = _run_chunk(module, state.cache, features, chunk, head_category, backend)
     step = jnp.zeros(hidden.shape[0], jnp.int32)
     chosen = choose(module.logits(hidden), first.sampling, step, first.occurred, first.scored)
+    chosen = jax.tree.map(of_first_context, chosen)
     return chosen, DecodeState(
         state.token.at[first.sequence].set(chosen.token, mode="drop"),
         state.chosen.at[first.sequence].set(1, mode="drop"),
@@ -233,10 +247,10 @@ class ChunkedRun:
         language_model = programs.module.language_model
         inputs = prompts[0].inputs
         self._categories = programs.in_head_order(inputs.head_category)
-        self._imbalance_of_heads = programs.imbalance_of_heads(inputs.head_category)
+        self._inputs = inputs
         self._blocks = np.zeros((2,))
         images = [image for prompt in prompts for image in prompt.images]
-        everywhere = 1 if programs.mesh is None else programs.mesh.size
+        self._groups_at_once = everywhere = all_devices(programs.mesh)
         self.groups = image_groups(
             inputs.architecture, images, backend, image_cache, devices=everywhere
         )
@@ -276,9 +290,10 @@ class ChunkedRun:
 
     @property
     def imbalance(self) -> float:
-        """Greatest over mean of what the devices have computed in attention, as far as is known."""
+        """Greatest over mean of what the devices have computed in attention: see `Stats`."""
         greatest, mean = self._blocks
-        return self._imbalance_of_heads * float(greatest / mean if mean else 1.0)
+        of_rows = float(greatest / mean) if mean else 1.0
+        return of_rows * self._programs.imbalance_of_heads(self._inputs)
 
     @property
     def reused_images(self) -> int:
@@ -303,10 +318,7 @@ class ChunkedRun:
             chunk = next(chunks, None)
         while chunk is not None:
             if features is not None:
-                ready = next(
-                    (i for i, group in enumerate(groups) if group.first >= chunk.images_end),
-                    len(groups),
-                )
+                ready = rounds_until(groups, chunk.images_end, self._groups_at_once)
                 features = self._images.encode(features, groups[:ready], self.stopwatch)
                 groups = groups[ready:]
                 with part("vision"):

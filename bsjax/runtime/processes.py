@@ -41,10 +41,27 @@ def fetched(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def least_of_all(value: int | None, mesh: Mesh | None) -> int | None:
-    """The least of the values of all processes that have devices of a mesh; None if one is None."""
+_UNIT = 2**20
+
+
+def least_of_all(size: int | None, mesh: Mesh | None) -> int | None:
+    """The least of the bytes that all processes name; None if one of them names none.
+
+    Args:
+      size: what this process names.
+      mesh: the devices. If all are this process's, the others are not asked.
+    """
     if not spans_processes(mesh):
-        return value
-    values = multihost_utils.process_allgather(np.int64(-1 if value is None else value))
-    least = int(np.min(values))
-    return None if least < 0 else least
+        return size
+    return from_units(multihost_utils.process_allgather(in_units(size)))
+
+
+def in_units(size: int | None) -> np.int32:
+    """Bytes in units of MiB, rounded down, because devices have no larger integers; -1 for None."""
+    return np.int32(-1 if size is None else min(size // _UNIT, 2**31 - 1))
+
+
+def from_units(sizes: np.ndarray) -> int | None:
+    """The least of several sizes in MiB, in bytes; None if one is negative."""
+    least = int(np.min(sizes))
+    return None if least < 0 else least * _UNIT

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from bsjax.checkpoint.loading import MAX_PROGRAMS, DescribedModel, LoadedModel
 from bsjax.checks import argument, check_not_forked, not_a_model
@@ -33,6 +33,7 @@ from bsjax.models.sharding import (
     sharded_shapes,
     size_along,
 )
+from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.processes import placed, spans_processes
 
 Compile = Callable[[Any, tuple[Any, ...]], Any]
@@ -169,16 +170,19 @@ class Programs:
         return getattr(self._of_thread, "value", (0.0, 0))
 
     def in_head_order(
-        self, head_category: Int32[np.ndarray, "layers q_heads"]
-    ) -> Int32[np.ndarray, "layers q_heads"]:
-        """Categories of the checkpoint's heads, in the order in which the module has these."""
+        self, of_heads: Int[np.ndarray, "layers q_heads"]
+    ) -> Int[np.ndarray, "layers q_heads"]:
+        """Something of each of the checkpoint's heads, in the order that the module has them in."""
         if self._head_order is None:
-            return head_category
-        return np.take_along_axis(head_category, self._head_order.q_heads, axis=1)
+            return of_heads
+        return np.take_along_axis(of_heads, self._head_order.q_heads, axis=1)
 
-    def imbalance_of_heads(self, head_category: Int32[np.ndarray, "layers q_heads"]) -> float:
-        """Greatest over mean of the costs of heads of the devices along `TENSOR`."""
-        return imbalance(self.in_head_order(head_category), size_along(self.mesh, TENSOR))
+    def imbalance_of_heads(self, inputs: ModelInputs) -> float:
+        """Greatest over mean of the FLOPs of the heads of each device along `TENSOR`."""
+        devices = size_along(self.mesh, TENSOR)
+        if devices == 1:
+            return 1.0
+        return imbalance(self.in_head_order(inputs.flops_per_head), devices)
 
     def put(self, tree: Any) -> Any:
         """Copies arguments of programs to where the programs need them."""
@@ -279,7 +283,9 @@ def check_one_device(model: DescribedModel, error: type[BsjaxError]) -> None:
       error: raised if it is.
     """
     if model.mesh is not None and model.mesh.size > 1:
-        raise error(f"Profiling runs on one device: leave out the mesh ({argument('tensor')}).")
+        axes = [axis for axis in model.mesh.axis_names if model.mesh.shape[axis] > 1]
+        options = " and ".join(map(argument, axes))
+        raise error(f"Profiling runs on one device: leave out the mesh ({options}).")
 
 
 def programs_of(model: LoadedModel) -> Programs:

@@ -50,9 +50,10 @@ class Stats:
         session or from another conversation of a batch that begins alike.
       reused_images: images among the other tokens whose features were kept (`image_cache_bytes`),
         so that the vision tower had nothing to do.
-      imbalance: attention in prefill of the device of a mesh that has the most, over that of an
-        average one, from the blocks of its rows and the categories of its heads; 1 on one device.
-        In a batch, that of the prompts that ran together.
+      imbalance: how much more attention in prefill the device of a mesh that has the most has than
+        an average one, as a factor: of the blocks that its rows visit, times that of the FLOPs of
+        its heads in this prompt; 1 on one device. In a batch, that of the prompts that ran
+        together.
     """
 
     prompt_tokens: int

@@ -24,7 +24,7 @@ from bsjax.masks.template import Template
 from bsjax.models.sharding import sharded_shapes
 from bsjax.profiles.profile import Profile
 from bsjax.runtime.kept_cache import MOST_CONVERSATIONS, KeptCache, KeptConversation
-from bsjax.runtime.processes import fetched
+from bsjax.runtime.processes import fetched, spans_processes
 from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
@@ -86,6 +86,8 @@ def write_session(
         "session": described,
         "sha256": content_digest(arrays, described),
     }
+    if spans_processes(model.mesh) and jax.process_index() > 0:
+        return  # The first process writes what all of them have gathered.
     try:
         with atomic_replacement(Path(path)) as temporary:
             with open(temporary, "xb", opener=_private) as file, held(temporary):
@@ -282,7 +284,7 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
 
 
 def _order_digest(model: LoadedModel) -> str:
-    if model.head_order is None:
+    if model.head_order is None or (np.diff(model.head_order.kv_heads) == 1).all():
         return "the checkpoint's"
     return hashlib.sha256(model.head_order.kv_heads.tobytes()).hexdigest()
 

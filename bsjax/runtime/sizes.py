@@ -27,8 +27,18 @@ class Sizes(NamedTuple):
     feature_patches: int = 0
 
     def on_devices(self, devices: int) -> "Sizes":
-        """The sizes if the rows of a chunk are divided among devices: each has as many as one."""
-        return self._replace(chunks=tuple(rows * devices for rows in self.chunks))
+        """The sizes if the rows of a chunk are divided among devices.
+
+        A device has as many rows as on its own. Between the smallest and the largest size, there
+        are more sizes than for one device, because prompts are short compared with them.
+        """
+        if devices == 1:
+            return self
+        sizes, rows = [], self.chunks[0]
+        while rows <= self.chunks[-1]:
+            sizes.append(rows * devices)
+            rows *= 2
+        return self._replace(chunks=tuple(sizes))
 
     def patches_for(self, patches: int, devices: int) -> tuple[int, ...]:
         """The sizes of groups of images, if each device has a group of its own.

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from typing import NoReturn
 
+import numpy as np
 import pytest
 
 from bsjax.cli import main
+from bsjax.runtime.processes import from_units, in_units
 
 TIMEOUT = 120
 
@@ -61,7 +63,7 @@ def test_process_0_answers_and_notices_if_another_one_ends(tiny_checkpoint, caps
     ("options", "message"),
     [
         (["--coordinator", "localhost:1"], "--coordinator needs --processes and --process"),
-        (["--process", "0", "--processes", "2", "--distributed"], "need --coordinator"),
+        (["--process", "0", "--processes", "2"], "need --coordinator"),
         (
             ["--coordinator", "localhost:1", "--processes", "2", "--process", "2"],
             "--process must be 0 to 1, got 2",
@@ -81,3 +83,11 @@ def test_incomplete_options_are_refused(options, message, tiny_checkpoint, monke
         main(["generate", str(tiny_checkpoint), "Why?", *options])
     assert statuses == [2]
     assert message in capsys.readouterr().err
+
+
+def test_free_memory_is_told_as_integers_that_devices_have():
+    gib = 2**30
+    for sizes in ([79 * gib, 139 * gib], [139 * gib, 79 * gib + 1], [2**60, 79 * gib]):
+        told = np.stack([in_units(size) for size in sizes])
+        assert told.dtype == np.int32 and from_units(told) == 79 * gib
+    assert from_units(np.stack([in_units(None), in_units(gib)])) is None

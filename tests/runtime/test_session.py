@@ -335,7 +335,7 @@ def test_moving_rows_counts_as_memory_and_a_refusal_leaves_the_cache(loaded, mon
     empty_cache = partial(model.module.language_model.empty_cache, cache_rows(1500))
     seen = []
 
-    def check(inputs, stages, available):
+    def check(inputs, stages, *_):
         seen.append([stage.name for stage in stages])
         moving = next((stage for stage in stages if stage.name == "moving kept rows"), None)
         if moving is not None and len(seen) == 3:
