@@ -45,7 +45,9 @@ _LONGEST_SIDE = 2**20
 # over a large image take minutes. Encoders write about ten. For the largest image that is read by
 # default, a hundred take 7 seconds.
 _MOST_SCANS = 100
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+# Markers may have any number of \xff before them: only the last one is looked for, because a search
+# for all of them takes the square of their number.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _loading = threading.Lock()
 # Formats whose header says the size of the pixels, and how they are to be turned.
 _SIZE_IN_HEADER = ("JPEG", "MPO", "PNG", "WEBP")
