@@ -138,6 +138,8 @@ def image_groups(
     first_token = np.cumsum([0, *(image.tokens for image in images)]).tolist()
     patches_per_token = family.patches_per_token(config)
     groups = []
+    # Many prompts have images of one size, whose groups differ in their pixels only.
+    plans: dict[tuple[bytes, int], Any] = {}
     counted = counted_patches(architecture, grids, backend).tolist()
     for run in runs:
         patches = [counted[index] for index in run]
@@ -147,9 +149,12 @@ def image_groups(
             features = tuple(each for each in known[first:end] if each is not None)
             plan = None
             if not features:
-                plan = family.vision_plan(
-                    grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
-                )
+                shapes = grids[first:end].tobytes(), padded
+                plan = plans.get(shapes)
+                if plan is None:
+                    plan = plans[shapes] = family.vision_plan(
+                        grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
+                    )
             groups.append(
                 ImageGroup(
                     tuple(images[first:end]),
