@@ -166,7 +166,8 @@ class Family(ABC):
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> list[UInt8[np.ndarray, "patches values"]]:
+        places: Mapping[int, UInt8[np.ndarray, "_ values"]],
+    ) -> list[UInt8[np.ndarray, "_ values"]]:
         """Scales an image and cuts it into patches; see `pixels.cut_into_patches`.
 
         Args:
@@ -174,6 +175,8 @@ class Family(ABC):
           options: the image part's options; see `image_options`.
           image_processor: the checkpoint's image processor.
           config: configuration of the whole model.
+          places: arrays that patches are written to: 0 for the image, and the number of a crop.
+            Patches that have none, or one of another shape, get arrays of their own.
 
         Returns:
           The patches of the image and of each crop.

@@ -144,6 +144,7 @@ def cut_into_patches(
     pixels: UInt8[np.ndarray, "height width channels"],
     patch_size: int,
     merge: int,
+    place: UInt8[np.ndarray, "_ _"] | None = None,
 ) -> UInt8[np.ndarray, "patches values"]:
     """Patches of an image, those that are merged into one image token one after the other.
 
@@ -151,11 +152,16 @@ def cut_into_patches(
       pixels: the scaled image; its sides are multiples of `patch_size * merge`.
       patch_size: pixels along each side of a patch.
       merge: patches along each side of an image token.
+      place: a contiguous array that is written to and returned, if it has the shape of the patches.
     """
     height, width, channels = pixels.shape
     down, across = (side // (patch_size * merge) for side in (height, width))
+    shape = down * across * merge**2, patch_size**2 * channels
+    patches = place if place is not None and place.shape == shape else np.empty(shape, np.uint8)
     cut = pixels.reshape(down, merge, patch_size, across, merge, patch_size * channels)
-    return cut.transpose(0, 3, 1, 4, 2, 5).reshape(-1, patch_size**2 * channels)
+    cut = cut.transpose(0, 3, 1, 4, 2, 5)
+    patches.reshape(cut.shape)[:] = cut
+    return patches
 
 
 def in_order(

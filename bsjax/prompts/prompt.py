@@ -48,6 +48,8 @@ class PromptImage:
       tokens: how many image tokens it has.
       scale: what the values of its pixels mean.
       read: returns the patches, and waits for them if need be.
+      place: names the array that the patches are to be in. They are written to it, or moved there
+        by the next `read` if they are elsewhere.
       begin: begins to read them in another thread, if nothing else does.
       known_digest: the digest, if it is known from an earlier call.
       keep_digest: keeps the digest for later calls.
@@ -57,6 +59,7 @@ class PromptImage:
     tokens: int
     scale: PixelScale
     read: Callable[[], UInt8[np.ndarray, "patches values"]]
+    place: Callable[[UInt8[np.ndarray, "patches values"]], None] = lambda place: None
     begin: Callable[[], None] = lambda: None
     known_digest: Callable[[], str | None] = lambda: None
     keep_digest: Callable[[str], None] = lambda digest: None
@@ -128,11 +131,11 @@ class _ReadImage(NamedTuple):
 
     Attributes:
       shapes: of the image and of its crops.
-      patches: the patches of each.
+      patches: the patches of each, which move to other places.
     """
 
     shapes: ImageShapes
-    patches: tuple[UInt8[np.ndarray, "_ values"], ...]
+    patches: list[UInt8[np.ndarray, "_ values"]]
 
 
 class _RequestedImage(NamedTuple):
@@ -141,12 +144,14 @@ class _RequestedImage(NamedTuple):
     Attributes:
       shapes: of the image and of its crops.
       request: what an `ImageReader` was asked for.
+      places: where the patches of the image, whose index is 0, and of its crops are to be.
       name: names the image in errors.
       content: asks for the digest of what it is read from; None where digests are not kept.
     """
 
     shapes: ImageShapes
     request: Requested[_ReadImage]
+    places: dict[int, UInt8[np.ndarray, "_ values"]]
     name: Callable[[], AbstractContextManager[None]]
     content: Requested[str | None] | None
 
@@ -156,20 +161,25 @@ class _RequestedImage(NamedTuple):
         if not np.array_equal(shapes.grid_thw, self.shapes.grid_thw):
             with self.name():
                 raise MessageError("its pixels have another size than its header says.")
+        place = self.places.get(index)
+        if place is not None and patches[index] is not place:
+            place[:] = patches[index]
+            patches[index] = place
         return patches[index]
 
     def image(self, index: int, scale: PixelScale, known: KnownImages | None) -> PromptImage:
         """The image, whose index is 0, or a crop of it."""
         grid_thw, tokens = self.shapes.grid_thw[index], self.shapes.image_tokens[index]
-        read = partial(self.patches, index)
+        read, place = partial(self.patches, index), partial(self.places.__setitem__, index)
         content = self.content
         if known is None or content is None:
-            return PromptImage(grid_thw, tokens, scale, read)
+            return PromptImage(grid_thw, tokens, scale, read, place)
         return PromptImage(
             grid_thw,
             tokens,
             scale,
             read,
+            place,
             begin=self.request.start,
             known_digest=lambda: known.get(content.result(), index),
             keep_digest=lambda digest: known.put(content.result(), index, digest),
@@ -547,22 +557,24 @@ class Processor:
             with name():
                 size = size_before_reading(image.key, image.source, sources)
                 shapes = None if size is None else self._shapes(size, image, sources)
+            places: dict[int, UInt8[np.ndarray, "_ values"]] = {}
             if known is None:
                 read = partial(read_image, image.key, image.source, sources)
-                request = reader.request(partial(self._read_image, image, read, sources, name))
-                found.append((shapes, request, name, None))
+                request = reader.request(
+                    partial(self._read_image, image, read, sources, places, name)
+                )
+                found.append((shapes, request, places, name, None))
             else:
                 content = ImageContent(image, sources)
-                read = partial(self._read_image, image, content.pixels, sources, name)
-                found.append(
-                    (shapes, Requested(reader, read), name, Requested(reader, content.digest))
-                )
-        reader.begin([digest for _, _, _, digest in found if digest is not None])
-        unknown = [request for shapes, request, _, _ in found if shapes is None]
-        reader.wait_for(unknown, among=[request for _, request, _, _ in found])
+                read = partial(self._read_image, image, content.pixels, sources, places, name)
+                request, digest = Requested(reader, read), Requested(reader, content.digest)
+                found.append((shapes, request, places, name, digest))
+        reader.begin([digest for *_, digest in found if digest is not None])
+        unknown = [request for shapes, request, *_ in found if shapes is None]
+        reader.wait_for(unknown, among=[request for _, request, *_ in found])
         return [
-            _RequestedImage(shapes or request.result().shapes, request, name, digest)
-            for shapes, request, name, digest in found
+            _RequestedImage(shapes or request.result().shapes, request, *others)
+            for shapes, request, *others in found
         ]
 
     def _read_image(
@@ -570,6 +582,7 @@ class Processor:
         image: ImagePart,
         read: Callable[[], PIL.Image.Image | np.ndarray],
         sources: ImageSources,
+        places: Mapping[int, UInt8[np.ndarray, "_ values"]],
         name: Callable[[], AbstractContextManager[None]],
     ) -> _ReadImage:
         """Reads an image and cuts it into patches."""
@@ -577,9 +590,9 @@ class Processor:
             pixels = read()
             shapes = self._shapes(image_size(pixels), image, sources)
             patches = self.family.image_patches(
-                pixels, image.options, self.image_processor, self.config
+                pixels, image.options, self.image_processor, self.config, places
             )
-            return _ReadImage(shapes, tuple(patches))
+            return _ReadImage(shapes, patches)
 
     def _shapes(
         self, size: tuple[int, int], image: ImagePart, sources: ImageSources

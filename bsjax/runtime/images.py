@@ -10,11 +10,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from bsjax.attention import block_sizes
 from bsjax.masks.schedule import bucket
@@ -65,18 +66,36 @@ class ImageGroup:
         """How many image tokens the group has."""
         return sum(image.tokens for image in self.images)
 
+    def place_images(self) -> None:
+        """Lets the images that are still being read be written to the group's padded patches.
+
+        So nothing is in memory twice: neither these patches nor those that have been read, which
+        move there.
+        """
+        for image, place in zip(self.images, self._places, strict=True):
+            image.place(place)
+
     def pixels(self) -> Pixels:
-        """The padded patches, made on demand. Waits for images that are still being read.
+        """The padded patches. Waits for images that are still being read.
 
         Raises:
           MessageError: an image cannot be read.
         """
-        padded = np.zeros(self._shape, np.uint8)
-        end = 0
-        for image in self.images:
-            first, end = end, end + image.size
-            padded[first:end] = image.patches
-        return Pixels(padded, self.images[0].scale)
+        for image, place in zip(self.images, self._places, strict=True):
+            patches = image.patches
+            if patches is not place:  # An image has one place, but may be in several groups.
+                place[:] = patches
+        return Pixels(self._padded, self.images[0].scale)
+
+    @cached_property
+    def _padded(self) -> UInt8[np.ndarray, "padded_patches values"]:
+        return np.zeros(self._shape, np.uint8)
+
+    @cached_property
+    def _places(self) -> tuple[UInt8[np.ndarray, "_ values"], ...]:
+        """The part of the padded patches that each image has."""
+        ends = np.cumsum([0, *(image.size for image in self.images)]).tolist()
+        return tuple(self._padded[first:end] for first, end in itertools.pairwise(ends))
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -155,17 +174,18 @@ def image_groups(
                     plan = plans[shapes] = family.vision_plan(
                         grids[first:end], config, patches=padded, block_q=block_q, block_kv=block_kv
                     )
-            groups.append(
-                ImageGroup(
-                    tuple(images[first:end]),
-                    plan,
-                    first_token[first],
-                    padded // patches_per_token,
-                    patches_per_token,
-                    family.patch_area(config) * family.channels(config),
-                    features or None,
-                )
+            group = ImageGroup(
+                tuple(images[first:end]),
+                plan,
+                first_token[first],
+                padded // patches_per_token,
+                patches_per_token,
+                family.patch_area(config) * family.channels(config),
+                features or None,
             )
+            if group.features is None:
+                group.place_images()
+            groups.append(group)
     return tuple(groups)
 
 

@@ -81,7 +81,7 @@ def test_qwens_images_of_any_mode_size_and_settings(image, value_settings, patch
     )  # fmt: skip
     family = FAMILIES["qwen2_vl"]
     shapes = family.image_shapes(image.height, image.width, {}, processor, QWEN)
-    (cut,) = family.image_patches(image, {}, processor, QWEN)
+    (cut,) = family.image_patches(image, {}, processor, QWEN, {})
     pixels = Pixels(cut, pixel_scale(processor, 3))
     expected = processor(images=[image], return_tensors="np")
     np.testing.assert_array_equal(shapes.grid_thw, expected["image_grid_thw"])
@@ -97,7 +97,7 @@ def test_gemmas_images_and_crops(image, value_settings, crops):
     family = FAMILIES["gemma3"]
     options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8} if crops else {}
     shapes = family.image_shapes(image.height, image.width, options, processor, GEMMA)
-    cut = family.image_patches(image, options, processor, GEMMA)
+    cut = family.image_patches(image, options, processor, GEMMA, {})
     assert shapes.grid_thw.tolist() == [[1, 8, 8]] * len(cut)
     pixels = Pixels(np.concatenate(cut), pixel_scale(processor, 3))
     theirs = {
@@ -144,7 +144,7 @@ def test_settings_of_qwens_that_are_not_computed_are_refused(changes, words):
     processor = Qwen2VLImageProcessorPil(**changes)
     processor.size = changes.get("size", processor.size)
     with pytest.raises(MessageError, match=words):
-        FAMILIES["qwen2_vl"].image_patches(Image.new("RGB", (56, 30)), {}, processor, QWEN)
+        FAMILIES["qwen2_vl"].image_patches(Image.new("RGB", (56, 30)), {}, processor, QWEN, {})
 
 
 @pytest.mark.parametrize(

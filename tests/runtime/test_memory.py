@@ -1,5 +1,6 @@
 """Memory is bounded and known before anything runs; bounding it does not change results."""
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import bsjax
 from bsjax import CapacityError, Template, Text
 from bsjax import Image as ImageTokens
 from bsjax.models import layers
+from bsjax.prompts.image_reader import ImageReader
+from bsjax.prompts.prompt import PromptOptions
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt, chunk_borders
 from bsjax.runtime.images import group_borders, image_groups
 from bsjax.runtime.inputs import prepare_inputs
@@ -125,6 +128,48 @@ def test_groups_are_runs_of_images_within_their_size(patches, sizes):
             assert size in sizes
         if end < len(patches):
             assert sum(patches[first : end + 1]) > size, "one more image would fit"
+
+
+def test_no_image_is_in_memory_twice(tiny_model, small_sizes):
+    small_sizes()
+    expected = [image.patches for image in tiny_model.prompt(conversation()).images]
+    with ImageReader() as reader:
+        prompt = tiny_model.prompt_of(conversation(), PromptOptions(), reader)
+        # Before they are read, and twice afterwards, as for a prompt that runs again.
+        for _ in range(3):
+            groups = image_groups(tiny_model.architecture, prompt.images, "xla")
+            assert len(groups) > 1
+            for group in groups:
+                values = group.pixels().values
+                assert all(np.shares_memory(image.patches, values) for image in group.images)
+            for image, wanted in zip(prompt.images, expected, strict=True):
+                np.testing.assert_array_equal(image.patches, wanted)
+
+
+def test_an_image_may_be_in_several_groups(tiny_model, small_sizes):
+    small_sizes()
+    expected = tiny_model.prompt(conversation()).pixels.values
+    with ImageReader() as reader:
+        prompt = tiny_model.prompt_of(conversation(), PromptOptions(), reader)
+        groups = image_groups(tiny_model.architecture, prompt.images * 2, "xla")
+        values = []
+        for group in groups:
+            size = sum(image.size for image in group.images)
+            padded = group.pixels().values
+            values.append(padded[:size])
+            assert not padded[size:].any()
+    np.testing.assert_array_equal(np.concatenate(values), np.concatenate([expected] * 2))
+
+
+def test_groups_of_the_same_sizes_share_their_plan(tiny_model, small_sizes):
+    small_sizes()
+    groups = groups_of(inputs_of(tiny_model, conversation([1, 1, 1, 1, 4, 4])))
+    grids = [[image.grid_thw.tolist() for image in group.images] for group in groups]
+    for one, other in itertools.combinations(range(len(groups)), 2):
+        same = grids[one] == grids[other]
+        same &= groups[one].padded_tokens == groups[other].padded_tokens
+        assert (groups[one].plan is groups[other].plan) == same
+    assert len({id(group.plan) for group in groups}) in range(2, len(groups))
 
 
 @pytest.mark.slow

@@ -138,7 +138,8 @@ class Gemma3Family(Gemma3TextFamily):
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> list[UInt8[np.ndarray, "patches values"]]:
+        places: Mapping[int, UInt8[np.ndarray, "_ values"]],
+    ) -> list[UInt8[np.ndarray, "_ values"]]:
         """Scales one image to the model's size and cuts it into patches, followed by its crops.
 
         Crops are made if the option `do_pan_and_scan` is true and the image is long enough
@@ -168,8 +169,9 @@ class Gemma3Family(Gemma3TextFamily):
                 ),
                 config.vision_config.patch_size,
                 pooled_side(config),
+                places.get(index),
             )
-            for each in images
+            for index, each in enumerate(images)
         ]
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:

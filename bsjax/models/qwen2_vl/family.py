@@ -126,7 +126,8 @@ class Qwen2VLFamily(Family):
         options: Mapping[str, Any],
         image_processor: Any,
         config: PretrainedConfig,
-    ) -> list[UInt8[np.ndarray, "patches values"]]:
+        places: Mapping[int, UInt8[np.ndarray, "_ values"]],
+    ) -> list[UInt8[np.ndarray, "_ values"]]:
         """Scales one image to between `min_pixels` and `max_pixels`, and cuts it into patches.
 
         Raises:
@@ -141,7 +142,8 @@ class Qwen2VLFamily(Family):
             channels=self.channels(config),
             convert_rgb=image_processor.do_convert_rgb,
         )
-        return [cut_into_patches(pixels, image_processor.patch_size, image_processor.merge_size)]
+        size, merge = image_processor.patch_size, image_processor.merge_size
+        return [cut_into_patches(pixels, size, merge, places.get(0))]
 
     def _scaled_size(
         self, height: int, width: int, options: Mapping[str, Any], image_processor: Any
