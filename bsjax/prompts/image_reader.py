@@ -13,10 +13,14 @@ from bsjax.prompts.downloads import stopping
 from bsjax.timing import Stopwatch
 
 _MOST_THREADS = 8
-# The largest block whose freeing changes what glibc's malloc keeps (mallopt(3), M_MMAP_THRESHOLD).
-_LARGEST_KEPT = 2**25 - 2**16
 # Seconds between two looks for requests that have failed.
 _LOOK_AGAIN = 0.05
+
+# Lets a thread decode an image into the memory of the one before. glibc gives freed memory back to
+# the system beyond twice the largest block that has been freed so far, up to 32 MiB (mallopt(3),
+# M_MMAP_THRESHOLD). Each image would get its memory page by page again, in a quarter of the time
+# that it takes. The block is never written to; other systems do not mind it.
+np.empty(2**25 - 2**16, np.uint8)
 
 T = TypeVar("T")
 
@@ -74,7 +78,6 @@ class ImageReader:
         self.stopwatch = stopwatch or Stopwatch()
         self._requested: list[Requested] = []
         self._stopped = threading.Event()
-        _keep_freed_memory()
         self._threads = ThreadPoolExecutor(
             _threads(), "bsjax-images", initializer=stopping, initargs=(self._stopped,)
         )
@@ -135,16 +138,6 @@ class ImageReader:
                 for each in among:
                     if each.future.done() and each.future.exception() is not None:
                         each.future.result()
-
-
-def _keep_freed_memory() -> None:
-    """Lets a thread decode an image into the memory of the one before.
-
-    glibc gives freed memory back to the system beyond twice the largest block that has been freed
-    so far. Each image would get its memory page by page again, in a quarter of the time that it
-    takes. Other systems do not mind.
-    """
-    np.empty(_LARGEST_KEPT, np.uint8)
 
 
 def _threads() -> int:
