@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
+from typing_extensions import override
 
 from bsjax.models import ImageTextModel
 from bsjax.models.cache import PADDING_ROW
@@ -219,7 +220,6 @@ class ChunkedRun:
         *,
         sizes: Sizes,
         carried: Any,
-        more_arguments: Callable[[Chunk], tuple[Any, ...]] = lambda chunk: (),
         all_outputs: bool = False,
         image_cache: ImageCache | None = None,
         stopwatch: Stopwatch | None = None,
@@ -234,7 +234,6 @@ class ChunkedRun:
           backend: attention backend.
           sizes: sizes of chunks.
           carried: shapes and dtypes of what each chunk passes to the next.
-          more_arguments: arguments of `step` after the head categories.
           all_outputs: whether `step` needs the hidden states of all rows, not only those of the
             prompts' last tokens.
           image_cache: keeps features of images; None keeps none.
@@ -243,7 +242,6 @@ class ChunkedRun:
         self.stopwatch = stopwatch or Stopwatch()
         self._programs, self._step, self._backend = programs, step, backend
         self.carried = carried = sharded_shapes(carried, programs.mesh)
-        self._more_arguments = more_arguments
         language_model = programs.module.language_model
         inputs = prompts[0].inputs
         self._categories = programs.in_head_order(inputs.head_category)
@@ -347,8 +345,16 @@ class ChunkedRun:
         return self._programs.get(self._step, arguments, static=(self._backend,), donate=(0,))
 
     def _all_arguments(self, chunk: Chunk, carried: Any, features: Any) -> tuple[Any, ...]:
-        more = self._more_arguments(chunk)
+        more = self.more_arguments(chunk)
         return (carried, features, chunk.arguments, self._categories, *more)
+
+    def more_arguments(self, chunk: Chunk) -> tuple[Any, ...]:
+        """Arguments of the function that runs a chunk, after the head categories.
+
+        A method, because a function that holds this object would keep the pixels of the prompts
+        until Python collects garbage.
+        """
+        return ()
 
 
 def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.ndarray, "vocabulary"]:
@@ -395,12 +401,12 @@ class Prefill(ChunkedRun):
             backend,
             sizes=sizes_in_use(),
             carried=jax.eval_shape(lambda: DecodeState.empty(programs.module, layout)),
-            more_arguments=lambda chunk: (self._first_tokens(chunk),),
             image_cache=image_cache,
             stopwatch=stopwatch,
         )
 
-    def _first_tokens(self, chunk: Chunk) -> FirstTokens:
+    @override
+    def more_arguments(self, chunk: Chunk) -> tuple[FirstTokens]:
         most = self.chunks.layout.most_prompts
         vocabulary = self._module.language_model.embed_tokens.num_embeddings
         sequence = np.full(most, PADDING_ROW, np.int32)
@@ -412,7 +418,7 @@ class Prefill(ChunkedRun):
             settings[output] = self._settings[id(part.prompt)]
         scored = any(each.top_tokens is not None for each in settings)
         sampling = stacked([each.sampling for each in settings])
-        return FirstTokens(sequence, sampling, occurred, np.bool_(scored))
+        return (FirstTokens(sequence, sampling, occurred, np.bool_(scored)),)
 
     def first_token(self, state: DecodeState) -> tuple[Chosen, DecodeState]:
         """Runs all chunks of a single prompt; returns the first token and the state.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int
+from typing_extensions import override
 
 from bsjax.runtime.chunks import CacheLayout, Chunk, PlacedPrompt
 from bsjax.runtime.image_cache import ImageCache
@@ -108,7 +109,6 @@ class AnswerScoring(ChunkedRun):
             backend,
             sizes=sizes_in_use(),
             carried=jax.eval_shape(lambda: language_model.empty_cache(*layout)),
-            more_arguments=lambda chunk: (self._scored(chunk),),
             image_cache=image_cache,
             all_outputs=True,
         )
@@ -135,8 +135,9 @@ class AnswerScoring(ChunkedRun):
         last = self._prompt.end - 1
         return np.flatnonzero((chunk.position >= self._first - 1) & (chunk.position < last))
 
-    def _scored(self, chunk: Chunk) -> ScoredRows:
+    @override
+    def more_arguments(self, chunk: Chunk) -> tuple[ScoredRows]:
         rows = self._scored_rows(chunk)
         padded = np.zeros((2, -(-chunk.position.size // SCORED_ROWS) * SCORED_ROWS), np.int32)
         padded[:, : rows.size] = rows, self._prompt.inputs.token_ids[chunk.position[rows] + 1]
-        return ScoredRows(np.int32(rows.size), *padded)
+        return (ScoredRows(np.int32(rows.size), *padded),)
