@@ -220,6 +220,7 @@ class Chunks:
       all_outputs: whether the hidden states of all rows are needed, not only those of the prompts'
         last tokens.
       devices: how many devices the rows of a chunk and those of the cache are divided among.
+      put: copies arrays to all devices.
 
     Attributes:
       prompts: as given.
@@ -239,8 +240,9 @@ class Chunks:
         most_parts: int = 0,
         all_outputs: bool = False,
         devices: int = 1,
+        put: Callable[[Any], Any] = jax.device_put,
     ) -> None:
-        self._devices = devices
+        self._devices, self._put = devices, put
         self.prompts, self.layout, self.feature_rows = tuple(prompts), layout, feature_rows
         self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
@@ -506,7 +508,7 @@ class Chunks:
             # Chunks of the same prompts have the same keys, which are copied to the device once.
             device_keys = self._keys[2]
             if not device_keys:
-                device_keys.append(jax.device_put(schedule.keys))
+                device_keys.append(self._put(schedule.keys))
             schedule = replace(schedule, keys=device_keys[0])
         return schedule
 

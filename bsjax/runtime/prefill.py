@@ -264,6 +264,7 @@ class ChunkedRun:
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
             devices=devices,
+            put=programs.put,
         )
         self.features: jax.ShapeDtypeStruct | None = None
         if round_tokens:
