@@ -56,7 +56,9 @@ from bsjax.models.sharding import (
     Q_HEADS,
     bytes_on_a_device,
     checked_mesh,
+    divides,
     key_head_repeats,
+    size_along,
     spec_of,
     with_repeated_key_heads,
 )
@@ -675,7 +677,12 @@ def _restore(
     head_order: HeadOrder | None = None,
 ) -> ImageTextModel:
     module, placements = placed_module(architecture, mesh, head_order)
-    check_weights_fit(module, jax.local_devices()[:1] if mesh is None else mesh.local_devices)
+    tensor = size_along(mesh, TENSOR)
+    check_weights_fit(
+        module,
+        jax.local_devices()[:1] if mesh is None else mesh.local_devices,
+        lambda times: divides(architecture.config.get_text_config(), times * tensor),
+    )
     graph, state = nnx.split(module)
     arrays = restore_parameters(folder, placements, stored, progress, look)
     filled = {
@@ -685,13 +692,16 @@ def _restore(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def check_weights_fit(module: ImageTextModel, devices: Sequence[Any]) -> None:
+def check_weights_fit(
+    module: ImageTextModel, devices: Sequence[Any], can_divide: Callable[[int], bool]
+) -> None:
     """Rejects a model whose weights do not fit, before any of them is read.
 
     Args:
       module: with shapes in place of weights.
       devices: those of this process that it goes to. Of the kinds that do not say how much memory
         they have, such as CPUs, nothing is checked.
+      can_divide: whether the weights can be divided among so many times as many devices.
 
     Raises:
       CapacityError: the message says how much is needed and available, and how to need less.
@@ -710,7 +720,12 @@ def check_weights_fit(module: ImageTextModel, devices: Sequence[Any]) -> None:
         free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
         if needed > free:
             more = next(
-                (n for n in (2, 4, 8, 16) if needed - divided + divided / n < 0.9 * free), 0
+                (
+                    times
+                    for times in range(2, 17)
+                    if needed - divided + divided / times < 0.9 * free and can_divide(times)
+                ),
+                0,
             )
             advice = f"divide them among {more} times as many devices ({argument('tensor')})"
             raise CapacityError(

@@ -128,11 +128,12 @@ def with_repeated_key_heads(config: PretrainedConfig, repeats: int) -> Pretraine
 
 def _fewer(text: PretrainedConfig, devices: int) -> str:
     """The smaller numbers of devices that the model can be divided among, in words."""
-    *others, last = (count for count in range(1, devices) if _divides(text, count))
+    *others, last = (count for count in range(1, devices) if divides(text, count))
     return f"{', '.join(map(str, others))} or {last} devices" if others else "one device"
 
 
-def _divides(text: PretrainedConfig, devices: int) -> bool:
+def divides(text: PretrainedConfig, devices: int) -> bool:
+    """Whether a model with this text config can be divided among so many devices of `TENSOR`."""
     sizes = text.num_attention_heads, text.intermediate_size, text.vocab_size
     kv_heads = text.num_key_value_heads
     return not any(size % devices for size in sizes) and (
