@@ -253,7 +253,7 @@ def test_what_does_not_fit_beside_others_runs_alone(tiny_model, monkeypatch):
     expected = bsjax.generate(tiny_model, conversations, max_new_tokens=2)
     peaks = []
 
-    def recording(inputs, stages, available):
+    def recording(inputs, stages, available, *others):
         of_vision = [stage.peak for stage in stages if stage.name == "vision"]
         peaks.extend([max(of_vision)] if of_vision else [])
         check_memory(inputs, stages, available)
