@@ -102,6 +102,7 @@ def dealt(inputs: ModelInputs, gpus: int, *, whole: bool = False) -> Dealt:
         feature_rows=1,
         all_outputs=True,
         devices=gpus,
+        on_a_mesh=gpus > 1,
     )
     heads = np.bincount(inputs.head_category[0], minlength=len(HeadCategory))
     # Tiles of text rows stack the query heads that share a key head.

@@ -220,7 +220,7 @@ class Chunks:
       all_outputs: whether the hidden states of all rows are needed, not only those of the prompts'
         last tokens.
       devices: how many devices the rows of a chunk and those of the cache are divided among.
-      put: copies arrays to all devices.
+      on_a_mesh: whether programs run on the devices of a mesh.
 
     Attributes:
       prompts: as given.
@@ -240,9 +240,9 @@ class Chunks:
         most_parts: int = 0,
         all_outputs: bool = False,
         devices: int = 1,
-        put: Callable[[Any], Any] = jax.device_put,
+        on_a_mesh: bool = False,
     ) -> None:
-        self._devices, self._put = devices, put
+        self._devices, self._on_a_mesh = devices, on_a_mesh
         self.prompts, self.layout, self.feature_rows = tuple(prompts), layout, feature_rows
         self._inputs = prompts[0].inputs
         # If the tokens of an image see each other, all of its keys must be in the cache before any
@@ -504,11 +504,11 @@ class Chunks:
             capacity=capacity,
             most_parts=self._most_parts,
         )
-        if self._devices == 1 and self._keys is not None and keys is self._keys[1]:
+        if not self._on_a_mesh and self._keys is not None and keys is self._keys[1]:
             # Chunks of the same prompts have the same keys, which are copied to the device once.
             device_keys = self._keys[2]
             if not device_keys:
-                device_keys.append(self._put(schedule.keys))
+                device_keys.append(jax.device_put(schedule.keys))
             schedule = replace(schedule, keys=device_keys[0])
         return schedule
 

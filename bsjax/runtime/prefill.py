@@ -264,7 +264,7 @@ class ChunkedRun:
             most_parts=most_parts(backend, language_model.dtype),
             all_outputs=all_outputs,
             devices=devices,
-            put=programs.put,
+            on_a_mesh=programs.mesh is not None,
         )
         self.features: jax.ShapeDtypeStruct | None = None
         if round_tokens:
