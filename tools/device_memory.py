@@ -31,14 +31,7 @@ class Case(NamedTuple):
 
     def measure(self) -> Measurement:
         """Compiles its programs."""
-        return measure(
-            self.model,
-            self.tokens,
-            self.target,
-            context=self.context,
-            tensor=self.tensor,
-            hosts=self.hosts,
-        )
+        return measure(**self._asdict())
 
 
 CASES = (

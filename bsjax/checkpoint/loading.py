@@ -54,7 +54,7 @@ from bsjax.models.head_order import HeadOrder, dealt_heads
 from bsjax.models.sharding import (
     KV_HEADS,
     Q_HEADS,
-    bytes_on_a_device,
+    WeightBytes,
     checked_mesh,
     divides,
     key_head_repeats,
@@ -706,30 +706,24 @@ def check_weights_fit(
     Raises:
       CapacityError: the message says how much is needed and available, and how to need less.
     """
-    sizes = {
-        tuple(map(str, path)): bytes_on_a_device(leaf.get_value())
-        for path, leaf in nnx.to_flat_state(nnx.state(module))
-    }
-    needed = sum(sizes.values())
-    # What a mesh divides; the vision tower is on every device.
-    divided = sum(size for path, size in sizes.items() if path[0] in ("language_model", "lm_head"))
+    weights = WeightBytes.of(nnx.state(module))
     for device in devices:
         statistics = device.memory_stats() or {}
         if "bytes_limit" not in statistics:
             continue
         free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-        if needed > free:
+        if weights.all > free:
             more = next(
                 (
                     times
                     for times in range(2, 17)
-                    if needed - divided + divided / times < 0.9 * free and can_divide(times)
+                    if weights.on(times) < 0.9 * free and can_divide(times)
                 ),
                 0,
             )
             advice = f"divide them among {more} times as many devices ({argument('tensor')})"
             raise CapacityError(
-                f"The weights need {needed / 2**30:.2f} GiB on device {device.id} "
+                f"The weights need {weights.all / 2**30:.2f} GiB on device {device.id} "
                 f"({device.device_kind}), which has {free / 2**30:.2f} GiB free: "
                 f"{advice if more else 'use devices with more memory'}."
             )

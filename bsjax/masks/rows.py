@@ -121,6 +121,21 @@ class Rows:
         ends = [first + length for first, length in zip(self.first_row, self._lengths, strict=True)]
         self._tokens = ends[-1] if ends else 0
 
+    def taken(self, rows: Int[np.ndarray, "_"]) -> "Rows":
+        """The same spans with some of these rows only, such as the queries of one device."""
+        spans = [self.rows_of(index) for index in range(len(self.spans))]
+        kept = [
+            np.sort(self.position[rows[(rows >= span.start) & (rows < span.stop)]])
+            for span in spans
+        ]
+        return Rows(
+            self.templates,
+            self.spans,
+            packed=self.packed,
+            sinks_apart=self.sinks_apart,
+            kept=kept,
+        )
+
     @property
     def tokens(self) -> int:
         """How many rows there are, padding between spans included."""

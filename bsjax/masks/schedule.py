@@ -428,6 +428,20 @@ def segment_schedule(
     )
 
 
+def stacked_arrays(*arrays: np.ndarray) -> np.ndarray:
+    """Stacks arrays of several schedules on a new leading axis, for `jax.tree.map`.
+
+    Tables of tiles and ranges, [tables, entries, fields], are padded with zeros to the longest one:
+    entries of zeros have no rows. All other arrays have one shape.
+    """
+    if np.ndim(arrays[0]) != 3:
+        return np.stack(arrays)
+    longest = max(array.shape[1] for array in arrays)
+    return np.stack(
+        [np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0))) for array in arrays]
+    )
+
+
 class _TileRanges(NamedTuple):
     """Key ranges of one segment: the tile, start and end of each."""
 

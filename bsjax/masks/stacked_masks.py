@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from bsjax.checks import shown
 from bsjax.errors import MaskError
 from bsjax.masks.block_mask import BlockMask
+from bsjax.masks.schedule import stacked_arrays
 
 _SHARED = ("number of query heads", "block_q", "block_kv", "visibility")
 
@@ -134,16 +134,6 @@ def stack_masks(masks: Sequence[BlockMask]) -> StackedMasks:
     keys = max(each.schedule.key_rows for each in masks)
     padded = [each.padded(queries, keys) for each in masks]
 
-    def stacked(*arrays: np.ndarray) -> np.ndarray:
-        """Tables of tiles and ranges are as long as the longest; entries of zeros have no rows."""
-        length = max(array.shape[1] for array in arrays) if arrays[0].ndim == 3 else 0
-        return np.stack(
-            [
-                np.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0))) if length else array
-                for array in arrays
-            ]
-        )
-
     return StackedMasks(
-        jax.tree.map(stacked, *(each.with_schedule(each.schedule) for each in padded))
+        jax.tree.map(stacked_arrays, *(each.with_schedule(each.schedule) for each in padded))
     )

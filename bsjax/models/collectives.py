@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from bsjax.masks.schedule import stacked_arrays
 
 TENSOR = "tensor"
 """The mesh axis of heads, MLP channels and vocabulary."""
@@ -61,22 +62,13 @@ def shared_out(values: Sequence[Any], axes: tuple[str, ...] = (CONTEXT,)) -> Any
     """One value for each device, as `Shares`; the value itself if there is only one.
 
     Args:
-      values: pytrees of NumPy arrays, of one structure. Arrays with three axes, such as the tables
-        of a schedule, may differ in the length of the second one: they are padded with zeros.
+      values: pytrees of NumPy arrays, of one structure and, but for the tables of schedules, of
+        the same shapes.
       axes: the mesh axes whose devices have different values.
     """
     if len(values) == 1:
         return values[0]
-
-    def stack(*arrays: np.ndarray) -> np.ndarray:
-        if np.ndim(arrays[0]) == 3:
-            longest = max(array.shape[1] for array in arrays)
-            arrays = tuple(
-                np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0))) for array in arrays
-            )
-        return np.stack(arrays)
-
-    return Shares(jax.tree.map(stack, *values), axes)
+    return Shares(jax.tree.map(stacked_arrays, *values), axes)
 
 
 def shape_of_shares(value: Any, devices: int, axes: tuple[str, ...]) -> Any:

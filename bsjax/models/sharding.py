@@ -10,10 +10,11 @@ Programs run on every device with what it has (`bsjax.models.collectives`).
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformers import PretrainedConfig
 
@@ -173,7 +174,7 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(of_node, tree, is_leaf=lambda node: isinstance(node, Cache | Shares))
 
 
-def all_devices(mesh: Mesh | None) -> int:
+def device_count(mesh: Mesh | None) -> int:
     """How many devices a mesh has; 1 without a mesh."""
     return 1 if mesh is None else mesh.size
 
@@ -227,6 +228,33 @@ def sharded_shapes(tree: Any, mesh: Mesh | None) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, specs_of(tree))
+
+
+class WeightBytes(NamedTuple):
+    """Bytes of a model's weights on each device.
+
+    Attributes:
+      all: of all weights.
+      divided: of those that are divided along `TENSOR`: all but the vision tower's.
+    """
+
+    all: int
+    divided: int
+
+    @classmethod
+    def of(cls, parameters: Any) -> "WeightBytes":
+        """Those of a model's parameters: an `nnx.State` of arrays, or of shapes."""
+        sizes = [
+            (path[0] in ("language_model", "lm_head"), bytes_on_a_device(leaf.get_value()))
+            for path, leaf in nnx.to_flat_state(parameters)
+        ]
+        return cls(
+            sum(size for _, size in sizes), sum(size for is_divided, size in sizes if is_divided)
+        )
+
+    def on(self, times: int | float) -> float:
+        """All weights on each device if they are divided among so many times as many devices."""
+        return self.all - self.divided + self.divided / times
 
 
 def bytes_on_a_device(leaf: Any) -> int:

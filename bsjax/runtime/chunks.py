@@ -205,6 +205,34 @@ class Chunk:
         return [each for each in self.parts if each.is_last]
 
 
+class ChunkRows:
+    """The rows of a chunk: those of one device after those of another, each padded alike.
+
+    Attributes:
+      of_devices: the tokens of each device.
+      of_each: rows of each device, with padding.
+      position: the position of each row in its prompt; -1 for padding.
+    """
+
+    def __init__(self, of_devices: Sequence[Rows], rows: int) -> None:
+        self.of_devices, self.of_each = of_devices, rows // len(of_devices)
+        self.position = np.full(rows, -1, np.int32)
+        for device, of_device in enumerate(of_devices):
+            first = device * self.of_each
+            self.position[first : first + of_device.tokens] = of_device.position
+
+    def rows_of(self, index: int) -> tuple[Int[np.ndarray, "_"], Int32[np.ndarray, "_"]]:
+        """The rows of a prompt's tokens, and their positions."""
+        slices = [queries.rows_of(index) for queries in self.of_devices]
+        rows = np.concatenate(
+            [
+                device * self.of_each + np.arange(own.start, own.stop)
+                for device, own in enumerate(slices)
+            ]
+        )
+        return rows, self.position[rows]
+
+
 class Chunks:
     """The chunks of some prompts.
 
@@ -281,15 +309,12 @@ class Chunks:
 
     def chunk(self, slices: Sequence[PromptSlice], rows: int) -> Chunk:
         """The chunk of these tokens, padded to `rows` rows."""
-        spans = [Span(each.start, each.end, index) for index, each in enumerate(slices)]
-        rows_of = partial(
-            Rows,
+        queries = Rows(
             [each.prompt.inputs.template for each in slices],
-            spans,
+            [Span(each.start, each.end, index) for index, each in enumerate(slices)],
             packed=self._inputs.is_sparse,
             sinks_apart=False,
         )
-        queries = rows_of()
         keys = [
             self._keys_of(visibility, slices, queries, rows)
             for visibility in self._inputs.visibilities
@@ -298,7 +323,7 @@ class Chunks:
         if self._devices > 1:
             dealt = self._dealt(queries, keys, rows)
             blocks = dealt.blocks
-            of_devices = [rows_of(kept=_positions_in(queries, own_rows)) for own_rows in dealt.rows]
+            of_devices = list(map(queries.taken, dealt.rows))
         placed = ChunkRows(of_devices, rows)
         outputs = None if self._all_outputs else self._last_rows(slices, placed, keys)
         arguments = [
@@ -343,7 +368,7 @@ class Chunks:
         self,
         device: int,
         slices: Sequence[PromptSlice],
-        placed: "ChunkRows",
+        placed: ChunkRows,
         keys: Sequence[tuple[Rows, int]],
         outputs: OutputRows | None,
     ) -> ChunkArguments:
@@ -375,7 +400,7 @@ class Chunks:
     def _last_rows(
         self,
         slices: Sequence[PromptSlice],
-        placed: "ChunkRows",
+        placed: ChunkRows,
         keys: Sequence[tuple[Rows, int]],
     ) -> OutputRows:
         """The rows of the prompts' last tokens. All others see no keys."""
@@ -430,7 +455,7 @@ class Chunks:
         visibility: Visibility,
         device: int,
         slices: Sequence[PromptSlice],
-        placed: "ChunkRows",
+        placed: ChunkRows,
         keys: tuple[Rows, int],
     ) -> CachedRows:
         rows, most_prompts = placed.of_each, self.layout.most_prompts
@@ -511,42 +536,6 @@ class Chunks:
                 device_keys.append(jax.device_put(schedule.keys))
             schedule = replace(schedule, keys=device_keys[0])
         return schedule
-
-
-class ChunkRows:
-    """The rows of a chunk: those of one device after those of another, each padded alike.
-
-    Attributes:
-      of_devices: the tokens of each device.
-      of_each: rows of each device, with padding.
-      position: the position of each row in its prompt; -1 for padding.
-    """
-
-    def __init__(self, of_devices: Sequence[Rows], rows: int) -> None:
-        self.of_devices, self.of_each = of_devices, rows // len(of_devices)
-        self.position = np.full(rows, -1, np.int32)
-        for device, of_device in enumerate(of_devices):
-            first = device * self.of_each
-            self.position[first : first + of_device.tokens] = of_device.position
-
-    def rows_of(self, index: int) -> tuple[Int[np.ndarray, "_"], Int32[np.ndarray, "_"]]:
-        """The rows of a prompt's tokens, and their positions."""
-        slices = [queries.rows_of(index) for queries in self.of_devices]
-        rows = np.concatenate(
-            [
-                device * self.of_each + np.arange(own.start, own.stop)
-                for device, own in enumerate(slices)
-            ]
-        )
-        return rows, self.position[rows]
-
-
-def _positions_in(queries: Rows, rows: Int[np.ndarray, "_"]) -> list[Int32[np.ndarray, "_"]]:
-    """The positions of some query rows in each span, ascending."""
-    spans = [queries.rows_of(index) for index in range(len(queries.spans))]
-    return [
-        np.sort(queries.position[rows[(rows >= span.start) & (rows < span.stop)]]) for span in spans
-    ]
 
 
 def schedule_capacity(

@@ -28,7 +28,7 @@ from bsjax.models.collectives import (
     shared_out,
 )
 from bsjax.models.pixels import Pixels
-from bsjax.models.sharding import all_devices, sharded_shapes
+from bsjax.models.sharding import device_count, sharded_shapes
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.image_cache import ImageCache
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
@@ -401,7 +401,7 @@ class ImageEncoder:
         """
         self._row_of, self._cache = row_of, cache
         self._put = programs.put
-        self._devices = all_devices(programs.mesh)
+        self._devices = device_count(programs.mesh)
         self._programs: dict[tuple[Callable[..., Any], int], Program] = {}
         copied = [0]
         for group in groups:

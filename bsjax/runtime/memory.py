@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from bsjax.checks import argument
 from bsjax.errors import CapacityError
 from bsjax.models.collectives import CONTEXT, TENSOR
-from bsjax.models.sharding import bytes_on_a_device, sharded_shapes, size_along
+from bsjax.models.sharding import WeightBytes, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.inputs import ModelInputs, Placed, describe_images
 from bsjax.runtime.processes import least_of_all
@@ -137,15 +136,8 @@ def mesh_that_fits(
         text.layers.mlp.gate_proj.out_features,
         text.embed_tokens.num_embeddings,
     )
-    parts = {"language_model": 0, "lm_head": 0}
-    weights = 0
-    for path, leaf in nnx.to_flat_state(programs.parameters):
-        size = bytes_on_a_device(leaf.get_value())
-        weights += size
-        if path[0] in parts:
-            parts[str(path[0])] += size
-    divided = sum(parts.values())
-    memory = available + weights
+    weights = WeightBytes.of(programs.parameters)
+    memory = available + weights.all
     for power in range(1, 7):
         for tensor_power in range(power + 1):
             wider, longer = 2**tensor_power, 2 ** (power - tensor_power)
@@ -153,11 +145,10 @@ def mesh_that_fits(
                 continue
             if any(size % wider for size in sizes):
                 continue
-            of_weights = weights - divided + divided * tensor // wider
             # Beyond the number of key heads, they are repeated.
             heads = min(wider, text.kv_heads) // min(tensor, text.kv_heads)
             of_cache = cache * context // (longer * max(1, heads))
-            if of_weights + of_cache + peak - cache <= memory:
+            if weights.on(wider / tensor) + of_cache + peak - cache <= memory:
                 return longer, wider
     return None
 

@@ -26,7 +26,7 @@ from bsjax.models.collectives import (
     own_part,
     rows_of_all,
 )
-from bsjax.models.sharding import all_devices, replicated, sharded_shapes, size_along
+from bsjax.models.sharding import device_count, replicated, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout, Chunk, ChunkArguments, Chunks, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings, DecodeState
 from bsjax.runtime.image_cache import ImageCache
@@ -246,9 +246,10 @@ class ChunkedRun:
         inputs = prompts[0].inputs
         self._categories = programs.in_head_order(inputs.head_category)
         self._inputs = inputs
-        self._blocks = np.zeros((2,))
+        # Of the devices, added up over the chunks, because they wait for each other in each.
+        self._most_blocks, self._mean_blocks = 0.0, 0.0
         images = [image for prompt in prompts for image in prompt.images]
-        self._groups_at_once = everywhere = all_devices(programs.mesh)
+        self._groups_at_once = everywhere = device_count(programs.mesh)
         self.groups = image_groups(
             inputs.architecture, images, backend, image_cache, devices=everywhere
         )
@@ -290,8 +291,7 @@ class ChunkedRun:
     @property
     def imbalance(self) -> float:
         """Greatest over mean of what the devices have computed in attention: see `Stats`."""
-        greatest, mean = self._blocks
-        of_rows = float(greatest / mean) if mean else 1.0
+        of_rows = self._most_blocks / self._mean_blocks if self._mean_blocks else 1.0
         return of_rows * self._programs.imbalance_of_heads(self._inputs)
 
     @property
@@ -329,8 +329,8 @@ class ChunkedRun:
                 following = next(chunks, None)
                 jax.block_until_ready(result)
             if chunk.blocks is not None:
-                # Devices wait for each other in each chunk.
-                self._blocks += chunk.blocks.max(), chunk.blocks.mean()
+                self._most_blocks += float(chunk.blocks.max())
+                self._mean_blocks += float(chunk.blocks.mean())
             yield chunk, result, carried
             chunk = following
 

@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+_MIB = 2**20
+
 
 def spans_processes(mesh: Mesh | None) -> bool:
     """Whether some devices of a mesh belong to other processes."""
@@ -41,9 +43,6 @@ def fetched(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-_UNIT = 2**20
-
-
 def least_of_all(size: int | None, mesh: Mesh | None) -> int | None:
     """The least of the bytes that all processes name; None if one of them names none.
 
@@ -53,15 +52,15 @@ def least_of_all(size: int | None, mesh: Mesh | None) -> int | None:
     """
     if not spans_processes(mesh):
         return size
-    return from_units(multihost_utils.process_allgather(in_units(size)))
+    return from_mib(multihost_utils.process_allgather(in_mib(size)))
 
 
-def in_units(size: int | None) -> np.int32:
-    """Bytes in units of MiB, rounded down, because devices have no larger integers; -1 for None."""
-    return np.int32(-1 if size is None else min(size // _UNIT, 2**31 - 1))
+def in_mib(size: int | None) -> np.int32:
+    """Bytes in MiB, rounded down, because devices have no larger integers; -1 for None."""
+    return np.int32(-1 if size is None else min(size // _MIB, 2**31 - 1))
 
 
-def from_units(sizes: np.ndarray) -> int | None:
+def from_mib(sizes: np.ndarray) -> int | None:
     """The least of several sizes in MiB, in bytes; None if one is negative."""
     least = int(np.min(sizes))
-    return None if least < 0 else least * _UNIT
+    return None if least < 0 else least * _MIB

@@ -10,7 +10,7 @@ from bsjax.checkpoint.loading import DescribedModel, LoadedModel
 from bsjax.checks import truth_value, whole_number
 from bsjax.errors import GenerationError
 from bsjax.models.collectives import CONTEXT
-from bsjax.models.sharding import all_devices, size_along
+from bsjax.models.sharding import device_count, size_along
 from bsjax.profiles.profile import Profile
 from bsjax.prompts.prompt import Prompt, PromptImage
 from bsjax.runtime.arguments import ProfileLike, checked_max_tokens
@@ -92,7 +92,7 @@ def warmup(
     before, start = programs.compilations, time.perf_counter()
     of_every_size = _images_of_every_size(model, backend) if images else ()
     groups = image_groups(
-        model.architecture, of_every_size, backend, devices=all_devices(model.mesh)
+        model.architecture, of_every_size, backend, devices=device_count(model.mesh)
     )
     moves_rows = bool(groups) and resolved is not None and resolved.is_sparse
     prepared = {
@@ -181,6 +181,6 @@ def _images_of_every_size(model: LoadedModel, backend: str) -> tuple[PromptImage
     nothing = np.zeros((int(grid.prod()), 0), np.uint8)
     image = PromptImage(grid, tokens, model.pixel_scale, lambda: nothing)
     counted = int(counted_patches(model.architecture, grid[None], backend)[0])
-    devices = all_devices(model.mesh)
+    devices = device_count(model.mesh)
     sizes = sizes_in_use().patches_for(2**63, devices)
     return (image,) * (devices * sum(size // counted for size in sizes))

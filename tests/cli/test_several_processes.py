@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bsjax.cli import main
-from bsjax.runtime.processes import from_units, in_units
+from bsjax.runtime.processes import from_mib, in_mib
 
 TIMEOUT = 120
 
@@ -88,6 +88,6 @@ def test_incomplete_options_are_refused(options, message, tiny_checkpoint, monke
 def test_free_memory_is_told_as_integers_that_devices_have():
     gib = 2**30
     for sizes in ([79 * gib, 139 * gib], [139 * gib, 79 * gib + 1], [2**60, 79 * gib]):
-        told = np.stack([in_units(size) for size in sizes])
-        assert told.dtype == np.int32 and from_units(told) == 79 * gib
-    assert from_units(np.stack([in_units(None), in_units(gib)])) is None
+        told = np.stack([in_mib(size) for size in sizes])
+        assert told.dtype == np.int32 and from_mib(told) == 79 * gib
+    assert from_mib(np.stack([in_mib(None), in_mib(gib)])) is None

@@ -10,7 +10,7 @@ from bsjax.masks.dealing import Attending, deal
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import build_span_schedule, category_tables, uses_packed_order
 from bsjax.masks.visibility import CAUSAL
-from tests.masks.test_block_mask_covers_exactly_what_is_visible import check_invariants
+from tests.support.schedules import check_invariants
 from tests.support.templates import categories, spans, visibilities
 
 
@@ -51,7 +51,7 @@ def test_every_row_is_on_one_device_which_covers_what_it_sees(
             np.sort(queries.position[rows[(rows >= own.start) & (rows < own.stop)]])
             for own in map(queries.rows_of, range(len(of.queries)))
         ]
-        own = Rows(of.templates, of.queries, packed=packed, sinks_apart=False, kept=kept)
+        own = queries.taken(rows)
         for index, positions in enumerate(kept):
             found = own.position[own.rows_of(index)]
             np.testing.assert_array_equal(np.sort(found), positions)
@@ -100,8 +100,7 @@ def test_devices_visit_about_as_many_blocks(images, tokens, most, devices, categ
     )
     blocks = []
     for rows in dealt.rows:
-        kept = [np.sort(queries.position[rows])]
-        own = Rows([template], spans, packed=packed, sinks_apart=False, kept=kept)
+        own = queries.taken(rows)
         schedule = build_span_schedule(own, keys, tables, block_q=128, block_kv=64, stacked_heads=7)
         visited = schedule.tiles.blocks.sum(axis=1)
         blocks.append(28 * int(visited[:-1].sum()) + 4 * int(visited[-1]))
