@@ -35,8 +35,14 @@ MATRIX_FLOPS = 600e12
 ATTENTION_FLOPS = 450e12
 """FLOP/s of the attention kernel."""
 
-WITHIN_A_HOST, BETWEEN_HOSTS = 300e9, 40e9
-"""Bytes/s that a GPU receives from others: over NVLink among 8, over a network beyond."""
+GPUS_OF_A_HOST = 8
+
+WITHIN_A_HOST = 300e9
+"""Bytes/s that a GPU receives from others over NVLink."""
+
+NETWORK_CARD = 40e9
+"""Bytes/s that each of a host's network cards receives: one for each GPU. NCCL's rings use all of
+them, so that what other hosts have enters a host once."""
 
 GRIDS = {400: (1, 40, 40), 1000: (1, 50, 80), 1800: (1, 80, 90)}
 """Frames, rows and columns of patches of images with this many tokens."""
@@ -129,8 +135,10 @@ def seconds(inputs: ModelInputs, gpus: int) -> float:
     block_q, block_kv = inputs.blocks
     flops = 4 * block_q * block_kv * HEAD_DIM * found.blocks.max(axis=1).sum()
     products = 2 * LAYER_PARAMETERS * inputs.tokens / gpus
-    rate = WITHIN_A_HOST if gpus <= 8 else BETWEEN_HOSTS
-    return products / MATRIX_FLOPS + float(flops) / ATTENTION_FLOPS + found.received / rate
+    hosts = -(-gpus // GPUS_OF_A_HOST)
+    entering = found.received * (hosts - 1) / hosts
+    travelling = max(found.received / WITHIN_A_HOST, entering / (GPUS_OF_A_HOST * NETWORK_CARD))
+    return products / MATRIX_FLOPS + float(flops) / ATTENTION_FLOPS + travelling
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ Compiles every program of a generation ahead of time, as `tools.memory_table` do
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,9 @@ MEMORY_FRACTION = 0.75
 _SIZES = {"bf16": 2, "f32": 4, "s32": 4}
 _STARTS = re.compile(
     r"= (?P<results>\(*\w+\[.*?) (?P<kind>all-reduce|all-gather|reduce-scatter)(?:-start)?\("
-    r".*op_name=\"(?P<name>[^\"]*)\""
+)
+_LOOP = re.compile(
+    r"while\(.*body=(?P<body>%[^,\s]+).*known_trip_count\":{\"n\":\"(?P<count>\d+)\""
 )
 
 _MEMORY = (
@@ -76,11 +79,23 @@ def travelling(hlo: str) -> list[tuple[str, int]]:
     Args:
       hlo: the compiled program of a chunk, whose layers are a loop.
     """
-    found = []
+    lines, computation = [], ""
+    outer: dict[str, tuple[str, int]] = {}  # For the body of each loop, where it is, and how often.
     for line in hlo.splitlines():
+        if line.endswith("{"):
+            computation = line.split(" ", 1)[0]
+        lines.append((computation, line))
+        loop = _LOOP.search(line)
+        if loop:
+            outer[loop["body"]] = computation, int(loop["count"])
+    found = []
+    for computation, line in lines:
         match = _STARTS.search(line)
-        if not match or "while/body" not in match["name"]:
+        if not match or computation not in outer:
             continue
+        # The MLP of a large chunk is a loop within that of the layers.
+        parent, count = outer[computation]
+        times = count if parent in outer else 1
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", match["results"])
         sizes = [
             _SIZES[dtype] * int(np.prod([int(size) for size in shape.split(",") if size]))
@@ -89,7 +104,7 @@ def travelling(hlo: str) -> list[tuple[str, int]]:
         # An all-gather that has begun names its operands, too, before its results.
         if match["kind"] == "all-gather" and "all-gather-start" in line:
             sizes = sizes[len(sizes) // 2 :]
-        found += [(match["kind"], size) for size in sizes]
+        found += [(match["kind"], size) for size in sizes] * times
     return found
 
 
@@ -110,12 +125,13 @@ def travel_row(case: Case, found: Measurement) -> str:
 
     def count(kind: str) -> str:
         sizes = [size for each, size in collectives if each == kind]
-        return f"{len(sizes)} of {max(sizes) / 2**20:.1f}" if sizes else "none"
+        counts = sorted(Counter(sizes).items(), reverse=True)
+        return ", ".join(f"{many} of {size / 2**20:.1f}" for size, many in counts) or "none"
 
     total = sum(size for _, size in collectives)
     return _line(
         case,
-        f"{found.chunk_rows * case.context:,}",
+        f"{found.chunk_rows:,}",
         count("all-reduce"),
         " + ".join(
             f"{size / 2**20:.1f}"

@@ -44,7 +44,7 @@ from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.kept_cache import moving_program
 from bsjax.runtime.prefill import Prefill
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
-from bsjax.runtime.sizes import cache_rows, sizes_in_use
+from bsjax.runtime.sizes import cache_rows
 from tools.compiled_kernels import target_name
 from tools.gpu_targets import TARGETS, compile_for, target_mesh
 
@@ -212,7 +212,7 @@ def measure(
         # Programs depend on the shape of the cache, and not on how many prompts have a part of it.
         prompts = [PlacedPrompt(inputs, sequence=at) for at in range(min(conversations, 2))]
         prefill = Prefill(programs, prompts, layout, [settings] * len(prompts), "pallas")
-        chunk_rows = sizes_in_use().chunks[-1]
+        chunk_rows = max(rows for _, rows in prefill.chunks.borders)
     decoding = Decoding(programs, layout, settings.end_tokens, "pallas")
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.carried.cache)
     if conversations > 1:

@@ -42,11 +42,14 @@ from bsjax.models.collectives import shared_out
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.inputs import ModelInputs
 from bsjax.runtime.reuse import NOTHING, Reuse
-from bsjax.runtime.sizes import MOST_IMAGES, MOST_PROMPTS
+from bsjax.runtime.sizes import MOST_PROMPTS, most_images
 
 MOST_RUNS = 3
 """The most runs of rows of the cache that the tokens of a prompt in a chunk have: text, sinks and
 other image tokens."""
+
+_MORE_RANGES = 192
+"""Ranges that a schedule of few tiles has room for, beyond those of each tile."""
 
 # Rows of a run if a chunk may have several prompts, which are then likely to have few rows each.
 _SHORT_RUN = 64
@@ -282,7 +285,7 @@ class Chunks:
             self.prompts,
             sizes,
             most_prompts=layout.most_prompts,
-            most_images=devices * MOST_IMAGES,
+            devices=devices,
             whole_images=whole_images,
         )
         self._stacked_heads = stacked_heads
@@ -466,7 +469,7 @@ class Chunks:
             self._most_parts,
             most_prompts,
             # A device may be dealt tokens of nearly all images of a chunk.
-            most_images=min(self._devices * MOST_IMAGES, rows),
+            images=min(most_images(placed.position.size, self._devices), rows),
         )
         schedule = self._schedule(visibility, placed.of_devices[device], *keys, rows, capacity)
         cache_row = np.full(placed.position.size, PADDING_ROW, np.int32)
@@ -544,9 +547,9 @@ def schedule_capacity(
     stacked_heads: int,
     most_parts: int,
     most_prompts: int = 1,
-    most_images: int = MOST_IMAGES,
+    images: int | None = None,
 ) -> Capacity:
-    """Enough entries for the schedule of any chunk of up to `most_images` images.
+    """Enough entries for the schedule of any chunk.
 
     Args:
       rows: rows of the chunk.
@@ -554,10 +557,10 @@ def schedule_capacity(
       stacked_heads: how many query heads the tiles of text rows stack.
       most_parts: how many parts these tiles may be split into, all together.
       most_prompts: how many prompts the chunk may have tokens of.
-      most_images: how many images the chunk may have tokens of.
+      images: how many images the chunk may have tokens of; by default `most_images`.
     """
     # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
-    image_tiles = -(-rows // block_q) + most_images
+    image_tiles = -(-rows // block_q) + (most_images(rows) if images is None else images)
     text_tiles = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
     return _room_for(max(image_tiles, text_tiles) + most_parts + 16)
 
@@ -565,7 +568,7 @@ def schedule_capacity(
 def _room_for(tiles: int) -> Capacity:
     # Each tile has a few ranges in each of the three key segments. Tiles whose rows are so far
     # apart that a window leaves gaps between their ranges have more.
-    return Capacity(tiles, 10 * tiles + 4 * MOST_IMAGES)
+    return Capacity(tiles, 10 * tiles + _MORE_RANGES)
 
 
 def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_rows: int) -> Runs:
@@ -600,15 +603,15 @@ def chunk_borders(
     *,
     whole_images: bool,
     most_prompts: int = 1,
-    most_images: int = MOST_IMAGES,
+    devices: int = 1,
 ) -> list[tuple[tuple[PromptSlice, ...], int]]:
     """Where chunks begin and end, and the rows that each is padded to.
 
     A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
     after it. Of the sizes, it has the one that the tokens fill best, where the last tokens count as
     a multiple of the smallest size; of several, the largest. A chunk has fewer tokens than its size
-    if it would otherwise have more than `most_images` images or `most_prompts` prompts, or end
-    inside an image although `whole_images` is set.
+    if it would otherwise have more than its `most_images` or `most_prompts` prompts, or end inside
+    an image although `whole_images` is set.
 
     Args:
       prompts: the prompts.
@@ -616,7 +619,7 @@ def chunk_borders(
       whole_images: whether no chunk may end inside an image. An image that is larger than all sizes
         is then a chunk of its own, padded to a multiple of the largest size.
       most_prompts: how many prompts a chunk may have tokens of.
-      most_images: how many images a chunk may have tokens of.
+      devices: how many devices the rows of a chunk are divided among.
 
     Returns:
       For each chunk, its slices of prompts, and the rows that it is padded to.
@@ -625,12 +628,7 @@ def chunk_borders(
     pending = [PromptSlice(prompt, prompt.reuse.start, prompt.end) for prompt in prompts]
     while pending:
         left = sum(each.end - each.start for each in pending)
-        fill = partial(
-            _filled,
-            pending[:most_prompts],
-            whole_images=whole_images,
-            most_images=most_images,
-        )
+        fill = partial(_filled, pending[:most_prompts], whole_images=whole_images, devices=devices)
         filled = {size: fill(size) for size in sizes}
         size = max(sizes, key=partial(_share_filled, filled, left, sizes[0]))
         slices = filled[size]
@@ -646,11 +644,11 @@ def chunk_borders(
 
 
 def _filled(
-    pending: Sequence[PromptSlice], size: int, whole_images: bool, most_images: int
+    pending: Sequence[PromptSlice], size: int, whole_images: bool, devices: int
 ) -> list[PromptSlice]:
     """The first of the pending tokens that fit into a chunk of `size` rows."""
     slices = []
-    room, images_left = size, most_images
+    room, images_left = size, most_images(size, devices)
     for each in pending:
         template = each.prompt.inputs.template
         firsts = np.asarray(template.image_first)

@@ -20,25 +20,28 @@ class Sizes(NamedTuple):
       patches: patches of a group of images.
       feature_patches: patches of the largest image whose features have room in the array that all
         prompts have, if that is more than a group's. A larger image needs programs of its own.
+      devices: how many devices the rows of a chunk are divided among.
     """
 
     chunks: tuple[int, ...]
     patches: tuple[int, ...]
     feature_patches: int = 0
+    devices: int = 1
 
     def on_devices(self, devices: int) -> "Sizes":
         """The sizes if the rows of a chunk are divided among devices.
 
-        A device has as many rows as on its own. Between the smallest and the largest size, there
-        are more sizes than for one device, because prompts are short compared with them.
+        Every chunk gathers the whole cache in every layer. Few large chunks therefore take less
+        time than many small ones, so a device has up to four times as many rows as on its own.
         """
         if devices == 1:
             return self
-        sizes, rows = [], self.chunks[0]
-        while rows <= self.chunks[-1]:
-            sizes.append(rows * devices)
-            rows *= 2
-        return self._replace(chunks=tuple(sizes))
+        largest = self.chunks[-1] * devices
+        largest = max(largest, min(4 * largest, _MOST_SHARED_ROWS))
+        sizes = [self.chunks[0] * devices]
+        while 2 * sizes[-1] <= largest:
+            sizes.append(2 * sizes[-1])
+        return self._replace(chunks=tuple(sizes), devices=devices)
 
     def patches_for(self, patches: int, devices: int) -> tuple[int, ...]:
         """The sizes of groups of images, if each device has a group of its own.
@@ -59,15 +62,26 @@ class Sizes(NamedTuple):
         They are the smallest size, and the largest that is at most half as long as the cache:
         prompts with a cache of this length would seldom fill a larger chunk. Where images are not
         cut, the smallest that holds one comes between them, for images that follow in later turns.
+        On several devices, the largest may be as long as the cache, and between them are sizes
+        each a quarter of the next, for the end of a prompt.
 
         Args:
           cache_rows: rows of the cache of one sequence.
           uncut_tokens: tokens of the smallest image, if no chunk may end inside an image.
         """
-        fitting = [rows for rows in self.chunks if 2 * rows <= cache_rows]
+        most = cache_rows if self.devices > 1 else cache_rows // 2
+        fitting = [rows for rows in self.chunks if rows <= most]
         holding = [rows for rows in fitting if rows >= uncut_tokens]
-        return tuple(sorted({self.chunks[0], *fitting[-1:], *holding[:1]}))
+        sizes = {self.chunks[0], *fitting[-1:], *holding[:1]}
+        quarter = max(sizes) // 4
+        while self.devices > 1 and quarter > self.chunks[0]:
+            sizes.add(quarter)
+            quarter //= 4
+        return tuple(sorted(sizes))
 
+
+# The array of image features has room for the largest chunk, on every device.
+_MOST_SHARED_ROWS = 2**17
 
 # Photos and screenshots often have more patches than a group. With room for 8192 tokens of one, all
 # prompts of that length share the programs of their chunks.
@@ -81,8 +95,19 @@ def sizes_in_use() -> Sizes:
     return _ON_GPU if compiles_for_gpus() else _ON_CPU
 
 
-MOST_IMAGES = 48
-"""The most images in a chunk. A chunk's schedule has room for the tiles of that many."""
+_IMAGES = 48
+_TOKENS_OF_IMAGES = 128
+
+
+def most_images(rows: int, devices: int = 1) -> int:
+    """The most images in a chunk. Its schedule has room for the tiles of that many.
+
+    Args:
+      rows: rows of the chunk.
+      devices: how many devices they are divided among.
+    """
+    return max(devices * _IMAGES, rows // _TOKENS_OF_IMAGES)
+
 
 MOST_PROMPTS = 16
 """The most prompts that a chunk has tokens of."""

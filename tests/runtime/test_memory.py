@@ -24,7 +24,7 @@ from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.memory import check_memory, mesh_that_fits
 from bsjax.runtime.programs import Memory, Stage, programs_of, size_in_bytes
 from bsjax.runtime.scoring import Scoring
-from bsjax.runtime.sizes import MOST_IMAGES, Sizes, cache_rows, sizes_in_use
+from bsjax.runtime.sizes import Sizes, cache_rows, most_images, sizes_in_use
 from tests.support.chunks import decoding_of, inputs_of_template, prefill_of
 
 SIZES = ((56, 84), (140, 56), (28, 28), (84, 112), (61, 93))
@@ -247,8 +247,8 @@ def test_chunks_cover_all_prompts_and_may_keep_images_whole(templates, whole_ima
             inside = 0 < part.end < image.size and image[part.end - 1] == image[part.end] >= 0
             assert not (whole_images and inside)
             images += int((np.unique(image[part.start : part.end]) >= 0).sum())
-        assert images <= MOST_IMAGES
-    few_images = sum(each.num_images for each in templates) <= MOST_IMAGES
+        assert images <= most_images(rows)
+    few_images = sum(each.num_images for each in templates) <= most_images(16)
     if not whole_images and few_images and len(prompts) <= most_prompts:
         padded = sum(rows for _, rows in borders)
         tokens = sum(prompt.end for prompt in prompts)

@@ -35,10 +35,11 @@ def write_source(
     seed: int = 0,
     inner: int = 96,
     layers: int = 2,
+    q_heads: int = 4,
     softcap: float | None = None,
 ) -> Path:
     """Writes a checkpoint with random weights, as transformers saves it, with all its files."""
-    shape = Shape(family, layers=layers, tied=tied, inner=inner, softcap=softcap)
+    shape = Shape(family, layers=layers, tied=tied, inner=inner, softcap=softcap, q_heads=q_heads)
     config = small_config(shape)
     torch.manual_seed(seed)
     reads_images = family != "gemma3_text"
