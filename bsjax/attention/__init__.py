@@ -1,4 +1,4 @@
-"""Block-sparse attention: three backends that compute the same result, and decoding.
+"""Block-sparse attention: several backends that compute the same result, and decoding.
 
 api         what users and models call: checks the arguments and chooses a backend
 reference   the definition, with the whole score matrix
@@ -6,7 +6,7 @@ xla         plain JAX, for any device; also computes the gradients of every back
 explicit    attention on meshes with explicit axes
 decode      one new token per sequence against a cache
 
-The GPU kernels are in `bsjax.pallas`.
+The GPU kernels are in `bsjax.pallas` and `bsjax.triton`.
 """
 
 from bsjax.attention.api import (

@@ -6,6 +6,8 @@
 Arrays are checked here, once; the backends do not check them again.
 """
 
+import importlib.util
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -24,9 +26,8 @@ from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
 from bsjax.pallas import configurations
-from bsjax.pallas.prefill import prefill_attention
 
-BACKENDS = ("auto", "pallas", "xla", "reference")
+BACKENDS = ("auto", "pallas", "triton", "xla", "reference")
 
 # Measured on two CPU cores at 8K tokens, head dim 128, float32: if everything is visible, large
 # blocks are a quarter faster; if little is, small blocks visit fewer invisible pairs.
@@ -35,7 +36,10 @@ _XLA_SPARSE_BLOCKS = (128, 64)
 
 
 def resolve_backend(backend: str) -> str:
-    """The backend that `backend` names: `auto` is pallas on a GPU that it supports, else xla.
+    """The backend that `backend` names.
+
+    `auto` is pallas on a GPU that it supports; triton there if JAX has no Pallas for Triton any
+    more; else xla.
 
     Raises:
       BackendError: the name is unknown.
@@ -46,7 +50,28 @@ def resolve_backend(backend: str) -> str:
         )
     if backend != "auto":
         return backend
-    return "pallas" if _has_supported_gpu() else "xla"
+    if not _has_supported_gpu():
+        return "xla"
+    if _has_pallas():
+        return "pallas"
+    return "triton" if _has_jax_triton() else "xla"
+
+
+def _has_pallas() -> bool:
+    """Whether JAX still lowers Pallas kernels with Triton: it has deprecated that in 0.11."""
+    return _is_installed("jax.experimental.pallas.triton")
+
+
+def _has_jax_triton() -> bool:
+    """Whether the extra `triton` is installed."""
+    return _is_installed("jax_triton")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _has_supported_gpu() -> bool:
@@ -74,8 +99,13 @@ def block_sizes(
     Raises:
       BackendError: the backend is unknown, or does not support the head dimension or dtype.
     """
-    if resolve_backend(backend) == "pallas":
-        return configurations.default_blocks(head_dim, dtype, sparse=sparse)
+    match resolve_backend(backend):
+        case "pallas":
+            return configurations.default_blocks(head_dim, dtype, sparse=sparse)
+        case "triton":
+            from bsjax.triton.configurations import default_blocks
+
+            return default_blocks(head_dim, dtype, sparse=sparse)
     return _XLA_SPARSE_BLOCKS if sparse else _XLA_DENSE_BLOCKS
 
 
@@ -147,9 +177,11 @@ def sparse_attention(
       scale: factor applied to the scores, above 0; head_dim ** -0.5 by default. A traced scale
         multiplies `q`, rounded to its dtype, and is not checked.
       backend: `pallas` (GPU kernel, head_dim up to 256; on a CPU it is interpreted, hence slow),
-        `xla` (any device), `reference` (holds the whole score matrix), or `auto`: pallas on an
-        NVIDIA GPU of the Ampere generation or later, xla elsewhere. All support first-order
-        reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas are computed by xla's code.
+        `triton` (the same in Triton, for GPUs; needs the extra `triton`), `xla` (any device),
+        `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU of the Ampere
+        generation or later, triton there if JAX has no pallas, xla elsewhere. All support
+        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas and triton are
+        computed by xla's code.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -159,8 +191,9 @@ def sparse_attention(
 
     Raises:
       MaskError: shapes or dtypes do not match each other or the mask, or the scale is not above 0.
-      BackendError: the backend is unknown, or does not support the head dimension, dtype or block
-        sizes; or without a GPU, pallas inside of `jax.shard_map` with `check_vma`.
+      BackendError: the backend is unknown, not installed, or does not support the head dimension,
+        dtype or block sizes; without a GPU, triton, and pallas inside of `jax.shard_map` with
+        `check_vma`; triton inside of `jax.shard_map` with `check_vma`.
     """
     check_not_forked(BackendError)
     if not isinstance(mask, BlockMask):
@@ -293,9 +326,9 @@ def ragged_attention(
     if not scale > 0:
         raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
     backend = resolve_backend(backend)
-    if schedule.parts is not None and backend != "pallas":
+    if schedule.parts is not None and backend not in ("pallas", "triton"):
         raise MaskError(
-            f"Only the backend pallas combines the parts of split tiles, not {backend}."
+            f"Only the backends pallas and triton combine the parts of split tiles, not {backend}."
         )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
@@ -329,7 +362,19 @@ def _attend(
                     "jax.shard_map with check_vma: pass check_vma=False, or choose another backend."
                 )
             schedule = jax.tree.map(jnp.asarray, schedule)
-            result = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
+            result = _kernel_attention(
+                _pallas_attention, q, k, v, schedule, head_category, layer, scale
+            )
+        case "triton":
+            if axes:
+                raise BackendError(
+                    "jax-triton does not work inside of jax.shard_map with check_vma: pass "
+                    "check_vma=False, or choose another backend."
+                )
+            schedule = jax.tree.map(jnp.asarray, schedule)
+            result = _kernel_attention(
+                _triton_attention, q, k, v, schedule, head_category, layer, scale
+            )
         case "xla":
             result = xla_attention(q, k, v, schedule, head_category, layer, scale)
         case _:
@@ -337,8 +382,26 @@ def _attend(
     return result
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _pallas_attention(
+def _pallas_attention(*arrays: Any, scale: float) -> Any:
+    from bsjax.pallas.prefill import prefill_attention
+
+    # Chosen by the platform being compiled for, which this machine may not have.
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
+        default=partial(prefill_attention, scale=scale, return_lse=True),
+    )
+
+
+def _triton_attention(*arrays: Any, scale: float) -> Any:
+    from bsjax.triton.prefill import prefill_attention
+
+    return prefill_attention(*arrays, scale=scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 7))
+def _kernel_attention(
+    kernel: Callable[..., Any],
     q: Array,
     k: Array,
     v: Array,
@@ -347,20 +410,11 @@ def _pallas_attention(
     layer: Array,
     scale: float,
 ) -> Any:
-    # Chosen by the platform being compiled for, which this machine may not have.
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        schedule,
-        head_category,
-        layer,
-        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
-        default=partial(prefill_attention, scale=scale, return_lse=True),
-    )
+    return kernel(q, k, v, schedule, head_category, layer, scale=scale)
 
 
-def _pallas_forward(
+def _kernel_forward(
+    kernel: Callable[..., Any],
     q: Array,
     k: Array,
     v: Array,
@@ -371,12 +425,18 @@ def _pallas_forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     if schedule.parts is not None:
         raise MaskError("A schedule whose tiles are split has no gradient.")
-    result: Any = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
-    out, lse = result
+    out, lse = kernel(q, k, v, schedule, head_category, layer, scale=scale)
     return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)
 
 
-_pallas_attention.defvjp(_pallas_forward, attention_gradients)
+def _kernel_gradients(
+    kernel: Callable[..., Any], scale: float, residuals: Residuals, gradients: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None, None]:
+    del kernel
+    return attention_gradients(scale, residuals, gradients)
+
+
+_kernel_attention.defvjp(_kernel_forward, _kernel_gradients)
 
 
 def _check(
