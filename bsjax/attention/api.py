@@ -1,4 +1,4 @@
-"""Attention over a schedule, for users and for models, and the choice of a backend.
+"""Attention over a schedule, for users and for models.
 
     sparse_attention    one prompt under a `BlockMask`, prompt order in and out
     ragged_attention    rows in the order of a schedule: language models and vision towers
@@ -6,7 +6,6 @@
 Arrays are checked here, once; the backends do not check them again.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
@@ -17,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from bsjax.attention.backends import GPU_KERNELS, resolve_backend
 from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
@@ -25,88 +25,7 @@ from bsjax.errors import BackendError, MaskError
 from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
-from bsjax.pallas import configurations
-
-BACKENDS = ("auto", "pallas", "triton", "xla", "reference")
-
-# Measured on two CPU cores at 8K tokens, head dim 128, float32: if everything is visible, large
-# blocks are a quarter faster; if little is, small blocks visit fewer invisible pairs.
-_XLA_DENSE_BLOCKS = (256, 512)
-_XLA_SPARSE_BLOCKS = (128, 64)
-
-
-def resolve_backend(backend: str) -> str:
-    """The backend that `backend` names.
-
-    `auto` is pallas on a GPU that it supports; triton there if JAX has no Pallas for Triton any
-    more; else xla.
-
-    Raises:
-      BackendError: the name is unknown.
-    """
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise BackendError(
-            f"Unknown attention backend {shown(backend)}; choose one of {', '.join(BACKENDS)}."
-        )
-    if backend != "auto":
-        return backend
-    if not _has_supported_gpu():
-        return "xla"
-    if _has_pallas():
-        return "pallas"
-    return "triton" if _has_jax_triton() else "xla"
-
-
-def _has_pallas() -> bool:
-    """Whether JAX still lowers Pallas kernels with Triton: it has deprecated that in 0.11."""
-    return _is_installed("jax.experimental.pallas.triton")
-
-
-def _has_jax_triton() -> bool:
-    """Whether the extra `triton` is installed."""
-    return _is_installed("jax_triton")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _has_supported_gpu() -> bool:
-    """Whether programs run on an NVIDIA GPU of the Ampere generation or later."""
-    if jax.default_backend() != "gpu":
-        return False
-    try:
-        configurations.target_in_use()
-    except BackendError:
-        return False
-    return True
-
-
-def block_sizes(
-    backend: str, head_dim: int, dtype: jax.typing.DTypeLike, *, sparse: bool
-) -> tuple[int, int]:
-    """The best (block_q, block_kv) of a schedule for a backend.
-
-    Args:
-      backend: one of `BACKENDS`.
-      head_dim: channels of a head.
-      dtype: dtype of queries, keys and values.
-      sparse: whether any head is sparse.
-
-    Raises:
-      BackendError: the backend is unknown, or does not support the head dimension or dtype.
-    """
-    match resolve_backend(backend):
-        case "pallas":
-            return configurations.default_blocks(head_dim, dtype, sparse=sparse)
-        case "triton":
-            from bsjax.triton.configurations import default_blocks
-
-            return default_blocks(head_dim, dtype, sparse=sparse)
-    return _XLA_SPARSE_BLOCKS if sparse else _XLA_DENSE_BLOCKS
+from bsjax.pallas.configurations import compiles_for_gpus
 
 
 @overload
@@ -326,7 +245,7 @@ def ragged_attention(
     if not scale > 0:
         raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
     backend = resolve_backend(backend)
-    if schedule.parts is not None and backend not in ("pallas", "triton"):
+    if schedule.parts is not None and backend not in GPU_KERNELS:
         raise MaskError(
             f"Only the backends pallas and triton combine the parts of split tiles, not {backend}."
         )
@@ -355,31 +274,31 @@ def _attend(
     q, k, v, schedule, head_category, layer = varying_over(axes, arrays)
     result: Any
     match backend:
-        case "pallas":
-            if axes and not configurations.compiles_for_gpus():
-                raise BackendError(
-                    "Without a GPU the kernel is interpreted, which JAX cannot do inside of "
-                    "jax.shard_map with check_vma: pass check_vma=False, or choose another backend."
-                )
-            schedule = jax.tree.map(jnp.asarray, schedule)
-            result = _kernel_attention(
-                _pallas_attention, q, k, v, schedule, head_category, layer, scale
-            )
-        case "triton":
+        case "pallas" | "triton":
             if axes:
-                raise BackendError(
-                    "jax-triton does not work inside of jax.shard_map with check_vma: pass "
-                    "check_vma=False, or choose another backend."
-                )
+                _check_in_shard_map(backend)
+            kernel = {"pallas": _pallas_attention, "triton": _triton_attention}[backend]
             schedule = jax.tree.map(jnp.asarray, schedule)
-            result = _kernel_attention(
-                _triton_attention, q, k, v, schedule, head_category, layer, scale
-            )
+            result = _kernel_attention(kernel, q, k, v, schedule, head_category, layer, scale)
         case "xla":
             result = xla_attention(q, k, v, schedule, head_category, layer, scale)
         case _:
             result = reference_attention(q, k[layer], v[layer], schedule, head_category, scale)
     return result
+
+
+def _check_in_shard_map(backend: str) -> None:
+    """Does nothing if a GPU kernel works inside of `jax.shard_map` with `check_vma`."""
+    if backend == "triton":
+        problem = "jax-triton does not work"
+    elif not compiles_for_gpus():
+        problem = "Without a GPU the kernel is interpreted, which JAX cannot do"
+    else:
+        return
+    raise BackendError(
+        f"{problem} inside of jax.shard_map with check_vma: pass check_vma=False, or choose "
+        "another backend."
+    )
 
 
 def _pallas_attention(*arrays: Any, scale: float) -> Any:

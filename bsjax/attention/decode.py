@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.api import resolve_backend
+from bsjax.attention.backends import resolve_backend
 from bsjax.errors import MaskError
 
 _XLA_BLOCK = 1024

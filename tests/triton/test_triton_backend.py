@@ -3,13 +3,16 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bsjax
 from bsjax import BackendError, BlockMask
-from bsjax.attention import api, decode_attention, resolve_backend
+from bsjax.attention import backend_reason, backends, decode_attention, resolve_backend
+from bsjax.pallas.configurations import compiling_for
+from bsjax.runtime.sizes import most_parts
 from tests.support.decode_cases import random_arrays as random_decode_arrays
 from tests.support.parity import torch
 from tests.support.paths import ROOT
@@ -80,19 +83,27 @@ def test_what_the_kernel_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "pallas", "jax_triton", "chosen"),
+    ("gpu", "pallas", "jax_triton", "chosen", "reason"),
     [
-        (False, True, True, "xla"),
-        (True, True, True, "pallas"),
-        (True, False, True, "triton"),
-        (True, False, False, "xla"),
+        (False, True, True, "xla", "no GPU"),
+        (True, True, True, "pallas", "JAX has it"),
+        (True, False, True, "triton", "no Pallas for Triton any more"),
+        (True, False, False, "xla", "jax-triton is not installed"),
     ],
 )
-def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, jax_triton, chosen):
-    monkeypatch.setattr(api, "_has_supported_gpu", lambda: gpu)
-    monkeypatch.setattr(api, "_has_pallas", lambda: pallas)
-    monkeypatch.setattr(api, "_has_jax_triton", lambda: jax_triton)
-    assert resolve_backend("auto") == chosen
+def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, jax_triton, chosen, reason):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if gpu else "cpu")
+    monkeypatch.setattr(backends, "_has_pallas", lambda: pallas)
+    monkeypatch.setattr(backends, "_has_jax_triton", lambda: jax_triton)
+    with compiling_for("sm_90"):
+        assert resolve_backend("auto") == chosen
+        assert reason in backend_reason(chosen) and backend_reason(chosen).startswith("auto")
+        assert backend_reason("reference").startswith(f"asked for; auto is {chosen}")
+
+
+def test_long_tiles_of_text_rows_are_split_for_both_kernels():
+    parts = {name: most_parts(name, "bfloat16") for name in backends.BACKENDS}
+    assert parts["pallas"] == parts["triton"] > 0 == parts["xla"]
 
 
 @pytest.mark.slow
@@ -107,25 +118,29 @@ def test_a_jax_without_pallas_for_triton_imports_and_runs():
         hidden = None
         sys.meta_path.insert(0, Hidden())
         import jax, jax.numpy as jnp, bsjax
-        from bsjax.attention import api
+        from bsjax.attention import resolve_backend
         from bsjax.pallas.configurations import compiling_for
         template = bsjax.Template.from_segments([bsjax.Text(50), bsjax.Image(70)])
         mask = bsjax.BlockMask(template, ["sink"])
         q = jnp.ones((120, 1, 64))
         assert jnp.allclose(bsjax.sparse_attention(q, q, q, mask), 1, atol=1e-5)
-        api._has_supported_gpu = lambda: True
-        assert api.resolve_backend("auto") == "triton"
-        hidden = "jax_triton"
-        assert api.resolve_backend("auto") == "xla"
-        try:
-            bsjax.sparse_attention(q, q, q, mask, backend="triton")
-        except bsjax.BackendError as error:
-            assert "pip install" in str(error), error
-        else:
-            raise AssertionError("jax-triton is missing")
+        def refusal(backend):
+            try:
+                bsjax.sparse_attention(q, q, q, mask, backend=backend)
+            except bsjax.BackendError as error:
+                return str(error)
+        assert "choose backend='triton'" in refusal("pallas")
+        on_cpu = jax.default_backend
+        with compiling_for("sm_90"):
+            jax.default_backend = lambda: "gpu"
+            assert resolve_backend("auto") == "triton"
+            hidden = "jax_triton"
+            assert resolve_backend("auto") == "xla"
+            jax.default_backend = on_cpu
+        assert "pip install" in refusal("triton")
         hidden = None
         from tools.gpu_targets import lowered
-        attend = lambda q, mask: bsjax.sparse_attention(q, q, q, mask)
+        attend = lambda q, mask: bsjax.sparse_attention(q, q, q, mask, backend="triton")
         with compiling_for("sm_90"):
             assert "triton_kernel_call" in lowered(attend, (q, mask), "h200").as_text()
     """
