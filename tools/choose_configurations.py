@@ -1,6 +1,6 @@
 """Chooses the prefill kernel's configurations by compiling candidates, without a GPU.
 
-    python -m tools.choose_configurations --target sm_90
+    python -m tools.choose_configurations pallas --target sm_90
 
 Every candidate is compiled for the target, and its machine code is read. Candidates that spill
 registers or do not fit into shared memory are dropped. The others are ranked by an estimate of the
@@ -16,8 +16,8 @@ cycles that a visible pair takes on one multiprocessor:
     pair     time of the full and partial blocks of reference schedules, each with its own loop,
              divided by the number of visible pairs
 
-Which candidates spill depends on the version of JAX. An entry must pass the test suite with the
-oldest and the newest supported version; the table has the best candidate that does.
+Which candidates spill depends on the version of JAX, or of Triton. An entry must pass the test
+suite with the oldest and the newest supported version; the table has the best candidate that does.
 
 The estimate serves only to rank candidates; it does not predict speed. Entries that `tools.tune`
 has measured are not changed.
@@ -33,11 +33,12 @@ from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.schedule import build_schedule
 from bsjax.masks.template import Image, Template, Text
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
-from tools.compiled_kernels import compile_prefill
-from tools.configuration_table import write_table
+from tools.compiled_kernels import prefill_kernel
+from tools.configuration_table import table_of, write_table
 from tools.gpu_targets import TARGETS as GPUS
 from tools.gpu_targets import KernelReport
 from tools.sass import attention_loops
+from tools.triton_kernels import triton_prefill, triton_reports
 
 GPU_OF = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200"}
 
@@ -52,6 +53,23 @@ _TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
 # For all multiprocessors together; assumed to be three fifths of the figures in the data sheets.
 _L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
 _EXPONENTIALS_PER_CYCLE = 16
+
+
+def _pallas_report(
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+) -> KernelReport:
+    return prefill_kernel(gpu, head_dim, dtype, chosen=candidate).report()
+
+
+def _triton_report(
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+) -> KernelReport:
+    kernel = triton_prefill(gpu, head_dim, dtype, chosen=candidate)
+    return triton_reports(kernel.function, kernel.arguments, gpu)["prefill_attention"]
+
+
+COMPILE_PREFILL = {"pallas": _pallas_report, "triton": _triton_report}
+"""By package of bsjax: the report on its kernel for a GPU, a head dimension and a dtype."""
 
 
 class Work(NamedTuple):
@@ -109,8 +127,9 @@ def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int)
     return rows * width * itemsize <= GPUS[GPU_OF[target]].shared_memory_per_block - 2048
 
 
-def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
+def choose(package: str, target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
     """The table entries for heads of one width: one for dense and one for sparse launches."""
+    compile_prefill = COMPILE_PREFILL[package]
     compiled: list[tuple[KernelConfiguration, KernelReport]] = []
     for (block_q, warps), block_kv, stages in CANDIDATES[itemsize]:
         candidate = KernelConfiguration(block_q, block_kv, warps, stages)
@@ -120,7 +139,7 @@ def choose(target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
         try:
             # Head dim 72 shares the entry of 80, but needs masks that 80 does not.
             reports = [
-                compile_prefill(GPU_OF[target], head_dim, dtype, chosen=candidate)
+                compile_prefill(GPU_OF[target], head_dim, dtype, candidate)
                 for head_dim in ((80, 72) if width == 80 else (width,))
             ]
         except Exception as error:  # What does not compile is not a candidate.
@@ -181,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("package", choices=COMPILE_PREFILL, help="whose table is written")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="default: both")
@@ -188,7 +208,8 @@ def main() -> None:
     for target in options.target or TARGETS:
         for itemsize in options.bytes or (2, 4):
             for width in options.width or WIDTHS:
-                write_table(choose(target, width, itemsize))
+                entries = choose(options.package, target, width, itemsize)
+                write_table(entries, table_of(options.package))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bsjax.pallas
+import bsjax
 from bsjax.pallas.configurations import TARGETS
 
-TABLE = Path(bsjax.pallas.__file__).with_name("configurations.json")
+
+def table_of(package: str) -> Path:
+    """The table of `pallas` or `triton`."""
+    return Path(bsjax.__file__).with_name(package) / "configurations.json"
+
+
+TABLE = table_of("pallas")
 
 
 def write_table(entries: list[dict[str, Any]], path: Path = TABLE) -> None:

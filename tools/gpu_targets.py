@@ -257,7 +257,7 @@ def compile_for(
     with _abstract_device(TARGETS[target], arguments), _no_compilation_cache():
         # XLA's default, whatever XLA_FLAGS says for the CPU.
         options = {"xla_backend_optimization_level": 3, **(compiler_options or {})}
-        return _lowered(function, arguments, target).compile(compiler_options=options)
+        return lowered(function, arguments, target).compile(compiler_options=options)
 
 
 def digest(function: Callable[..., Any], arguments: tuple[Any, ...], target: str = "h200") -> str:
@@ -273,15 +273,16 @@ def digest(function: Callable[..., Any], arguments: tuple[Any, ...], target: str
     # Where a line of the source is makes no difference.
     jax.config.update(limit, 0)
     try:
-        text = _lowered(function, arguments, target).as_text()
+        text = lowered(function, arguments, target).as_text()
     finally:
         jax.config.update(limit, before)
     return hashlib.sha256("\n".join([*versions, target, text]).encode()).hexdigest()
 
 
-def _lowered(
+def lowered(
     function: Callable[..., Any], arguments: tuple[Any, ...], target: str
 ) -> jax.stages.Lowered:
+    """What `compile_for` compiles."""
     device = SingleDeviceSharding(target_topology(target).devices[0])
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -306,9 +307,9 @@ def kernel_reports(
         reports = {}
         for file in sorted(dump.glob("*.ptx")):
             ptx = file.read_text()
-            for kernel, registers, spilled in _assemble(file, TARGETS[target].architecture):
+            for kernel, figures in assembled(file, TARGETS[target].architecture).items():
                 if kernel in launches:
-                    sass = _disassemble(file.with_suffix(".cubin"))
+                    registers, spilled, sass = figures
                     reports[kernel] = KernelReport(*launches[kernel], registers, spilled, ptx, sass)
     return reports
 
@@ -326,11 +327,14 @@ def _launches(thunks: str) -> dict[str, tuple[tuple[int, int, int], int, int]]:
     return launches
 
 
-def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
-    """Name, registers and spilled bytes of each kernel of a PTX file."""
+def assembled(file: Path, architecture: str) -> dict[str, tuple[int, int, str]]:
+    """Registers, spilled bytes and machine code of each kernel of a PTX file, by name.
+
+    Writes the machine code next to the file.
+    """
     ptx = file.read_text()
     if "\n.visible .entry" not in ptx:
-        return []
+        return {}
     ptxas = _ptxas()
     assert ptxas is not None
     file.write_text(_readable_by(ptxas, ptx))
@@ -346,10 +350,11 @@ def _assemble(file: Path, architecture: str) -> list[tuple[str, int, int]]:
         process.stderr,
         re.DOTALL,
     )
-    return [
-        (name, int(registers), int(stores) + int(loads))
+    sass = _disassemble(file.with_suffix(".cubin"))
+    return {
+        name: (int(registers), int(stores) + int(loads), sass)
         for name, stores, loads, registers in kernels
-    ]
+    }
 
 
 def _readable_by(ptxas: Path, ptx: str) -> str:

@@ -6,137 +6,118 @@ Compiles all kernels ahead of time, which needs no GPU.
 """
 
 import argparse
+import importlib.metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
-from bsjax.pallas.decode import decode_configuration
-from tools.compiled_kernels import compile_decode, compile_prefill, default_prefill
-from tools.gpu_targets import TARGETS, GpuTarget, KernelReport
-from tools.sass import KINDS, attention_loops, mix
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
-
-
-class Case(NamedTuple):
-    """A prefill kernel that must compile without spilling."""
-
-    gpu: str
-    """A key of `gpu_targets.TARGETS`."""
-    head_dim: int
-    dtype: str
-    sparse: bool = True
-    """Whether to use the table's block sizes for sparse or for dense launches."""
-
-    def __str__(self) -> str:
-        heads = "sparse" if self.sparse else "dense"
-        return f"{self.gpu}-{self.head_dim}-{self.dtype}-{heads}"
+from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.triton.configurations import decode_configuration
+from tools import compiled_kernels, triton_kernels
+from tools.gpu_targets import TARGETS, KernelReport
+from tools.kernel_lines import (
+    DECODE_MATRIX,
+    PAGE,
+    Case,
+    compile_case,
+    decode_row,
+    figures_of,
+    gpu_name,
+    line_name,
+    matrix,
+    row,
+)
+from tools.sass import KINDS, attention_loops
+from tools.triton_kernels import triton_decode, triton_prefill, triton_reports
 
 
-def matrix() -> list[Case]:
-    """Every architecture, head width and element size, and cases that compile differently."""
-    cases = [
-        Case(gpu, head_dim, dtype)
-        for gpu in ("a100", "l40s", "h200", "b200")
-        for head_dim in (64, 80, 128, 256)
-        for dtype in ("bfloat16", "float32")
-    ]
-    cases += [Case("h200", 72, dtype) for dtype in ("bfloat16", "float32")]
-    cases += [Case("h200", 128, "float16")]
-    dense = [case._replace(sparse=False) for case in cases]
-    return cases + [
-        case
-        for case in dense
-        if default_prefill(*case[:3], sparse=False) != default_prefill(*case[:3], sparse=True)
-    ]
+def compile_triton_case(case: Case) -> KernelReport:
+    """Compiles a case and returns the report on its Triton kernel."""
+    kernel = triton_prefill(*case[:3], sparse=case.sparse)
+    return triton_reports(kernel.function, kernel.arguments, case.gpu)["prefill_attention"]
 
 
-DECODE_MATRIX = [
-    (gpu, 128, dtype)
-    for gpu in ("a100", "l40s", "h200", "b200")
-    for dtype in ("bfloat16", "float32")
-] + [("h200", 256, "bfloat16")]
-"""(GPU, head dim, dtype) of the decode kernels on the page."""
+def triton_row(case: Case, report: KernelReport) -> list[str]:
+    """A case's line in the table of Triton kernels."""
+    return [*triton_name(case), *figures_of(report, TARGETS[case.gpu])]
 
 
-def compile_case(case: Case) -> KernelReport:
-    """Compiles a case and returns the report on its kernel."""
-    return compile_prefill(case.gpu, case.head_dim, case.dtype, sparse=case.sparse)
+def triton_name(case: Case) -> list[str]:
+    """The first columns of a case's line, which say what Triton kernel it is."""
+    chosen = triton_kernels.default_prefill(*case[:3], sparse=case.sparse)
+    return line_name(case, chosen, f"{gpu_name(case.gpu)}, Triton")
 
 
-def row(case: Case, report: KernelReport) -> list[str]:
-    """A case's line in the table."""
-    return [*name(case), *_figures(report, TARGETS[case.gpu])]
+def side_by_side(
+    pallas: dict[Case, KernelReport], triton: dict[Case, KernelReport]
+) -> list[list[str]]:
+    """The figures in which the kernels of both packages can be compared, case by case."""
 
+    def figures(chosen: KernelConfiguration, report: KernelReport, gpu: str) -> list[str]:
+        full, partial = (
+            len(loop) * chosen.num_warps * 1024 / (chosen.block_q * chosen.block_kv)
+            for loop in (attention_loops(report.sass) * 2)[:2]
+        )
+        resident = report.resident(TARGETS[gpu])
+        rows = resident * chosen.block_q
+        return [f"{full:.0f}", f"{partial:.0f}", str(report.registers), f"{resident} ({rows})"]
 
-def name(case: Case) -> list[str]:
-    """The first columns of a case's line, which say what kernel it is."""
-    target = TARGETS[case.gpu]
-    chosen = default_prefill(*case[:3], sparse=case.sparse)
     return [
-        f"{target.device_kind.removeprefix('NVIDIA ')} ({target.architecture})",
-        str(case.head_dim),
-        case.dtype,
-        "sparse" if case.sparse else "dense",
-        f"{chosen.block_q} x {chosen.block_kv}, {chosen.num_warps}, {chosen.num_stages}",
+        [
+            gpu_name(case.gpu),
+            str(case.head_dim),
+            case.dtype,
+            *figures(compiled_kernels.default_prefill(*case[:3]), report, case.gpu),
+            *figures(triton_kernels.default_prefill(*case[:3]), triton[case], case.gpu),
+        ]
+        for case, report in pallas.items()
+        if case.sparse
     ]
 
 
-def _figures(report: KernelReport, target: GpuTarget) -> list[str]:
-    instructions = mix(attention_loops(report.sass)[0])
-    return [
-        str(report.registers),
-        str(report.spilled),
-        f"{report.shared_memory:,}",
-        str(report.resident(target)),
-        *(str(instructions[kind]) for kind in (*KINDS, "other")),
-    ]
-
-
-def decode_row(gpu: str, head_dim: int, dtype: str) -> list[str]:
-    """A decode kernel's line in the table."""
-    target = TARGETS[gpu]
-    report = compile_decode(gpu, head_dim, dtype)["decode_attention"]
-    chosen = decode_configuration(head_dim, dtype)
-    return [
-        f"{target.device_kind.removeprefix('NVIDIA ')} ({target.architecture})",
-        str(head_dim),
-        dtype,
-        ", ".join(map(str, chosen)),
-        *_figures(report, target),
-    ]
+def triton_decode_row(gpu: str, head_dim: int, dtype: str) -> list[str]:
+    """A Triton decode kernel's line in the table."""
+    kernel = triton_decode(gpu, head_dim, dtype)
+    report = triton_reports(kernel.function, kernel.arguments, gpu)["decode_attention"]
+    chosen = ", ".join(map(str, decode_configuration(head_dim, dtype)))
+    figures = figures_of(report, TARGETS[gpu])
+    return [f"{gpu_name(gpu)}, Triton", str(head_dim), dtype, chosen, *figures]
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with `columns` and the figures from the assembler."""
-    header = [
-        *columns,
-        "registers",
-        "spilled bytes",
-        "shared memory",
-        "programs per multiprocessor",
-        *KINDS,
-        "other",
-    ]
+    return _markdown(
+        [
+            *columns,
+            "registers",
+            "spilled bytes",
+            "shared memory",
+            "programs per multiprocessor",
+            *KINDS,
+            "other",
+        ],
+        rows,
+    )
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def page() -> str:
     """The whole page, for which it compiles all kernels."""
-    prefill = table(
-        ["GPU", "head dim", "dtype", "heads", "block, warps, stages"],
-        [row(case, compile_case(case)) for case in matrix()],
-    )
-    decode = table(
-        ["GPU", "head dim", "dtype", "keys per block, warps, stages"],
-        [decode_row(*case) for case in DECODE_MATRIX],
-    )
+    pallas = {case: compile_case(case) for case in matrix()}
+    triton = {case: compile_triton_case(case) for case in matrix(triton_kernels.default_prefill)}
+    prefill_columns = ["GPU", "head dim", "dtype", "heads", "block, warps, stages"]
+    decode_columns = ["GPU", "head dim", "dtype", "keys per block, warps, stages"]
+    compared = ["full", "partial", "registers", "programs (rows)"]
+    columns = [f"{package} {figure}" for package in ("Pallas", "Triton") for figure in compared]
     return f"""# Kernels, as compiled
 
 Generated by `python -m tools.kernel_table` with JAX {jax.__version__}, on a machine without a GPU.
 XLA compiles for the GPUs in the table; NVIDIA's assembler and disassembler report the result.
+The Triton kernels are those of Triton {_version("triton")} and jax-triton {_version("jax-triton")}.
 Nothing here has been measured on a GPU.
 An RTX 4090 runs the same kernels as the L40S, and an H100 the same as the H200.
 
@@ -149,15 +130,39 @@ stages.
 
 ## Prefill
 
-{prefill}
+{table(prefill_columns, [row(*item) for item in pallas.items()])}
 
 ## Decode
 
 One token against a cache of 36,864 rows, with 28 query heads and 4 key-value heads. Here, too,
 float32 inputs are multiplied in float32 arithmetic.
 
-{decode}
+{table(decode_columns, [decode_row(*case) for case in DECODE_MATRIX])}
+
+## Prefill, in Triton
+
+The kernels of `bsjax.triton`, which `backend="triton"` calls through jax-triton.
+
+{table(prefill_columns, [triton_row(*item) for item in triton.items()])}
+
+## Decode, in Triton
+
+{table(decode_columns, [triton_decode_row(*case) for case in DECODE_MATRIX])}
+
+## Pallas and Triton side by side
+
+The prefill kernels of sparse launches: warp instructions for 1,024 pairs of a query and a key, in
+the loops over full and over partial blocks, each kernel with the block sizes of its own table;
+registers of a thread; programs that run on a multiprocessor at the same time, and the query rows
+that they have together. No figure here says which is faster, so `backend="auto"` takes Pallas while
+JAX has it, and Triton where it does not.
+
+{_markdown(["GPU", "head dim", "dtype", *columns], side_by_side(pallas, triton))}
 """
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def main() -> None:

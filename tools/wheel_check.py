@@ -16,6 +16,7 @@ REQUIRED = {
     "bsjax/__init__.pyi",
     "bsjax/py.typed",
     "bsjax/pallas/configurations.json",
+    "bsjax/triton/configurations.json",
     "bsjax/profiles/shipped/small-qwen2.5-vl.json",
     "bsjax/profiling/__init__.pyi",
 }

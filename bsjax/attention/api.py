@@ -1,4 +1,4 @@
-"""Attention over a schedule, for users and for models, and the choice of a backend.
+"""Attention over a schedule, for users and for models.
 
     sparse_attention    one prompt under a `BlockMask`, prompt order in and out
     ragged_attention    rows in the order of a schedule: language models and vision towers
@@ -6,6 +6,7 @@
 Arrays are checked here, once; the backends do not check them again.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from bsjax.attention.backends import GPU_KERNELS, resolve_backend
 from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
@@ -23,60 +25,7 @@ from bsjax.errors import BackendError, MaskError
 from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
-from bsjax.pallas import configurations
-from bsjax.pallas.prefill import prefill_attention
-
-BACKENDS = ("auto", "pallas", "xla", "reference")
-
-# Measured on two CPU cores at 8K tokens, head dim 128, float32: if everything is visible, large
-# blocks are a quarter faster; if little is, small blocks visit fewer invisible pairs.
-_XLA_DENSE_BLOCKS = (256, 512)
-_XLA_SPARSE_BLOCKS = (128, 64)
-
-
-def resolve_backend(backend: str) -> str:
-    """The backend that `backend` names: `auto` is pallas on a GPU that it supports, else xla.
-
-    Raises:
-      BackendError: the name is unknown.
-    """
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise BackendError(
-            f"Unknown attention backend {shown(backend)}; choose one of {', '.join(BACKENDS)}."
-        )
-    if backend != "auto":
-        return backend
-    return "pallas" if _has_supported_gpu() else "xla"
-
-
-def _has_supported_gpu() -> bool:
-    """Whether programs run on an NVIDIA GPU of the Ampere generation or later."""
-    if jax.default_backend() != "gpu":
-        return False
-    try:
-        configurations.target_in_use()
-    except BackendError:
-        return False
-    return True
-
-
-def block_sizes(
-    backend: str, head_dim: int, dtype: jax.typing.DTypeLike, *, sparse: bool
-) -> tuple[int, int]:
-    """The best (block_q, block_kv) of a schedule for a backend.
-
-    Args:
-      backend: one of `BACKENDS`.
-      head_dim: channels of a head.
-      dtype: dtype of queries, keys and values.
-      sparse: whether any head is sparse.
-
-    Raises:
-      BackendError: the backend is unknown, or does not support the head dimension or dtype.
-    """
-    if resolve_backend(backend) == "pallas":
-        return configurations.default_blocks(head_dim, dtype, sparse=sparse)
-    return _XLA_SPARSE_BLOCKS if sparse else _XLA_DENSE_BLOCKS
+from bsjax.pallas.configurations import compiles_for_gpus
 
 
 @overload
@@ -147,9 +96,11 @@ def sparse_attention(
       scale: factor applied to the scores, above 0; head_dim ** -0.5 by default. A traced scale
         multiplies `q`, rounded to its dtype, and is not checked.
       backend: `pallas` (GPU kernel, head_dim up to 256; on a CPU it is interpreted, hence slow),
-        `xla` (any device), `reference` (holds the whole score matrix), or `auto`: pallas on an
-        NVIDIA GPU of the Ampere generation or later, xla elsewhere. All support first-order
-        reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas are computed by xla's code.
+        `triton` (the same in Triton, for GPUs; needs the extra `triton`), `xla` (any device),
+        `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU of the Ampere
+        generation or later, triton there if JAX has no pallas, xla elsewhere. All support
+        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas and triton are
+        computed by xla's code.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -159,8 +110,9 @@ def sparse_attention(
 
     Raises:
       MaskError: shapes or dtypes do not match each other or the mask, or the scale is not above 0.
-      BackendError: the backend is unknown, or does not support the head dimension, dtype or block
-        sizes; or without a GPU, pallas inside of `jax.shard_map` with `check_vma`.
+      BackendError: the backend is unknown, not installed, or does not support the head dimension,
+        dtype or block sizes; without a GPU, triton, and pallas inside of `jax.shard_map` with
+        `check_vma`; triton inside of `jax.shard_map` with `check_vma`.
     """
     check_not_forked(BackendError)
     if not isinstance(mask, BlockMask):
@@ -293,9 +245,9 @@ def ragged_attention(
     if not scale > 0:
         raise MaskError(f"The scale of attention scores must be above 0, got {scale}.")
     backend = resolve_backend(backend)
-    if schedule.parts is not None and backend != "pallas":
+    if schedule.parts is not None and backend not in GPU_KERNELS:
         raise MaskError(
-            f"Only the backend pallas combines the parts of split tiles, not {backend}."
+            f"Only the backends pallas and triton combine the parts of split tiles, not {backend}."
         )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
@@ -322,14 +274,12 @@ def _attend(
     q, k, v, schedule, head_category, layer = varying_over(axes, arrays)
     result: Any
     match backend:
-        case "pallas":
-            if axes and not configurations.compiles_for_gpus():
-                raise BackendError(
-                    "Without a GPU the kernel is interpreted, which JAX cannot do inside of "
-                    "jax.shard_map with check_vma: pass check_vma=False, or choose another backend."
-                )
+        case "pallas" | "triton":
+            if axes:
+                _check_in_shard_map(backend)
+            kernel = {"pallas": _pallas_attention, "triton": _triton_attention}[backend]
             schedule = jax.tree.map(jnp.asarray, schedule)
-            result = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
+            result = _kernel_attention(kernel, q, k, v, schedule, head_category, layer, scale)
         case "xla":
             result = xla_attention(q, k, v, schedule, head_category, layer, scale)
         case _:
@@ -337,8 +287,40 @@ def _attend(
     return result
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _pallas_attention(
+def _check_in_shard_map(backend: str) -> None:
+    """Does nothing if a GPU kernel works inside of `jax.shard_map` with `check_vma`."""
+    if backend == "triton":
+        problem = "jax-triton does not work"
+    elif not compiles_for_gpus():
+        problem = "Without a GPU the kernel is interpreted, which JAX cannot do"
+    else:
+        return
+    raise BackendError(
+        f"{problem} inside of jax.shard_map with check_vma: pass check_vma=False, or choose "
+        "another backend."
+    )
+
+
+def _pallas_attention(*arrays: Any, scale: float) -> Any:
+    from bsjax.pallas.prefill import prefill_attention
+
+    # Chosen by the platform being compiled for, which this machine may not have.
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
+        default=partial(prefill_attention, scale=scale, return_lse=True),
+    )
+
+
+def _triton_attention(*arrays: Any, scale: float) -> Any:
+    from bsjax.triton.prefill import prefill_attention
+
+    return prefill_attention(*arrays, scale=scale)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 7))
+def _kernel_attention(
+    kernel: Callable[..., Any],
     q: Array,
     k: Array,
     v: Array,
@@ -347,20 +329,11 @@ def _pallas_attention(
     layer: Array,
     scale: float,
 ) -> Any:
-    # Chosen by the platform being compiled for, which this machine may not have.
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        schedule,
-        head_category,
-        layer,
-        cpu=partial(prefill_attention, scale=scale, return_lse=True, interpret=True),
-        default=partial(prefill_attention, scale=scale, return_lse=True),
-    )
+    return kernel(q, k, v, schedule, head_category, layer, scale=scale)
 
 
-def _pallas_forward(
+def _kernel_forward(
+    kernel: Callable[..., Any],
     q: Array,
     k: Array,
     v: Array,
@@ -371,12 +344,18 @@ def _pallas_forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     if schedule.parts is not None:
         raise MaskError("A schedule whose tiles are split has no gradient.")
-    result: Any = _pallas_attention(q, k, v, schedule, head_category, layer, scale)
-    out, lse = result
+    out, lse = kernel(q, k, v, schedule, head_category, layer, scale=scale)
     return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)
 
 
-_pallas_attention.defvjp(_pallas_forward, attention_gradients)
+def _kernel_gradients(
+    kernel: Callable[..., Any], scale: float, residuals: Residuals, gradients: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None, None, None]:
+    del kernel
+    return attention_gradients(scale, residuals, gradients)
+
+
+_kernel_attention.defvjp(_kernel_forward, _kernel_gradients)
 
 
 def _check(

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.api import resolve_backend
+from bsjax.attention.backends import resolve_backend
 from bsjax.errors import MaskError
-from bsjax.pallas.decode import decode_attention as pallas_decode_attention
 
 _XLA_BLOCK = 1024
 """How many rows of the cache the `xla` backend computes the scores of at a time, of all sequences
@@ -81,8 +80,8 @@ def decode_attention(
       own_k: the tokens' own keys, seen in addition to the cache.
       own_v: the tokens' own values; required with `own_k`.
       scale: factor applied to the scores, above 0.
-      backend: `pallas`, `xla` or `auto`, as in `sparse_attention`. `reference` is the same as `xla`
-        here.
+      backend: `pallas`, `triton`, `xla` or `auto`, as in `sparse_attention`. `reference` is the
+        same as `xla` here.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -96,22 +95,24 @@ def decode_attention(
     """
     _check(q, k_cache, v_cache, lengths, own_k, own_v, scale)
     layer, lengths = jnp.asarray(layer), jnp.asarray(lengths)
+    arrays = q, k_cache, v_cache, layer, lengths, own_k, own_v
     result: Any
-    if resolve_backend(backend) == "pallas":
-        # Chosen by the platform being compiled for, which this machine may not have.
-        result = jax.lax.platform_dependent(
-            q,
-            k_cache,
-            v_cache,
-            layer,
-            lengths,
-            own_k,
-            own_v,
-            cpu=partial(pallas_decode_attention, scale=scale, interpret=True),
-            default=partial(pallas_decode_attention, scale=scale),
-        )
-    else:
-        result = _xla_decode_attention(q, k_cache, v_cache, layer, lengths, own_k, own_v, scale)
+    match resolve_backend(backend):
+        case "pallas":
+            from bsjax.pallas.decode import decode_attention as kernel
+
+            # Chosen by the platform being compiled for, which this machine may not have.
+            result = jax.lax.platform_dependent(
+                *arrays,
+                cpu=partial(kernel, scale=scale, interpret=True),
+                default=partial(kernel, scale=scale),
+            )
+        case "triton":
+            from bsjax.triton.decode import decode_attention as kernel
+
+            result = kernel(*arrays, scale=scale)
+        case _:
+            result = _xla_decode_attention(*arrays, scale)
     return result if return_lse else result[0]
 
 

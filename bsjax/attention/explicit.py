@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from bsjax.attention.backends import GPU_KERNELS
 from bsjax.errors import MaskError
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import share_of_tiles
@@ -86,7 +87,7 @@ def over_devices(
         mesh=mesh,
         in_specs=specs,
         out_specs=(PartitionSpec(dealt, heads, None), PartitionSpec(dealt, heads)),
-        # Interpreted kernels do not pass the check.
-        check_vma=backend != "pallas",
+        # Interpreted kernels do not pass the check, nor do those of jax-triton.
+        check_vma=backend not in GPU_KERNELS,
     )(*resharded((q, k, v, mask, jnp.asarray(mask.head_category)), specs))
     return resharded(results, (PartitionSpec(rows, heads, None), PartitionSpec(rows, heads)))

@@ -73,7 +73,9 @@ def add_device_options(parser: Any) -> None:
     """Adds the options for how a model runs; `parser` is a parser or an argument group."""
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: by device")
     parser.add_argument(
-        "--backend", default="auto", help="attention backend: auto, pallas, xla or reference"
+        "--backend",
+        default="auto",
+        help="attention backend: auto, pallas, triton, xla or reference",
     )
     parser.add_argument(
         "--tensor",

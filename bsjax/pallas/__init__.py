@@ -1,22 +1,19 @@
-"""GPU kernels, written in Pallas and lowered to Triton."""
+"""GPU kernels, written in Pallas and lowered to Triton.
+
+configurations   GPUs, block sizes, warps and pipeline stages
+pieces           how the channels of a head are divided into blocks
+parts            the combination of split tiles
+exponential      powers of two in two instructions
+prefill          prefill attention
+decode           decode attention
+
+The first three need no Pallas, and `bsjax.triton` uses them, too: importing this package imports
+neither kernel, so that it works with a JAX that has no Pallas for Triton any more.
+"""
 
 import warnings
-
-from bsjax.pallas.configurations import KernelConfiguration, configuration, default_blocks
-from bsjax.pallas.decode import DecodeConfiguration, decode_attention, decode_configuration
-from bsjax.pallas.prefill import prefill_attention
 
 # JAX 0.12 warns whenever a kernel is lowered. Users of bsjax can do nothing about it.
 warnings.filterwarnings(
     "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
 )
-
-__all__ = [
-    "DecodeConfiguration",
-    "KernelConfiguration",
-    "configuration",
-    "decode_attention",
-    "decode_configuration",
-    "default_blocks",
-    "prefill_attention",
-]

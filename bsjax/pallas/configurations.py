@@ -62,6 +62,12 @@ def compiling_for(target: str) -> Iterator[None]:
         _named_target.reset(token)
 
 
+def named_target() -> str | None:
+    """The target to compile for, if this is not a GPU in this machine."""
+    named = _named_target.get()
+    return named or (None if jax.default_backend() == "gpu" else _DEFAULT_TARGET)
+
+
 def compiles_for_gpus() -> bool:
     """Whether programs are compiled for a GPU: that of `compiling_for`, or this machine's."""
     return _named_target.get() is not None or jax.default_backend() == "gpu"
@@ -73,11 +79,9 @@ def target_in_use() -> str:
     Raises:
       BackendError: the GPU is not an NVIDIA GPU of the Ampere generation or later.
     """
-    named = _named_target.get()
+    named = named_target()
     if named is not None:
         return named
-    if jax.default_backend() != "gpu":
-        return _DEFAULT_TARGET
     # ROCm devices report "gfx..." here.
     return target_of(str(getattr(jax.devices()[0], "compute_capability", "")))
 
@@ -105,42 +109,64 @@ def target_of(compute_capability: str) -> str:
     )
 
 
-def default_blocks(head_dim: int, dtype: DTypeLike, *, sparse: bool) -> tuple[int, int]:
-    """The best (block_q, block_kv) of a schedule for heads of `head_dim` elements of `dtype`.
+class ConfigurationTable:
+    """The configurations of one package's prefill kernel, from its configurations.json."""
 
-    Args:
-      head_dim: up to 256.
-      dtype: bfloat16, float16 or float32.
-      sparse: whether any head is sparse. All heads of a launch share their block sizes.
+    def __init__(self, package: str) -> None:
+        self._package = package
 
-    Raises:
-      BackendError: the kernel does not support the head dimension or dtype.
-    """
-    chosen = _tabled(target_in_use(), head_dim, dtype, sparse=sparse)
-    return chosen.block_q, chosen.block_kv
+    def default_blocks(self, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> tuple[int, int]:
+        """The best (block_q, block_kv) of a schedule for heads of `head_dim` elements of `dtype`.
 
+        Args:
+          head_dim: up to 256.
+          dtype: bfloat16, float16 or float32.
+          sparse: whether any head is sparse. All heads of a launch share their block sizes.
 
-def configuration(
-    head_dim: int, dtype: DTypeLike, block_q: int, block_kv: int
-) -> KernelConfiguration:
-    """How the kernel is compiled for a schedule of these block sizes.
+        Raises:
+          BackendError: the kernel does not support the head dimension or dtype.
+        """
+        chosen = self._tabled(target_in_use(), head_dim, dtype, sparse=sparse)
+        return chosen.block_q, chosen.block_kv
 
-    For the sizes of `default_blocks`, this is the table's entry. Larger blocks are visited in steps
-    of the table's size; smaller ones get fewer warps.
+    def configuration(
+        self, head_dim: int, dtype: DTypeLike, block_q: int, block_kv: int
+    ) -> KernelConfiguration:
+        """How the kernel is compiled for a schedule of these block sizes.
 
-    Raises:
-      BackendError: the kernel does not support the head dimension or dtype.
-    """
-    target = target_in_use()
-    for sparse in (True, False):
-        tabled = _tabled(target, head_dim, dtype, sparse=sparse)
-        if (block_q, block_kv) == (tabled.block_q, tabled.block_kv):
-            return tabled
-    tabled = _tabled(target, head_dim, dtype, sparse=True)
-    rows = min(block_q, tabled.block_q)
-    # As many rows per warp as in the table.
-    warps = max(4, tabled.num_warps * rows // tabled.block_q)
-    return KernelConfiguration(rows, min(block_kv, tabled.block_kv), warps, tabled.num_stages)
+        For the sizes of `default_blocks`, this is the table's entry. Larger blocks are visited in
+        steps of the table's size; smaller ones get fewer warps.
+
+        Raises:
+          BackendError: the kernel does not support the head dimension or dtype.
+        """
+        target = target_in_use()
+        for sparse in (True, False):
+            tabled = self._tabled(target, head_dim, dtype, sparse=sparse)
+            if (block_q, block_kv) == (tabled.block_q, tabled.block_kv):
+                return tabled
+        tabled = self._tabled(target, head_dim, dtype, sparse=True)
+        rows = min(block_q, tabled.block_q)
+        # As many rows per warp as in the table.
+        warps = max(4, tabled.num_warps * rows // tabled.block_q)
+        return KernelConfiguration(rows, min(block_kv, tabled.block_kv), warps, tabled.num_stages)
+
+    def _tabled(
+        self, target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool
+    ) -> KernelConfiguration:
+        check_supported(head_dim, dtype)
+        heads = "sparse" if sparse else "dense"
+        return self._entries[target, table_width(head_dim), jnp.dtype(dtype).itemsize, heads]
+
+    @functools.cached_property
+    def _entries(self) -> dict[tuple[str, int, int, str], KernelConfiguration]:
+        text = resources.files(self._package).joinpath("configurations.json").read_text()
+        return {
+            (entry["target"], entry["width"], entry["bytes"], entry["heads"]): KernelConfiguration(
+                *(entry[field] for field in KernelConfiguration._fields)
+            )
+            for entry in json.loads(text)["entries"]
+        }
 
 
 def table_width(head_dim: int) -> int:
@@ -148,7 +174,12 @@ def table_width(head_dim: int) -> int:
     return next(width for width in WIDTHS if width >= width_of(pieces_of(head_dim)))
 
 
-def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> KernelConfiguration:
+def check_supported(head_dim: int, dtype: DTypeLike) -> None:
+    """Does nothing if the GPU kernels support heads of `head_dim` elements of `dtype`.
+
+    Raises:
+      BackendError: they do not.
+    """
     element = jnp.dtype(dtype)
     if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise BackendError(
@@ -158,16 +189,8 @@ def _tabled(target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool) -> Ke
         raise BackendError(
             f"The GPU kernel supports head dimensions up to {LARGEST_HEAD_DIM}, got {head_dim}."
         )
-    width = table_width(head_dim)
-    return _table()[target, width, element.itemsize, "sparse" if sparse else "dense"]
 
 
-@functools.cache
-def _table() -> dict[tuple[str, int, int, str], KernelConfiguration]:
-    text = resources.files("bsjax.pallas").joinpath("configurations.json").read_text()
-    return {
-        (entry["target"], entry["width"], entry["bytes"], entry["heads"]): KernelConfiguration(
-            *(entry[field] for field in KernelConfiguration._fields)
-        )
-        for entry in json.loads(text)["entries"]
-    }
+_PALLAS = ConfigurationTable("bsjax.pallas")
+default_blocks = _PALLAS.default_blocks
+configuration = _PALLAS.configuration

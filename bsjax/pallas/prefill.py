@@ -48,11 +48,12 @@ from jaxtyping import Array, Float, Int
 
 from bsjax.errors import BackendError
 from bsjax.manual_axes import result_shape
-from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
+from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import LOG2_E, scaled_exp2
+from bsjax.pallas.parts import combined_parts
 from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
 
 
@@ -103,7 +104,8 @@ def prefill_attention(
         if block < SHORTEST_SIDE or block & (block - 1):
             raise BackendError(
                 f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
-                f"got {block}: build the mask with the sizes of `bsjax.pallas.default_blocks`."
+                f"got {block}: build the mask with the sizes of "
+                "`bsjax.pallas.configurations.default_blocks`."
             )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
@@ -208,46 +210,8 @@ def prefill_attention(
     )
     if parts is not None:
         out, lse, part_out, part_lse = outputs
-        outputs = _combined(out, lse, part_out, part_lse, parts, schedule.stacked_heads)
+        outputs = combined_parts(out, lse, part_out, part_lse, parts, schedule.stacked_heads)
     return tuple(outputs) if return_lse else outputs[0]
-
-
-def _combined(
-    out: Float[Array, "queries q_heads head_dim"],
-    lse: Float[Array, "queries q_heads"],
-    part_out: Float[Array, "parts kv_heads block_q head_dim"],
-    part_lse: Float[Array, "parts kv_heads block_q"],
-    parts: Parts,
-    stacked_heads: int,
-) -> tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]:
-    """The outputs with the rows of split tiles, from the outputs of their parts."""
-    count, kv_heads, block_q, _ = part_out.shape
-    over_tiles = functools.partial(
-        jax.ops.segment_sum, segment_ids=parts.tile, num_segments=count, indices_are_sorted=True
-    )
-    greatest = jax.ops.segment_max(part_lse, parts.tile, count, indices_are_sorted=True)
-    # Finite even where no key is seen, so that no infinities are subtracted.
-    greatest = jnp.maximum(greatest, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(part_lse - greatest[jnp.minimum(parts.tile, count - 1)])
-    total = over_tiles(weights)
-    seen = total > 0
-    divisor = jnp.where(seen, total, 1.0)
-    of_tile = over_tiles(weights[..., None] * part_out) / divisor[..., None]
-    lse_of_tile = jnp.where(seen, greatest + jnp.log(divisor), -jnp.inf)
-
-    # Each tile's first row and rows, from any of its parts. Out of bounds: dropped.
-    first_row, rows = (
-        jnp.full(count, value, jnp.int32).at[parts.tile].set(field, mode="drop")
-        for value, field in ((out.shape[0], parts.first_row), (0, parts.rows))
-    )
-    index = jnp.arange(block_q, dtype=jnp.int32)
-    row = first_row[:, None] + index // stacked_heads
-    row = jnp.where(index // stacked_heads < rows[:, None], row, out.shape[0])[:, None, :]
-    head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None] * stacked_heads + index % stacked_heads
-    return (
-        out.at[row, head].set(of_tile.astype(out.dtype), mode="drop"),
-        lse.at[row, head].set(lse_of_tile, mode="drop"),
-    )
 
 
 class _Settings(NamedTuple):

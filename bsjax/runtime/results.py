@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from bsjax.attention import backend_reason
 from bsjax.checks import argument, shown
 from bsjax.errors import GenerationError
 from bsjax.masks.flops import LayerFlops
@@ -75,6 +76,7 @@ class Stats:
     reused_tokens: int = 0
     reused_images: int = 0
     imbalance: float = 1.0
+    backend_reason: str = ""
 
 
 _PARTS = {
@@ -132,6 +134,7 @@ def stats_of(
         reused_tokens=reused_tokens,
         reused_images=reused_images,
         imbalance=imbalance,
+        backend_reason=backend_reason(backend),
     )
 
 

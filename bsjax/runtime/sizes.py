@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bsjax.attention import GPU_KERNELS
 from bsjax.masks.schedule import bucket
 from bsjax.pallas.configurations import compiles_for_gpus
 
@@ -118,11 +119,11 @@ _MOST_PARTS = 64
 def most_parts(backend: str, dtype: Any) -> int:
     """The most parts, all together, that the long tiles of a chunk's text rows are split into.
 
-    It is 0, which splits none, except for the kernel in 16 bits. Only on a GPU does a launch wait
-    for its longest tiles; and in float32, which is for comparisons, the kernel has no registers to
-    spare.
+    It is 0, which splits none, except for the GPU kernels in 16 bits. Only on a GPU does a launch
+    wait for its longest tiles; and in float32, which is for comparisons, the kernels have no
+    registers to spare.
     """
-    return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
+    return _MOST_PARTS if backend in GPU_KERNELS and np.dtype(dtype).itemsize == 2 else 0
 
 
 # Short caches have one of few lengths. Longer ones are rounded up by at most a quarter.

@@ -292,7 +292,7 @@ def test_the_caller_can_set_the_scale():
 def test_bad_input_is_refused_with_a_reason():
     mask = BlockMask(RAGGED, [0, 3])
     q, k, v = arrays(RAGGED.tokens, 2, 1, 16)
-    with pytest.raises(BackendError, match="cuda.*auto, pallas, xla, reference"):
+    with pytest.raises(BackendError, match="cuda.*auto, pallas, triton, xla, reference"):
         bsjax.sparse_attention(q, k, v, mask, backend="cuda")
     with pytest.raises(MaskError, match="mask is for 126 queries and 126 keys"):
         bsjax.sparse_attention(q[:5], k[:5], v[:5], mask)

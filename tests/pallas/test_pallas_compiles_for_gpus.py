@@ -21,11 +21,11 @@ from bsjax.pallas.configurations import (
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.paths import ROOT
-from tools import compiled_kernels, gpu_targets, kernel_table
+from tools import compiled_kernels, gpu_targets, kernel_lines
 from tools.compiled_kernels import prefill_kernel
 from tools.configuration_table import TABLE, read_table, write_table
 from tools.gpu_targets import KernelReport
-from tools.kernel_table import PAGE, Case, matrix
+from tools.kernel_lines import PAGE, Case, matrix
 from tools.sass import attention_loops, mix, opcodes
 
 # One kernel per architecture is always compiled. Others need not be compiled again if nothing that
@@ -52,8 +52,8 @@ def check_kernel(case: Case, chosen: KernelConfiguration, *, line: str = "", **o
     check(report, case, chosen)
     # Another JAX compiles differently.
     if line and f"with JAX {jax.__version__}," in PAGE.read_text():
-        written = f"| {' | '.join(kernel_table.row(case, report))} |"
-        assert line == written, f"run python -m {kernel_table.__name__}"
+        written = f"| {' | '.join(kernel_lines.row(case, report))} |"
+        assert line == written, "run python -m tools.kernel_table"
     recorded.passed()
 
 
@@ -86,9 +86,9 @@ def check(report: KernelReport, case: Case, chosen: KernelConfiguration) -> None
 @pytest.mark.parametrize("case", matrix(), ids=str)
 def test_it_compiles_for_every_architecture_as_the_page_says(case):
     chosen = compiled_kernels.default_prefill(*case[:3], sparse=case.sparse)
-    begin = f"| {' | '.join(kernel_table.name(case))} |"
+    begin = f"| {' | '.join(kernel_lines.name(case))} |"
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith(begin)]
-    assert len(lines) == 1, f"run python -m {kernel_table.__name__}"
+    assert len(lines) == 1, "run python -m tools.kernel_table"
     check_kernel(case, chosen, line=lines[0])
 
 

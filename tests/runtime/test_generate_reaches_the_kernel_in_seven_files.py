@@ -36,7 +36,7 @@ def test_generate_reaches_the_kernel_in_seven_files(family, tmp_path, monkeypatc
         )
         raise KernelReached
 
-    monkeypatch.setattr("bsjax.attention.api.prefill_attention", reached)
+    monkeypatch.setattr("bsjax.pallas.prefill.prefill_attention", reached)
     question = {"type": "text", "text": "word3 word4"}
     messages = [{"role": "user", "content": [question]}]
     with pytest.raises(KernelReached):

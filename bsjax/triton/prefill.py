@@ -1,0 +1,153 @@
+"""Prefill attention on GPUs, in Triton: what goes into the kernel and what comes out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bsjax.errors import BackendError
+from bsjax.masks.schedule import Schedule
+from bsjax.masks.visibility import KeyVisibility, TokenInfo, key_visibility
+from bsjax.pallas.configurations import KernelConfiguration, check_supported
+from bsjax.pallas.parts import combined_parts
+from bsjax.triton import configurations
+from bsjax.triton.heads import SHORTEST_SIDE, head_blocks
+from bsjax.triton.launch import Launch, call
+from bsjax.triton.prefill_kernel import attend_tile
+from bsjax.triton.product import precision_of
+
+
+def prefill_attention(
+    q: Float[Array, "queries q_heads head_dim"],
+    k: Float[Array, "*layers keys kv_heads head_dim"],
+    v: Float[Array, "*layers keys kv_heads head_dim"],
+    schedule: Schedule,
+    head_category: Int[Array, "q_heads"],
+    layer: Int[Array, ""] | None = None,
+    *,
+    scale: float,
+    configuration: KernelConfiguration | None = None,
+) -> tuple[Float[Array, "queries q_heads head_dim"], Float[Array, "queries q_heads"]]:
+    """Block-sparse attention to the keys of one layer, for NVIDIA GPUs.
+
+    The same function of its arguments as `bsjax.pallas.prefill.prefill_attention`.
+
+    Args:
+      q: queries, rows in the order of the schedule; bfloat16, float16 or float32.
+      k: keys, in the dtype of `q`. Query head h reads key head h // (q_heads // kv_heads). All must
+        be finite, even in padding rows and where no query sees them.
+      v: values, of the shape and dtype of `k`; all finite.
+      schedule: which blocks to visit. Both block sizes are powers of two, 16 or more.
+      head_category: int32, the table of the schedule that each query head uses.
+      layer: the layer whose keys and values are read; None if there is no axis of layers.
+      scale: factor applied to the scores, above 0.
+      configuration: how to compile, for tuning; its block sizes must divide those of the schedule.
+        By default the result of `configurations.configuration`.
+
+    Returns:
+      The output in the dtype of `q`, and the natural log-sum-exp of every row's scores, float32
+      [queries, q_heads]. A row that sees no key, such as a padding row, yields zeros and -inf. Sums
+      are in float32; float32 inputs are multiplied in float32, not in TF32.
+
+    Raises:
+      BackendError: the kernel does not support the block sizes, head dimension or dtype.
+    """
+    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
+        if block < SHORTEST_SIDE or block & (block - 1):
+            raise BackendError(
+                f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
+                f"got {block}: build the mask with the sizes of "
+                "`bsjax.triton.configurations.default_blocks`."
+            )
+    if layer is None:
+        k, v, layer = k[None], v[None], jnp.int32(0)
+    rows, q_heads, head_dim = q.shape
+    _, key_rows, kv_heads, _ = k.shape
+    check_supported(head_dim, q.dtype)
+    if configuration is None:
+        configuration = configurations.configuration(
+            head_dim, q.dtype, schedule.block_q, schedule.block_kv
+        )
+    if schedule.block_kv % configuration.block_kv or schedule.block_q % configuration.block_q:
+        raise BackendError(
+            f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
+            f"of {schedule.block_q} x {schedule.block_kv}: its block sizes must divide the "
+            "schedule's."
+        )
+    blocks = head_blocks(head_dim)
+    programs_per_tile = schedule.block_q // configuration.block_q
+
+    groups = jnp.asarray(schedule.groups)[:, None]
+    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
+    keys = key_visibility(info, groups, schedule.visibility)
+    # Blocks of keys are read whole. Padding is needed only if all keys are fewer than one block.
+    missing = max(0, configuration.block_kv - key_rows)
+    if missing:
+        k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
+        keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
+
+    tables, tiles = schedule.tile_columns.shape[:2]
+    outputs = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((rows, q_heads), jnp.float32),
+    ]
+    parts = schedule.parts
+    if parts is not None:
+        shape = (parts.count, kv_heads, schedule.block_q)
+        outputs += [
+            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ]
+    heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
+    out, lse, *of_parts = call(
+        attend_tile,
+        [
+            q,
+            k,
+            v,
+            jnp.asarray(schedule.queries.position),
+            jnp.asarray(schedule.queries.image),
+            keys.position[0],
+            keys.image[0],
+            keys.own_from,
+            keys.other_from,
+            jnp.asarray(layer, jnp.int32).reshape(1),
+            jnp.asarray(head_category, jnp.int32),
+            jnp.asarray(schedule.tile_columns),
+            jnp.asarray(schedule.range_columns),
+            key_rows + missing,
+            tiles,
+            schedule.range_columns.shape[1],
+        ],
+        outputs,
+        {
+            "HEAD_DIM": head_dim,
+            "FIRST": blocks.first,
+            "SECOND": blocks.second,
+            "Q_HEADS": q_heads,
+            "KV_HEADS": kv_heads,
+            "STACKED": bool(schedule.stacked_heads),
+            "TABLES": tables,
+            "PARTS": parts is not None,
+            "BLOCK_Q": configuration.block_q,
+            "BLOCK_KV": configuration.block_kv,
+            "PROGRAMS_PER_TILE": programs_per_tile,
+            "STEPS_PER_BLOCK": schedule.block_kv // configuration.block_kv,
+            "WINDOW": schedule.visibility.window or 0,
+            "TO_LOG2": scale * math.log2(math.e),
+            "PRECISION": precision_of(q.dtype),
+            "STAGES": configuration.num_stages,
+            "WIDE": (key_rows + missing) * kv_heads * head_dim >= 2**31,
+        },
+        Launch(
+            "prefill_attention",
+            (heads, tiles * programs_per_tile),
+            configuration.num_warps,
+            configuration.num_stages,
+        ),
+    )
+    if parts is not None:
+        part_out, part_lse = of_parts
+        return combined_parts(out, lse, part_out, part_lse, parts, schedule.stacked_heads)
+    return out, lse

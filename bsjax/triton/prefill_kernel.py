@@ -1,0 +1,332 @@
+"""The prefill kernel: one program for each tile of query rows and each head.
+
+`bsjax.pallas.prefill` explains the two loops over key blocks, the grid, stacked tiles and split
+tiles. Here, too, keys and values are never masked by row.
+
+Offsets: those of a layer and of a tile are computed in 64 bits, once, and those inside of them in
+32 bits, unless the keys of a layer are more than fit. Arrays may therefore be of any size.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from bsjax.masks.schedule import KeyRange, Tile
+from bsjax.triton.predicate import sees
+from bsjax.triton.product import product
+
+_TILE_COLUMNS = tl.constexpr(len(Tile._fields))
+_FIRST_ROW = tl.constexpr(Tile._fields.index("first_row"))
+_ROWS = tl.constexpr(Tile._fields.index("rows"))
+_FIRST_RANGE = tl.constexpr(Tile._fields.index("first_range"))
+_FULL_BLOCKS = tl.constexpr(Tile._fields.index("full_blocks"))
+_PARTIAL_BLOCKS = tl.constexpr(Tile._fields.index("partial_blocks"))
+_PART = tl.constexpr(Tile._fields.index("part"))
+_RANGE_COLUMNS = tl.constexpr(len(KeyRange._fields))
+_START = tl.constexpr(KeyRange._fields.index("start"))
+_END = tl.constexpr(KeyRange._fields.index("end"))
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""Below every score, and finite, so that a row that has seen nothing subtracts no infinities."""
+
+
+@triton.jit
+@no_type_check
+def load_rows(
+    rows, columns, offsets, mask, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+):
+    """Channels [FIRST, FIRST + SIZE) of rows; those beyond the head are 0."""
+    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
+    if FIRST + SIZE > HEAD_DIM:
+        inside = (FIRST + columns < HEAD_DIM)[None, :]
+        if mask is not None:
+            inside = inside & mask[:, None]
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif mask is not None:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+@no_type_check
+def store_rows(
+    rows,
+    columns,
+    offsets,
+    mask,
+    values,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Writes channels [FIRST, FIRST + SIZE) of rows, except those beyond the head."""
+    inside = mask[:, None]
+    if FIRST + SIZE > HEAD_DIM:
+        inside = inside & (FIRST + columns < HEAD_DIM)[None, :]
+    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
+    tl.store(pointers, values.to(rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def advance(
+    step, start, end, range_index, ranges, BLOCK_KV: tl.constexpr, STEPS_PER_BLOCK: tl.constexpr
+):
+    """The start of the next block, the end of its range and the index of its range."""
+    next_start = start + BLOCK_KV
+    done = next_start >= end
+    if STEPS_PER_BLOCK > 1:
+        # The schedule's last block of a range may reach beyond the range. All of its steps are run,
+        # with the keys beyond the range masked.
+        done = done & ((step + 1) % STEPS_PER_BLOCK == 0)
+    range_index = tl.where(done, range_index + 1, range_index)
+    entry = ranges + range_index * _RANGE_COLUMNS
+    next_start = tl.where(done, tl.load(entry + _START), next_start)
+    return next_start, tl.load(entry + _END), range_index
+
+
+@triton.jit
+@no_type_check
+def attend(
+    scores,
+    values,
+    second_values,
+    maximum,
+    total,
+    weighted,
+    second_weighted,
+    TO_LOG2: tl.constexpr,
+    SECOND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The softmax after one more block of keys."""
+    greatest = tl.maximum(maximum, tl.max(scores, 1) * TO_LOG2)
+    weights = tl.exp2(scores * TO_LOG2 - greatest[:, None])
+    rescale = tl.exp2(maximum - greatest)
+    total = total * rescale + tl.sum(weights, 1)
+    weights = weights.to(values.dtype)
+    weighted = product(weights, values, weighted * rescale[:, None], PRECISION)
+    if SECOND > 0:
+        second_weighted = product(
+            weights, second_values, second_weighted * rescale[:, None], PRECISION
+        )
+    return greatest, total, weighted, second_weighted
+
+
+@triton.jit
+@no_type_check
+def attend_tile(
+    q,
+    k,
+    v,
+    query_position,
+    query_image,
+    key_position,
+    key_image,
+    own_from,
+    other_from,
+    layer,
+    head_category,
+    tiles,
+    ranges,
+    key_rows,
+    tile_count,
+    range_count,
+    out,
+    lse,
+    part_out,
+    part_lse,
+    scratch: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    STACKED: tl.constexpr,
+    TABLES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    PROGRAMS_PER_TILE: tl.constexpr,
+    STEPS_PER_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TO_LOG2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One program: the attention of a tile's rows, or of some of them."""
+    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
+    # Triton 3.9 cannot pipeline the second loop more deeply for Blackwell.
+    PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
+    KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    head = tl.program_id(0)
+    tile_index = tl.program_id(1) // PROGRAMS_PER_TILE
+    earlier = (tl.program_id(1) % PROGRAMS_PER_TILE) * BLOCK_Q
+    if STACKED:
+        # Key heads follow the query heads.
+        of_text = head >= Q_HEADS
+        kv_head = tl.where(of_text, head - Q_HEADS, head // GROUP)
+        first_head = tl.where(of_text, kv_head * GROUP, head)
+        heads = tl.where(of_text, GROUP, 1)
+        of_head = tl.load(head_category + tl.minimum(head, Q_HEADS - 1))
+        table = tl.where(of_text, TABLES - 1, of_head)
+    else:
+        kv_head = head // GROUP
+        first_head = head
+        heads = 1
+        table = tl.load(head_category + head)
+    tile = tiles + (table * tile_count + tile_index) * _TILE_COLUMNS
+    rows = tl.load(tile + _ROWS)
+    if earlier >= rows * heads:
+        return
+    first_row = tl.load(tile + _FIRST_ROW)
+    range_index = tl.load(tile + _FIRST_RANGE)
+    full_blocks = tl.load(tile + _FULL_BLOCKS)
+    partial_blocks = tl.load(tile + _PARTIAL_BLOCKS)
+
+    index = earlier + tl.arange(0, BLOCK_Q)
+    inside = index < rows * heads
+    row = index // heads
+    offsets = row * Q_STRIDE + (index % heads) * HEAD_DIM
+    place = first_row.to(tl.int64) * Q_STRIDE + first_head * HEAD_DIM
+    columns = tl.arange(0, FIRST)
+    queries = load_rows(q + place, columns, offsets, inside, HEAD_DIM, 0, FIRST)
+    position = tl.load(query_position + first_row + row, mask=inside, other=0)[:, None]
+    image = tl.load(query_image + first_row + row, mask=inside, other=0)[:, None]
+    maximum = tl.full([BLOCK_Q], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    weighted = tl.zeros([BLOCK_Q, FIRST], tl.float32)
+    if SECOND > 0:
+        second_columns = tl.arange(0, SECOND)
+        second_queries = load_rows(
+            q + place, second_columns, offsets, inside, HEAD_DIM, FIRST, SECOND
+        )
+        second_weighted = tl.zeros([BLOCK_Q, SECOND], tl.float32)
+    else:
+        second_weighted = total
+
+    kv_place = tl.load(layer).to(tl.int64) * key_rows * KV_STRIDE + kv_head * HEAD_DIM
+    keys_of_head = k + kv_place
+    values_of_head = v + kv_place
+    kv_rows = tl.arange(0, BLOCK_KV)
+    kv_offsets = kv_rows * KV_STRIDE
+    ranges += table * range_count * _RANGE_COLUMNS
+    start = tl.load(ranges + range_index * _RANGE_COLUMNS + _START)
+    end = tl.load(ranges + range_index * _RANGE_COLUMNS + _END)
+
+    for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
+        block = (start.to(tl.int64) if WIDE else start) * KV_STRIDE
+        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
+        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
+        scores = product(queries, keys.T, None, PRECISION)
+        second_values = values
+        if SECOND > 0:
+            second_keys = load_rows(
+                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+            )
+            second_values = load_rows(
+                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+            )
+            scores = product(second_queries, second_keys.T, scores, PRECISION)
+        maximum, total, weighted, second_weighted = attend(
+            scores,
+            values,
+            second_values,
+            maximum,
+            total,
+            weighted,
+            second_weighted,
+            TO_LOG2,
+            SECOND,
+            PRECISION,
+        )
+        start, end, range_index = advance(
+            step, start, end, range_index, ranges, BLOCK_KV, STEPS_PER_BLOCK
+        )
+
+    key_position += kv_rows
+    key_image += kv_rows
+    own_from += table * key_rows + kv_rows
+    other_from += table * key_rows + kv_rows
+    for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK, num_stages=PARTIAL_STAGES):
+        # A block that would reach beyond the last key is read from further up, and the keys before
+        # its start are masked.
+        first_key = tl.minimum(start, key_rows - BLOCK_KV)
+        key_row = first_key + kv_rows
+        in_block = (key_row >= start) & (key_row < end)
+        block = (first_key.to(tl.int64) if WIDE else first_key) * KV_STRIDE
+        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
+        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
+        scores = product(queries, keys.T, None, PRECISION)
+        second_values = values
+        if SECOND > 0:
+            second_keys = load_rows(
+                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+            )
+            second_values = load_rows(
+                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+            )
+            scores = product(second_queries, second_keys.T, scores, PRECISION)
+        seen = sees(
+            position,
+            image,
+            tl.load(key_position + first_key)[None, :],
+            tl.load(key_image + first_key)[None, :],
+            tl.load(own_from + first_key)[None, :],
+            tl.load(other_from + first_key)[None, :],
+            WINDOW,
+        )
+        scores = tl.where(seen & in_block[None, :], scores, float("-inf"))
+        maximum, total, weighted, second_weighted = attend(
+            scores,
+            values,
+            second_values,
+            maximum,
+            total,
+            weighted,
+            second_weighted,
+            TO_LOG2,
+            SECOND,
+            PRECISION,
+        )
+        start, end, range_index = advance(
+            step, start, end, range_index, ranges, BLOCK_KV, STEPS_PER_BLOCK
+        )
+
+    saw = total > 0
+    total = tl.where(saw, total, 1.0)
+    LN_2: tl.constexpr = 0.6931471805599453
+    row_lse = tl.where(saw, (maximum + tl.log2(total)) * LN_2, float("-inf"))
+    weighted = weighted / total[:, None]
+    if SECOND > 0:
+        second_weighted = second_weighted / total[:, None]
+    if PARTS:
+        part = tl.load(tile + _PART)
+        if part >= 0:
+            place = (part.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_Q * PROGRAMS_PER_TILE)
+            part_rows = part_out + place * HEAD_DIM
+            part_offsets = index * HEAD_DIM
+            store_rows(part_rows, columns, part_offsets, inside, weighted, HEAD_DIM, 0, FIRST)
+            if SECOND > 0:
+                store_rows(
+                    part_rows,
+                    second_columns,
+                    part_offsets,
+                    inside,
+                    second_weighted,
+                    HEAD_DIM,
+                    FIRST,
+                    SECOND,
+                )
+            tl.store(part_lse + place + index, row_lse, mask=inside)
+            return
+    store_rows(out + place, columns, offsets, inside, weighted, HEAD_DIM, 0, FIRST)
+    if SECOND > 0:
+        store_rows(
+            out + place, second_columns, offsets, inside, second_weighted, HEAD_DIM, FIRST, SECOND
+        )
+    lse_place = first_row.to(tl.int64) * Q_HEADS + first_head
+    tl.store(lse + lse_place + row * Q_HEADS + index % heads, row_lse, mask=inside)

@@ -1,0 +1,148 @@
+"""`backend="triton"`: in the interpreter, without a GPU, and with a JAX that has no Pallas."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bsjax
+from bsjax import BackendError, BlockMask
+from bsjax.attention import backend_reason, backends, decode_attention, resolve_backend
+from bsjax.pallas.configurations import compiling_for
+from bsjax.runtime.sizes import most_parts
+from tests.support.decode_cases import random_arrays as random_decode_arrays
+from tests.support.parity import torch
+from tests.support.paths import ROOT
+from tests.support.prefill_cases import EVERY_CATEGORY, RAGGED, random_arrays
+from tests.support.triton_interpreter import interpreted, require_triton
+
+require_triton()
+needs_torch = pytest.mark.skipif(torch is None, reason="Triton's interpreter needs torch")
+MASK = BlockMask(RAGGED, EVERY_CATEGORY, 32, 32)
+
+
+@pytest.mark.slow
+@needs_torch
+def test_outputs_and_gradients_are_those_of_the_xla_backend():
+    q, k, v = random_arrays(RAGGED.tokens, 4, 2, 64, "float32")
+    options = {"return_lse": True}
+    found = interpreted("bsjax:sparse_attention", q, k, v, MASK, backend="triton", **options)
+    wanted = bsjax.sparse_attention(q, k, v, MASK, backend="xla", **options)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6, rtol=3e-6)
+    found, wanted = (
+        interpreted("tests.support.triton_functions:gradients", q, k, v, MASK, backend)
+        for backend in ("triton", "xla")
+    )
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.slow
+@needs_torch
+def test_decoding_is_that_of_the_xla_backend():
+    arrays = random_decode_arrays([9, 0], 9, 4, 2, 64, "float32", own=True, layer=1)
+    options = {"scale": 0.125, "return_lse": True}
+    found = interpreted("bsjax.attention:decode_attention", *arrays, backend="triton", **options)
+    wanted = decode_attention(*arrays, backend="xla", **options)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6, rtol=3e-6)
+
+
+def test_without_a_gpu_it_is_refused_with_what_to_do():
+    q, k, v = random_arrays(RAGGED.tokens, 4, 2, 64, "float32")
+    with pytest.raises(BackendError, match="needs an NVIDIA GPU, and JAX has found none"):
+        bsjax.sparse_attention(q, k, v, MASK, backend="triton")
+    arrays = random_decode_arrays([9], 9, 4, 2, 64, "float32", own=False, layer=0)
+    with pytest.raises(BackendError, match="use backend='xla'"):
+        decode_attention(*arrays, scale=1.0, backend="triton")
+
+
+def test_what_the_kernel_cannot_do_is_refused():
+    from bsjax.triton.configurations import default_blocks
+    from bsjax.triton.decode import decode_attention as triton_decode
+    from bsjax.triton.prefill import prefill_attention
+
+    schedule = MASK.schedule
+    q, k, v = random_arrays(RAGGED.tokens, 4, 2, 512, "float32")
+    with pytest.raises(BackendError, match="up to 256, got 512"):
+        prefill_attention(q, k, v, schedule, jnp.arange(4), scale=1.0)
+    with pytest.raises(BackendError, match="not in float64"):
+        default_blocks(64, "float64", sparse=True)
+    q, k, v = random_arrays(RAGGED.tokens, 4, 2, 64, "float32")
+    odd = BlockMask(RAGGED, EVERY_CATEGORY, 32, 24).schedule
+    with pytest.raises(BackendError, match="power of two of at least 16, got 24"):
+        prefill_attention(q, k, v, odd, jnp.arange(4), scale=1.0)
+    with pytest.raises(BackendError, match="up to 256, got 512"):
+        triton_decode(
+            *random_decode_arrays([9], 9, 4, 2, 512, "float32", own=False, layer=0), scale=1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "pallas", "jax_triton", "chosen", "reason"),
+    [
+        (False, True, True, "xla", "no GPU"),
+        (True, True, True, "pallas", "JAX has it"),
+        (True, False, True, "triton", "no Pallas for Triton any more"),
+        (True, False, False, "xla", "jax-triton is not installed"),
+    ],
+)
+def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, jax_triton, chosen, reason):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if gpu else "cpu")
+    monkeypatch.setattr(backends, "_has_pallas", lambda: pallas)
+    monkeypatch.setattr(backends, "_has_jax_triton", lambda: jax_triton)
+    with compiling_for("sm_90"):
+        assert resolve_backend("auto") == chosen
+        assert reason in backend_reason(chosen) and backend_reason(chosen).startswith("auto")
+        assert backend_reason("reference").startswith(f"asked for; auto is {chosen}")
+
+
+def test_long_tiles_of_text_rows_are_split_for_both_kernels():
+    parts = {name: most_parts(name, "bfloat16") for name in backends.BACKENDS}
+    assert parts["pallas"] == parts["triton"] > 0 == parts["xla"]
+
+
+@pytest.mark.slow
+def test_a_jax_without_pallas_for_triton_imports_and_runs():
+    """And without jax-triton, the backend is refused with what to install."""
+    code = """if True:
+        import sys
+        class Hidden:
+            def find_spec(self, name, path=None, target=None):
+                if name == "jax.experimental.pallas.triton" or name.split(".")[0] == hidden:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        hidden = None
+        sys.meta_path.insert(0, Hidden())
+        import jax, jax.numpy as jnp, bsjax
+        from bsjax.attention import resolve_backend
+        from bsjax.pallas.configurations import compiling_for
+        template = bsjax.Template.from_segments([bsjax.Text(50), bsjax.Image(70)])
+        mask = bsjax.BlockMask(template, ["sink"])
+        q = jnp.ones((120, 1, 64))
+        assert jnp.allclose(bsjax.sparse_attention(q, q, q, mask), 1, atol=1e-5)
+        def refusal(backend):
+            try:
+                bsjax.sparse_attention(q, q, q, mask, backend=backend)
+            except bsjax.BackendError as error:
+                return str(error)
+        assert "choose backend='triton'" in refusal("pallas")
+        on_cpu = jax.default_backend
+        with compiling_for("sm_90"):
+            jax.default_backend = lambda: "gpu"
+            assert resolve_backend("auto") == "triton"
+            hidden = "jax_triton"
+            assert resolve_backend("auto") == "xla"
+            jax.default_backend = on_cpu
+        assert "pip install" in refusal("triton")
+        hidden = None
+        from tools.gpu_targets import lowered
+        attend = lambda q, mask: bsjax.sparse_attention(q, q, q, mask, backend="triton")
+        with compiling_for("sm_90"):
+            assert "triton_kernel_call" in lowered(attend, (q, mask), "h200").as_text()
+    """
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -1,0 +1,184 @@
+"""The Triton kernels compile for real GPUs: tensor cores, no spills, within shared memory."""
+
+import importlib.metadata
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bsjax.masks.visibility import Visibility
+from bsjax.pallas.configurations import TARGETS as TARGET_NAMES
+from bsjax.pallas.configurations import WIDTHS
+from tests.support.checked_programs import ProgramCheck
+from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.triton_interpreter import require_triton
+
+require_triton()
+
+from tools import kernel_table  # noqa: E402
+from tools.configuration_table import read_table, table_of  # noqa: E402
+from tools.gpu_targets import TARGETS, KernelReport, compile_for  # noqa: E402
+from tools.kernel_lines import DECODE_MATRIX, PAGE, Case, matrix  # noqa: E402
+from tools.sass import opcodes  # noqa: E402
+from tools.triton_kernels import (  # noqa: E402
+    TritonLaunch,
+    default_prefill,
+    triton_decode,
+    triton_digest,
+    triton_launches,
+    triton_prefill,
+)
+
+PRODUCTS = {"a100": "HMMA", "l40s": "HMMA", "h200": "HGMMA", "b200": "UTCHMMA"}
+
+
+def check(report: KernelReport, gpu: str, dtype: str, said: str) -> None:
+    """A kernel with two matrix products is compiled as it should be."""
+    target = TARGETS[gpu]
+    assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
+    assert report.shared_memory <= target.shared_memory_per_block, said
+    assert report.resident(target) >= 1, said
+    used = set(opcodes(report.sass))
+    assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
+    # Products in TF32 or in halves would not be float32.
+    expected = set() if dtype == "float32" else {PRODUCTS[gpu]}
+    assert {name for name in used if name.endswith("MMA")} == expected, said
+
+
+def check_parameters(launch: TritonLaunch) -> None:
+    """The launcher passes as many parameters as the kernel has: the driver reads all of them."""
+    appended = 1 if jax.__version_info__ < (0, 11, 1) else 2
+    assert launch.parameters <= launch.pointers + appended
+
+
+def check_prefill(case: Case, *, line: str = "", always: bool = False, **options) -> None:
+    """Compiles a prefill kernel and checks it, unless the same kernel has been checked before.
+
+    Args:
+      case: the kernel.
+      line: what the page should say about it; "" for kernels that are not on the page.
+      always: whether to compile it in any case.
+      options: more arguments of `triton_prefill`.
+    """
+    require_gpu_compiler()
+    kernel = triton_prefill(*case[:3], sparse=case.sparse, **options)
+    digest = triton_digest(kernel.function, kernel.arguments, case.gpu)
+    recorded = ProgramCheck.of(f"triton-{case}", digest, line)
+    if recorded.has_passed and not always:
+        return
+    (launch,) = triton_launches(kernel.function, kernel.arguments, case.gpu)
+    assert launch.grid == kernel.grid, "heads must run fastest"
+    check_parameters(launch)
+    report = launch.report(case.gpu)
+    check(report, case.gpu, case.dtype, str(case))
+    # Other versions compile differently.
+    versions = f"Triton {importlib.metadata.version('triton')} and jax-triton"
+    if line and f"with JAX {jax.__version__}," in PAGE.read_text() and versions in PAGE.read_text():
+        written = f"| {' | '.join(kernel_table.triton_row(case, report))} |"
+        assert line == written, "run python -m tools.kernel_table"
+    recorded.passed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", matrix(default_prefill), ids=str)
+def test_prefill_compiles_for_every_architecture_as_the_page_says(case):
+    begin = f"| {' | '.join(kernel_table.triton_name(case))} |"
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith(begin)]
+    assert len(lines) == 1, "run python -m tools.kernel_table"
+    check_prefill(case, line=lines[0], always=case == Case("h200", 128, "bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h200", "b200"])
+def test_windows_and_bidirectional_images_cost_no_spills(gpu):
+    check_prefill(Case(gpu, 128, "bfloat16"), visibility=Visibility(True, window=1024))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+@pytest.mark.parametrize(("head_dim", "heads"), [(256, (8, 4)), (128, (32, 16))])
+def test_prefill_compiles_for_the_layers_of_gemma3(gpu, head_dim, heads):
+    check_prefill(
+        Case(gpu, head_dim, "bfloat16"),
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        visibility=Visibility(True, 1024),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gpu", "head_dim"), [("h200", 128), ("h200", 256), ("l40s", 256)])
+def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim):
+    # 128 x 64 is what `BlockMask` takes by default.
+    check_prefill(Case(gpu, head_dim, "bfloat16"), blocks=(128, 64), whole=True)
+
+
+@pytest.mark.slow
+def test_arrays_may_be_larger_than_32_bit_offsets():
+    # 1.2M tokens x 16 key heads x 128: an index of k does not fit 32 bits.
+    check_prefill(Case("h200", 128, "bfloat16"), tokens=1_200_000, q_heads=64, kv_heads=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DECODE_MATRIX, ids=str)
+def test_decode_compiles_for_every_architecture(case):
+    require_gpu_compiler()
+    gpu, _, dtype = case
+    kernel = triton_decode(*case)
+    digest = triton_digest(kernel.function, kernel.arguments, gpu)
+    recorded = ProgramCheck.of(f"triton-decode-{case}", digest)
+    if recorded.has_passed:
+        return
+    attending, combining = triton_launches(kernel.function, kernel.arguments, gpu)
+    assert (attending.name, combining.name) == ("decode_attention", "combine_splits")
+    for launch in (attending, combining):
+        check_parameters(launch)
+    check(attending.report(gpu), gpu, dtype, str(case))
+    assert math.prod(attending.grid) >= TARGETS[gpu].cores, "programs leave cores idle"
+    assert combining.report(gpu).spilled == 0
+    recorded.passed()
+
+
+@pytest.mark.slow
+def test_a_program_for_an_absent_gpu_contains_the_kernels_and_no_copy_of_the_cache():
+    """A layer's prefill and decode in one jitted program, with PTX that JAX's assembler reads."""
+    require_gpu_compiler()
+    prefill = triton_prefill("h200", 128, "bfloat16")
+    decode = triton_decode("h200", 128, "bfloat16", layers=2, rows=36_000)
+
+    @jax.jit
+    def layer(arguments, query):
+        q, k, v, schedule, head_category, index = arguments
+        out, _ = prefill.function(q, k, v, schedule, head_category, index)
+        lengths = jnp.full((1,), 36_000, jnp.int32)
+        next_out, _ = decode.function(query, k[:, None], v[:, None], index, lengths)
+        return out, next_out
+
+    arguments = (prefill.arguments, decode.arguments[0])
+    launches = triton_launches(layer, arguments, "h200")
+    names = [launch.name for launch in launches]
+    assert names == ["prefill_attention", "decode_attention", "combine_splits"]
+    for launch in launches:
+        version = launch.ptx.split(".version ")[1].split()[0]
+        assert tuple(map(int, version.split("."))) <= (8, 8), "CUDA 12.9 must read it"
+    compiled = compile_for(layer, arguments, "h200")
+    assert compiled.as_text().count("triton_kernel_call") >= 3
+    _, k, *_ = prefill.arguments
+    cache = 2 * math.prod(k.shape)
+    parts = prefill.arguments[3].parts.count * 4 * prefill.arguments[3].block_q * 129 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * parts + cache // 4
+
+
+def test_the_table_has_every_entry_once():
+    entries = read_table(table_of("triton"))
+    keys = [(entry["target"], entry["width"], entry["bytes"], entry["heads"]) for entry in entries]
+    wanted = [
+        (target, width, itemsize, heads)
+        for target in TARGET_NAMES
+        for width in WIDTHS
+        for itemsize in (2, 4)
+        for heads in ("dense", "sparse")
+    ]
+    assert sorted(keys) == sorted(wanted)
+    assert {entry["basis"] for entry in entries} <= {"compiled", "measured"}
