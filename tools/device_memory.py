@@ -73,6 +73,13 @@ _TRAVELS = "| model | tokens | GPUs | context x tensor | chunk | all-reduces | a
 _PAGE = Path(__file__).parents[1] / "docs" / "devices.md"
 
 
+class _Loop(NamedTuple):
+    """A loop of a program: the computation that it is in, and how often it runs."""
+
+    parent: str
+    count: int
+
+
 def travelling(hlo: str) -> list[tuple[str, int]]:
     """The collectives of a layer: the kind of each, and the bytes of its result on a device.
 
@@ -80,22 +87,24 @@ def travelling(hlo: str) -> list[tuple[str, int]]:
       hlo: the compiled program of a chunk, whose layers are a loop.
     """
     lines, computation = [], ""
-    outer: dict[str, tuple[str, int]] = {}  # For the body of each loop, where it is, and how often.
+    outer: dict[str, _Loop] = {}  # By the name of its body.
     for line in hlo.splitlines():
         if line.endswith("{"):
             computation = line.split(" ", 1)[0]
         lines.append((computation, line))
         loop = _LOOP.search(line)
         if loop:
-            outer[loop["body"]] = computation, int(loop["count"])
+            outer[loop["body"]] = _Loop(computation, int(loop["count"]))
     found = []
     for computation, line in lines:
         match = _STARTS.search(line)
         if not match or computation not in outer:
             continue
-        # The MLP of a large chunk is a loop within that of the layers.
-        parent, count = outer[computation]
-        times = count if parent in outer else 1
+        # Within the loop of the layers are those of local layers, and of the MLP of a large chunk.
+        times, inner = 1, computation
+        while outer[inner].parent in outer:
+            times *= outer[inner].count
+            inner = outer[inner].parent
         shapes = re.findall(r"(\w+)\[([\d,]*)\]", match["results"])
         sizes = [
             _SIZES[dtype] * int(np.prod([int(size) for size in shape.split(",") if size]))
@@ -133,12 +142,7 @@ def travel_row(case: Case, found: Measurement) -> str:
         case,
         f"{found.chunk_rows:,}",
         count("all-reduce"),
-        " + ".join(
-            f"{size / 2**20:.1f}"
-            for kind, size in sorted(collectives, key=lambda each: each[1])
-            if kind == "all-gather"
-        )
-        or "none",
+        count("all-gather"),
         f"{total / 2**20:.0f}",
     )
 

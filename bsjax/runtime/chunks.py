@@ -609,9 +609,9 @@ def chunk_borders(
 
     A chunk takes the next tokens of the first prompt that has any left, then those of the prompts
     after it. Of the sizes, it has the one that the tokens fill best, where the last tokens count as
-    a multiple of the smallest size; of several, the largest. A chunk has fewer tokens than its size
-    if it would otherwise have more than its `most_images` or `most_prompts` prompts, or end inside
-    an image although `whole_images` is set.
+    a multiple of the smallest size; of several that are filled nearly alike, the largest. A chunk
+    has fewer tokens than its size if it would otherwise have more than its `most_images` or
+    `most_prompts` prompts, or end inside an image although `whole_images` is set.
 
     Args:
       prompts: the prompts.
@@ -675,6 +675,9 @@ def _share_filled(
 ) -> tuple[float, int]:
     """The share of a chunk's rows that are filled, and its size.
 
+    A chunk counts as a few more rows than it has, for the time that every chunk takes: of sizes
+    that are filled nearly alike, the largest is the best.
+
     Args:
       filled: what chunks of each size take.
       left: how many tokens are left. Those of a chunk that takes all count as a multiple of the
@@ -683,7 +686,9 @@ def _share_filled(
       size: rows of the chunk.
     """
     tokens = sum(each.end - each.start for each in filled[size])
-    return (-(-tokens // smallest) * smallest if tokens == left else tokens) / size, size
+    if tokens == left:
+        tokens = -(-tokens // smallest) * smallest
+    return tokens / (size + smallest / 16), size
 
 
 def _image_end(template: Template, position: int) -> int:
