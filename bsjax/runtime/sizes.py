@@ -93,11 +93,12 @@ _MOST_PARTS = 64
 def most_parts(backend: str, dtype: Any) -> int:
     """The most parts, all together, that the long tiles of a chunk's text rows are split into.
 
-    It is 0, which splits none, except for the kernel in 16 bits. Only on a GPU does a launch wait
-    for its longest tiles; and in float32, which is for comparisons, the kernel has no registers to
-    spare.
+    It is 0, which splits none, except for the kernels in 16 bits. Only on a GPU does a launch wait
+    for its longest tiles; and in float32, which is for comparisons, the kernels have no registers
+    to spare.
     """
-    return _MOST_PARTS if backend == "pallas" and np.dtype(dtype).itemsize == 2 else 0
+    splits = backend in ("pallas", "triton") and np.dtype(dtype).itemsize == 2
+    return _MOST_PARTS if splits else 0
 
 
 # Short caches have one of few lengths. Longer ones are rounded up by at most a quarter.
