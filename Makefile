@@ -11,8 +11,9 @@
 # make evaluate     its accuracy on held-out prompts, dense and sparse: docs/evaluation.md
 # make wheel-check  builds the wheel, installs it into a new environment and tries it there
 #
-# make gpu-check   checks and times the GPU kernels on this machine's GPU. Installs nothing: PYTHON
-#                  is any interpreter with a CUDA JAX and NumPy.
+# make gpu-check   checks and times the GPU kernels on this machine's GPU, beside what the model in
+#                  docs/speed.md predicts. Installs nothing: PYTHON is any interpreter with a CUDA JAX
+#                  and NumPy.
 
 PYTHON ?= python3
 VENV := .venv

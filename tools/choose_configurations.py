@@ -38,6 +38,7 @@ from tools.configuration_table import table_of, write_table
 from tools.gpu_targets import TARGETS as GPUS
 from tools.gpu_targets import KernelReport
 from tools.sass import attention_loops
+from tools.speed.rates import EXPONENTIALS, SCHEDULERS, rates_of
 from tools.triton_kernels import triton_prefill, triton_reports
 
 GPU_OF = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200"}
@@ -47,12 +48,6 @@ CANDIDATES = {
     4: list(itertools.product([(16, 4), (16, 8), (32, 4), (32, 8), (32, 16)], [16, 32], [2])),
 }
 """By bytes per element: (block_q, num_warps), block_kv, num_stages."""
-
-# Multiply-adds per cycle and multiprocessor on half-precision tensor cores, from the data sheets.
-_TENSOR_RATE = {"sm_80": 1024, "sm_89": 512, "sm_90": 2048, "sm_100": 4096}
-# For all multiprocessors together; assumed to be three fifths of the figures in the data sheets.
-_L2_BYTES_PER_CYCLE = {"sm_80": 3072, "sm_89": 2048, "sm_90": 3072, "sm_100": 3072}
-_EXPONENTIALS_PER_CYCLE = 16
 
 
 def _pallas_report(
@@ -104,16 +99,16 @@ def cycles_per_pair(
     """The estimate that candidates are ranked by."""
     loops = [len(loop) for loop in attention_loops(report.sass)]
     full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
-    gpu = GPUS[GPU_OF[target]]
+    rates = rates_of(GPU_OF[target])
     pairs = candidate.block_q * candidate.block_kv
     # Float32 products do not use the tensor cores; their instructions are counted.
-    tensor = 2 * pairs * width / _TENSOR_RATE[target] if itemsize == 2 else 0.0
-    special = pairs / _EXPONENTIALS_PER_CYCLE
-    memory = 2 * candidate.block_kv * width * itemsize / (_L2_BYTES_PER_CYCLE[target] / gpu.cores)
-    resident = report.resident(gpu)
+    tensor = 4 * pairs * width / rates.tensor if itemsize == 2 else 0.0
+    special = pairs / EXPONENTIALS
+    memory = 2 * candidate.block_kv * width * itemsize / rates.l2
+    resident = report.resident(GPUS[GPU_OF[target]])
 
     def block(instructions: int) -> float:
-        issue = instructions * candidate.num_warps / 4
+        issue = instructions * candidate.num_warps / SCHEDULERS
         alone = (tensor + max(issue, special)) / resident
         return max(issue, tensor, special, memory, alone)
 

@@ -2,16 +2,17 @@
 
     make gpu-check PYTHON=python3      # or: python3 -m tools.gpu_check
 
-Compares every case of `tools.gpu_cases` with float32, then runs a short benchmark, in under eight
-minutes. Needs only JAX for CUDA and NumPy; bsjax need not be installed. If PyTorch is installed,
-the benchmark includes it. The exit status is 0 only if every case passed. The JSON file has all
-measurements.
+Compares every case of `tools.gpu_cases` with float32, then runs a short benchmark and prints what
+the model of speed (docs/speed.md) had predicted, in under eight minutes. Needs only JAX for CUDA
+and NumPy; bsjax need not be installed. If PyTorch is installed, the benchmark includes it. The exit
+status is 0 only if every case passed. The JSON file has all measurements.
 
 `--interpret` runs a few small cases in interpret mode on any machine. It tests this program, and
 the parts of the kernels that do not depend on a GPU.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -24,7 +25,9 @@ import jax
 
 from benchmarks import attention
 from benchmarks.measure import write_result
+from bsjax.attention import resolve_backend
 from tools.gpu_cases import Case, all_cases, small_cases
+from tools.speed.comparison import beside, gpu_of
 
 NAME = "gpu_check"
 _SECONDS_OF_BENCHMARK = 150.0
@@ -142,7 +145,22 @@ def run_benchmark(output: Path, deadline: float) -> int:
     if jax.default_backend() != "gpu":
         options += ["--tokens", "256", "--images", "60", "--categories", "INTRA_IMAGE_SINK"]
         options += ["--no-torch"]
-    return attention.main(options)
+    status = attention.main(options)
+    results = sorted(output.glob("attention_on_*.json"), key=lambda path: path.stat().st_mtime)
+    if results:
+        print(f"\n{predicted(results[-1])}", flush=True)
+    return status
+
+
+def predicted(benchmark: Path) -> str:
+    """The predictions of `tools.speed_model` beside the results of a benchmark."""
+    device = jax.devices()[0].device_kind
+    gpu = gpu_of(device)
+    if gpu is None:
+        return f"MODEL: no predictions for {device}."
+    workloads = json.loads(benchmark.read_text(encoding="utf-8"))["workloads"]
+    backend = resolve_backend("auto")
+    return "\n\n".join(beside(each, gpu, backend) for each in workloads)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import NamedTuple
 
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA", "IMMA")
 """Tensor core instructions: of Ampere and Ada, of Hopper, of Blackwell, and for dtypes that the
@@ -25,32 +26,51 @@ _INSTRUCTION = re.compile(
 _BRANCH_TARGET = re.compile(r"`\((\.L\S+?)\)")
 
 
+class Instruction(NamedTuple):
+    """One instruction, such as `@!P0 HGMMA.64x64x16.F32.BF16 R88, gdesc[UR12], RZ`."""
+
+    name: str
+    """Such as "HGMMA"."""
+    modifiers: str
+    """Such as ".64x64x16.F32.BF16"."""
+    operands: str
+    predicate: str
+    """Such as "@!P0"; empty if all threads execute it."""
+
+
 def opcodes(sass: str) -> list[str]:
     """The names of all instructions of a disassembled kernel, in order, such as "HGMMA", "FFMA"."""
     return [match.group(2) for line in sass.splitlines() if (match := _INSTRUCTION.match(line))]
 
 
 def attention_loops(sass: str) -> list[list[str]]:
+    """The names of the instructions of each of `loops_over_blocks`."""
+    return [[each.name for each in loop] for loop in loops_over_blocks(sass)]
+
+
+def loops_over_blocks(sass: str) -> list[list[Instruction]]:
     """The instructions of each loop over blocks of keys, shortest loop first.
 
     These loops are the innermost ones that evaluate exponentials, and that use tensor cores if the
     kernel does. The prefill kernel has two: the shorter is for full blocks, the longer for partial
     blocks.
     """
-    names: list[str] = []
+    found: list[Instruction] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for line in sass.splitlines():
         label = _LABEL.match(line)
         if label:
-            labels[label.group(1)] = len(names)
+            labels[label.group(1)] = len(found)
         match = _INSTRUCTION.match(line)
         if not match:
             continue
-        names.append(match.group(2))
-        target = _BRANCH_TARGET.search(match.group(4))
-        if match.group(2) == "BRA" and target and target.group(1) in labels:
-            loops.append((labels[target.group(1)], len(names)))
+        predicate, name, modifiers, operands = match.groups()
+        found.append(Instruction(name, modifiers, operands, (predicate or "").strip()))
+        target = _BRANCH_TARGET.search(operands)
+        if name == "BRA" and target and target.group(1) in labels:
+            loops.append((labels[target.group(1)], len(found)))
+    names = [each.name for each in found]
     on_tensor_cores = not set(PRODUCTS).isdisjoint(names)
     over_blocks = [
         (start, end)
@@ -70,7 +90,7 @@ def attention_loops(sass: str) -> list[list[str]]:
     exponentials = {loop: names[slice(*loop)].count("MUFU") for loop in innermost}
     most = max(exponentials.values(), default=0)
     over_blocks = [loop for loop in innermost if 2 * exponentials[loop] >= most]
-    return sorted((names[start:end] for start, end in over_blocks), key=len)
+    return sorted((found[start:end] for start, end in over_blocks), key=len)
 
 
 def mix(instructions: list[str]) -> dict[str, int]:

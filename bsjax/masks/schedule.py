@@ -23,7 +23,8 @@ heads in a tile of 128. A chunk of a prompt has few text rows, which see everyth
 stacked tile reads those keys once for all of its heads.
 
 If those few tiles visit many more blocks than all others, a GPU would wait for them. They can be
-split along the keys into *parts*, whose results are combined by their log-sum-exps.
+split along the keys into *parts*, whose results are combined by their log-sum-exps. The tables are
+then arranged so that the longest tiles of all of them start first (`bsjax.masks.launch_order`).
 
 Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
@@ -42,13 +43,17 @@ from jaxtyping import Int
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
+from bsjax.masks.launch_order import launch_entries
 from bsjax.masks.query_rows import QueryRows, RowRanges
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.template import Template
 from bsjax.masks.visibility import CAUSAL, PADDING, TokenInfo, Visibility
 
-LONGEST_TILE = 256
-"""A tile of text rows that visits more blocks than this may be split along the keys."""
+LONGEST_TILE = 64
+"""A tile of text rows that visits more blocks than this may be split along the keys.
+
+The beginning and end of a program cost about as much as five blocks, and a launch waits for its
+longest program: `docs/speed.md` says what other lengths would cost."""
 
 # The largest block size that is accepted, because backends pad their arrays by a block.
 _LARGEST_BLOCK = 65536
@@ -142,7 +147,8 @@ class Schedule:
       tile_columns: int32 [tables, tiles, fields of `Tile`], the tiles with the most blocks first.
         In each table that is not empty, every query row that the table is for is in exactly one
         tile, or in all parts of one; padding rows are in tiles without blocks. Entries after a
-        table's last tile have no rows.
+        table's last tile have no rows. With `parts`, entries before and between them may have no
+        rows either (see `bsjax.masks.launch_order`).
       range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
         has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
         step by `block_kv` from a range's start; the last block of a partial range is cut at the end
@@ -316,14 +322,16 @@ def build_span_schedule(
     most_tiles = max((len(table.tiles) for table in built), default=0)
     # One extra entry, because kernels read the range after a tile's last one.
     most_ranges = 1 + max((len(table.ranges) for table in built), default=0)
+    tiles = [table.tiles for table in built]
+    room = bucket(most_tiles, smallest=capacity.tiles, steps=1)
+    if parts is not None:
+        # Only the kernels whose launches wait for long tiles combine parts.
+        tiles = _in_launch_order(tiles, room)
     return Schedule(
         queries=_padded(queries.info, query_rows),
         keys=_padded(keys.info, key_rows),
         groups=np.asarray(all_groups, np.int32),
-        tile_columns=_stack(
-            [table.tiles for table in built],
-            bucket(most_tiles, smallest=capacity.tiles, steps=1),
-        ),
+        tile_columns=_stack(tiles, room),
         range_columns=_stack(
             [table.ranges for table in built],
             bucket(most_ranges, smallest=capacity.ranges, steps=1),
@@ -521,9 +529,7 @@ def _split_long_tiles(table: _Table, block_kv: int, most_parts: int) -> tuple[_T
       most_parts: how many parts there may be.
     """
     blocks = Tile.read(lambda column: table.tiles[:, column]).blocks
-    # The quotients blocks / most_blocks add up to at most half of `most_parts`. No more tiles than
-    # that are split, so rounding each quotient up adds at most the other half.
-    most_blocks = max(LONGEST_TILE, -(-2 * int(blocks.sum()) // most_parts))
+    most_blocks = _blocks_of_parts(blocks, most_parts)
     tiles, ranges = [table.tiles[blocks <= most_blocks]], [table.ranges]
     parts = Parts(*(np.zeros(most_parts, np.int32) for _ in Parts._fields))
     parts.tile[:] = most_parts
@@ -555,6 +561,36 @@ def _split_long_tiles(table: _Table, block_kv: int, most_parts: int) -> tuple[_T
     all_tiles = np.concatenate(tiles)
     order = np.argsort(-Tile.read(lambda column: all_tiles[:, column]).blocks, kind="stable")
     return _Table(all_tiles[order], np.concatenate(ranges)), parts
+
+
+def _blocks_of_parts(blocks: Int[np.ndarray, "tiles"], most_parts: int) -> int:
+    """The most blocks of a part: as few as there may be parts for.
+
+    Where tiles are many, they need no parts: none of them is longer than the others together.
+    """
+    fewest = max(LONGEST_TILE, -(-int(blocks.sum()) // most_parts))
+    most = max(fewest, int(blocks.max(initial=0)))
+    while fewest < most:
+        middle = (fewest + most) // 2
+        longer = blocks[blocks > middle]
+        if int((-(-longer // middle)).sum()) <= most_parts:
+            most = middle
+        else:
+            fewest = middle + 1
+    return most
+
+
+def _in_launch_order(
+    tables: Sequence[Int[np.ndarray, "_ fields"]], room: int
+) -> list[Int[np.ndarray, "_ fields"]]:
+    """The tiles of all tables, with entries without rows where `launch_entries` has none."""
+    lengths = [Tile.read(partial(np.take, own, axis=1)).blocks for own in tables]
+    spread = [np.zeros((room, len(Tile._fields)), np.int32) for _ in tables]
+    for all_entries, own, entries in zip(
+        spread, tables, launch_entries(lengths, room), strict=True
+    ):
+        all_entries[entries] = own
+    return spread
 
 
 def _united(blocks: Sequence[tuple[int, int]], block_kv: int) -> list[tuple[int, int]]:

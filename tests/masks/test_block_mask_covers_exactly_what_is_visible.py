@@ -136,8 +136,15 @@ def test_split_tiles_cover_what_whole_ones_do(
     np.testing.assert_array_equal(used, np.arange(used.size))
     assert used.size <= most_parts == parts.count
     assert (parts.tile[used.size :] == most_parts).all()
-    longest = max(3, -(-2 * int(whole.tiles.blocks[1].sum()) // most_parts))
-    assert tiles.blocks[1].max(initial=0) <= longest
+    of_tiles = whole.tiles.blocks[1]
+    least = int(max(3, -(-of_tiles.sum() // most_parts)))
+    longest = int(max(least, tiles.blocks[1].max(initial=0)))
+
+    def needed(most):
+        return int((-(-of_tiles[of_tiles > most] // most)).sum())
+
+    assert needed(longest) <= most_parts
+    assert longest == least or needed(longest - 1) > most_parts, "parts could be shorter"
     assert (np.diff(tiles.blocks[1][tiles.rows[1] > 0]) <= 0).all(), "longest tiles first"
     for tile in map(Tile._make, split.tile_columns[1].tolist()):
         if tile.rows and tile.part >= 0:

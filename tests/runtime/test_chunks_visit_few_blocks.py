@@ -8,7 +8,7 @@ import pytest
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.runtime.chunks import CacheLayout, Chunks, PlacedPrompt
-from bsjax.runtime.sizes import cache_rows
+from bsjax.runtime.sizes import cache_rows, most_parts
 from tests.support.chunks import inputs_of_template
 
 BLOCKS = (128, 64)
@@ -58,3 +58,32 @@ def test_for_every_sparse_category(images, tokens, most, category):
     )
     visits = visits_of_chunks(template, category)
     assert visits <= most * Q_HEADS * int(whole.tiles.blocks.sum())
+
+
+@pytest.mark.parametrize("backend", ["pallas", "triton"])
+def test_launches_begin_with_the_longest_tiles_of_all_tables(backend):
+    heads = [HeadCategory.DENSE, HeadCategory.SINK] * (Q_HEADS // 2)
+    template = Template.from_segments([Text(8), Image(1000)] * 20)
+    inputs = replace(
+        inputs_of_template(template), head_category=np.asarray([heads], np.int32), blocks=BLOCKS
+    )
+    parts = most_parts(backend, "bfloat16")
+    assert parts > 0 == most_parts("xla", "bfloat16") == most_parts(backend, "float32")
+    chunks = Chunks(
+        [PlacedPrompt(inputs)],
+        CacheLayout(cache_rows(template.tokens)),
+        (512, 4096),
+        Q_HEADS // KV_HEADS,
+        feature_rows=10**6,
+        most_parts=parts,
+        all_outputs=True,
+    )
+    longest_part = 0
+    for chunk in chunks:
+        tiles = chunk.arguments.cached_rows[0].schedule.tiles
+        # As a launch starts them: the first entry of each table, then the second of each.
+        started = tiles.blocks.T[tiles.rows.T > 0]
+        assert (started <= 1.05 * np.minimum.accumulate(started)).all()
+        longest_part = max(longest_part, int(tiles.blocks[tiles.part >= 0].max(initial=0)))
+    # Whole tiles of text rows would visit up to 315 blocks.
+    assert 0 < longest_part <= 64
