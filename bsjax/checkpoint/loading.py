@@ -169,6 +169,7 @@ def load(
         float32, and bfloat16 elsewhere.
       mesh: the devices that the model is divided among, from `bsjax.mesh`; None for the default
         device. No device holds the whole model, and the host only parts of a parameter at a time.
+        Each process reads what its own devices need.
       head_categories: `Profile.categories` of the profile that the model will run with, so that the
         heads that take long do not all go to the same devices of the mesh. The model can run with
         any profile, whatever is given here.
