@@ -31,6 +31,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from typing_extensions import override
 
 from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
@@ -125,6 +126,11 @@ class DescribedModel(Processor):
     image_cache_bytes: int = 0
     mesh: Mesh | None = None
     head_order: HeadOrder | None = None
+
+    @property
+    @override
+    def shares_images(self) -> bool:
+        return self.mesh is not None and self.mesh.is_multi_process
 
     @property
     def architecture(self) -> Architecture:

@@ -19,6 +19,13 @@ def spans_processes(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.is_multi_process
 
 
+def own_devices(mesh: Mesh | None) -> list[bool]:
+    """Which devices of a mesh are this process's, in the order of `Shares` along all axes."""
+    if mesh is None:
+        return [True]
+    return [device.process_index == jax.process_index() for device in mesh.devices.flat]
+
+
 def placed(tree: Any, shapes: Any) -> Any:
     """Arguments of a program whose devices belong to several processes.
 
