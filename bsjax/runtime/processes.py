@@ -62,6 +62,13 @@ def least_of_all(size: int | None, mesh: Mesh | None) -> int | None:
     return from_mib(multihost_utils.process_allgather(in_mib(size)))
 
 
+def argument_of_least(argument: int, size: int) -> int:
+    """The argument of the process that names the least size, in bytes."""
+    named = multihost_utils.process_allgather(np.asarray([argument, in_mib(size)], np.int32))
+    arguments, sizes = np.asarray(named).reshape(-1, 2).T
+    return int(arguments[np.argmin(sizes)])
+
+
 def in_mib(size: int | None) -> np.int32:
     """Bytes in MiB, rounded down, because devices have no larger integers; -1 for None."""
     return np.int32(-1 if size is None else min(size // _MIB, 2**31 - 1))

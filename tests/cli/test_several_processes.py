@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from bsjax.cli import main, watch
-from bsjax.runtime.processes import from_mib, in_mib
+from bsjax.runtime import processes
+from bsjax.runtime.processes import argument_of_least, from_mib, in_mib
 
 TIMEOUT = 120
 
@@ -176,3 +177,14 @@ def test_processes_notice_what_becomes_of_the_others(monkeypatch, ending):
         reasons.get(timeout=0.5)
     for process in processes:
         process.finish()
+
+
+def test_the_device_with_the_least_memory_may_be_another_processes(monkeypatch):
+    gib = 2**30
+
+    def gathered(own: np.ndarray) -> np.ndarray:
+        return np.stack([own, np.asarray([5, in_mib(20 * gib)], np.int32)])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    assert argument_of_least(1, 50 * gib) == 5
+    assert argument_of_least(1, 10 * gib) == 1
