@@ -32,7 +32,7 @@ from bsjax.models.parameters import tied_keys
 from convert.plan import PlannedParameter, make_plan
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import Source, open_source
-from convert.streaming import Fingerprint, chunk_shape, pieces
+from convert.streaming import Fingerprint, chunk_shape, inner_chunk_shape, pieces
 from convert.trial import try_logits, try_prompt
 from convert.verify import Verification, require_torch, verify
 from convert.writing import (
@@ -205,6 +205,7 @@ def prepare(source: str | Path, revision: str | None = None, dtype: Any = None) 
         opened.tensors,
         stored,
         tied_keys(config),
+        family.text_head_dim(config),
     )
     try_prompt(opened.folder, module)
     return Preparation(opened, family, plan, copied)
@@ -234,6 +235,7 @@ def _write(
                     parameter.shape,
                     parameter.dtype,
                     chunk_shape(parameter),
+                    inner_chunk_shape(parameter),
                     functools.partial(pieces, parameter, reader, fingerprint, advance),
                 )
                 for parameter in plan

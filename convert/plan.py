@@ -7,6 +7,7 @@ import numpy as np
 
 from bsjax.errors import CheckpointError
 from bsjax.models.parameters import TRANSFORMS, ParameterRule, canonical_key
+from bsjax.models.sharding import KV_HEADS, Q_HEADS
 from convert.safetensors_file import FLOAT_DTYPES, TensorEntry, TensorReader
 from convert.source import join_names
 
@@ -30,12 +31,23 @@ class PlannedParameter:
       shape: the parameter's shape, with the leading layer axis if it is stacked.
       dtype: the dtype that it is stored in.
       tensors: its source tensors: one per layer, or a single one if it is not stacked.
+      unit: how many entries of the axis that is divided among devices stay together: the channels
+        of a head, for heads.
     """
 
     rule: ParameterRule
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: tuple[TensorEntry, ...]
+    unit: int = 1
+
+    @property
+    def divided_axis(self) -> int | None:
+        """The axis that is divided among devices; None if there is none."""
+        for axis, name in enumerate(self.rule.axes):
+            if name is not None:
+                return axis + (self.rule.layers is not None)
+        return None
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +61,7 @@ def make_plan(
     tensors: dict[str, TensorEntry],
     dtype: np.dtype,
     tied: dict[str, str],
+    head_dim: int = 1,
 ) -> list[PlannedParameter]:
     """Finds the tensors of every parameter, and a parameter for every tensor.
 
@@ -58,6 +71,7 @@ def make_plan(
       tensors: the checkpoint's tensors, by their keys in the files.
       dtype: the dtype to store.
       tied: maps canonical keys whose tensors may be copies to the keys they copy.
+      head_dim: channels of a head of the language model.
 
     Raises:
       CheckpointError: keys are missing, unknown or ambiguous; a tensor has the wrong shape or does
@@ -85,7 +99,11 @@ def make_plan(
 
     plan = [
         PlannedParameter(
-            rule, shapes[rule.target], dtype, tuple(by_key[key] for key in rule.sources)
+            rule,
+            shapes[rule.target],
+            dtype,
+            tuple(by_key[key] for key in rule.sources),
+            head_dim if {Q_HEADS, KV_HEADS} & set(rule.axes) else 1,
         )
         for rule in table
     ]

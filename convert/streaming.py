@@ -19,6 +19,10 @@ from convert.safetensors_file import TensorEntry, TensorReader
 PIECE_BYTES = 64 * 2**20
 """Parameters up to this size are one piece; larger ones are cut into pieces of about this size."""
 
+MOST_INNER_CHUNKS, LEAST_INNER_BYTES = 64, 2**18
+"""An axis that is divided among devices is stored in up to so many inner chunks, of which each has
+at least so many bytes. Processes read those that their devices need."""
+
 # Values are checked in blocks that fit into the processor's cache, so that checking is limited only
 # by the speed of memory.
 _CHECKED_AT_ONCE = 2**18
@@ -89,9 +93,43 @@ def chunk_shape(parameter: PlannedParameter) -> tuple[int, ...]:
     return (*parameter.shape[:-1], rows)
 
 
+def inner_chunk_shape(parameter: PlannedParameter) -> tuple[int, ...] | None:
+    """The shape of a parameter's inner chunks, the units that are read: chunks have several.
+
+    None if each device needs the whole parameter, or if it is small.
+    """
+    axis, count = parameter.divided_axis, _inner_chunks(parameter)
+    if axis is None or not count:
+        return None
+    shape = list(parameter.shape)
+    shape[axis] //= count
+    if parameter.rule.layers is not None:
+        shape[0] = 1
+    return tuple(shape)
+
+
+def _inner_chunks(parameter: PlannedParameter) -> int:
+    """How many inner chunks there are along the divided axis; 0 if there are none."""
+    axis = parameter.divided_axis
+    if axis is None:
+        return 0
+    nbytes = parameter.nbytes // (parameter.rule.layers or 1)
+    counts = [
+        count
+        for count in range(1, MOST_INNER_CHUNKS + 1)
+        if parameter.shape[axis] % (count * parameter.unit) == 0
+        and nbytes >= count * LEAST_INNER_BYTES
+        # Pieces of one tensor consist of whole inner chunks.
+        and (parameter.rule.layers is not None or nbytes <= count * PIECE_BYTES)
+    ]
+    return max(counts, default=0)
+
+
 def _rows_per_piece(parameter: PlannedParameter) -> int:
     rows = parameter.tensors[0].shape[0]
-    return max(1, min(rows, PIECE_BYTES * rows // parameter.nbytes))
+    per_piece = max(1, min(rows, PIECE_BYTES * rows // parameter.nbytes))
+    count = _inner_chunks(parameter)
+    return per_piece // (rows // count) * (rows // count) if count else per_piece
 
 
 def pieces(

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from bsjax.checkpoint.loading import UNFINISHED
-from bsjax.checkpoint.restoring import CODECS, nested
+from bsjax.checkpoint.restoring import codecs_of, nested
 from bsjax.errors import CheckpointError
 from bsjax.unfinished import held, remove_leftovers
 
@@ -44,7 +44,9 @@ class StreamedParameter:
     Attributes:
       shape: the parameter's shape.
       dtype: the parameter's dtype.
-      chunks: the shape of the chunks that it is stored in.
+      chunks: the shape of the chunks that it is stored in: a file each.
+      inner_chunks: the shape of the chunks within them that are read by themselves; None if there
+        are none.
       pieces: a function that starts reading and yields the index and contents of each piece. Pieces
         consist of whole chunks.
     """
@@ -52,6 +54,7 @@ class StreamedParameter:
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
+    inner_chunks: tuple[int, ...] | None
     pieces: Callable[[], Iterator[tuple[tuple[Any, ...], np.ndarray]]]
 
 
@@ -84,7 +87,7 @@ def _write(parameter: StreamedParameter, folder: Path) -> None:
                     "name": "regular",
                     "configuration": {"chunk_shape": parameter.chunks},
                 },
-                "codecs": CODECS,
+                "codecs": codecs_of(parameter.inner_chunks),
             },
             "create": True,
             # Even chunks of zeros are written, so that a missing chunk always means damage.

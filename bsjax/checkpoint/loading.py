@@ -31,6 +31,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from typing_extensions import override
 
 from bsjax.checkpoint.folder import PARAMETERS, check_folder, folder_path
 from bsjax.checkpoint.manifest import verify_manifest
@@ -127,6 +128,11 @@ class DescribedModel(Processor):
     head_order: HeadOrder | None = None
 
     @property
+    @override
+    def shares_images(self) -> bool:
+        return self.mesh is not None and self.mesh.is_multi_process
+
+    @property
     def architecture(self) -> Architecture:
         """What the weights are for."""
         return Architecture(self.family, self.config, self.dtype)
@@ -169,6 +175,7 @@ def load(
         float32, and bfloat16 elsewhere.
       mesh: the devices that the model is divided among, from `bsjax.mesh`; None for the default
         device. No device holds the whole model, and the host only parts of a parameter at a time.
+        Each process reads what its own devices need.
       head_categories: `Profile.categories` of the profile that the model will run with, so that the
         heads that take long do not all go to the same devices of the mesh. The model can run with
         any profile, whatever is given here.

@@ -3,12 +3,13 @@
 Orbax restores all arrays of a tree concurrently and holds many of them in both encoded and decoded
 form: nearly twice the size of the model. The handler here replaces Orbax's own. It reads one
 parameter, casts it chunk by chunk and moves it to the device before it starts on the next. On a
-CPU, the model uses the array as read, without a copy. A parameter that is divided among devices is
-read layer by layer, and each device is given its part of the layer.
+CPU, the model uses the array as read, without a copy. Of a parameter that is divided among devices,
+a process reads the chunks that its own devices have something of, layer by layer.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,29 @@ _LOOK_AGAIN = 0.1
 # Chunks read and decoded concurrently. More would not be faster, and each is in memory twice.
 _CHUNKS_AT_ONCE = 4
 
+# Bytes of decoded chunks that are kept while a parameter is read, beside those of one chunk. So a
+# chunk that several devices have something of is read once.
+_KEPT_BYTES = 2**24
+
 CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "crc32c"},
 ]
 """How a chunk of an array is stored. The checksum is what finds damaged weights."""
+
+
+def codecs_of(inner_chunks: Sequence[int] | None) -> list[dict[str, Any]]:
+    """The codecs of an array.
+
+    Args:
+      inner_chunks: the shape of Zarr's inner chunks, which are read by themselves and have their
+        own checksums, although a file has many of them; None if each chunk is read as a whole.
+    """
+    if inner_chunks is None:
+        return CODECS
+    settings = {"chunk_shape": list(inner_chunks), "codecs": CODECS, "index_codecs": CODECS}
+    return [{"name": "sharding_indexed", "configuration": settings}]
+
 
 # The fields that the converter writes into a zarr.json. Others can change how chunks are read.
 _FIELDS = {
@@ -53,6 +72,10 @@ _STACKED = 3
 _METADATA = ("_METADATA", "_CHECKPOINT_METADATA")
 
 _AGAIN = "Convert the checkpoint again."
+
+
+Runs = tuple[tuple[int, int], ...]
+"""Runs of entries along an axis: the first of each, and one past the last."""
 
 
 class Placement(NamedTuple):
@@ -79,22 +102,29 @@ class Placement(NamedTuple):
         *others, last = self.shape.shape
         return (*others, last // self.repeats)
 
-    def stored(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Which part of the stored array is this part of the parameter."""
-        if self.repeats == 1:
-            return index
-        *others, last = index
-        first = (last.start or 0) // self.block // self.repeats * self.block
-        return (*others, slice(first, first + self.block))
+    @property
+    def axis(self) -> int:
+        """The axis that is divided among devices; the last one if none is."""
+        spec = getattr(self.sharding, "spec", ())
+        return spec.index(TENSOR) if TENSOR in spec else len(self.shape.shape) - 1
 
-    def ordered(self, of_layer: np.ndarray, layer: int) -> np.ndarray:
-        """The array of a layer with its blocks in the order that the model has them in."""
-        if self.order is None:
-            return of_layer
-        axis = self.sharding.spec.index(TENSOR) - 1  # pyright: ignore[reportAttributeAccessIssue]
-        shape = of_layer.shape
-        blocks = of_layer.reshape(*shape[:axis], -1, self.block, *shape[axis + 1 :])
-        return np.take(blocks, self.order[layer], axis=axis).reshape(shape)
+    def stored_runs(self, first: int, end: int, layer: int) -> Runs:
+        """Where the entries of a part of the parameter are in the stored array, along `axis`.
+
+        Args:
+          first: of the part, the first entry along `axis`.
+          end: one past the last.
+          layer: the layer, which has an order of its own.
+        """
+        if self.order is not None:
+            blocks = self.order[layer, first // self.block : end // self.block]
+            ends = np.flatnonzero(np.diff(blocks) != 1) + 1
+            runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(blocks, ends)]
+            return tuple((start * self.block, stop * self.block) for start, stop in runs)
+        if self.repeats > 1:
+            start = first // self.block // self.repeats * self.block
+            return ((start, start + self.block),)
+        return ((first, end),)
 
 
 class OneAtATime(ocp.type_handlers.NumpyHandler):
@@ -115,10 +145,6 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         super().__init__()
         self._placements = placements
         self._restored, self._look = restored, look
-        limit = {"limit": _CHUNKS_AT_ONCE}
-        self._context = tensorstore.Context(
-            {"file_io_concurrency": limit, "data_copy_concurrency": limit}
-        )
 
     async def deserialize(
         self,
@@ -128,28 +154,28 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
         """Reads the parameters, each cast to the dtype in its `RestoreArgs`.
 
         Raises:
-          CheckpointError: a parameter's files are missing or damaged. Every chunk is checked
-            against its checksum.
+          CheckpointError: a parameter's files are missing or damaged. Every chunk that is read is
+            checked against its checksum.
         """
         return [self._read(info) for info in infos]
 
     def _read(self, info: ocp.type_handlers.ParamInfo) -> jax.Array:
         placement = self._placements[info.name]
         shape, sharding = placement.shape.shape, placement.sharding
-        of_devices = sharding.addressable_devices_indices_map(shape)
-        parts: dict[tuple[Any, ...], list[Any]] = {}
-        for device, index in of_devices.items():
+        axis = placement.axis
+        # The devices of each part, by its first entry along the axis and one past the last.
+        parts: dict[tuple[int, int], list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None
-            slices = zip(index, shape, strict=True)
-            bounds = tuple(axis.indices(size)[:2] for axis, size in slices)
-            parts.setdefault(bounds, []).append(device)
+            first, end, _ = index[axis].indices(shape[axis])
+            parts.setdefault((first, end), []).append(device)
+        store = self._opened(info)
         if placement.order is not None or (len(parts) > 1 and len(shape) == _STACKED):
-            on_devices = self._read_layers(info, placement, parts)
+            on_devices = self._read_layers(info, store, placement, parts)
         else:
             on_devices = []
-            for bounds, devices in parts.items():
-                part = placement.stored(tuple(slice(*axis) for axis in bounds))
-                array = self._read_part(info, part, placement.shape.dtype)
+            for part, devices in parts.items():
+                array = self._read_runs(info, store, axis, placement.stored_runs(*part, 0))
                 on_devices += [jax.device_put(array, device) for device in devices]
                 jax.block_until_ready(on_devices)
                 # Before the next part takes as much memory again.
@@ -161,68 +187,90 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
     def _read_layers(
         self,
         info: ocp.type_handlers.ParamInfo,
+        store: Any,
         placement: Placement,
-        parts: Mapping[tuple[Any, ...], Sequence[Any]],
+        parts: Mapping[tuple[int, int], Sequence[Any]],
     ) -> list[jax.Array]:
         """The parts of stacked arrays, on their devices.
 
-        Each layer is stored in chunks of its own and read once, for all parts.
-
         Args:
           info: Orbax's description of the parameter.
+          store: the stored array.
           placement: where it goes.
-          parts: the devices of each part, by the bounds of its slices.
+          parts: the devices of each part, by its first entry along `placement.axis` and one past
+            the last.
         """
-        layers, *of_layer = placement.stored_shape
-        whole = tuple(slice(0, size) for size in of_layer)
-        indices = {
-            device: placement.stored(tuple(slice(*axis) for axis in bounds))[1:]
-            for bounds, devices in parts.items()
-            for device in devices
-        }
+        axis, shape = placement.axis, placement.shape.shape
         stacked = {
             device: jnp.zeros(
-                (layers, *(end - start for start, end in bounds[1:])),
+                (*shape[:axis], end - first, *shape[axis + 1 :]),
                 placement.shape.dtype,
                 device=device,
             )
-            for bounds, devices in parts.items()
+            for (first, end), devices in parts.items()
             for device in devices
         }
-        for layer in range(layers):
-            of_this = slice(layer, layer + 1)
-            (array,) = self._read_part(info, (of_this, *whole), placement.shape.dtype)
-            array = placement.ordered(array, layer)
-            for device, index in indices.items():
-                own = jax.device_put(np.ascontiguousarray(array[index]), device)
-                stacked[device] = _with_layer(stacked[device], own, layer)
+        for layer in range(shape[0]):
+            of_this = store[layer : layer + 1]
+            # Devices whose key heads are repeated have different parts of the same entries.
+            devices_of: dict[Runs, list[Any]] = {}
+            for part, devices in parts.items():
+                devices_of.setdefault(placement.stored_runs(*part, layer), []).extend(devices)
+            for runs, devices in devices_of.items():
+                (array,) = self._read_runs(info, of_this, axis, runs)
+                for device in devices:
+                    own = jax.device_put(array, device)
+                    stacked[device] = _with_layer(stacked[device], own, layer)
             jax.block_until_ready(list(stacked.values()))
         return list(stacked.values())
 
-    def _read_part(
-        self, info: ocp.type_handlers.ParamInfo, part: tuple[slice, ...], dtype: np.dtype
-    ) -> np.ndarray:
+    def _opened(self, info: ocp.type_handlers.ParamInfo) -> Any:
+        """The stored array of a parameter."""
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{info.path}/"},
             # All chunks were written, even if all zeros: a missing one means damage.
             "fill_missing_data_reads": False,
         }
+        limit = {"limit": _CHUNKS_AT_ONCE}
+        context = {"file_io_concurrency": limit, "data_copy_concurrency": limit}
+        with _damage_named(info):
+            store = tensorstore.open(spec, context=tensorstore.Context(context)).result()
+            chunk: Any = store.chunk_layout.read_chunk.shape
+            chunk_bytes = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
+            context["cache_pool"] = {"total_bytes_limit": chunk_bytes + _KEPT_BYTES}
+            return tensorstore.open(spec, context=tensorstore.Context(context)).result()
+
+    def _read_runs(
+        self, info: ocp.type_handlers.ParamInfo, store: Any, axis: int, runs: Runs
+    ) -> np.ndarray:
+        """Some entries along an axis of a stored array, in the dtype of the model.
+
+        Args:
+          info: Orbax's description of the parameter.
+          store: the stored array, or some of its layers.
+          axis: the axis.
+          runs: the entries.
+        """
+        dtype = self._placements[info.name].shape.dtype
         self._look()
-        try:
-            store = tensorstore.open(spec, context=self._context).result()[part]
-            array = _aligned(store.shape, dtype)
-            reading = tensorstore.array(array).write(tensorstore.cast(store, dtype))
-            while not reading.commit.done():
-                with contextlib.suppress(TimeoutError):
-                    reading.result(timeout=_LOOK_AGAIN)
-                self._look()
-            reading.result()
-        except ValueError as error:
-            raise CheckpointError(
-                f"parameter {info.name} in {info.parent_dir} is missing or damaged. {_AGAIN} "
-                f"({error})"
-            ) from error
+        entries = sum(end - first for first, end in runs)
+        array = _aligned((*store.shape[:axis], entries, *store.shape[axis + 1 :]), dtype)
+        along = (slice(None),) * axis
+        done = 0
+        with _damage_named(info):
+            reading = []
+            for first, end in runs:
+                place = array[(*along, slice(done, done + end - first))]
+                run = tensorstore.cast(store[(*along, slice(first, end))], dtype)
+                reading.append(tensorstore.array(place).write(run))
+                done += end - first
+            for each in reading:
+                while not each.commit.done():
+                    with contextlib.suppress(TimeoutError):
+                        each.result(timeout=_LOOK_AGAIN)
+                    self._look()
+                each.result()
         # The stored values are finite; of the three dtypes only float16 has a smaller range.
         if dtype == np.float16 and not np.isfinite(array).all():
             raise CheckpointError(
@@ -230,6 +278,17 @@ class OneAtATime(ocp.type_handlers.NumpyHandler):
                 "Load it as bfloat16 or float32."
             )
         return array
+
+
+@contextlib.contextmanager
+def _damage_named(info: ocp.type_handlers.ParamInfo) -> Iterator[None]:
+    """Errors of tensorstore say which parameter they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"parameter {info.name} in {info.parent_dir} is missing or damaged. {_AGAIN} ({error})"
+        ) from error
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -323,22 +382,38 @@ def _check_array(folder: Path, name: str, shape: tuple[int, ...], stored: str) -
             f"{folder}: parameter {name} is stored as {shown(found.get('data_type'))}, but the "
             f"checkpoint was converted to {stored}: its zarr.json was changed. {_AGAIN}"
         )
-    chunks = found.get("chunk_grid")
-    sides = chunks.get("configuration") if isinstance(chunks, dict) else None
-    sides = sides.get("chunk_shape") if isinstance(sides, dict) else None
+    grid = found.get("chunk_grid")
+    chunk = _chunk_shape(grid, shape)
+    codecs = found.get("codecs")
+    inner = None
+    if chunk is not None and isinstance(codecs, list) and codecs and codecs != CODECS:
+        inner = _chunk_shape(codecs[0], chunk)
     if (
         found.keys() - _FIELDS
-        or found.get("codecs") != CODECS
-        or not isinstance(sides, list)
-        or len(sides) != len(shape)
-        or not all(
-            type(side) is int and 1 <= side <= most for side, most in zip(sides, shape, strict=True)
-        )
+        or chunk is None
+        or codecs != codecs_of(inner)
+        or any(side % part for side, part in zip(chunk, inner or chunk, strict=True))
     ):
         raise CheckpointError(
             f"{file} was changed: it does not describe an array as the converter writes it. "
             f"{_AGAIN}"
         )
+
+
+def _chunk_shape(described: Any, whole: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape of chunks, from the description of a grid or of a codec.
+
+    None if they are not parts of what they are chunks of, whose shape is `whole`.
+    """
+    settings = described.get("configuration") if isinstance(described, dict) else None
+    sides = settings.get("chunk_shape") if isinstance(settings, dict) else None
+    if not isinstance(sides, list) or len(sides) != len(whole):
+        return None
+    if not all(
+        type(side) is int and 1 <= side <= most for side, most in zip(sides, whole, strict=True)
+    ):
+        return None
+    return tuple(sides)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

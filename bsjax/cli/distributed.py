@@ -12,10 +12,11 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from bsjax.cli.watch import SILENT_SECONDS, Watch
 from bsjax.errors import GenerationError
 
-_HEARTBEAT_SECONDS = 30
-"""After this time without a sign of life, a process counts as ended, and the others end, too."""
+_HEARTBEAT_SECONDS = 4 * SILENT_SECONDS
+"""After this time without a sign of life, JAX ends the other processes, if `Watch` has not."""
 
 
 def add_process_options(parser: Any) -> None:
@@ -61,6 +62,7 @@ def join(options: argparse.Namespace) -> None:
     if not options.own_process:
         raise GenerationError("Only a process of its own can be one of several.")
     import jax
+    from jax._src.distributed import global_state  # There is no public way to the client.
 
     # What two processes with CPU devices use; with GPUs it has no effect.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -68,7 +70,7 @@ def join(options: argparse.Namespace) -> None:
         jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise GenerationError(
-            f"The other processes cannot be joined: {str(error).splitlines()[0]}"
+            f"The other processes cannot be joined: {_first_line(error)}"
         ) from error
     options.process = jax.process_index()
     devices, wanted = jax.device_count(), options.tensor * options.context
@@ -86,6 +88,12 @@ def join(options: argparse.Namespace) -> None:
         options.errors = sys.stderr
         # Open as long as the process.
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    options.watch = Watch(
+        global_state.client,
+        options.process,
+        jax.process_count(),
+        lambda reason: _leave(options, f"error: {reason}", 1),
+    )
 
 
 @contextlib.contextmanager
@@ -99,6 +107,8 @@ def leaving_at_errors(options: argparse.Namespace) -> Iterator[None]:
         return
     try:
         yield
+        if watch := getattr(options, "watch", None):
+            watch.finish()
     except BaseException as error:
         from jax.errors import JaxRuntimeError
 
@@ -109,20 +119,32 @@ def leaving_at_errors(options: argparse.Namespace) -> Iterator[None]:
         if isinstance(error, BsjaxError):
             _leave(options, f"error: {error}", 2)
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            reason = str(error).splitlines()[0]
-            _leave(options, f"error: another process has ended, or is out of reach: {reason}", 1)
+            watch = getattr(options, "watch", None)
+            reason = watch.reason() if watch else None
+            if reason is None:
+                reason = f"another process has ended, or is out of reach: {_first_line(error)}"
+            _leave(options, f"error: {reason}", 1)
         if isinstance(error, BrokenPipeError):
             _leave(options, "", 2)
         _leave(options, "".join(traceback.format_exception(error)), 1)
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
 def _leave(options: argparse.Namespace, line: str, status: int) -> NoReturn:
+    watch = getattr(options, "watch", None)
+    if watch is not None:
+        watch.begin_end()
     errors = getattr(options, "errors", sys.stderr)
     which = f"process {options.process}: " if options.process else ""
     with contextlib.suppress(OSError, ValueError):
         if line:
             print(f"{which}{line}", file=errors, flush=True)
         sys.stdout.flush()
+    if watch is not None:
+        watch.end(line.removeprefix("error: ").strip().rpartition("\n")[2])
     os._exit(status)
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,51 +145,62 @@ def _generate(options: argparse.Namespace) -> int:
     with startup.part("imports"):
         import_libraries(options)
         from bsjax.checkpoint.loading import WeightsReader
+        from bsjax.prompts.image_reader import ImageReader
         from bsjax.runtime.arguments import checked_prompt, checked_settings
         from bsjax.runtime.generation import generate_once, result_of
-
-    with WeightsReader() as reader:
-        # What can be refused is refused without waiting for the weights.
-        with startup.part("checkpoint"):
-            # Heads are dealt to devices by the profile, which is read later.
-            early = options.batch is None and options.tensor == 1
-            described = described_model(options, reader if early else None)
-        settings = checked_settings(
-            described,
-            options.backend,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-            stop=options.stop,
-            seed=options.seed,
-            use_generation_config=options.use_generation_config,
-        )
-        profile = profile_of(options, described)
-        described = with_profile(described, profile)
-        if options.batch is not None:
-            return answer_batch(options, described, settings, profile)
-        prompt = checked_prompt(
-            described,
-            messages_of(options),
-            profile,
-            described.options(),
-            settings.new_tokens,
-            stopwatch,
-        )
-        with startup.part("weights"):
-            model = reader.model(described)
 
     def show(piece: str, token_id: int) -> None:
         print(piece, end="", flush=True)
 
     stream = show if options.stream else None
-    events = generate_once(
-        model, prompt, profile, settings, one_by_one=stream is not None, stopwatch=stopwatch
-    )
-    result = result_of(events, stream)
+    with ExitStack() as stack:
+        # Of several processes, each reads the images that it encodes, which are dealt later.
+        shared = is_distributed(options)
+        images = stack.enter_context(ImageReader(stopwatch)) if shared else None
+        with WeightsReader() as reader:
+            # What can be refused is refused without waiting for the weights.
+            with startup.part("checkpoint"):
+                # Heads are dealt to devices by the profile, which is read later.
+                early = options.batch is None and options.tensor == 1
+                described = described_model(options, reader if early else None)
+            settings = checked_settings(
+                described,
+                options.backend,
+                max_new_tokens=options.max_new_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+                repetition_penalty=options.repetition_penalty,
+                stop=options.stop,
+                seed=options.seed,
+                use_generation_config=options.use_generation_config,
+            )
+            profile = profile_of(options, described)
+            described = with_profile(described, profile)
+            if options.batch is not None:
+                return answer_batch(options, described, settings, profile)
+            prompt = checked_prompt(
+                described,
+                messages_of(options),
+                profile,
+                described.options(),
+                settings.new_tokens,
+                stopwatch,
+                reader=images,
+            )
+            with startup.part("weights"):
+                model = reader.model(described)
+        events = generate_once(
+            model,
+            prompt,
+            profile,
+            settings,
+            one_by_one=stream is not None,
+            reader=images,
+            stopwatch=stopwatch,
+        )
+        result = result_of(events, stream)
     seconds = _seconds(startup, result.stats)
     if options.json:
         document = dataclasses.asdict(result) | {"seconds": seconds}

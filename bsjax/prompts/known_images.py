@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from typing_extensions import override
 
 from bsjax.prompts.images import encoded_content, read_encoded, read_image
 from bsjax.prompts.messages import ImagePart
@@ -59,6 +60,24 @@ class KnownImages:
             self._digests[content, index] = digest
             while len(self._digests) > _MOST_KNOWN:
                 self._digests.popitem(last=False)
+
+
+class ContentDigests(KnownImages):
+    """Digests of what images are read from, in place of those of their pixels.
+
+    Processes that share a model read only some of the images of a prompt, and must agree on which
+    ones they have had before.
+    """
+
+    @override
+    def get(self, content: str | None, index: int) -> str | None:
+        if content is None:
+            return None
+        return hashlib.sha256(f"{content} {index}".encode()).hexdigest()
+
+    @override
+    def put(self, content: str | None, index: int, digest: str) -> None:
+        """Keeps nothing: `get` needs nothing."""
 
 
 class ImageContent:

@@ -30,7 +30,7 @@ from bsjax.prompts.images import (
     shown_source,
     size_before_reading,
 )
-from bsjax.prompts.known_images import ImageContent, KnownImages
+from bsjax.prompts.known_images import ContentDigests, ImageContent, KnownImages
 from bsjax.prompts.messages import ImagePart, check_answer, read_messages
 from bsjax.prompts.rendering import rendered
 from bsjax.prompts.sources import DEFAULT_SOURCES, ImageSources
@@ -80,7 +80,10 @@ class PromptImage:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its pixels and of its shape. Unless it is known, waits for the pixels."""
+        """SHA-256 of its pixels and of its shape, or what is known in its place.
+
+        Unless it is known, waits for the pixels.
+        """
         known = self.known_digest()
         if known is not None:
             return known
@@ -121,6 +124,8 @@ class Prompt:
         Raises:
           MessageError: an image cannot be read.
         """
+        for image in self.images:
+            image.begin()
         for image in self.images:
             image.read()
         return self
@@ -227,6 +232,11 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
     image_sources: ImageSources = DEFAULT_SOURCES
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether several processes read the images of one prompt, each some of them."""
+        return False
 
     def prompt(
         self,
@@ -353,12 +363,13 @@ class Processor:
           reader: reads the images after this call, in the order of the prompt. What `prompt` raises
             about an image that cannot be read, `PromptImage.patches` may raise instead. None reads
             them now.
-          known: images of earlier calls. Images are then read only when `PromptImage.begin` says
-            so, or when somebody waits for them.
+          known: images of earlier calls. With it, and if several processes share the images, they
+            are read only when `PromptImage.begin` says so, or when somebody waits for them.
         """
         if reader is None:
             with ImageReader() as reader:
                 return self.prompt_of(messages, options, reader).complete()
+        known = self._known_images(known)
         template_messages, images = self._read(messages, options)
         text = rendered(
             self.tokenizer,
@@ -390,6 +401,7 @@ class Processor:
             with ImageReader() as reader:
                 prompt, first = self.answered_prompt(messages, options, reader)
                 return AnsweredPrompt(prompt.complete(), first)
+        known = self._known_images()
         template_messages, images = self._read(messages, options, answered=True)
         text = rendered(self.tokenizer, template_messages, continue_final_message=True)
         before = rendered(self.tokenizer, template_messages[:-1])
@@ -399,7 +411,7 @@ class Processor:
                 "answer of the assistant differently from the way that it lets one begin, so that "
                 "the answer's tokens cannot be told from those of the prompt."
             )
-        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader)
+        token_ids, requested = self._tokens_and_images(text, images, options.sources, reader, known)
         ids_before = self._expanded(before, self._tokenize(before), requested)
         shared = min(token_ids.size, ids_before.size)
         differ = np.flatnonzero(token_ids[:shared] != ids_before[:shared])
@@ -410,7 +422,11 @@ class Processor:
                 "it: the tokenizer joins them."
             )
         start = int(self._repeats(token_ids, requested)[:first].sum())
-        return AnsweredPrompt(self._assembled(token_ids, requested), start)
+        return AnsweredPrompt(self._assembled(token_ids, requested, known), start)
+
+    def _known_images(self, known: KnownImages | None = None) -> KnownImages | None:
+        """What tells images apart: `known`, unless processes must agree on it."""
+        return ContentDigests() if self.shares_images else known
 
     def _read(
         self, messages: Any, options: PromptOptions, *, answered: bool = False

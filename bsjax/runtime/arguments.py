@@ -100,6 +100,7 @@ def checked_prompt(
     new_tokens: int,
     stopwatch: Stopwatch | None = None,
     check: Callable[[Placed], None] | None = None,
+    reader: ImageReader | None = None,
 ) -> Prompt:
     """The prompt of a conversation, which can be answered if there is enough memory.
 
@@ -111,18 +112,24 @@ def checked_prompt(
       new_tokens: how many tokens the answer may have.
       stopwatch: counts the parts `prompt` and `images`.
       check: raises an error if the prompt is to be refused, before its images are decoded.
+      reader: reads the images after this call; None reads them now.
 
     Raises:
       MessageError: a message has an invalid form, or an image cannot be read.
       CapacityError: the prompt and its answer need more positions than the model has.
     """
     stopwatch = stopwatch or Stopwatch()
-    with ImageReader(stopwatch) as reader, stopwatch.part("prompt"):
+    if reader is None:
+        with ImageReader(stopwatch) as reader, stopwatch.part("prompt"):
+            return checked_prompt(
+                model, messages, profile, options, new_tokens, stopwatch, check, reader
+            ).complete()
+    with stopwatch.part("prompt"):
         prompt = model.prompt_of(messages, options, reader)
         placed = place(model.architecture, prompt, profile, new_tokens=new_tokens)
         if check is not None:
             check(placed)
-        return prompt.complete()
+        return prompt
 
 
 def checked_answered_prompts(

@@ -120,20 +120,6 @@ class PlacedPrompt:
         begin, end = np.searchsorted(first, [self.reuse.start, self.end])
         return self.inputs.images[begin:end]
 
-    def begin_images(self) -> None:
-        """Begins to read the images that run, if nothing does."""
-        for image in self.images:
-            image.begin()
-
-    def complete_images(self) -> None:
-        """Waits for the images that run.
-
-        Raises:
-          MessageError: an image cannot be read.
-        """
-        for image in self.images:
-            image.read()
-
 
 class PromptSlice(NamedTuple):
     """Consecutive tokens of a prompt that are in one chunk.

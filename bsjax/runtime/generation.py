@@ -589,7 +589,6 @@ def forward_once(
         available = available_bytes(kept, reuse, programs.mesh)
         check_cache_memory(inputs, programs, layout, available)
         reader.start()
-        placed.begin_images()
         image_cache = image_cache_in(kept, model)
         scoring = Scoring(programs, placed, layout, backend, image_cache)
         stages = [*scoring.stages, *moving_stages(kept, reuse)]
@@ -600,7 +599,7 @@ def forward_once(
         )
         check_host_memory(inputs, scoring.result_bytes + on_host, host_bytes_available())
         if kept is not None:
-            placed.complete_images()
+            scoring.complete_images()
         logits, cache = scoring.logits(cache_of(kept, reuse, programs.module, layout))
         if kept is not None:
             kept.put(prompt, inputs.template, reuse, (), cache)
@@ -679,7 +678,6 @@ def generate_once(
         placed = PlacedPrompt(inputs, reuse)
         if reader is not None:
             reader.start()
-            placed.begin_images()
         prefill = Prefill(
             programs,
             [placed],
@@ -704,7 +702,7 @@ def generate_once(
     stopwatch.move(compile_seconds, "schedules", "compiling")
     if kept is not None:
         # An image that cannot be read must leave the session as it was.
-        placed.complete_images()
+        prefill.complete_images()
     with stopwatch.part("prefill"):
         cache = cache_of(kept, reuse, programs.module, layout)
         first, state = prefill.first_token(DecodeState.before(programs.module, layout, cache))

@@ -4,6 +4,7 @@ A group is as many consecutive images as fit into one of a few sizes. One or two
 encode the images of all prompts, and the pixels of at most two groups are on the device at a time.
 
 On several devices, each encodes a group of its own: groups of one size run together, in *rounds*.
+Of several processes, each reads the images of its own devices' groups.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from bsjax.attention import block_sizes
@@ -23,6 +25,7 @@ from bsjax.models import Architecture, ImageTextModel
 from bsjax.models.cache import PADDING_ROW
 from bsjax.models.collectives import (
     ALL_AXES,
+    Shares,
     gathered_from_all,
     shape_of_shares,
     shared_out,
@@ -31,6 +34,7 @@ from bsjax.models.pixels import Pixels
 from bsjax.models.sharding import device_count, sharded_shapes
 from bsjax.prompts.prompt import PromptImage
 from bsjax.runtime.image_cache import ImageCache
+from bsjax.runtime.processes import own_devices
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sizes import sizes_in_use
 from bsjax.timing import Stopwatch
@@ -66,14 +70,15 @@ class ImageGroup:
         """How many image tokens the group has."""
         return sum(image.tokens for image in self.images)
 
-    def place_images(self) -> None:
-        """Lets the images that are still being read be written to the group's padded patches.
+    def begin_images(self) -> None:
+        """Begins to read the images, unless they are being read, into the group's padded patches.
 
         So nothing is in memory twice: neither these patches nor those that have been read, which
         move there.
         """
         for image, place in zip(self.images, self._places, strict=True):
             image.place(place)
+            image.begin()
 
     def pixels(self) -> Pixels:
         """The padded patches. Waits for images that are still being read.
@@ -89,7 +94,7 @@ class ImageGroup:
 
     @cached_property
     def _padded(self) -> UInt8[np.ndarray, "padded_patches values"]:
-        return np.zeros(self._shape, np.uint8)
+        return np.zeros(self.shape, np.uint8)
 
     @cached_property
     def _places(self) -> tuple[UInt8[np.ndarray, "_ values"], ...]:
@@ -98,7 +103,8 @@ class ImageGroup:
         return tuple(self._padded[first:end] for first, end in itertools.pairwise(ends))
 
     @property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
+        """The shape of the padded patches."""
         return self.padded_tokens * self.patches_per_token, self.patch_bytes
 
     def encoded(self) -> Float[np.ndarray, "padded_tokens hidden"]:
@@ -111,7 +117,7 @@ class ImageGroup:
     def arguments(self) -> tuple[Any, ...]:
         """The arguments of `encode_images` that follow `features`, with shapes for arrays."""
         rows = jax.ShapeDtypeStruct((self.padded_tokens,), np.int32)
-        values = jax.ShapeDtypeStruct(self._shape, np.uint8)
+        values = jax.ShapeDtypeStruct(self.shape, np.uint8)
         return Pixels(values, self.images[0].scale), self.plan, rows
 
     def rows(self, row_of: Callable[[Any], Any]) -> Int[np.ndarray, "padded_tokens"]:
@@ -131,9 +137,9 @@ def image_groups(
     backend: str,
     cache: ImageCache | None = None,
     *,
-    devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[ImageGroup, ...]:
-    """Divides images into groups for the vision tower.
+    """Divides images into groups for the vision tower, and begins to read those of this process.
 
     Images that have been encoded are in groups of their own.
 
@@ -141,11 +147,17 @@ def image_groups(
       architecture: architecture of the model.
       images: the images of the prompts that run, one prompt after the other.
       backend: attention backend.
-      cache: images that have been encoded. Unless it is empty, waits for the pixels of all images.
-      devices: how many groups run together.
+      cache: images that have been encoded. Unless it is empty, waits for the pixels of images whose
+        digests are not known.
+      mesh: the devices; None for one.
     """
     if not images:
         return ()
+    if cache:
+        for image in images:
+            if image.known_digest() is None:
+                image.begin()
+    devices = device_count(mesh)
     known = [cache.get(image) if cache else None for image in images]
     runs = [
         [index for index, _ in run]
@@ -183,9 +195,9 @@ def image_groups(
                 family.patch_area(config) * family.channels(config),
                 features or None,
             )
-            if group.features is None:
-                group.place_images()
             groups.append(group)
+    for group in own_groups(groups, mesh):
+        group.begin_images()
     return tuple(groups)
 
 
@@ -306,6 +318,22 @@ def rounds(groups: Sequence[ImageGroup], devices: int) -> Iterator[Sequence[Imag
         first = end
 
 
+def own_groups(groups: Sequence[ImageGroup], mesh: Mesh | None) -> list[ImageGroup]:
+    """The groups that the devices of this process encode.
+
+    Args:
+      groups: all groups, or those of some whole rounds.
+      mesh: the devices; None for one.
+    """
+    own = own_devices(mesh)
+    return [
+        group
+        for groups_of_round in rounds(groups, len(own))
+        for group, is_own in zip(groups_of_round, own, strict=False)
+        if is_own and group.features is None
+    ]
+
+
 def rounds_until(groups: Sequence[ImageGroup], image_token: int, devices: int) -> int:
     """How many groups, of whole rounds, have all image tokens before a given one.
 
@@ -400,7 +428,7 @@ class ImageEncoder:
             to the weights and to what the programs take.
         """
         self._row_of, self._cache = row_of, cache
-        self._put = programs.put
+        self._put, self._mesh = programs.put, programs.mesh
         self._devices = device_count(programs.mesh)
         self._programs: dict[tuple[Callable[..., Any], int], Program] = {}
         copied = [0]
@@ -443,9 +471,9 @@ class ImageEncoder:
         fresh: list[tuple[ImageGroup, jax.Array]] = []
         with stopwatch.part("vision"):
             for groups_of_round in rounds(groups, self._devices):
-                program, pixels, *others = self._arguments(groups_of_round)
                 with stopwatch.part("transfer"):
-                    pixels = self._put(pixels)
+                    pixels = self._pixels(groups_of_round)
+                program, *others = self._arguments(groups_of_round)
                 # Waits for the round before, so that no more than two rounds' pixels are on the
                 # devices.
                 jax.block_until_ready(features)
@@ -461,20 +489,43 @@ class ImageEncoder:
                 self._keep(group, np.asarray(encoded))
         return features
 
+    def _pixels(self, groups: Sequence[ImageGroup]) -> Any:
+        """The pixels of a round, or its features if it has been encoded, on the devices.
+
+        Of several processes, each has the pixels of its own devices' groups.
+        """
+        first = groups[0]
+        if first.features:
+            return self._put(first.encoded())
+        if self._mesh is None or self._devices == 1:
+            return self._put(first.pixels())
+        empty = np.zeros(first.shape, np.uint8)
+
+        def of_device(index: Any) -> UInt8[np.ndarray, "1 patches values"]:
+            number = index[0].start
+            # Devices without a group encode nothing that anybody reads.
+            values = groups[number].pixels().values if number < len(groups) else empty
+            return values[None]
+
+        shape = (self._devices, *first.shape)
+        sharding = NamedSharding(self._mesh, PartitionSpec(ALL_AXES))
+        values = jax.make_array_from_callback(shape, sharding, of_device)
+        scale = shared_out([first.images[0].scale] * self._devices, ALL_AXES)
+        return Shares(Pixels(values, scale.stacked), ALL_AXES)
+
     def _arguments(self, groups: Sequence[ImageGroup]) -> tuple[Any, ...]:
-        """The program of a round, and its arguments after `features`."""
+        """The program of a round, and its arguments after `features` and the pixels."""
         size = groups[0].padded_tokens
         rows = [group.rows(self._row_of) for group in groups]
         if groups[0].features:
-            return self._programs[write_features, size], groups[0].encoded(), *rows
-        pixels, plans = [group.pixels() for group in groups], [group.plan for group in groups]
-        # Devices without a group encode the last one again, which nobody reads.
+            return self._programs[write_features, size], *rows
+        plans = [group.plan for group in groups]
         missing = self._devices - len(groups)
-        pixels, plans = pixels + pixels[-1:] * missing, plans + plans[-1:] * missing
+        plans += plans[-1:] * missing
         rows += [np.full_like(rows[-1], PADDING_ROW)] * missing
         return (
             self._programs[encode_images, size],
-            *(shared_out(values, ALL_AXES) for values in (pixels, plans, rows)),
+            *(shared_out(values, ALL_AXES) for values in (plans, rows)),
         )
 
     def _keep(self, group: ImageGroup, encoded: Float[np.ndarray, "tokens hidden"]) -> None:

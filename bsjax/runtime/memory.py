@@ -18,7 +18,7 @@ from bsjax.models.collectives import CONTEXT, TENSOR
 from bsjax.models.sharding import WeightBytes, sharded_shapes, size_along
 from bsjax.runtime.chunks import CacheLayout
 from bsjax.runtime.inputs import ModelInputs, Placed, describe_images
-from bsjax.runtime.processes import least_of_all
+from bsjax.runtime.processes import argument_of_least, least_of_all, spans_processes
 from bsjax.runtime.programs import Programs, Stage, size_in_bytes
 
 
@@ -94,8 +94,12 @@ def _where(mesh: Mesh | None) -> str:
     """Which device has the least memory, in words; nothing if there is only one."""
     if mesh is None or mesh.size == 1:
         return ""
-    tightest = min(mesh.local_devices, key=lambda device: _bytes_available_on(device) or 0)
-    return f" on device {tightest.id} ({tightest.device_kind})"
+    free = {device.id: _bytes_available_on(device) or 0 for device in mesh.local_devices}
+    tightest = min(free, key=lambda device: free[device])
+    if spans_processes(mesh):
+        tightest = argument_of_least(tightest, free[tightest])
+    kind = next(device.device_kind for device in mesh.devices.flat if device.id == tightest)
+    return f" on device {tightest} ({kind})"
 
 
 def _larger_mesh(programs: Programs, cache: int, peak: int, available: int) -> str:
@@ -179,7 +183,7 @@ def bytes_available(mesh: Mesh | None = None) -> int | None:
     Args:
       mesh: the devices; None for the default one.
     """
-    devices = jax.devices()[:1] if mesh is None else mesh.local_devices
+    devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
     of_devices = [_bytes_available_on(device) for device in devices]
     known = [available for available in of_devices if available is not None]
     least = None

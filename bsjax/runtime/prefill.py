@@ -34,6 +34,7 @@ from bsjax.runtime.images import (
     ImageEncoder,
     image_groups,
     most_round_tokens,
+    own_groups,
     rounds_until,
     uncut_tokens,
 )
@@ -251,7 +252,7 @@ class ChunkedRun:
         images = [image for prompt in prompts for image in prompt.images]
         self._groups_at_once = everywhere = device_count(programs.mesh)
         self.groups = image_groups(
-            inputs.architecture, images, backend, image_cache, devices=everywhere
+            inputs.architecture, images, backend, image_cache, mesh=programs.mesh
         )
         round_tokens = most_round_tokens(inputs.architecture, images, everywhere)
         devices = size_along(programs.mesh, CONTEXT)
@@ -298,6 +299,16 @@ class ChunkedRun:
     def reused_images(self) -> int:
         """How many images have been encoded before."""
         return sum(len(group.images) for group in self.groups if group.features)
+
+    def complete_images(self) -> None:
+        """Waits for the images that this process reads.
+
+        Raises:
+          MessageError: an image cannot be read.
+        """
+        for group in own_groups(self.groups, self._programs.mesh):
+            for image in group.images:
+                image.read()
 
     def run(self, carried: Any) -> Iterator[tuple[Chunk, Any, Any]]:
         """Runs one chunk after the other. Yields each chunk, its result and what is carried on.

@@ -19,6 +19,13 @@ def spans_processes(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.is_multi_process
 
 
+def own_devices(mesh: Mesh | None) -> list[bool]:
+    """Which devices of a mesh are this process's, in the order of `Shares` along all axes."""
+    if mesh is None:
+        return [True]
+    return [device.process_index == jax.process_index() for device in mesh.devices.flat]
+
+
 def placed(tree: Any, shapes: Any) -> Any:
     """Arguments of a program whose devices belong to several processes.
 
@@ -53,6 +60,13 @@ def least_of_all(size: int | None, mesh: Mesh | None) -> int | None:
     if not spans_processes(mesh):
         return size
     return from_mib(multihost_utils.process_allgather(in_mib(size)))
+
+
+def argument_of_least(argument: int, size: int) -> int:
+    """The argument of the process that names the least size, in bytes."""
+    named = multihost_utils.process_allgather(np.asarray([argument, in_mib(size)], np.int32))
+    arguments, sizes = np.asarray(named).reshape(-1, 2).T
+    return int(arguments[np.argmin(sizes)])
 
 
 def in_mib(size: int | None) -> np.int32:

@@ -174,7 +174,7 @@ class Session:
 
         Args:
           path: a file written by `save`.
-          model: the model that the session was saved with, in the same dtype.
+          model: the model that the session was saved with, in the same dtype, on any devices.
           profile: the profile that the session was saved with.
           backend: attention backend, see `sparse_attention`.
           image_cache_bytes: as for `Session`. Features of images are not saved.

@@ -1,12 +1,14 @@
 """A session as a file: the caches of its conversations, kept across processes.
 
 The file is in safetensors format. It holds the rows of the caches that are in use, the tokens, and
-what they depend on: the checkpoint, the profile's categories and sinks, and the dtype.
+what they depend on: the checkpoint, the profile's categories and sinks, and the dtype. Key heads
+are in the checkpoint's order, each once, on whatever devices they have been.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 
 from bsjax.checkpoint.loading import LoadedModel
@@ -29,10 +32,13 @@ from bsjax.runtime.reuse import CachedTokens
 from bsjax.runtime.sizes import cache_rows
 from bsjax.unfinished import atomic_replacement, held
 
-_FORMAT = "bsjax session 4"
+_FORMAT = "bsjax session 5"
 
 _DTYPES = {"int32": "I32", "bool": "BOOL", "uint8": "U8"}
 """What safetensors calls the dtypes of the arrays in a session."""
+
+Heads = Int[np.ndarray, "_ _"]
+"""The checkpoint's key head at each place [layers, heads] of an array of the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,7 @@ def write_session(
     arrays: dict[str, np.ndarray] = {}
     described: dict[str, Any] = {"max_tokens": kept.max_tokens, "most": kept.most}
     described["conversations"] = []
+    heads = _heads_of_leaves(model)
     for number, (tokens, prompt_tokens, cache) in enumerate(kept.conversations):
         used = tokens.token_ids.size
         arrays[f"{number}.token_ids"] = tokens.token_ids
@@ -71,7 +78,7 @@ def write_session(
         arrays[f"{number}.sink"] = tokens.template.sink
         for index, leaf in enumerate(jax.tree.leaves(cache)):
             # Also of a ring: before it is full, its last rows are not in use.
-            rows = np.ascontiguousarray(fetched(leaf)[:, :used])
+            rows = np.ascontiguousarray(_as_stored(fetched(leaf)[:, :used], heads[index]))
             arrays[f"{number}.cache.{index}"] = rows.view(np.uint8)
         described["conversations"].append(
             {
@@ -196,7 +203,7 @@ def _restored(
     shapes = jax.eval_shape(partial(language_model.empty_cache, cache_rows(max_tokens)))
     shapes = sharded_shapes(shapes, language_model.mesh)
     conversations = [
-        _conversation(arrays, f"{number}.", each, max_tokens, shapes)
+        _conversation(arrays, f"{number}.", each, max_tokens, shapes, _heads_of_leaves(model))
         for number, each in enumerate(of_each)
     ]
     return SavedSession(max_tokens, most, conversations)
@@ -208,6 +215,7 @@ def _conversation(
     described: dict[str, Any],
     max_tokens: int,
     shapes: Any,
+    heads: Sequence[Heads],
 ) -> KeptConversation:
     """One conversation, whose arrays have names that begin with `prefix`.
 
@@ -233,11 +241,45 @@ def _conversation(
     for index, leaf in enumerate(leaves):
         rows = arrays[f"{prefix}cache.{index}"].view(leaf.dtype)
         used = min(template.tokens, leaf.shape[1])
-        if rows.shape != (leaf.shape[0], used, *leaf.shape[2:]):
+        stored_heads = int(heads[index].max()) + 1
+        if rows.shape != (leaf.shape[0], used, stored_heads, leaf.shape[3]):
             raise ValueError("its cache does not match its tokens")
-        filled.append(_padded(rows, leaf.shape, leaf.sharding))
+        filled.append(_padded(_as_in_model(rows, heads[index]), leaf.shape, leaf.sharding))
     tokens = CachedTokens(token_ids, images, template, span_starts)
     return KeptConversation(tokens, prompt_tokens, jax.tree.unflatten(structure, filled))
+
+
+def _heads_of_leaves(model: LoadedModel) -> list[Heads]:
+    """The checkpoint's key head at each place of the model, for each array of its cache."""
+    text = model.config.get_text_config()
+    kinds = np.asarray(model.family.layer_kinds(model.config))
+    order = np.tile(np.arange(text.num_key_value_heads), (kinds.size, 1))
+    repeats = model.module.language_model.kv_heads // text.num_key_value_heads
+    # Key heads that are repeated stay in their order.
+    if model.head_order is not None and repeats == 1:
+        order = model.head_order.kv_heads
+    heads = np.repeat(order, repeats, axis=1)
+    # Each kind of layers has an array of keys and one of values.
+    return [heads[kinds == kind] for kind in np.unique(kinds) for _ in range(2)]
+
+
+def _as_stored(rows: np.ndarray, heads: Heads) -> np.ndarray:
+    """The rows of a cache [layers, used, heads, head_dim] with the checkpoint's key heads."""
+    repeats = heads.shape[1] // (int(heads.max()) + 1)
+    first_places = np.argsort(heads, axis=1, kind="stable")[:, ::repeats]
+    return _taken(rows, first_places)
+
+
+def _as_in_model(rows: np.ndarray, heads: Heads) -> np.ndarray:
+    """The inverse of `_as_stored`."""
+    return _taken(rows, heads)
+
+
+def _taken(rows: np.ndarray, places: Heads) -> np.ndarray:
+    """The rows of a cache with the heads of each layer taken from these places."""
+    if np.array_equal(places, np.tile(np.arange(rows.shape[2]), (len(places), 1))):
+        return rows
+    return np.take_along_axis(rows, places[:, None, :, None], axis=2)
 
 
 def _padded(
@@ -275,18 +317,10 @@ def _depends_on(model: LoadedModel, profile: Profile | None) -> dict[str, str]:
         of_profile = digest.hexdigest()
     return {
         "checkpoint": model.fingerprint,
-        "number of key heads": str(model.module.language_model.kv_heads),
-        "order of heads": _order_digest(model),
         "settings": _settings_digest(model),
         "profile": of_profile,
         "dtype": str(model.dtype),
     }
-
-
-def _order_digest(model: LoadedModel) -> str:
-    if model.head_order is None or (np.diff(model.head_order.kv_heads) == 1).all():
-        return "the checkpoint's"
-    return hashlib.sha256(model.head_order.kv_heads.tobytes()).hexdigest()
 
 
 def _settings_digest(model: LoadedModel) -> str:

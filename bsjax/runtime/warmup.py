@@ -91,9 +91,7 @@ def warmup(
     programs = programs_of(model)
     before, start = programs.compilations, time.perf_counter()
     of_every_size = _images_of_every_size(model, backend) if images else ()
-    groups = image_groups(
-        model.architecture, of_every_size, backend, devices=device_count(model.mesh)
-    )
+    groups = image_groups(model.architecture, of_every_size, backend, mesh=model.mesh)
     moves_rows = bool(groups) and resolved is not None and resolved.is_sparse
     prepared = {
         rows: prepare_inputs(

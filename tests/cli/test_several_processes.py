@@ -1,6 +1,7 @@
 """Commands of several processes, each with some of the devices."""
 
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -8,21 +9,23 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from bsjax.cli import main
-from bsjax.runtime.processes import from_mib, in_mib
+from bsjax.cli import main, watch
+from bsjax.runtime import processes
+from bsjax.runtime.processes import argument_of_least, from_mib, in_mib
 
 TIMEOUT = 120
 
 
-def started(process: int, port: int, *arguments: str) -> subprocess.Popen:
-    """One of two processes with four devices each."""
+def started(process: int, port: int, devices: int, *arguments: str) -> subprocess.Popen:
+    """One of two processes, with some devices."""
     command = [
-        *(sys.executable, "-m", "bsjax", *arguments, "--tensor", "2", "--context", "4"),
+        *(sys.executable, "-m", "bsjax", *arguments),
         *("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(process)),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment.pop("JAX_NUM_CPU_DEVICES", None)
+    environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -33,30 +36,69 @@ def started(process: int, port: int, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.fixture
+def pair():
+    """Starts a command as two processes, which are killed in the end."""
+    processes: list[subprocess.Popen] = []
+
+    def start(devices: int, *arguments: str) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        processes.extend(started(process, port, devices, *arguments) for process in range(2))
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Files of six pictures, each of which is a group. The devices of process 1 encode the last."""
+    files = []
+    for seed in range(6):
+        files.append(tmp_path / f"{seed}.jpg")
+        pixels = np.random.default_rng(seed).integers(0, 256, (336, 336, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
 @pytest.mark.slow
-def test_process_0_answers_and_notices_if_another_one_ends(tiny_checkpoint, capsys):
+def test_process_0_answers_and_notices_if_another_one_is_killed(
+    tiny_checkpoint, pictures, pair, capsys
+):
     question = "Which of these is brighter, and why?"
-    assert main(["generate", str(tiny_checkpoint), question, "--max-new-tokens", "4"]) == 0
-    alone = capsys.readouterr().out
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    chat = ("chat", str(tiny_checkpoint), "--max-tokens", "256", "--max-new-tokens", "4")
-    first, second = (started(process, port, *chat) for process in range(2))
-    try:
-        assert first.stdin and first.stdout and second.stdout
-        first.stdin.write(question + "\n")
-        first.stdin.flush()
-        assert first.stdout.readline() == alone
-        second.kill()
-        _, errors = first.communicate("And why not?\n", timeout=TIMEOUT)
-        assert first.returncode == 1
-        assert "error: another process has ended, or is out of reach" in errors
-        assert second.stdout.read() == ""
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.communicate()
+    images = [str(file) for file in pictures]
+    once = ["generate", str(tiny_checkpoint), question, *images, "--max-new-tokens", "4"]
+    assert main(once) == 0
+    alone = capsys.readouterr().out[:-1]
+    chat = ["chat", str(tiny_checkpoint), "--max-tokens", "2048", "--max-new-tokens", "1024"]
+    first, second = pair(4, *chat, "--context", "4", "--tensor", "2")
+    first.stdin.write("".join(f"/image {file}\n" for file in images) + question + "\n")
+    first.stdin.flush()
+    # Of an answer that has only begun.
+    assert first.stdout.read(len(alone)) == alone
+    second.kill()
+    _, errors = first.communicate(timeout=TIMEOUT)
+    assert first.returncode == 1
+    assert "has ended, or is out of reach" in errors.splitlines()[-1]
+    assert second.stdout.read() == ""
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_cannot_read_ends_all(tiny_checkpoint, pictures, pair):
+    content = pictures[5].read_bytes()
+    pictures[5].write_bytes(content[: len(content) // 2])
+    images = [str(file) for file in pictures]
+    first, second = pair(1, "generate", str(tiny_checkpoint), "Why?", *images, "--context", "2")
+    (output, errors), (nothing, own_errors) = (
+        process.communicate(timeout=TIMEOUT) for process in (first, second)
+    )
+    assert (first.returncode, second.returncode, output, nothing) == (1, 2, "", "")
+    assert errors.splitlines()[-1].startswith("error: process 1: Image 6 of 6 (")
+    assert own_errors.splitlines()[-1].startswith("process 1: error: Image 6 of 6 (")
 
 
 @pytest.mark.parametrize(
@@ -91,3 +133,58 @@ def test_free_memory_is_told_as_integers_that_devices_have():
         told = np.stack([in_mib(size) for size in sizes])
         assert told.dtype == np.int32 and from_mib(told) == 79 * gib
     assert from_mib(np.stack([in_mib(None), in_mib(gib)])) is None
+
+
+class Store:
+    """What several `Watch`es need of JAX's coordination service."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+        self.silent = "none"
+
+    def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None:
+        assert allow_overwrite
+        if not key.endswith(self.silent):
+            self.values[key] = value
+
+    def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
+
+
+@pytest.mark.parametrize("ending", ["error", "silence", "finish"])
+def test_processes_notice_what_becomes_of_the_others(monkeypatch, ending):
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 3)
+    monkeypatch.setattr(watch, "_LOOK_AGAIN", 0.05)
+    monkeypatch.setattr(watch, "_TIME_TO_LEAVE", 0.2)
+    store, reasons = Store(), queue.Queue()
+    processes = [
+        watch.Watch(store, process, 3, lambda reason: reasons.put(reason)) for process in range(3)
+    ]
+    with pytest.raises(queue.Empty):
+        reasons.get(timeout=0.5)
+    match ending:
+        case "error":
+            processes[1].end("no such file.")
+            expected = ["process 1: no such file."] * 2
+        case "silence":
+            store.silent = "1"
+            expected = ["process 1 has ended, or is out of reach"] * 2
+        case _:
+            processes[1].finish()
+            expected = []
+    assert [reasons.get(timeout=30) for _ in expected] == expected
+    with pytest.raises(queue.Empty):
+        reasons.get(timeout=0.5)
+    for process in processes:
+        process.finish()
+
+
+def test_the_device_with_the_least_memory_may_be_another_processes(monkeypatch):
+    gib = 2**30
+
+    def gathered(own: np.ndarray) -> np.ndarray:
+        return np.stack([own, np.asarray([5, in_mib(20 * gib)], np.int32)])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    assert argument_of_least(1, 50 * gib) == 5
+    assert argument_of_least(1, 10 * gib) == 1

@@ -145,13 +145,18 @@ def test_large_parameters_are_cut_into_pieces(tmp_path, monkeypatch):
     # last block of rows is shorter than the others.
     monkeypatch.setattr(convert.streaming, "PIECE_BYTES", 3000)
     cut = convert_checkpoint(source, tmp_path / "cut")
-    assert cut.fingerprint == whole.fingerprint
+    # Pieces of whole inner chunks.
+    monkeypatch.setattr(convert.streaming, "LEAST_INNER_BYTES", 1000)
+    inner = convert_checkpoint(source, tmp_path / "inner")
+    assert inner.fingerprint == cut.fingerprint == whole.fingerprint
     assert_same_weights(source, load(tmp_path / "cut"))
+    assert_same_weights(source, load(tmp_path / "inner"))
     embedding = tmp_path / "cut/parameters/language_model.embed_tokens.embedding"
     assert len([file for file in embedding.rglob("*") if file.is_file()]) > 10
 
 
-def test_plain_orbax_reads_the_weights(tmp_path):
+def test_plain_orbax_reads_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.streaming, "LEAST_INNER_BYTES", 1000)
     source = sources.write_source(tmp_path / "hf")
     convert_checkpoint(source, tmp_path / "ours")
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -87,7 +87,7 @@ def test_images_of_the_history_are_not_decoded_again(tiny_model, tmp_path, decod
         *(pixels_of(2), Image.fromarray(pixels_of(3)), Image.fromarray(pixels_of(4)[..., 0])),
     ]
     palette = Image.fromarray(pixels_of(5)).quantize(16)
-    session = bsjax.Session(tiny_model, max_tokens=1024)
+    session = bsjax.Session(tiny_model, max_tokens=1024, image_cache_bytes=0)
     messages = asked(*sources, palette, "Which?")
     messages[0]["content"].append({"type": "image_url", "image_url": {"url": data}})
     session.generate(messages, max_new_tokens=1)
@@ -98,13 +98,19 @@ def test_images_of_the_history_are_not_decoded_again(tiny_model, tmp_path, decod
     assert len(decoded) == 2, "the new one, and the one whose pixels alone do not say what it is"
     assert answer.stats.reused_images == 0 < answer.stats.reused_tokens
     assert answer.token_ids == bsjax.generate(tiny_model, messages, max_new_tokens=4).token_ids
-    # Where the history is left before its last image, that image is read.
-    decoded.clear()
+    # Where the history is left before its last image, that image runs.
     other = asked(*sources[:2], "Why?", *sources[2:], "Which?")
+    decoded.clear()
     logits, first = session.forward(other)
     assert len(decoded) == len(sources) - 2
     expected = bsjax.forward(tiny_model, other)[first:]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    # It needs no pixels if its features are kept.
+    session = bsjax.Session(tiny_model, max_tokens=1024)
+    session.forward(messages)
+    decoded.clear()
+    session.forward(other)
+    assert not decoded
 
 
 def test_options_and_crops_have_digests_of_their_own():

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
+from PIL import Image
 
 import bsjax
 from bsjax import CapacityError, CheckpointError, HeadCategory, Profile, ProfileError
-from bsjax.checkpoint.loading import check_weights_fit, placed_module
+from bsjax.checkpoint.loading import LoadedModel, check_weights_fit, placed_module
 from bsjax.cli import main
 from bsjax.models.collectives import TENSOR
 from bsjax.models.head_order import costs_of, dealt_heads, imbalance
 from bsjax.models.layers import MLP_ROWS
+from bsjax.prompts.image_reader import ImageReader
+from bsjax.prompts.known_images import ImageContent
+from bsjax.prompts.prompt import PromptImage, PromptOptions
+from bsjax.runtime import images
 from bsjax.runtime.images import rounds
 from bsjax.runtime.inputs import prepare_inputs
 from bsjax.runtime.programs import programs_of, size_in_bytes
@@ -72,13 +77,13 @@ def test_answers_are_those_of_one_device(models, tmp_path):
     alone, together = (bsjax.generate(model, batch, **options) for model in models)
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
 
-    # A session, saved and loaded.
+    # A session, saved by one and loaded by the other.
     answers = []
-    for model in models:
+    for model, other in (models, models[::-1]):
         session = bsjax.Session(model, max_tokens=512, profile=sparse)
         first = session.generate(question, max_new_tokens=4)
         session.save(tmp_path / "session")
-        session = bsjax.Session.load(tmp_path / "session", model, profile=sparse)
+        session = bsjax.Session.load(tmp_path / "session", other, profile=sparse)
         more = [*question, {"role": "assistant", "content": first.text}, *asked("And?")]
         second = session.generate(more, max_new_tokens=4)
         # The rings of Gemma 3 have moved on.
@@ -136,7 +141,7 @@ def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "kv_heads"), [(2, 2), (4, 2)])
-def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tensor, kv_heads):
+def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tmp_path, tensor, kv_heads):
     """Which heads are together changes no answer, and balances what the devices have to do."""
     shape = (tiny_model.config.text_config.num_hidden_layers, 4)
     categories = np.zeros(shape, np.int8)
@@ -152,6 +157,16 @@ def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tensor, kv_he
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
     assert several.head_order is not None
     assert bsjax.generate(several, question, profile=profile, max_new_tokens=1).stats.imbalance > 1
+    # A session has the checkpoint's heads.
+    session = bsjax.Session(several, max_tokens=512, profile=profile)
+    more = [*question, {"role": "assistant", "content": "That."}, *asked("And?")]
+    session.forward(question)
+    session.save(tmp_path / "session")
+    loaded = bsjax.Session.load(tmp_path / "session", tiny_model, profile=profile)
+    found, first = loaded.forward(more)
+    assert first > wanted.shape[0] - 12
+    wanted = bsjax.forward(tiny_model, more, profile=profile)[first:]
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
@@ -257,3 +272,34 @@ def test_the_72b_on_gpus(monkeypatch, context, tensor, hosts, weights, peak):
     reduced = [size for kind, size in travelling(decode.compiled.as_text()) if kind == "all-reduce"]
     assert set(reduced) == {8192 * 2}
     recorded.passed()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_reads_the_images_of_its_own_devices(tiny_model, monkeypatch, process):
+    """Five images, each a group, for four devices of two processes."""
+    mesh = bsjax.mesh(context=4)
+    of_processes = [False, False, True, True] if process else [True, True, False, False]
+    monkeypatch.setattr(images, "own_devices", lambda mesh: of_processes)
+    begun: list[int] = []
+    grid, scale = np.asarray([1, 24, 24], np.int32), tiny_model.pixel_scale
+    of_prompt = [
+        PromptImage(grid, 144, scale, read=pytest.fail, begin=partial(begun.append, number))
+        for number in range(5)
+    ]
+    groups = images.image_groups(tiny_model.architecture, of_prompt, "xla", mesh=mesh)
+    assert [len(group.images) for group in groups] == [1] * 5
+    # The fifth is in a second round.
+    assert begun == ([2, 3] if process else [0, 1, 4])
+
+
+def test_processes_tell_images_apart_without_reading_them(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(LoadedModel, "shares_images", True)
+    monkeypatch.setattr(ImageContent, "pixels", pytest.fail)
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.fromarray(picture(number % 2)).save(file)
+    with ImageReader() as reader:
+        prompt = tiny_model.prompt_of(asked(*files, picture(0)), PromptOptions(), reader)
+        reader.start()
+        first, second, third, of_array = (image.digest for image in prompt.images)
+    assert first == third and len({first, second, of_array}) == 3
