@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.backends import GPU_KERNELS, resolve_backend
+from bsjax.attention.backends import GPU_KERNELS, has_jax_triton, resolve_backend
 from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
@@ -351,8 +351,14 @@ def _kernel_forward(
 def _kernel_gradients(
     kernel: Callable[..., Any], scale: float, residuals: Residuals, gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None, None]:
-    del kernel
-    return attention_gradients(scale, residuals, gradients)
+    schedule = residuals[3]
+    of_gpu = kernel is _triton_attention or (compiles_for_gpus() and has_jax_triton())
+    # Like its forward kernel, those of jax-triton do not work with `check_vma`.
+    if schedule.transposed is None or not of_gpu or varying_axes(residuals):
+        return attention_gradients(scale, residuals, gradients)
+    from bsjax.triton.backward import attention_gradients as kernel_gradients
+
+    return *kernel_gradients(*residuals, *gradients, scale=scale), None, None, None
 
 
 _kernel_attention.defvjp(_kernel_forward, _kernel_gradients)

@@ -159,6 +159,7 @@ class Schedule:
       parts: the parts of split tiles of text rows; None if no tile may be split.
       stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
         like image rows. In prompt order, all rows are stacked.
+      transposed: the `bsjax.masks.transposed.TransposedSchedule`, for gradients on GPUs; or None.
     """
 
     queries: TokenInfo
@@ -171,6 +172,7 @@ class Schedule:
     visibility: Visibility = field(metadata={"static": True})
     parts: Parts | None = None
     stacked_heads: int = field(default=0, metadata={"static": True})
+    transposed: Any = None
 
     @property
     def query_rows(self) -> int:

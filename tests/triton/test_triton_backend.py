@@ -94,7 +94,7 @@ def test_what_the_kernel_cannot_do_is_refused():
 def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, jax_triton, chosen, reason):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if gpu else "cpu")
     monkeypatch.setattr(backends, "_has_pallas", lambda: pallas)
-    monkeypatch.setattr(backends, "_has_jax_triton", lambda: jax_triton)
+    monkeypatch.setattr(backends, "has_jax_triton", lambda: jax_triton)
     with compiling_for("sm_90"):
         assert resolve_backend("auto") == chosen
         assert reason in backend_reason(chosen) and backend_reason(chosen).startswith("auto")
