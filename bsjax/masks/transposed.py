@@ -20,7 +20,7 @@ split into several entries, whose results are added up.
 Everything here is NumPy on the host, and takes memory linear in the number of rows and keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class KeyTile(NamedTuple):
     Attributes:
       first_key: first key row.
       keys: number of keys; 0 for an entry after the last tile.
-      first_range: index of the tile's first range among those of its table.
+      first_range: index of the tile's first range.
       full_blocks: blocks of query rows in its full ranges.
       partial_blocks: blocks of query rows in its partial ranges, which follow the full ones.
     """
@@ -68,9 +68,9 @@ class TransposedSchedule:
       tile_columns: int32 [tables, entries, fields of `KeyTile`], the longest first. An entry is of
         the same keys in all tables. Every key that is not padding is in one tile, and a tile is one
         entry or, if it is split, several.
-      range_columns: int32 [tables, ranges, fields of `KeyRange`], of query rows. From its
-        `first_range` on, an entry has first its full ranges (whole multiples of `block_q`), then
-        its partial ones, and one extra entry follows the last, as in `Schedule`.
+      range_columns: int32 [ranges, fields of `KeyRange`], ranges of query rows, of all tables. From
+        its `first_range` on, an entry has first its full ranges (whole multiples of `block_q`),
+        then its partial ones, and one extra range follows the last, as in `Schedule`.
       block_q: query rows of a block.
       block_kv: keys of a tile, at most.
     """
@@ -254,36 +254,19 @@ def _assembled(
     ]
     entries.sort(key=lambda entry: -blocks[entry[0]] / entry[2])
 
-    columns: list[list[KeyTile]] = []
-    row_ranges: list[list[tuple[int, int]]] = []
-    for table in tables:
-        columns.append([])
-        row_ranges.append([])
-        for tile, part, parts in entries:
-            of_tile = sum(table[tile].blocks(block))
-            own = table[tile].cut(of_tile * part // parts, of_tile * (part + 1) // parts, block)
-            first, last = int(first_key[tile]), int(last_key[tile])
-            first_range = len(row_ranges[-1])
-            columns[-1].append(KeyTile(first, last - first, first_range, *own.blocks(block)))
-            row_ranges[-1] += [*own.full, *own.partial]
     # Room for as many parts as there can be.
     room = bucket(3 * -(-int(last_key.max(initial=0)) // block) // 2 + 4, smallest=16)
     most_entries = max(room, bucket(len(entries), smallest=16))
-    most_ranges = 1 + max((len(each) for each in row_ranges), default=0)
-    return TransposedSchedule(
-        _stacked(columns, most_entries, len(KeyTile._fields)),
-        _stacked(
-            row_ranges, bucket(most_ranges, smallest=4 * room, steps=1), len(KeyRange._fields)
-        ),
-        block_q=block,
-        block_kv=block,
-    )
-
-
-def _stacked(tables: Sequence[Sequence[tuple[int, ...]]], length: int, fields: int) -> np.ndarray:
-    """Tables of unequal length, padded with zeros."""
-    stacked = np.zeros((len(tables), length, fields), np.int32)
-    for table, entries in zip(stacked, tables, strict=True):
-        if entries:
-            table[: len(entries)] = entries
-    return stacked
+    tiles = np.zeros((len(tables), most_entries, len(KeyTile._fields)), np.int32)
+    row_ranges: list[tuple[int, int]] = []
+    for columns, table in zip(tiles, tables, strict=True):
+        for index, (tile, part, parts) in enumerate(entries):
+            of_tile = sum(table[tile].blocks(block))
+            own = table[tile].cut(of_tile * part // parts, of_tile * (part + 1) // parts, block)
+            first, last = first_key[tile], last_key[tile]
+            columns[index] = KeyTile(first, last - first, len(row_ranges), *own.blocks(block))
+            row_ranges += [*own.full, *own.partial]
+    ranges = bucket(len(row_ranges) + 1, smallest=4 * room * len(tables), steps=1)
+    range_columns = np.zeros((ranges, len(KeyRange._fields)), np.int32)
+    range_columns[: len(row_ranges)] = np.reshape(row_ranges, (-1, 2))
+    return TransposedSchedule(tiles, range_columns, block_q=block, block_kv=block)

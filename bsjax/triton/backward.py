@@ -79,7 +79,9 @@ def attention_gradients(
     # Blocks are read whole. Padding is needed only if all rows are fewer than one block.
     missing = max(0, of_queries.block_kv - key_rows)
     padded_k, padded_v = (_padded(array, missing, 1) for array in (k, v))
-    keys = KeyVisibility(*(_padded(field, missing, 1) for field in keys))
+    # Of every table, although position and image are the same in all: a loop over query heads then
+    # keeps one address less per thread.
+    keys = KeyVisibility(*(_padded(field, missing, 1) for field in jnp.broadcast_arrays(*keys)))
     missing_rows = max(0, of_keys.block_q - rows)
     padded_q, out_gradient, position, image = (
         _padded(array, missing_rows, 0) for array in (q, out_gradient, position, image)
@@ -92,6 +94,7 @@ def attention_gradients(
         name: str,
         grid: tuple[int, int],
         columns: tuple[Any, Any],
+        sizes: tuple[int, ...],
         outputs: list[jax.ShapeDtypeStruct],
         chosen: KernelConfiguration,
         constants: dict[str, Any],
@@ -109,8 +112,8 @@ def attention_gradients(
                 offset,
                 position,
                 image,
-                keys.position[0],
-                keys.image[0],
+                keys.position,
+                keys.image,
                 keys.own_from,
                 keys.other_from,
                 jnp.asarray(layer, jnp.int32).reshape(1),
@@ -119,8 +122,7 @@ def attention_gradients(
                 ranges,
                 padded_rows,
                 padded_keys,
-                tiles.shape[1],
-                ranges.shape[1],
+                *sizes,
             ],
             outputs,
             {
@@ -148,6 +150,7 @@ def attention_gradients(
         "query_gradients",
         (q_heads + (kv_heads if schedule.stacked_heads else 0), tiles * programs),
         (schedule.tile_columns, schedule.range_columns),
+        (tiles, schedule.range_columns.shape[1]),
         [jax.ShapeDtypeStruct(padded_q.shape, q.dtype)],
         of_queries,
         {
@@ -165,12 +168,14 @@ def attention_gradients(
         "key_gradients",
         (kv_heads, entries * programs),
         (transposed.tile_columns, transposed.range_columns),
+        (entries,),
         [jax.ShapeDtypeStruct((entries, transposed.block_kv, kv_heads, head_dim), jnp.float32)] * 2,
         of_keys,
         {
             "PROGRAMS_PER_TILE": programs,
             "STEPS_PER_BLOCK": transposed.block_q // of_keys.block_q,
             "WIDE": padded_rows * q_heads * head_dim >= 2**31,
+            "KV_WIDE": padded_keys * kv_heads * head_dim >= 2**31,
         },
     )
     # Each entry's rows in k; out of bounds, hence dropped, where it has none.

@@ -306,7 +306,6 @@ def key_gradients(
     query_rows,
     key_rows,
     tile_count,
-    range_count,
     k_gradient,
     v_gradient,
     scratch: tl.constexpr,
@@ -325,6 +324,7 @@ def key_gradients(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     WIDE: tl.constexpr,
+    KV_WIDE: tl.constexpr,
 ):
     """One program: the gradients of a tile's keys and values, or of some of them.
 
@@ -343,12 +343,13 @@ def key_gradients(
         return
     first_key = tl.load(tiles + entry * _KEY_TILE_COLUMNS + _FIRST_KEY)
     index = earlier + tl.arange(0, BLOCK_KV)
-    inside = index < count
     columns = tl.arange(0, FIRST)
-    kv_place = (tl.load(layer).to(tl.int64) * key_rows + first_key) * KV_STRIDE + kv_head * HEAD_DIM
-    kv_offsets = index * KV_STRIDE
-    keys = load_rows(k + kv_place, columns, kv_offsets, inside, HEAD_DIM, 0, FIRST)
-    values = load_rows(v + kv_place, columns, kv_offsets, inside, HEAD_DIM, 0, FIRST)
+    # What follows the tile's last key is computed like it, and its results are never read.
+    key_row = tl.minimum(first_key + index, key_rows - 1)
+    kv_place = (tl.load(layer).to(tl.int64) * key_rows) * KV_STRIDE + kv_head * HEAD_DIM
+    kv_offsets = (key_row.to(tl.int64) if KV_WIDE else key_row) * KV_STRIDE
+    keys = load_rows(k + kv_place, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
+    values = load_rows(v + kv_place, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
     second_keys = keys
     second_values = values
     of_keys = tl.zeros([BLOCK_KV, FIRST], tl.float32)
@@ -358,16 +359,13 @@ def key_gradients(
     if SECOND > 0:
         second_columns = tl.arange(0, SECOND)
         second_keys = load_rows(
-            k + kv_place, second_columns, kv_offsets, inside, HEAD_DIM, FIRST, SECOND
+            k + kv_place, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
         )
         second_values = load_rows(
-            v + kv_place, second_columns, kv_offsets, inside, HEAD_DIM, FIRST, SECOND
+            v + kv_place, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
         )
         second_of_keys = tl.zeros([BLOCK_KV, SECOND], tl.float32)
         second_of_values = tl.zeros([BLOCK_KV, SECOND], tl.float32)
-    key_place = first_key + index
-    position = tl.load(key_position + key_place, mask=inside, other=0)[:, None]
-    image = tl.load(key_image + key_place, mask=inside, other=0)[:, None]
     of_block = tl.arange(0, BLOCK_Q)
     offsets = of_block * Q_STRIDE
 
@@ -378,13 +376,12 @@ def key_gradients(
         range_index = tl.load(tile + _ROW_RANGE)
         full_blocks = tl.load(tile + _FULL_ROWS)
         partial_blocks = tl.load(tile + _PARTIAL_ROWS)
-        of_table = ranges + table * range_count * RANGE_COLUMNS
-        start = tl.load(of_table + range_index * RANGE_COLUMNS + START)
-        end = tl.load(of_table + range_index * RANGE_COLUMNS + END)
+        start = tl.load(ranges + range_index * RANGE_COLUMNS + START)
+        end = tl.load(ranges + range_index * RANGE_COLUMNS + END)
         queries_of_head = q + head * HEAD_DIM
         gradients_of_head = out_gradient + head * HEAD_DIM
-        lse_of_head = lse + head.to(tl.int64) * query_rows + of_block
-        offset_of_head = offset + head.to(tl.int64) * query_rows + of_block
+        lse_of_head = lse + head * query_rows
+        offset_of_head = offset + head * query_rows
 
         for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
             block = (start.to(tl.int64) if WIDE else start) * Q_STRIDE
@@ -416,8 +413,8 @@ def key_gradients(
                 second_queries,
                 gradients,
                 second_gradients,
-                tl.load(lse_of_head + start)[None, :],
-                tl.load(offset_of_head + start)[None, :],
+                tl.load(lse_of_head + (start + of_block))[None, :],
+                tl.load(offset_of_head + (start + of_block))[None, :],
                 None,
                 TO_LOG2,
                 SECOND,
@@ -431,12 +428,18 @@ def key_gradients(
                 second_of_values = product(weights, second_gradients, second_of_values, PRECISION)
                 second_of_keys = product(score_gradients, second_queries, second_of_keys, PRECISION)
             start, end, range_index = advance(
-                step, start, end, range_index, of_table, BLOCK_Q, STEPS_PER_BLOCK
+                step, start, end, range_index, ranges, BLOCK_Q, STEPS_PER_BLOCK
             )
 
-        of_keys_in_table = table * key_rows + key_place
-        own = tl.load(own_from + of_keys_in_table, mask=inside, other=0)[:, None]
-        other = tl.load(other_from + of_keys_in_table, mask=inside, other=0)[:, None]
+        # From what has been read for this head: nothing else is kept over the loop above, which
+        # needs all registers.
+        key_row = tl.load(tile + _FIRST_KEY) + index
+        exists = key_row < key_rows
+        key_row += table * key_rows
+        position = tl.load(key_position + key_row, mask=exists, other=0)[:, None]
+        image = tl.load(key_image + key_row, mask=exists, other=0)[:, None]
+        own = tl.load(own_from + key_row, mask=exists, other=0)[:, None]
+        other = tl.load(other_from + key_row, mask=exists, other=0)[:, None]
         for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK, num_stages=PARTIAL_STAGES):
             # A block that would reach beyond the last row is read from further up.
             first_row = tl.minimum(start, query_rows - BLOCK_Q)
@@ -480,8 +483,8 @@ def key_gradients(
                 second_queries,
                 gradients,
                 second_gradients,
-                tl.load(lse_of_head + first_row)[None, :],
-                tl.load(offset_of_head + first_row)[None, :],
+                tl.load(lse_of_head + row)[None, :],
+                tl.load(offset_of_head + row)[None, :],
                 seen & in_block[None, :],
                 TO_LOG2,
                 SECOND,
@@ -495,18 +498,19 @@ def key_gradients(
                 second_of_values = product(weights, second_gradients, second_of_values, PRECISION)
                 second_of_keys = product(score_gradients, second_queries, second_of_keys, PRECISION)
             start, end, range_index = advance(
-                step, start, end, range_index, of_table, BLOCK_Q, STEPS_PER_BLOCK
+                step, start, end, range_index, ranges, BLOCK_Q, STEPS_PER_BLOCK
             )
 
+    results = index * KV_STRIDE
     place = entry.to(tl.int64) * (BLOCK_KV * PROGRAMS_PER_TILE) * KV_STRIDE + kv_head * HEAD_DIM
-    store_rows(k_gradient + place, columns, kv_offsets, inside, of_keys * SCALE, HEAD_DIM, 0, FIRST)
-    store_rows(v_gradient + place, columns, kv_offsets, inside, of_values, HEAD_DIM, 0, FIRST)
+    store_rows(k_gradient + place, columns, results, None, of_keys * SCALE, HEAD_DIM, 0, FIRST)
+    store_rows(v_gradient + place, columns, results, None, of_values, HEAD_DIM, 0, FIRST)
     if SECOND > 0:
         store_rows(
             k_gradient + place,
             second_columns,
-            kv_offsets,
-            inside,
+            results,
+            None,
             second_of_keys * SCALE,
             HEAD_DIM,
             FIRST,
@@ -515,8 +519,8 @@ def key_gradients(
         store_rows(
             v_gradient + place,
             second_columns,
-            kv_offsets,
-            inside,
+            results,
+            None,
             second_of_values,
             HEAD_DIM,
             FIRST,

@@ -56,10 +56,10 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
 
 _GRADIENT_CONFIGURATIONS = {
     # (kernel, bytes of an element): configuration
-    ("queries", 2): KernelConfiguration(64, 32, 4, 2),
-    ("keys", 2): KernelConfiguration(32, 64, 4, 2),
-    ("queries", 4): KernelConfiguration(32, 16, 4, 2),
-    ("keys", 4): KernelConfiguration(16, 32, 4, 2),
+    ("queries", 2): KernelConfiguration(64, 64, 4, 2),
+    ("keys", 2): KernelConfiguration(64, 64, 8, 2),
+    ("queries", 4): KernelConfiguration(32, 32, 4, 2),
+    ("keys", 4): KernelConfiguration(32, 32, 4, 2),
 }
 
 

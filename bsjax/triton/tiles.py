@@ -89,11 +89,17 @@ def store_rows(
     SIZE: tl.constexpr,
 ):
     """Writes channels [FIRST, FIRST + SIZE) of rows, except those beyond the head."""
-    inside = mask[:, None]
-    if FIRST + SIZE > HEAD_DIM:
-        inside = inside & (FIRST + columns < HEAD_DIM)[None, :]
     pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
-    tl.store(pointers, values.to(rows.dtype.element_ty), mask=inside)
+    values = values.to(rows.dtype.element_ty)
+    if FIRST + SIZE > HEAD_DIM:
+        inside = (FIRST + columns < HEAD_DIM)[None, :]
+        if mask is not None:
+            inside = inside & mask[:, None]
+        tl.store(pointers, values, mask=inside)
+    elif mask is not None:
+        tl.store(pointers, values, mask=mask[:, None])
+    else:
+        tl.store(pointers, values)
 
 
 @triton.jit

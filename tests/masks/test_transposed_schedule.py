@@ -20,7 +20,7 @@ from tests.support.templates import spans, visibilities
 
 def walk(transposed, table):
     """Yields (keys of an entry, [(rows, is full)]) in the order in which the kernel visits them."""
-    ranges = [KeyRange(*columns) for columns in transposed.range_columns[table].tolist()]
+    ranges = [KeyRange(*columns) for columns in transposed.range_columns.tolist()]
     for tile in map(KeyTile._make, transposed.tile_columns[table].tolist()):
         blocks, index = [], tile.first_range
         start = ranges[index].start
