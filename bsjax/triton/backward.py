@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from bsjax.masks.schedule import Schedule
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, key_visibility
 from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.triton import configurations
 from bsjax.triton.backward_kernels import key_gradients, query_gradients
+from bsjax.triton.gradient_configurations import gradient_configuration
 from bsjax.triton.heads import head_blocks
 from bsjax.triton.launch import Launch, call
 from bsjax.triton.product import precision_of
@@ -23,7 +23,7 @@ def attention_gradients(
     v: Float[Array, "layers keys kv_heads head_dim"],
     schedule: Schedule,
     head_category: Int[Array, "q_heads"],
-    layer: Int[Array, ""],
+    layer: Any,
     out: Float[Array, "queries q_heads head_dim"],
     lse: Float[Array, "queries q_heads"],
     out_gradient: Float[Array, "queries q_heads head_dim"],
@@ -44,7 +44,7 @@ def attention_gradients(
       v: its values.
       schedule: its schedule, with a transposed schedule and without split tiles.
       head_category: the table of the schedule that each query head uses.
-      layer: the layer whose keys and values are read.
+      layer: int32, the layer whose keys and values are read; may be traced.
       out: its output.
       lse: its log-sum-exp.
       out_gradient: gradient of the output.
@@ -59,10 +59,10 @@ def attention_gradients(
     rows, q_heads, head_dim = q.shape
     layers, key_rows, kv_heads, _ = k.shape
     transposed = schedule.transposed
-    of_queries = of_queries or configurations.gradient_configuration(
+    of_queries = of_queries or gradient_configuration(
         "queries", head_dim, q.dtype, schedule.block_q, schedule.block_kv
     )
-    of_keys = of_keys or configurations.gradient_configuration(
+    of_keys = of_keys or gradient_configuration(
         "keys", head_dim, q.dtype, transposed.block_q, transposed.block_kv
     )
     # The log-sum-exp of a row that saw nothing is a constant: its gradient is ignored.

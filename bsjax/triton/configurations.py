@@ -3,16 +3,12 @@
 configurations.json is of the same format as that of `bsjax.pallas`, and chosen in the same way.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bsjax.pallas.configurations import (
-    ConfigurationTable,
-    KernelConfiguration,
-    check_supported,
-)
+from bsjax.pallas.configurations import ConfigurationTable, check_supported
 from bsjax.triton.heads import power_of_two
 
 _TABLE = ConfigurationTable("bsjax.triton")
@@ -52,38 +48,3 @@ def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration
     """
     check_supported(head_dim, dtype)
     return _DECODE_CONFIGURATIONS[max(64, power_of_two(head_dim)), jnp.dtype(dtype).itemsize]
-
-
-_GRADIENT_CONFIGURATIONS = {
-    # (kernel, bytes of an element): configuration
-    ("queries", 2): KernelConfiguration(64, 64, 4, 2),
-    ("keys", 2): KernelConfiguration(64, 64, 8, 2),
-    ("queries", 4): KernelConfiguration(32, 32, 4, 2),
-    ("keys", 4): KernelConfiguration(32, 32, 4, 2),
-}
-
-
-def gradient_configuration(
-    kernel: Literal["queries", "keys"],
-    head_dim: int,
-    dtype: DTypeLike,
-    block_q: int,
-    block_kv: int,
-) -> KernelConfiguration:
-    """How a kernel of the gradients is compiled for a schedule of these block sizes.
-
-    Args:
-      kernel: that of the gradients of queries, or of keys and values.
-      head_dim: channels of a head.
-      dtype: dtype of queries, keys and values.
-      block_q: of the schedule, or for keys of the transposed schedule.
-      block_kv: of the same.
-
-    Raises:
-      BackendError: the kernels do not support the head dimension or dtype.
-    """
-    check_supported(head_dim, dtype)
-    tabled = _GRADIENT_CONFIGURATIONS[kernel, jnp.dtype(dtype).itemsize]
-    return tabled._replace(
-        block_q=min(block_q, tabled.block_q), block_kv=min(block_kv, tabled.block_kv)
-    )
