@@ -61,11 +61,11 @@ DECODE_MATRIX = [(gpu, 128, dtype) for gpu in _GPUS for dtype in ("bfloat16", "f
 
 
 GRADIENT_MATRIX = [
-    *((gpu, head_dim, "bfloat16") for gpu in _GPUS for head_dim in (64, 80, 128, 256)),
-    *((gpu, head_dim, "float32") for gpu in _GPUS for head_dim in (128, 256)),
-    ("h200", 72, "bfloat16"),
-    ("h200", 128, "float16"),
-]
+    (gpu, head_dim, dtype)
+    for gpu in _GPUS
+    for head_dim in (64, 80, 128, 256)
+    for dtype in ("bfloat16", "float32")
+] + [("h200", 72, "bfloat16"), ("h200", 72, "float32"), ("h200", 128, "float16")]
 """(GPU, head dim, dtype) of the kernels of the gradients on the page."""
 
 

@@ -328,7 +328,7 @@ def key_gradients(
 ):
     """One program: the gradients of a tile's keys and values, or of some of them.
 
-    Results are float32 [entries of the transposed schedule, keys of a tile, KV_HEADS, HEAD_DIM].
+    Results are float32 [entries of the transposed schedule, KV_HEADS, keys of a tile, HEAD_DIM].
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
@@ -501,8 +501,8 @@ def key_gradients(
                 step, start, end, range_index, ranges, BLOCK_Q, STEPS_PER_BLOCK
             )
 
-    results = index * KV_STRIDE
-    place = entry.to(tl.int64) * (BLOCK_KV * PROGRAMS_PER_TILE) * KV_STRIDE + kv_head * HEAD_DIM
+    results = index * HEAD_DIM
+    place = (entry.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_KV * PROGRAMS_PER_TILE * HEAD_DIM)
     store_rows(k_gradient + place, columns, results, None, of_keys * SCALE, HEAD_DIM, 0, FIRST)
     store_rows(v_gradient + place, columns, results, None, of_values, HEAD_DIM, 0, FIRST)
     if SECOND > 0:

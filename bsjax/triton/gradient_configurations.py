@@ -18,6 +18,8 @@ from bsjax.pallas.configurations import (
 
 _16 = KernelConfiguration(16, 16, 4, 2)
 _32 = KernelConfiguration(32, 32, 4, 2)
+_32_16 = KernelConfiguration(32, 16, 4, 2)
+_32_8 = KernelConfiguration(32, 32, 8, 2)
 _64 = KernelConfiguration(64, 64, 4, 2)
 _64_32 = KernelConfiguration(64, 32, 4, 2)
 _32_64 = KernelConfiguration(32, 64, 4, 2)
@@ -34,7 +36,7 @@ _IN_16_BITS = {
         64: (_64, _64),
         80: (_64, _32_64),
         128: (_64, _32_64),
-        256: (_128_32, KernelConfiguration(32, 32, 8, 2)),
+        256: (_128_32, _32_8),
     },
     "sm_100": {
         64: (_64, _64),
@@ -45,7 +47,7 @@ _IN_16_BITS = {
 }
 
 # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
-_IN_32_BITS = {64: (_32, _32), 80: (_32, _32), 128: (_32, _32), 256: (_16, _16)}
+_IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16)}
 
 
 def gradient_configuration(

@@ -44,8 +44,10 @@ from tools.triton_kernels import (  # noqa: E402
 PRODUCTS = {"a100": "HMMA", "l40s": "HMMA", "h200": "HGMMA", "b200": "UTCHMMA"}
 
 
-def check(report: KernelReport, gpu: str, dtype: str, said: str) -> None:
-    """A kernel with two matrix products is compiled as it should be."""
+def check(
+    report: KernelReport, gpu: str, dtype: str, said: str, product: str | None = None
+) -> None:
+    """A kernel with matrix products is compiled as it should be."""
     target = TARGETS[gpu]
     assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
     assert report.shared_memory <= target.shared_memory_per_block, said
@@ -53,7 +55,7 @@ def check(report: KernelReport, gpu: str, dtype: str, said: str) -> None:
     used = set(opcodes(report.sass))
     assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
     # Products in TF32 or in halves would not be float32.
-    expected = set() if dtype == "float32" else {PRODUCTS[gpu]}
+    expected = set() if dtype == "float32" else {product or PRODUCTS[gpu]}
     assert {name for name in used if name.endswith("MMA")} == expected, said
 
 
@@ -168,7 +170,10 @@ def check_gradients(gpu, head_dim, dtype, *, lines=(), always=False, **options) 
     assert list(reports) == ["query_gradients", "key_gradients"]
     for launch in launches:
         check_parameters(launch)
-        check(reports[launch.name], gpu, dtype, f"{launch.name} {gpu} {head_dim} {dtype}")
+        said = f"{launch.name} {gpu} {head_dim} {dtype}"
+        # There, tiles of 64 keys do not fit into registers.
+        of_warps = launch.name == "key_gradients" and (gpu, head_dim) == ("h200", 256)
+        check(reports[launch.name], gpu, dtype, said, "HMMA" if of_warps else None)
     if lines and is_of_these_versions(PAGE.read_text()):
         rows = kernel_table.gradient_rows(gpu, head_dim, dtype, reports)
         written = [f"| {' | '.join(row)} |" for row in rows]
