@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from bsjax.masks.schedule import KeyRange
 from bsjax.masks.transposed import BLOCK, KeyTile, TransposedSchedule
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import KernelConfiguration, compiling_for
 from bsjax.triton import configurations
 from bsjax.triton.backward import attention_gradients
@@ -146,12 +147,18 @@ def triton_decode(gpu: str, head_dim: int, dtype: str, **options: Any) -> Decode
     return decode_kernel(gpu, head_dim, dtype, **options)._replace(function=attend)
 
 
-def gradient_configurations(gpu: str, head_dim: int, dtype: str) -> dict[str, KernelConfiguration]:
+def gradient_configurations(
+    gpu: str, head_dim: int, dtype: str, *, windowed: bool = False
+) -> dict[str, KernelConfiguration]:
     """How the kernels of the gradients are compiled, by name, for a mask with its own blocks."""
     with compiling_for(compiled_kernels.target_name(gpu)):
         return {
-            "query_gradients": gradient_configuration("queries", head_dim, dtype, *_MASK_BLOCKS),
-            "key_gradients": gradient_configuration("keys", head_dim, dtype, BLOCK, BLOCK),
+            "query_gradients": gradient_configuration(
+                "queries", head_dim, dtype, *_MASK_BLOCKS, windowed=windowed
+            ),
+            "key_gradients": gradient_configuration(
+                "keys", head_dim, dtype, BLOCK, BLOCK, windowed=windowed
+            ),
         }
 
 
@@ -161,7 +168,7 @@ def triton_gradients(
     dtype: str,
     *,
     tokens: int = 36_864,
-    chosen: Mapping[str, KernelConfiguration] | None = None,
+    visibility: Visibility = CAUSAL,
     **options: Any,
 ) -> PrefillKernel:
     """The kernels of the gradients of `sparse_attention`, to be compiled.
@@ -171,12 +178,20 @@ def triton_gradients(
       head_dim: channels per head.
       dtype: dtype of queries, keys and values.
       tokens: query rows and key rows.
-      chosen: kernel configurations, by name; by default `gradient_configurations`.
+      visibility: visibility of the schedule.
       options: more arguments of `prefill_kernel`.
     """
-    chosen = chosen or gradient_configurations(gpu, head_dim, dtype)
+    windowed = visibility.window is not None
+    chosen = gradient_configurations(gpu, head_dim, dtype, windowed=windowed)
     forward = prefill_kernel(
-        gpu, head_dim, dtype, blocks=_MASK_BLOCKS, tokens=tokens, whole=True, **options
+        gpu,
+        head_dim,
+        dtype,
+        blocks=_MASK_BLOCKS,
+        tokens=tokens,
+        visibility=visibility,
+        whole=True,
+        **options,
     )
     q, k, _, schedule, head_category = forward.arguments
     tables, _, _ = schedule.tile_columns.shape

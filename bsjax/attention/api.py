@@ -99,8 +99,9 @@ def sparse_attention(
         `triton` (the same in Triton, for GPUs; needs the extra `triton`), `xla` (any device),
         `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU of the Ampere
         generation or later, triton there if JAX has no pallas, xla elsewhere. All support
-        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas and triton are
-        computed by xla's code.
+        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`). Those of pallas and triton are
+        computed by kernels if the mask was built with `gradients=True` and jax-triton is installed,
+        outside of `jax.shard_map` with `check_vma`; else by xla's code, slowly.
       return_lse: also return the log-sum-exp.
 
     Returns:

@@ -59,11 +59,12 @@ def attention_gradients(
     rows, q_heads, head_dim = q.shape
     layers, key_rows, kv_heads, _ = k.shape
     transposed = schedule.transposed
+    windowed = schedule.visibility.window is not None
     of_queries = of_queries or gradient_configuration(
-        "queries", head_dim, q.dtype, schedule.block_q, schedule.block_kv
+        "queries", head_dim, q.dtype, schedule.block_q, schedule.block_kv, windowed=windowed
     )
     of_keys = of_keys or gradient_configuration(
-        "keys", head_dim, q.dtype, transposed.block_q, transposed.block_kv
+        "keys", head_dim, q.dtype, transposed.block_q, transposed.block_kv, windowed=windowed
     )
     # The log-sum-exp of a row that saw nothing is a constant: its gradient is ignored.
     saw = ~jnp.isneginf(lse)

@@ -369,8 +369,7 @@ def key_gradients(
     of_block = tl.arange(0, BLOCK_Q)
     offsets = of_block * Q_STRIDE
 
-    for of_group in tl.range(0, GROUP, num_stages=1):
-        head = kv_head * GROUP + of_group
+    for head in tl.range(kv_head * GROUP, kv_head * GROUP + GROUP, num_stages=1):
         table = tl.load(head_category + head)
         tile = tiles + (table * tile_count + entry) * _KEY_TILE_COLUMNS
         range_index = tl.load(tile + _ROW_RANGE)

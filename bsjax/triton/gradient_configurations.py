@@ -46,6 +46,9 @@ _IN_16_BITS = {
     },
 }
 
+# Where a window is evaluated, too, fewer rows fit into registers.
+_KEYS_WITH_WINDOWS = {("sm_90", 128): KernelConfiguration(16, 64, 4, 2)}
+
 # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
 _IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16)}
 
@@ -56,6 +59,8 @@ def gradient_configuration(
     dtype: DTypeLike,
     block_q: int,
     block_kv: int,
+    *,
+    windowed: bool,
 ) -> KernelConfiguration:
     """How a kernel of the gradients is compiled for a schedule of these block sizes.
 
@@ -65,14 +70,17 @@ def gradient_configuration(
       dtype: dtype of queries, keys and values.
       block_q: query rows of a tile of the schedule; for keys, of a block of the transposed one.
       block_kv: keys of a block of the schedule; for keys, of a tile of the transposed one.
+      windowed: whether the schedule has a window.
 
     Raises:
       BackendError: the kernels do not support the head dimension or dtype.
     """
     check_supported(head_dim, dtype)
     in_16_bits = jnp.dtype(dtype).itemsize == 2
-    of_target = _IN_16_BITS[target_in_use()] if in_16_bits else _IN_32_BITS
-    tabled = of_target[table_width(head_dim)][kernel == "keys"]
+    target, width = target_in_use(), table_width(head_dim)
+    tabled = (_IN_16_BITS[target] if in_16_bits else _IN_32_BITS)[width][kernel == "keys"]
+    if windowed and in_16_bits and kernel == "keys":
+        tabled = _KEYS_WITH_WINDOWS.get((target, width), tabled)
     return tabled._replace(
         block_q=min(block_q, tabled.block_q), block_kv=min(block_kv, tabled.block_kv)
     )

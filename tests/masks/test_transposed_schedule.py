@@ -1,10 +1,11 @@
 """A transposed schedule visits every visible pair exactly once."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsjax import HeadCategory, Image, Template, Text
+from bsjax import BlockMask, HeadCategory, Image, MaskError, Template, Text, stack_masks
 from bsjax.masks.rows import Rows
 from bsjax.masks.schedule import (
     KeyRange,
@@ -13,7 +14,7 @@ from bsjax.masks.schedule import (
     category_tables,
     uses_packed_order,
 )
-from bsjax.masks.transposed import LONGEST, KeyTile, transposed_schedule
+from bsjax.masks.transposed import BLOCK, LONGEST, KeyTile, transposed_schedule
 from tests.support.schedules import row_matrix
 from tests.support.templates import spans, visibilities
 
@@ -113,3 +114,22 @@ def test_at_36k_tokens_long_tiles_are_split_and_arrays_have_few_sizes():
         assert blocks.max() <= LONGEST, "each of the longest is split into five"
         assert (np.diff(blocks) <= 1).all(), "longest first"
     assert len(shapes) == 1
+
+
+def test_masks_have_it_on_request_padded_and_stacked():
+    masks = [
+        BlockMask(Template.from_segments([Text(3), Image(tokens)]), ["SINK", 0], gradients=True)
+        for tokens in (200, 900)
+    ]
+    stacked = stack_masks(masks)
+    assert stacked.keys == 903
+    for number, mask in enumerate(masks):
+        first = masks[0].padded(903, 903) if number == 0 else mask
+        found, wanted = stacked[number].schedule.transposed, first.schedule.transposed
+        assert (found.block_q, found.block_kv) == (BLOCK, BLOCK)
+        entries = wanted.tile_columns.shape[1]
+        np.testing.assert_array_equal(found.tile_columns[:, :entries], wanted.tile_columns)
+    plain = BlockMask(masks[0].template, ["SINK", 0])
+    assert plain.schedule.transposed is None
+    with pytest.raises(MaskError, match="same gradients, but masks.1. has False"):
+        stack_masks([masks[0], plain])
