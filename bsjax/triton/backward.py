@@ -170,7 +170,7 @@ def attention_gradients(
         (kv_heads, entries * programs),
         (transposed.tile_columns, transposed.range_columns),
         (entries,),
-        [jax.ShapeDtypeStruct((entries, kv_heads, transposed.block_kv, head_dim), jnp.float32)] * 2,
+        [jax.ShapeDtypeStruct((entries, transposed.block_kv, kv_heads, head_dim), jnp.float32)] * 2,
         of_keys,
         {
             "PROGRAMS_PER_TILE": programs,
@@ -185,7 +185,6 @@ def attention_gradients(
     key = jnp.where(of_block < tile.keys, tile.first_key + of_block, key_rows)
 
     def of_layer(array: Array) -> Array:
-        array = array.swapaxes(1, 2)
         summed = jnp.zeros(k.shape[1:], jnp.float32).at[key].add(array, mode="drop")
         summed = summed.astype(k.dtype)
         return summed[None] if layers == 1 else jnp.zeros_like(k).at[layer].set(summed)

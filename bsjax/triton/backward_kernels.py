@@ -328,7 +328,7 @@ def key_gradients(
 ):
     """One program: the gradients of a tile's keys and values, or of some of them.
 
-    Results are float32 [entries of the transposed schedule, KV_HEADS, keys of a tile, HEAD_DIM].
+    Results are float32 [entries of the transposed schedule, keys of a tile, KV_HEADS, HEAD_DIM].
     """
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
@@ -369,7 +369,9 @@ def key_gradients(
     of_block = tl.arange(0, BLOCK_Q)
     offsets = of_block * Q_STRIDE
 
-    for head in tl.range(kv_head * GROUP, kv_head * GROUP + GROUP, num_stages=1):
+    # Constant bounds take no registers.
+    for of_group in tl.range(0, GROUP, num_stages=1):
+        head = kv_head * GROUP + of_group
         table = tl.load(head_category + head)
         tile = tiles + (table * tile_count + entry) * _KEY_TILE_COLUMNS
         range_index = tl.load(tile + _ROW_RANGE)
@@ -500,8 +502,8 @@ def key_gradients(
                 step, start, end, range_index, ranges, BLOCK_Q, STEPS_PER_BLOCK
             )
 
-    results = index * HEAD_DIM
-    place = (entry.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_KV * PROGRAMS_PER_TILE * HEAD_DIM)
+    results = index * KV_STRIDE
+    place = entry.to(tl.int64) * (BLOCK_KV * PROGRAMS_PER_TILE) * KV_STRIDE + kv_head * HEAD_DIM
     store_rows(k_gradient + place, columns, results, None, of_keys * SCALE, HEAD_DIM, 0, FIRST)
     store_rows(v_gradient + place, columns, results, None, of_values, HEAD_DIM, 0, FIRST)
     if SECOND > 0:
