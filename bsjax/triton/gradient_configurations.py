@@ -17,6 +17,7 @@ from bsjax.pallas.configurations import (
 )
 
 _16 = KernelConfiguration(16, 16, 4, 2)
+_16_8 = KernelConfiguration(16, 16, 8, 2)
 _32 = KernelConfiguration(32, 32, 4, 2)
 _32_16 = KernelConfiguration(32, 16, 4, 2)
 _32_8 = KernelConfiguration(32, 32, 8, 2)
@@ -50,7 +51,7 @@ _IN_16_BITS = {
 _KEYS_WITH_WINDOWS = {("sm_90", 128): KernelConfiguration(16, 64, 4, 2)}
 
 # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
-_IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16)}
+_IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16_8)}
 
 
 def gradient_configuration(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsjax import HeadCategory, Image, Sinks, Template, Text
+from bsjax import HeadCategory, Image, Template, Text
 from bsjax.attention.xla import attention_gradients, xla_attention
 from bsjax.masks.rows import Rows
 from bsjax.masks.schedule import build_schedule, build_span_schedule, category_tables
@@ -18,18 +18,13 @@ from bsjax.masks.transposed import with_transposed
 from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import KernelConfiguration
 from tests.support.parity import torch
-from tests.support.prefill_cases import EVERY_CATEGORY, mixed_schedule, random_arrays
+from tests.support.prefill_cases import EVERY_CATEGORY, SHORT, mixed_schedule, random_arrays
 from tests.support.templates import categories, templates
 from tests.support.triton_interpreter import interpreted, require_triton
 from tests.triton.test_triton_matches_reference import TWO_CONVERSATIONS
 
 require_triton()
 pytestmark = pytest.mark.skipif(torch is None, reason="Triton's interpreter needs torch")
-# The interpreter takes about as long for a large block as for a small one.
-SHORT = Template.from_segments(
-    [Text(7), Image(45), Text(2), Image(1), Image(20), Text(5)], Sinks(first=1, offsets=(4,))
-)
-
 wanted_gradients = jax.jit(attention_gradients, static_argnums=0)
 forward = jax.jit(xla_attention, static_argnums=6)
 
