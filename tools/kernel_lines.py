@@ -12,6 +12,8 @@ from tools.sass import KINDS, attention_loops, mix
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 
+_GPUS = ("a100", "l40s", "h200", "b200")
+
 
 class Case(NamedTuple):
     """A prefill kernel that must compile without spilling."""
@@ -38,7 +40,7 @@ def matrix(
     """
     cases = [
         Case(gpu, head_dim, dtype)
-        for gpu in ("a100", "l40s", "h200", "b200")
+        for gpu in _GPUS
         for head_dim in (64, 80, 128, 256)
         for dtype in ("bfloat16", "float32")
     ]
@@ -52,12 +54,19 @@ def matrix(
     ]
 
 
-DECODE_MATRIX = [
-    (gpu, 128, dtype)
-    for gpu in ("a100", "l40s", "h200", "b200")
-    for dtype in ("bfloat16", "float32")
-] + [("h200", 256, "bfloat16")]
+DECODE_MATRIX = [(gpu, 128, dtype) for gpu in _GPUS for dtype in ("bfloat16", "float32")] + [
+    ("h200", 256, "bfloat16")
+]
 """(GPU, head dim, dtype) of the decode kernels on the page."""
+
+
+GRADIENT_MATRIX = [
+    (gpu, head_dim, dtype)
+    for gpu in _GPUS
+    for head_dim in (64, 80, 128, 256)
+    for dtype in ("bfloat16", "float32")
+] + [("h200", 72, "bfloat16"), ("h200", 72, "float32"), ("h200", 128, "float16")]
+"""(GPU, head dim, dtype) of the kernels of the gradients on the page."""
 
 
 def compile_case(case: Case) -> KernelReport:

@@ -7,6 +7,7 @@ Compiles all kernels ahead of time, which needs no GPU.
 
 import argparse
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from tools import compiled_kernels, triton_kernels
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.kernel_lines import (
     DECODE_MATRIX,
+    GRADIENT_MATRIX,
     PAGE,
     Case,
     compile_case,
@@ -28,7 +30,12 @@ from tools.kernel_lines import (
     row,
 )
 from tools.sass import KINDS, attention_loops
-from tools.triton_kernels import triton_decode, triton_prefill, triton_reports
+from tools.triton_kernels import (
+    triton_decode,
+    triton_gradients,
+    triton_prefill,
+    triton_reports,
+)
 
 
 def compile_triton_case(case: Case) -> KernelReport:
@@ -84,6 +91,40 @@ def triton_decode_row(gpu: str, head_dim: int, dtype: str) -> list[str]:
     return [f"{gpu_name(gpu)}, Triton", str(head_dim), dtype, chosen, *figures]
 
 
+def gradient_rows(
+    gpu: str, head_dim: int, dtype: str, reports: Mapping[str, KernelReport]
+) -> list[list[str]]:
+    """The lines of the kernels of the gradients."""
+    chosen = triton_kernels.gradient_configurations(gpu, head_dim, dtype)
+    return [
+        [
+            *gradient_name(gpu, head_dim, dtype, name, chosen[name]),
+            *figures_of(report, TARGETS[gpu]),
+        ]
+        for name, report in reports.items()
+    ]
+
+
+def gradient_name(
+    gpu: str, head_dim: int, dtype: str, name: str, chosen: KernelConfiguration
+) -> list[str]:
+    """The first columns of the line of a kernel of the gradients."""
+    blocks = f"{chosen.block_q} x {chosen.block_kv}, {chosen.num_warps}, {chosen.num_stages}"
+    return [
+        f"{gpu_name(gpu)}, gradients",
+        str(head_dim),
+        dtype,
+        name.removesuffix("_gradients"),
+        blocks,
+    ]
+
+
+def compile_gradients(gpu: str, head_dim: int, dtype: str) -> dict[str, KernelReport]:
+    """Compiles the kernels of the gradients; the reports on them, by name."""
+    kernel = triton_gradients(gpu, head_dim, dtype)
+    return triton_reports(kernel.function, kernel.arguments, gpu)
+
+
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with `columns` and the figures from the assembler."""
     return _markdown(
@@ -109,7 +150,11 @@ def page() -> str:
     """The whole page, for which it compiles all kernels."""
     pallas = {case: compile_case(case) for case in matrix()}
     triton = {case: compile_triton_case(case) for case in matrix(triton_kernels.default_prefill)}
+    gradients = [
+        line for case in GRADIENT_MATRIX for line in gradient_rows(*case, compile_gradients(*case))
+    ]
     prefill_columns = ["GPU", "head dim", "dtype", "heads", "block, warps, stages"]
+    gradient_columns = ["GPU", "head dim", "dtype", "of", "block, warps, stages"]
     decode_columns = ["GPU", "head dim", "dtype", "keys per block, warps, stages"]
     compared = ["full", "partial", "registers", "programs (rows)"]
     columns = [f"{package} {figure}" for package in ("Pallas", "Triton") for figure in compared]
@@ -148,6 +193,14 @@ The kernels of `bsjax.triton`, which `backend="triton"` calls through jax-triton
 ## Decode, in Triton
 
 {table(decode_columns, [triton_decode_row(*case) for case in DECODE_MATRIX])}
+
+## Gradients, in Triton
+
+Two kernels compute the gradients of `sparse_attention`, whichever kernel computed the output: those
+of queries walk the schedule, and those of keys and values the transposed schedule. Blocks are query
+rows x keys.
+
+{table(gradient_columns, gradients)}
 
 ## Pallas and Triton side by side
 

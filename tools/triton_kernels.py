@@ -5,6 +5,7 @@ with everything that its launch needs. NVIDIA's assembler and disassembler repor
 `tools.gpu_targets`.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import tempfile
@@ -14,14 +15,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from bsjax.masks.schedule import KeyRange
+from bsjax.masks.transposed import BLOCK, KeyTile, TransposedSchedule
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import KernelConfiguration, compiling_for
 from bsjax.triton import configurations
+from bsjax.triton.backward import attention_gradients
 from bsjax.triton.decode import decode_attention
+from bsjax.triton.gradient_configurations import gradient_configuration
 from bsjax.triton.prefill import prefill_attention
 from tools import compiled_kernels
 from tools.compiled_kernels import DecodeKernel, PrefillKernel, decode_kernel, prefill_kernel
 from tools.gpu_targets import TARGETS, KernelReport, assembled, lowered
+
+_MASK_BLOCKS = (128, 64)
+"""The blocks that a `BlockMask` has by default."""
 
 
 class TritonLaunch(NamedTuple):
@@ -89,6 +99,12 @@ def triton_digest(function: Callable[..., Any], arguments: tuple[Any, ...], gpu:
     return hashlib.sha256("\n".join(map(str, determining)).encode()).hexdigest()
 
 
+def kernel_names(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[str]:
+    """The names of the Triton kernels that a program calls, in order, without compiling."""
+    program: Any = jax.make_jaxpr(function)(*arguments)
+    return [str(call.params["name"]) for call in _calls(program.jaxpr)]
+
+
 def default_prefill(
     gpu: str, head_dim: int, dtype: str, *, sparse: bool = True
 ) -> KernelConfiguration:
@@ -131,15 +147,90 @@ def triton_decode(gpu: str, head_dim: int, dtype: str, **options: Any) -> Decode
     return decode_kernel(gpu, head_dim, dtype, **options)._replace(function=attend)
 
 
+def gradient_configurations(
+    gpu: str, head_dim: int, dtype: str, *, windowed: bool = False
+) -> dict[str, KernelConfiguration]:
+    """How the kernels of the gradients are compiled, by name, for a mask with its own blocks."""
+    with compiling_for(compiled_kernels.target_name(gpu)):
+        return {
+            "query_gradients": gradient_configuration(
+                "queries", head_dim, dtype, *_MASK_BLOCKS, windowed=windowed
+            ),
+            "key_gradients": gradient_configuration(
+                "keys", head_dim, dtype, BLOCK, BLOCK, windowed=windowed
+            ),
+        }
+
+
+def triton_gradients(
+    gpu: str,
+    head_dim: int,
+    dtype: str,
+    *,
+    tokens: int = 36_864,
+    visibility: Visibility = CAUSAL,
+    **options: Any,
+) -> PrefillKernel:
+    """The kernels of the gradients of `sparse_attention`, to be compiled.
+
+    Args:
+      gpu: a key of `gpu_targets.TARGETS`.
+      head_dim: channels per head.
+      dtype: dtype of queries, keys and values.
+      tokens: query rows and key rows.
+      visibility: visibility of the schedule.
+      options: more arguments of `prefill_kernel`.
+    """
+    windowed = visibility.window is not None
+    chosen = gradient_configurations(gpu, head_dim, dtype, windowed=windowed)
+    forward = prefill_kernel(
+        gpu,
+        head_dim,
+        dtype,
+        blocks=_MASK_BLOCKS,
+        tokens=tokens,
+        visibility=visibility,
+        whole=True,
+        **options,
+    )
+    q, k, _, schedule, head_category = forward.arguments
+    tables, _, _ = schedule.tile_columns.shape
+    entries = 3 * tokens // BLOCK // 2
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    transposed = TransposedSchedule(
+        integers(tables, entries, len(KeyTile._fields)),
+        integers(4 * tables * entries, len(KeyRange._fields)),
+        block_q=BLOCK,
+        block_kv=BLOCK,
+    )
+    k = jax.ShapeDtypeStruct((1, *k.shape), dtype)
+    lse = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+    schedule = dataclasses.replace(schedule, transposed=transposed)
+
+    def gradients(*arguments):
+        return attention_gradients(
+            *arguments,
+            scale=head_dim**-0.5,
+            of_queries=chosen["query_gradients"],
+            of_keys=chosen["key_gradients"],
+        )
+
+    arguments = (q, k, k, schedule, head_category, integers(), q, lse, q, lse)
+    return PrefillKernel(gradients, arguments, gpu, forward.grid)
+
+
 def _calls(program: Any) -> Iterator[Any]:
     for equation in program.eqns:
         if equation.primitive.name == "triton_kernel_call":
             yield equation
         for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "jaxpr")
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")
         ):
-            if hasattr(inner, "jaxpr"):
-                yield from _calls(inner.jaxpr)
+            if hasattr(inner, "eqns"):
+                yield from _calls(inner)
 
 
 def _operations(operation: Any) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 api         what users and models call: checks the arguments
 backends    the names of backends, and which one `auto` takes
 reference   the definition, with the whole score matrix
-xla         plain JAX, for any device; also computes the gradients of every backend
+xla         plain JAX, for any device; also gradients of GPU kernels without kernels of their own
 explicit    attention on meshes with explicit axes
 decode      one new token per sequence against a cache
 

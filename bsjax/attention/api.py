@@ -16,7 +16,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.backends import GPU_KERNELS, resolve_backend
+from bsjax.attention.backends import GPU_KERNELS, has_jax_triton, resolve_backend
 from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
@@ -99,8 +99,9 @@ def sparse_attention(
         `triton` (the same in Triton, for GPUs; needs the extra `triton`), `xla` (any device),
         `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU of the Ampere
         generation or later, triton there if JAX has no pallas, xla elsewhere. All support
-        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`); those of pallas and triton are
-        computed by xla's code.
+        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`). Those of pallas and triton are
+        computed by kernels if the mask was built with `gradients=True` and jax-triton is installed,
+        outside of `jax.shard_map` with `check_vma`; else by xla's code, slowly.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -351,8 +352,14 @@ def _kernel_forward(
 def _kernel_gradients(
     kernel: Callable[..., Any], scale: float, residuals: Residuals, gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None, None]:
-    del kernel
-    return attention_gradients(scale, residuals, gradients)
+    schedule = residuals[3]
+    of_gpu = kernel is _triton_attention or (compiles_for_gpus() and has_jax_triton())
+    # Like its forward kernel, those of jax-triton do not work with `check_vma`.
+    if schedule.transposed is None or not of_gpu or varying_axes(residuals):
+        return attention_gradients(scale, residuals, gradients)
+    from bsjax.triton.backward import attention_gradients as kernel_gradients
+
+    return *kernel_gradients(*residuals, *gradients, scale=scale), None, None, None
 
 
 _kernel_attention.defvjp(_kernel_forward, _kernel_gradients)

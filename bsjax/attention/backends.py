@@ -42,7 +42,7 @@ def automatic_backend() -> ChosenBackend:
         return ChosenBackend("xla", "the GPU is not an NVIDIA GPU of Ampere or later")
     if _has_pallas():
         return ChosenBackend("pallas", "the GPU supports it, and this JAX has it")
-    if _has_jax_triton():
+    if has_jax_triton():
         return ChosenBackend("triton", "this JAX has no Pallas for Triton any more")
     return ChosenBackend(
         "xla", "this JAX has no Pallas for Triton any more, and jax-triton is not installed"
@@ -85,7 +85,7 @@ def _has_pallas() -> bool:
     return _is_installed("jax.experimental.pallas.triton")
 
 
-def _has_jax_triton() -> bool:
+def has_jax_triton() -> bool:
     """Whether the extra `triton` is installed."""
     return _is_installed("jax_triton")
 

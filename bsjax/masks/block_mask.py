@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Int
 
-from bsjax.checks import shown, whole_number
+from bsjax.checks import shown, truth_value, whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.flops import FLOPS_PER_PAIR
@@ -40,6 +40,7 @@ from bsjax.masks.schedule import (
     uses_packed_order,
 )
 from bsjax.masks.template import Template
+from bsjax.masks.transposed import with_transposed
 from bsjax.masks.visibility import TokenInfo, Visibility, visible
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class BlockMask:
       window: how many positions back a query sees, its own included; None for all.
       queries: the positions of the queries, such as `range(2048, 4096)`; None for all tokens. For
         several prompts, a list of ranges, one for each.
+      gradients: whether the mask also has what GPU kernels need to compute gradients, which do not
+        work under `jax.vmap`. Without it, gradients are the same, but on a GPU plain JAX computes
+        them, slowly.
 
     Attributes:
       schedule: tiles and ranges, see `bsjax.masks.schedule.Schedule`.
@@ -78,7 +82,7 @@ class BlockMask:
     Raises:
       MaskError: `template` is neither a `Template` nor a list of one or more, `categories` is empty
         or names an unknown category, a block size or the window is below 1, `bidirectional_images`
-        is not a boolean, or `queries` are not positions of the prompt.
+        or `gradients` is not a boolean, or `queries` are not positions of the prompt.
 
     Example:
       The second half of a prompt, as queries against the keys and values of all of it:
@@ -106,6 +110,7 @@ class BlockMask:
         bidirectional_images: bool = False,
         window: int | None = None,
         queries: range | Sequence[range] | None = None,
+        gradients: bool = False,
     ) -> None:
         templates = _checked_templates(template)
         spans = _checked_queries(queries, templates)
@@ -125,6 +130,7 @@ class BlockMask:
         self._template = template if isinstance(template, Template) else templates
         self._query_spans = spans
         self._visibility = Visibility(bidirectional_images, window)
+        self._gradients = truth_value("gradients", gradients, error=MaskError)
         self._build(block_q, block_kv)
 
     def _build(
@@ -146,6 +152,8 @@ class BlockMask:
             query_rows=queries,
             key_rows=keys,
         )
+        if self._gradients:
+            self.schedule = with_transposed(self.schedule)
         self.head_category = np.asarray(self._categories, np.int32)
         self.order = _in_prompt_order(query_rows, self.schedule.query_rows)
         self.row = np.argsort(self.order).astype(np.int32)

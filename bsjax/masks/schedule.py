@@ -159,6 +159,7 @@ class Schedule:
       parts: the parts of split tiles of text rows; None if no tile may be split.
       stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
         like image rows. In prompt order, all rows are stacked.
+      transposed: the `bsjax.masks.transposed.TransposedSchedule`, for gradients on GPUs; or None.
     """
 
     queries: TokenInfo
@@ -171,6 +172,7 @@ class Schedule:
     visibility: Visibility = field(metadata={"static": True})
     parts: Parts | None = None
     stacked_heads: int = field(default=0, metadata={"static": True})
+    transposed: Any = None
 
     @property
     def query_rows(self) -> int:
@@ -439,14 +441,15 @@ def segment_schedule(
 def stacked_arrays(*arrays: np.ndarray) -> np.ndarray:
     """Stacks arrays of several schedules on a new leading axis, for `jax.tree.map`.
 
-    Tables of tiles and ranges, [tables, entries, fields], are padded with zeros to the longest one:
-    entries of zeros have no rows. All other arrays have one shape.
+    Tables of tiles and ranges, [..., entries, fields], are padded with zeros to the longest one:
+    entries of zeros have no rows. All other arrays have one axis, and one shape.
     """
-    if np.ndim(arrays[0]) != 3:
+    if np.ndim(arrays[0]) < 2:
         return np.stack(arrays)
-    longest = max(array.shape[1] for array in arrays)
+    longest = max(array.shape[-2] for array in arrays)
+    none = [(0, 0)] * (arrays[0].ndim - 2)
     return np.stack(
-        [np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0))) for array in arrays]
+        [np.pad(array, (*none, (0, longest - array.shape[-2]), (0, 0))) for array in arrays]
     )
 
 

@@ -12,12 +12,19 @@ from bsjax.errors import MaskError
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import stacked_arrays
 
-_SHARED = ("number of query heads", "block_q", "block_kv", "visibility")
+_SHARED = ("number of query heads", "block_q", "block_kv", "visibility", "gradients")
 
 
 def _shared(mask: BlockMask) -> tuple[Any, ...]:
     schedule = mask.schedule
-    return len(mask.categories), schedule.block_q, schedule.block_kv, schedule.visibility
+    has_gradients = schedule.transposed is not None
+    return (
+        len(mask.categories),
+        schedule.block_q,
+        schedule.block_kv,
+        schedule.visibility,
+        has_gradients,
+    )
 
 
 @jax.tree_util.register_pytree_node_class
@@ -99,7 +106,7 @@ def stack_masks(masks: Sequence[BlockMask]) -> StackedMasks:
 
     Args:
       masks: masks that were built outside of a jitted function, with the same number of heads,
-        block sizes, window and `bidirectional_images`.
+        block sizes, window, `bidirectional_images` and `gradients`.
 
     Raises:
       MaskError: there is no mask, or they differ in these.

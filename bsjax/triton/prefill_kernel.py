@@ -12,78 +12,26 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from bsjax.masks.schedule import KeyRange, Tile
 from bsjax.triton.predicate import sees
 from bsjax.triton.product import product
+from bsjax.triton.tiles import (
+    END,
+    FIRST_RANGE,
+    FIRST_ROW,
+    FULL_BLOCKS,
+    PART,
+    PARTIAL_BLOCKS,
+    RANGE_COLUMNS,
+    ROWS,
+    START,
+    advance,
+    load_rows,
+    store_rows,
+    tile_of_program,
+)
 
-_TILE_COLUMNS = tl.constexpr(len(Tile._fields))
-_FIRST_ROW = tl.constexpr(Tile._fields.index("first_row"))
-_ROWS = tl.constexpr(Tile._fields.index("rows"))
-_FIRST_RANGE = tl.constexpr(Tile._fields.index("first_range"))
-_FULL_BLOCKS = tl.constexpr(Tile._fields.index("full_blocks"))
-_PARTIAL_BLOCKS = tl.constexpr(Tile._fields.index("partial_blocks"))
-_PART = tl.constexpr(Tile._fields.index("part"))
-_RANGE_COLUMNS = tl.constexpr(len(KeyRange._fields))
-_START = tl.constexpr(KeyRange._fields.index("start"))
-_END = tl.constexpr(KeyRange._fields.index("end"))
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Below every score, and finite, so that a row that has seen nothing subtracts no infinities."""
-
-
-@triton.jit
-@no_type_check
-def load_rows(
-    rows, columns, offsets, mask, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
-):
-    """Channels [FIRST, FIRST + SIZE) of rows; those beyond the head are 0."""
-    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
-    if FIRST + SIZE > HEAD_DIM:
-        inside = (FIRST + columns < HEAD_DIM)[None, :]
-        if mask is not None:
-            inside = inside & mask[:, None]
-        return tl.load(pointers, mask=inside, other=0.0)
-    elif mask is not None:
-        return tl.load(pointers, mask=mask[:, None], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-@no_type_check
-def store_rows(
-    rows,
-    columns,
-    offsets,
-    mask,
-    values,
-    HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Writes channels [FIRST, FIRST + SIZE) of rows, except those beyond the head."""
-    inside = mask[:, None]
-    if FIRST + SIZE > HEAD_DIM:
-        inside = inside & (FIRST + columns < HEAD_DIM)[None, :]
-    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
-    tl.store(pointers, values.to(rows.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-@no_type_check
-def advance(
-    step, start, end, range_index, ranges, BLOCK_KV: tl.constexpr, STEPS_PER_BLOCK: tl.constexpr
-):
-    """The start of the next block, the end of its range and the index of its range."""
-    next_start = start + BLOCK_KV
-    done = next_start >= end
-    if STEPS_PER_BLOCK > 1:
-        # The schedule's last block of a range may reach beyond the range. All of its steps are run,
-        # with the keys beyond the range masked.
-        done = done & ((step + 1) % STEPS_PER_BLOCK == 0)
-    range_index = tl.where(done, range_index + 1, range_index)
-    entry = ranges + range_index * _RANGE_COLUMNS
-    next_start = tl.where(done, tl.load(entry + _START), next_start)
-    return next_start, tl.load(entry + _END), range_index
 
 
 @triton.jit
@@ -157,35 +105,28 @@ def attend_tile(
     WIDE: tl.constexpr,
 ):
     """One program: the attention of a tile's rows, or of some of them."""
-    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
     # Triton 3.9 cannot pipeline the second loop more deeply for Blackwell.
     PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    head = tl.program_id(0)
-    tile_index = tl.program_id(1) // PROGRAMS_PER_TILE
-    earlier = (tl.program_id(1) % PROGRAMS_PER_TILE) * BLOCK_Q
-    if STACKED:
-        # Key heads follow the query heads.
-        of_text = head >= Q_HEADS
-        kv_head = tl.where(of_text, head - Q_HEADS, head // GROUP)
-        first_head = tl.where(of_text, kv_head * GROUP, head)
-        heads = tl.where(of_text, GROUP, 1)
-        of_head = tl.load(head_category + tl.minimum(head, Q_HEADS - 1))
-        table = tl.where(of_text, TABLES - 1, of_head)
-    else:
-        kv_head = head // GROUP
-        first_head = head
-        heads = 1
-        table = tl.load(head_category + head)
-    tile = tiles + (table * tile_count + tile_index) * _TILE_COLUMNS
-    rows = tl.load(tile + _ROWS)
+    table, tile, kv_head, first_head, heads, earlier = tile_of_program(
+        head_category,
+        tiles,
+        tile_count,
+        Q_HEADS,
+        KV_HEADS,
+        STACKED,
+        TABLES,
+        BLOCK_Q,
+        PROGRAMS_PER_TILE,
+    )
+    rows = tl.load(tile + ROWS)
     if earlier >= rows * heads:
         return
-    first_row = tl.load(tile + _FIRST_ROW)
-    range_index = tl.load(tile + _FIRST_RANGE)
-    full_blocks = tl.load(tile + _FULL_BLOCKS)
-    partial_blocks = tl.load(tile + _PARTIAL_BLOCKS)
+    first_row = tl.load(tile + FIRST_ROW)
+    range_index = tl.load(tile + FIRST_RANGE)
+    full_blocks = tl.load(tile + FULL_BLOCKS)
+    partial_blocks = tl.load(tile + PARTIAL_BLOCKS)
 
     index = earlier + tl.arange(0, BLOCK_Q)
     inside = index < rows * heads
@@ -213,9 +154,9 @@ def attend_tile(
     values_of_head = v + kv_place
     kv_rows = tl.arange(0, BLOCK_KV)
     kv_offsets = kv_rows * KV_STRIDE
-    ranges += table * range_count * _RANGE_COLUMNS
-    start = tl.load(ranges + range_index * _RANGE_COLUMNS + _START)
-    end = tl.load(ranges + range_index * _RANGE_COLUMNS + _END)
+    ranges += table * range_count * RANGE_COLUMNS
+    start = tl.load(ranges + range_index * RANGE_COLUMNS + START)
+    end = tl.load(ranges + range_index * RANGE_COLUMNS + END)
 
     for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
         block = (start.to(tl.int64) if WIDE else start) * KV_STRIDE
@@ -304,7 +245,7 @@ def attend_tile(
     if SECOND > 0:
         second_weighted = second_weighted / total[:, None]
     if PARTS:
-        part = tl.load(tile + _PART)
+        part = tl.load(tile + PART)
         if part >= 0:
             place = (part.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_Q * PROGRAMS_PER_TILE)
             part_rows = part_out + place * HEAD_DIM

@@ -1,26 +1,70 @@
 """A batch of prompts through bsjax's own modules.
 
-Attention is computed densely: prompts are short, and a whole batch runs at once. Which keys a row
-of the shared part sees follows from bsjax's own predicate, expanded to a matrix, so sparse layers
-and heads see what their key groups allow. Rows of questions are text and see everything before
-them.
+Prompts are short, and a whole batch runs at once. Which keys a row of the shared part sees follows
+from bsjax's own predicate, so sparse layers and heads see what their key groups allow: on a GPU,
+bsjax's kernels compute that part, and their gradients; elsewhere the predicate is expanded to a
+matrix, and attention is dense. Rows of questions are text and see everything before them.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 from transformers import PretrainedConfig
 
+from bsjax import BlockMask, Template
+from bsjax.attention import block_sizes, ragged_attention
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
+from bsjax.masks.schedule import Schedule
 from bsjax.masks.visibility import CAUSAL, TokenInfo, visible
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .batches import QUESTION_ROWS, Batch
+
+
+class SharedRows(NamedTuple):
+    """For bsjax's attention: the rows that the questions of each prompt share, of all prompts."""
+
+    schedule: Schedule
+    """The prompts are conversations of one schedule, which has a table for every category."""
+    rows: Int32[np.ndarray | Array, "packed"]
+    """The row of the batch, prompt by prompt, in each row of the schedule; out of range for
+    padding."""
+
+    @classmethod
+    def of(cls, batch: Batch, config: PretrainedConfig) -> "SharedRows":
+        """Those of a batch, on the host."""
+        prompts, rows = batch.token_ids.shape
+        shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
+        lengths = (batch.order[:, :shared] >= 0).sum(axis=1).tolist()
+        templates = [
+            Template(image[:length], sink[:length])
+            for image, sink, length in zip(batch.image, batch.sink, lengths, strict=True)
+        ]
+        text = config.get_text_config()
+        head_dim = text.hidden_size // text.num_attention_heads
+        blocks = block_sizes("auto", head_dim, np.float32, sparse=True)
+        mask = BlockMask(templates, list(HeadCategory), *blocks, gradients=True)
+        mask = mask.padded(prompts * shared, prompts * shared)
+        of_prompts = [prompt * rows + np.arange(length) for prompt, length in enumerate(lengths)]
+        placed = np.full(prompts * shared, prompts * rows, np.int32)
+        placed[: sum(lengths)] = np.concatenate(of_prompts)
+        return cls(mask.schedule, placed[mask.order])
+
+    def attend(self, q: Array, k: Array, v: Array, groups: Array, scale: float) -> Array:
+        """The attention of these rows in arrays [rows of the batch, heads, head_dim]; 0 elsewhere.
+
+        `groups` are the key groups that each head, or every head, keeps.
+        """
+        table = jnp.argmax(jnp.asarray(self.schedule.groups) == groups[:, None], axis=1)
+        table = jnp.broadcast_to(table.astype(jnp.int32), q.shape[1:2])
+        packed = (array.at[self.rows].get(mode="clip") for array in (q, k, v))
+        out = ragged_attention(*packed, self.schedule, table, scale=scale)
+        return jnp.zeros_like(q).at[self.rows].set(out, mode="drop")
 
 
 def image_features(
@@ -40,11 +84,13 @@ def hidden_states(
     batch: Batch,
     features: Float[Array, "prompts images tokens hidden"],
     groups: Int[Array | np.ndarray, "layers heads_or_1"],
+    shared_rows: SharedRows | None = None,
 ) -> tuple[Float[Array, "prompts rows hidden"], tuple[Array, Array, Array]]:
     """Hidden states of all rows, and queries, keys and values of all layers.
 
-    `groups` are the key groups that each head, or every head of a layer, keeps. Queries, keys and
-    values have the shape [layers, prompts, rows, heads, head_dim].
+    `groups` are the key groups that each head, or every head of a layer, keeps. With `shared_rows`,
+    bsjax's attention computes the part that questions share. Queries, keys and values have the
+    shape [layers, prompts, rows, heads, head_dim].
     """
     prompts, rows = batch.token_ids.shape
     shared = rows - batch.tasks.shape[1] * QUESTION_ROWS
@@ -58,12 +104,22 @@ def hidden_states(
     info = TokenInfo(*map(jnp.asarray, (batch.order, batch.image, batch.sink, one_conversation)))
 
     def attend(q: Array, k: Array, v: Array, groups: Array) -> tuple[Array, None]:
-        def of_prompt(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
-            seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
-            return _prompt_attention(q, k, v, seen, info.position, module.language_model.scale)
+        scale = module.language_model.scale
 
-        by_prompt = (array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v))
-        return jax.vmap(of_prompt)(*by_prompt, info).reshape(q.shape), (q, k, v)
+        def before_questions(q: Array, k: Array, v: Array, info: TokenInfo) -> Array:
+            seen = _seen(TokenInfo(*(part[:shared] for part in info)), groups)
+            return _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
+
+        by_prompt = [array.reshape(prompts, rows, *array.shape[1:]) for array in (q, k, v)]
+        if shared_rows is None:
+            before = jax.vmap(before_questions)(*by_prompt, info)
+        else:
+            out = shared_rows.attend(q, k, v, groups, scale)
+            before = out.reshape(by_prompt[0].shape)[:, :shared]
+        asked = jax.vmap(partial(_question_attention, scale=scale, shared=shared))(
+            *by_prompt, info.position
+        )
+        return jnp.concatenate([before, asked], axis=1).reshape(q.shape), (q, k, v)
 
     # All prompts run as one sequence of rows, so that the gradient of each matrix is one product.
     position_ids = jnp.moveaxis(jnp.asarray(batch.position_ids), 0, 1).reshape(3, -1)
@@ -103,13 +159,11 @@ def _seen(info: TokenInfo, groups: Int[Array, "heads_or_1"]) -> Bool[Array, "hea
     return (allowed & ~padding) | (jnp.eye(info.position.size, dtype=bool) & padding)
 
 
-def _prompt_attention(
-    q: Array, k: Array, v: Array, seen: Array, order: Array, scale: float
+def _question_attention(
+    q: Array, k: Array, v: Array, order: Array, *, scale: float, shared: int
 ) -> Array:
-    """Attention of a prompt. A question sees the shared rows and itself, but no other question."""
-    shared = seen.shape[-1]
-    rows, heads, channels = q.shape
-    before = _masked_attention(q[:shared], k[:shared], v[:shared], seen, scale)
+    """Attention of a prompt's questions: each sees the shared rows and itself, but no other one."""
+    _, heads, channels = q.shape
 
     def of_questions(array: Array) -> Array:
         return array[shared:].reshape(-1, QUESTION_ROWS, *array.shape[1:])
@@ -134,7 +188,7 @@ def _prompt_attention(
     weights = jax.nn.softmax(scores * scale, axis=-1)
     asked = jnp.einsum("nkgtc,ckd->ntkgd", weights[..., :shared], v[:shared])
     asked += jnp.einsum("nkgtc,nckd->ntkgd", weights[..., shared:], of_questions(v))
-    return jnp.concatenate([before, asked.reshape(-1, heads, channels)])
+    return asked.reshape(-1, heads, channels)
 
 
 def _masked_attention(

@@ -18,7 +18,7 @@ from bsjax.masks.categories import ALL_KEY_GROUPS
 from bsjax.models.qwen2_vl.vision_plan import VisionPlan
 
 from .batches import QUESTION_ROWS, Batch
-from .forward import hidden_states, image_features, logits_at
+from .forward import SharedRows, hidden_states, image_features, logits_at
 from .questions import BY_LETTER, FEATURES, TASKS
 from .scenes import COLOURS, CONTENTS, LABELS
 
@@ -77,6 +77,7 @@ def loss_and_correct(
     batch: Batch,
     plans: VisionPlan,
     groups: Int[np.ndarray, "layers heads_or_1"],
+    shared_rows: SharedRows | None = None,
 ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
     """The training loss, and what is logged about it.
 
@@ -86,13 +87,14 @@ def loss_and_correct(
       batch: prompts with the same numbers of images and questions.
       plans: the vision tower's plan of each image size, stacked (`Encoder.plans`).
       groups: key groups that each head, or every head of a layer, keeps (`groups_of_layers`).
+      shared_rows: those of the batch, if bsjax's attention is to be used.
 
     Returns:
       The loss, a scalar; which answers are right when decoded greedily, [prompts, questions]; and,
       by name, the share of readings that are right and the share of attention that is on target.
     """
     features = image_features(module, batch, plans)
-    hidden, (q, k, v) = hidden_states(module, batch, features, groups)
+    hidden, (q, k, v) = hidden_states(module, batch, features, groups, shared_rows)
     logits = logits_at(module, hidden, batch.answer_rows)
     wanted = batch.answers >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.answers, 0))

@@ -21,7 +21,7 @@ from bsjax.unfinished import write_text
 
 from .batches import Batch, Encoder, ImageBatch
 from .files import MERGE_SIZE, PATCH_SIZE
-from .forward import groups_of_layers, run_tower
+from .forward import SharedRows, groups_of_layers, run_tower
 from .loss import loss_and_correct, new_readers
 from .questions import TASKS
 from .scenes import COLOURS, CONTENTS
@@ -189,9 +189,10 @@ class ModelStage:
         self.state = _first_state(parameters, optimizer)
         plans = encoder.plans
 
-        def loss(parameters: Any, batch: Batch) -> tuple[Array, Any]:
+        def loss(parameters: Any, inputs: tuple[Batch, SharedRows | None]) -> tuple[Array, Any]:
             model, readers = parameters
-            return loss_and_correct(nnx.merge(graph, model), readers, batch, plans, groups)
+            batch, shared = inputs
+            return loss_and_correct(nnx.merge(graph, model), readers, batch, plans, groups, shared)
 
         self._train = train_step(loss, optimizer)
         self._evaluate = jax.jit(loss)
@@ -199,7 +200,7 @@ class ModelStage:
     def step(self, index: int) -> dict[str, float]:
         """One batch of scenes."""
         batch = batch_of_step(self._settings, self._encoder, index)
-        self.state, loss, (right, read) = self._train(self.state, batch)
+        self.state, loss, (right, read) = self._train(self.state, self._inputs(batch))
         return {
             "loss": float(loss),
             **shares(np.asarray(right), batch.tasks),
@@ -215,8 +216,14 @@ class ModelStage:
         """The share of right answers to questions about held-out scenes of eight images."""
         random = np.random.default_rng([self._settings.seed, 3])
         batch = self._encoder.batch(random, 24, 8, 12, test=True)
-        _, (right, _) = self._evaluate(self.state.parameters, batch)
+        _, (right, _) = self._evaluate(self.state.parameters, self._inputs(batch))
         return shares(np.asarray(right), batch.tasks)
+
+    def _inputs(self, batch: Batch) -> tuple[Batch, SharedRows | None]:
+        """A batch and, where there is a GPU, what bsjax's kernels need."""
+        if jax.default_backend() != "gpu":
+            return batch, None
+        return batch, SharedRows.of(batch, self._encoder.config)
 
 
 def make_optimizer(

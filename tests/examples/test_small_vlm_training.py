@@ -157,6 +157,13 @@ def test_training_computes_what_inference_computes(
     features = forward.image_features(module, batch, encoder.plans)
     hidden, _ = forward.hidden_states(module, batch, features, jnp.asarray(groups))
     logits = module.logits(hidden[0][one.answer_rows[:, 0]])
+    if category is None:
+        # What runs on a GPU.
+        shared_rows = forward.SharedRows.of(batch, config)
+        again, _ = forward.hidden_states(module, batch, features, jnp.asarray(groups), shared_rows)
+        real = one.order >= 0
+        scale = np.abs(hidden[0][real]).max()
+        np.testing.assert_allclose(again[0][real], hidden[0][real], atol=1e-5 * scale)
 
     profile = Profile(family="qwen2_5_vl", categories=categories)
     for question, expected in zip(questions, logits, strict=True):
@@ -252,7 +259,7 @@ def test_a_run_with_sparse_layers_trains_with_them(module, config, encoder, monk
     """
     used = []
 
-    def of_groups(module, readers, batch, plans, groups):
+    def of_groups(module, readers, batch, plans, groups, shared_rows):
         used.append(np.asarray(groups))
         value = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(readers)) * groups.sum()
         return value, (jnp.ones(batch.tasks.shape, bool), {})

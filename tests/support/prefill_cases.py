@@ -14,6 +14,9 @@ RAGGED = Template.from_segments(
     [Text(11), Image(45), Text(3), Image(1), Image(20), Text(7), Image(33), Text(1)],
     Sinks(first=1, offsets=(4,)),
 )
+SHORT = Template.from_segments(
+    [Text(7), Image(45), Text(2), Image(1), Image(20), Text(5)], Sinks(first=1, offsets=(4,))
+)
 EVERY_CATEGORY = list(HeadCategory)
 
 

@@ -55,11 +55,12 @@ def seen_pairs(queries: tuple[np.ndarray, ...], keys: tuple[Any, ...], window: i
     return seen
 
 
-def gradients(q: Any, k: Any, v: Any, mask: Any, backend: str) -> Any:
-    """Those of a weighted sum of the outputs of `sparse_attention`, by q, k and v."""
+def outputs_and_gradients(q: Any, k: Any, v: Any, mask: Any, backend: str) -> Any:
+    """Output and log-sum-exp of `sparse_attention`, and gradients of a weighted sum of both."""
 
     def loss(q: Any, k: Any, v: Any) -> Any:
         out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
-        return (out * jnp.cos(out)).sum() + lse.sum()
+        return (out * jnp.cos(out)).sum() + lse.sum(), (out, lse)
 
-    return jax.grad(loss, (0, 1, 2))(*map(jnp.asarray, (q, k, v)))
+    gradients, outputs = jax.grad(loss, (0, 1, 2), has_aux=True)(*map(jnp.asarray, (q, k, v)))
+    return (*outputs, *gradients)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import bsjax
+from bsjax import BlockMask, Image, Template, Text
 from bsjax.masks.visibility import Visibility
 from bsjax.pallas.configurations import TARGETS as TARGET_NAMES
-from bsjax.pallas.configurations import WIDTHS
+from bsjax.pallas.configurations import WIDTHS, compiling_for
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.triton_interpreter import require_triton
@@ -19,13 +21,22 @@ require_triton()
 from tools import kernel_table  # noqa: E402
 from tools.configuration_table import read_table, table_of  # noqa: E402
 from tools.gpu_targets import TARGETS, KernelReport, compile_for  # noqa: E402
-from tools.kernel_lines import DECODE_MATRIX, PAGE, Case, matrix  # noqa: E402
+from tools.kernel_lines import (  # noqa: E402
+    DECODE_MATRIX,
+    GRADIENT_MATRIX,
+    PAGE,
+    Case,
+    matrix,
+)
 from tools.sass import opcodes  # noqa: E402
 from tools.triton_kernels import (  # noqa: E402
     TritonLaunch,
     default_prefill,
+    gradient_configurations,
+    kernel_names,
     triton_decode,
     triton_digest,
+    triton_gradients,
     triton_launches,
     triton_prefill,
 )
@@ -33,8 +44,10 @@ from tools.triton_kernels import (  # noqa: E402
 PRODUCTS = {"a100": "HMMA", "l40s": "HMMA", "h200": "HGMMA", "b200": "UTCHMMA"}
 
 
-def check(report: KernelReport, gpu: str, dtype: str, said: str) -> None:
-    """A kernel with two matrix products is compiled as it should be."""
+def check(
+    report: KernelReport, gpu: str, dtype: str, said: str, product: str | None = None
+) -> None:
+    """A kernel with matrix products is compiled as it should be."""
     target = TARGETS[gpu]
     assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
     assert report.shared_memory <= target.shared_memory_per_block, said
@@ -42,7 +55,7 @@ def check(report: KernelReport, gpu: str, dtype: str, said: str) -> None:
     used = set(opcodes(report.sass))
     assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
     # Products in TF32 or in halves would not be float32.
-    expected = set() if dtype == "float32" else {PRODUCTS[gpu]}
+    expected = set() if dtype == "float32" else {product or PRODUCTS[gpu]}
     assert {name for name in used if name.endswith("MMA")} == expected, said
 
 
@@ -52,29 +65,32 @@ def check_parameters(launch: TritonLaunch) -> None:
     assert launch.parameters <= launch.pointers + appended
 
 
-def check_prefill(case: Case, *, line: str = "", always: bool = False, **options) -> None:
+def is_of_these_versions(page: str) -> bool:
+    """Whether the page was made with the installed versions: others compile differently."""
+    triton = f"Triton {importlib.metadata.version('triton')} and jax-triton"
+    return f"with JAX {jax.__version__}," in page and triton in page
+
+
+def check_prefill(case: Case, *, line: str = "", **options) -> None:
     """Compiles a prefill kernel and checks it, unless the same kernel has been checked before.
 
     Args:
       case: the kernel.
       line: what the page should say about it; "" for kernels that are not on the page.
-      always: whether to compile it in any case.
       options: more arguments of `triton_prefill`.
     """
     require_gpu_compiler()
     kernel = triton_prefill(*case[:3], sparse=case.sparse, **options)
     digest = triton_digest(kernel.function, kernel.arguments, case.gpu)
     recorded = ProgramCheck.of(f"triton-{case}", digest, line)
-    if recorded.has_passed and not always:
+    if recorded.has_passed:
         return
     (launch,) = triton_launches(kernel.function, kernel.arguments, case.gpu)
     assert launch.grid == kernel.grid, "heads must run fastest"
     check_parameters(launch)
     report = launch.report(case.gpu)
     check(report, case.gpu, case.dtype, str(case))
-    # Other versions compile differently.
-    versions = f"Triton {importlib.metadata.version('triton')} and jax-triton"
-    if line and f"with JAX {jax.__version__}," in PAGE.read_text() and versions in PAGE.read_text():
+    if line and is_of_these_versions(PAGE.read_text()):
         written = f"| {' | '.join(kernel_table.triton_row(case, report))} |"
         assert line == written, "run python -m tools.kernel_table"
     recorded.passed()
@@ -86,7 +102,7 @@ def test_prefill_compiles_for_every_architecture_as_the_page_says(case):
     begin = f"| {' | '.join(kernel_table.triton_name(case))} |"
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith(begin)]
     assert len(lines) == 1, "run python -m tools.kernel_table"
-    check_prefill(case, line=lines[0], always=case == Case("h200", 128, "bfloat16"))
+    check_prefill(case, line=lines[0])
 
 
 @pytest.mark.slow
@@ -140,6 +156,55 @@ def test_decode_compiles_for_every_architecture(case):
     recorded.passed()
 
 
+def check_gradients(gpu, head_dim, dtype, *, lines=(), **options) -> None:
+    """Compiles the kernels of the gradients, unless the same kernels have been checked before."""
+    require_gpu_compiler()
+    kernel = triton_gradients(gpu, head_dim, dtype, **options)
+    digest = triton_digest(kernel.function, kernel.arguments, gpu)
+    recorded = ProgramCheck.of(f"triton-gradients-{gpu}-{head_dim}-{dtype}", digest, *lines)
+    if recorded.has_passed:
+        return
+    launches = triton_launches(kernel.function, kernel.arguments, gpu)
+    reports = {launch.name: launch.report(gpu) for launch in launches}
+    assert list(reports) == ["query_gradients", "key_gradients"]
+    for launch in launches:
+        check_parameters(launch)
+        said = f"{launch.name} {gpu} {head_dim} {dtype}"
+        # There, tiles of 64 keys do not fit into registers.
+        of_warps = launch.name == "key_gradients" and (gpu, head_dim) == ("h200", 256)
+        check(reports[launch.name], gpu, dtype, said, "HMMA" if of_warps else None)
+    if lines and is_of_these_versions(PAGE.read_text()):
+        rows = kernel_table.gradient_rows(gpu, head_dim, dtype, reports)
+        written = [f"| {' | '.join(row)} |" for row in rows]
+        assert list(lines) == written, "run python -m tools.kernel_table"
+    recorded.passed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRADIENT_MATRIX, ids=str)
+def test_gradients_compile_for_every_architecture_as_the_page_says(case):
+    lines = []
+    for name, chosen in gradient_configurations(*case).items():
+        begin = f"| {' | '.join(kernel_table.gradient_name(*case, name, chosen))} |"
+        lines += [line for line in PAGE.read_text().splitlines() if line.startswith(begin)]
+    assert len(lines) == 2, "run python -m tools.kernel_table"
+    check_gradients(*case, lines=lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["a100", "h200", "b200"])
+@pytest.mark.parametrize(("head_dim", "heads"), [(256, (8, 4)), (128, (32, 16))])
+def test_gradients_compile_for_the_layers_of_gemma3(gpu, head_dim, heads):
+    check_gradients(
+        gpu,
+        head_dim,
+        "bfloat16",
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        visibility=Visibility(True, 1024),
+    )
+
+
 @pytest.mark.slow
 def test_a_program_for_an_absent_gpu_contains_the_kernels_and_no_copy_of_the_cache():
     """A layer's prefill and decode in one jitted program, with PTX that JAX's assembler reads."""
@@ -168,6 +233,50 @@ def test_a_program_for_an_absent_gpu_contains_the_kernels_and_no_copy_of_the_cac
     cache = 2 * math.prod(k.shape)
     parts = prefill.arguments[3].parts.count * 4 * prefill.arguments[3].block_q * 129 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * parts + cache // 4
+
+
+def loss_of(backend, remember=lambda function: function):
+    """The gradients of a sum over `sparse_attention`, as a function of q, k, v and a mask."""
+
+    def loss(q, k, v, mask):
+        attend = remember(lambda *arrays: bsjax.sparse_attention(*arrays, backend=backend))
+        return attend(q, k, v, mask).astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1, 2))
+
+
+def training_arguments(tokens, *, gradients=True):
+    """Queries, keys and values of a 7B, and a mask with images of 500 tokens."""
+    template = Template.from_segments([Text(12), Image(500)] * (tokens // 512))
+    mask = BlockMask(template, ["INTRA_IMAGE_SINK"] * 28, gradients=gradients)
+    q = jax.ShapeDtypeStruct((tokens, 28, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((tokens, 4, 128), jnp.bfloat16)
+    return q, k, k, mask
+
+
+@pytest.mark.parametrize("backend", ["pallas", "triton"])
+def test_gradients_are_kernels_if_the_mask_has_what_they_need(backend):
+    def kernels(function, **options):
+        with compiling_for("sm_90"):
+            return kernel_names(function, training_arguments(1024, **options))
+
+    forward = ["prefill_attention"] if backend == "triton" else []
+    gradients = ["query_gradients", "key_gradients"]
+    assert kernels(loss_of(backend)) == forward + gradients
+    # What is not kept is computed again.
+    assert kernels(loss_of(backend, jax.checkpoint)) == 2 * forward + gradients
+    assert kernels(loss_of(backend), gradients=False) == forward
+
+
+@pytest.mark.slow
+def test_the_memory_of_gradients_is_linear_in_tokens():
+    require_gpu_compiler()
+    with compiling_for("sm_90"):
+        program = compile_for(jax.jit(loss_of("triton")), training_arguments(36_864), "h200")
+    # Such as queries, outputs and their gradients in packed order, and gradients of keys in
+    # float32. The scores of one head alone would take three times as much.
+    queries = 2 * 36_864 * 28 * 128
+    assert program.memory_analysis().temp_size_in_bytes < 4 * queries
 
 
 def test_the_table_has_every_entry_once():

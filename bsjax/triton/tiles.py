@@ -1,0 +1,123 @@
+"""What kernels that walk a schedule share: a program's tile, its rows, and the next block."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from bsjax.masks.schedule import KeyRange, Tile
+
+TILE_COLUMNS = tl.constexpr(len(Tile._fields))
+FIRST_ROW = tl.constexpr(Tile._fields.index("first_row"))
+ROWS = tl.constexpr(Tile._fields.index("rows"))
+FIRST_RANGE = tl.constexpr(Tile._fields.index("first_range"))
+FULL_BLOCKS = tl.constexpr(Tile._fields.index("full_blocks"))
+PARTIAL_BLOCKS = tl.constexpr(Tile._fields.index("partial_blocks"))
+PART = tl.constexpr(Tile._fields.index("part"))
+RANGE_COLUMNS = tl.constexpr(len(KeyRange._fields))
+START = tl.constexpr(KeyRange._fields.index("start"))
+END = tl.constexpr(KeyRange._fields.index("end"))
+
+
+@triton.jit
+@no_type_check
+def tile_of_program(
+    head_category,
+    tiles,
+    tile_count,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    STACKED: tl.constexpr,
+    TABLES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    PROGRAMS_PER_TILE: tl.constexpr,
+):
+    """The tile of a program of the grid (heads, tiles).
+
+    Returns its table, a pointer to it, its key head, its first query head, the number of query
+    heads that it stacks, and how many of its rows belong to earlier programs.
+    """
+    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    head = tl.program_id(0)
+    tile_index = tl.program_id(1) // PROGRAMS_PER_TILE
+    earlier = (tl.program_id(1) % PROGRAMS_PER_TILE) * BLOCK_Q
+    if STACKED:
+        # Key heads follow the query heads.
+        of_text = head >= Q_HEADS
+        kv_head = tl.where(of_text, head - Q_HEADS, head // GROUP)
+        first_head = tl.where(of_text, kv_head * GROUP, head)
+        heads = tl.where(of_text, GROUP, 1)
+        of_head = tl.load(head_category + tl.minimum(head, Q_HEADS - 1))
+        table = tl.where(of_text, TABLES - 1, of_head)
+    else:
+        kv_head = head // GROUP
+        first_head = head
+        heads = 1
+        table = tl.load(head_category + head)
+    tile = tiles + (table * tile_count + tile_index) * TILE_COLUMNS
+    return table, tile, kv_head, first_head, heads, earlier
+
+
+@triton.jit
+@no_type_check
+def load_rows(
+    rows, columns, offsets, mask, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+):
+    """Channels [FIRST, FIRST + SIZE) of rows; those beyond the head are 0."""
+    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
+    if FIRST + SIZE > HEAD_DIM:
+        inside = (FIRST + columns < HEAD_DIM)[None, :]
+        if mask is not None:
+            inside = inside & mask[:, None]
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif mask is not None:
+        return tl.load(pointers, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+@no_type_check
+def store_rows(
+    rows,
+    columns,
+    offsets,
+    mask,
+    values,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Writes channels [FIRST, FIRST + SIZE) of rows, except those beyond the head."""
+    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
+    values = values.to(rows.dtype.element_ty)
+    if FIRST + SIZE > HEAD_DIM:
+        inside = (FIRST + columns < HEAD_DIM)[None, :]
+        if mask is not None:
+            inside = inside & mask[:, None]
+        tl.store(pointers, values, mask=inside)
+    elif mask is not None:
+        tl.store(pointers, values, mask=mask[:, None])
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+@no_type_check
+def advance(
+    step, start, end, range_index, ranges, BLOCK_KV: tl.constexpr, STEPS_PER_BLOCK: tl.constexpr
+):
+    """The start of the next block, the end of its range and the index of its range.
+
+    `BLOCK_KV` keys are one of `STEPS_PER_BLOCK` steps of a block of the schedule.
+    """
+    next_start = start + BLOCK_KV
+    done = next_start >= end
+    if STEPS_PER_BLOCK > 1:
+        # The schedule's last block of a range may reach beyond the range. All of its steps are run,
+        # with the keys beyond the range masked.
+        done = done & ((step + 1) % STEPS_PER_BLOCK == 0)
+    range_index = tl.where(done, range_index + 1, range_index)
+    entry = ranges + range_index * RANGE_COLUMNS
+    next_start = tl.where(done, tl.load(entry + START), next_start)
+    return next_start, tl.load(entry + END), range_index
