@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,6 +178,10 @@ def _ptxas_of_jax() -> Path | None:
     return Path(path) if path else None
 
 
+# Devices run at the same time, and the interpreter keeps what it is doing in global variables.
+_INTERPRETER = threading.Lock()
+
+
 def _interpreted(
     kernel: Any,
     inputs: Sequence[Any],
@@ -205,7 +210,8 @@ def _interpreted(
             arguments[place] = tensor(value)
         # As on a GPU, nobody may rely on what was there before.
         results = [tensor(np.full(each.shape, np.nan, each.dtype)) for each in outputs]
-        kernel[launch.grid](*arguments, *results, **constants)
+        with _INTERPRETER:
+            kernel[launch.grid](*arguments, *results, **constants)
         return tuple(map(array, results))
 
     return list(jax.pure_callback(run, tuple(outputs), *(inputs[place] for place in places)))

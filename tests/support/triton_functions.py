@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
+from jax.sharding import NamedSharding, PartitionSpec
 
 import bsjax
 from bsjax.triton.launch import Launch, call
@@ -55,12 +56,22 @@ def seen_pairs(queries: tuple[np.ndarray, ...], keys: tuple[Any, ...], window: i
     return seen
 
 
-def outputs_and_gradients(q: Any, k: Any, v: Any, mask: Any, backend: str) -> Any:
-    """Output and log-sum-exp of `sparse_attention`, and gradients of a weighted sum of both."""
+def outputs_and_gradients(
+    q: Any, k: Any, v: Any, mask: Any, backend: str, mesh: tuple[int, int] | None = None
+) -> Any:
+    """Output and log-sum-exp of `sparse_attention`, and gradients of a weighted sum of both.
+
+    With `mesh`, rows and heads are sharded over so many devices.
+    """
+    if mesh is not None:
+        axes = ("context", "tensor")
+        sharding = NamedSharding(jax.make_mesh(mesh, axes), PartitionSpec(*axes))
+        q, k, v = (jax.device_put(array, sharding) for array in (q, k, v))
 
     def loss(q: Any, k: Any, v: Any) -> Any:
         out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
         return (out * jnp.cos(out)).sum() + lse.sum(), (out, lse)
 
-    gradients, outputs = jax.grad(loss, (0, 1, 2), has_aux=True)(*map(jnp.asarray, (q, k, v)))
+    gradients_of = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+    gradients, outputs = gradients_of(*map(jnp.asarray, (q, k, v)))
     return (*outputs, *gradients)

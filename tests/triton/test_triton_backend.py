@@ -26,12 +26,13 @@ MASK = BlockMask(RAGGED, EVERY_CATEGORY, 32, 32)
 
 @pytest.mark.slow
 @needs_torch
-def test_outputs_and_gradients_are_those_of_the_xla_backend():
+@pytest.mark.parametrize("mesh", [None, (2, 1)], ids=["one device", "rows of two devices"])
+def test_outputs_and_gradients_are_those_of_the_xla_backend(mesh):
     mask = BlockMask(SHORT, ["INTRA_IMAGE_SINK", "DENSE"], 32, 32, gradients=True)
     q, k, v = random_arrays(SHORT.tokens, 2, 1, 64, "float32")
     found, wanted = (
-        interpreted("tests.support.triton_functions:outputs_and_gradients", q, k, v, mask, backend)
-        for backend in ("triton", "xla")
+        interpreted("tests.support.triton_functions:outputs_and_gradients", q, k, v, mask, *options)
+        for options in (("triton", mesh), ("xla",))
     )
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
