@@ -6,8 +6,11 @@ typed; the others say nothing but errors.
 
 import argparse
 import contextlib
+import json
 import os
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -17,6 +20,15 @@ from bsjax.errors import GenerationError
 
 _HEARTBEAT_SECONDS = 4 * SILENT_SECONDS
 """After this time without a sign of life, JAX ends the other processes, if `Watch` has not."""
+
+_PATIENCE = 5
+"""Seconds of waiting for other processes without a word."""
+
+_JOIN_SECONDS = 240
+"""How long to wait for other processes; a minute less than JAX."""
+
+_OF_EACH_PROCESS = ("process", "own_process", "run", "watch", "errors")
+"""What belongs to a process in the options of a command, which are otherwise the same in all."""
 
 
 def add_process_options(parser: Any) -> None:
@@ -51,14 +63,7 @@ def join(options: argparse.Namespace) -> None:
       GenerationError: the options do not say how to find the others, or they cannot be reached.
     """
     explicit = (options.coordinator, options.processes, options.process)
-    if options.coordinator and None in explicit:
-        raise GenerationError("--coordinator needs --processes and --process, too.")
-    if not options.coordinator and (options.processes, options.process) != (None, None):
-        raise GenerationError("--processes and --process need --coordinator HOST:PORT, too.")
-    if options.coordinator and not 0 <= options.process < options.processes:
-        raise GenerationError(
-            f"--process must be 0 to {options.processes - 1}, got {options.process}."
-        )
+    check_options(*explicit)
     if not options.own_process:
         raise GenerationError("Only a process of its own can be one of several.")
     import jax
@@ -66,12 +71,18 @@ def join(options: argparse.Namespace) -> None:
 
     # What two processes with CPU devices use; with GPUs it has no effect.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would keep SIGTERM from ending the process.
+    jax.config.update("jax_enable_preemption_service", False)
+    waiting = _Waiting(options)
     try:
         jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
+        hint = "" if options.coordinator else " Outside of such a job, use --coordinator."
         raise GenerationError(
-            f"The other processes cannot be joined: {_first_line(error)}"
+            f"The other processes cannot be joined: {_first_line(error)}{hint}"
         ) from error
+    finally:
+        waiting.end()
     options.process = jax.process_index()
     devices, wanted = jax.device_count(), options.tensor * options.context
     if devices != wanted:
@@ -94,6 +105,101 @@ def join(options: argparse.Namespace) -> None:
         jax.process_count(),
         lambda reason: _leave(options, f"error: {reason}", 1),
     )
+    check_arguments(global_state.client, options)
+
+
+def check_options(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Rejects options that do not say how to find the other processes.
+
+    Raises:
+      GenerationError: the message names the option.
+    """
+    if coordinator is None:
+        if (processes, process) != (None, None):
+            raise GenerationError("--processes and --process need --coordinator HOST:PORT, too.")
+        return
+    if processes is None or process is None:
+        raise GenerationError("--coordinator needs --processes and --process, too.")
+    if processes < 1:
+        raise GenerationError(f"--processes must be 1 or more, got {processes}.")
+    if not 0 <= process < processes:
+        raise GenerationError(f"--process must be 0 to {processes - 1}, got {process}.")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise GenerationError(
+            f"--coordinator must be HOST:PORT with a port up to {2**16 - 1}, got {coordinator}."
+        )
+    if process == 0:
+        with socket.socket() as own:
+            # As JAX does; without it, the port of a command that has just ended counts as in use.
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                own.bind(("", int(port)))
+            except OSError as error:
+                raise GenerationError(
+                    f"Process 0 cannot wait at port {port} of --coordinator ({error.strerror}): "
+                    "choose another one."
+                ) from error
+
+
+class _Waiting:
+    """Says on stderr that the command waits for other processes, and ends it if they do not come.
+
+    JAX would wait without a word, and end with a stack trace.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._timers = [
+            threading.Timer(seconds, action)
+            for seconds, action in ((_PATIENCE, self._say), (_JOIN_SECONDS, self._give_up))
+        ]
+        for timer in self._timers:
+            timer.daemon = True
+            timer.start()
+
+    def end(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    @property
+    def _others(self) -> str:
+        where = self._options.coordinator
+        return f"the other processes{f' at {where}' if where else ''}"
+
+    def _say(self) -> None:
+        print(f"waiting for {self._others}", file=sys.stderr, flush=True)
+
+    def _give_up(self) -> None:
+        _leave(self._options, f"error: {self._others} have not come.", 1)
+
+
+def check_arguments(client: Any, options: argparse.Namespace) -> None:
+    """Rejects arguments that are not those of process 0.
+
+    Args:
+      client: JAX's client of the coordination service.
+      options: the options of the command.
+
+    Raises:
+      GenerationError: the message names the first that differs.
+    """
+    own = {
+        name: repr(value)
+        for name, value in sorted(vars(options).items())
+        if name not in _OF_EACH_PROCESS
+    }
+    key = "bsjax/arguments"
+    if options.process == 0:
+        client.key_value_set(key, json.dumps(own))
+        return
+    first = json.loads(client.blocking_key_value_get(key, 1000 * SILENT_SECONDS))
+    for name in sorted(own.keys() | first.keys()):
+        if own.get(name) != first.get(name):
+            raise GenerationError(
+                f"Process {options.process} was started with other arguments than process 0: "
+                f"{name.replace('_', '-')} is {own.get(name)}, not {first.get(name)}."
+            )
 
 
 @contextlib.contextmanager

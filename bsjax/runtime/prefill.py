@@ -39,6 +39,7 @@ from bsjax.runtime.images import (
     uncut_tokens,
 )
 from bsjax.runtime.inputs import ModelInputs
+from bsjax.runtime.processes import check_alike, spans_processes
 from bsjax.runtime.programs import Program, Programs, Stage, size_in_bytes
 from bsjax.runtime.sampling import Chosen, Sampling, choose, stacked
 from bsjax.runtime.sizes import Sizes, most_parts, sizes_in_use
@@ -240,6 +241,8 @@ class ChunkedRun:
           image_cache: keeps features of images; None keeps none.
           stopwatch: counts the time; None for one of its own.
         """
+        if spans_processes(programs.mesh):
+            check_alike(_what_runs(prompts))
         self.stopwatch = stopwatch or Stopwatch()
         self._programs, self._step, self._backend = programs, step, backend
         self.carried = carried = sharded_shapes(carried, programs.mesh)
@@ -367,6 +370,17 @@ class ChunkedRun:
         until Python collects garbage.
         """
         return ()
+
+
+def _what_runs(prompts: Sequence[PlacedPrompt]) -> dict[str, bytes]:
+    """What several processes must have in common, by its name."""
+    inputs = [prompt.inputs for prompt in prompts]
+    images = [image.known_digest() for prompt in prompts for image in prompt.images]
+    return {
+        "prompt": b"".join(each.token_ids.tobytes() for each in inputs),
+        "image": repr(images).encode(),
+        "profile": b"".join(each.head_category.tobytes() for each in inputs),
+    }
 
 
 def occurring_tokens(module: ImageTextModel, inputs: ModelInputs) -> Bool[np.ndarray, "vocabulary"]:

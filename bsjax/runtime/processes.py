@@ -4,12 +4,16 @@ All processes make the same calls with the same arguments. What a call decides o
 therefore be the same everywhere, and what it returns is.
 """
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+
+from bsjax.errors import GenerationError
 
 _MIB = 2**20
 
@@ -24,6 +28,31 @@ def own_devices(mesh: Mesh | None) -> list[bool]:
     if mesh is None:
         return [True]
     return [device.process_index == jax.process_index() for device in mesh.devices.flat]
+
+
+def check_alike(given: Mapping[str, bytes]) -> None:
+    """Rejects a call for which processes were given different things.
+
+    Args:
+      given: what must be the same, by its name in messages.
+
+    Raises:
+      GenerationError: in all processes. The message names the process and what differs.
+    """
+    digests = [hashlib.sha256(each).digest()[:8] for each in given.values()]
+    own = np.frombuffer(b"".join(digests), np.int32).reshape(len(given), 2)
+    gathered = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, *own.shape)
+    for process, others in enumerate(gathered):
+        differing = [
+            name
+            for name, *each in zip(given, others, gathered[0], strict=True)
+            if not np.array_equal(*each)
+        ]
+        if differing:
+            raise GenerationError(
+                f"Process {process} has another {differing[0]} than process 0: start all of them "
+                "with the same arguments, files and checkpoint."
+            )
 
 
 def placed(tree: Any, shapes: Any) -> Any:

@@ -5,15 +5,17 @@ import queue
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from typing import NoReturn
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bsjax.cli import main, watch
+from bsjax import GenerationError
+from bsjax.cli import distributed, main, watch
 from bsjax.runtime import processes
-from bsjax.runtime.processes import argument_of_least, from_mib, in_mib
+from bsjax.runtime.processes import argument_of_least, check_alike, from_mib, in_mib
 
 TIMEOUT = 120
 
@@ -111,6 +113,9 @@ def test_an_image_that_one_process_cannot_read_ends_all(tiny_checkpoint, picture
             "--process must be 0 to 1, got 2",
         ),
         (["--distributed"], "Only a process of its own"),
+        (["--coordinator", "nonsense", "--processes", "2", "--process", "0"], "HOST:PORT"),
+        (["--coordinator", "a:99999", "--processes", "2", "--process", "0"], "up to 65535"),
+        (["--coordinator", "a:1", "--processes", "0", "--process", "0"], "--processes must be 1"),
     ],
 )
 def test_incomplete_options_are_refused(options, message, tiny_checkpoint, monkeypatch, capsys):
@@ -125,6 +130,40 @@ def test_incomplete_options_are_refused(options, message, tiny_checkpoint, monke
         main(["generate", str(tiny_checkpoint), "Why?", *options])
     assert statuses == [2]
     assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(GenerationError, match=f"cannot wait at port {port}"):
+            distributed.check_options(f"localhost:{port}", 2, 0)
+
+
+def test_arguments_that_differ_are_refused():
+    store = Store()
+    options = Namespace(process=0, prompt="Why?", max_new_tokens=4)
+    distributed.check_arguments(store, options)
+    options.process = 1
+    distributed.check_arguments(store, options)
+    options.max_new_tokens = 40
+    with pytest.raises(GenerationError, match="Process 1 .* max-new-tokens is 40, not 4"):
+        distributed.check_arguments(store, options)
+
+
+def test_other_images_are_refused(monkeypatch):
+    told = []
+
+    def gathered(own: np.ndarray) -> np.ndarray:
+        told.append(own)
+        return np.stack(told)
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    check_alike({"prompt": b"1", "image": b"2"})
+    check_alike({"prompt": b"1", "image": b"2"})
+    with pytest.raises(GenerationError, match="Process 2 has another image than process 0"):
+        check_alike({"prompt": b"1", "image": b"3"})
 
 
 def test_free_memory_is_told_as_integers_that_devices_have():
@@ -142,10 +181,13 @@ class Store:
         self.values: dict[str, str] = {}
         self.silent = "none"
 
-    def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None:
-        assert allow_overwrite
+    def key_value_set(self, key: str, value: str, *, allow_overwrite: bool = False) -> None:
+        assert allow_overwrite or key not in self.values
         if not key.endswith(self.silent):
             self.values[key] = value
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        return self.values[key]
 
     def key_value_dir_get(self, folder: str) -> list[tuple[str, str]]:
         return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
