@@ -29,6 +29,7 @@ from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.schedule import build_schedule
 from bsjax.masks.template import Image, Template, Text
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
 from tools.compiled_kernels import prefill_kernel
 from tools.configuration_table import read_table, table_of, write_table
@@ -49,22 +50,24 @@ CLEAR_GAIN = 0.9
 
 
 def _pallas_report(
-    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration, visibility: Visibility
 ) -> KernelReport:
-    return prefill_kernel(gpu, head_dim, dtype, chosen=candidate).report()
+    kernel = prefill_kernel(gpu, head_dim, dtype, chosen=candidate, visibility=visibility)
+    return kernel.report()
 
 
 def _triton_report(
-    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration, visibility: Visibility
 ) -> KernelReport:
     from tools.triton_kernels import triton_prefill, triton_reports
 
-    kernel = triton_prefill(gpu, head_dim, dtype, chosen=candidate)
+    kernel = triton_prefill(gpu, head_dim, dtype, chosen=candidate, visibility=visibility)
     return triton_reports(kernel.function, kernel.arguments, gpu)["prefill_attention"]
 
 
 COMPILE_PREFILL = {"pallas": _pallas_report, "triton": _triton_report}
-"""By package of bsjax: the report on its kernel for a GPU, a head dimension and a dtype."""
+"""By package of bsjax: the report on its kernel for a GPU, a head dimension, a dtype and a
+visibility."""
 
 
 class Work(NamedTuple):
@@ -109,6 +112,15 @@ def best(
     return fastest
 
 
+def _variants(width: int) -> list[tuple[int, Visibility]]:
+    """Head dimension and visibility of the kernels that must not spill; the first one is ranked."""
+    if width == 80:
+        # Head dim 72 shares the entry, but needs masks that 80 does not.
+        return [(80, CAUSAL), (72, CAUSAL)]
+    # The predicate of Gemma 3's local layers needs more registers.
+    return [(width, CAUSAL), (width, Visibility(bidirectional_images=True, window=1024))]
+
+
 def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int) -> bool:
     """Whether queries, keys and values alone fit into shared memory, with some room to spare."""
     rows = candidate.block_q + 2 * candidate.num_stages * candidate.block_kv
@@ -143,10 +155,9 @@ def choose(
             continue
         dtype = "bfloat16" if itemsize == 2 else "float32"
         try:
-            # Head dim 72 shares the entry of 80, but needs masks that 80 does not.
             reports = [
-                COMPILE_PREFILL[package](gpu, head_dim, dtype, candidate)
-                for head_dim in ((80, 72) if width == 80 else (width,))
+                COMPILE_PREFILL[package](gpu, head_dim, dtype, candidate, visibility)
+                for head_dim, visibility in _variants(width)
             ]
             limit = GPUS[gpu].shared_memory_per_block
             if all(report.spilled == 0 and report.shared_memory <= limit for report in reports):

@@ -4,6 +4,7 @@ import pytest
 
 from bsjax.pallas.configurations import KernelConfiguration
 from tools.choose_configurations import CLEAR_GAIN, best, cycles_per_pair, reference_work
+from tools.gpu_targets import TARGETS, KernelReport
 from tools.speed.kernels import kernel
 
 PRESENT, OTHER = KernelConfiguration(64, 32, 8, 2), KernelConfiguration(128, 32, 8, 3)
@@ -46,3 +47,12 @@ def test_larger_blocks_have_fewer_programs_and_see_the_same_pairs(sparse):
     ]
     # Smaller blocks fit closer to what is visible.
     assert small.pairs < computed[0] < computed[1]
+
+
+def test_programs_that_share_a_multiprocessor_share_its_tensor_memory():
+    b200 = TARGETS["b200"]
+    report = KernelReport((1, 1, 1), 128, 98_852, 238, 0, "", "")
+    assert report.resident(b200) == 2
+    whole = "@%p18 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r223], 512;"
+    assert report._replace(ptx=whole).resident(b200) == 1
+    assert report._replace(ptx=whole.replace("512", "256")).resident(b200) == 2
