@@ -2,44 +2,40 @@
 
     python -m tools.choose_configurations pallas --target sm_90
 
-Every candidate is compiled for the target, and its machine code is read. Candidates that spill
-registers or do not fit into shared memory are dropped. The others are ranked by an estimate of the
-cycles that a visible pair takes on one multiprocessor:
+Every candidate is compiled for the target. Candidates that spill registers or do not fit into
+shared memory are dropped. Of the others, the model of speed (`tools.speed`, docs/speed.md) reads
+the machine code: products that warps compute twice and copies that a loop waits for count with what
+they cost. Candidates are ranked by the cycles that the model says for the full blocks, the partial
+blocks and the programs of reference schedules, divided by the number of visible pairs.
 
-    issue    instructions in a block's loop, divided by the four schedulers
-    tensor   multiply-adds of a block, divided by the rate of the tensor cores
-    special  exponentials of a block, at 16 per cycle
-    memory   bytes of a block's keys and values, divided by a multiprocessor's share of the L2
-             bandwidth
-    block    the maximum of these, or the time of one program if too few are resident to overlap:
-             (tensor + max(issue, special)) / resident programs
-    pair     time of the full and partial blocks of reference schedules, each with its own loop,
-             divided by the number of visible pairs
+The table's entry stays unless another candidate takes a tenth less, because nothing of the model is
+measured. Entries that `tools.tune` has measured are not changed.
 
 Which candidates spill depends on the version of JAX, or of Triton. An entry must pass the test
-suite with the oldest and the newest supported version; the table has the best candidate that does.
+suite with the oldest and the newest supported version: exclude candidates that fail with another
+version than the one that runs this command.
 
-The estimate serves only to rank candidates; it does not predict speed. Entries that `tools.tune`
-has measured are not changed.
+    python -m tools.choose_configurations pallas --target sm_89 --exclude 64,32,4,2
 """
 
 import argparse
+import functools
 import itertools
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.schedule import build_schedule
 from bsjax.masks.template import Image, Template, Text
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
 from tools.compiled_kernels import prefill_kernel
-from tools.configuration_table import table_of, write_table
+from tools.configuration_table import read_table, table_of, write_table
 from tools.gpu_targets import TARGETS as GPUS
 from tools.gpu_targets import KernelReport
-from tools.sass import attention_loops
-from tools.speed.rates import EXPONENTIALS, SCHEDULERS, rates_of
-from tools.triton_kernels import triton_prefill, triton_reports
+from tools.speed.kernels import Kernel, costs_of, heads_per_key_head, kernel_of
 
 GPU_OF = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200"}
 
@@ -49,71 +45,80 @@ CANDIDATES = {
 }
 """By bytes per element: (block_q, num_warps), block_kv, num_stages."""
 
+CLEAR_GAIN = 0.9
+"""The part of the present entry's time that another candidate must take at most."""
+
 
 def _pallas_report(
-    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration, visibility: Visibility
 ) -> KernelReport:
-    return prefill_kernel(gpu, head_dim, dtype, chosen=candidate).report()
+    kernel = prefill_kernel(gpu, head_dim, dtype, chosen=candidate, visibility=visibility)
+    return kernel.report()
 
 
 def _triton_report(
-    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration
+    gpu: str, head_dim: int, dtype: str, candidate: KernelConfiguration, visibility: Visibility
 ) -> KernelReport:
-    kernel = triton_prefill(gpu, head_dim, dtype, chosen=candidate)
+    from tools.triton_kernels import triton_prefill, triton_reports
+
+    kernel = triton_prefill(gpu, head_dim, dtype, chosen=candidate, visibility=visibility)
     return triton_reports(kernel.function, kernel.arguments, gpu)["prefill_attention"]
 
 
 COMPILE_PREFILL = {"pallas": _pallas_report, "triton": _triton_report}
-"""By package of bsjax: the report on its kernel for a GPU, a head dimension and a dtype."""
+"""By package of bsjax: the report on its kernel for a GPU, a head dimension, a dtype and a
+visibility."""
 
 
 class Work(NamedTuple):
-    """The number of blocks that a schedule visits, and of pairs that a head sees."""
+    """What a head of some schedules has: programs, blocks, and pairs that it sees."""
 
+    programs: int
     full_blocks: int
     partial_blocks: int
     pairs: int
 
 
+@functools.cache
 def reference_work(block_q: int, block_kv: int, *, sparse: bool) -> Work:
-    """The work of two prompts of 36K tokens: 90 images of 400 and 36 of 1000."""
+    """The work of three prompts of 36K tokens: 140 images of 256, 90 of 400 and 36 of 1000."""
     groups = HeadCategory.INTRA_IMAGE_SINK.groups if sparse else ALL_KEY_GROUPS
-    full = partial = pairs = 0
-    for images, image_tokens in ((90, 400), (36, 1000)):
+    programs = full = partial = pairs = 0
+    for images, image_tokens in ((140, 256), (90, 400), (36, 1000)):
         template = Template.from_segments([Text(8), Image(image_tokens)] * images)
         tiles = build_schedule(template, [groups], block_q=block_q, block_kv=block_kv).tiles
+        programs += int((tiles.rows > 0).sum())
         full += int(tiles.full_blocks.sum())
         partial += int(tiles.partial_blocks.sum())
         pairs += visible_pairs(template, groups)
-    return Work(full, partial, pairs)
+    return Work(programs, full, partial, pairs)
 
 
-def cycles_per_pair(
-    report: KernelReport,
-    candidate: KernelConfiguration,
-    target: str,
-    width: int,
-    itemsize: int,
-    work: Work,
-) -> float:
-    """The estimate that candidates are ranked by."""
-    loops = [len(loop) for loop in attention_loops(report.sass)]
-    full_loop, partial_loop = loops[0], loops[min(1, len(loops) - 1)]
-    rates = rates_of(GPU_OF[target])
-    pairs = candidate.block_q * candidate.block_kv
-    # Float32 products do not use the tensor cores; their instructions are counted.
-    tensor = 4 * pairs * width / rates.tensor if itemsize == 2 else 0.0
-    special = pairs / EXPONENTIALS
-    memory = 2 * candidate.block_kv * width * itemsize / rates.l2
-    resident = report.resident(GPUS[GPU_OF[target]])
+def cycles_per_pair(kernel: Kernel, *, sparse: bool) -> float:
+    """The cycles of a multiprocessor that a pair takes, by the model of speed."""
+    costs = costs_of(kernel, kernel.gpu, heads_per_key_head(kernel.head_dim))
+    work = reference_work(kernel.chosen.block_q, kernel.chosen.block_kv, sparse=sparse)
+    blocks = work.full_blocks * costs.full + work.partial_blocks * costs.partial
+    return (blocks + work.programs * costs.program) / costs.speed / work.pairs
 
-    def block(instructions: int) -> float:
-        issue = instructions * candidate.num_warps / SCHEDULERS
-        alone = (tensor + max(issue, special)) / resident
-        return max(issue, tensor, special, memory, alone)
 
-    total = work.full_blocks * block(full_loop) + work.partial_blocks * block(partial_loop)
-    return total / work.pairs
+def best(
+    estimates: Mapping[KernelConfiguration, float], present: KernelConfiguration
+) -> KernelConfiguration:
+    """The candidate that takes least, or the present one if none is clearly faster."""
+    fastest = min(estimates, key=estimates.__getitem__)
+    if present in estimates and estimates[fastest] > CLEAR_GAIN * estimates[present]:
+        return present
+    return fastest
+
+
+def _variants(width: int) -> list[tuple[int, Visibility]]:
+    """Head dimension and visibility of the kernels that must not spill; the first one is ranked."""
+    if width == 80:
+        # Head dim 72 shares the entry, but needs masks that 80 does not.
+        return [(80, CAUSAL), (72, CAUSAL)]
+    # The predicate of Gemma 3's local layers needs more registers.
+    return [(width, CAUSAL), (width, Visibility(bidirectional_images=True, window=1024))]
 
 
 def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int) -> bool:
@@ -122,72 +127,65 @@ def fits(candidate: KernelConfiguration, target: str, width: int, itemsize: int)
     return rows * width * itemsize <= GPUS[GPU_OF[target]].shared_memory_per_block - 2048
 
 
-def choose(package: str, target: str, width: int, itemsize: int) -> list[dict[str, Any]]:
+def choose(
+    package: str,
+    target: str,
+    width: int,
+    itemsize: int,
+    excluded: frozenset[KernelConfiguration] = frozenset(),
+) -> list[dict[str, Any]]:
     """The table entries for heads of one width: one for dense and one for sparse launches."""
-    compile_prefill = COMPILE_PREFILL[package]
-    compiled: list[tuple[KernelConfiguration, KernelReport]] = []
-    for (block_q, warps), block_kv, stages in CANDIDATES[itemsize]:
-        candidate = KernelConfiguration(block_q, block_kv, warps, stages)
-        if not fits(candidate, target, width, itemsize):
+    gpu = GPU_OF[target]
+    entries = [
+        entry
+        for entry in read_table(table_of(package))
+        if (entry["target"], entry["width"], entry["bytes"]) == (target, width, itemsize)
+    ]
+    present = {
+        entry["heads"]: KernelConfiguration(*(entry[each] for each in KernelConfiguration._fields))
+        for entry in entries
+    }
+    candidates = [
+        KernelConfiguration(block_q, block_kv, warps, stages)
+        for (block_q, warps), block_kv, stages in CANDIDATES[itemsize]
+    ]
+    compiled: list[Kernel] = []
+    for candidate in dict.fromkeys([*present.values(), *candidates]):
+        if candidate in excluded or not fits(candidate, target, width, itemsize):
             continue
         dtype = "bfloat16" if itemsize == 2 else "float32"
         try:
-            # Head dim 72 shares the entry of 80, but needs masks that 80 does not.
             reports = [
-                compile_prefill(GPU_OF[target], head_dim, dtype, candidate)
-                for head_dim in ((80, 72) if width == 80 else (width,))
+                COMPILE_PREFILL[package](gpu, head_dim, dtype, candidate, visibility)
+                for head_dim, visibility in _variants(width)
             ]
-        except Exception as error:  # What does not compile is not a candidate.
+            limit = GPUS[gpu].shared_memory_per_block
+            if all(report.spilled == 0 and report.shared_memory <= limit for report in reports):
+                compiled.append(kernel_of(package, gpu, width, reports[0], True, candidate))
+        except Exception as error:  # What does not compile, or not as it should, is no candidate.
             print(f"  {candidate}: {str(error)[:80]}", file=sys.stderr)
-            continue
-        limit = GPUS[GPU_OF[target]].shared_memory_per_block
-        if all(report.spilled == 0 and report.shared_memory <= limit for report in reports):
-            compiled.append((candidate, reports[0]))
     if not compiled:
         raise SystemExit(
             f"{target}, width {width}, {itemsize} bytes: every candidate spills or fails to compile"
         )
-    entries = []
-    for heads in ("dense", "sparse"):
-        ranked = sorted(
-            (
-                (
-                    cycles_per_pair(
-                        report,
-                        candidate,
-                        target,
-                        width,
-                        itemsize,
-                        reference_work(
-                            candidate.block_q, candidate.block_kv, sparse=heads == "sparse"
-                        ),
-                    ),
-                    candidate,
-                    report,
-                )
-                for candidate, report in compiled
-            ),
-            key=lambda item: item[0],
-        )
-        # Estimates this close count as equal; more blocks in flight hide more latency.
-        close = [item for item in ranked if item[0] <= 1.02 * ranked[0][0]]
-        best = max(close, key=lambda item: item[1].num_stages)
-        for estimate, candidate, report in ranked[:5]:
+    for entry in entries:
+        heads = entry["heads"]
+        estimates = {
+            kernel.chosen: cycles_per_pair(kernel, sparse=heads == "sparse") for kernel in compiled
+        }
+        for candidate in sorted(estimates, key=estimates.__getitem__)[:5]:
+            there = ", present" if candidate == present[heads] else ""
             print(
-                f"{target} {width} {itemsize} {heads}: {estimate:.4f} {tuple(candidate)} "
-                f"{report.registers} registers, {report.resident(GPUS[GPU_OF[target]])} resident"
+                f"{target} {width} {itemsize} {heads}: {estimates[candidate]:.4f} "
+                f"{tuple(candidate)}{there}"
             )
-        entries.append(
-            {
-                "target": target,
-                "width": width,
-                "bytes": itemsize,
-                "heads": heads,
-                **best[1]._asdict(),
-                "basis": "compiled",
-            }
-        )
+        entry |= best(estimates, present[heads])._asdict()
+        entry["basis"] = "compiled"
     return entries
+
+
+def _configuration(text: str) -> KernelConfiguration:
+    return KernelConfiguration(*map(int, text.split(",")))
 
 
 def main() -> None:
@@ -199,11 +197,20 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--width", type=int, choices=WIDTHS, action="append", help="default: all")
     parser.add_argument("--bytes", type=int, choices=(2, 4), action="append", help="default: both")
+    parser.add_argument(
+        "--exclude",
+        type=_configuration,
+        action="append",
+        default=[],
+        metavar="BLOCK_Q,BLOCK_KV,WARPS,STAGES",
+        help="what fails with another version",
+    )
     options = parser.parse_args()
     for target in options.target or TARGETS:
         for itemsize in options.bytes or (2, 4):
             for width in options.width or WIDTHS:
-                entries = choose(options.package, target, width, itemsize)
+                excluded = frozenset(options.exclude)
+                entries = choose(options.package, target, width, itemsize, excluded)
                 write_table(entries, table_of(options.package))
 
 

@@ -174,6 +174,13 @@ TARGETS = {
 }
 
 
+_TENSOR_MEMORY = re.compile(r"tcgen05\.alloc\S* \[[^\]]*\], (\d+);")
+"""The columns of tensor memory that a program of a Blackwell kernel takes."""
+
+_TENSOR_MEMORY_COLUMNS = 512
+"""Of a multiprocessor (PTX documentation, tensor memory)."""
+
+
 class KernelReport(NamedTuple):
     """One kernel of a compiled program."""
 
@@ -194,8 +201,10 @@ class KernelReport(NamedTuple):
         # Registers are allocated in units of 256 per warp, and each program's shared memory takes
         # 1 KiB more than requested.
         registers = -(-self.registers * 32 // 256) * 256 * (self.threads // 32)
+        columns = sum(map(int, _TENSOR_MEMORY.findall(self.ptx)))
         return min(
             65_536 // registers,
+            _TENSOR_MEMORY_COLUMNS // max(columns, 1),
             target.shared_memory_per_core // (self.shared_memory + 1024),
             target.threads_per_core // self.threads,
         )

@@ -210,7 +210,9 @@ def test_a_long_dense_prompt_approaches_the_rate_of_the_loop(package):
     (mask,) = workload.masks(["DENSE"])
     found = predict_whole(workload, mask, package, "h200")
     chosen = kernel(package, "h200", 128, sparse=False)
-    loop = 128 * 64 * 4 * 128 / costs_of(chosen, "h200", 7).full * H200.multiprocessors
+    costs = costs_of(chosen, "h200", 7)
+    flops = 4 * chosen.chosen.block_q * chosen.chosen.block_kv * 128
+    loop = flops / costs.full * costs.speed * H200.multiprocessors
     rate = workload.dense_flops / found.seconds / H200.clock
     assert 0.98 * loop < rate < loop
 

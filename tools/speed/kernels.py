@@ -86,6 +86,11 @@ class Costs(NamedTuple):
         return min(float(self.resident), 1 / self.crowding)
 
 
+def heads_per_key_head(head_dim: int) -> int:
+    """Query heads that share a key head, in the language models that have this head dimension."""
+    return 2 if head_dim == 256 else 7
+
+
 def costs_of(kernel: Kernel, gpu: str, heads_per_key_head: int) -> Costs:
     """The costs of a kernel's blocks and programs."""
     rates, warps = rates_of(gpu), kernel.chosen.num_warps
@@ -107,7 +112,8 @@ def kernel_of(
     Raises:
       ValueError: the kernel reads keys and values in a way that the model cannot read.
     """
-    full, partial = loops_over_blocks(report.sass)[:2]
+    # Some kernels have one loop for both kinds of blocks.
+    full, partial = (loops_over_blocks(report.sass) * 2)[:2]
     flops = 4 * chosen.block_q * chosen.block_kv * head_dim
     names = opcodes(report.sass)
     loops = [loop_of(loop, chosen.num_warps, flops) for loop in (full, partial)]

@@ -7,7 +7,16 @@ from benchmarks.measure import markdown_table
 from benchmarks.workloads import SHAPES, HeadMask, Workload
 from tools.speed import rates
 from tools.speed.comparison import FALSIFIERS
-from tools.speed.kernels import GPUS, HEAD_DIMS, PACKAGES, Kernel, costs_of, kernel, kernels
+from tools.speed.kernels import (
+    GPUS,
+    HEAD_DIMS,
+    PACKAGES,
+    Kernel,
+    costs_of,
+    heads_per_key_head,
+    kernel,
+    kernels,
+)
 from tools.speed.loops import waits
 from tools.speed.prediction import LOSSES, Prediction
 from tools.speed.whole import predict_whole
@@ -53,7 +62,7 @@ def loops_table() -> str:
 
 
 def _costs(each: Kernel, gpu: str) -> tuple[str, ...]:
-    costs = costs_of(each, gpu, 7 if each.head_dim == 128 else 2)
+    costs = costs_of(each, gpu, heads_per_key_head(each.head_dim))
     own = rates.rates_of(gpu)
     chosen = each.chosen
     flops = 4 * chosen.block_q * chosen.block_kv * each.head_dim
