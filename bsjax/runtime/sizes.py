@@ -81,7 +81,8 @@ class Sizes(NamedTuple):
         return tuple(sorted(sizes))
 
 
-# The array of image features has room for the largest chunk, on every device.
+# More rows would not be worth their memory: every device has an array of image features with room
+# for the largest chunk.
 _MOST_SHARED_ROWS = 2**17
 
 # Photos and screenshots often have more patches than a group. With room for 8192 tokens of one, all
