@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.pallas.decode import decode_configuration
+from bsjax.pallas.decode_configurations import decode_configuration
 from tools.compiled_kernels import compile_decode, compile_prefill, default_prefill
 from tools.gpu_targets import TARGETS, GpuTarget, KernelReport
 from tools.sass import KINDS, attention_loops, mix

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.triton.configurations import decode_configuration
+from bsjax.pallas.decode_configurations import decode_configuration
 from tools import compiled_kernels, triton_kernels
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.kernel_lines import (

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from bsjax.errors import BackendError
-from bsjax.pallas.pieces import pieces_of, width_of
+from bsjax.pallas.pieces import SHORTEST_SIDE, pieces_of, width_of
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 """Kinds of GPUs that have configurations: A100; RTX 40, L40S; H100, H200; B200."""
@@ -151,6 +151,42 @@ class ConfigurationTable:
         warps = max(4, tabled.num_warps * rows // tabled.block_q)
         return KernelConfiguration(rows, min(block_kv, tabled.block_kv), warps, tabled.num_stages)
 
+    def checked_configuration(
+        self,
+        head_dim: int,
+        dtype: DTypeLike,
+        block_q: int,
+        block_kv: int,
+        given: KernelConfiguration | None,
+    ) -> KernelConfiguration:
+        """The configuration that is given, or else that of `configuration`, if it can run.
+
+        Args:
+          head_dim: channels of a head.
+          dtype: dtype of queries, keys and values.
+          block_q: query rows of a tile of the schedule.
+          block_kv: keys of a block of the schedule.
+          given: how to compile, for tuning; None for the table's.
+
+        Raises:
+          BackendError: the kernel does not support the block sizes, head dimension or dtype.
+        """
+        for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+            if block < SHORTEST_SIDE or block & (block - 1):
+                raise BackendError(
+                    f"The GPU kernel needs {name} to be a power of two of at least "
+                    f"{SHORTEST_SIDE}, got {block}: build the mask with the sizes of "
+                    f"`{self._package}.configurations.default_blocks`."
+                )
+        check_supported(head_dim, dtype)
+        chosen = given or self.configuration(head_dim, dtype, block_q, block_kv)
+        if block_kv % chosen.block_kv or block_q % chosen.block_q:
+            raise BackendError(
+                f"A kernel of {chosen.block_q} x {chosen.block_kv} cannot run a schedule of "
+                f"{block_q} x {block_kv}: its block sizes must divide the schedule's."
+            )
+        return chosen
+
     def _tabled(
         self, target: str, head_dim: int, dtype: DTypeLike, *, sparse: bool
     ) -> KernelConfiguration:
@@ -194,3 +230,4 @@ def check_supported(head_dim: int, dtype: DTypeLike) -> None:
 _PALLAS = ConfigurationTable("bsjax.pallas")
 default_blocks = _PALLAS.default_blocks
 configuration = _PALLAS.configuration
+checked_configuration = _PALLAS.checked_configuration

@@ -36,59 +36,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from bsjax.errors import BackendError
+from bsjax.pallas.decode_configurations import (
+    COMBINED_ELEMENTS,
+    DecodeConfiguration,
+    decode_configuration,
+    default_splits,
+)
 from bsjax.pallas.exponential import LOG2_E
 from bsjax.pallas.pieces import SHORTEST_SIDE
-
-# Two for each of 128 multiprocessors. Their shared memory and registers let all of them run at the
-# same time on the GPUs that we compile for, except with heads of more than 128 elements.
-_PROGRAMS = 256
-
-# Elements of partial outputs that one program of the combining kernel holds at a time.
-_COMBINED_ELEMENTS = 4096
-
-
-class DecodeConfiguration(NamedTuple):
-    """How the decode kernel is compiled."""
-
-    block_kv: int
-    """Keys of a block; a power of two. wgmma needs 64 or more."""
-    num_warps: int
-    num_stages: int
-    """Blocks of keys and values in shared memory at a time, including the one in use."""
-
-
-# Chosen from compiled code: no spills, wgmma where the GPU has it, and two programs per
-# multiprocessor wherever blocks of 64 keys allow it. None has been timed on a GPU yet.
-_CONFIGURATIONS = {
-    # (head dim padded to a power of two, bytes of an element): configuration
-    (64, 2): DecodeConfiguration(block_kv=128, num_warps=4, num_stages=2),
-    (128, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
-    (256, 2): DecodeConfiguration(block_kv=64, num_warps=4, num_stages=2),
-    # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
-    (64, 4): DecodeConfiguration(block_kv=32, num_warps=4, num_stages=2),
-    (128, 4): DecodeConfiguration(block_kv=16, num_warps=4, num_stages=2),
-    (256, 4): DecodeConfiguration(block_kv=16, num_warps=8, num_stages=2),
-}
-
-
-def decode_configuration(head_dim: int, dtype: DTypeLike) -> DecodeConfiguration:
-    """How the kernel is compiled for heads of `head_dim` elements of `dtype`.
-
-    Raises:
-      BackendError: the kernel does not support the head dimension or dtype.
-    """
-    element = jnp.dtype(dtype)
-    if element not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise BackendError(
-            f"The GPU kernel computes in bfloat16, float16 or float32, not in {element}."
-        )
-    if not 1 <= head_dim <= 256:
-        raise BackendError(f"The GPU kernel supports head dimensions up to 256, got {head_dim}.")
-    return _CONFIGURATIONS[max(64, pl.next_power_of_2(head_dim)), element.itemsize]
 
 
 def decode_attention(
@@ -135,7 +92,7 @@ def decode_attention(
     _, _, rows, kv_heads, _ = k_cache.shape
     compiled = decode_configuration(head_dim, q.dtype)
     if splits is None:
-        splits = min(_PROGRAMS // (batch * kv_heads), pl.cdiv(rows, compiled.block_kv))
+        splits = default_splits(batch, kv_heads, rows, compiled.block_kv)
     settings = _Settings(
         head_dim=head_dim,
         group=q_heads // kv_heads,
@@ -378,7 +335,7 @@ def _combine_splits(
     padded_dim = settings.padded_dim
     inside_head = settings.inside_head()
     no_other = None if inside_head is None else 0.0
-    block = _COMBINED_ELEMENTS // padded_dim
+    block = COMBINED_ELEMENTS // padded_dim
     zero = pl.program_id(0) * 0
 
     def load_lse(start: Array, size: int) -> Array:

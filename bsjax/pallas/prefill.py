@@ -46,7 +46,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from bsjax.errors import BackendError
 from bsjax.manual_axes import result_shape
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
@@ -54,7 +53,7 @@ from bsjax.pallas import configurations
 from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import LOG2_E, scaled_exp2
 from bsjax.pallas.parts import combined_parts
-from bsjax.pallas.pieces import SHORTEST_SIDE, Piece, pieces_of, width_of
+from bsjax.pallas.pieces import Piece, pieces_of, width_of
 
 
 def prefill_attention(
@@ -100,13 +99,6 @@ def prefill_attention(
     Raises:
       BackendError: the kernel does not support the block sizes, head dimension or dtype.
     """
-    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
-        if block < SHORTEST_SIDE or block & (block - 1):
-            raise BackendError(
-                f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
-                f"got {block}: build the mask with the sizes of "
-                "`bsjax.pallas.configurations.default_blocks`."
-            )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
     rows, q_heads, head_dim = q.shape
@@ -114,16 +106,9 @@ def prefill_attention(
     group = q_heads // kv_heads
     pieces = pieces_of(head_dim)
     width = width_of(pieces)
-    if configuration is None:
-        configuration = configurations.configuration(
-            head_dim, q.dtype, schedule.block_q, schedule.block_kv
-        )
-    if schedule.block_kv % configuration.block_kv or schedule.block_q % configuration.block_q:
-        raise BackendError(
-            f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
-            f"of {schedule.block_q} x {schedule.block_kv}: its block sizes must divide the "
-            "schedule's."
-        )
+    configuration = configurations.checked_configuration(
+        head_dim, q.dtype, schedule.block_q, schedule.block_kv, configuration
+    )
     programs_per_tile = schedule.block_q // configuration.block_q
     settings = _Settings(
         pieces=pieces,

@@ -11,7 +11,7 @@ backward                  the gradients of prefill attention
 backward_kernels          their kernels
 decode                    decode attention
 decode_kernels            its kernels
-configurations            block sizes, warps and pipeline stages
+configurations            block sizes, warps and pipeline stages of prefill
 gradient_configurations   those of the kernels of the gradients
 """
 

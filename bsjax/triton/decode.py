@@ -6,17 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.triton.configurations import decode_configuration
+from bsjax.pallas.decode_configurations import (
+    COMBINED_ELEMENTS,
+    decode_configuration,
+    default_splits,
+)
 from bsjax.triton.decode_kernels import attend_split, combine_splits
 from bsjax.triton.heads import power_of_two
 from bsjax.triton.launch import Launch, call
 from bsjax.triton.product import precision_of
-
-# Two for each of 128 multiprocessors.
-_PROGRAMS = 256
-
-# Elements of partial outputs that one program of the combining kernel holds at a time.
-_COMBINED_ELEMENTS = 4096
 
 
 def decode_attention(
@@ -63,7 +61,7 @@ def decode_attention(
     group = q_heads // kv_heads
     chosen = decode_configuration(head_dim, q.dtype)
     if splits is None:
-        splits = min(_PROGRAMS // (batch * kv_heads), -(-rows // chosen.block_kv))
+        splits = default_splits(batch, kv_heads, rows, chosen.block_kv)
     splits = max(1, splits)
     width = power_of_two(head_dim)
     to_log2 = scale * math.log2(math.e)
@@ -112,7 +110,7 @@ def decode_attention(
             "GROUP": group,
             "SPLITS": splits,
             "PADDED_SPLITS": power_of_two(splits),
-            "BLOCK": _COMBINED_ELEMENTS // width,
+            "BLOCK": COMBINED_ELEMENTS // width,
             "OWN": with_own,
             "TO_LOG2": to_log2,
         },

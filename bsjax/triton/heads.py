@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-SHORTEST_SIDE = 16
-"""The kernels' matrix products have no sides shorter than this."""
+from bsjax.pallas.pieces import SHORTEST_SIDE
 
 
 class HeadBlocks(NamedTuple):

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.errors import BackendError
 from bsjax.masks.schedule import Schedule
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, key_visibility
-from bsjax.pallas.configurations import KernelConfiguration, check_supported
+from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.parts import combined_parts
 from bsjax.triton import configurations
-from bsjax.triton.heads import SHORTEST_SIDE, head_blocks
+from bsjax.triton.heads import head_blocks
 from bsjax.triton.launch import Launch, call
 from bsjax.triton.prefill_kernel import attend_tile
 from bsjax.triton.product import precision_of
@@ -53,28 +52,13 @@ def prefill_attention(
     Raises:
       BackendError: the kernel does not support the block sizes, head dimension or dtype.
     """
-    for name, block in (("block_q", schedule.block_q), ("block_kv", schedule.block_kv)):
-        if block < SHORTEST_SIDE or block & (block - 1):
-            raise BackendError(
-                f"The GPU kernel needs {name} to be a power of two of at least {SHORTEST_SIDE}, "
-                f"got {block}: build the mask with the sizes of "
-                "`bsjax.triton.configurations.default_blocks`."
-            )
     if layer is None:
         k, v, layer = k[None], v[None], jnp.int32(0)
     rows, q_heads, head_dim = q.shape
     _, key_rows, kv_heads, _ = k.shape
-    check_supported(head_dim, q.dtype)
-    if configuration is None:
-        configuration = configurations.configuration(
-            head_dim, q.dtype, schedule.block_q, schedule.block_kv
-        )
-    if schedule.block_kv % configuration.block_kv or schedule.block_q % configuration.block_q:
-        raise BackendError(
-            f"A kernel of {configuration.block_q} x {configuration.block_kv} cannot run a schedule "
-            f"of {schedule.block_q} x {schedule.block_kv}: its block sizes must divide the "
-            "schedule's."
-        )
+    configuration = configurations.checked_configuration(
+        head_dim, q.dtype, schedule.block_q, schedule.block_kv, configuration
+    )
     blocks = head_blocks(head_dim)
     programs_per_tile = schedule.block_q // configuration.block_q
 

@@ -13,7 +13,7 @@ from bsjax import BackendError, MaskError
 from bsjax.attention import decode_attention
 from bsjax.models.layers import one_row_product
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
-from bsjax.pallas.decode import decode_configuration
+from bsjax.pallas.decode_configurations import decode_configuration
 from tests.support.decode_cases import (
     EDGES,
     LAYERS,
