@@ -113,6 +113,7 @@ def call(
             "The backend triton needs an NVIDIA GPU, and JAX has found none: use backend='xla'. "
             "For tests, TRITON_INTERPRET=1 in the environment runs the kernels on CPUs."
         )
+    _check_versions()
     _declare_ptx_of_jax()
     triton_call: Any = jax_triton.triton_call
     results = triton_call(
@@ -127,6 +128,17 @@ def call(
         **constants,
     )
     return list(results)[: len(outputs)]
+
+
+def _check_versions() -> None:
+    """Rejects a Triton that cannot compile the kernels for this jax-triton: see `_of_version`."""
+    found = tuple(map(int, triton.__version__.split(".")[:2]))
+    if _VERSION < (0, 4) and found < (3, 9):
+        raise BackendError(
+            f"The backend triton needs Triton 3.9 or newer with jax-triton {jax_triton.__version__}"
+            f", not {triton.__version__}, which PyTorch's wheels for CUDA pin: install bsjax where "
+            "they are not, or use backend='pallas' or 'xla'."
+        )
 
 
 def _of_version(outputs: Sequence[jax.ShapeDtypeStruct]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ compile.
 import atexit
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -28,6 +29,19 @@ def require_triton() -> None:
             f"The Triton kernels need {' and '.join(missing)}: pip install '.[test]'.",
             allow_module_level=True,
         )
+
+
+def compiles_triton() -> bool:
+    """Whether Triton is new enough for kernels to be compiled, and not only interpreted."""
+    version = importlib.metadata.version("triton").split(".")
+    return tuple(map(int, version[:2])) >= (3, 9)
+
+
+def require_triton_compiler() -> None:
+    """Skips the calling module where Triton is missing or older than what kernels need."""
+    require_triton()
+    if not compiles_triton():
+        pytest.skip("The Triton kernels are compiled with Triton 3.9.", allow_module_level=True)
 
 
 def interpreted(function: str, *arguments: Any, **options: Any) -> Any:

@@ -136,10 +136,16 @@ def test_a_jax_without_pallas_for_triton_imports_and_runs():
             jax.default_backend = on_cpu
         assert "pip install" in refusal("triton")
         hidden = None
+        from tests.support.triton_interpreter import compiles_triton
         from tools.gpu_targets import lowered
         attend = lambda q, mask: bsjax.sparse_attention(q, q, q, mask, backend="triton")
         with compiling_for("sm_90"):
-            assert "triton_kernel_call" in lowered(attend, (q, mask), "h200").as_text()
+            try:
+                text = lowered(attend, (q, mask), "h200").as_text()
+            except bsjax.BackendError as error:
+                assert not compiles_triton() and "needs Triton 3.9 or newer" in str(error)
+            else:
+                assert "triton_kernel_call" in text
     """
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

@@ -14,9 +14,9 @@ from bsjax.pallas.configurations import TARGETS as TARGET_NAMES
 from bsjax.pallas.configurations import WIDTHS, compiling_for
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
-from tests.support.triton_interpreter import require_triton
+from tests.support.triton_interpreter import require_triton_compiler
 
-require_triton()
+require_triton_compiler()
 
 from tools import kernel_table  # noqa: E402
 from tools.configuration_table import read_table, table_of  # noqa: E402
