@@ -67,9 +67,8 @@ class BlockMask:
       window: how many positions back a query sees, its own included; None for all.
       queries: the positions of the queries, such as `range(2048, 4096)`; None for all tokens. For
         several prompts, a list of ranges, one for each.
-      gradients: whether the mask also has what GPU kernels need to compute gradients, which do not
-        work under `jax.vmap`. Without it, gradients are the same, but on a GPU plain JAX computes
-        them, slowly.
+      gradients: whether the mask also has what GPU kernels need to compute gradients. Without it,
+        gradients are the same, but on a GPU plain JAX computes them, slowly.
 
     Attributes:
       schedule: tiles and ranges, see `bsjax.masks.schedule.Schedule`.

@@ -107,12 +107,34 @@ def call(
     missing = kernel.arg_names[given : kernel.arg_names.index("scratch") + 1]
     constants = {**constants, **dict.fromkeys(missing, ())}
     if isinstance(kernel, InterpretedFunction):
-        return _interpreted(kernel, inputs, outputs, constants, launch)
-    if not compiles_for_gpus():
+        run = _interpreted
+    elif compiles_for_gpus():
+        run = _compiled
+    else:
         raise BackendError(
             "The backend triton needs an NVIDIA GPU, and JAX has found none: use backend='xla'. "
             "For tests, TRITON_INTERPRET=1 in the environment runs the kernels on CPUs."
         )
+    places = [index for index, value in enumerate(inputs) if not isinstance(value, int)]
+
+    # jax-triton has no rule for `jax.vmap`: one launch after the other.
+    @jax.custom_batching.sequential_vmap
+    def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
+        arguments = list(inputs)
+        for place, value in zip(places, arrays, strict=True):
+            arguments[place] = value
+        return run(kernel, arguments, outputs, constants, launch)
+
+    return of_arrays(*(inputs[place] for place in places))
+
+
+def _compiled(
+    kernel: Any,
+    inputs: Sequence[Any],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    constants: dict[str, Any],
+    launch: Launch,
+) -> list[jax.Array]:
     _check_versions()
     _declare_ptx_of_jax()
     triton_call: Any = jax_triton.triton_call

@@ -61,7 +61,8 @@ def outputs_and_gradients(
 ) -> Any:
     """Output and log-sum-exp of `sparse_attention`, and gradients of a weighted sum of both.
 
-    With `mesh`, rows and heads are sharded over so many devices.
+    With `mesh`, rows and heads are sharded over so many devices. If arrays have one axis more, the
+    first, there is one result for each of its entries.
     """
     if mesh is not None:
         axes = ("context", "tensor")
@@ -72,6 +73,8 @@ def outputs_and_gradients(
         out, lse = bsjax.sparse_attention(q, k, v, mask, backend=backend, return_lse=True)
         return (out * jnp.cos(out)).sum() + lse.sum(), (out, lse)
 
-    gradients_of = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
-    gradients, outputs = gradients_of(*map(jnp.asarray, (q, k, v)))
+    gradients_of = jax.grad(loss, (0, 1, 2), has_aux=True)
+    if q.ndim > 3:
+        gradients_of = jax.vmap(gradients_of)
+    gradients, outputs = jax.jit(gradients_of)(*map(jnp.asarray, (q, k, v)))
     return (*outputs, *gradients)

@@ -40,6 +40,19 @@ def test_outputs_and_gradients_are_those_of_the_xla_backend(mesh):
 
 @pytest.mark.slow
 @needs_torch
+def test_outputs_and_gradients_under_vmap():
+    mask = BlockMask(RAGGED, ["SINK"], 32, 32, gradients=True)
+    arrays = [jnp.stack([each, 2 * each]) for each in random_arrays(RAGGED.tokens, 1, 1, 16, "float32")]
+    found, wanted = (
+        interpreted("tests.support.triton_functions:outputs_and_gradients", *arrays, mask, backend)
+        for backend in ("triton", "xla")
+    )
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.slow
+@needs_torch
 def test_decoding_is_that_of_the_xla_backend():
     arrays = random_decode_arrays([9, 0], 9, 4, 2, 64, "float32", own=True, layer=1)
     options = {"scale": 0.125, "return_lse": True}
