@@ -138,7 +138,6 @@ def attention_gradients(
                 "SCALE": scale,
                 "TO_LOG2": scale * math.log2(math.e),
                 "PRECISION": precision_of(q.dtype),
-                "STAGES": chosen.num_stages,
                 **constants,
             },
             Launch(name, grid, chosen.num_warps, chosen.num_stages),

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from bsjax.masks.transposed import KeyTile
 from bsjax.triton.predicate import sees
-from bsjax.triton.product import product
+from bsjax.triton.product import product, product_of_heads
 from bsjax.triton.tiles import (
     END,
     FIRST_RANGE,
@@ -32,8 +32,8 @@ from bsjax.triton.tiles import (
     ROWS,
     START,
     advance,
-    load_rows,
-    store_rows,
+    load_heads,
+    store_heads,
     tile_of_program,
 )
 
@@ -70,15 +70,18 @@ def weights_and_gradients(
     weights. `lse` and `offset` broadcast to pairs. `seen` says which pairs are visible; None if all
     are.
     """
-    scores = product(left, right.T, None, PRECISION)
-    if SECOND > 0:
-        scores = product(second_left, second_right.T, scores, PRECISION)
+    scores = product_of_heads(left, second_left, right, second_right, SECOND, PRECISION)
     weights = tl.exp2(scores * TO_LOG2 - lse)
     if seen is not None:
         weights = tl.where(seen, weights, 0.0)
-    gradients = product(left_gradients, right_gradients.T, None, PRECISION)
-    if SECOND > 0:
-        gradients = product(second_left_gradients, second_right_gradients.T, gradients, PRECISION)
+    gradients = product_of_heads(
+        left_gradients,
+        second_left_gradients,
+        right_gradients,
+        second_right_gradients,
+        SECOND,
+        PRECISION,
+    )
     return weights, weights * (gradients + offset)
 
 
@@ -122,13 +125,11 @@ def query_gradients(
     SCALE: tl.constexpr,
     TO_LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One program: the gradients of a tile's queries, or of some of them."""
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
     table, tile, kv_head, first_head, heads, earlier = tile_of_program(
         head_category,
         tiles,
@@ -153,11 +154,10 @@ def query_gradients(
     row = index // heads
     offsets = row * Q_STRIDE + (index % heads) * HEAD_DIM
     place = first_row.to(tl.int64) * Q_STRIDE + first_head * HEAD_DIM
-    columns = tl.arange(0, FIRST)
-    queries = load_rows(q + place, columns, offsets, inside, HEAD_DIM, 0, FIRST)
-    gradients = load_rows(out_gradient + place, columns, offsets, inside, HEAD_DIM, 0, FIRST)
-    second_queries = queries
-    second_gradients = gradients
+    queries, second_queries = load_heads(q + place, offsets, inside, HEAD_DIM, FIRST, SECOND)
+    gradients, second_gradients = load_heads(
+        out_gradient + place, offsets, inside, HEAD_DIM, FIRST, SECOND
+    )
     position = tl.load(query_position + first_row + row, mask=inside, other=0)[:, None]
     image = tl.load(query_image + first_row + row, mask=inside, other=0)[:, None]
     head_rows = (first_head + index % heads).to(tl.int64) * query_rows + first_row + row
@@ -166,13 +166,6 @@ def query_gradients(
     result = tl.zeros([BLOCK_Q, FIRST], tl.float32)
     second_result = row_lse
     if SECOND > 0:
-        second_columns = tl.arange(0, SECOND)
-        second_queries = load_rows(
-            q + place, second_columns, offsets, inside, HEAD_DIM, FIRST, SECOND
-        )
-        second_gradients = load_rows(
-            out_gradient + place, second_columns, offsets, inside, HEAD_DIM, FIRST, SECOND
-        )
         second_result = tl.zeros([BLOCK_Q, SECOND], tl.float32)
 
     kv_place = tl.load(layer).to(tl.int64) * key_rows * KV_STRIDE + kv_head * HEAD_DIM
@@ -184,19 +177,14 @@ def query_gradients(
     start = tl.load(ranges + range_index * RANGE_COLUMNS + START)
     end = tl.load(ranges + range_index * RANGE_COLUMNS + END)
 
-    for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
+    for step in tl.range(0, full_blocks * STEPS_PER_BLOCK):
         block = (start.to(tl.int64) if WIDE else start) * KV_STRIDE
-        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        second_keys = keys
-        second_values = values
-        if SECOND > 0:
-            second_keys = load_rows(
-                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            second_values = load_rows(
-                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
+        keys, second_keys = load_heads(
+            keys_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        values, second_values = load_heads(
+            values_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
         _, score_gradients = weights_and_gradients(
             queries,
             second_queries,
@@ -225,24 +213,19 @@ def query_gradients(
     key_image += kv_rows
     own_from += table * key_rows + kv_rows
     other_from += table * key_rows + kv_rows
-    for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK, num_stages=PARTIAL_STAGES):
+    for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK):
         # As in the prefill kernel, a block that would reach beyond the last key is read from
         # further up.
         first_key = tl.minimum(start, key_rows - BLOCK_KV)
         key_row = first_key + kv_rows
         in_block = (key_row >= start) & (key_row < end)
         block = (first_key.to(tl.int64) if WIDE else first_key) * KV_STRIDE
-        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        second_keys = keys
-        second_values = values
-        if SECOND > 0:
-            second_keys = load_rows(
-                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            second_values = load_rows(
-                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
+        keys, second_keys = load_heads(
+            keys_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        values, second_values = load_heads(
+            values_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
         seen = sees(
             position,
             image,
@@ -277,11 +260,9 @@ def query_gradients(
         )
 
     results = q_gradient + place
-    store_rows(results, columns, offsets, inside, result * SCALE, HEAD_DIM, 0, FIRST)
-    if SECOND > 0:
-        store_rows(
-            results, second_columns, offsets, inside, second_result * SCALE, HEAD_DIM, FIRST, SECOND
-        )
+    store_heads(
+        results, offsets, inside, result * SCALE, second_result * SCALE, HEAD_DIM, FIRST, SECOND
+    )
 
 
 @triton.jit
@@ -322,7 +303,6 @@ def key_gradients(
     SCALE: tl.constexpr,
     TO_LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     WIDE: tl.constexpr,
     KV_WIDE: tl.constexpr,
 ):
@@ -333,7 +313,6 @@ def key_gradients(
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
     kv_head = tl.program_id(0)
     entry = tl.program_id(1) // PROGRAMS_PER_TILE
     earlier = (tl.program_id(1) % PROGRAMS_PER_TILE) * BLOCK_KV
@@ -343,27 +322,17 @@ def key_gradients(
         return
     first_key = tl.load(tiles + entry * _KEY_TILE_COLUMNS + _FIRST_KEY)
     index = earlier + tl.arange(0, BLOCK_KV)
-    columns = tl.arange(0, FIRST)
     # What follows the tile's last key is computed like it, and its results are never read.
     key_row = tl.minimum(first_key + index, key_rows - 1)
     kv_place = (tl.load(layer).to(tl.int64) * key_rows) * KV_STRIDE + kv_head * HEAD_DIM
     kv_offsets = (key_row.to(tl.int64) if KV_WIDE else key_row) * KV_STRIDE
-    keys = load_rows(k + kv_place, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-    values = load_rows(v + kv_place, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-    second_keys = keys
-    second_values = values
+    keys, second_keys = load_heads(k + kv_place, kv_offsets, None, HEAD_DIM, FIRST, SECOND)
+    values, second_values = load_heads(v + kv_place, kv_offsets, None, HEAD_DIM, FIRST, SECOND)
     of_keys = tl.zeros([BLOCK_KV, FIRST], tl.float32)
     of_values = tl.zeros([BLOCK_KV, FIRST], tl.float32)
     second_of_keys = of_keys
     second_of_values = of_keys
     if SECOND > 0:
-        second_columns = tl.arange(0, SECOND)
-        second_keys = load_rows(
-            k + kv_place, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-        )
-        second_values = load_rows(
-            v + kv_place, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-        )
         second_of_keys = tl.zeros([BLOCK_KV, SECOND], tl.float32)
         second_of_values = tl.zeros([BLOCK_KV, SECOND], tl.float32)
     of_block = tl.arange(0, BLOCK_Q)
@@ -384,27 +353,14 @@ def key_gradients(
         lse_of_head = lse + head * query_rows
         offset_of_head = offset + head * query_rows
 
-        for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
+        for step in tl.range(0, full_blocks * STEPS_PER_BLOCK):
             block = (start.to(tl.int64) if WIDE else start) * Q_STRIDE
-            queries = load_rows(queries_of_head + block, columns, offsets, None, HEAD_DIM, 0, FIRST)
-            gradients = load_rows(
-                gradients_of_head + block, columns, offsets, None, HEAD_DIM, 0, FIRST
+            queries, second_queries = load_heads(
+                queries_of_head + block, offsets, None, HEAD_DIM, FIRST, SECOND
             )
-            second_queries = queries
-            second_gradients = gradients
-            if SECOND > 0:
-                second_queries = load_rows(
-                    queries_of_head + block, second_columns, offsets, None, HEAD_DIM, FIRST, SECOND
-                )
-                second_gradients = load_rows(
-                    gradients_of_head + block,
-                    second_columns,
-                    offsets,
-                    None,
-                    HEAD_DIM,
-                    FIRST,
-                    SECOND,
-                )
+            gradients, second_gradients = load_heads(
+                gradients_of_head + block, offsets, None, HEAD_DIM, FIRST, SECOND
+            )
             weights, score_gradients = weights_and_gradients(
                 keys,
                 second_keys,
@@ -441,31 +397,18 @@ def key_gradients(
         image = tl.load(key_image + key_row, mask=exists, other=0)[:, None]
         own = tl.load(own_from + key_row, mask=exists, other=0)[:, None]
         other = tl.load(other_from + key_row, mask=exists, other=0)[:, None]
-        for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK, num_stages=PARTIAL_STAGES):
+        for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK):
             # A block that would reach beyond the last row is read from further up.
             first_row = tl.minimum(start, query_rows - BLOCK_Q)
             row = first_row + of_block
             in_block = (row >= start) & (row < end)
             block = (first_row.to(tl.int64) if WIDE else first_row) * Q_STRIDE
-            queries = load_rows(queries_of_head + block, columns, offsets, None, HEAD_DIM, 0, FIRST)
-            gradients = load_rows(
-                gradients_of_head + block, columns, offsets, None, HEAD_DIM, 0, FIRST
+            queries, second_queries = load_heads(
+                queries_of_head + block, offsets, None, HEAD_DIM, FIRST, SECOND
             )
-            second_queries = queries
-            second_gradients = gradients
-            if SECOND > 0:
-                second_queries = load_rows(
-                    queries_of_head + block, second_columns, offsets, None, HEAD_DIM, FIRST, SECOND
-                )
-                second_gradients = load_rows(
-                    gradients_of_head + block,
-                    second_columns,
-                    offsets,
-                    None,
-                    HEAD_DIM,
-                    FIRST,
-                    SECOND,
-                )
+            gradients, second_gradients = load_heads(
+                gradients_of_head + block, offsets, None, HEAD_DIM, FIRST, SECOND
+            )
             seen = sees(
                 tl.load(query_position + row)[None, :],
                 tl.load(query_image + row)[None, :],
@@ -504,26 +447,16 @@ def key_gradients(
 
     results = index * KV_STRIDE
     place = entry.to(tl.int64) * (BLOCK_KV * PROGRAMS_PER_TILE) * KV_STRIDE + kv_head * HEAD_DIM
-    store_rows(k_gradient + place, columns, results, None, of_keys * SCALE, HEAD_DIM, 0, FIRST)
-    store_rows(v_gradient + place, columns, results, None, of_values, HEAD_DIM, 0, FIRST)
-    if SECOND > 0:
-        store_rows(
-            k_gradient + place,
-            second_columns,
-            results,
-            None,
-            second_of_keys * SCALE,
-            HEAD_DIM,
-            FIRST,
-            SECOND,
-        )
-        store_rows(
-            v_gradient + place,
-            second_columns,
-            results,
-            None,
-            second_of_values,
-            HEAD_DIM,
-            FIRST,
-            SECOND,
-        )
+    store_heads(
+        k_gradient + place,
+        results,
+        None,
+        of_keys * SCALE,
+        second_of_keys * SCALE,
+        HEAD_DIM,
+        FIRST,
+        SECOND,
+    )
+    store_heads(
+        v_gradient + place, results, None, of_values, second_of_values, HEAD_DIM, FIRST, SECOND
+    )

@@ -121,7 +121,6 @@ def prefill_attention(
             "WINDOW": schedule.visibility.window or 0,
             "TO_LOG2": scale * math.log2(math.e),
             "PRECISION": precision_of(q.dtype),
-            "STAGES": configuration.num_stages,
             "WIDE": (key_rows + missing) * kv_heads * head_dim >= 2**31,
         },
         Launch(

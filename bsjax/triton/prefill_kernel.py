@@ -3,6 +3,10 @@
 `bsjax.pallas.prefill` explains the two loops over key blocks, the grid, stacked tiles and split
 tiles. Here, too, keys and values are never masked by row.
 
+Both loops are pipelined as deeply as the launch says. `tl.range(..., num_stages=...)` would make
+copies to shared memory of the reads of ranges, too. The next block's address depends on them, so
+every block's copies would be waited for as soon as they have started.
+
 Offsets: those of a layer and of a tile are computed in 64 bits, once, and those inside of them in
 32 bits, unless the keys of a layer are more than fit. Arrays may therefore be of any size.
 """
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 
 from bsjax.triton.predicate import sees
-from bsjax.triton.product import product
+from bsjax.triton.product import product, product_of_heads
 from bsjax.triton.tiles import (
     END,
     FIRST_RANGE,
@@ -25,8 +29,8 @@ from bsjax.triton.tiles import (
     ROWS,
     START,
     advance,
-    load_rows,
-    store_rows,
+    load_heads,
+    store_heads,
     tile_of_program,
 )
 
@@ -101,13 +105,10 @@ def attend_tile(
     WINDOW: tl.constexpr,
     TO_LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One program: the attention of a tile's rows, or of some of them."""
     Q_STRIDE: tl.constexpr = Q_HEADS * HEAD_DIM
-    # Triton 3.9 cannot pipeline the second loop more deeply for Blackwell.
-    PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     table, tile, kv_head, first_head, heads, earlier = tile_of_program(
         head_category,
@@ -133,18 +134,13 @@ def attend_tile(
     row = index // heads
     offsets = row * Q_STRIDE + (index % heads) * HEAD_DIM
     place = first_row.to(tl.int64) * Q_STRIDE + first_head * HEAD_DIM
-    columns = tl.arange(0, FIRST)
-    queries = load_rows(q + place, columns, offsets, inside, HEAD_DIM, 0, FIRST)
+    queries, second_queries = load_heads(q + place, offsets, inside, HEAD_DIM, FIRST, SECOND)
     position = tl.load(query_position + first_row + row, mask=inside, other=0)[:, None]
     image = tl.load(query_image + first_row + row, mask=inside, other=0)[:, None]
     maximum = tl.full([BLOCK_Q], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     weighted = tl.zeros([BLOCK_Q, FIRST], tl.float32)
     if SECOND > 0:
-        second_columns = tl.arange(0, SECOND)
-        second_queries = load_rows(
-            q + place, second_columns, offsets, inside, HEAD_DIM, FIRST, SECOND
-        )
         second_weighted = tl.zeros([BLOCK_Q, SECOND], tl.float32)
     else:
         second_weighted = total
@@ -158,20 +154,15 @@ def attend_tile(
     start = tl.load(ranges + range_index * RANGE_COLUMNS + START)
     end = tl.load(ranges + range_index * RANGE_COLUMNS + END)
 
-    for step in tl.range(0, full_blocks * STEPS_PER_BLOCK, num_stages=STAGES):
+    for step in tl.range(0, full_blocks * STEPS_PER_BLOCK):
         block = (start.to(tl.int64) if WIDE else start) * KV_STRIDE
-        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        scores = product(queries, keys.T, None, PRECISION)
-        second_values = values
-        if SECOND > 0:
-            second_keys = load_rows(
-                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            second_values = load_rows(
-                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            scores = product(second_queries, second_keys.T, scores, PRECISION)
+        keys, second_keys = load_heads(
+            keys_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        values, second_values = load_heads(
+            values_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        scores = product_of_heads(queries, second_queries, keys, second_keys, SECOND, PRECISION)
         maximum, total, weighted, second_weighted = attend(
             scores,
             values,
@@ -192,25 +183,20 @@ def attend_tile(
     key_image += kv_rows
     own_from += table * key_rows + kv_rows
     other_from += table * key_rows + kv_rows
-    for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK, num_stages=PARTIAL_STAGES):
+    for step in tl.range(0, partial_blocks * STEPS_PER_BLOCK):
         # A block that would reach beyond the last key is read from further up, and the keys before
         # its start are masked.
         first_key = tl.minimum(start, key_rows - BLOCK_KV)
         key_row = first_key + kv_rows
         in_block = (key_row >= start) & (key_row < end)
         block = (first_key.to(tl.int64) if WIDE else first_key) * KV_STRIDE
-        keys = load_rows(keys_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        values = load_rows(values_of_head + block, columns, kv_offsets, None, HEAD_DIM, 0, FIRST)
-        scores = product(queries, keys.T, None, PRECISION)
-        second_values = values
-        if SECOND > 0:
-            second_keys = load_rows(
-                keys_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            second_values = load_rows(
-                values_of_head + block, second_columns, kv_offsets, None, HEAD_DIM, FIRST, SECOND
-            )
-            scores = product(second_queries, second_keys.T, scores, PRECISION)
+        keys, second_keys = load_heads(
+            keys_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        values, second_values = load_heads(
+            values_of_head + block, kv_offsets, None, HEAD_DIM, FIRST, SECOND
+        )
+        scores = product_of_heads(queries, second_queries, keys, second_keys, SECOND, PRECISION)
         seen = sees(
             position,
             image,
@@ -250,24 +236,11 @@ def attend_tile(
             place = (part.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_Q * PROGRAMS_PER_TILE)
             part_rows = part_out + place * HEAD_DIM
             part_offsets = index * HEAD_DIM
-            store_rows(part_rows, columns, part_offsets, inside, weighted, HEAD_DIM, 0, FIRST)
-            if SECOND > 0:
-                store_rows(
-                    part_rows,
-                    second_columns,
-                    part_offsets,
-                    inside,
-                    second_weighted,
-                    HEAD_DIM,
-                    FIRST,
-                    SECOND,
-                )
+            store_heads(
+                part_rows, part_offsets, inside, weighted, second_weighted, HEAD_DIM, FIRST, SECOND
+            )
             tl.store(part_lse + place + index, row_lse, mask=inside)
             return
-    store_rows(out + place, columns, offsets, inside, weighted, HEAD_DIM, 0, FIRST)
-    if SECOND > 0:
-        store_rows(
-            out + place, second_columns, offsets, inside, second_weighted, HEAD_DIM, FIRST, SECOND
-        )
+    store_heads(out + place, offsets, inside, weighted, second_weighted, HEAD_DIM, FIRST, SECOND)
     lse_place = first_row.to(tl.int64) * Q_HEADS + first_head
     tl.store(lse + lse_place + row * Q_HEADS + index % heads, row_lse, mask=inside)

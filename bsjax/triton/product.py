@@ -26,3 +26,15 @@ def product(left, right, addend, PRECISION: tl.constexpr):
         return tl.dot(left, right, addend, input_precision="ieee")
     else:
         return tl.dot(left, right, addend, input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def product_of_heads(
+    left, second_left, right, second_right, SECOND: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`left @ right.T`, over both blocks of channels of heads."""
+    result = product(left, right.T, None, PRECISION)
+    if SECOND > 0:
+        result = product(second_left, second_right.T, result, PRECISION)
+    return result

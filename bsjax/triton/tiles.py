@@ -60,13 +60,30 @@ def tile_of_program(
 
 @triton.jit
 @no_type_check
-def load_rows(
-    rows, columns, offsets, mask, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+def load_heads(
+    rows, offsets, mask, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr
 ):
-    """Channels [FIRST, FIRST + SIZE) of rows; those beyond the head are 0."""
-    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
-    if FIRST + SIZE > HEAD_DIM:
-        inside = (FIRST + columns < HEAD_DIM)[None, :]
+    """Both blocks of channels of the heads at some offsets; the second is the first if it is alone.
+
+    `mask` says which of them to read; None reads all.
+    """
+    first = _load(rows, offsets, mask, HEAD_DIM, 0, FIRST)
+    second = first
+    if SECOND > 0:
+        second = _load(rows, offsets, mask, HEAD_DIM, FIRST, SECOND)
+    return first, second
+
+
+@triton.jit
+@no_type_check
+def _load(
+    rows, offsets, mask, HEAD_DIM: tl.constexpr, START_OF_BLOCK: tl.constexpr, SIZE: tl.constexpr
+):
+    """Channels from START_OF_BLOCK on; those beyond the head are 0."""
+    columns = tl.arange(0, SIZE)
+    pointers = rows + (offsets[:, None] + (START_OF_BLOCK + columns)[None, :])
+    if START_OF_BLOCK + SIZE > HEAD_DIM:
+        inside = (START_OF_BLOCK + columns < HEAD_DIM)[None, :]
         if mask is not None:
             inside = inside & mask[:, None]
         return tl.load(pointers, mask=inside, other=0.0)
@@ -78,21 +95,39 @@ def load_rows(
 
 @triton.jit
 @no_type_check
-def store_rows(
+def store_heads(
     rows,
-    columns,
+    offsets,
+    mask,
+    first,
+    second,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+):
+    """Writes both blocks of channels of the heads at some offsets: the inverse of `load_heads`."""
+    _store(rows, offsets, mask, first, HEAD_DIM, 0, FIRST)
+    if SECOND > 0:
+        _store(rows, offsets, mask, second, HEAD_DIM, FIRST, SECOND)
+
+
+@triton.jit
+@no_type_check
+def _store(
+    rows,
     offsets,
     mask,
     values,
     HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
+    START_OF_BLOCK: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Writes channels [FIRST, FIRST + SIZE) of rows, except those beyond the head."""
-    pointers = rows + (offsets[:, None] + (FIRST + columns)[None, :])
+    """Writes channels from START_OF_BLOCK on, except those beyond the head."""
+    columns = tl.arange(0, SIZE)
+    pointers = rows + (offsets[:, None] + (START_OF_BLOCK + columns)[None, :])
     values = values.to(rows.dtype.element_ty)
-    if FIRST + SIZE > HEAD_DIM:
-        inside = (FIRST + columns < HEAD_DIM)[None, :]
+    if START_OF_BLOCK + SIZE > HEAD_DIM:
+        inside = (START_OF_BLOCK + columns < HEAD_DIM)[None, :]
         if mask is not None:
             inside = inside & mask[:, None]
         tl.store(pointers, values, mask=inside)
