@@ -1,7 +1,7 @@
 """Block sizes, warps and pipeline stages of the kernels of the gradients.
 
-Chosen from compiled code: of the block sizes that spill no registers, those with the fewest
-instructions per pair of a query and a key. None has been timed on a GPU yet.
+Chosen from compiled code: of the block sizes that spill no registers, those whose loop over full
+blocks is fastest by the model of speed (docs/speed.md). None has been timed on a GPU yet.
 """
 
 from typing import Literal
@@ -21,34 +21,48 @@ _16_8 = KernelConfiguration(16, 16, 8, 2)
 _32 = KernelConfiguration(32, 32, 4, 2)
 _32_16 = KernelConfiguration(32, 16, 4, 2)
 _32_8 = KernelConfiguration(32, 32, 8, 2)
-_64 = KernelConfiguration(64, 64, 4, 2)
-_64_32 = KernelConfiguration(64, 32, 4, 2)
-_32_64 = KernelConfiguration(32, 64, 4, 2)
-_128 = KernelConfiguration(128, 64, 8, 2)
-_128_32 = KernelConfiguration(128, 32, 8, 2)
+
+# With three stages, copies start two blocks ahead, and the loops do not wait for them.
+_64_AHEAD = KernelConfiguration(64, 64, 4, 3)
+_64_32_AHEAD = KernelConfiguration(64, 32, 4, 3)
+_32_64_AHEAD = KernelConfiguration(32, 64, 4, 3)
+_32_8_AHEAD = KernelConfiguration(32, 32, 8, 3)
+_128_AHEAD = KernelConfiguration(128, 64, 8, 3)
+_128_32_AHEAD = KernelConfiguration(128, 32, 8, 3)
 
 _IN_16_BITS = {
     # target: {width: (of queries, of keys)}
-    "sm_80": {64: (_64, _64), 80: (_64_32, _64), 128: (_128_32, _32_64), 256: (_32, _32)},
-    "sm_89": {64: (_64, _64), 80: (_64_32, _64), 128: (_128_32, _32_64), 256: (_32, _32)},
+    "sm_80": {
+        64: (_64_AHEAD, _64_AHEAD),
+        80: (_64_32_AHEAD, _64_AHEAD),
+        128: (_64_32_AHEAD, _32_64_AHEAD),
+        # Two programs that wait are faster than one that does not.
+        256: (_32, _32),
+    },
+    "sm_89": {
+        64: (_64_32_AHEAD, _32_64_AHEAD),
+        80: (_64_32_AHEAD, _32_64_AHEAD),
+        128: (_128_32_AHEAD, _32_64_AHEAD),
+        256: (KernelConfiguration(32, 32, 4, 3), KernelConfiguration(16, 32, 4, 3)),
+    },
     # Heads of 256 leave no registers for tiles of 64 keys, which products of Hopper's warp groups
     # would need: those of its warps are used.
     "sm_90": {
-        64: (_64, _64),
-        80: (_64, _32_64),
-        128: (_64, _32_64),
-        256: (_128_32, _32_8),
+        64: (_64_AHEAD, _64_AHEAD),
+        80: (_64_AHEAD, _32_64_AHEAD),
+        128: (_128_AHEAD, _32_64_AHEAD),
+        256: (_128_32_AHEAD, _32_8_AHEAD),
     },
     "sm_100": {
-        64: (_64, _64),
-        80: (_64, _64),
-        128: (_128, _64),
-        256: (_128_32, KernelConfiguration(32, 64, 8, 2)),
+        64: (_128_AHEAD, _64_AHEAD),
+        80: (_64_AHEAD, _32_64_AHEAD),
+        128: (_128_32_AHEAD, KernelConfiguration(64, 64, 8, 3)),
+        256: (KernelConfiguration(128, 32, 8, 2), _32_8_AHEAD),
     },
 }
 
 # Where a window is evaluated, too, fewer rows fit into registers.
-_KEYS_WITH_WINDOWS = {("sm_90", 128): KernelConfiguration(16, 64, 4, 2)}
+_KEYS_WITH_WINDOWS = {("sm_90", 128): KernelConfiguration(16, 64, 4, 3)}
 
 # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
 _IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16_8)}

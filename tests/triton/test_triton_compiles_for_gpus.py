@@ -9,7 +9,7 @@ import pytest
 
 import bsjax
 from bsjax import BlockMask, Image, Template, Text
-from bsjax.masks.visibility import Visibility
+from bsjax.masks.visibility import CAUSAL, Visibility
 from bsjax.pallas.configurations import TARGETS as TARGET_NAMES
 from bsjax.pallas.configurations import WIDTHS, compiling_for
 from tests.support.checked_programs import ProgramCheck
@@ -28,7 +28,7 @@ from tools.kernel_lines import (  # noqa: E402
     Case,
     matrix,
 )
-from tools.sass import opcodes  # noqa: E402
+from tools.sass import loops_over_blocks, opcodes  # noqa: E402
 from tools.triton_kernels import (  # noqa: E402
     TritonLaunch,
     default_prefill,
@@ -45,15 +45,30 @@ PRODUCTS = {"a100": "HMMA", "l40s": "HMMA", "h200": "HGMMA", "b200": "UTCHMMA"}
 
 
 def check(
-    report: KernelReport, gpu: str, dtype: str, said: str, product: str | None = None
+    report: KernelReport,
+    gpu: str,
+    dtype: str,
+    said: str,
+    product: str | None = None,
+    stages: int = 2,
 ) -> None:
-    """A kernel with matrix products is compiled as it should be."""
+    """A kernel with matrix products is compiled as it should be.
+
+    With three stages, copies start two blocks ahead: its first loop may wait for none of the last
+    copies that have started.
+    """
     target = TARGETS[gpu]
     assert report.spilled == 0, f"{said}: {report.spilled} bytes spilled"
     assert report.shared_memory <= target.shared_memory_per_block, said
     assert report.resident(target) >= 1, said
     used = set(opcodes(report.sass))
     assert "LDGSTS" in used, f"{said}: keys are not loaded asynchronously"
+    pending = [
+        int(each.operands.split(",")[1].strip(" ;"), 16)
+        for each in loops_over_blocks(report.sass)[0]
+        if each.name == "DEPBAR" and each.operands.startswith("SB0")
+    ]
+    assert stages < 3 or (pending and min(pending) > 0), f"{said}: copies are waited for at once"
     # Products in TF32 or in halves would not be float32.
     expected = set() if dtype == "float32" else {product or PRODUCTS[gpu]}
     assert {name for name in used if name.endswith("MMA")} == expected, said
@@ -89,7 +104,8 @@ def check_prefill(case: Case, *, line: str = "", **options) -> None:
     assert launch.grid == kernel.grid, "heads must run fastest"
     check_parameters(launch)
     report = launch.report(case.gpu)
-    check(report, case.gpu, case.dtype, str(case))
+    stages = 0 if "blocks" in options else default_prefill(*case[:3], sparse=case.sparse).num_stages
+    check(report, case.gpu, case.dtype, str(case), stages=stages)
     if line and is_of_these_versions(PAGE.read_text()):
         written = f"| {' | '.join(kernel_table.triton_row(case, report))} |"
         assert line == written, "run python -m tools.kernel_table"
@@ -160,6 +176,8 @@ def check_gradients(gpu, head_dim, dtype, *, lines=(), **options) -> None:
     """Compiles the kernels of the gradients, unless the same kernels have been checked before."""
     require_gpu_compiler()
     kernel = triton_gradients(gpu, head_dim, dtype, **options)
+    windowed = options.get("visibility", CAUSAL).window is not None
+    chosen = gradient_configurations(gpu, head_dim, dtype, windowed=windowed)
     digest = triton_digest(kernel.function, kernel.arguments, gpu)
     recorded = ProgramCheck.of(f"triton-gradients-{gpu}-{head_dim}-{dtype}", digest, *lines)
     if recorded.has_passed:
@@ -172,7 +190,9 @@ def check_gradients(gpu, head_dim, dtype, *, lines=(), **options) -> None:
         said = f"{launch.name} {gpu} {head_dim} {dtype}"
         # There, tiles of 64 keys do not fit into registers.
         of_warps = launch.name == "key_gradients" and (gpu, head_dim) == ("h200", 256)
-        check(reports[launch.name], gpu, dtype, said, "HMMA" if of_warps else None)
+        product = "HMMA" if of_warps else None
+        stages = chosen[launch.name].num_stages
+        check(reports[launch.name], gpu, dtype, said, product, stages)
     if lines and is_of_these_versions(PAGE.read_text()):
         rows = kernel_table.gradient_rows(gpu, head_dim, dtype, reports)
         written = [f"| {' | '.join(row)} |" for row in rows]
