@@ -5,6 +5,7 @@ backends    the names of backends, and which one `auto` takes
 reference   the definition, with the whole score matrix
 xla         plain JAX, for any device; also gradients of GPU kernels without kernels of their own
 explicit    attention on meshes with explicit axes
+first_order refuses gradients of gradients
 decode      one new token per sequence against a cache
 
 The GPU kernels are in `bsjax.pallas` and `bsjax.triton`.

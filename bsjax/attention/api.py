@@ -16,9 +16,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from bsjax.attention.backends import GPU_KERNELS, has_jax_triton, resolve_backend
+from bsjax.attention.backends import GPU_KERNELS, resolve_backend, triton_problem
 from bsjax.attention.explicit import over_devices
 from bsjax.attention.reference import reference_attention
+from bsjax.attention.first_order import first_order_only
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
 from bsjax.checks import as_number, check_not_forked, shown, truth_value
 from bsjax.errors import BackendError, MaskError
@@ -99,9 +100,10 @@ def sparse_attention(
         `triton` (the same in Triton, for GPUs; needs the extra `triton`), `xla` (any device),
         `reference` (holds the whole score matrix), or `auto`: pallas on an NVIDIA GPU of the Ampere
         generation or later, triton there if JAX has no pallas, xla elsewhere. All support
-        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`). Those of pallas and triton are
-        computed by kernels if the mask was built with `gradients=True` and jax-triton is installed,
-        outside of `jax.shard_map` with `check_vma`; else by xla's code, slowly.
+        first-order reverse-mode gradients (`jax.grad`, `jax.vjp`). On a GPU, those of pallas and
+        triton are computed by kernels if the mask was built with `gradients=True` and the extra
+        `triton` is installed, outside of `jax.shard_map` with `check_vma`; else by xla's code,
+        slowly.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -112,8 +114,8 @@ def sparse_attention(
     Raises:
       MaskError: shapes or dtypes do not match each other or the mask, or the scale is not above 0.
       BackendError: the backend is unknown, not installed, or does not support the head dimension,
-        dtype or block sizes; without a GPU, triton, and pallas inside of `jax.shard_map` with
-        `check_vma`; triton inside of `jax.shard_map` with `check_vma`.
+        dtype or block sizes; triton without a GPU; inside of `jax.shard_map` with `check_vma`,
+        triton always, and pallas without a GPU; gradients of gradients.
     """
     check_not_forked(BackendError)
     if not isinstance(mask, BlockMask):
@@ -228,7 +230,8 @@ def ragged_attention(
       layer: int32, the layer whose keys and values are read; may be traced. None if there is no
         axis of layers.
       scale: factor applied to the scores, above 0.
-      backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow.
+      backend: one of `BACKENDS`. On a CPU, `pallas` interprets the kernel: exact, and very slow;
+        `triton` needs a GPU.
       return_lse: also return the log-sum-exp.
 
     Returns:
@@ -345,6 +348,7 @@ def _kernel_forward(
 ) -> tuple[tuple[Array, Array], Residuals]:
     if schedule.parts is not None:
         raise MaskError("A schedule whose tiles are split has no gradient.")
+    q, k, v = first_order_only((q, k, v))
     out, lse = kernel(q, k, v, schedule, head_category, layer, scale=scale)
     return (out, lse), (q, k, v, schedule, head_category, layer, out, lse)
 
@@ -353,12 +357,13 @@ def _kernel_gradients(
     kernel: Callable[..., Any], scale: float, residuals: Residuals, gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None, None, None]:
     schedule = residuals[3]
-    of_gpu = kernel is _triton_attention or (compiles_for_gpus() and has_jax_triton())
+    of_gpu = kernel is _triton_attention or (compiles_for_gpus() and triton_problem() is None)
     # Like its forward kernel, those of jax-triton do not work with `check_vma`.
     if schedule.transposed is None or not of_gpu or varying_axes(residuals):
         return attention_gradients(scale, residuals, gradients)
     from bsjax.triton.backward import attention_gradients as kernel_gradients
 
+    residuals, gradients = first_order_only((residuals, gradients))
     return *kernel_gradients(*residuals, *gradients, scale=scale), None, None, None
 
 

@@ -42,11 +42,10 @@ def automatic_backend() -> ChosenBackend:
         return ChosenBackend("xla", "the GPU is not an NVIDIA GPU of Ampere or later")
     if _has_pallas():
         return ChosenBackend("pallas", "the GPU supports it, and this JAX has it")
-    if has_jax_triton():
+    problem = triton_problem()
+    if problem is None:
         return ChosenBackend("triton", "this JAX has no Pallas for Triton any more")
-    return ChosenBackend(
-        "xla", "this JAX has no Pallas for Triton any more, and jax-triton is not installed"
-    )
+    return ChosenBackend("xla", f"this JAX has no Pallas for Triton any more. {problem}")
 
 
 def resolve_backend(backend: str) -> str:
@@ -85,9 +84,13 @@ def _has_pallas() -> bool:
     return _is_installed("jax.experimental.pallas.triton")
 
 
-def has_jax_triton() -> bool:
-    """Whether the extra `triton` is installed."""
-    return _is_installed("jax_triton")
+def triton_problem() -> str | None:
+    """What keeps jax-triton from compiling kernels here; None if nothing does."""
+    try:
+        importlib.import_module("bsjax.triton.launch").check_versions()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 def _is_installed(module: str) -> bool:

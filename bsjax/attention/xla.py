@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from bsjax.manual_axes import varying_axes, varying_over
+from bsjax.attention.first_order import first_order_only
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import PADDING, TokenInfo, key_visibility, sees
 
@@ -117,6 +118,7 @@ def attention_gradients(
 
     With weights P and scores S, dS = P * (dO V^T - rowsum(dO O) + dlse).
     """
+    residuals, gradients = first_order_only((residuals, gradients))
     q, k, v, schedule, head_category, layer, out, lse = residuals
     out_gradient, lse_gradient = gradients
     loops = _Loops.of(q, k, v, layer, schedule, head_category)

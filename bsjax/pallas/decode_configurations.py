@@ -59,4 +59,4 @@ def default_splits(batch: int, kv_heads: int, rows: int, block_kv: int) -> int:
       rows: rows of a sequence of the cache.
       block_kv: keys of a block.
     """
-    return min(_PROGRAMS // (batch * kv_heads), -(-rows // block_kv))
+    return max(1, min(_PROGRAMS // max(1, batch * kv_heads), -(-rows // block_kv)))

@@ -63,11 +63,6 @@ def _accept_rules_of_jax_0_12() -> None:
 
 _accept_rules_of_jax_0_12()
 _VERSION: tuple[int, ...] = jax_triton.__version_info__
-if jax.__version_info__ == (0, 11, 0):
-    raise BackendError(
-        "JAX 0.11.0 passes too few parameters to Triton's kernels: the backend triton needs JAX "
-        "0.11.1 or newer, or on Python 3.11 JAX 0.10.2."
-    )
 
 
 class Launch(NamedTuple):
@@ -93,10 +88,10 @@ def call(
 
     Args:
       kernel: a function decorated with `triton.jit`. Its parameters are the inputs, the outputs,
-        `scratch`, and the constants. Of the outputs, the last ones may be missing; the kernel must
-        not use them then.
+        `scratch`, and the constants.
       inputs: arrays and whole numbers, in the order of the kernel's parameters.
       outputs: shapes and dtypes of the outputs. What a kernel does not write is undefined.
+        Trailing outputs may be left out if the kernel, with these constants, does not use them.
       constants: the kernel's parameters that are known when it is compiled.
       launch: how it is launched.
 
@@ -135,7 +130,7 @@ def _compiled(
     constants: dict[str, Any],
     launch: Launch,
 ) -> list[jax.Array]:
-    _check_versions()
+    check_versions()
     _declare_ptx_of_jax()
     triton_call: Any = jax_triton.triton_call
     results = triton_call(
@@ -152,14 +147,23 @@ def _compiled(
     return list(results)[: len(outputs)]
 
 
-def _check_versions() -> None:
-    """Rejects a Triton that cannot compile the kernels for this jax-triton: see `_of_version`."""
+def check_versions() -> None:
+    """Does nothing if kernels can be compiled with the installed versions: see `_of_version`.
+
+    Raises:
+      BackendError: they cannot.
+    """
+    if jax.__version_info__ == (0, 11, 0):
+        raise BackendError(
+            "JAX 0.11.0 passes too few parameters to Triton's kernels: the backend triton needs "
+            "JAX 0.11.1 or newer, or on Python 3.11 JAX 0.10.2."
+        )
     found = tuple(map(int, triton.__version__.split(".")[:2]))
     if _VERSION < (0, 4) and found < (3, 9):
         raise BackendError(
-            f"The backend triton needs Triton 3.9 or newer with jax-triton {jax_triton.__version__}"
-            f", not {triton.__version__}, which PyTorch's wheels for CUDA pin: install bsjax where "
-            "they are not, or use backend='pallas' or 'xla'."
+            f"With jax-triton {jax_triton.__version__} the backend triton needs Triton 3.9 or "
+            f"newer, but found {triton.__version__}, which PyTorch's wheels for CUDA pin: install "
+            "bsjax in an environment without them, or use backend='pallas' or 'xla'."
         )
 
 
@@ -167,11 +171,10 @@ def _of_version(outputs: Sequence[jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """The arguments of `triton_call` that differ between the versions of jax-triton."""
     if _VERSION >= (0, 4):
         return {"out_type": tuple(outputs), "backend_options": {"enable_fp_fusion": True}}
-    # Triton's kernels have two parameters that no one sees, for scratch memory that ours do not
-    # use. Up to version 0.11.0, JAX passes only the first, and the driver would read beyond the end
-    # of the list. An output in the place of the kernel's constant `scratch` makes the list longer.
-    # The constant is an empty tuple, because Triton would give any other one an attribute of its
-    # pointer.
+    # A compiled kernel takes two hidden pointers to scratch memory, which ours do not use. JAX up to
+    # 0.11.0 passes only one, and the driver would read beyond the end of the arguments. One more
+    # output, in the place of the kernel's constant `scratch`, is passed for the other. The constant
+    # is an empty tuple, because Triton would give any other one an attribute of its pointer.
     scratch = jax.ShapeDtypeStruct((1,), np.int32)
     return {"out_shape": (*outputs, scratch)}
 
@@ -223,7 +226,12 @@ def _interpreted(
     constants: dict[str, Any],
     launch: Launch,
 ) -> list[jax.Array]:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            "Triton's interpreter (TRITON_INTERPRET=1) needs PyTorch: pip install torch."
+        ) from error
 
     def tensor(array: np.ndarray) -> Any:
         array = np.array(array)
