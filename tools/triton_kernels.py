@@ -105,6 +105,14 @@ def kernel_names(function: Callable[..., Any], arguments: tuple[Any, ...]) -> li
     return [str(call.params["name"]) for call in _calls(program.jaxpr)]
 
 
+def kernel_constants(
+    function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[dict[str, Any]]:
+    """The constants of each Triton kernel that a program calls, in order, without compiling."""
+    program: Any = jax.make_jaxpr(function)(*arguments)
+    return [dict(call.params["metaparams"]) for call in _calls(program.jaxpr)]
+
+
 def default_prefill(
     gpu: str, head_dim: int, dtype: str, *, sparse: bool = True
 ) -> KernelConfiguration:

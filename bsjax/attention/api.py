@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from bsjax.attention.backends import GPU_KERNELS, resolve_backend, triton_problem
 from bsjax.attention.explicit import over_devices
-from bsjax.attention.reference import reference_attention
 from bsjax.attention.first_order import first_order_only
+from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
 from bsjax.checks import as_number, check_not_forked, shown, truth_value
 from bsjax.errors import BackendError, MaskError

@@ -1,19 +1,25 @@
 """Says in one line that attention cannot be differentiated twice."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 from bsjax.errors import BackendError
 
+_Arrays = TypeVar("_Arrays")
 
-@jax.custom_vjp
-def first_order_only(arrays: Any) -> Any:
+
+def first_order_only(arrays: _Arrays) -> _Arrays:
     """The arrays, a pytree, that gradients are computed from.
 
     Raises:
       BackendError: they are differentiated, for gradients of gradients.
     """
+    return _identity(arrays)
+
+
+@jax.custom_vjp
+def _identity(arrays: Any) -> Any:
     return arrays
 
 
@@ -29,4 +35,4 @@ def _backward(residuals: Any, gradients: Any) -> NoReturn:
     raise AssertionError("There is no forward pass for it.")
 
 
-first_order_only.defvjp(_forward, _backward)
+_identity.defvjp(_forward, _backward)

@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.attention.first_order import first_order_only
+from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import PADDING, TokenInfo, key_visibility, sees
 

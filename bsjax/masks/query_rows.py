@@ -121,7 +121,9 @@ class QueryRows:
         if groups != ALL_KEY_GROUPS:
             borders.append(self._runs[self._runs >= self._borders[-1]])
         if self._packed and self._visibility.window is not None:
-            stretch = self.position.astype(np.int64) // (TILE_WINDOWS * max(self._visibility.window, block_q))
+            stretch = self.position.astype(np.int64) // (
+                TILE_WINDOWS * max(self._visibility.window, block_q)
+            )
             borders.append(np.flatnonzero(np.diff(stretch)) + 1)
         starts = np.unique(np.concatenate(borders))
         starts = starts[(starts >= rows.start) & (starts < rows.stop)]

@@ -171,10 +171,11 @@ def _of_version(outputs: Sequence[jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """The arguments of `triton_call` that differ between the versions of jax-triton."""
     if _VERSION >= (0, 4):
         return {"out_type": tuple(outputs), "backend_options": {"enable_fp_fusion": True}}
-    # A compiled kernel takes two hidden pointers to scratch memory, which ours do not use. JAX up to
-    # 0.11.0 passes only one, and the driver would read beyond the end of the arguments. One more
-    # output, in the place of the kernel's constant `scratch`, is passed for the other. The constant
-    # is an empty tuple, because Triton would give any other one an attribute of its pointer.
+    # A compiled kernel takes two hidden pointers to scratch memory, which ours do not use. Up to
+    # version 0.11.0, JAX passes only one, and the driver would read beyond the end of the
+    # arguments. One more output, in the place of the kernel's constant `scratch`, is passed for the
+    # other. The constant is an empty tuple, because Triton would give any other one an attribute of
+    # its pointer.
     scratch = jax.ShapeDtypeStruct((1,), np.int32)
     return {"out_shape": (*outputs, scratch)}
 

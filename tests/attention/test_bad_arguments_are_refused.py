@@ -113,6 +113,18 @@ def test_a_traced_scale_has_a_gradient():
     np.testing.assert_allclose(jax.grad(loss)(0.3), slope, rtol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_gradients_of_gradients(backend):
+    def loss(q):
+        return bsjax.sparse_attention(q, Q, Q, MASK, backend=backend).sum()
+
+    refused(
+        lambda: jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(Q),
+        BackendError,
+        "first-order gradients only",
+    )
+
+
 @pytest.mark.parametrize("backend", [None, 3, ["xla"], np.array(["xla"]), "cuda"])
 def test_backends_that_do_not_exist(backend):
     refused(
@@ -211,3 +223,8 @@ def test_templates_and_sinks(build, words):
 
 def test_a_model_that_reads_text_only_has_no_placeholder():
     assert Template.from_tokens([1, 3, 5], image_token_id=-1).num_images == 0
+
+
+def test_the_largest_window_is_as_none():
+    none, largest = (BlockMask(TEMPLATE, ["SINK"], window=window) for window in (None, 2**31 - 1))
+    np.testing.assert_array_equal(largest.schedule.tile_columns, none.schedule.tile_columns)

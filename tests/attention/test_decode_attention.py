@@ -13,7 +13,7 @@ from bsjax import BackendError, MaskError
 from bsjax.attention import decode_attention
 from bsjax.models.layers import one_row_product
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
-from bsjax.pallas.decode_configurations import decode_configuration
+from bsjax.pallas.decode_configurations import decode_configuration, default_splits
 from tests.support.decode_cases import (
     EDGES,
     LAYERS,
@@ -139,3 +139,8 @@ def test_arguments_that_do_not_fit_are_refused():
         decode_configuration(257, jnp.bfloat16)
     with pytest.raises(BackendError, match="not in int8"):
         decode_configuration(64, jnp.int8)
+
+
+def test_many_sequences_have_a_program_each():
+    assert default_splits(1, 4, 36_000, 64) == 64
+    assert default_splits(300, 4, 36_000, 64) == default_splits(1, 4, 1, 64) == 1

@@ -13,6 +13,7 @@ from bsjax.masks.query_rows import QueryRows
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import build_schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Image, Template, Text
+from bsjax.pallas.configurations import ConfigurationTable, compiling_for
 from tools import compiled_kernels
 from tools.gpu_targets import TARGETS
 from tools.sass import loops_over_blocks
@@ -240,11 +241,11 @@ def test_kernels_multiply_what_a_block_needs_or_more():
 
 def test_the_figures_are_those_of_the_table_of_configurations():
     """If not: python -m tools.speed_model --compile --page."""
-    default = {"pallas": compiled_kernels.default_prefill}
     for each in kernels()[1].values():
-        if each.package in default:
-            table = default[each.package](each.gpu, each.head_dim, "bfloat16", sparse=each.sparse)
-            assert each.chosen == table
+        table = ConfigurationTable(f"bsjax.{each.package}")
+        with compiling_for(compiled_kernels.target_name(each.gpu)):
+            blocks = table.default_blocks(each.head_dim, "bfloat16", sparse=each.sparse)
+            assert each.chosen == table.configuration(each.head_dim, "bfloat16", *blocks)
 
 
 def test_predictions_stand_beside_measurements():

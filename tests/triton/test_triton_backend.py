@@ -42,7 +42,9 @@ def test_outputs_and_gradients_are_those_of_the_xla_backend(mesh):
 @needs_torch
 def test_outputs_and_gradients_under_vmap():
     mask = BlockMask(RAGGED, ["SINK"], 32, 32, gradients=True)
-    arrays = [jnp.stack([each, 2 * each]) for each in random_arrays(RAGGED.tokens, 1, 1, 16, "float32")]
+    arrays = [
+        jnp.stack([each, 2 * each]) for each in random_arrays(RAGGED.tokens, 1, 1, 16, "float32")
+    ]
     found, wanted = (
         interpreted("tests.support.triton_functions:outputs_and_gradients", *arrays, mask, backend)
         for backend in ("triton", "xla")
@@ -93,22 +95,51 @@ def test_what_the_kernel_cannot_do_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("gpu", "pallas", "jax_triton", "chosen", "reason"),
+    ("gpu", "pallas", "problem", "chosen", "reason"),
     [
-        (False, True, True, "xla", "no GPU"),
-        (True, True, True, "pallas", "JAX has it"),
-        (True, False, True, "triton", "no Pallas for Triton any more"),
-        (True, False, False, "xla", "jax-triton is not installed"),
+        (False, True, None, "xla", "no GPU"),
+        (True, True, None, "pallas", "JAX has it"),
+        (True, False, None, "triton", "no Pallas for Triton any more"),
+        (True, False, "It is too old.", "xla", "It is too old."),
     ],
 )
-def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, jax_triton, chosen, reason):
+def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, problem, chosen, reason):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if gpu else "cpu")
     monkeypatch.setattr(backends, "_has_pallas", lambda: pallas)
-    monkeypatch.setattr(backends, "has_jax_triton", lambda: jax_triton)
+    monkeypatch.setattr(backends, "triton_problem", lambda: problem)
     with compiling_for("sm_90"):
         assert resolve_backend("auto") == chosen
         assert reason in backend_reason(chosen) and backend_reason(chosen).startswith("auto")
         assert backend_reason("reference").startswith(f"asked for; auto is {chosen}")
+
+
+def test_versions_that_do_not_fit_are_a_problem_and_leave_gradients_to_xla(monkeypatch):
+    from bsjax.triton import launch
+    from tools.triton_kernels import kernel_names
+
+    mask = BlockMask(SHORT, ["SINK"], 32, 32, gradients=True)
+    q = jax.ShapeDtypeStruct((SHORT.tokens, 1, 64), jnp.float32)
+
+    def kernels_of_gradients():
+        def loss(q):
+            return bsjax.sparse_attention(q, q, q, mask, backend="pallas").sum()
+
+        with compiling_for("sm_90"):
+            return kernel_names(jax.grad(loss), (q,))
+
+    monkeypatch.setattr(launch, "_VERSION", (0, 3, 1))
+    monkeypatch.setattr(launch.triton, "__version__", "3.9.0")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert backends.triton_problem() is None
+    assert kernels_of_gradients() == ["query_gradients", "key_gradients"]
+    monkeypatch.setattr(launch.triton, "__version__", "3.7.1")
+    assert "found 3.7.1" in str(backends.triton_problem())
+    jax.clear_caches()
+    assert kernels_of_gradients() == []
+    monkeypatch.setattr(launch, "_VERSION", (0, 4, 1))
+    assert backends.triton_problem() is None
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    assert "JAX 0.11.0 passes too few" in str(backends.triton_problem())
 
 
 def test_long_tiles_of_text_rows_are_split_for_both_kernels():

@@ -33,6 +33,7 @@ from tools.triton_kernels import (  # noqa: E402
     TritonLaunch,
     default_prefill,
     gradient_configurations,
+    kernel_constants,
     kernel_names,
     triton_decode,
     triton_digest,
@@ -148,8 +149,16 @@ def test_it_compiles_for_masks_with_other_blocks_than_its_own(gpu, head_dim):
 
 @pytest.mark.slow
 def test_arrays_may_be_larger_than_32_bit_offsets():
-    # 1.2M tokens x 16 key heads x 128: an index of k does not fit 32 bits.
-    check_prefill(Case("h200", 128, "bfloat16"), tokens=1_200_000, q_heads=64, kv_heads=16)
+    # 1.2M tokens x 16 key heads x 128: an index of k does not fit 32 bits, nor does one of q.
+    large = {"tokens": 1_200_000, "q_heads": 64, "kv_heads": 16}
+    check_prefill(Case("h200", 128, "bfloat16"), **large)
+    for kernel_of in (triton_prefill, triton_gradients):
+        for options in (large, {}):
+            kernel = kernel_of("h200", 128, "bfloat16", **options)
+            with compiling_for("sm_90"):
+                calls = kernel_constants(kernel.function, kernel.arguments)
+            wide = [value for each in calls for name, value in each.items() if "WIDE" in name]
+            assert wide and set(wide) == {bool(options)}
 
 
 @pytest.mark.slow
@@ -291,12 +300,13 @@ def test_gradients_are_kernels_if_the_mask_has_what_they_need(backend):
 @pytest.mark.slow
 def test_the_memory_of_gradients_is_linear_in_tokens():
     require_gpu_compiler()
-    with compiling_for("sm_90"):
-        program = compile_for(jax.jit(loss_of("triton")), training_arguments(36_864), "h200")
-    # Such as queries, outputs and their gradients in packed order, and gradients of keys in
-    # float32. The scores of one head alone would take three times as much.
-    queries = 2 * 36_864 * 28 * 128
-    assert program.memory_analysis().temp_size_in_bytes < 4 * queries
+    for tokens in (9_216, 36_864):
+        with compiling_for("sm_90"):
+            program = compile_for(jax.jit(loss_of("triton")), training_arguments(tokens), "h200")
+        # Such as queries, outputs and their gradients in packed order, and gradients of keys in
+        # float32. The scores of one head alone would take three times as much at 36K tokens.
+        queries = 2 * tokens * 28 * 128
+        assert program.memory_analysis().temp_size_in_bytes < 4 * queries
 
 
 def test_the_table_has_every_entry_once():

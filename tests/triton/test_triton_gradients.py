@@ -3,6 +3,8 @@
 The cases are those of the forward kernels.
 """
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,18 @@ def test_random_templates_with_windows_and_bidirectional_images_agree(
         tokens=template.tokens + 5,
     )
     check(schedule, head_category, seed=seed)
+
+
+def test_gradients_of_keys_that_many_rows_see_are_summed_over_parts():
+    """As in a long prompt: the first keys are seen by all rows after them, in several entries."""
+    template = Template.from_segments([Text(3), *[Image(20), Text(1)] * 8])
+    tables = category_tables([HeadCategory.SINK])
+    schedule = build_schedule(template, tables, block_q=32, block_kv=32)
+    with mock.patch("bsjax.masks.transposed.LONGEST", 1):
+        tiles = with_transposed(schedule, 16).transposed.tiles
+        first_keys = tiles.first_key[0][tiles.keys[0] > 0]
+        assert np.unique(first_keys).size < first_keys.size, "no tile is split"
+        check(schedule, [HeadCategory.SINK], block=16)
 
 
 def test_fewer_tokens_than_one_block_are_enough():
