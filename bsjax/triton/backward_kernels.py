@@ -99,6 +99,7 @@ def query_gradients(
     other_from,
     layer,
     head_category,
+    launch,
     tiles,
     ranges,
     query_rows,
@@ -131,6 +132,7 @@ def query_gradients(
     PARTIAL_STAGES: tl.constexpr = STAGES if STAGES < 2 else 2
     table, tile, kv_head, first_head, heads, earlier = tile_of_program(
         head_category,
+        launch,
         tiles,
         tile_count,
         Q_HEADS,
