@@ -7,12 +7,11 @@ That is the *launch list*. Each of its items is launched for every key head: an 
 for image rows is an item for each of the query heads that share a key head, a tile of text rows is
 a single one, which stacks these heads. No program is launched for entries that no table has.
 
-Items go by the longest tile that they may be. If each table began with its longest tile, the
-entries of a table with short tiles would stand where those of long ones do, and the last of them
-after all long ones. So tables for image rows wait for each other, with entries without rows, whose
-programs end at once: until the others are down to tiles of their own length. The shortest tiles of
-all tables start together if there is no room for that; they matter least. If two query heads share
-a key head,
+Items go by the longest tile that they may be. If each table began with its longest tile, the short
+tiles of sparse heads would start between the long ones of dense heads. So tables for image rows
+wait for each other, with entries without rows, whose programs end at once: until the others are
+down to tiles of their own length. Where there is no room for that, the shortest tiles of all tables
+start together; they matter least. If two query heads share a key head,
 
     entry      0   1   2   3   4   5      text rows: tiles of 40, 40 and 9 blocks
     DENSE     90  89  88   .   .   .      blocks of each tile
