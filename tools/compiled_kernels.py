@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from bsjax.pallas.configurations import (
@@ -109,6 +110,7 @@ def prefill_kernel(
         tables = 4 if chunk is None else 5
         parts = 0 if chunk is None else most_parts("pallas", dtype)
         tiles = 2 * queries // block_q
+        stacked_heads = 0 if chunk is None else q_heads // kv_heads
 
         def info(rows: int) -> TokenInfo:
             integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -126,7 +128,12 @@ def prefill_kernel(
             block_kv=block_kv,
             visibility=visibility,
             parts=Parts(*[jax.ShapeDtypeStruct((parts,), jnp.int32)] * 3) if parts else None,
-            stacked_heads=0 if chunk is None else q_heads // kv_heads,
+            stacked_heads=stacked_heads,
+            launch_columns=jax.ShapeDtypeStruct(
+                (stacked_heads * tiles, len(LaunchItem._fields)), jnp.int32
+            )
+            if stacked_heads
+            else None,
         )
 
         def attend(q, k, v, schedule, head_category, layer=None):
@@ -148,12 +155,12 @@ def prefill_kernel(
         head_category = jax.ShapeDtypeStruct((q_heads,), jnp.int32)
         layer = () if chunk is None else (jax.ShapeDtypeStruct((), jnp.int32),)
     programs_per_tile = block_q // running.block_q
-    heads = q_heads + (0 if chunk is None else kv_heads)
+    heads, entries = schedule.grid(q_heads, kv_heads)
     return PrefillKernel(
         attend,
         (q, k, k, schedule, head_category, *layer),
         gpu,
-        (heads, tiles * programs_per_tile, 1),
+        (heads, entries * programs_per_tile, 1),
     )
 
 

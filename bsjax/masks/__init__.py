@@ -6,7 +6,7 @@ template       what a prompt looks like, token by token; packed order
 rows           tokens in the order in which they run, span by span
 query_rows     the ranges of key rows that each query row sees
 schedule       tiles of query rows, and the key ranges that each tile visits
-launch_order   where tiles stand, so that a launch starts the longest first
+launch_order   the launch list of a chunk, which starts the longest tiles first
 transposed     tiles of keys, and the ranges of query rows that see them, for gradients
 dealing        query rows dealt to devices
 block_mask     `BlockMask`, the public interface to a schedule

@@ -22,6 +22,14 @@ TILE_WINDOWS = 4
 windows (or this many times `block_q`, if that is more)."""
 
 
+def stretch(window: int, block_q: int) -> int:
+    """The most prompt positions that the rows of a tile span, in packed order and with a window.
+
+    Tiles end at its multiples.
+    """
+    return TILE_WINDOWS * max(window, block_q)
+
+
 class RowRanges(NamedTuple):
     """For each of several query rows, the key rows [low, high) of one segment that it sees."""
 
@@ -121,10 +129,9 @@ class QueryRows:
         if groups != ALL_KEY_GROUPS:
             borders.append(self._runs[self._runs >= self._borders[-1]])
         if self._packed and self._visibility.window is not None:
-            stretch = self.position.astype(np.int64) // (
-                TILE_WINDOWS * max(self._visibility.window, block_q)
-            )
-            borders.append(np.flatnonzero(np.diff(stretch)) + 1)
+            longest = stretch(self._visibility.window, block_q)
+            stretches = self.position.astype(np.int64) // longest
+            borders.append(np.flatnonzero(np.diff(stretches)) + 1)
         starts = np.unique(np.concatenate(borders))
         starts = starts[(starts >= rows.start) & (starts < rows.stop)]
         lengths = np.diff(starts, append=rows.stop)

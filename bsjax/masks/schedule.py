@@ -23,8 +23,8 @@ heads in a tile of 128. A chunk of a prompt has few text rows, which see everyth
 stacked tile reads those keys once for all of its heads.
 
 If those few tiles visit many more blocks than all others, a GPU would wait for them. They can be
-split along the keys into *parts*, whose results are combined by their log-sum-exps. The tables are
-then arranged so that the longest tiles of all of them start first (`bsjax.masks.launch_order`).
+split along the keys into *parts*, whose results are combined by their log-sum-exps. With a table
+of text rows, a launch goes by a list of tiles, the longest first (`bsjax.masks.launch_order`).
 
 Everything here is NumPy on the host. No array is ever as large as tokens x tokens or blocks x
 blocks.
@@ -43,7 +43,7 @@ from jaxtyping import Int
 from bsjax.checks import whole_number
 from bsjax.errors import MaskError
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory, KeyGroup
-from bsjax.masks.launch_order import launch_entries
+from bsjax.masks.launch_order import LaunchItem, launch_entries, launch_list
 from bsjax.masks.query_rows import QueryRows, RowRanges
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.template import Template
@@ -147,8 +147,8 @@ class Schedule:
       tile_columns: int32 [tables, tiles, fields of `Tile`], the tiles with the most blocks first.
         In each table that is not empty, every query row that the table is for is in exactly one
         tile, or in all parts of one; padding rows are in tiles without blocks. Entries after a
-        table's last tile have no rows. With `parts`, entries before and between them may have no
-        rows either (see `bsjax.masks.launch_order`).
+        table's last tile have no rows. With `parts`, entries of tables for image rows that come
+        before and between them may have no rows either (see `bsjax.masks.launch_order`).
       range_columns: int32 [tables, ranges, fields of `KeyRange`]. From its `first_range` on, a tile
         has first its full ranges (whole multiples of `block_kv`), then its partial ones. Blocks
         step by `block_kv` from a range's start; the last block of a partial range is cut at the end
@@ -159,6 +159,9 @@ class Schedule:
       parts: the parts of split tiles of text rows; None if no tile may be split.
       stacked_heads: how many query heads the tiles of text rows stack; 0 if text rows are treated
         like image rows. In prompt order, all rows are stacked.
+      launch_columns: int32 [items, fields of `LaunchItem`], what a launch starts for every key
+        head, in this order, if heads are stacked; else None, and it starts the first entry of every
+        query head's table, then the second of every head's.
       transposed: the `bsjax.masks.transposed.TransposedSchedule`, for gradients on GPUs; or None.
     """
 
@@ -172,6 +175,7 @@ class Schedule:
     visibility: Visibility = field(metadata={"static": True})
     parts: Parts | None = None
     stacked_heads: int = field(default=0, metadata={"static": True})
+    launch_columns: Any = None
     transposed: Any = None
 
     @property
@@ -194,6 +198,20 @@ class Schedule:
         """All key ranges: both fields are int32 arrays [tables, ranges]."""
         return KeyRange.read(lambda column: self.range_columns[..., column])
 
+    @property
+    def launch(self) -> LaunchItem:
+        """The launch list, if heads are stacked: every field is an int32 array [items]."""
+        return LaunchItem.read(lambda column: self.launch_columns[..., column])
+
+    def grid(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
+        """What is launched, if each tile has one program; the first axis runs fastest.
+
+        It is (key heads, items of the launch list), or without one (query heads, tiles).
+        """
+        if self.launch_columns is None:
+            return q_heads, self.tile_columns.shape[1]
+        return kv_heads, self.launch_columns.shape[0]
+
 
 def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
     """Rounds `size` up to a coarse grid, so that few different shapes are compiled.
@@ -211,10 +229,17 @@ def bucket(size: int, *, smallest: int, steps: int = 4) -> int:
 
 
 class Capacity(NamedTuple):
-    """How many entries the arrays of a schedule have room for."""
+    """How many entries the arrays of a schedule have room for.
+
+    Attributes:
+      tiles: tiles of a table.
+      ranges: key ranges of a table.
+      items: items of the launch list; without stacked heads there is none.
+    """
 
     tiles: int
     ranges: int
+    items: int
 
 
 def build_schedule(
@@ -320,15 +345,19 @@ def build_span_schedule(
         # Enough for images of 2 * block_q tokens or more, so that nearly all templates padded to
         # the same length share their shapes.
         usual_tiles = bucket(2 * query_rows // block_q + 4, smallest=16, steps=1)
-        capacity = Capacity(usual_tiles, 4 * usual_tiles)
+        capacity = Capacity(usual_tiles, 4 * usual_tiles, stacked_heads * usual_tiles)
     most_tiles = max((len(table.tiles) for table in built), default=0)
     # One extra entry, because kernels read the range after a tile's last one.
     most_ranges = 1 + max((len(table.ranges) for table in built), default=0)
     tiles = [table.tiles for table in built]
     room = bucket(most_tiles, smallest=capacity.tiles, steps=1)
-    if parts is not None:
-        # Only the kernels whose launches wait for long tiles combine parts.
-        tiles = _in_launch_order(tiles, room)
+    launch = None
+    if stacked_heads:
+        # Only the kernels whose launches wait for long tiles combine parts. Others may rely on
+        # tables without gaps.
+        tiles, launch = _in_launch_order(
+            tiles, stacked_heads, room, capacity.items, gaps=parts is not None
+        )
     return Schedule(
         queries=_padded(queries.info, query_rows),
         keys=_padded(keys.info, key_rows),
@@ -343,6 +372,7 @@ def build_span_schedule(
         visibility=visibility,
         parts=parts,
         stacked_heads=stacked_heads,
+        launch_columns=launch,
     )
 
 
@@ -441,8 +471,8 @@ def segment_schedule(
 def stacked_arrays(*arrays: np.ndarray) -> np.ndarray:
     """Stacks arrays of several schedules on a new leading axis, for `jax.tree.map`.
 
-    Tables of tiles and ranges, [..., entries, fields], are padded with zeros to the longest one:
-    entries of zeros have no rows. All other arrays have one axis, and one shape.
+    Tables of tiles and ranges and launch lists, [..., entries, fields], are padded with zeros to
+    the longest one: entries of zeros have no rows. All other arrays have one axis, and one shape.
     """
     if np.ndim(arrays[0]) < 2:
         return np.stack(arrays)
@@ -584,16 +614,33 @@ def _blocks_of_parts(blocks: Int[np.ndarray, "tiles"], most_parts: int) -> int:
 
 
 def _in_launch_order(
-    tables: Sequence[Int[np.ndarray, "_ fields"]], room: int
-) -> list[Int[np.ndarray, "_ fields"]]:
-    """The tiles of all tables, with entries without rows where `launch_entries` has none."""
-    lengths = [Tile.read(partial(np.take, own, axis=1)).blocks for own in tables]
-    spread = [np.zeros((room, len(Tile._fields)), np.int32) for _ in tables]
-    for all_entries, own, entries in zip(
-        spread, tables, launch_entries(lengths, room), strict=True
-    ):
-        all_entries[entries] = own
-    return spread
+    tables: Sequence[Int[np.ndarray, "_ tile_fields"]],
+    heads: int,
+    room: int,
+    fewest_items: int,
+    *,
+    gaps: bool,
+) -> tuple[list[Int[np.ndarray, "_ tile_fields"]], Int[np.ndarray, "items item_fields"]]:
+    """The tiles of all tables, the last of them for text rows, and the launch list.
+
+    Args:
+      tables: the tiles of each table, without padding.
+      heads: how many query heads share a key head.
+      room: how many entries a table has.
+      fewest_items: how many items the launch list has room for, or more if they do not suffice.
+      gaps: whether tables may have entries without rows between others.
+    """
+    *images, text = tables
+    *blocks, text_blocks = (Tile.read(partial(np.take, own, axis=1)).blocks for own in tables)
+    needed = len(text) + heads * max((len(own) for own in images), default=0)
+    items = bucket(needed, smallest=fewest_items, steps=1)
+    entries = [np.arange(len(own)) for own in images]
+    if gaps:
+        entries = launch_entries(blocks, min(room, (items - len(text)) // heads))
+    spread = [np.zeros((room, len(Tile._fields)), np.int32) for _ in images]
+    for all_entries, own, places in zip(spread, images, entries, strict=True):
+        all_entries[places] = own
+    return [*spread, text], launch_list(blocks, entries, text_blocks, heads, items)
 
 
 def _united(blocks: Sequence[tuple[int, int]], block_kv: int) -> list[tuple[int, int]]:

@@ -18,12 +18,13 @@ Both loops carry three scalars that say which block is next: the index of its ra
 starts, and where the range ends.
 
 All heads, whatever their categories, run in one launch. The first axis of the grid, which runs
-fastest, is the head: the query heads that share a key head read the same keys at about the same
-time, from L2. If the schedule stacks the heads of text rows, key heads follow the query heads on
-that axis, and the rows of their tiles are (row, query head) pairs. The second axis is the tile;
-schedules list the longest tiles first. Where a tile has more rows than the registers hold, several
-programs share it. The parts of a tile that is split along the keys are written to an array of their
-own, and combined afterwards.
+fastest, is the query head, and the second is the tile; schedules list the longest tiles first. If
+the schedule stacks the heads of text rows, the axes are the key head and the item of the launch
+list (`bsjax.masks.launch_order`): an item is a tile of one of the query heads that share the key
+head, or a tile of text rows, whose rows are (row, query head) pairs. In both grids, the query heads
+that share a key head read the same keys at about the same time, from L2. Where a tile has more rows
+than the registers hold, several programs share it. The parts of a tile that is split along the keys
+are written to an array of their own, and combined afterwards.
 
 Keys and values are read in place from the cache of all layers, at the index of one of them.
 
@@ -47,6 +48,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from bsjax.manual_axes import result_shape
+from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
 from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
 from bsjax.pallas import configurations
@@ -117,7 +119,6 @@ def prefill_attention(
         block_kv=configuration.block_kv,
         steps_per_block=schedule.block_kv // configuration.block_kv,
         visibility=schedule.visibility,
-        q_heads=q_heads,
         stacked_heads=schedule.stacked_heads,
         scale=scale,
         interpret=interpret,
@@ -133,19 +134,17 @@ def prefill_attention(
         k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
         keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
 
-    def kv_head(head: Any) -> Any:
-        of_query_head = head // group
-        if not schedule.stacked_heads:
-            return of_query_head
-        return jnp.where(head < q_heads, of_query_head, head - q_heads)
-
-    of_key_head = pl.BlockSpec(
-        (layers, key_rows + missing, None, width), lambda head, tile: (0, 0, kv_head(head), 0)
-    )
+    keys_of_head = (layers, key_rows + missing, None, width)
+    launch = []
+    kernel = functools.partial(_attend_tile, settings)
     if schedule.stacked_heads:
-        of_rows = pl.BlockSpec((rows, q_heads, width), lambda head, tile: (0, 0, 0))
+        launch = [jnp.asarray(schedule.launch_columns)]
+        of_key_head = pl.BlockSpec(keys_of_head, lambda kv_head, item: (0, 0, kv_head, 0))
+        of_rows = pl.BlockSpec((rows, q_heads, width), lambda kv_head, item: (0, 0, 0))
         lse_of_rows = pl.BlockSpec()
     else:
+        kernel = functools.partial(kernel, None)
+        of_key_head = pl.BlockSpec(keys_of_head, lambda head, tile: (0, 0, head // group, 0))
         of_rows = pl.BlockSpec((rows, None, width), lambda head, tile: (0, head, 0))
         lse_of_rows = pl.BlockSpec((rows, None), lambda head, tile: (0, head))
     whole = pl.BlockSpec()
@@ -156,7 +155,7 @@ def prefill_attention(
     if return_lse or parts is not None:
         out_shape.append(result((rows, q_heads), jnp.float32))
         out_specs.append(lse_of_rows)
-    heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
+    heads, entries = schedule.grid(q_heads, kv_heads)
     if parts is not None:
         shape = (parts.count, kv_heads, schedule.block_q)
         out_shape += [
@@ -168,10 +167,10 @@ def prefill_attention(
             pl.BlockSpec(),
         ]
     outputs: Any = pl.pallas_call(
-        functools.partial(_attend_tile, settings),
+        kernel,
         out_shape=out_shape,
-        grid=(heads, schedule.tile_columns.shape[1] * programs_per_tile),
-        in_specs=[of_rows, of_key_head, of_key_head] + [whole] * 10,
+        grid=(heads, entries * programs_per_tile),
+        in_specs=[whole] * len(launch) + [of_rows, of_key_head, of_key_head] + [whole] * 10,
         out_specs=out_specs,
         compiler_params=pltriton.CompilerParams(
             num_warps=configuration.num_warps, num_stages=configuration.num_stages
@@ -179,6 +178,7 @@ def prefill_attention(
         interpret=interpret,
         name="prefill_attention",
     )(
+        *launch,
         q,
         k,
         v,
@@ -209,7 +209,6 @@ class _Settings(NamedTuple):
     steps_per_block: int
     """How many blocks of the kernel make one block of the schedule."""
     visibility: Visibility
-    q_heads: int
     stacked_heads: int
     scale: float
     interpret: bool
@@ -284,43 +283,47 @@ class _TileRows(NamedTuple):
         return array.at[self.row[:, None], self.head[:, None], columns[None, :]]
 
 
-def _tile_rows(settings: _Settings, category_ref: Any, tiles_ref: Any) -> _TileRows:
+def _tile_rows(
+    settings: _Settings, launch_ref: Any, category_ref: Any, tiles_ref: Any
+) -> _TileRows:
     """What the program with these indices has to do."""
-    head = pl.program_id(0)
     programs_per_tile = np.int32(settings.programs_per_tile)
-    tile_index = jax.lax.div(pl.program_id(1), programs_per_tile)
+    entry = jax.lax.div(pl.program_id(1), programs_per_tile)
     earlier = jax.lax.rem(pl.program_id(1), programs_per_tile) * settings.block_q
     indices = jnp.arange(settings.block_q, dtype=jnp.int32)
-    if not settings.stacked_heads:
+    if launch_ref is None:
+        head = pl.program_id(0)
         table = category_ref[head]
-        tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
+        tile = Tile.read(lambda column: tiles_ref[table, entry, column])
         count = tile.rows - earlier
         first_row = tile.first_row + earlier
         return _TileRows(table, tile, head, earlier, count, indices < count, first_row, None, None)
-    q_heads, group = np.int32(settings.q_heads), np.int32(settings.stacked_heads)
-    of_text = head >= q_heads
-    of_head = category_ref[jnp.minimum(head, q_heads - 1)]
-    table = jnp.where(of_text, np.int32(tiles_ref.shape[0] - 1), of_head)
-    tile = Tile.read(lambda column: tiles_ref[table, tile_index, column])
-    stacked = jnp.where(of_text, group, np.int32(1))
-    first_head = jnp.where(of_text, (head - q_heads) * group, head)
+    kv_head = pl.program_id(0)
+    item = LaunchItem.read(lambda column: launch_ref[entry, column])
+    first_head = kv_head * np.int32(settings.stacked_heads) + jnp.maximum(item.head, 0)
+    of_text = np.int32(tiles_ref.shape[0] - 1)
+    table = jnp.where(item.head < 0, of_text, category_ref[first_head])
+    tile = Tile.read(lambda column: tiles_ref[table, item.tile, column])
     index = earlier + indices
-    count = tile.rows * stacked - earlier
+    count = tile.rows * item.heads - earlier
+    # Without heads there is nothing to do, but the division is defined.
+    heads = jnp.broadcast_to(jnp.maximum(item.heads, 1), index.shape)
     return _TileRows(
         table,
         tile,
-        jnp.maximum(head - q_heads, 0),
+        kv_head,
         earlier,
         count,
         indices < count,
         tile.first_row,
-        tile.first_row + jax.lax.div(index, jnp.broadcast_to(stacked, index.shape)),
-        first_head + jax.lax.rem(index, jnp.broadcast_to(stacked, index.shape)),
+        tile.first_row + jax.lax.div(index, heads),
+        first_head + jax.lax.rem(index, heads),
     )
 
 
 def _attend_tile(
     settings: _Settings,
+    launch_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -340,7 +343,7 @@ def _attend_tile(
     part_lse_ref: Any = None,
 ) -> None:
     """One program: the attention of a tile's rows, or of some of them."""
-    work = _tile_rows(settings, category_ref, tiles_ref)
+    work = _tile_rows(settings, launch_ref, category_ref, tiles_ref)
     table, tile = work.table, work.tile
     # A constant index of the only layer saves a register.
     layer = layer_ref[0] if k_ref.shape[0] > 1 else table * 0

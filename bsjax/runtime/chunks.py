@@ -25,6 +25,7 @@ from jaxtyping import Int, Int32
 
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.dealing import Attending, Dealt, deal
+from bsjax.masks.query_rows import stretch
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Capacity, Schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Template
@@ -50,6 +51,9 @@ other image tokens."""
 
 _MORE_RANGES = 192
 """Ranges that a schedule of few tiles has room for, beyond those of each tile."""
+
+# A chunk with no more images has room for sparse heads that wait for dense ones.
+_USUAL_IMAGES = 16
 
 # Rows of a run if a chunk may have several prompts, which are then likely to have few rows each.
 _SHORT_RUN = 64
@@ -405,8 +409,9 @@ class Chunks:
             [Span(slices[index].end - 1, slices[index].end, index) for index in ends],
             packed=inputs.is_sparse,
         )
-        # Each row has one tile, which may be split into parts.
-        capacity = _room_for(most + self._most_parts)
+        capacity = schedule_capacity(
+            most, inputs.blocks[0], self._stacked_heads, self._most_parts, most, images=most
+        )
         visibility = inputs.visibilities[inputs.last_kind]
         last_keys = keys[inputs.last_kind]
         return OutputRows(rows, self._schedule(visibility, last, *last_keys, most, capacity))
@@ -448,14 +453,19 @@ class Chunks:
         keys: tuple[Rows, int],
     ) -> CachedRows:
         rows, most_prompts = placed.of_each, self.layout.most_prompts
+        block_q, stretches = self._inputs.blocks[0], 0
+        if visibility.window is not None:
+            # Of each prompt, the chunk has tokens in one more than fit into them.
+            stretches = most_prompts + placed.position.size // stretch(visibility.window, block_q)
         capacity = schedule_capacity(
             rows,
-            self._inputs.blocks[0],
+            block_q,
             self._stacked_heads,
             self._most_parts,
             most_prompts,
             # A device may be dealt tokens of nearly all images of a chunk.
             images=min(most_images(placed.position.size, self._devices), rows),
+            stretches=stretches,
         )
         schedule = self._schedule(visibility, placed.of_devices[device], *keys, rows, capacity)
         cache_row = np.full(placed.position.size, PADDING_ROW, np.int32)
@@ -534,6 +544,7 @@ def schedule_capacity(
     most_parts: int,
     most_prompts: int = 1,
     images: int | None = None,
+    stretches: int = 0,
 ) -> Capacity:
     """Enough entries for the schedule of any chunk.
 
@@ -544,17 +555,29 @@ def schedule_capacity(
       most_parts: how many parts these tiles may be split into, all together.
       most_prompts: how many prompts the chunk may have tokens of.
       images: how many images the chunk may have tokens of; by default `most_images`.
+      stretches: how many more tiles of text rows, and of image rows, may end early because of a
+        window (see `bsjax.masks.query_rows.stretch`).
     """
-    # The 16 more are for tiles that end early: where text ends, and every few lengths of a window.
-    image_tiles = -(-rows // block_q) + (most_images(rows) if images is None else images)
-    text_tiles = -(-rows // max(1, block_q // stacked_heads)) + most_prompts - 1
-    return _room_for(max(image_tiles, text_tiles) + most_parts + 16)
-
-
-def _room_for(tiles: int) -> Capacity:
+    images = most_images(rows) if images is None else images
+    text_rows = max(1, block_q // stacked_heads)
+    full_image_tiles, full_text_tiles = -(-rows // block_q), -(-rows // text_rows)
+    # Of its last tile, each image may fill little, each prompt's text, and the padding rows, which
+    # are in the tables for image rows.
+    more_image_tiles = images + 1 + stretches
+    more_text_tiles = most_prompts + stretches
+    # Text rows, image rows and padding rows share the chunk: however they do, their full tiles are
+    # no more items than if all rows were of one kind. What images do not need is for tables that
+    # wait for each other: it should be enough for those of sparse heads to wait for dense ones.
+    items = max(stacked_heads * full_image_tiles, full_text_tiles)
+    items += stacked_heads * max(more_image_tiles, full_image_tiles + _USUAL_IMAGES)
+    # A tile has at least one row.
+    items = min(stacked_heads * rows, items + more_text_tiles) + most_parts
+    image_tiles = min(rows, full_image_tiles + more_image_tiles)
+    text_tiles = min(rows, full_text_tiles + more_text_tiles) + most_parts
+    tiles = max(2 * image_tiles, text_tiles)
     # Each tile has a few ranges in each of the three key segments. Tiles whose rows are so far
     # apart that a window leaves gaps between their ranges have more.
-    return Capacity(tiles, 10 * tiles + _MORE_RANGES)
+    return Capacity(tiles, 10 * tiles + _MORE_RANGES, items)
 
 
 def runs_of(cache_row: Int[np.ndarray, "tokens"], count: int, length: int, all_rows: int) -> Runs:

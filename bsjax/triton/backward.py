@@ -94,14 +94,13 @@ def attention_gradients(
         kernel: Any,
         name: str,
         grid: tuple[int, int],
-        columns: tuple[Any, Any],
+        columns: tuple[Any, ...],
         sizes: tuple[int, ...],
         outputs: list[jax.ShapeDtypeStruct],
         chosen: KernelConfiguration,
         constants: dict[str, Any],
     ) -> list[Array]:
         blocks = head_blocks(head_dim)
-        tiles, ranges = map(jnp.asarray, columns)
         return call(
             kernel,
             [
@@ -119,8 +118,7 @@ def attention_gradients(
                 keys.other_from,
                 jnp.asarray(layer, jnp.int32).reshape(1),
                 jnp.asarray(head_category, jnp.int32),
-                tiles,
-                ranges,
+                *columns,
                 padded_rows,
                 padded_keys,
                 *sizes,
@@ -144,12 +142,15 @@ def attention_gradients(
         )
 
     tables, tiles = schedule.tile_columns.shape[:2]
+    heads, entries = schedule.grid(q_heads, kv_heads)
+    # Without stacked heads, the kernel does not read it.
+    launch = 0 if schedule.launch_columns is None else jnp.asarray(schedule.launch_columns)
     programs = schedule.block_q // of_queries.block_q
     (q_gradient,) = run(
         query_gradients,
         "query_gradients",
-        (q_heads + (kv_heads if schedule.stacked_heads else 0), tiles * programs),
-        (schedule.tile_columns, schedule.range_columns),
+        (heads, entries * programs),
+        (launch, *map(jnp.asarray, (schedule.tile_columns, schedule.range_columns))),
         (tiles, schedule.range_columns.shape[1]),
         [jax.ShapeDtypeStruct(padded_q.shape, q.dtype)],
         of_queries,
@@ -167,7 +168,7 @@ def attention_gradients(
         key_gradients,
         "key_gradients",
         (kv_heads, entries * programs),
-        (transposed.tile_columns, transposed.range_columns),
+        tuple(map(jnp.asarray, (transposed.tile_columns, transposed.range_columns))),
         (entries,),
         [jax.ShapeDtypeStruct((entries, transposed.block_kv, kv_heads, head_dim), jnp.float32)] * 2,
         of_keys,

@@ -102,6 +102,7 @@ def query_gradients(
     other_from,
     layer,
     head_category,
+    launch,
     tiles,
     ranges,
     query_rows,
@@ -132,6 +133,7 @@ def query_gradients(
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     table, tile, kv_head, first_head, heads, earlier = tile_of_program(
         head_category,
+        launch,
         tiles,
         tile_count,
         Q_HEADS,

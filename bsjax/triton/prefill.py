@@ -72,6 +72,9 @@ def prefill_attention(
         keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
 
     tables, tiles = schedule.tile_columns.shape[:2]
+    heads, entries = schedule.grid(q_heads, kv_heads)
+    # Without stacked heads, the kernel does not read it.
+    launch = 0 if schedule.launch_columns is None else jnp.asarray(schedule.launch_columns)
     outputs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((rows, q_heads), jnp.float32),
@@ -83,7 +86,6 @@ def prefill_attention(
             jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ]
-    heads = q_heads + (kv_heads if schedule.stacked_heads else 0)
     out, lse, *of_parts = call(
         attend_tile,
         [
@@ -98,6 +100,7 @@ def prefill_attention(
             keys.other_from,
             jnp.asarray(layer, jnp.int32).reshape(1),
             jnp.asarray(head_category, jnp.int32),
+            launch,
             jnp.asarray(schedule.tile_columns),
             jnp.asarray(schedule.range_columns),
             key_rows + missing,
@@ -125,7 +128,7 @@ def prefill_attention(
         },
         Launch(
             "prefill_attention",
-            (heads, tiles * programs_per_tile),
+            (heads, entries * programs_per_tile),
             configuration.num_warps,
             configuration.num_stages,
         ),

@@ -80,6 +80,7 @@ def attend_tile(
     other_from,
     layer,
     head_category,
+    launch,
     tiles,
     ranges,
     key_rows,
@@ -112,6 +113,7 @@ def attend_tile(
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     table, tile, kv_head, first_head, heads, earlier = tile_of_program(
         head_category,
+        launch,
         tiles,
         tile_count,
         Q_HEADS,

@@ -5,6 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Tile
 
 TILE_COLUMNS = tl.constexpr(len(Tile._fields))
@@ -14,6 +15,10 @@ FIRST_RANGE = tl.constexpr(Tile._fields.index("first_range"))
 FULL_BLOCKS = tl.constexpr(Tile._fields.index("full_blocks"))
 PARTIAL_BLOCKS = tl.constexpr(Tile._fields.index("partial_blocks"))
 PART = tl.constexpr(Tile._fields.index("part"))
+ITEM_COLUMNS = tl.constexpr(len(LaunchItem._fields))
+ITEM_TILE = tl.constexpr(LaunchItem._fields.index("tile"))
+ITEM_HEAD = tl.constexpr(LaunchItem._fields.index("head"))
+ITEM_HEADS = tl.constexpr(LaunchItem._fields.index("heads"))
 RANGE_COLUMNS = tl.constexpr(len(KeyRange._fields))
 START = tl.constexpr(KeyRange._fields.index("start"))
 END = tl.constexpr(KeyRange._fields.index("end"))
@@ -23,6 +28,7 @@ END = tl.constexpr(KeyRange._fields.index("end"))
 @no_type_check
 def tile_of_program(
     head_category,
+    launch,
     tiles,
     tile_count,
     Q_HEADS: tl.constexpr,
@@ -32,7 +38,9 @@ def tile_of_program(
     BLOCK_Q: tl.constexpr,
     PROGRAMS_PER_TILE: tl.constexpr,
 ):
-    """The tile of a program of the grid (heads, tiles).
+    """The tile of a program of the grid (query heads, tiles).
+
+    With stacked heads, the grid is (key heads, items of the launch list).
 
     Returns its table, a pointer to it, its key head, its first query head, the number of query
     heads that it stacks, and how many of its rows belong to earlier programs.
@@ -42,13 +50,14 @@ def tile_of_program(
     tile_index = tl.program_id(1) // PROGRAMS_PER_TILE
     earlier = (tl.program_id(1) % PROGRAMS_PER_TILE) * BLOCK_Q
     if STACKED:
-        # Key heads follow the query heads.
-        of_text = head >= Q_HEADS
-        kv_head = tl.where(of_text, head - Q_HEADS, head // GROUP)
-        first_head = tl.where(of_text, kv_head * GROUP, head)
-        heads = tl.where(of_text, GROUP, 1)
-        of_head = tl.load(head_category + tl.minimum(head, Q_HEADS - 1))
-        table = tl.where(of_text, TABLES - 1, of_head)
+        item = launch + tile_index * ITEM_COLUMNS
+        tile_index = tl.load(item + ITEM_TILE)
+        head_of_group = tl.load(item + ITEM_HEAD)
+        heads = tl.load(item + ITEM_HEADS)
+        kv_head = head
+        first_head = kv_head * GROUP + tl.maximum(head_of_group, 0)
+        of_head = tl.load(head_category + first_head)
+        table = tl.where(head_of_group < 0, TABLES - 1, of_head)
     else:
         kv_head = head // GROUP
         first_head = head

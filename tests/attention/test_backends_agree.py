@@ -156,7 +156,7 @@ def test_chunks_turns_and_batches_read_one_layer_of_a_cache(backend, visibility)
             query_rows=QUERY_ROWS,
             key_rows=KEY_ROWS,
             stacked_heads=stacked_heads,
-            capacity=Capacity(256, 4096),
+            capacity=Capacity(256, 4096, 512),
             most_parts=12 if backend == "pallas" else 0,
         )
         real = queries.tokens

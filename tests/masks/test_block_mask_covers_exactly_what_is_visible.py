@@ -21,7 +21,7 @@ from bsjax.masks.schedule import (
     uses_packed_order,
 )
 from bsjax.masks.visibility import Visibility
-from tests.support.schedules import check_invariants, row_matrix, walk
+from tests.support.schedules import check_invariants, check_launch_list, row_matrix, walk
 from tests.support.templates import categories, spans, templates, visibilities, visible_matrix
 
 group_sets = st.integers(0, 31).map(KeyGroup)
@@ -130,6 +130,7 @@ def test_split_tiles_cover_what_whole_ones_do(
     with mock.patch("bsjax.masks.schedule.LONGEST_TILE", 3):
         split = build(most_parts=most_parts)
     assert blocks_of(split) == blocks_of(whole)
+    check_launch_list(split)
     tiles, parts = split.tiles, split.parts
     of_parts = tiles.part[1][tiles.rows[1] > 0]
     used = np.sort(of_parts[of_parts >= 0])

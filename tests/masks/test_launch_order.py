@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bsjax.masks.launch_order import launch_entries
+from bsjax.masks.launch_order import LaunchItem, launch_entries, launch_list
 
 tables_of_blocks = st.lists(
     st.lists(st.integers(0, 10_000), max_size=30).map(
@@ -35,11 +35,22 @@ def test_with_room_for_all_no_tile_starts_before_a_longer_one(tables):
 
 
 def test_the_drawing_of_the_module():
-    tables = [np.array(each) for each in ([90, 89, 88], [9, 9, 8], [40, 40, 9])]
-    entries = [each.tolist() for each in launch_entries(tables, room=8)]
-    assert entries == [[0, 1, 2], [5, 6, 7], [3, 4, 5]]
+    tables = [np.array(each) for each in ([90, 89, 88], [9, 9, 8])]
+    entries = launch_entries(tables, room=6)
+    assert [each.tolist() for each in entries] == [[0, 1, 2], [3, 4, 5]]
+    columns = launch_list(tables, entries, np.array([40, 40, 9]), heads=2, room=17)
+    items = LaunchItem(*columns.T.tolist())
+    assert items.tile == [0, 0, 1, 1, 2, 2, 0, 1, 2, 3, 3, 4, 4, 5, 5, 0, 0]
+    assert items.head == [0, 1, 0, 1, 0, 1, -1, -1, -1, 0, 1, 0, 1, 0, 1, 0, 0]
+    assert items.heads == [1, 1, 1, 1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0]
 
 
 def test_without_room_tables_begin_with_their_longest_tile():
     entries = launch_entries([np.array([500, 400]), np.array([3, 1])], room=2)
     assert [each.tolist() for each in entries] == [[0, 1], [0, 1]]
+
+
+def test_long_tiles_have_entries_of_their_own_before_short_ones_do():
+    tables = [np.array(each) for each in ([500, 400], [50, 49], [30, 20])]
+    entries = launch_entries(tables, room=5)
+    assert [each.tolist() for each in entries] == [[0, 1], [2, 3], [2, 3]]

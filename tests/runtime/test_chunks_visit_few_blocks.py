@@ -10,6 +10,7 @@ from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.runtime.chunks import CacheLayout, Chunks, PlacedPrompt
 from bsjax.runtime.sizes import cache_rows, most_parts
 from tests.support.chunks import inputs_of_template
+from tools.speed.launches import launch_of
 
 BLOCKS = (128, 64)
 Q_HEADS, KV_HEADS = 28, 4
@@ -80,9 +81,9 @@ def test_launches_begin_with_the_longest_tiles_of_all_tables(backend):
     )
     longest_part = 0
     for chunk in chunks:
-        tiles = chunk.arguments.cached_rows[0].schedule.tiles
-        # As a launch starts them: the first entry of each table, then the second of each.
-        started = tiles.blocks.T[tiles.rows.T > 0]
+        schedule = chunk.arguments.cached_rows[0].schedule
+        tiles, launch = schedule.tiles, launch_of(schedule, heads, KV_HEADS)
+        started = (launch.full + launch.partial)[~launch.empty]
         assert (started <= 1.05 * np.minimum.accumulate(started)).all()
         longest_part = max(longest_part, int(tiles.blocks[tiles.part >= 0].max(initial=0)))
     # Whole tiles of text rows would visit up to 315 blocks.

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Tile
 from bsjax.masks.visibility import PADDING_POSITION, TokenInfo, visible
 
@@ -65,6 +66,32 @@ def check_invariants(schedule, tables, block_q, packed=True):
         assert covered.max(initial=0) <= 1, "no pair is covered twice"
         assert (covered[seen & (expected > 0)[:, None]] == 1).all(), "every visible pair is covered"
         assert work == sorted(work, reverse=True), "longest tiles first"
+    check_launch_list(schedule)
+
+
+def check_launch_list(schedule):
+    """A launch starts every tile once for each head that it is for, and the longest first."""
+    if not schedule.stacked_heads:
+        assert schedule.launch_columns is None
+        return
+    items = list(map(LaunchItem._make, schedule.launch_columns.tolist()))
+    launched = [item for item in items if item.heads]
+    assert items == launched + [(0, 0, 0)] * (len(items) - len(launched))
+    group, rows = range(schedule.stacked_heads), schedule.tiles.rows
+    of_text, *of_heads = (
+        sorted(item.tile for item in launched if item.head == head) for head in (-1, *group)
+    )
+    assert of_text == np.flatnonzero(rows[-1]).tolist()
+    # Each head has one of the tables for image rows.
+    of_images = np.flatnonzero((rows[:-1] > 0).any(axis=0)).tolist()
+    assert of_heads == [of_images for _ in group]
+    blocks = schedule.tiles.blocks
+    lengths = []
+    for item in launched:
+        assert item.heads == (1 if item.head >= 0 else len(group))
+        own = blocks[:-1] if item.head >= 0 else blocks[-1:]
+        lengths.append(int(own[:, item.tile].max()))
+    assert lengths == sorted(lengths, reverse=True), "longest first"
 
 
 def schedule_borders(schedule):

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from benchmarks.workloads import SHAPES, Workload
 from bsjax import HeadCategory
+from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.query_rows import QueryRows
 from bsjax.masks.rows import Rows, Span
-from bsjax.masks.schedule import build_schedule, build_span_schedule, category_tables
+from bsjax.masks.schedule import Tile, build_schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Image, Template, Text
 from bsjax.pallas.configurations import ConfigurationTable, compiling_for
 from tools import compiled_kernels
@@ -157,15 +158,22 @@ def test_a_launch_is_the_grid_of_the_kernel():
         most_parts=8,
     )
     launch = launch_of(schedule, heads, kv_heads=2)
-    tables = [*heads, -1, -1]
-    entries = schedule.tile_columns.shape[1]
-    assert launch.empty.size == entries * len(tables)
-    for entry in (0, 1, 5, entries - 1):
-        for head, table in enumerate(tables):
-            place = entry * len(tables) + head
-            assert launch.full[place] == schedule.tiles.full_blocks[table, entry]
-            assert launch.partial[place] == schedule.tiles.partial_blocks[table, entry]
-            assert launch.empty[place] == (schedule.tiles.rows[table, entry] == 0)
+    items = list(map(LaunchItem._make, schedule.launch_columns.tolist()))
+    assert launch.empty.size == 2 * len(items)
+    assert any(item.head < 0 for item in items) and any(item.head > 0 for item in items)
+    for place in range(launch.empty.size):
+        item, kv_head = items[place // 2], place % 2
+        table = -1 if item.head < 0 else heads[2 * kv_head + item.head]
+        tile = Tile(*schedule.tile_columns[table, item.tile].tolist())
+        assert launch.empty[place] == (tile.rows * item.heads == 0)
+        if item.heads:
+            assert launch.full[place] == tile.full_blocks
+            assert launch.partial[place] == tile.partial_blocks
+        else:
+            assert launch.full[place] == launch.partial[place] == 0
+    # Every block of each query head and, stacked, of each key head.
+    blocks = schedule.tiles.blocks.sum(axis=1)
+    assert launch.blocks == sum(blocks[table] for table in [*heads, -1, -1])
     costs = costs_of(kernel("pallas", "h200", 128, sparse=True), "h200", 2)
     cycles = launch.cycles(costs)
     assert (cycles[launch.empty] == EMPTY_CYCLES).all()

@@ -226,7 +226,7 @@ def test_chunks_turns_and_batches_read_one_layer_of_a_cache(visibility):
             query_rows=queries.tokens + 5,
             key_rows=KEY_ROWS,
             stacked_heads=stacked_heads,
-            capacity=Capacity(4, 16),
+            capacity=Capacity(4, 16, 8),
             most_parts=12,
         )
         if placed is TWO_CONVERSATIONS:
