@@ -37,8 +37,8 @@ from benchmarks.measure import RESULTS, markdown_table, write_result
 from benchmarks.random_models import SIZES, loaded_model, model_config
 from benchmarks.ttft import photographs
 from bsjax import LoadedModel
+from bsjax.gpu.configurations import compiling_for
 from bsjax.models import FAMILIES
-from bsjax.pallas.configurations import compiling_for
 from bsjax.prompts.image_reader import ImageReader
 from bsjax.prompts.prompt import PromptOptions
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt

@@ -16,9 +16,9 @@ import numpy as np
 
 from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
+from bsjax.gpu.configurations import compiling_for
 from bsjax.models import FAMILIES, Architecture
 from bsjax.models.collectives import Shares
-from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.chunks import CacheLayout, Chunks, PlacedPrompt
 from bsjax.runtime.inputs import ModelInputs, prepare_inputs
 from bsjax.runtime.sizes import cache_rows, sizes_in_use

@@ -25,12 +25,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from bsjax.gpu.configurations import TARGETS, WIDTHS, KernelConfiguration
 from bsjax.masks.categories import ALL_KEY_GROUPS, HeadCategory
 from bsjax.masks.query_rows import visible_pairs
 from bsjax.masks.schedule import build_schedule
 from bsjax.masks.template import Image, Template, Text
 from bsjax.masks.visibility import CAUSAL, Visibility
-from bsjax.pallas.configurations import TARGETS, WIDTHS, KernelConfiguration
 from tools.compiled_kernels import prefill_kernel
 from tools.configuration_table import read_table, table_of, write_table
 from tools.gpu_targets import TARGETS as GPUS

@@ -6,16 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bsjax.gpu.configurations import KernelConfiguration, compiling_for, target_of
 from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
-from bsjax.pallas.configurations import (
-    KernelConfiguration,
-    compiling_for,
-    configuration,
-    default_blocks,
-    target_of,
-)
+from bsjax.pallas.configurations import configuration, default_blocks
 from bsjax.pallas.decode import decode_attention
 from bsjax.pallas.prefill import prefill_attention
 from bsjax.runtime.sizes import most_parts

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import bsjax
-from bsjax.pallas.configurations import TARGETS
+from bsjax.gpu.configurations import TARGETS
 
 
 def table_of(package: str) -> Path:

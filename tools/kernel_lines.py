@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.pallas.decode_configurations import decode_configuration
+from bsjax.gpu.configurations import KernelConfiguration
+from bsjax.gpu.decode_configurations import decode_configuration
 from tools.compiled_kernels import compile_decode, compile_prefill, default_prefill
 from tools.gpu_targets import TARGETS, GpuTarget, KernelReport
 from tools.sass import KINDS, attention_loops, mix

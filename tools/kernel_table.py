@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 
-from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.pallas.decode_configurations import decode_configuration
+from bsjax.gpu.configurations import KernelConfiguration
+from bsjax.gpu.decode_configurations import decode_configuration
 from tools import compiled_kernels, triton_kernels
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.kernel_lines import (

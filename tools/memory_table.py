@@ -24,10 +24,10 @@ from transformers import PretrainedConfig
 from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module, placed_module
+from bsjax.gpu.configurations import compiling_for
 from bsjax.models import FAMILIES, Architecture
 from bsjax.models.collectives import CONTEXT, TENSOR
 from bsjax.models.pixels import PixelScale
-from bsjax.pallas.configurations import compiling_for
 from bsjax.profiling import computations as profiling_computations
 from bsjax.profiling.groups import group_schedule
 from bsjax.profiling.prompt_inputs import (

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bsjax.gpu.configurations import KernelConfiguration, compiling_for
 from bsjax.masks.schedule import KeyRange
 from bsjax.masks.transposed import BLOCK, KeyTile, TransposedSchedule
 from bsjax.masks.visibility import CAUSAL, Visibility
-from bsjax.pallas.configurations import KernelConfiguration, compiling_for
 from bsjax.triton import configurations
 from bsjax.triton.backward import attention_gradients
 from bsjax.triton.decode import decode_attention

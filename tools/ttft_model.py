@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax import HeadCategory, Profile
 from bsjax.checkpoint.loading import abstract_module
+from bsjax.gpu.configurations import compiling_for
 from bsjax.masks.flops import FLOPS_PER_PAIR
 from bsjax.masks.schedule import Schedule
 from bsjax.models import FAMILIES, Architecture
-from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.chunks import CacheLayout, PlacedPrompt
 from bsjax.runtime.decoding import AnswerSettings
 from bsjax.runtime.inputs import prepare_inputs

@@ -32,8 +32,8 @@ from benchmarks.device_timing import jax_sampler, repeated, repeats_for
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload
+from bsjax.gpu.configurations import KernelConfiguration, table_width, target_in_use
 from bsjax.masks.schedule import build_schedule, category_tables
-from bsjax.pallas.configurations import KernelConfiguration, table_width, target_in_use
 from bsjax.pallas.prefill import prefill_attention
 from tools.configuration_table import TABLE, write_table
 

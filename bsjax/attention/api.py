@@ -23,10 +23,10 @@ from bsjax.attention.reference import reference_attention
 from bsjax.attention.xla import Residuals, attention_gradients, xla_attention
 from bsjax.checks import as_number, check_not_forked, shown, truth_value
 from bsjax.errors import BackendError, MaskError
+from bsjax.gpu.configurations import compiles_for_gpus
 from bsjax.manual_axes import varying_axes, varying_over
 from bsjax.masks.block_mask import BlockMask
 from bsjax.masks.schedule import Schedule
-from bsjax.pallas.configurations import compiles_for_gpus
 
 
 @overload

@@ -8,7 +8,7 @@ import jax
 
 from bsjax.checks import shown
 from bsjax.errors import BackendError
-from bsjax.pallas import configurations
+from bsjax.gpu.configurations import target_in_use
 
 BACKENDS = ("auto", "pallas", "triton", "xla", "reference")
 
@@ -37,7 +37,7 @@ def automatic_backend() -> ChosenBackend:
     if jax.default_backend() != "gpu":
         return ChosenBackend("xla", "JAX has found no GPU")
     try:
-        configurations.target_in_use()
+        target_in_use()
     except BackendError:
         return ChosenBackend("xla", "the GPU is not an NVIDIA GPU of Ampere or later")
     if _has_pallas():
@@ -117,7 +117,9 @@ def block_sizes(
     """
     match resolve_backend(backend):
         case "pallas":
-            return configurations.default_blocks(head_dim, dtype, sparse=sparse)
+            from bsjax.pallas.configurations import default_blocks
+
+            return default_blocks(head_dim, dtype, sparse=sparse)
         case "triton":
             from bsjax.triton.configurations import default_blocks
 

@@ -38,14 +38,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from bsjax.pallas.decode_configurations import (
+from bsjax.gpu.decode_configurations import (
     COMBINED_ELEMENTS,
     DecodeConfiguration,
     decode_configuration,
     default_splits,
 )
+from bsjax.gpu.pieces import SHORTEST_SIDE
 from bsjax.pallas.exponential import LOG2_E
-from bsjax.pallas.pieces import SHORTEST_SIDE
 
 
 def decode_attention(

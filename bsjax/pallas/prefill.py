@@ -47,15 +47,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from bsjax.gpu.configurations import KernelConfiguration
+from bsjax.gpu.keys import block_keys
+from bsjax.gpu.parts import combined_parts
+from bsjax.gpu.pieces import Piece, pieces_of, width_of
 from bsjax.manual_axes import result_shape
 from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Schedule, Tile
-from bsjax.masks.visibility import KeyVisibility, TokenInfo, Visibility, key_visibility, sees
+from bsjax.masks.visibility import KeyVisibility, Visibility, sees
 from bsjax.pallas import configurations
-from bsjax.pallas.configurations import KernelConfiguration
 from bsjax.pallas.exponential import LOG2_E, scaled_exp2
-from bsjax.pallas.parts import combined_parts
-from bsjax.pallas.pieces import Piece, pieces_of, width_of
 
 
 def prefill_attention(
@@ -125,16 +126,10 @@ def prefill_attention(
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )
 
-    groups = jnp.asarray(schedule.groups)[:, None]
-    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
-    keys = key_visibility(info, groups, schedule.visibility)
-    # Blocks of keys are read whole. Padding is needed only if all keys are fewer than one block.
-    missing = max(0, configuration.block_kv - key_rows)
-    if missing:
-        k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
-        keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
+    keys = block_keys(k, v, schedule, configuration.block_kv)
+    visibility = keys.visibility
 
-    keys_of_head = (layers, key_rows + missing, None, width)
+    keys_of_head = (layers, keys.rows, None, width)
     launch = []
     kernel = functools.partial(_attend_tile, settings)
     if schedule.stacked_heads:
@@ -180,14 +175,14 @@ def prefill_attention(
     )(
         *launch,
         q,
-        k,
-        v,
+        keys.k,
+        keys.v,
         jnp.asarray(schedule.queries.position),
         jnp.asarray(schedule.queries.image),
-        keys.position[0],
-        keys.image[0],
-        keys.own_from,
-        keys.other_from,
+        visibility.position[0],
+        visibility.image[0],
+        visibility.own_from,
+        visibility.other_from,
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.asarray(head_category),
         jnp.asarray(schedule.tile_columns),

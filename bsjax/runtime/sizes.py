@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bsjax.attention import GPU_KERNELS
+from bsjax.gpu.configurations import compiles_for_gpus
 from bsjax.masks.schedule import bucket
-from bsjax.pallas.configurations import compiles_for_gpus
 
 
 class Sizes(NamedTuple):

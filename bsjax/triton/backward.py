@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bsjax.gpu.configurations import KernelConfiguration
+from bsjax.gpu.keys import block_keys
 from bsjax.masks.schedule import Schedule
-from bsjax.masks.visibility import KeyVisibility, TokenInfo, key_visibility
-from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.masks.visibility import KeyVisibility
 from bsjax.triton.backward_kernels import key_gradients, query_gradients
 from bsjax.triton.gradient_configurations import gradient_configuration
 from bsjax.triton.heads import head_blocks
@@ -73,22 +74,18 @@ def attention_gradients(
     lse = jnp.where(saw, lse * math.log2(math.e), jnp.inf).T
     out_gradient = out_gradient.astype(q.dtype)
 
-    groups = jnp.asarray(schedule.groups)[:, None]
-    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
-    keys = key_visibility(info, groups, schedule.visibility)
+    keys = block_keys(k, v, schedule, of_queries.block_kv)
+    # Position and image are repeated for every table, so that one address serves all four arrays in
+    # the loop over query heads.
+    visibility = KeyVisibility(*jnp.broadcast_arrays(*keys.visibility))
     position, image = jnp.asarray(schedule.queries.position), jnp.asarray(schedule.queries.image)
-    # Blocks are read whole. Padding is needed only if all rows are fewer than one block.
-    missing = max(0, of_queries.block_kv - key_rows)
-    padded_k, padded_v = (_padded(array, missing, 1) for array in (k, v))
-    # Of every table, although position and image are the same in all: a loop over query heads then
-    # keeps one address less per thread.
-    keys = KeyVisibility(*(_padded(field, missing, 1) for field in jnp.broadcast_arrays(*keys)))
+    # Blocks are read whole: rows that are fewer than one block are padded.
     missing_rows = max(0, of_keys.block_q - rows)
     padded_q, out_gradient, position, image = (
         _padded(array, missing_rows, 0) for array in (q, out_gradient, position, image)
     )
     lse, offset = (_padded(array, missing_rows, 1) for array in (lse, offset))
-    padded_rows, padded_keys = rows + missing_rows, key_rows + missing
+    padded_rows = rows + missing_rows
 
     def run(
         kernel: Any,
@@ -105,22 +102,22 @@ def attention_gradients(
             kernel,
             [
                 padded_q,
-                padded_k,
-                padded_v,
+                keys.k,
+                keys.v,
                 out_gradient,
                 lse,
                 offset,
                 position,
                 image,
-                keys.position,
-                keys.image,
-                keys.own_from,
-                keys.other_from,
+                visibility.position,
+                visibility.image,
+                visibility.own_from,
+                visibility.other_from,
                 jnp.asarray(layer, jnp.int32).reshape(1),
                 jnp.asarray(head_category, jnp.int32),
                 *columns,
                 padded_rows,
-                padded_keys,
+                keys.rows,
                 *sizes,
             ],
             outputs,
@@ -159,7 +156,7 @@ def attention_gradients(
             "TABLES": tables,
             "PROGRAMS_PER_TILE": programs,
             "STEPS_PER_BLOCK": schedule.block_kv // of_queries.block_kv,
-            "WIDE": padded_keys * kv_heads * head_dim >= 2**31,
+            "WIDE": keys.rows * kv_heads * head_dim >= 2**31,
         },
     )
     entries = transposed.tile_columns.shape[1]
@@ -176,7 +173,7 @@ def attention_gradients(
             "PROGRAMS_PER_TILE": programs,
             "STEPS_PER_BLOCK": transposed.block_q // of_keys.block_q,
             "WIDE": padded_rows * q_heads * head_dim >= 2**31,
-            "KV_WIDE": padded_keys * kv_heads * head_dim >= 2**31,
+            "KV_WIDE": keys.rows * kv_heads * head_dim >= 2**31,
         },
     )
     # Each entry's rows in k; out of bounds, hence dropped, where it has none.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bsjax.pallas.decode_configurations import (
+from bsjax.gpu.decode_configurations import (
     COMBINED_ELEMENTS,
     decode_configuration,
     default_splits,

@@ -9,7 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bsjax.pallas.configurations import (
+from bsjax.gpu.configurations import (
     KernelConfiguration,
     check_supported,
     table_width,

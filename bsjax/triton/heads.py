@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from bsjax.pallas.pieces import SHORTEST_SIDE
+from bsjax.gpu.pieces import SHORTEST_SIDE
 
 
 class HeadBlocks(NamedTuple):

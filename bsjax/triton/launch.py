@@ -16,7 +16,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from bsjax.errors import BackendError
-from bsjax.pallas.configurations import compiles_for_gpus, named_target
+from bsjax.gpu.configurations import compiles_for_gpus, named_target
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bsjax.gpu.configurations import KernelConfiguration
+from bsjax.gpu.keys import block_keys
+from bsjax.gpu.parts import combined_parts
 from bsjax.masks.schedule import Schedule
-from bsjax.masks.visibility import KeyVisibility, TokenInfo, key_visibility
-from bsjax.pallas.configurations import KernelConfiguration
-from bsjax.pallas.parts import combined_parts
 from bsjax.triton import configurations
 from bsjax.triton.heads import head_blocks
 from bsjax.triton.launch import Launch, call
@@ -62,14 +62,8 @@ def prefill_attention(
     blocks = head_blocks(head_dim)
     programs_per_tile = schedule.block_q // configuration.block_q
 
-    groups = jnp.asarray(schedule.groups)[:, None]
-    info = TokenInfo(*(jnp.asarray(field)[None, :] for field in schedule.keys))
-    keys = key_visibility(info, groups, schedule.visibility)
-    # Blocks of keys are read whole. Padding is needed only if all keys are fewer than one block.
-    missing = max(0, configuration.block_kv - key_rows)
-    if missing:
-        k, v = (jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) for array in (k, v))
-        keys = KeyVisibility(*(jnp.pad(field, ((0, 0), (0, missing))) for field in keys))
+    keys = block_keys(k, v, schedule, configuration.block_kv)
+    visibility = keys.visibility
 
     tables, tiles = schedule.tile_columns.shape[:2]
     heads, entries = schedule.grid(q_heads, kv_heads)
@@ -90,20 +84,20 @@ def prefill_attention(
         attend_tile,
         [
             q,
-            k,
-            v,
+            keys.k,
+            keys.v,
             jnp.asarray(schedule.queries.position),
             jnp.asarray(schedule.queries.image),
-            keys.position[0],
-            keys.image[0],
-            keys.own_from,
-            keys.other_from,
+            visibility.position[0],
+            visibility.image[0],
+            visibility.own_from,
+            visibility.other_from,
             jnp.asarray(layer, jnp.int32).reshape(1),
             jnp.asarray(head_category, jnp.int32),
             launch,
             jnp.asarray(schedule.tile_columns),
             jnp.asarray(schedule.range_columns),
-            key_rows + missing,
+            keys.rows,
             tiles,
             schedule.range_columns.shape[1],
         ],
@@ -124,7 +118,7 @@ def prefill_attention(
             "WINDOW": schedule.visibility.window or 0,
             "TO_LOG2": scale * math.log2(math.e),
             "PRECISION": precision_of(q.dtype),
-            "WIDE": (key_rows + missing) * kv_heads * head_dim >= 2**31,
+            "WIDE": keys.rows * kv_heads * head_dim >= 2**31,
         },
         Launch(
             "prefill_attention",

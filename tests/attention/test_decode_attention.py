@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from bsjax import BackendError, MaskError
 from bsjax.attention import decode_attention
+from bsjax.gpu.decode_configurations import decode_configuration, default_splits
 from bsjax.models.layers import one_row_product
 from bsjax.pallas.decode import decode_attention as pallas_decode_attention
-from bsjax.pallas.decode_configurations import decode_configuration, default_splits
 from tests.support.decode_cases import (
     EDGES,
     LAYERS,

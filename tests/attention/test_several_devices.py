@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import bsjax
 from bsjax import BackendError, BlockMask, MaskError, Template
+from bsjax.gpu.configurations import compiling_for
 from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import Tile, build_schedule, category_tables, share_of_tiles
-from bsjax.pallas.configurations import compiling_for
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.templates import templates

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from benchmarks.published_models import PUBLISHED_MODELS
+from bsjax.gpu.decode_configurations import decode_configuration
 from bsjax.models import FAMILIES
 from bsjax.models.cache import Cache
-from bsjax.pallas.decode_configurations import decode_configuration
 from bsjax.runtime import decoding
 from bsjax.runtime.sizes import cache_rows
 from tests.support.checked_programs import ProgramCheck

@@ -7,17 +7,16 @@ import jax
 import pytest
 
 from bsjax.errors import BackendError
-from bsjax.masks.visibility import Visibility
-from bsjax.pallas.configurations import (
+from bsjax.gpu.configurations import (
     TARGETS,
     WIDTHS,
     KernelConfiguration,
     compiling_for,
-    configuration,
-    default_blocks,
     target_in_use,
     target_of,
 )
+from bsjax.masks.visibility import Visibility
+from bsjax.pallas.configurations import configuration, default_blocks
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.paths import ROOT

@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.published_models import PUBLISHED_MODELS
 from bsjax.checkpoint.loading import abstract_module
+from bsjax.gpu.configurations import compiling_for
 from bsjax.models import FAMILIES, Architecture
-from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime.images import ImageEncoder, ImageGroup, image_groups
 from bsjax.runtime.programs import Memory, Programs, Stage
 from bsjax.runtime.sizes import cache_rows, sizes_in_use

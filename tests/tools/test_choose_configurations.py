@@ -2,7 +2,7 @@
 
 import pytest
 
-from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.gpu.configurations import KernelConfiguration
 from tools.choose_configurations import CLEAR_GAIN, best, cycles_per_pair, reference_work
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.speed.kernels import kernel

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from benchmarks.workloads import SHAPES, Workload
 from bsjax import HeadCategory
+from bsjax.gpu.configurations import ConfigurationTable, compiling_for
 from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.query_rows import QueryRows
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Tile, build_schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Image, Template, Text
-from bsjax.pallas.configurations import ConfigurationTable, compiling_for
 from tools import compiled_kernels
 from tools.gpu_targets import TARGETS
 from tools.sass import loops_over_blocks

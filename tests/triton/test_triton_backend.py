@@ -11,7 +11,7 @@ import pytest
 import bsjax
 from bsjax import BackendError, BlockMask
 from bsjax.attention import backend_reason, backends, decode_attention, resolve_backend
-from bsjax.pallas.configurations import compiling_for
+from bsjax.gpu.configurations import compiling_for
 from bsjax.runtime.sizes import most_parts
 from tests.support.decode_cases import random_arrays as random_decode_arrays
 from tests.support.parity import torch
@@ -160,7 +160,7 @@ def test_a_jax_without_pallas_for_triton_imports_and_runs():
         sys.meta_path.insert(0, Hidden())
         import jax, jax.numpy as jnp, bsjax
         from bsjax.attention import resolve_backend
-        from bsjax.pallas.configurations import compiling_for
+        from bsjax.gpu.configurations import compiling_for
         template = bsjax.Template.from_segments([bsjax.Text(50), bsjax.Image(70)])
         mask = bsjax.BlockMask(template, ["sink"])
         q = jnp.ones((120, 1, 64))

@@ -9,9 +9,9 @@ import pytest
 
 import bsjax
 from bsjax import BlockMask, Image, Template, Text
+from bsjax.gpu.configurations import TARGETS as TARGET_NAMES
+from bsjax.gpu.configurations import WIDTHS, compiling_for
 from bsjax.masks.visibility import CAUSAL, Visibility
-from bsjax.pallas.configurations import TARGETS as TARGET_NAMES
-from bsjax.pallas.configurations import WIDTHS, compiling_for
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.triton_interpreter import require_triton_compiler

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.attention.xla import attention_gradients, xla_attention
+from bsjax.gpu.configurations import KernelConfiguration
 from bsjax.masks.rows import Rows
 from bsjax.masks.schedule import build_schedule, build_span_schedule, category_tables
 from bsjax.masks.transposed import with_transposed
 from bsjax.masks.visibility import CAUSAL, Visibility
-from bsjax.pallas.configurations import KernelConfiguration
 from tests.support.parity import torch
 from tests.support.prefill_cases import EVERY_CATEGORY, SHORT, mixed_schedule, random_arrays
 from tests.support.templates import categories, templates

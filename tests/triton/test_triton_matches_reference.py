@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Template, Text
+from bsjax.gpu.configurations import KernelConfiguration
 from bsjax.masks.categories import KeyGroup
 from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import (
@@ -33,7 +34,6 @@ from bsjax.masks.visibility import (
     visible,
 )
 from bsjax.masks.visibility import sees as numpy_sees
-from bsjax.pallas.configurations import KernelConfiguration
 from tests.support.decode_cases import EDGES, check_decode
 from tests.support.parity import torch
 from tests.support.prefill_cases import (

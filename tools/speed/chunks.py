@@ -6,9 +6,9 @@ import numpy as np
 
 from benchmarks.published_models import PUBLISHED_MODELS
 from benchmarks.workloads import HeadMask, Workload
+from bsjax.gpu.configurations import compiling_for
 from bsjax.masks.schedule import Schedule
 from bsjax.models import FAMILIES, Architecture
-from bsjax.pallas.configurations import compiling_for
 from bsjax.runtime import sizes
 from bsjax.runtime.chunks import CacheLayout, Chunks, PlacedPrompt
 from bsjax.runtime.inputs import ModelInputs

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bsjax.pallas.configurations import KernelConfiguration
+from bsjax.gpu.configurations import KernelConfiguration
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.sass import loops_over_blocks, opcodes
 from tools.speed.loops import Loop, alone, loop_of, shared

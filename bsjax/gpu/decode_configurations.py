@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from bsjax.pallas.configurations import check_supported
+from bsjax.gpu.configurations import check_supported
 
 # Two for each of 128 multiprocessors. Their shared memory and registers let all of them run at the
 # same time on the GPUs that we compile for, except with heads of more than 128 elements.
