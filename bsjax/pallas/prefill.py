@@ -301,8 +301,9 @@ def _tile_rows(
     tile = Tile.read(lambda column: tiles_ref[table, item.tile, column])
     index = earlier + indices
     count = tile.rows * item.heads - earlier
-    # Without heads there is nothing to do, but the division is defined.
-    heads = jnp.broadcast_to(jnp.maximum(item.heads, 1), index.shape)
+    # Not `item.heads`, which may be 0. With it, the kernel spilled in float32 on Hopper.
+    heads = jnp.where(item.head < 0, np.int32(settings.stacked_heads), np.int32(1))
+    heads = jnp.broadcast_to(heads, index.shape)
     return _TileRows(
         table,
         tile,
