@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import _import_hook
 
+from tests.support.pallas import needs_pallas
 from tests.support.paths import ROOT
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -93,10 +94,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch is None:
-        for item in items:
-            if item.get_closest_marker("parity"):
-                item.add_marker(pytest.mark.skip(reason=NO_TORCH))
+    for item in items:
+        if torch is None and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=NO_TORCH))
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "pallas":
+            item.add_marker(needs_pallas)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,8 +11,6 @@ from bsjax.masks.launch_order import LaunchItem
 from bsjax.masks.schedule import KeyRange, Parts, Schedule, Tile
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from bsjax.pallas.configurations import configuration, default_blocks
-from bsjax.pallas.decode import decode_attention
-from bsjax.pallas.prefill import prefill_attention
 from bsjax.runtime.sizes import most_parts
 from tools.gpu_targets import TARGETS, KernelReport, digest, kernel_reports
 
@@ -132,6 +130,9 @@ def prefill_kernel(
         )
 
         def attend(q, k, v, schedule, head_category, layer=None):
+            # Here, because a JAX may have no Pallas for Triton.
+            from bsjax.pallas.prefill import prefill_attention
+
             return prefill_attention(
                 q,
                 k,
@@ -203,6 +204,8 @@ def decode_kernel(
     """
 
     def attend(*arrays):
+        from bsjax.pallas.decode import decode_attention
+
         return decode_attention(*arrays, scale=head_dim**-0.5)
 
     def shape(*sizes, dtype=dtype):

@@ -18,6 +18,7 @@ from bsjax.masks.categories import HeadCategory
 from bsjax.masks.schedule import Tile, build_schedule, category_tables, share_of_tiles
 from tests.support.checked_programs import ProgramCheck
 from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.pallas import needs_pallas
 from tests.support.templates import templates
 from tools.compiled_kernels import target_name
 from tools.gpu_targets import compile_for, digest, target_mesh
@@ -99,6 +100,7 @@ def test_heads_in_shard_map(kind, backend, check_vma):
     check(attend, sharded, placed, random_arrays(), mask)
 
 
+@needs_pallas
 def test_the_interpreted_kernel_says_that_it_cannot_be_checked():
     mask = MASKS["causal"]
     attend = jax.shard_map(
@@ -284,6 +286,7 @@ def test_tiles_are_dealt_evenly(template, shares):
     assert np.all(of_share.max(axis=0) - of_share.min(axis=0) <= longest)
 
 
+@needs_pallas
 @pytest.mark.slow
 def test_it_compiles_for_several_gpus():
     """Each GPU runs the kernel for its own heads, and nothing travels."""

@@ -40,6 +40,7 @@ from bsjax.attention import ragged_attention
 from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from tests.support.gpu_compiler import require_gpu_compiler
+from tests.support.pallas import needs_pallas
 from tests.support.parity import torch
 from tests.support.paths import ROOT
 from tests.support.templates import visible_matrix
@@ -152,6 +153,7 @@ class TestTiming:
         looped = jax.jit(repeated(lambda x, y: x * y + 1, 5))
         np.testing.assert_array_equal(looped(value, value), value * value + 1)
 
+    @needs_pallas
     def test_a_gpu_runs_only_the_kernel_in_every_iteration(self):
         require_gpu_compiler()
         template = prompt_template(2048, 400)

@@ -8,6 +8,7 @@ import pytest
 import bsjax
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources as sources
+from tests.support.pallas import needs_pallas
 
 MOST_FILES = 7
 
@@ -20,6 +21,7 @@ class KernelReached(Exception):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "gemma3", "gemma3_text"])
+@needs_pallas
 def test_generate_reaches_the_kernel_in_seven_files(family, tmp_path, monkeypatch):
     source = sources.write_source(tmp_path / "hugging-face", family, tied=True, layers=4)
     convert_checkpoint(source, tmp_path / "converted", dtype="float32")

@@ -14,6 +14,7 @@ from bsjax.attention import backend_reason, backends, decode_attention, resolve_
 from bsjax.gpu.configurations import compiling_for
 from bsjax.runtime.sizes import most_parts
 from tests.support.decode_cases import random_arrays as random_decode_arrays
+from tests.support.pallas import needs_pallas
 from tests.support.parity import torch
 from tests.support.paths import ROOT
 from tests.support.prefill_cases import EVERY_CATEGORY, RAGGED, SHORT, random_arrays
@@ -113,6 +114,9 @@ def test_auto_takes_pallas_while_jax_has_it(monkeypatch, gpu, pallas, problem, c
         assert backend_reason("reference").startswith(f"asked for; auto is {chosen}")
 
 
+@needs_pallas
+@needs_pallas
+@needs_pallas
 def test_versions_that_do_not_fit_are_a_problem_and_leave_gradients_to_xla(monkeypatch):
     from bsjax.triton import launch
     from tools.triton_kernels import kernel_names
