@@ -403,7 +403,7 @@ class TestExitStatus:
 
 class TestTune:
     def test_the_grid_leaves_out_what_cannot_fit_into_registers(self):
-        options = tune.parse([])
+        options = tune.parse(["--interpret"])
         grid = tune.grid(options, 128)
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
@@ -414,7 +414,7 @@ class TestTune:
         options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]
         options += ["--blocks-q", "16", "--blocks-kv", "16", "24", "--warps", "4", "--stages", "1"]
         assert tune.main([*options, "--output", str(tmp_path)]) == 0
-        (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+        (result,) = json.loads((tmp_path / "tune_pallas.json").read_text())["results"]
         right, refused = result["entries"]
         assert right["problem"] is None and right["median_seconds"] > 0
         assert "power of two" in refused["problem"]
