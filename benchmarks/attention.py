@@ -7,7 +7,7 @@ A workload is a shape (a published model's heads) and a prompt (tokens, tokens p
 variant is first compared with float32. Then all variants and masks of a workload are timed on the
 same random inputs, interleaved in rounds, which also measure the rate of matrix products and the
 bandwidth of a copy. A variant that is not installed, fails or is wrong stays in the table with the
-reason.
+reason. On a GPU that the model of speed knows (docs/speed.md), its predictions are printed, too.
 
 Results are written after each workload. `--time-limit` ends the run before a deadline, for machines
 rented by the minute; the printed output and the JSON file list what was left out.
@@ -46,6 +46,8 @@ from benchmarks.variants import (
     wanted_rows,
 )
 from benchmarks.workloads import MASK_NAMES, SHAPES, AttentionShape, HeadMask, Workload
+from bsjax.attention import GPU_KERNELS, resolve_backend
+from tools.speed import comparison
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
@@ -60,8 +62,11 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-# The implementation whose dense run each implementation's sparse runs are compared with.
-_OWN_DENSE = {BSJAX: BSJAX, FLEX: FLEX, FLEX_PACKED: FLEX}
+
+# For 1,024 tokens, one mask and one kernel, on one CPU core: measured, roughly.
+_SECONDS_PER_PREDICTION = 0.03
+# With a time limit, predictions that take longer are left to machines without a GPU.
+_MOST_SECONDS_OF_PREDICTIONS = 20.0
 _MATRIX, _COPY = "matrix product", "copy"
 
 
@@ -92,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     deadline = started + options.time_limit
     workloads = chosen_workloads(options)
+    on_gpu = jax.default_backend() == "gpu"
     finished: list[dict[str, Any]] = []
     skipped: list[str] = []
     path = None
@@ -102,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             skipped.append(workload.name)
             continue
         before = time.monotonic()
-        finished.append(run_workload(workload, options, deadline))
+        for_predictions = seconds_for_predictions(workload, options) if on_gpu else 0.0
+        finished.append(run_workload(workload, options, deadline - (for_predictions or 0.0)))
         cost.note(workload, time.monotonic() - before)
         print(f"\n{render(finished[-1])}", flush=True)
         left = [other.name for other in workloads[len(finished) + len(skipped) :]]
@@ -117,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "not_run": skipped + left,
         }
         path = write_result(name, result, options.output)
+        if on_gpu:
+            print_predictions(finished[-1], path, later=for_predictions is None)
+    if path is not None and on_gpu and comparison.gpu_in_use() is not None:
+        print(f"\nThe model is wrong if\n{comparison.falsifiers()}")
     print(f"\n{time.monotonic() - started:.0f} s in total.")
     for workload_name in skipped:
         print(f"Not run, out of time: {workload_name}.")
@@ -131,9 +142,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(ours_is_broken(row) for result in finished for row in result["rows"]) else 0
 
 
+def seconds_for_predictions(workload: Workload, options: argparse.Namespace) -> float | None:
+    """About how long predictions take; None if that is too long while a GPU waits.
+
+    The model builds all schedules again.
+    """
+    masks = len({"DENSE", *options.categories}) * len(options.kernel)
+    seconds = _SECONDS_PER_PREDICTION * workload.tokens / 1024 * masks
+    is_short = seconds <= _MOST_SECONDS_OF_PREDICTIONS or options.time_limit == math.inf
+    return seconds if is_short else None
+
+
+def print_predictions(result: dict[str, Any], path: Path, *, later: bool) -> None:
+    """Prints what the model of speed says of the masks that were timed, or how to get it later."""
+    gpu = comparison.gpu_in_use()
+    if gpu is None or not later:
+        print(f"\n{comparison.beside(result, gpu)}", flush=True)
+    else:
+        print(f"\nMODEL, on any machine: python -m tools.speed_model --beside {path}", flush=True)
+
+
 def ours_is_broken(row: dict[str, Any]) -> bool:
     """Whether a row of bsjax failed or was wrong; failures of other libraries do not count."""
-    return row["variant"].startswith("bsjax") and (row["problem"] or "").startswith(
+    return row["variant"].startswith(BSJAX) and (row["problem"] or "").startswith(
         ("wrong", "failed")
     )
 
@@ -150,6 +181,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=MASK_NAMES,
         help="masks: one category for all heads, or a mix",
+    )
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=GPU_KERNELS,
+        help="bsjax's kernels (the one that backend='auto' takes; xla without a GPU)",
     )
     parser.add_argument("--rounds", type=int, help="samples of each variant (7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one workload, few masks")
@@ -170,6 +207,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.tokens = options.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
     options.shapes = options.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES)
     options.categories = options.categories or (QUICK_MASKS if options.quick else MASK_NAMES)
+    options.kernel = options.kernel or [resolve_backend("auto")]
     options.rounds = options.rounds or (3 if options.quick else 7)
     if options.quick:
         options.tokens, options.shapes = options.tokens[:1], options.shapes[:1]
@@ -223,7 +261,8 @@ def run_workload(
     positions = sampled_positions(workload.template, ROWS_CHECKED)
     rows: list[Row] = []
     samplers = {}
-    for index, variant in enumerate(variants(workload, masks, torch=not options.no_torch)):
+    chosen = variants(workload, masks, backends=options.kernel, torch=not options.no_torch)
+    for index, variant in enumerate(chosen):
         row, sampler = _prepare(workload, variant, arrays, positions, deadline)
         if sampler is not None:
             samplers[index] = sampler
@@ -261,11 +300,21 @@ def run_workload(
         },
         "rows": [
             _row_record(
-                workload, row, baseline, by_name.get((_OWN_DENSE.get(row.variant.name, ""), True))
+                workload,
+                row,
+                baseline,
+                by_name.get((_dense_of(row.variant.name), True)),
             )
             for row in rows
         ],
     }
+
+
+def _dense_of(name: str) -> str | None:
+    """The variant whose dense run a variant's sparse runs are compared with, or None."""
+    if name in (FLEX, FLEX_PACKED):
+        return FLEX
+    return name if name.startswith(BSJAX) else None
 
 
 def _prepare(
