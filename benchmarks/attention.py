@@ -34,6 +34,7 @@ from benchmarks.attention_arrays import Arrays, random_arrays
 from benchmarks.dense_rows import greatest_error, sampled_positions, tolerance
 from benchmarks.device_timing import copy_call, jax_sampler, matrix_rate_call
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
+from benchmarks.predictions import print_falsifiers, print_predictions, seconds_for_predictions
 from benchmarks.variants import (
     BSJAX,
     CUDNN,
@@ -47,7 +48,6 @@ from benchmarks.variants import (
 )
 from benchmarks.workloads import MASK_NAMES, SHAPES, AttentionShape, HeadMask, Workload
 from bsjax.attention import GPU_KERNELS, resolve_backend
-from tools.speed import comparison
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
@@ -62,11 +62,6 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-
-# For 1,024 tokens, one mask and one kernel, on one CPU core: measured, roughly.
-_SECONDS_PER_PREDICTION = 0.03
-# With a time limit, predictions that take longer are left to machines without a GPU.
-_MOST_SECONDS_OF_PREDICTIONS = 20.0
 _MATRIX, _COPY = "matrix product", "copy"
 
 
@@ -126,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = write_result(name, result, options.output)
         if on_gpu:
             print_predictions(finished[-1], path, later=for_predictions is None)
-    if path is not None and on_gpu and comparison.gpu_in_use() is not None:
-        print(f"\nThe model is wrong if\n{comparison.falsifiers()}")
+    if on_gpu and path is not None:
+        print_falsifiers()
     print(f"\n{time.monotonic() - started:.0f} s in total.")
     for workload_name in skipped:
         print(f"Not run, out of time: {workload_name}.")
@@ -140,26 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"written to {plot(finished, path.with_suffix('.png'))}")
     return 1 if any(ours_is_broken(row) for result in finished for row in result["rows"]) else 0
-
-
-def seconds_for_predictions(workload: Workload, options: argparse.Namespace) -> float | None:
-    """About how long predictions take; None if that is too long while a GPU waits.
-
-    The model builds all schedules again.
-    """
-    masks = len({"DENSE", *options.categories}) * len(options.kernel)
-    seconds = _SECONDS_PER_PREDICTION * workload.tokens / 1024 * masks
-    is_short = seconds <= _MOST_SECONDS_OF_PREDICTIONS or options.time_limit == math.inf
-    return seconds if is_short else None
-
-
-def print_predictions(result: dict[str, Any], path: Path, *, later: bool) -> None:
-    """Prints what the model of speed says of the masks that were timed, or how to get it later."""
-    gpu = comparison.gpu_in_use()
-    if gpu is None or not later:
-        print(f"\n{comparison.beside(result, gpu)}", flush=True)
-    else:
-        print(f"\nMODEL, on any machine: python -m tools.speed_model --beside {path}", flush=True)
 
 
 def ours_is_broken(row: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention
+from benchmarks import attention, predictions
 from benchmarks.kernels import problem_of
 from benchmarks.variants import NotAvailable, variants
 from benchmarks.workloads import SHAPES, Workload
@@ -187,13 +187,13 @@ class TestBenchmarks:
         monkeypatch.setattr(comparison, "gpu_in_use", lambda: "h200")
         monkeypatch.setattr(comparison, "beside", lambda result, gpu: f"{result} on {gpu}")
         path = tmp_path / "results.json"
-        attention.print_predictions("first", path, later=False)
+        predictions.print_predictions("first", path, later=False)
         assert capsys.readouterr().out == "\nfirst on h200\n"
-        attention.print_predictions("first", path, later=True)
+        predictions.print_predictions("first", path, later=True)
         printed = capsys.readouterr().out
         assert "first" not in printed and f"tools.speed_model --beside {path}" in printed
         monkeypatch.setattr(comparison, "gpu_in_use", lambda: None)
-        attention.print_predictions("first", path, later=True)
+        predictions.print_predictions("first", path, later=True)
         assert capsys.readouterr().out == "\nfirst on None\n"
 
     def test_the_predictions_of_gpu_check_are_always_printed(self, monkeypatch):
@@ -201,7 +201,39 @@ class TestBenchmarks:
         for options in runs:
             tokens = 36 * 1024 if options.quick else options.tokens[0]
             workload = Workload(SHAPES["qwen2.5-vl-7b"], tokens, 400)
-            seconds = attention.seconds_for_predictions(workload, options)
+            seconds = predictions.seconds_for_predictions(workload, options)
             assert seconds is not None and 0 < seconds < 15
             longer = replace(workload, tokens=40 * tokens)
-            assert attention.seconds_for_predictions(longer, options) is None
+            assert predictions.seconds_for_predictions(longer, options) is None
+
+    def test_a_benchmark_on_a_gpu_ends_with_the_model(self, monkeypatch, capsys, tmp_path):
+        def run_workload(workload, options, deadline):
+            masks = workload.masks(options.categories)
+            return {
+                "shape": {"name": workload.shape.name},
+                "tokens": workload.tokens,
+                "image_tokens": workload.image_tokens,
+                "masks": {
+                    mask.name: {"categories": [each.name for each in mask.categories]}
+                    for mask in masks
+                },
+                "rows": [
+                    {"variant": f"bsjax, {kernel}", "mask": mask.name, "median_seconds": 1e-3}
+                    | {"problem": None}
+                    for kernel in options.kernel
+                    for mask in masks
+                ],
+            }
+
+        monkeypatch.setattr(attention, "run_workload", run_workload)
+        monkeypatch.setattr(attention, "render", lambda result: "the table")
+        monkeypatch.setattr(comparison, "gpu_in_use", lambda: "h100")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        options = ["--shapes", "qwen2.5-vl-7b", "--tokens", "2K", "--images", "400", "--kernel"]
+        options += [*BOTH, "--categories", "DENSE", "SINK", "--output", str(tmp_path)]
+        assert attention.main(options) == 0
+        printed = capsys.readouterr().out
+        order = ["the table", "MODEL beside measurement", "Triton / Pallas, DENSE: measured 1.00"]
+        places = [printed.index(each) for each in [*order, comparison.falsifiers()]]
+        assert places == sorted(places)
+        assert printed.count("| pallas |") == printed.count("| triton |") == 2
