@@ -13,7 +13,7 @@
 #
 # make gpu-check   checks and times the GPU kernels on this machine's GPU, beside what the model in
 #                  docs/speed.md predicts. Installs nothing: PYTHON is any interpreter with a CUDA JAX
-#                  and NumPy.
+#                  and NumPy, and with jax-triton for the Triton kernels and gradients.
 
 PYTHON ?= python3
 VENV := .venv

@@ -7,7 +7,7 @@ A workload is a shape (a published model's heads) and a prompt (tokens, tokens p
 variant is first compared with float32. Then all variants and masks of a workload are timed on the
 same random inputs, interleaved in rounds, which also measure the rate of matrix products and the
 bandwidth of a copy. A variant that is not installed, fails or is wrong stays in the table with the
-reason.
+reason. On a GPU that the model of speed knows (docs/speed.md), its predictions are printed, too.
 
 Results are written after each workload. `--time-limit` ends the run before a deadline, for machines
 rented by the minute; the printed output and the JSON file list what was left out.
@@ -34,6 +34,7 @@ from benchmarks.attention_arrays import Arrays, random_arrays
 from benchmarks.dense_rows import greatest_error, sampled_positions, tolerance
 from benchmarks.device_timing import copy_call, jax_sampler, matrix_rate_call
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
+from benchmarks.predictions import print_falsifiers, print_predictions, seconds_for_predictions
 from benchmarks.variants import (
     BSJAX,
     CUDNN,
@@ -46,6 +47,7 @@ from benchmarks.variants import (
     wanted_rows,
 )
 from benchmarks.workloads import MASK_NAMES, SHAPES, AttentionShape, HeadMask, Workload
+from bsjax.attention import GPU_KERNELS, resolve_backend
 
 GPU_TOKENS = tuple(1024 * thousands for thousands in (36, 75, 150, 300))
 CPU_TOKENS = (4096,)
@@ -60,8 +62,6 @@ CPU_SHAPES = ("small", "small-window")
 QUICK_MASKS = ("DENSE", "INTRA_IMAGE_SINK", "cut 41 %")
 
 ROWS_CHECKED = 64
-# The implementation whose dense run each implementation's sparse runs are compared with.
-_OWN_DENSE = {BSJAX: BSJAX, FLEX: FLEX, FLEX_PACKED: FLEX}
 _MATRIX, _COPY = "matrix product", "copy"
 
 
@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     deadline = started + options.time_limit
     workloads = chosen_workloads(options)
+    on_gpu = jax.default_backend() == "gpu"
     finished: list[dict[str, Any]] = []
     skipped: list[str] = []
     path = None
@@ -102,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             skipped.append(workload.name)
             continue
         before = time.monotonic()
-        finished.append(run_workload(workload, options, deadline))
+        for_predictions = seconds_for_predictions(workload, options) if on_gpu else 0.0
+        finished.append(run_workload(workload, options, deadline - (for_predictions or 0.0)))
         cost.note(workload, time.monotonic() - before)
         print(f"\n{render(finished[-1])}", flush=True)
         left = [other.name for other in workloads[len(finished) + len(skipped) :]]
@@ -117,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "not_run": skipped + left,
         }
         path = write_result(name, result, options.output)
+        if on_gpu:
+            print_predictions(finished[-1], path, later=for_predictions is None)
+    if on_gpu and path is not None:
+        print_falsifiers()
     print(f"\n{time.monotonic() - started:.0f} s in total.")
     for workload_name in skipped:
         print(f"Not run, out of time: {workload_name}.")
@@ -133,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def ours_is_broken(row: dict[str, Any]) -> bool:
     """Whether a row of bsjax failed or was wrong; failures of other libraries do not count."""
-    return row["variant"].startswith("bsjax") and (row["problem"] or "").startswith(
+    return row["variant"].startswith(BSJAX) and (row["problem"] or "").startswith(
         ("wrong", "failed")
     )
 
@@ -150,6 +156,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=MASK_NAMES,
         help="masks: one category for all heads, or a mix",
+    )
+    parser.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=GPU_KERNELS,
+        help="bsjax's kernels (the one that backend='auto' takes; xla without a GPU)",
     )
     parser.add_argument("--rounds", type=int, help="samples of each variant (7; 3 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one workload, few masks")
@@ -170,6 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.tokens = options.tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS)
     options.shapes = options.shapes or (GPU_SHAPES if on_gpu else CPU_SHAPES)
     options.categories = options.categories or (QUICK_MASKS if options.quick else MASK_NAMES)
+    options.kernel = options.kernel or [resolve_backend("auto")]
     options.rounds = options.rounds or (3 if options.quick else 7)
     if options.quick:
         options.tokens, options.shapes = options.tokens[:1], options.shapes[:1]
@@ -223,7 +236,8 @@ def run_workload(
     positions = sampled_positions(workload.template, ROWS_CHECKED)
     rows: list[Row] = []
     samplers = {}
-    for index, variant in enumerate(variants(workload, masks, torch=not options.no_torch)):
+    chosen = variants(workload, masks, backends=options.kernel, torch=not options.no_torch)
+    for index, variant in enumerate(chosen):
         row, sampler = _prepare(workload, variant, arrays, positions, deadline)
         if sampler is not None:
             samplers[index] = sampler
@@ -261,11 +275,21 @@ def run_workload(
         },
         "rows": [
             _row_record(
-                workload, row, baseline, by_name.get((_OWN_DENSE.get(row.variant.name, ""), True))
+                workload,
+                row,
+                baseline,
+                by_name.get((_dense_of(row.variant.name), True)),
             )
             for row in rows
         ],
     }
+
+
+def _dense_of(name: str) -> str | None:
+    """The variant whose dense run a variant's sparse runs are compared with, or None."""
+    if name in (FLEX, FLEX_PACKED):
+        return FLEX
+    return name if name.startswith(BSJAX) else None
 
 
 def _prepare(

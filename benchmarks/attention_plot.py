@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-_MARKERS = {"bsjax": "o", "FlexAttention": "s", "FlexAttention, packed order": "^"}
+_MARKERS = {
+    "bsjax, pallas": "o",
+    "bsjax, triton": "D",
+    "bsjax, xla": "o",
+    "FlexAttention": "s",
+    "FlexAttention, packed order": "^",
+}
 
 
 def plot(workloads: list[dict[str, Any]], path: Path) -> Path:

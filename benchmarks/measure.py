@@ -76,6 +76,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "device": device.device_kind,
+        "multiprocessors": getattr(device, "core_count", None),
         "driver": _driver() if device.platform == "gpu" else None,
         "platform_version": device.client.platform_version,
         "processor": _processor(),

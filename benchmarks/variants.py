@@ -7,7 +7,7 @@ expected output of a variant follows from its mask and from the order of its row
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,13 +18,19 @@ import numpy as np
 from benchmarks.attention_arrays import Arrays
 from benchmarks.dense_rows import dense_rows
 from benchmarks.device_timing import Sampler, jax_sampler, repeated, repeats_for
+from benchmarks.kernels import problem_of
 from benchmarks.workloads import HeadMask, Workload
-from bsjax.attention import block_sizes, ragged_attention, resolve_backend
+from bsjax.attention import GPU_KERNELS, block_sizes, ragged_attention
 from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.masks.visibility import TokenInfo, Visibility
 
 BSJAX, FLEX, FLEX_PACKED = "bsjax", "FlexAttention", "FlexAttention, packed order"
 CUDNN, JAX_XLA, TOKAMAX, SDPA = "cuDNN", "jax.nn, XLA", "tokamax", "torch SDPA"
+
+
+def bsjax_name(backend: str) -> str:
+    """How the variant is called that is bsjax with a backend."""
+    return f"{BSJAX}, {backend}"
 
 
 class NotAvailable(Exception):
@@ -91,13 +97,16 @@ def wanted_rows(
     return np.asarray(out)
 
 
-def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[Variant]:
+def variants(
+    workload: Workload, masks: list[HeadMask], *, backends: Sequence[str], torch: bool
+) -> list[Variant]:
     """All variants of a workload: dense implementations first, then those that take masks.
 
     Args:
       workload: shape and prompt.
       masks: masks for the sparse implementations. DENSE is added if it is missing, because the
         others are compared with it.
+      backends: those of bsjax.
       torch: whether to include PyTorch.
     """
     on_gpu = jax.default_backend() == "gpu"
@@ -108,7 +117,7 @@ def variants(workload: Workload, masks: list[HeadMask], *, torch: bool) -> list[
         None if on_gpu else _dense_jax(workload, dense, JAX_XLA, _jax_xla),
         _dense_jax(workload, dense, TOKAMAX, _tokamax) if on_gpu else None,
         _torch_sdpa(workload, dense) if torch else None,
-        *(_bsjax(workload, mask) for mask in masks),
+        *(_bsjax(workload, mask, backend) for backend in backends for mask in masks),
     ]
     if torch and on_gpu:
         for mask in masks:
@@ -160,10 +169,18 @@ def _prepared_jax(
     return _PreparedJax(_jitted(function, 1), _jitted(function, repeats), repeats, arguments)
 
 
-def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
+def _bsjax(workload: Workload, mask: HeadMask, backend: str) -> Variant:
     """bsjax's attention on packed rows, with the schedule as an argument of the jitted function."""
-    shape = workload.shape
-    backend = resolve_backend("auto")
+    shape, name = workload.shape, bsjax_name(backend)
+    problem = problem_of(backend) if backend in GPU_KERNELS else None
+    if problem is not None:
+
+        def cannot_run(_: Arrays) -> Prepared:
+            raise NotAvailable(problem)
+
+        return _variant(
+            workload, name, mask, np.arange(workload.tokens, dtype=np.int32), cannot_run
+        )
     blocks = block_sizes(backend, shape.head_dim, shape.dtype, sparse=not mask.is_dense)
     schedule = build_schedule(
         workload.template,
@@ -179,7 +196,7 @@ def _bsjax(workload: Workload, mask: HeadMask) -> Variant:
         attend = _bsjax_attention(shape.head_dim**-0.5, backend)
         return _prepared_jax(attend, (arrays.q, arrays.k, arrays.v, *on_device), flops)
 
-    return _variant(workload, BSJAX, mask, np.asarray(schedule.queries.position), prepare)
+    return _variant(workload, name, mask, np.asarray(schedule.queries.position), prepare)
 
 
 @functools.cache

@@ -2,17 +2,22 @@
 
     make gpu-check PYTHON=python3      # or: python3 -m tools.gpu_check
 
-Compares every case of `tools.gpu_cases` with float32, then runs a short benchmark and prints what
-the model of speed (docs/speed.md) had predicted, in under eight minutes. Needs only JAX for CUDA
-and NumPy; bsjax need not be installed. If PyTorch is installed, the benchmark includes it. The exit
-status is 0 only if every case passed. The JSON file has all measurements.
+Compares every case of `tools.gpu_cases` with float32, for Pallas' kernels and for Triton's, then
+runs a short benchmark of both and prints what the model of speed (docs/speed.md) had predicted. A
+longer prompt is timed, too, if there is time. Needs only JAX for CUDA and NumPy; bsjax need not be
+installed. Kernels of which something is missing are left out: without jax-triton, those of Triton
+and all gradients. If PyTorch is installed, the benchmark includes it. The exit status is 0 only if
+every case passed. The JSON file has all measurements.
 
-`--interpret` runs a few small cases in interpret mode on any machine. It tests this program, and
-the parts of the kernels that do not depend on a GPU.
+The limit of eight minutes is a limit, not a measurement: no GPU has run this program yet. Cases
+that are not reached count as failed.
+
+`--interpret` runs a few small cases in interpret mode on any machine; with TRITON_INTERPRET=1 in
+the environment, those of Triton, too. It tests this program, and the parts of the kernels that do
+not depend on a GPU.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,13 +29,18 @@ from typing import Any
 import jax
 
 from benchmarks import attention
+from benchmarks.kernels import problem_of
 from benchmarks.measure import write_result
-from bsjax.attention import resolve_backend
+from bsjax.attention import GPU_KERNELS
 from tools.gpu_cases import Case, all_cases, small_cases
-from tools.speed.comparison import beside, gpu_of
 
 NAME = "gpu_check"
-_SECONDS_OF_BENCHMARK = 150.0
+# The errors that are printed of a case that passed.
+_SHOWN = ("output", "gradient")
+# What the benchmarks should need at most: one of all implementations, and one of a longer prompt.
+_SECONDS_OF_BENCHMARK, _SECONDS_OF_LONG_PROMPT = 150.0, 90.0
+# With less time than this left, the longer prompt would only be compiled.
+_LEAST_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="run only cases with TEXT in their name"
+    )
+    parser.add_argument(
+        "--kernel", nargs="+", choices=GPU_KERNELS, help="the kernels to check (both)"
     )
     parser.add_argument("--no-benchmark", action="store_true", help="correctness only")
     parser.add_argument(
@@ -68,15 +81,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = problem is None
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}" + ("" if on_gpu else ", interpret mode"), flush=True)
+    kernels, gradients_of = usable(options.kernel or GPU_KERNELS, on_gpu)
+    if not kernels:
+        print("error: No kernel can run here. Nothing was checked.", file=sys.stderr)
+        return 2
 
-    cases = [
-        case for case in (all_cases() if on_gpu else small_cases()) if options.only in case.name
-    ]
+    chosen = (all_cases if on_gpu else small_cases)(kernels, gradients_of)
+    cases = [case for case in chosen if options.only in case.name]
     deadline = started + options.time_limit
     records = [check(case, deadline, index, len(cases)) for index, case in enumerate(cases, 1)]
     failed = [record for record in records if not record["passed"]]
     seconds = time.monotonic() - started
-    summary = {"cases": len(records), "failed": len(failed), "seconds": seconds}
+    summary: dict[str, Any] = {"cases": len(records), "failed": len(failed), "seconds": seconds}
+    summary |= {"kernels": kernels, "gradients_of": gradients_of}
     path = write_result(NAME, summary | {"records": records}, options.output)
     print(f"\n{len(records) - len(failed)} of {len(records)} cases passed in {seconds:.0f} s.")
     for record in failed:
@@ -85,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     benchmarked = True
     if not options.no_benchmark:
-        benchmarked = not run_benchmark(options.output, deadline)
+        benchmarked = run_benchmarks(kernels, options.output, deadline)
     return 0 if benchmarked and records and not failed else 1
 
 
@@ -104,6 +121,23 @@ def no_gpu() -> str | None:
             "of the Ampere generation or later."
         )
     return None
+
+
+def usable(kernels: Sequence[str], on_gpu: bool) -> tuple[list[str], list[str]]:
+    """The kernels that can run here, and those of them that can be differentiated by kernels.
+
+    Prints what is left out, and why.
+    """
+    problems = {kernel: problem_of(kernel) for kernel in GPU_KERNELS}
+    found = [kernel for kernel in kernels if problems[kernel] is None]
+    for kernel in kernels:
+        if problems[kernel] is not None:
+            print(f"Left out: the kernels of {kernel}. {problems[kernel]}")
+    if problems["triton"] is not None:
+        print("Left out: gradients, whose kernels are those of triton.")
+        return found, []
+    # Without a GPU, the xla backend's code computes the gradients of Pallas' outputs.
+    return found, found if on_gpu else [kernel for kernel in found if kernel == "triton"]
 
 
 def check(case: Case, deadline: float, index: int, count: int) -> dict[str, Any]:
@@ -133,34 +167,36 @@ def describe(record: dict[str, Any]) -> str:
     shown = [
         each
         for each in record["comparisons"]
-        if not each["passed"] or (record["passed"] and each["name"] == "output")
+        if not each["passed"] or (record["passed"] and each["name"].startswith(_SHOWN))
     ]
     return ", ".join(f"{each['name']} {each['error']:.1e} of {each['limit']:.1e}" for each in shown)
 
 
-def run_benchmark(output: Path, deadline: float) -> int:
-    """Runs one quick workload, in the time left or the time that it should need if that is less."""
-    seconds = min(_SECONDS_OF_BENCHMARK, deadline - time.monotonic())
-    options = ["--quick", "--time-limit", f"{seconds:.0f}", "--output", str(output)]
+def run_benchmarks(kernels: Sequence[str], output: Path, deadline: float) -> bool:
+    """One quick workload and a longer prompt, in the time left; returns whether all is right."""
+    left = deadline - time.monotonic()
+    quick = ["--quick", "--output", str(output)]
     if jax.default_backend() != "gpu":
-        options += ["--tokens", "256", "--images", "60", "--categories", "INTRA_IMAGE_SINK"]
-        options += ["--no-torch"]
-    status = attention.main(options)
-    results = sorted(output.glob("attention_on_*.json"), key=lambda path: path.stat().st_mtime)
-    if results:
-        print(f"\n{predicted(results[-1])}", flush=True)
-    return status
+        quick += ["--tokens", "256", "--images", "60", "--categories", "INTRA_IMAGE_SINK"]
+        quick += ["--no-torch"]
+        return attention.main([*quick, "--time-limit", f"{left:.0f}"]) == 0
+    quick += ["--kernel", *kernels]
+    right = attention.main([*quick, "--time-limit", f"{min(_SECONDS_OF_BENCHMARK, left):.0f}"]) == 0
+    left = min(_SECONDS_OF_LONG_PROMPT, deadline - time.monotonic())
+    again = long_prompt(kernels, output)
+    if left < _LEAST_SECONDS:
+        print(f"\nLeft out, no time: python3 -m benchmarks.attention {' '.join(again)}")
+        return right
+    return attention.main([*again, "--time-limit", f"{left:.0f}"]) == 0 and right
 
 
-def predicted(benchmark: Path) -> str:
-    """The predictions of `tools.speed_model` beside the results of a benchmark."""
-    device = jax.devices()[0].device_kind
-    gpu = gpu_of(device)
-    if gpu is None:
-        return f"MODEL: no predictions for {device}."
-    workloads = json.loads(benchmark.read_text(encoding="utf-8"))["workloads"]
-    backend = resolve_backend("auto")
-    return "\n\n".join(beside(each, gpu, backend) for each in workloads)
+def long_prompt(kernels: Sequence[str], output: Path) -> list[str]:
+    """The options of `benchmarks.attention` for 75K tokens, dense and sparse."""
+    return [
+        *("--shapes", "qwen2.5-vl-7b", "--tokens", "75K", "--images", "400", "--no-torch"),
+        *("--categories", "DENSE", "INTRA_IMAGE_SINK", "--rounds", "3"),
+        *("--kernel", *kernels, "--output", str(output / "75k")),
+    ]
 
 
 if __name__ == "__main__":

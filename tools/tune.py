@@ -1,15 +1,15 @@
-"""Times configurations of the prefill kernel on this machine's GPU.
+"""Times configurations of a prefill kernel, Pallas' or Triton's, on this machine's GPU.
 
-    python3 -m tools.tune --head-dims 128 --dtypes bfloat16 --time-limit 540
+    python3 -m tools.tune --kernel triton --head-dims 128 --dtypes bfloat16 --time-limit 540
 
 For every head dimension, dtype and kind of heads (all DENSE, or all INTRA_IMAGE_SINK), the kernel
 is compiled with every configuration of a grid. Configurations that do not compile (for instance
 because they need too much shared memory) or give wrong results are dropped; the others are timed,
 interleaved. Spilling is not checked, because it shows in the time. Prints the fastest
-configurations and writes every sample as JSON. `--write-table` puts the fastest ones into
-bsjax/pallas/configurations.json.
+configurations and writes every sample as JSON. `--write-table` puts the fastest ones into the
+kernel's configurations.json, in bsjax/pallas or bsjax/triton.
 
-Needs only JAX for CUDA and NumPy.
+Needs only JAX for CUDA and NumPy, and jax-triton for Triton's kernel.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ import numpy as np
 from benchmarks.attention_arrays import Arrays, random_arrays
 from benchmarks.dense_rows import greatest_error, tolerance
 from benchmarks.device_timing import jax_sampler, repeated, repeats_for
+from benchmarks.kernels import problem_of
 from benchmarks.measure import RESULTS, interleaved_samples, markdown_table, write_result
 from benchmarks.variants import wanted_rows
 from benchmarks.workloads import AttentionShape, HeadMask, Workload
+from bsjax.attention import GPU_KERNELS
 from bsjax.gpu.configurations import KernelConfiguration, table_width, target_in_use
 from bsjax.masks.schedule import build_schedule, category_tables
-from bsjax.pallas.prefill import prefill_attention
-from tools.configuration_table import TABLE, write_table
+from tools.configuration_table import table_of, write_table
 
 KINDS = {"dense": "DENSE", "sparse": "INTRA_IMAGE_SINK"}
 BLOCKS_Q = (64, 128, 256)
@@ -61,18 +62,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         results.append(tune(head_dim, dtype, kind, options, deadline))
         print(f"\n{render(results[-1])}", flush=True)
-        path = write_result("tune", {"results": results}, options.output)
+        record = {"kernel": options.kernel, "results": results}
+        path = write_result(f"tune_{options.kernel}", record, options.output)
     if options.write_table:
-        write_table([entry for result in results if (entry := fastest(result)) is not None])
-        print(f"entries written to {TABLE}")
+        print(f"entries written to {write_fastest(options.kernel, results)}")
     if path is not None:
         print(f"written to {path}")
     return 0 if path is not None else 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the command line; ends the program if it cannot do what that says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernel", choices=GPU_KERNELS, default="pallas")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 80, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -86,13 +88,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS")
     parser.add_argument(
-        "--interpret", action="store_true", help="interpret the kernel, on any machine, for tests"
+        "--interpret",
+        action="store_true",
+        help="interpret the kernel, on any machine, for tests (triton: TRITON_INTERPRET=1)",
     )
     parser.add_argument(
         "--write-table", action="store_true", help="put the fastest configurations into the table"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    problem = problem_of(options.kernel)
+    if problem is not None:
+        parser.error(problem)
+    if jax.default_backend() != "gpu":
+        if not options.interpret:
+            parser.error("JAX finds no GPU. For tests, --interpret runs the kernel on any machine.")
+        if options.write_table:
+            parser.error("--write-table needs times of a GPU.")
+    return options
 
 
 def grid(options: argparse.Namespace, head_dim: int) -> list[KernelConfiguration]:
@@ -128,7 +141,8 @@ def tune(
             entry["problem"] = "not run, out of time"
             continue
         try:
-            samplers[index] = _sampler(workload, mask, arrays, configuration, options.interpret)
+            attend = _attention(options.kernel, head_dim**-0.5, configuration, options.interpret)
+            samplers[index] = _sampler(workload, mask, arrays, configuration, attend)
         except Exception as error:  # The compiler's message is this configuration's result.
             first_line = (str(error).strip() or "no message").splitlines()[0]
             entry["problem"] = f"{type(error).__name__}: {first_line[:200]}"
@@ -147,12 +161,26 @@ def tune(
     }
 
 
+def _attention(
+    kernel: str, scale: float, configuration: KernelConfiguration, interpret: bool
+) -> Callable[..., Any]:
+    """The output of a kernel that is compiled so, as a function of all arrays."""
+    options: dict[str, Any] = {"scale": scale, "configuration": configuration}
+    if kernel == "pallas":
+        from bsjax.pallas import prefill as pallas
+
+        return functools.partial(pallas.prefill_attention, **options, interpret=interpret)
+    from bsjax.triton import prefill as triton
+
+    return lambda *arrays: triton.prefill_attention(*arrays, **options)[0]
+
+
 def _sampler(
     workload: Workload,
     mask: HeadMask,
     arrays: Arrays,
     configuration: KernelConfiguration,
-    interpret: bool,
+    attend: Callable[..., Any],
 ) -> Any:
     """Compiles and checks one configuration.
 
@@ -164,12 +192,6 @@ def _sampler(
         category_tables(mask.categories),
         block_q=configuration.block_q,
         block_kv=configuration.block_kv,
-    )
-    attend = functools.partial(
-        prefill_attention,
-        scale=workload.shape.head_dim**-0.5,
-        configuration=configuration,
-        interpret=interpret,
     )
     operands = (
         arrays.q,
@@ -202,6 +224,13 @@ def fastest(result: dict[str, Any]) -> dict[str, Any] | None:
         **best["configuration"],
         "basis": "measured",
     }
+
+
+def write_fastest(kernel: str, results: Sequence[dict[str, Any]]) -> Path:
+    """Puts the fastest configuration of each result into the kernel's table; returns its path."""
+    table = table_of(kernel)
+    write_table([entry for result in results if (entry := fastest(result)) is not None], table)
+    return table
 
 
 def render(result: dict[str, Any], shown: int = 10) -> str:

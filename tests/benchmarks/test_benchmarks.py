@@ -36,15 +36,16 @@ from benchmarks.workloads import (
     prompt_template,
 )
 from bsjax import HeadCategory, Image, Template, Text
-from bsjax.attention import ragged_attention
+from bsjax.attention import GPU_KERNELS, ragged_attention
+from bsjax.gpu.configurations import compiling_for
 from bsjax.masks.schedule import build_schedule, category_tables
 from bsjax.masks.visibility import CAUSAL, TokenInfo, Visibility
 from tests.support.gpu_compiler import require_gpu_compiler
-from tests.support.pallas import needs_pallas
 from tests.support.parity import torch
 from tests.support.paths import ROOT
 from tests.support.templates import visible_matrix
-from tools import gpu_cases, gpu_check, tune
+from tests.support.triton_interpreter import require_triton_compiler
+from tools import gpu_cases, gpu_check, gpu_comparisons, gpu_templates, tune
 from tools.gpu_targets import compile_for
 
 TINY = AttentionShape("tiny", 4, 2, 16, "float32", image_tokens=(60,))
@@ -153,15 +154,18 @@ class TestTiming:
         looped = jax.jit(repeated(lambda x, y: x * y + 1, 5))
         np.testing.assert_array_equal(looped(value, value), value * value + 1)
 
-    @needs_pallas
-    def test_a_gpu_runs_only_the_kernel_in_every_iteration(self):
+    @pytest.mark.parametrize("backend", GPU_KERNELS)
+    def test_a_gpu_runs_only_the_kernel_in_every_iteration(self, backend):
         require_gpu_compiler()
+        if backend == "triton":
+            require_triton_compiler()
         template = prompt_template(2048, 400)
         schedule = build_schedule(template, category_tables([1]), block_q=128, block_kv=64)
-        attend = functools.partial(ragged_attention, scale=0.1, backend="pallas")
+        attend = functools.partial(ragged_attention, scale=0.1, backend=backend)
         q = jax.ShapeDtypeStruct((2048, 4, 128), jnp.bfloat16)
         arguments = (q, q, q, schedule, np.ones(4, np.int32))
-        program = compile_for(repeated(attend, 16), arguments).as_text()
+        with compiling_for("sm_90"):
+            program = compile_for(repeated(attend, 16), arguments).as_text()
         loop = next(line for line in program.splitlines() if " while(" in line)
         # With a known trip count, the device need not ask the host before every iteration.
         assert '"known_trip_count":{"n":"15"}' in loop
@@ -238,7 +242,7 @@ class TestAttentionBenchmark:
 
         def with_broken_ones(workload, masks, **options):
             chosen = real(workload, masks, **options)
-            ours = next(variant for variant in chosen if variant.name == variants.BSJAX)
+            ours = next(variant for variant in chosen if variant.name == "bsjax, xla")
 
             def fails(arrays):
                 raise MemoryError("out of memory\nand more")
@@ -269,9 +273,9 @@ class TestAttentionBenchmark:
         for name, mask in (
             ("jax.nn, XLA", "DENSE"),
             *([("torch SDPA", "DENSE")] if torch else []),
-            ("bsjax", "DENSE"),
-            ("bsjax", "SINK"),
-            ("bsjax", "ideal 1.8x"),
+            ("bsjax, xla", "DENSE"),
+            ("bsjax, xla", "SINK"),
+            ("bsjax, xla", "ideal 1.8x"),
         ):
             row = rows[name, mask]
             assert row["problem"] is None and len(row["seconds"]) == 1
@@ -280,9 +284,9 @@ class TestAttentionBenchmark:
                 4 * 64 * 8 * dense / row["ideal_speedup"]
             )
             assert f"| {name} " in printed
-        ratio = rows["bsjax", "DENSE"]["seconds"][0] / rows["bsjax", "SINK"]["seconds"][0]
-        assert rows["bsjax", "SINK"]["own_dense_speedup_over_ideal"] == pytest.approx(
-            ratio / rows["bsjax", "SINK"]["ideal_speedup"]
+        ratio = rows["bsjax, xla", "DENSE"]["seconds"][0] / rows["bsjax, xla", "SINK"]["seconds"][0]
+        assert rows["bsjax, xla", "SINK"]["own_dense_speedup_over_ideal"] == pytest.approx(
+            ratio / rows["bsjax, xla", "SINK"]["ideal_speedup"]
         )
         for name, reason in (
             ("broken", "failed: MemoryError: out of memory"),
@@ -332,18 +336,17 @@ class TestGpuCheck:
         for case in cases:
             # One launch has every category, if it has enough heads.
             assert case.categories == tuple(HeadCategory)
-        names = [case.name for case in gpu_cases.all_cases()]
-        assert len(set(names)) == len(names)
 
     def test_random_templates_have_what_could_break_kernels(self):
-        templates = [gpu_cases.random_template(seed) for seed in range(1, 41)]
-        assert all(0 < template.tokens <= gpu_cases.FUZZED_TOKENS for template in templates)
+        templates = [gpu_templates.random_template(seed) for seed in range(1, 41)]
+        assert all(0 < template.tokens <= gpu_templates.FUZZED_TOKENS for template in templates)
         assert any(1 in template.image_tokens for template in templates)
         assert len({template.tokens for template in templates}) > 20
 
     @pytest.mark.slow
     def test_runs_with_nothing_but_jax_and_numpy(self, tmp_path):
         absent = ("jaxtyping", "flax", "transformers", "rich", "pytest", "torch", "matplotlib")
+        absent += ("triton", "jax_triton")
         program = (
             "import sys\n"
             f"sys.modules.update(dict.fromkeys({absent!r}))\n"
@@ -358,7 +361,10 @@ class TestGpuCheck:
             text=True,
         )
         assert process.returncode == 0, process.stderr
+        assert "Left out: the kernels of triton. The backend triton needs" in process.stdout
+        assert "Left out: gradients" in process.stdout
         record = json.loads((tmp_path / "gpu_check.json").read_text())
+        assert record["kernels"] == ["pallas"] and record["gradients_of"] == []
         assert record["failed"] == 0 and record["cases"] == 1
         assert {"output", "padding rows", "not finite"} == {
             each["name"] for each in record["records"][0]["comparisons"]
@@ -366,21 +372,22 @@ class TestGpuCheck:
 
     @pytest.mark.slow
     def test_a_prefill_case_makes_all_comparisons(self):
-        prefill, decode = (case for case in gpu_cases.small_cases() if "float32" in case.name)
+        cases = gpu_cases.small_cases(["pallas"], [])
+        prefill, decode = (case for case in cases if "float32" in case.name)
         assert all(each.passed for each in decode.run())
         comparisons = {each.name: each for each in prefill.run()}
         assert all(each.passed for each in comparisons.values())
         assert {"output", "log-sum-exp", "padding rows that see keys"} <= set(comparisons)
 
     def test_a_wrong_kernel_fails(self, tmp_path, capsys, monkeypatch):
-        def wrong(q, *rest, scale, return_lse):
+        def wrong(q, *rest, **options):
             return q.at[0].set(0.5) if hasattr(q, "at") else q
 
-        monkeypatch.setattr(gpu_cases, "attend", wrong)
+        monkeypatch.setattr(gpu_comparisons, "attend", wrong)
         options = ["--interpret", "--no-benchmark", "--only", "segments"]
         assert gpu_check.main([*options, "--output", str(tmp_path)]) == 1
         printed = capsys.readouterr().out
-        assert "FAIL segments" in printed and "0 of 1 cases passed" in printed
+        assert "FAIL pallas: segments" in printed and "0 of 1 cases passed" in printed
 
     def test_cases_not_reached_fail(self, tmp_path):
         options = ["--interpret", "--no-benchmark", "--time-limit", "-1"]
@@ -395,7 +402,7 @@ class TestGpuCheck:
 
 class TestExitStatus:
     def test_only_our_own_failures_count(self):
-        row = {"variant": "bsjax", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
+        row = {"variant": "bsjax, triton", "problem": "wrong: error 5.0e-02, 3.1e-05 allowed"}
         assert attention.ours_is_broken(row)
         assert attention.ours_is_broken(row | {"problem": "failed: XlaRuntimeError"})
         assert not attention.ours_is_broken(row | {"problem": "not run, out of time"})
@@ -405,7 +412,7 @@ class TestExitStatus:
 
 class TestTune:
     def test_the_grid_leaves_out_what_cannot_fit_into_registers(self):
-        options = tune.parse([])
+        options = tune.parse(["--interpret"])
         grid = tune.grid(options, 128)
         assert (64, 64, 4, 3) in grid and (128, 64, 8, 3) in grid
         assert not any(each.block_q == 256 and each.num_warps == 4 for each in grid)
@@ -416,7 +423,7 @@ class TestTune:
         options += ["1", "--tokens", "128", "--image-tokens", "40", "--rounds", "1", "--interpret"]
         options += ["--blocks-q", "16", "--blocks-kv", "16", "24", "--warps", "4", "--stages", "1"]
         assert tune.main([*options, "--output", str(tmp_path)]) == 0
-        (result,) = json.loads((tmp_path / "tune.json").read_text())["results"]
+        (result,) = json.loads((tmp_path / "tune_pallas.json").read_text())["results"]
         right, refused = result["entries"]
         assert right["problem"] is None and right["median_seconds"] > 0
         assert "power of two" in refused["problem"]

@@ -16,7 +16,6 @@ from bsjax.masks.rows import Rows, Span
 from bsjax.masks.schedule import Tile, build_schedule, build_span_schedule, category_tables
 from bsjax.masks.template import Image, Template, Text
 from tools import compiled_kernels
-from tools.gpu_targets import TARGETS
 from tools.sass import loops_over_blocks
 from tools.speed import comparison, page
 from tools.speed.kernels import HEAD_DIMS, PACKAGES, costs_of, kernel, kernels
@@ -256,38 +255,11 @@ def test_the_figures_are_those_of_the_table_of_configurations():
             assert each.chosen == table.configuration(each.head_dim, "bfloat16", *blocks)
 
 
-def test_predictions_stand_beside_measurements():
-    workload = Workload(SHAPES["qwen2.5-vl-7b"], 4096, 400)
-    masks = workload.masks(["DENSE", "SINK"])
-    result = {
-        "shape": {"name": "qwen2.5-vl-7b"},
-        "tokens": workload.tokens,
-        "image_tokens": workload.image_tokens,
-        "masks": {
-            mask.name: {"categories": [each.name for each in mask.categories]} for mask in masks
-        },
-        "rows": [
-            {"variant": "bsjax", "mask": "DENSE", "median_seconds": 4e-3},
-            {"variant": "bsjax", "mask": "SINK", "median_seconds": 1e-3},
-            {"variant": "cuDNN", "mask": "DENSE", "median_seconds": 5e-3},
-            {"variant": "bsjax", "mask": "INTRA_IMAGE", "problem": "not run"},
-        ],
-    }
-    text = comparison.beside(result, "h200", "pallas")
-    lines = [line for line in text.splitlines() if line.startswith(("| DENSE", "| SINK"))]
-    predicted = [predict_whole(workload, mask, "pallas", "h200").seconds for mask in masks]
-    assert "MODEL" in text and len(lines) == 2
-    assert f"{4e-3 / predicted[0]:.2f}" in lines[0] and "4.000" in lines[0]
-    assert "4.00" in lines[1] and f"{predicted[0] / predicted[1]:.2f}" in lines[1]
-    assert all(each in text for each in comparison.FALSIFIERS)
-    assert comparison.gpu_of(TARGETS["h200"].device_kind) == "h200"
-    assert comparison.gpu_of("cpu") is None
-
-
 def test_the_page_has_the_tables_that_the_tool_prints():
     """If not: python -m tools.speed_model --page."""
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.inputs_table() in text and page.loops_table() in text
+    assert f"\n{comparison.falsifiers()}\n" in text
     table = page.predictions_table(predict_whole, 400, thousands=(36,))
     lines, of_page = (set(each.replace(" ", "").splitlines()[2:]) for each in (table, text))
     assert len(lines) == len(PACKAGES) * len(page.MASKS) and lines <= of_page

@@ -13,7 +13,7 @@ from bsjax.runtime import sizes
 from bsjax.runtime.chunks import CacheLayout, Chunks, PlacedPrompt
 from bsjax.runtime.inputs import ModelInputs
 from tools.compiled_kernels import target_name
-from tools.speed.kernels import kernel
+from tools.speed.kernels import compiled_for, kernel
 from tools.speed.launches import launch_of
 from tools.speed.prediction import NOTHING, Prediction, predict
 
@@ -27,7 +27,7 @@ def predict_chunks(workload: Workload, mask: HeadMask, package: str, gpu: str) -
       workload: heads and prompt.
       mask: a category for every query head.
       package: "pallas" or "triton".
-      gpu: a key of `gpu_targets.TARGETS`.
+      gpu: one that `rates.rates_of` knows.
 
     Raises:
       KeyError: kernels.json has no kernel for the head dimension or the GPU.
@@ -68,7 +68,7 @@ def schedules_of(workload: Workload, mask: HeadMask, package: str, gpu: str) -> 
         how_to_shorten="",
     )
     rows = sizes.cache_rows(inputs.tokens)
-    with compiling_for(target_name(gpu)):
+    with compiling_for(target_name(compiled_for(gpu))):
         chunks = Chunks(
             [PlacedPrompt(inputs)],
             CacheLayout(rows),

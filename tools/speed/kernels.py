@@ -16,7 +16,7 @@ from bsjax.gpu.configurations import KernelConfiguration
 from tools.gpu_targets import TARGETS, KernelReport
 from tools.sass import loops_over_blocks, opcodes
 from tools.speed.loops import Loop, alone, loop_of, shared
-from tools.speed.rates import ISSUE, PROGRAM_CYCLES, SCHEDULERS, rates_of
+from tools.speed.rates import ISSUE, PROGRAM_CYCLES, RELATIVES, SCHEDULERS, rates_of
 
 FIGURES = Path(__file__).with_name("kernels.json")
 
@@ -28,8 +28,13 @@ GPUS = ("a100", "l40s", "h200", "b200")
 HEAD_DIMS = (128, 256)
 """Of language models. All kernels of the model are for bfloat16."""
 
-COMPILED_FOR = {"h100": "h200", "rtx4090": "l40s"}
-"""GPUs that run the kernels of another one."""
+_COMPILED_FOR = {"h100": "h200", "rtx4090": "l40s"}
+
+
+def compiled_for(gpu: str) -> str:
+    """The GPU of `GPUS` whose kernels a GPU of `rates.rates_of` runs."""
+    chip = RELATIVES[gpu].of if gpu in RELATIVES else gpu
+    return _COMPILED_FOR.get(chip, chip)
 
 
 class Kernel(NamedTuple):
@@ -143,9 +148,8 @@ def kernel(package: str, gpu: str, head_dim: int, *, sparse: bool) -> Kernel:
     Raises:
       KeyError: the file has no such kernel.
     """
-    compiled_for = COMPILED_FOR.get(gpu, gpu)
     known = kernels()[1]
-    key = (package, compiled_for, head_dim)
+    key = (package, compiled_for(gpu), head_dim)
     # Where dense heads have no kernel of their own, they use that of sparse heads.
     return known[(*key, sparse)] if (*key, sparse) in known else known[(*key, True)]
 

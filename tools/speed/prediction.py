@@ -56,7 +56,7 @@ def predict(launch: Launch, pairs: float, kernel: Kernel, gpu: str, group: int) 
       launch: its programs.
       pairs: the visible pairs of a query and a key, in all heads.
       kernel: the kernel that it runs.
-      gpu: a key of `gpu_targets.TARGETS`.
+      gpu: one that `rates.rates_of` knows.
       group: query heads that share a key head.
     """
     rates, costs = rates_of(gpu), costs_of(kernel, gpu, group)

@@ -43,17 +43,51 @@ _TENSOR = {
 # NVIDIA states for the A100, and less on the L40S and the RTX 4090.
 _L2 = {"a100": 3072, "l40s": 2048, "rtx4090": 2048, "h100": 3072, "h200": 3072, "b200": 3072}
 
+
+class Relative(NamedTuple):
+    """A GPU of the same chip as another one, whose kernels it runs.
+
+    Attributes:
+      device_kind: what it calls itself.
+      of: the other one, a key of `gpu_targets.TARGETS`.
+      multiprocessors: how many it has.
+      all_tensor: FLOPs per second of its 16-bit tensor cores, from NVIDIA's data sheet, without
+        sparsity.
+      memory_bandwidth: bytes per second, from the data sheet.
+    """
+
+    device_kind: str
+    of: str
+    multiprocessors: int
+    all_tensor: float
+    memory_bandwidth: float
+
+
+RELATIVES = {
+    "a100-40gb": Relative("NVIDIA A100-SXM4-40GB", "a100", 108, 312e12, 1.555e12),
+    "a100-pcie-40gb": Relative("NVIDIA A100-PCIE-40GB", "a100", 108, 312e12, 1.555e12),
+    "a100-pcie-80gb": Relative("NVIDIA A100 80GB PCIe", "a100", 108, 312e12, 1.935e12),
+    "h100-pcie": Relative("NVIDIA H100 PCIe", "h100", 114, 756e12, 2.0e12),
+    "h100-nvl": Relative("NVIDIA H100 NVL", "h100", 132, 835e12, 3.9e12),
+    "gh200": Relative("NVIDIA GH200 480GB", "h100", 132, 989.4e12, 4.0e12),
+    "gh200-144gb": Relative("NVIDIA GH200 144G HBM3e", "h200", 132, 989.4e12, 4.9e12),
+}
+"""Other GPUs that the model knows. What they do per cycle is what their chip does."""
+
 MEMORY_SHARE = 0.9
 """What a long read gets of the data sheet's bandwidth."""
 
 
 def rates_of(gpu: str) -> Rates:
-    """The rates of a GPU in `gpu_targets.TARGETS`."""
-    target = TARGETS[gpu]
-    tensor, all_tensor = _TENSOR[gpu]
-    clock = all_tensor / tensor / target.cores
-    memory = MEMORY_SHARE * target.memory_bandwidth / clock / target.cores
-    return Rates(target.cores, clock, tensor, _L2[gpu] / target.cores, memory)
+    """The rates of a GPU in `gpu_targets.TARGETS` or in `RELATIVES`."""
+    chip = RELATIVES[gpu].of if gpu in RELATIVES else gpu
+    tensor, all_tensor = _TENSOR[chip]
+    cores, bandwidth = TARGETS[chip].cores, float(TARGETS[chip].memory_bandwidth)
+    if gpu in RELATIVES:
+        _, _, cores, all_tensor, bandwidth = RELATIVES[gpu]
+    clock = all_tensor / tensor / cores
+    memory = MEMORY_SHARE * bandwidth / clock / cores
+    return Rates(cores, clock, tensor, _L2[chip] / cores, memory)
 
 
 SCHEDULERS = 4

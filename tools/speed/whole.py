@@ -14,7 +14,7 @@ def predict_whole(workload: Workload, mask: HeadMask, package: str, gpu: str) ->
       workload: heads and prompt, in bfloat16.
       mask: a category for every query head.
       package: "pallas" or "triton".
-      gpu: a key of `gpu_targets.TARGETS`.
+      gpu: one that `rates.rates_of` knows.
 
     Raises:
       KeyError: kernels.json has no kernel for the head dimension or the GPU.
