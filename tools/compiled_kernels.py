@@ -22,7 +22,7 @@ CHUNK_ROWS = 4096
 
 
 def target_name(gpu: str) -> str:
-    """The target in `bsjax.pallas.configurations` for a GPU in `gpu_targets`."""
+    """The target in `bsjax.gpu.configurations` for a GPU in `gpu_targets`."""
     major, minor = TARGETS[gpu].compute_capability
     return target_of(f"{major}.{minor}")
 
