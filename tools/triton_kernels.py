@@ -110,7 +110,9 @@ def kernel_constants(
 ) -> list[dict[str, Any]]:
     """The constants of each Triton kernel that a program calls, in order, without compiling."""
     program: Any = jax.make_jaxpr(function)(*arguments)
-    return [dict(call.params["metaparams"]) for call in _calls(program.jaxpr)]
+    # jax-triton 0.4 keeps them apart from its own parameters.
+    every = [dict(call.params) for call in _calls(program.jaxpr)]
+    return [{**each, **each.get("metaparams", {})} for each in every]
 
 
 def default_prefill(

@@ -45,8 +45,8 @@ _IN_16_BITS = {
         128: (_128_32_AHEAD, _32_64_AHEAD),
         256: (KernelConfiguration(32, 32, 4, 3), KernelConfiguration(16, 32, 4, 3)),
     },
-    # Heads of 256 leave no registers for tiles of 64 keys, which products of Hopper's warp groups
-    # would need: those of its warps are used.
+    # On Hopper and Blackwell, products of warp groups need tiles of 64 keys. Heads of 256 leave no
+    # registers for them: products of warps are used.
     "sm_90": {
         64: (_64_AHEAD, _64_AHEAD),
         80: (_64_AHEAD, _32_64_AHEAD),
@@ -61,11 +61,19 @@ _IN_16_BITS = {
     },
 }
 
-# Where a window is evaluated, too, fewer rows fit into registers.
-_KEYS_WITH_WINDOWS = {("sm_90", 128): KernelConfiguration(16, 64, 4, 3)}
+# Where a window is evaluated, too, other sizes fit into registers.
+_WITH_WINDOWS = {
+    ("keys", "sm_90", 128): KernelConfiguration(16, 64, 4, 3),
+    ("queries", "sm_100", 128): _128_AHEAD,
+}
 
 # Products of float32 do not use tensor cores and need all operands in registers: small blocks.
-_IN_32_BITS = {64: (_32, _32_8), 80: (_32, _32_8), 128: (_32_16, _32_8), 256: (_16, _16_8)}
+_IN_32_BITS = {
+    64: (_32, _32_8),
+    80: (_32_16, _32_8),
+    128: (_32_16, KernelConfiguration(16, 32, 8, 2)),
+    256: (_16, _16_8),
+}
 
 
 def gradient_configuration(
@@ -94,8 +102,8 @@ def gradient_configuration(
     in_16_bits = jnp.dtype(dtype).itemsize == 2
     target, width = target_in_use(), table_width(head_dim)
     tabled = (_IN_16_BITS[target] if in_16_bits else _IN_32_BITS)[width][kernel == "keys"]
-    if windowed and in_16_bits and kernel == "keys":
-        tabled = _KEYS_WITH_WINDOWS.get((target, width), tabled)
+    if windowed and in_16_bits:
+        tabled = _WITH_WINDOWS.get((kernel, target, width), tabled)
     return tabled._replace(
         block_q=min(block_q, tabled.block_q), block_kv=min(block_kv, tabled.block_kv)
     )

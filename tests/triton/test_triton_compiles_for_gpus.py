@@ -198,7 +198,7 @@ def check_gradients(gpu, head_dim, dtype, *, lines=(), **options) -> None:
         check_parameters(launch)
         said = f"{launch.name} {gpu} {head_dim} {dtype}"
         # There, tiles of 64 keys do not fit into registers.
-        of_warps = launch.name == "key_gradients" and (gpu, head_dim) == ("h200", 256)
+        of_warps = launch.name == "key_gradients" and gpu in ("h200", "b200") and head_dim == 256
         product = "HMMA" if of_warps else None
         stages = chosen[launch.name].num_stages
         check(reports[launch.name], gpu, dtype, said, product, stages)
