@@ -26,8 +26,9 @@ def started(process: int, port: int, devices: int, *arguments: str) -> subproces
         *(sys.executable, "-m", "bsjax", *arguments),
         *("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(process)),
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    count = "--xla_force_host_platform_device_count"
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
+    environment = {**os.environ, "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"])}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
