@@ -2,7 +2,9 @@
 
 import ast
 import atexit
+import gc
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import signal
@@ -49,16 +51,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax is
-# the first to import.
-import flax.nnx  # noqa: E402, F401
-import orbax.checkpoint  # noqa: E402, F401
-
-from tests.support.parity import torch  # noqa: E402
-
-if torch is not None:
-    import transformers.modeling_utils
-    import transformers.processing_utils  # noqa: F401
+# A tenth of the suite's time would be Python's search for cycles of garbage among modules, tests
+# and traced programs, which stay to the end.
+gc.set_threshold(20_000, 20, 20)
 
 # Shells start background jobs with interrupts ignored, and children inherit this, but some tests
 # send interrupts.
@@ -84,19 +79,39 @@ class CheckedFunctions(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = CheckedFunctions
 
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 NO_TORCH = "torch is not installed"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("CI") and sys.version_info[:2] == (3, 11) and torch is None:
+    if os.environ.get("CI") and sys.version_info[:2] == (3, 11) and not HAS_TORCH:
         raise pytest.UsageError(f"{NO_TORCH}: CI runs the parity tests on Python 3.11")
+    if config.getoption("numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # Only pytest-xdist's workers, which it starts next, run tests.
+    # Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax
+    # is the first to import.
+    import flax.nnx  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+
+    if HAS_TORCH:
+        import torch  # noqa: F401
+        import transformers.modeling_utils
+        import transformers.processing_utils  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch is None:
+    if not HAS_TORCH:
         for item in items:
             if item.get_closest_marker("parity"):
                 item.add_marker(pytest.mark.skip(reason=NO_TORCH))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # nanobind reports what is left when the process ends.
 
 
 @pytest.hookimpl(wrapper=True)
