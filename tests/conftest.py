@@ -88,6 +88,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{NO_TORCH}: CI runs the parity tests on Python 3.11")
     if config.getoption("numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ:
         return  # Only pytest-xdist's workers, which it starts next, run tests.
+    config.add_cleanup(gc.unfreeze)  # nanobind reports what is left when the process ends.
     # Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax
     # is the first to import.
     import flax.nnx  # noqa: F401
@@ -108,10 +109,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # nanobind reports what is left when the process ends.
 
 
 @pytest.hookimpl(wrapper=True)
