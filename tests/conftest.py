@@ -34,13 +34,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Nearly two thirds of the suite's time would be XLA compiling for the CPU. Without LLVM's
 # optimisations, which do not reorder floating-point operations, compiling takes a third less, and
 # without the emitters that lower fusions through MLIR another third: the older ones, which JAX 0.10
-# still has, write the same operations as LLVM's at once. Set
+# still has, write the same operations as LLVM's at once. A fifth of the rest would be cutting each
+# program into 32 parts, for threads that find no core. Set
 # XLA_FLAGS=--xla_backend_optimization_level=3 to test programs that are compiled as for users.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # XLA ends the process at a flag that it does not know.
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 # Eight devices, for tests that shard arrays. Everything else runs on the first one.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
