@@ -53,8 +53,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A tenth of the suite's time would be Python's search for cycles of garbage among modules, tests
-# and traced programs, which stay to the end.
+# Python searches for cycles of garbage less often: most of what it would search, modules, tests and
+# traced programs, stays to the end.
 gc.set_threshold(20_000, 20, 20)
 
 # Shells start background jobs with interrupts ignored, and children inherit this, but some tests
