@@ -70,13 +70,22 @@ def test_answers_are_those_of_one_device(models, tmp_path):
     one, several = models
     sparse = Profile.uniform("INTRA_IMAGE_SINK", one)
     question = asked(WORDS * 3, picture(0), WORDS, picture(1), "Why?")
-    wanted, found = (bsjax.forward(model, question) for model in models)
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    if one.family.name != "gemma3":  # Its programs compile longest; its tokens are compared below.
+        wanted, found = (bsjax.forward(model, question) for model in models)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+    # A batch, and sessions that answer its prompts alone, with the programs that are used below.
     batch = [question, asked("Why?"), asked(picture(2), WORDS)]
-    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "profile": sparse}
-    alone, together = (bsjax.generate(model, batch, **options) for model in models)
+    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6}
+    alone = [
+        bsjax.Session(one, max_tokens=512, profile=sparse).generate(prompt, **options)
+        for prompt in batch
+    ]
+    together = bsjax.generate(several, batch, profile=sparse, **options)
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
 
+    if one.family.name == "qwen2_5_vl":
+        return  # Another test goes on with sessions of this model that several devices saved.
     # A session, saved by one and loaded by the other.
     answers = []
     for model, other in (models, models[::-1]):
@@ -140,9 +149,12 @@ def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "kv_heads"), [(2, 2), (4, 2)])
-def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tmp_path, tensor, kv_heads):
-    """Which heads are together changes no answer, and balances what the devices have to do."""
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tmp_path, tensor):
+    """Which heads are together changes no answer, and balances what the devices have to do.
+
+    Two devices have a key head each, with its query heads; four have a query head each.
+    """
     shape = (tiny_model.config.text_config.num_hidden_layers, 4)
     categories = np.zeros(shape, np.int8)
     categories[:, 1] = HeadCategory.INTRA_IMAGE  # With head 0, it shares a key head.
