@@ -28,7 +28,7 @@ from bsjax.runtime.sizes import Sizes, cache_rows
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources
 from tests.support.checked_programs import check_of_published_model
-from tests.support.chunks import logits_of, prefill_of
+from tests.support.chunks import logits_of
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.messages import asked
 from tools import memory_table
@@ -119,11 +119,11 @@ def test_many_chunks_and_rounds_change_nothing(
     logits = []
     for model in (tiny_model, several):
         inputs = prepare_inputs(model.architecture, model.prompt(question), profile, backend="xla")
-        programs = programs_of(model)
-        logits.append(logits_of(programs, inputs))
-        groups = prefill_of(programs, inputs).groups
-        if model is several:
-            assert [len(each) for each in rounds(groups, 8)] == [8, 8, 2]
+        logits.append(logits_of(programs_of(model), inputs))
+    groups = images.image_groups(
+        several.architecture, several.prompt(question).images, "xla", mesh=several.mesh
+    )
+    assert [len(each) for each in rounds(groups, 8)] == [8, 8, 2]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
 
