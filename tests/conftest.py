@@ -2,7 +2,9 @@
 
 import ast
 import atexit
+import gc
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import signal
@@ -33,13 +35,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Nearly two thirds of the suite's time would be XLA compiling for the CPU. Without LLVM's
 # optimisations, which do not reorder floating-point operations, compiling takes a third less, and
 # without the emitters that lower fusions through MLIR another third: the older ones, which JAX 0.10
-# still has, write the same operations as LLVM's at once. Set
+# still has, write the same operations as LLVM's at once. A fifth of the rest would be cutting each
+# program into 32 parts, for threads that find no core. Set
 # XLA_FLAGS=--xla_backend_optimization_level=3 to test programs that are compiled as for users.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         # XLA ends the process at a flag that it does not know.
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 # Eight devices, for tests that shard arrays. Everything else runs on the first one.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -50,16 +54,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax is
-# the first to import.
-import flax.nnx  # noqa: E402, F401
-import orbax.checkpoint  # noqa: E402, F401
-
-from tests.support.parity import torch  # noqa: E402
-
-if torch is not None:
-    import transformers.modeling_utils
-    import transformers.processing_utils  # noqa: F401
+# Python searches for cycles of garbage less often: most of what it would search, modules, tests and
+# traced programs, stays to the end.
+gc.set_threshold(20_000, 20, 20)
 
 # Shells start background jobs with interrupts ignored, and children inherit this, but some tests
 # send interrupts.
@@ -85,20 +82,37 @@ class CheckedFunctions(_import_hook.JaxtypingTransformer):
 
 _import_hook.JaxtypingTransformer = CheckedFunctions
 
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 NO_TORCH = "torch is not installed"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("CI") and sys.version_info[:2] == (3, 11) and torch is None:
+    if os.environ.get("CI") and sys.version_info[:2] == (3, 11) and not HAS_TORCH:
         raise pytest.UsageError(f"{NO_TORCH}: CI runs the parity tests on Python 3.11")
+    if config.getoption("numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # Only pytest-xdist's workers, which it starts next, run tests.
+    config.add_cleanup(gc.unfreeze)  # nanobind reports what is left when the process ends.
+    # Imported before bsjax: jaxtyping's import hook recompiles the source of all modules that bsjax
+    # is the first to import.
+    import flax.nnx  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+
+    if HAS_TORCH:
+        import torch  # noqa: F401
+        import transformers.modeling_utils
+        import transformers.processing_utils  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if torch is None and item.get_closest_marker("parity"):
+        if not HAS_TORCH and item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.skip(reason=NO_TORCH))
         if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "pallas":
             item.add_marker(needs_pallas)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

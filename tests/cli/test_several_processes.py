@@ -20,14 +20,23 @@ from bsjax.runtime.processes import argument_of_least, check_alike, from_mib, in
 TIMEOUT = 120
 
 
-def started(process: int, port: int, devices: int, *arguments: str) -> subprocess.Popen:
+def started(
+    process: int, port: int, devices: int, *arguments: str, silent_seconds: int
+) -> subprocess.Popen:
     """One of two processes, with some devices."""
+    program = (
+        "import sys\n"
+        "from bsjax.cli import main, watch\n"
+        f"watch.SILENT_SECONDS = {silent_seconds}\n"
+        "sys.exit(main())"
+    )
     command = [
-        *(sys.executable, "-m", "bsjax", *arguments),
+        *(sys.executable, "-c", program, *arguments),
         *("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(process)),
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    count = "--xla_force_host_platform_device_count"
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
+    environment = {**os.environ, "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"])}
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -43,11 +52,16 @@ def pair():
     """Starts a command as two processes, which are killed in the end."""
     processes: list[subprocess.Popen] = []
 
-    def start(devices: int, *arguments: str) -> list[subprocess.Popen]:
+    def start(
+        devices: int, *arguments: str, silent_seconds: int = watch.SILENT_SECONDS
+    ) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        processes.extend(started(process, port, devices, *arguments) for process in range(2))
+        processes.extend(
+            started(process, port, devices, *arguments, silent_seconds=silent_seconds)
+            for process in range(2)
+        )
         return processes
 
     yield start
@@ -82,7 +96,7 @@ def test_two_processes_of_four_devices_answer_as_one(tiny_checkpoint, pictures, 
 @pytest.mark.slow
 def test_a_process_that_is_killed_while_another_answers_ends_it(tiny_checkpoint, pair):
     chat = ["chat", str(tiny_checkpoint), "--max-tokens", "2048", "--max-new-tokens", "1024"]
-    first, second = pair(1, *chat, "--context", "2")
+    first, second = pair(1, *chat, "--context", "2", silent_seconds=6)
     first.stdin.write("Which of these is brighter, and why?\n")
     first.stdin.flush()
     assert first.stdout.read(3), "of an answer that has only begun"

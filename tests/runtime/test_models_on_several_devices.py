@@ -28,7 +28,7 @@ from bsjax.runtime.sizes import Sizes, cache_rows
 from convert.conversion import convert_checkpoint
 from tests.support import convert_sources
 from tests.support.checked_programs import check_of_published_model
-from tests.support.chunks import logits_of, prefill_of
+from tests.support.chunks import logits_of
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.messages import asked
 from tools import memory_table
@@ -70,13 +70,22 @@ def test_answers_are_those_of_one_device(models, tmp_path):
     one, several = models
     sparse = Profile.uniform("INTRA_IMAGE_SINK", one)
     question = asked(WORDS * 3, picture(0), WORDS, picture(1), "Why?")
-    wanted, found = (bsjax.forward(model, question) for model in models)
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    if one.family.name != "gemma3":  # Its programs compile longest; its tokens are compared below.
+        wanted, found = (bsjax.forward(model, question) for model in models)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+    # A batch, and sessions that answer its prompts alone, with the programs that are used below.
     batch = [question, asked("Why?"), asked(picture(2), WORDS)]
-    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6, "profile": sparse}
-    alone, together = (bsjax.generate(model, batch, **options) for model in models)
+    options = {"temperature": 1.0, "seed": 3, "max_new_tokens": 6}
+    alone = [
+        bsjax.Session(one, max_tokens=512, profile=sparse).generate(prompt, **options)
+        for prompt in batch
+    ]
+    together = bsjax.generate(several, batch, profile=sparse, **options)
     assert [each.token_ids for each in together] == [each.token_ids for each in alone]
 
+    if one.family.name == "qwen2_5_vl":
+        return  # Another test goes on with sessions of this model that several devices saved.
     # A session, saved by one and loaded by the other.
     answers = []
     for model, other in (models, models[::-1]):
@@ -110,11 +119,11 @@ def test_many_chunks_and_rounds_change_nothing(
     logits = []
     for model in (tiny_model, several):
         inputs = prepare_inputs(model.architecture, model.prompt(question), profile, backend="xla")
-        programs = programs_of(model)
-        logits.append(logits_of(programs, inputs))
-        groups = prefill_of(programs, inputs).groups
-        if model is several:
-            assert [len(each) for each in rounds(groups, 8)] == [8, 8, 2]
+        logits.append(logits_of(programs_of(model), inputs))
+    groups = images.image_groups(
+        several.architecture, several.prompt(question).images, "xla", mesh=several.mesh
+    )
+    assert [len(each) for each in rounds(groups, 8)] == [8, 8, 2]
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
 
@@ -140,9 +149,12 @@ def test_each_device_has_its_part(tiny_checkpoint, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "kv_heads"), [(2, 2), (4, 2)])
-def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tmp_path, tensor, kv_heads):
-    """Which heads are together changes no answer, and balances what the devices have to do."""
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_heads_are_dealt_by_a_profile(tiny_checkpoint, tiny_model, tmp_path, tensor):
+    """Which heads are together changes no answer, and balances what the devices have to do.
+
+    Two devices have a key head each, with its query heads; four have a query head each.
+    """
     shape = (tiny_model.config.text_config.num_hidden_layers, 4)
     categories = np.zeros(shape, np.int8)
     categories[:, 1] = HeadCategory.INTRA_IMAGE  # With head 0, it shares a key head.
