@@ -207,8 +207,9 @@ rows x keys.
 The prefill kernels of sparse launches: warp instructions for 1,024 pairs of a query and a key, in
 the loops over full and over partial blocks, each kernel with the block sizes of its own table;
 registers of a thread; programs that run on a multiprocessor at the same time, and the query rows
-that they have together. No figure here says which is faster, so `backend="auto"` takes Pallas while
-JAX has it, and Triton where it does not.
+that they have together. They are much alike, and `docs/speed.md` predicts about the same speed, except
+for head dimension 256 on an A100, where it prefers Triton. Nothing has been measured, so
+`backend="auto"` takes Pallas while JAX has it, and Triton where it does not.
 
 {_markdown(["GPU", "head dim", "dtype", *columns], side_by_side(pallas, triton))}
 """

@@ -226,9 +226,13 @@ def test_a_long_dense_prompt_approaches_the_rate_of_the_loop(package):
 
 
 def test_the_fitted_constants_fit():
-    """A block of the Pallas kernel on an H100 takes the cycles of the published measurement."""
-    costs = costs_of(kernel("pallas", "h100", 128, sparse=True), "h100", 7)
-    assert costs.full == pytest.approx(2030, rel=0.05)
+    """Blocks of both kernels on an H100 take about the cycles of the published measurement.
+
+    They do what a block of the kernel that was measured does, in a few more or less instructions.
+    """
+    for package in PACKAGES:
+        costs = costs_of(kernel(package, "h100", 128, sparse=True), "h100", 7)
+        assert costs.full == pytest.approx(2030, rel=0.06)
 
 
 def test_kernels_multiply_what_a_block_needs_or_more():
