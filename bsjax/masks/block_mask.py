@@ -61,8 +61,8 @@ class BlockMask:
     Args:
       template: the prompt, or a list of prompts that do not see each other.
       categories: one `HeadCategory`, or its name, per query head.
-      block_q: query rows of a tile, at most. The `pallas` backend needs a power of two.
-      block_kv: keys of a block. The `pallas` backend needs a power of two.
+      block_q: query rows of a tile, at most. GPU kernels need a power of two.
+      block_kv: keys of a block. GPU kernels need a power of two.
       bidirectional_images: whether all tokens of an image see each other (Gemma 3).
       window: how many positions back a query sees, its own included; None for all.
       queries: the positions of the queries, such as `range(2048, 4096)`; None for all tokens. For

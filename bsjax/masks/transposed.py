@@ -8,7 +8,7 @@ query rows:
     of query rows                  . . F F F F p .
 
     transposed: each key tile      . . F F F p . .        a run of rows in each column: rows of both
-    (a column) visits its rows     . . F F F F p .        tiles, full, for the first three
+    (a column) visits its rows     . . F F F F p .        tiles, full, in the three columns of two F
 
 A run of rows is *full* if all of them see all keys of the tile. In all others the predicate decides
 pair by pair, as in partial blocks of a schedule. This is exact because what a schedule does not
@@ -42,7 +42,7 @@ _PARTIAL, _FULL = 1, 2
 class KeyTile(NamedTuple):
     """Keys that are processed together, and the ranges of query rows that they visit.
 
-    The columns of an array, like `bsjax.masks.schedule.Tile`.
+    The fields are the columns of an int32 array, like those of `bsjax.masks.schedule.Tile`.
 
     Attributes:
       first_key: first key row.

@@ -9,7 +9,7 @@ Both compute the weights again from the scores and the log-sum-exp of each row:
 `query_gradients` walks the schedule like the prefill kernel: a program has a tile of query rows and
 visits blocks of keys. `key_gradients` walks the transposed schedule: a program has a tile of keys
 and visits blocks of query rows, for each query head that reads its key head, and computes all
-matrices transposed. Neither adds to what another program adds to.
+matrices transposed. No two programs write to the same place, so there are no atomics.
 
 Rows that see nothing have a log-sum-exp of +inf here, so that all of their weights are 0.
 """

@@ -1,6 +1,7 @@
 """Block sizes, warps and pipeline stages of the kernels of the gradients.
 
-Chosen from compiled code: of the block sizes that spill no registers, those whose loop over full
+Chosen from compiled code: of the block sizes that spill no registers (with head dimensions 64, 72,
+80, 128 and 256), those whose loop over full
 blocks is fastest by the model of speed (docs/speed.md). None has been timed on a GPU yet.
 """
 

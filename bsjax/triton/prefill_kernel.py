@@ -8,7 +8,7 @@ copies to shared memory of the reads of ranges, too. The next block's address de
 every block's copies would be waited for as soon as they have started.
 
 Offsets: those of a layer and of a tile are computed in 64 bits, once, and those inside of them in
-32 bits, unless the keys of a layer are more than fit. Arrays may therefore be of any size.
+32 bits, unless a layer has 2**31 elements or more. Arrays may therefore be of any size.
 """
 
 from typing import no_type_check
