@@ -170,6 +170,7 @@ def measure(
     context: int = 1,
     tensor: int = 1,
     hosts: int = 1,
+    backend: str = "pallas",
 ) -> Measurement:
     """Compiles the programs of `bsjax.generate` for prompts of `tokens` tokens.
 
@@ -186,6 +187,7 @@ def measure(
         those of each GPU.
       tensor: how many GPUs the weights are divided among.
       hosts: how many processes the GPUs belong to.
+      backend: the attention backend, "pallas" or "triton".
     """
     config = PUBLISHED_MODELS[model]()
     family = FAMILIES[config.model_type]
@@ -204,16 +206,16 @@ def measure(
             architecture,
             image_prompt(config, tokens),
             Profile(family=family.name, categories=mixed.reshape(shape)),
-            backend="pallas",
+            backend=backend,
             new_tokens=NEW_TOKENS,
         )
-        settings = AnswerSettings(NEW_TOKENS, "pallas")
+        settings = AnswerSettings(NEW_TOKENS, backend)
         layout = CacheLayout(cache_rows(inputs.tokens + NEW_TOKENS), conversations)
         # Programs depend on the shape of the cache, and not on how many prompts have a part of it.
         prompts = [PlacedPrompt(inputs, sequence=at) for at in range(min(conversations, 2))]
-        prefill = Prefill(programs, prompts, layout, [settings] * len(prompts), "pallas")
+        prefill = Prefill(programs, prompts, layout, [settings] * len(prompts), backend)
         chunk_rows = max(rows for _, rows in prefill.chunks.borders)
-    decoding = Decoding(programs, layout, settings.end_tokens, "pallas")
+    decoding = Decoding(programs, layout, settings.end_tokens, backend)
     weights, cache = size_in_bytes(programs.parameters), size_in_bytes(prefill.carried.cache)
     if conversations > 1:
         of_rows = copying_program(programs, prefill.carried)

@@ -48,7 +48,7 @@ class ProgramCheck(NamedTuple):
                 file.write(f"{self.key} {self.name}\n")
 
 
-class _Uncompiled(NamedTuple):
+class Uncompiled(NamedTuple):
     """Stands for a compiled program, of which only the results' shapes are known."""
 
     out_info: Any
@@ -65,9 +65,9 @@ def check_of_published_model(
         pytest.skip("The goals are those of programs with Pallas kernels.")
     digests = [str(sorted(memory_table.GOALS.items()))]
 
-    def lowered(function: Any, arguments: tuple[Any, ...], target: str) -> _Uncompiled:
+    def lowered(function: Any, arguments: tuple[Any, ...], target: str) -> Uncompiled:
         digests.append(digest(function, arguments, target))
-        return _Uncompiled(jax.eval_shape(function, *arguments))
+        return Uncompiled(jax.eval_shape(function, *arguments))
 
     with monkeypatch.context() as patched:
         patched.setattr(memory_table, "compile_for", lowered)

@@ -12,15 +12,15 @@ from bsjax import BlockMask, Image, Template, Text
 from bsjax.gpu.configurations import TARGETS as TARGET_NAMES
 from bsjax.gpu.configurations import WIDTHS, compiling_for
 from bsjax.masks.visibility import CAUSAL, Visibility
-from tests.support.checked_programs import ProgramCheck
+from tests.support.checked_programs import ProgramCheck, Uncompiled
 from tests.support.gpu_compiler import require_gpu_compiler
 from tests.support.triton_interpreter import require_triton_compiler
 
 require_triton_compiler()
 
-from tools import kernel_table  # noqa: E402
+from tools import kernel_table, memory_table  # noqa: E402
 from tools.configuration_table import read_table, table_of  # noqa: E402
-from tools.gpu_targets import TARGETS, KernelReport, compile_for  # noqa: E402
+from tools.gpu_targets import TARGETS, KernelReport, compile_for, lowered  # noqa: E402
 from tools.kernel_lines import (  # noqa: E402
     DECODE_MATRIX,
     GRADIENT_MATRIX,
@@ -262,6 +262,26 @@ def test_a_program_for_an_absent_gpu_contains_the_kernels_and_no_copy_of_the_cac
     cache = 2 * math.prod(k.shape)
     parts = prefill.arguments[3].parts.count * 4 * prefill.arguments[3].block_q * 129 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * parts + cache // 4
+
+
+@pytest.mark.slow
+def test_all_programs_of_a_published_model_contain_the_kernels(monkeypatch):
+    """Lowered for an absent GPU: the kernels themselves are tested one by one."""
+    require_gpu_compiler()
+    programs = []
+
+    def only_lowered(function, arguments, gpu):
+        programs.append(lowered(function, arguments, gpu).as_text())
+        return Uncompiled(jax.eval_shape(function, *arguments))
+
+    monkeypatch.setattr(memory_table, "compile_for", only_lowered)
+    with compiling_for("sm_90"):
+        memory_table.measure("Qwen2-VL-2B", 36_000, backend="triton")
+    # Towers, chunks of a prompt and decoding; the last program only moves rows of the cache.
+    *attending, moving = programs
+    assert len(attending) > 3 and all("triton_kernel_call" in text for text in attending)
+    assert "kernel_call" not in moving
+    assert not any("xla.gpu.triton" in text for text in programs), "a kernel is written in Pallas"
 
 
 def loss_of(backend, remember=lambda function: function):
