@@ -7,7 +7,7 @@ import inspect
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,20 +112,25 @@ def call(
         )
     places = [index for index, value in enumerate(inputs) if not isinstance(value, int)]
 
+    def arguments(arrays: Sequence[Any]) -> list[Any]:
+        """The inputs, with `arrays` in the place of theirs."""
+        given = list(inputs)
+        for place, value in zip(places, arrays, strict=True):
+            given[place] = value
+        return given
+
     # jax-triton has no rule for `jax.vmap`: one launch after the other.
     @jax.custom_batching.sequential_vmap
     def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
-        arguments = list(inputs)
-        for place, value in zip(places, arrays, strict=True):
-            arguments[place] = value
-        return run(kernel, arguments, outputs, constants, launch)
+        return run(kernel, arguments, arrays, outputs, constants, launch)
 
     return of_arrays(*(inputs[place] for place in places))
 
 
 def _compiled(
     kernel: Any,
-    inputs: Sequence[Any],
+    arguments: Callable[[Sequence[Any]], list[Any]],
+    arrays: Sequence[jax.Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
     constants: dict[str, Any],
     launch: Launch,
@@ -134,7 +139,7 @@ def _compiled(
     _declare_ptx_of_jax()
     triton_call: Any = jax_triton.triton_call
     results = triton_call(
-        *inputs,
+        *arguments(arrays),
         kernel=kernel,
         grid=launch.grid,
         name=launch.name,
@@ -222,7 +227,8 @@ _INTERPRETER = threading.Lock()
 
 def _interpreted(
     kernel: Any,
-    inputs: Sequence[Any],
+    arguments: Callable[[Sequence[Any]], list[Any]],
+    arrays: Sequence[jax.Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
     constants: dict[str, Any],
     launch: Launch,
@@ -245,16 +251,11 @@ def _interpreted(
             return tensor.view(torch.int16).numpy().view(jax.numpy.bfloat16)
         return tensor.numpy()
 
-    places = [index for index, value in enumerate(inputs) if not isinstance(value, int)]
-
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        arguments = list(inputs)
-        for place, value in zip(places, arrays, strict=True):
-            arguments[place] = tensor(value)
         # As on a GPU, nobody may rely on what was there before.
         results = [tensor(np.full(each.shape, np.nan, each.dtype)) for each in outputs]
         with _INTERPRETER:
-            kernel[launch.grid](*arguments, *results, **constants)
+            kernel[launch.grid](*arguments(tuple(map(tensor, arrays))), *results, **constants)
         return tuple(map(array, results))
 
-    return list(jax.pure_callback(run, tuple(outputs), *(inputs[place] for place in places)))
+    return list(jax.pure_callback(run, tuple(outputs), *arrays))
