@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bsjax import BackendError, HeadCategory, Image, Template, Text
 from bsjax.masks.schedule import build_schedule, category_tables, segment_schedule
@@ -20,9 +18,9 @@ from tests.support.prefill_cases import (
     check_prefill,
     dense_softmax,
     mixed_schedule,
+    on_random_templates,
     random_arrays,
 )
-from tests.support.templates import categories, templates
 
 interpreted = jax.jit(
     partial(prefill_attention, interpret=True, return_lse=True), static_argnames="scale"
@@ -77,13 +75,7 @@ def test_the_default_blocks_give_the_same_result():
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
-@given(
-    template=templates,
-    head_category=categories,
-    visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
-    seed=st.integers(0, 99),
-)
+@on_random_templates(20)
 def test_random_templates_with_windows_and_bidirectional_images_agree(
     template, head_category, visibility, seed
 ):

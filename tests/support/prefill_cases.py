@@ -5,10 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Sinks, Template, Text
 from bsjax.masks.schedule import Schedule, build_schedule, category_tables
-from bsjax.masks.visibility import TokenInfo, visible
+from bsjax.masks.visibility import TokenInfo, Visibility, visible
+from tests.support.templates import categories, templates
 
 RAGGED = Template.from_segments(
     [Text(11), Image(45), Text(3), Image(1), Image(20), Text(7), Image(33), Text(1)],
@@ -18,6 +21,21 @@ SHORT = Template.from_segments(
     [Text(7), Image(45), Text(2), Image(1), Image(20), Text(5)], Sinks(first=1, offsets=(4,))
 )
 EVERY_CATEGORY = list(HeadCategory)
+
+
+def on_random_templates(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test on templates, head categories, visibilities and seeds of random numbers."""
+
+    def decorated(test: Callable[..., None]) -> Callable[..., None]:
+        cases = given(
+            template=templates,
+            head_category=categories,
+            visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
+            seed=st.integers(0, 99),
+        )
+        return settings(max_examples=examples)(cases(test))
+
+    return decorated
 
 
 def random_arrays(tokens, q_heads, kv_heads, head_dim, dtype, seed=0):

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bsjax import HeadCategory, Image, Template, Text
 from bsjax.attention.xla import attention_gradients, xla_attention
@@ -20,8 +18,13 @@ from bsjax.masks.schedule import build_schedule, build_span_schedule, category_t
 from bsjax.masks.transposed import with_transposed
 from bsjax.masks.visibility import CAUSAL, Visibility
 from tests.support.parity import torch
-from tests.support.prefill_cases import EVERY_CATEGORY, SHORT, mixed_schedule, random_arrays
-from tests.support.templates import categories, templates
+from tests.support.prefill_cases import (
+    EVERY_CATEGORY,
+    SHORT,
+    mixed_schedule,
+    on_random_templates,
+    random_arrays,
+)
 from tests.support.triton_interpreter import interpreted, require_triton
 from tests.triton.test_triton_matches_reference import TWO_CONVERSATIONS
 
@@ -100,13 +103,7 @@ def test_several_programs_may_share_a_tile_and_take_several_steps_per_block():
 
 
 @pytest.mark.slow
-@settings(max_examples=2)
-@given(
-    template=templates,
-    head_category=categories,
-    visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
-    seed=st.integers(0, 99),
-)
+@on_random_templates(2)
 def test_random_templates_with_windows_and_bidirectional_images_agree(
     template, head_category, visibility, seed
 ):

@@ -43,9 +43,10 @@ from tests.support.prefill_cases import (
     check_prefill,
     dense_softmax,
     mixed_schedule,
+    on_random_templates,
     random_arrays,
 )
-from tests.support.templates import Spans, categories, spans, templates
+from tests.support.templates import Spans, spans
 from tests.support.triton_interpreter import interpreted, require_triton
 
 require_triton()
@@ -124,13 +125,7 @@ def test_several_programs_may_share_a_tile_and_take_several_steps_per_block():
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES)
-@given(
-    template=templates,
-    head_category=categories,
-    visibility=st.builds(Visibility, st.booleans(), st.sampled_from([None, 1, 17])),
-    seed=st.integers(0, 99),
-)
+@on_random_templates(EXAMPLES)
 def test_random_templates_with_windows_and_bidirectional_images_agree(
     template, head_category, visibility, seed
 ):
