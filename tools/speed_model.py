@@ -127,9 +127,11 @@ def _benchmark(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         content = json.loads(Path(text).read_text(encoding="utf-8"))
         return content["environment"], content["workloads"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError):
         raise argparse.ArgumentTypeError(
-            f"{text} is not a result of benchmarks.attention ({type(error).__name__}: {error})"
+            f"{text} is not a result of benchmarks.attention: it is damaged, or of another program"
         ) from None
 
 

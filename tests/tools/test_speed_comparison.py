@@ -109,7 +109,8 @@ def test_relatives_run_the_kernels_of_their_chip_at_their_own_rates():
         (["--shape", "gemma-3-4b-local", "--images", "400"], "has 256 tokens, not 400"),
         (["--page", "--gpu", "a100"], "--page and --gpu exclude each other"),
         (["--page", "--chunks"], "--page and --chunks exclude each other"),
-        (["--beside", "nothing.json"], "nothing.json is not a result of benchmarks.attention"),
+        (["--beside", "nothing.json"], "cannot read nothing.json: No such file or directory"),
+        (["--beside", "pyproject.toml"], "is not a result of benchmarks.attention: it is damaged"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_in_one_line(arguments, message, capsys):
